@@ -1,0 +1,42 @@
+# From nothing but git, make and Python: every target below sets up .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+METHODS ?= vanilla linear uw pcgrad nash
+SEEDS ?= 0 1 2
+MODEL ?= dit
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check bench compare clean
+
+help:  ## what each target does
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "PYTHON: Python 3.11 or newer is needed, found $$($(PYTHON) --version)"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,notebooks,torchjd]'
+	@touch $@
+
+install: .venv/installed  ## make .venv and install the package with all its extras
+
+demo: .venv/installed  ## train a DiT with ANT-UW on real digits, at most 3 minutes on 2 cores
+	$(BIN)/python examples/demo.py --model $(MODEL)
+
+compare: .venv/installed  ## all methods at the same budget, 3 seeds, paired with vanilla (1 hour)
+	$(BIN)/python -m benchmarks.compare --methods $(METHODS) --seeds $(SEEDS)
+
+test: .venv/installed  ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/installed  ## lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed  ## time clusterings and balancers, and every method against vanilla
+	$(BIN)/python -m benchmarks.methods
+
+clean:  ## remove what the other targets made
+	rm -rf .venv runs build *.egg-info

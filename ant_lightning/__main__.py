@@ -1,0 +1,64 @@
+"""The console script `ant-lightning`; help and mistakes are answered without loading the rest."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from ant_lightning.errors import ConfigError, NonFiniteError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+HELP = """\
+usage: ant-lightning [--help] {fit,validate,test,predict} --config FILE [--config FILE ...] [options]
+
+Diffusion training as multi-task learning over clusters of timesteps.
+
+  fit        train                         --ckpt_path last resumes
+  validate   loss, FID and its companions  --ckpt_path FILE
+  test       the same, logged as test/...  --ckpt_path FILE
+  predict    write images                  --ckpt_path FILE --samples.num_images 1000
+
+Configs are merged from left to right: a base, then one fragment for each choice, then options:
+
+  ant-lightning fit --config configs/digits/dit.yaml \\
+      --config configs/balancer/uw.yaml --config configs/clustering/snr.yaml \\
+      --trainer.max_steps 2000
+
+  ant-lightning fit --help                             all options of fit (takes some seconds)
+  ant-lightning fit --model.help DiTModule             the options of a class
+  ant-lightning fit --config ... --print_config        the merged config, without running it
+"""
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(HELP)
+        return 0
+    if arguments[0] not in COMMANDS:
+        return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
+    from ant_lightning.cli import run  # noqa: PLC0415 - 6 s of imports that help must not wait for
+
+    try:
+        run(arguments)
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except NonFiniteError as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    """One line on standard error."""
+    print("ant-lightning: error: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Official checkpoints into our backbones: all of a file's weights, or an error and none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ant_lightning.backbones.checkpoint_files import read_checkpoint
+from ant_lightning.backbones.checkpoint_layouts import (
+    FIRST_STAGE_PREFIX,
+    Weights,
+    find_entries,
+    nested_tensors,
+)
+from ant_lightning.errors import ConfigError
+
+__all__ = ["CheckpointReport", "first_stage_state_dict", "load_official_checkpoint"]
+
+_MAX_LISTED = 10
+_CLASS_TABLES = (
+    "y_embedder.embedding_table.weight",
+    "label_emb.weight",
+    "class_embedder.embedding.weight",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointReport:
+    """What was loaded, and what was left in the file.
+
+    Attributes:
+        path: the file.
+        layout: "state dict", "training file", "latent-diffusion" or "lightning".
+        weights: "ema" or "model"; None where the file holds just one set.
+        num_tensors: entries loaded.
+        num_parameters: numbers in them.
+        ignored: first part of a name -> entries left out (first stage, optimizer, ..).
+    """
+
+    path: Path
+    layout: str
+    weights: Weights | None
+    num_tensors: int
+    num_parameters: int
+    ignored: dict[str, int]
+
+    def __str__(self) -> str:
+        which = "" if self.weights is None else f", {self.weights} weights"
+        left = ", ".join(f"{name} ({count})" for name, count in sorted(self.ignored.items()))
+        return (
+            f"{self.path}: {self.layout}{which}, {self.num_tensors} tensors, "
+            f"{self.num_parameters} parameters; left out: {left or 'nothing'}"
+        )
+
+
+def load_official_checkpoint(
+    backbone: nn.Module, path: str | Path, *, weights: Weights = "ema"
+) -> CheckpointReport:
+    """Load a published checkpoint into a DiT or UNet of the same architecture, in place.
+
+    Known files: raw state dicts (guided-diffusion, P2, released DiT weights), training files of
+    DiT and ANT (``model``/``ema``), latent-diffusion's ``.ckpt``, this package's own Lightning
+    checkpoints, and the same in safetensors. Values are cast to the backbone's dtype and moved to
+    its device. The backbone changes only if every entry fits.
+
+    Args:
+        backbone: the network to fill.
+        path: the file.
+        weights: "ema" or "model", in files that hold both.
+
+    Returns:
+        What was loaded and what was left out.
+
+    Raises:
+        ConfigError: the file is missing, damaged or would run code, holds no such weights, or
+            has missing, extra or misshapen entries or another class count.
+    """
+    path = Path(path)
+    target = backbone.state_dict()
+    if any(value.is_meta for value in target.values()):
+        raise ConfigError(f"backbone: must have memory to load {path} into, found the meta device")
+    entries = find_entries(read_checkpoint(path), target, weights=weights, path=path)
+    problems = _class_problems(entries.tensors, target) + _entry_problems(entries.tensors, target)
+    if problems:
+        raise ConfigError(f"checkpoint {path}: does not fit the network; " + "; ".join(problems))
+    backbone.load_state_dict(entries.tensors)
+    return CheckpointReport(
+        path=path,
+        layout=entries.layout,
+        weights=entries.weights,
+        num_tensors=len(target),
+        num_parameters=sum(value.numel() for value in target.values()),
+        ignored=entries.ignored,
+    )
+
+
+def first_stage_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The autoencoder inside a latent-diffusion checkpoint, in its own names, on the CPU.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no first stage.
+    """
+    prefix = FIRST_STAGE_PREFIX
+    tensors = nested_tensors(read_checkpoint(path))
+    found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if not found:
+        raise ConfigError(f"checkpoint {path}: holds no first stage (no name starts with {prefix})")
+    return found
+
+
+def _class_problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
+    """Say in terms of classes where the label tables disagree."""
+    problems = []
+    for name in _CLASS_TABLES:
+        rows = [len(side[name]) if name in side else 0 for side in (found, target)]
+        if rows[0] != rows[1]:
+            problems.append(
+                f"num_classes: the file's class table {name} has {rows[0]} rows, the network's "
+                f"{rows[1]} (a null class counts as one)"
+            )
+    return problems
+
+
+def _entry_problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
+    """List missing, extra and misshapen entries."""
+    misshapen = [
+        f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
+        for name, value in target.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    groups = {
+        "missing": [name for name in target if name not in found],
+        "extra": sorted(name for name in found if name not in target),
+        "misshapen": misshapen,
+    }
+    return [f"{len(names)} {kind}: {_listed(names)}" for kind, names in groups.items() if names]
+
+
+def _listed(names: list[str]) -> str:
+    """The first names, and that there are more."""
+    return ", ".join(names[:_MAX_LISTED]) + (", .." if len(names) > _MAX_LISTED else "")

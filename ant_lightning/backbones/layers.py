@@ -1,0 +1,93 @@
+"""Pieces that DiT and the UNet share: timestep features, checks, gradient checkpointing."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["check_images", "run_block", "timestep_embedding", "zeroed"]
+
+Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
+
+
+def timestep_embedding(
+    timesteps: Float[Tensor, " b"] | Int[Tensor, " b"], dim: int, *, max_period: float = 10000.0
+) -> Float[Tensor, "b dim"]:
+    """Sinusoidal features of the timestep, cosines first.
+
+    ``[cos(t w_0), .., cos(t w_{h-1}), sin(t w_0), .., sin(t w_{h-1})]`` with
+    ``w_i = max_period ** (-i / h)`` and ``h = dim // 2``; an odd ``dim`` ends in a zero.
+
+    Args:
+        timesteps: timesteps in steps (0 .. 999), integer or fractional.
+        dim: number of features.
+        max_period: longest period over 2 pi, in steps.
+
+    Returns:
+        Features in float32, whatever the default dtype is: the published weights were
+        trained on features of exactly this rounding.
+
+    Reference:
+        Vaswani et al., "Attention Is All You Need", section 3.5, arXiv 1706.03762.
+    """
+    half = dim // 2
+    # The order of operations fixes the last bit; official checkpoints saw this one.
+    index = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(max_period) * index / half)
+    angles = timesteps.to(torch.float32)[:, None] * frequencies[None]
+    features = [torch.cos(angles), torch.sin(angles)]
+    if dim % 2:
+        features.append(torch.zeros_like(angles[:, :1]))
+    return torch.cat(features, dim=-1)
+
+
+def check_images(x: Tensor, timesteps: Tensor, *, in_channels: int) -> None:
+    """Check that a batch can enter a backbone: ``x`` [b c h w] and ``timesteps`` [b].
+
+    Raises:
+        ConfigError: ``x`` has another rank or channel count, or ``timesteps`` another length.
+    """
+    if x.ndim != 4 or x.shape[1] != in_channels:
+        raise ConfigError(
+            f"in_channels: the backbone takes x of shape [b, {in_channels}, h, w], "
+            f"found {list(x.shape)}"
+        )
+    if timesteps.ndim != 1 or timesteps.shape[0] != x.shape[0]:
+        raise ConfigError(
+            f"timesteps: one per image, shape [{x.shape[0]}], found {list(timesteps.shape)}"
+        )
+
+
+def run_block(
+    block: nn.Module, *args: Tensor | None, checkpointing: bool, preserve_rng: bool = False
+) -> Tensor:
+    """Run ``block(*args)``, and forget its activations until the backward pass if asked to.
+
+    Args:
+        block: a module that returns one tensor.
+        *args: its inputs.
+        checkpointing: recompute the block in the backward pass (about a third more compute).
+        preserve_rng: replay the random state; needed only where the block drops units.
+    """
+    if not (checkpointing and torch.is_grad_enabled()):
+        output: Tensor = block(*args)
+        return output
+    # Non-reentrant: the only form that works with torch.autograd.grad, which ANT's step calls.
+    output = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=preserve_rng)
+    return output
+
+
+def zeroed(layer: Convolution) -> Convolution:
+    """Set a convolution to zero, so that the residual branch it ends starts as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -1,0 +1,127 @@
+"""The UNet's transformer on a feature map, with cross-attention to a context (LDM)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ant_lightning.backbones.layers import zeroed
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["SpatialTransformer"]
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens [b n d] to a context [b m c], or to themselves."""
+
+    def __init__(self, *, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        # One-element: official files name this layer "to_out.0".
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m c"]
+    ) -> Float[Tensor, "b n d"]:
+        pattern = "b n (h d) -> b h n d"
+        query = rearrange(self.to_q(x), pattern, h=self.num_heads)
+        key = rearrange(self.to_k(context), pattern, h=self.num_heads)
+        value = rearrange(self.to_v(context), pattern, h=self.num_heads)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        output: Tensor = self.to_out(rearrange(attended, "b h n d -> b n (h d)"))
+        return output
+
+
+class GatedGELU(nn.Module):
+    """``a * gelu(b)`` with ``a, b`` the halves of one linear map."""
+
+    def __init__(self, *, dim: int, inner_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, 2 * inner_dim)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n inner"]:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        output: Tensor = value * F.gelu(gate)
+        return output
+
+
+class FeedForward(nn.Module):
+    """Gated two-layer network, four times as wide inside."""
+
+    def __init__(self, *, dim: int) -> None:
+        super().__init__()
+        # The identity holds the place of the official dropout (always 0), for its names.
+        self.net = nn.Sequential(
+            GatedGELU(dim=dim, inner_dim=4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)
+        )
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        output: Tensor = self.net(x)
+        return output
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, feed-forward: each on a norm, each added."""
+
+    def __init__(self, *, dim: int, context_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.attn1 = CrossAttention(dim=dim, context_dim=dim, num_heads=num_heads)
+        self.ff = FeedForward(dim=dim)
+        self.attn2 = CrossAttention(dim=dim, context_dim=context_dim, num_heads=num_heads)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(
+        self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m c"]
+    ) -> Float[Tensor, "b n d"]:
+        normed = self.norm1(x)
+        x = x + self.attn1(normed, normed)
+        x = x + self.attn2(self.norm2(x), context)
+        output: Tensor = x + self.ff(self.norm3(x))
+        return output
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, added to it.
+
+    Args:
+        channels: channels of the feature map.
+        num_heads: attention heads; divides ``channels``.
+        depth: number of transformer blocks.
+        context_dim: features of a context token.
+
+    Reference:
+        Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
+        section 3.3, arXiv 2112.10752.
+    """
+
+    def __init__(self, *, channels: int, num_heads: int, depth: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            TransformerBlock(dim=channels, context_dim=context_dim, num_heads=num_heads)
+            for _ in range(depth)
+        )
+        self.proj_out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "b m k"]
+    ) -> Float[Tensor, "b c h w"]:
+        """Add what the transformer makes of the positions and the context."""
+        # The 1x1 convolutions run as linear maps on tokens: one copy fewer on each side.
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])

@@ -1,0 +1,292 @@
+"""The UNet of ADM (pixels) and LDM (latents), in the official layout and parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ant_lightning.backbones.layers import check_images, run_block, timestep_embedding, zeroed
+from ant_lightning.backbones.unet_blocks import Downsample, Stage, Upsample
+from ant_lightning.backbones.unet_factory import LayerFactory
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["ClassEmbedder", "UNet"]
+
+
+class ClassEmbedder(nn.Module):
+    """Class labels [b] to a context of one token, [b 1 d]: LDM's class conditioning."""
+
+    def __init__(self, *, num_embeddings: int, context_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(num_embeddings, context_dim)
+
+    def forward(self, labels: Int[Tensor, " b"]) -> Float[Tensor, "b 1 d"]:
+        """Look the labels up."""
+        context: Tensor = self.embedding(labels)[:, None]
+        return context
+
+
+class UNet(nn.Module):
+    """One UNet for ADM, P2 and LDM, parameter for parameter the official ones.
+
+    Called as ``unet(x, timesteps, labels)`` with x [b c h w], timesteps [b] (integer or
+    fractional, in steps) and labels [b]; returns [b out_channels h w]. The height and width may
+    differ from ``input_size`` as long as every down-sampling divides them.
+
+    Classes enter in one of two ways. Without the spatial transformer, a label embedding is added
+    to the time embedding (ADM). With it, the label becomes the one context token (LDM's
+    class-conditional model); the table is ``class_embedder``, which official LDM files hold
+    outside the UNet as ``cond_stage_model``. With ``num_classes=0`` the caller passes
+    ``context`` [b m context_dim] instead.
+
+    Args:
+        input_size: height and width of x at training time.
+        in_channels: channels of x.
+        out_channels: channels of the output: ``in_channels``, or twice as many when the
+            variance is learned.
+        model_channels: channels at the highest resolution, a multiple of 32.
+        channel_mult: channels of each level over ``model_channels``, highest resolution first;
+            each further level halves the resolution.
+        num_res_blocks: residual blocks of a level on the way down (one more on the way up).
+        attention_resolutions: levels with attention, as *down-sampling factors* (1, 2, 4, ..),
+            as in LDM's configurations and in the official class. The flag of the same name in
+            guided-diffusion's scripts lists resolutions instead: ``factor = input_size /
+            resolution``. The bottom of the UNet always has attention.
+        num_heads: attention heads, where ``num_head_channels`` is -1.
+        num_head_channels: channels of one head; sets the number of heads of each level.
+        use_new_attention_order: order of the rows of ``qkv``: as in ADM's 64 px model (True) or
+            as in all others (False).
+        use_scale_shift_norm: the time embedding scales and shifts norms (ADM) instead of being
+            added (LDM).
+        resblock_updown: change resolution inside residual blocks (ADM).
+        conv_resample: else, change it with a convolution (True) or without parameters (False).
+        num_classes: number of classes; 0 is unconditional.
+        class_dropout_prob: above 0, the label table has one row more, the null class at index
+            ``num_classes``. The probability itself is for the training step to use.
+        use_spatial_transformer: attention is a transformer with cross-attention to a context.
+        transformer_depth: blocks of each transformer.
+        context_dim: features of a context token; needed with the spatial transformer.
+        dropout: probability of dropping a unit inside residual blocks.
+        gradient_checkpointing: recompute each block in the backward pass.
+
+    Attributes:
+        null_class: index of the null class, or None if there is none.
+
+    Raises:
+        ConfigError: a setting breaks one of the rules above.
+
+    Reference:
+        Dhariwal and Nichol, arXiv 2105.05233; Choi et al. (P2), arXiv 2204.00227; Rombach et
+        al. (LDM), arXiv 2112.10752.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        model_channels: int = 128,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (),
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        use_new_attention_order: bool = False,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        conv_resample: bool = True,
+        num_classes: int = 0,
+        class_dropout_prob: float = 0.0,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | None = None,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = _level_widths(model_channels, channel_mult)
+        _check_levels(input_size, len(widths), attention_resolutions)
+        if num_classes < 0 or not 0 <= class_dropout_prob <= 1:
+            raise ConfigError(
+                "num_classes: at least 0, with class_dropout_prob in [0, 1], "
+                f"found {num_classes} and {class_dropout_prob}"
+            )
+        if use_spatial_transformer != (context_dim is not None):
+            raise ConfigError(
+                "context_dim: set exactly when use_spatial_transformer is, found "
+                f"{context_dim} with use_spatial_transformer={use_spatial_transformer}"
+            )
+        self.input_size = input_size
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.model_channels = model_channels
+        self.num_classes = num_classes
+        self.class_dropout_prob = class_dropout_prob if num_classes > 0 else 0.0
+        self.null_class = num_classes if self.class_dropout_prob > 0 else None
+        self.context_dim = context_dim
+        self.gradient_checkpointing = gradient_checkpointing
+        self.num_levels = len(widths)
+
+        emb_channels = 4 * model_channels
+        num_embeddings = num_classes + (self.null_class is not None)
+        make = LayerFactory(
+            emb_channels=emb_channels,
+            dropout=dropout,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            conv_resample=conv_resample,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            use_new_attention_order=use_new_attention_order,
+            transformer_depth=transformer_depth,
+            context_dim=context_dim,
+        )
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels),
+            nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels),
+        )
+        self.label_emb = None
+        if num_classes > 0 and context_dim is None:
+            self.label_emb = nn.Embedding(num_embeddings, emb_channels)
+
+        channels = widths[0]
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
+        skips = [channels]
+        for level, width in enumerate(widths):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [make.res_block(channels, width)]
+                channels = width
+                if 2**level in attention_resolutions:
+                    layers.append(make.attention(channels))
+                self.input_blocks.append(Stage(*layers))
+                skips.append(channels)
+            if level < self.num_levels - 1:
+                self.input_blocks.append(Stage(make.resample(channels, Downsample)))
+                skips.append(channels)
+
+        self.middle_block = Stage(
+            make.res_block(channels, channels),
+            make.attention(channels),
+            make.res_block(channels, channels),
+        )
+
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for index in range(num_res_blocks + 1):
+                layers = [make.res_block(channels + skips.pop(), width)]
+                channels = width
+                if 2**level in attention_resolutions:
+                    layers.append(make.attention(channels))
+                if level > 0 and index == num_res_blocks:
+                    layers.append(make.resample(channels, Upsample))
+                self.output_blocks.append(Stage(*layers))
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, channels),
+            nn.SiLU(),
+            zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
+        )
+        # Last, so that all other entries keep the place they have in official state dicts.
+        self.class_embedder = None
+        if num_classes > 0 and context_dim is not None:
+            self.class_embedder = ClassEmbedder(
+                num_embeddings=num_embeddings, context_dim=context_dim
+            )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        timesteps: Float[Tensor, " b"] | Int[Tensor, " b"],
+        labels: Int[Tensor, " b"] | None = None,
+        context: Float[Tensor, "b m k"] | None = None,
+    ) -> Float[Tensor, "b out_channels h w"]:
+        """Predict the noise (or x_0, v) and, if learned, the variance's interpolation.
+
+        Raises:
+            ConfigError: x, timesteps, labels or context do not fit the network.
+        """
+        check_images(x, timesteps, in_channels=self.in_channels)
+        multiple = 2 ** (self.num_levels - 1)
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ConfigError(
+                f"input_size: a UNet of {self.num_levels} levels takes sizes divisible by "
+                f"{multiple}, found {x.shape[2]} x {x.shape[3]}"
+            )
+        context = self._complete_context(labels, context)
+        features = timestep_embedding(timesteps, self.model_channels)
+        embedding = self.time_embed(features.to(next(self.time_embed.parameters()).dtype))
+        if self.label_emb is not None:
+            embedding = embedding + self.label_emb(labels)
+
+        checkpointing = self.gradient_checkpointing
+        skips = []
+        for stage in self.input_blocks:
+            x = stage(x, embedding, context, checkpointing=checkpointing)
+            skips.append(x)
+        x = self.middle_block(x, embedding, context, checkpointing=checkpointing)
+        for stage in self.output_blocks:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = stage(x, embedding, context, checkpointing=checkpointing)
+        return run_block(self.out, x, checkpointing=checkpointing)
+
+    def _complete_context(self, labels: Tensor | None, context: Tensor | None) -> Tensor | None:
+        """The context to attend to, once labels and context are what this network takes."""
+        if context is not None:
+            if (
+                self.context_dim is None
+                or context.ndim != 3
+                or context.shape[2] != self.context_dim
+            ):
+                raise ConfigError(
+                    f"context: shape [b, m, context_dim] with context_dim {self.context_dim}, "
+                    f"found {list(context.shape)}"
+                )
+            if labels is not None:
+                raise ConfigError("labels: not beside context, which takes their place")
+            return context
+        if self.context_dim is not None and self.class_embedder is None:
+            raise ConfigError(
+                f"context: this network needs one, of {self.context_dim} features, found None"
+            )
+        if self.num_classes > 0 and labels is None:
+            raise ConfigError(
+                f"labels: a network of {self.num_classes} classes needs one per image "
+                f"(null_class is {self.null_class}), found None"
+            )
+        return None if self.class_embedder is None else self.class_embedder(labels)
+
+
+def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int]:
+    """Channels of each level."""
+    widths = [int(mult * model_channels) for mult in channel_mult]
+    if not widths or any(width < 1 or width % 32 for width in widths):
+        raise ConfigError(
+            "model_channels: times each of channel_mult must be a positive multiple of 32 "
+            f"(the groups of the norms), found {model_channels} times {list(channel_mult)}"
+        )
+    return widths
+
+
+def _check_levels(input_size: int, num_levels: int, attention_resolutions: Sequence[int]) -> None:
+    """Check that the input can be halved often enough, and that attention has a level."""
+    multiple = 2 ** (num_levels - 1)
+    if input_size < 1 or input_size % multiple:
+        raise ConfigError(
+            f"input_size: must be divisible by {multiple} ({num_levels} entries in "
+            f"channel_mult), found {input_size}"
+        )
+    factors = [2**level for level in range(num_levels)]
+    if not set(attention_resolutions) <= set(factors):
+        raise ConfigError(
+            f"attention_resolutions: down-sampling factors out of {factors}, "
+            f"found {list(attention_resolutions)}"
+        )

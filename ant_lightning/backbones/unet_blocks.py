@@ -1,0 +1,177 @@
+"""The UNet's residual block, self-attention and resampling, under their official names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ant_lightning.backbones.layers import run_block, zeroed
+from ant_lightning.backbones.spatial_transformer import SpatialTransformer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["AttentionBlock", "Downsample", "ResBlock", "Stage", "Upsample"]
+
+
+class Upsample(nn.Module):
+    """Twice the height and width: nearest neighbour, then a 3x3 convolution if ``conv``."""
+
+    def __init__(self, *, channels: int, conv: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else None
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 2h 2w"]:
+        """Enlarge the feature map."""
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """Half the height and width: a strided 3x3 convolution if ``conv``, else the mean of 2x2."""
+
+    def __init__(self, *, channels: int, conv: bool) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else None
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h/2 w/2"]:
+        """Shrink the feature map."""
+        return F.avg_pool2d(x, 2) if self.op is None else self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around the time embedding, added to the (projected) input.
+
+    The embedding either shifts the features, ``h + shift``, or scales and shifts their norm,
+    ``norm(h) (1 + scale) + shift``.
+
+    Args:
+        channels: channels of the input.
+        out_channels: channels of the output.
+        emb_channels: length of the embedding.
+        dropout: probability of dropping a unit before the second convolution.
+        use_scale_shift_norm: scale and shift instead of shift.
+        resample: half or double the resolution inside the block, without parameters.
+
+    Reference:
+        Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", section 3,
+        arXiv 2105.05233.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        out_channels: int,
+        emb_channels: int,
+        dropout: float,
+        use_scale_shift_norm: bool,
+        resample: Upsample | Downsample | None = None,
+    ) -> None:
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.dropout = dropout
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
+        )
+        self.resample = resample
+        num_vectors = 2 if use_scale_shift_norm else 1
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, num_vectors * out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection: nn.Module = nn.Identity()
+        if out_channels != channels:
+            self.skip_connection = nn.Conv2d(channels, out_channels, 1)
+
+    def forward(
+        self, x: Float[Tensor, "b c h w"], embedding: Float[Tensor, "b e"]
+    ) -> Float[Tensor, "b c_out h_out w_out"]:
+        """Add the two convolutions' output to the input."""
+        norm_in, activation, conv_in = self.in_layers
+        h = activation(norm_in(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv_in(h)
+        vectors = self.emb_layers(embedding)[:, :, None, None]
+        norm_out, activation, dropout, conv_out = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = vectors.chunk(2, dim=1)
+            h = torch.addcmul(shift, norm_out(h), 1 + scale)
+        else:
+            h = norm_out(h + vectors)
+        output: Tensor = self.skip_connection(x) + conv_out(dropout(activation(h)))
+        return output
+
+
+class AttentionBlock(nn.Module):
+    """Multi-head self-attention over the positions of a feature map, added to it.
+
+    Args:
+        channels: channels of the feature map.
+        num_heads: attention heads; divides ``channels``.
+        new_order: the rows of ``qkv`` are (query|key|value, head, channel) and not
+            (head, query|key|value, channel). Both exist in published checkpoints.
+    """
+
+    def __init__(self, *, channels: int, num_heads: int, new_order: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        heads = "(three h d)" if new_order else "(h three d)"
+        self.pattern = f"b n {heads} -> three b h n d"
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Add what each position gathers from all others."""
+        # Linear maps on tokens instead of 1x1 convolutions: each head's channels end up next
+        # to each other, as fused attention wants them, and channels-last maps need no copy.
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        qkv = F.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias)
+        query, key, value = rearrange(qkv, self.pattern, three=3, h=self.num_heads)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        tokens = rearrange(attended, "b h n d -> b n (h d)")
+        tokens = F.linear(tokens, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Stage(nn.Sequential):
+    """Layers run in turn, each given what it takes of the embedding and the context."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Float[Tensor, "b c h w"],
+        embedding: Float[Tensor, "b e"],
+        context: Float[Tensor, "b m k"] | None,
+        *,
+        checkpointing: bool,
+    ) -> Float[Tensor, "b c_out h_out w_out"]:
+        """Run the layers; ``checkpointing`` recomputes all but convolutions."""
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = run_block(
+                    layer,
+                    x,
+                    embedding,
+                    checkpointing=checkpointing,
+                    preserve_rng=self.training and layer.dropout > 0,
+                )
+            elif isinstance(layer, SpatialTransformer):
+                x = run_block(layer, x, context, checkpointing=checkpointing)
+            elif isinstance(layer, AttentionBlock):
+                x = run_block(layer, x, checkpointing=checkpointing)
+            else:
+                x = layer(x)
+        return x

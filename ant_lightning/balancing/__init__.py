@@ -1,0 +1,30 @@
+"""Balancers of task losses and task gradients, and the call that uses them; torch alone."""
+
+from ant_lightning.balancing.backward import BackwardReport, multitask_backward, task_gradients
+from ant_lightning.balancing.base import Balancer, GradientBalancer, LossBalancer
+from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+from ant_lightning.balancing.linear import LinearScalarization
+from ant_lightning.balancing.nash import NashMTL, nash_weights
+from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
+from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
+from ant_lightning.balancing.uncertainty import UncertaintyWeighting
+
+__all__ = [
+    "BackwardReport",
+    "Balancer",
+    "DenseTaskGradients",
+    "GradientBalancer",
+    "GroupReduction",
+    "LinearScalarization",
+    "LossBalancer",
+    "NashMTL",
+    "PCGrad",
+    "Reduction",
+    "TaskGradients",
+    "UncertaintyWeighting",
+    "default_reduction",
+    "multitask_backward",
+    "nash_weights",
+    "pcgrad_weights",
+    "task_gradients",
+]

@@ -1,0 +1,313 @@
+"""`multitask_backward`: one call in place of `loss.backward()`, for every balancer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.balancing.base import GradientBalancer, LossBalancer
+from ant_lightning.balancing.gradients import DenseTaskGradients, assign_gradients, reduce_gradients_
+from ant_lightning.balancing.reduction import Reduction, default_reduction
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from jaxtyping import Float, Int
+    from torch import Tensor, nn
+
+    from ant_lightning.balancing.base import Balancer
+
+__all__ = ["BackwardReport", "multitask_backward", "task_gradients"]
+
+
+@dataclass(frozen=True)
+class BackwardReport:
+    """What `multitask_backward` did; all tensors are detached and equal on every rank.
+
+    Attributes:
+        finite: False if a loss or a gradient had a NaN or an infinity: then every `.grad` is None
+            and the balancer was left as it was, so skip the optimizer step.
+        objective: What was minimised, scalar.
+        task_losses: Mean loss of each task, `[k]`; NaN for a task without samples.
+        task_weights: Derivative of the objective with respect to `task_losses`, `[k]`.
+        num_samples: Samples of each task, `[k]`.
+        grad_norm: L2 norm of the gradient that was written, before any clipping, scalar.
+        gramian: Dot products of the task gradients `[k, k]` if this call made them, else None.
+    """
+
+    finite: bool
+    objective: Tensor
+    task_losses: Tensor
+    task_weights: Tensor
+    num_samples: Tensor
+    grad_norm: Tensor
+    gramian: Tensor | None = None
+
+
+def multitask_backward(
+    losses: Callable[[Tensor], Tensor],
+    tasks: Int[Tensor, " b"],
+    parameters: Iterable[nn.Parameter],
+    balancer: Balancer | None = None,
+    *,
+    num_tasks: int | None = None,
+    priors: Float[Tensor, " k"] | None = None,
+    micro_batch_size: int | None = None,
+    gradients: DenseTaskGradients | None = None,
+    reduction: Reduction | None = None,
+    loss_scale: Tensor | float = 1.0,
+) -> BackwardReport:
+    """Fill `.grad` of `parameters` with the balanced gradient of several tasks.
+
+    With `L_i` the mean loss of task i over the samples of all ranks and `pi_i` its prior, the
+    balancer is shown `k pi_i L_i` (`L_i` itself for the default prior 1/k). A `LossBalancer` makes
+    one objective of these and costs one backward pass. A `GradientBalancer` needs the gradient of
+    each task when its weights are due: every task is a micro-batch of its own samples, and as the
+    tasks' samples are disjoint the arithmetic is that of one pass over the batch; between
+    refreshes it costs one ordinary pass. Without a balancer the objective is the mean over all
+    samples.
+
+    A `.grad` that is there is replaced. Do not call it inside `DistributedDataParallel`'s
+    synchronised backward: sums over ranks are made here.
+
+    Args:
+        losses: Called with the positions `rows` of some samples of the batch, returns one loss
+            for each, `[len(rows)]`. Each sample is asked for exactly once.
+        tasks: Task of each sample of this rank's batch, `[b]` in `0 .. k-1`; on the CPU it costs
+            no synchronisation.
+        parameters: What to differentiate; those that need no gradient are passed over.
+        balancer: How to weight the tasks; None for the plain mean.
+        num_tasks: `k` if `balancer` is None (default: the largest task + 1).
+        priors: `pi [k]`, positive with sum 1: 1/k each by default, `|I_i| / T` to weight tasks by
+            their size.
+        micro_batch_size: Most samples in one forward pass; None for no limit.
+        gradients: Buffers to use again; by default new ones are made in each call.
+        reduction: Sums over ranks; by default over all ranks of `torch.distributed` if it was
+            initialised, which then must all call this function together.
+        loss_scale: `.grad` is left multiplied by this (for a gradient scaler in float16).
+
+    Returns:
+        What happened: see `BackwardReport`.
+
+    Raises:
+        ConfigError: If a task number, a prior or a size is out of its range.
+
+    Reference:
+        Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
+    """
+    shared = [p for p in parameters if p.requires_grad]
+    reduction = reduction or default_reduction()
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ConfigError(f"micro_batch_size: must be at least 1, found {micro_batch_size}")
+    batch = _Batch(losses, tasks, balancer, num_tasks, reduction, shared)
+    scaled_priors = _scaled_priors(priors, batch)
+
+    if isinstance(balancer, GradientBalancer) and balancer.refresh_due:
+        if gradients is None:
+            gradients = DenseTaskGradients(batch.num_tasks, shared, reduction=reduction)
+        _write_rows(gradients, batch, shared, micro_batch_size, loss_scale)
+        gramian = gradients.gramian()
+        task_losses = batch.mean_losses()
+        finite = batch.is_finite(gramian)
+        if finite:
+            shown = gramian * scaled_priors.outer(scaled_priors)
+            weights = balancer(shown).to(gramian) * scaled_priors
+            gradients.combine_(weights, scale=loss_scale)
+            grad_norm = (weights @ gramian @ weights).clamp(min=0).sqrt()
+        else:
+            weights, grad_norm = torch.full_like(scaled_priors, torch.nan), gramian.sum()
+        return _report(finite, shared, task_losses, weights, batch, grad_norm, gramian)
+
+    if balancer is None:
+        weights = batch.num_samples / batch.num_samples.sum()
+    elif isinstance(balancer, LossBalancer):
+        weights = balancer.loss_weights().to(scaled_priors) * scaled_priors
+    else:
+        weights = balancer.task_weights.to(scaled_priors) * scaled_priors
+    _weighted_backward(batch, weights, shared, micro_batch_size, loss_scale)
+    reduce_gradients_(shared, reduction=reduction)
+    task_losses = batch.mean_losses()
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in shared if p.grad is not None])
+    grad_norm = grad_norm / loss_scale
+    finite = batch.is_finite(grad_norm)
+    objective = None
+    if finite and isinstance(balancer, LossBalancer):
+        objective = _balancer_gradients(balancer, task_losses, scaled_priors, loss_scale)
+    elif finite and isinstance(balancer, GradientBalancer):
+        balancer.count_step()
+    return _report(finite, shared, task_losses, weights, batch, grad_norm, None, objective)
+
+
+def task_gradients(
+    losses: Callable[[Tensor], Tensor],
+    tasks: Int[Tensor, " b"],
+    parameters: Iterable[nn.Parameter],
+    *,
+    num_tasks: int,
+    micro_batch_size: int | None = None,
+    reduction: Reduction | None = None,
+) -> DenseTaskGradients:
+    """The gradients of the mean loss of each task, to look at; `.grad` is not touched.
+
+    Args and errors are those of `multitask_backward`; a task without samples has a zero row.
+    """
+    shared = [p for p in parameters if p.requires_grad]
+    reduction = reduction or default_reduction()
+    batch = _Batch(losses, tasks, None, num_tasks, reduction, shared)
+    gradients = DenseTaskGradients(num_tasks, shared, reduction=reduction)
+    _write_rows(gradients, batch, shared, micro_batch_size, 1.0)
+    return gradients
+
+
+class _Batch:
+    """The samples of one call: where each task's are, and the losses as they become known."""
+
+    def __init__(
+        self,
+        losses: Callable[[Tensor], Tensor],
+        tasks: Tensor,
+        balancer: Balancer | None,
+        num_tasks: int | None,
+        reduction: Reduction,
+        shared: Sequence[nn.Parameter],
+    ) -> None:
+        if not shared:
+            raise ConfigError("parameters: at least one that requires a gradient is needed, found 0")
+        if tasks.ndim != 1 or len(tasks) == 0 or tasks.is_floating_point():
+            found = f"{tasks.dtype} of shape {list(tasks.shape)}"
+            raise ConfigError(f"tasks: one integer for each sample is needed, found {found}")
+        on_host = tasks.cpu()
+        largest = int(on_host.max())
+        self.num_tasks = balancer.num_tasks if balancer else num_tasks or largest + 1
+        if int(on_host.min()) < 0 or largest >= self.num_tasks:
+            raise ConfigError(
+                f"tasks: each must be in 0 .. {self.num_tasks - 1}, "
+                f"found {int(on_host.min())} .. {largest}"
+            )
+        device = shared[0].device
+        counts = torch.bincount(on_host, minlength=self.num_tasks)
+        self.starts = [0, *counts.cumsum(0).tolist()]
+        self.order = on_host.argsort(stable=True).to(tasks.device)
+        self.tasks = on_host.to(device)
+        self.num_samples = reduction.all_reduce_(counts.to(device, torch.float64))
+        self._losses = losses
+        self._reduction = reduction
+        self._sums = torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
+
+    def losses_of(self, rows: Tensor) -> Tensor:
+        """One loss for each of `rows`, in float32 at least; remembered for the report."""
+        values = self._losses(rows)
+        if values.shape != rows.shape:
+            raise ConfigError(
+                f"losses: one value for each row is needed, shape {list(rows.shape)}, "
+                f"found {list(values.shape)}"
+            )
+        if values.dtype in {torch.float16, torch.bfloat16}:
+            values = values.float()
+        tasks = self.tasks[rows.to(self.tasks.device)]
+        self._sums.index_add_(0, tasks, values.detach().to(self._sums))
+        return values
+
+    def mean_losses(self) -> Tensor:
+        """Mean loss of each task over the samples of all ranks, once all were computed."""
+        return self._reduction.all_reduce_(self._sums) / self.num_samples
+
+    def is_finite(self, *values: Tensor) -> bool:
+        """Whether the sums of the losses and `values` are, the same on all ranks."""
+        every = [self._sums.isfinite().all(), *(v.isfinite().all() for v in values)]
+        return bool(torch.stack(every).all())
+
+
+def _chunks(rows: Tensor, size: int | None) -> Iterator[Tensor]:
+    """`rows` in pieces of at most `size`, as equal as they can be."""
+    if len(rows):
+        yield from rows.tensor_split(-(-len(rows) // (size or len(rows))))
+
+
+def _write_rows(
+    gradients: DenseTaskGradients,
+    batch: _Batch,
+    shared: Sequence[nn.Parameter],
+    micro_batch_size: int | None,
+    loss_scale: Tensor | float,
+) -> None:
+    """Row i becomes the gradient of the mean loss of task i; the samples are disjoint."""
+
+    def pieces(task: int, rows: Tensor) -> Iterator[Sequence[Tensor]]:
+        for chunk in _chunks(rows, micro_batch_size):
+            losses = batch.losses_of(chunk)
+            loss = losses.sum() / batch.num_samples[task].to(losses.dtype)
+            grads = torch.autograd.grad(
+                loss * loss_scale, shared, allow_unused=True, materialize_grads=True
+            )
+            if isinstance(loss_scale, torch.Tensor) or loss_scale != 1.0:
+                torch._foreach_div_(grads, loss_scale)
+            yield grads
+
+    for task, (start, stop) in enumerate(pairwise(batch.starts)):
+        gradients.write(task, pieces(task, batch.order[start:stop]))
+
+
+def _weighted_backward(
+    batch: _Batch,
+    weights: Tensor,
+    shared: Sequence[nn.Parameter],
+    micro_batch_size: int | None,
+    loss_scale: Tensor | float,
+) -> None:
+    """`.grad` becomes this rank's part of the gradient of `sum_i weights[i] L_i`."""
+    for p in shared:
+        p.grad = None
+    per_sample = (weights / batch.num_samples.clamp(min=1)).to(batch.tasks.device)[batch.tasks]
+    for rows in _chunks(torch.arange(len(batch.tasks), device=batch.order.device), micro_batch_size):
+        losses = batch.losses_of(rows)
+        loss = (losses * per_sample[rows.to(per_sample.device)].to(losses.dtype)).sum()
+        (loss * loss_scale).backward(inputs=shared)
+
+
+def _balancer_gradients(
+    balancer: LossBalancer, task_losses: Tensor, scaled_priors: Tensor, loss_scale: Tensor | float
+) -> Tensor:
+    """Gradients of the balancer's own parameters, from the losses of all ranks; the objective."""
+    own = [p for p in balancer.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        objective = balancer((task_losses.nan_to_num() * scaled_priors).float())
+    if own:
+        assign_gradients(own, torch.autograd.grad(objective * loss_scale, own))
+    return objective.detach()
+
+
+def _scaled_priors(priors: Tensor | None, batch: _Batch) -> Tensor:
+    """`k pi`, checked."""
+    device, k = batch.num_samples.device, batch.num_tasks
+    if priors is None:
+        return torch.ones(k, dtype=torch.float64, device=device)
+    if priors.shape != (k,) or bool((priors <= 0).any()) or abs(float(priors.sum()) - 1) > 1e-4:
+        raise ConfigError(f"priors: {k} positive numbers with sum 1 are needed, found {priors}")
+    return (k * priors).to(device, torch.float64)
+
+
+def _report(
+    finite: bool,
+    shared: Sequence[nn.Parameter],
+    task_losses: Tensor,
+    weights: Tensor,
+    batch: _Batch,
+    grad_norm: Tensor,
+    gramian: Tensor | None,
+    objective: Tensor | None = None,
+) -> BackwardReport:
+    """The report; without finite gradients none is left behind."""
+    if not finite:
+        for p in shared:
+            p.grad = None
+    weights = weights.detach().to(task_losses)
+    if objective is None:
+        objective = (weights * task_losses.nan_to_num()).sum()
+    return BackwardReport(
+        finite, objective, task_losses, weights, batch.num_samples, grad_norm, gramian
+    )

@@ -1,0 +1,177 @@
+"""Gradients of each task, held so that only their Gramian and their combinations are needed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.balancing.reduction import Reduction, padded_length
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+__all__ = ["DenseTaskGradients", "TaskGradients", "reduce_gradients_"]
+
+_CHUNK = 1 << 16  # columns whose dot products are made in float32 before they are added in float64
+
+
+class TaskGradients(ABC):
+    """The gradients `g_1 .. g_k` of `k` task losses with respect to the same parameters.
+
+    A training step uses only `gramian` and `combine_`; how and where the numbers are kept is up to
+    the implementation.
+    """
+
+    @abstractmethod
+    def gramian(self) -> Float[Tensor, "k k"]:
+        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
+
+    @abstractmethod
+    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
+        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`."""
+
+
+class DenseTaskGradients(TaskGradients):
+    """One row of `p` numbers for each task; every rank keeps a shard of each.
+
+    The rows are float32 whatever the parameters are (float64 if one is float64). With `N` ranks a
+    row is summed over ranks by one reduce-scatter as soon as its task is done, while the next
+    task is computed; the Gramian of the shards is all-reduced (k x k numbers) and the combination
+    is gathered: (k + 1) / 2 times the bytes of an all-reduce of one gradient.
+
+    Args:
+        num_tasks: `k`.
+        parameters: The shared parameters, `p` numbers in all. The object is bound to them and can
+            be filled again every step without a new allocation.
+        reduction: How sums over ranks are made.
+    """
+
+    def __init__(
+        self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
+    ) -> None:
+        if not parameters:
+            raise ConfigError("parameters: at least one that requires a gradient is needed, found 0")
+        self.parameters = list(parameters)
+        self.num_tasks = num_tasks
+        self.reduction = reduction
+        double = any(p.dtype == torch.float64 for p in self.parameters)
+        dtype = torch.float64 if double else torch.float32
+        device = self.parameters[0].device
+        length = padded_length(sum(p.numel() for p in self.parameters), reduction.world_size)
+        ranks = reduction.world_size
+        # Two full rows are enough when each is scattered while the next one is made.
+        num_full = num_tasks if ranks == 1 else min(2, num_tasks)
+        self._full = torch.zeros(num_full, length, dtype=dtype, device=device)
+        self._shards = (
+            self._full
+            if ranks == 1
+            else torch.zeros(num_tasks, length // ranks, dtype=dtype, device=device)
+        )
+        self._combined = torch.zeros(length, dtype=dtype, device=device)
+        self._views = [_views(row, self.parameters) for row in self._full]
+        self._pending: list[Callable[[], None]] = [_nothing] * num_full
+
+    def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
+        """Set row `task` to the sum of `gradients`, each one tensor a parameter, over all ranks."""
+        slot = task % len(self._full)
+        self._pending[slot]()
+        empty = True
+        for each in gradients:
+            if empty:
+                torch._foreach_copy_(self._views[slot], list(each))
+            else:
+                torch._foreach_add_(self._views[slot], list(each))
+            empty = False
+        if empty:
+            self._full[slot].zero_()
+        self._pending[slot] = self.reduction.reduce_scatter(self._shards[task], self._full[slot])
+
+    def gramian(self) -> Float[Tensor, "k k"]:
+        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
+        for wait in self._pending:
+            wait()
+        return self.reduction.all_reduce_(_gramian(self._shards))
+
+    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
+        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`."""
+        weights = (task_weights.to(self._shards.device) * scale).to(self._shards.dtype)
+        shard = weights @ self._shards
+        self.reduction.all_gather(self._combined, shard)
+        assign_gradients(self.parameters, _views(self._combined, self.parameters))
+
+    def rows(self) -> Float[Tensor, "k p"]:
+        """This rank's shard of every row: on one process the whole of them."""
+        for wait in self._pending:
+            wait()
+        return self._shards
+
+
+def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reduction) -> None:
+    """Replace each parameter's `.grad` by its sum over ranks; a missing one counts as zero."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    if reduction.world_size == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    flat = torch.empty(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
+    views = _views(flat, parameters)
+    torch._foreach_copy_(views, gradients)
+    reduction.all_reduce_(flat)
+    assign_gradients(parameters, views)
+
+
+def assign_gradients(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Set `.grad` of each parameter, in its own dtype."""
+    for p, value in zip(parameters, values, strict=True):
+        p.grad = value.to(p.dtype)
+
+
+def _nothing() -> None:
+    """What an unused buffer waits for."""
+
+
+def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """`flat` cut into tensors of the parameters' shapes and memory layouts."""
+    views, start = [], 0
+    for p in parameters:
+        # as_strided keeps channels-last layouts, so that copies and the optimizer stay contiguous.
+        views.append(flat[start : start + p.numel()].as_strided(p.shape, p.stride()))
+        start += p.numel()
+    return views
+
+
+def _gramian(rows: Tensor) -> Tensor:
+    """Dot products of rows `[k, p]`, float64: chunks in the rows' dtype, summed in float64."""
+    num_tasks, length = rows.shape
+    num_chunks = length // _CHUNK
+    with _full_precision():
+        tail = rows[:, num_chunks * _CHUNK :]
+        total = (tail @ tail.mT).double()
+        if num_chunks:
+            body = rows[:, : num_chunks * _CHUNK].view(num_tasks, num_chunks, _CHUNK)
+            chunks = body.transpose(0, 1)
+            total += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
+    return total
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 and no bfloat16 inside float32 products: a Gramian needs all its digits."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value

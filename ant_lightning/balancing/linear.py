@@ -1,0 +1,48 @@
+"""Linear scalarization: fixed weights, the control of every comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ant_lightning.balancing.base import LossBalancer
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["LinearScalarization"]
+
+
+class LinearScalarization(LossBalancer):
+    """`objective = sum_i w_i L_i` with fixed weights.
+
+    Args:
+        num_tasks: `k`.
+        weights: `k` positive numbers, used as they are; default 1/k each, the mean over tasks.
+
+    Raises:
+        ConfigError: If `weights` are not `k` positive finite numbers.
+    """
+
+    weights: Tensor
+
+    def __init__(self, num_tasks: int, *, weights: Sequence[float] | None = None) -> None:
+        super().__init__(num_tasks)
+        values = [1 / num_tasks] * num_tasks if weights is None else [float(w) for w in weights]
+        if len(values) != num_tasks or not all(0 < w < float("inf") for w in values):
+            raise ConfigError(f"weights: {num_tasks} positive numbers are needed, found {values}")
+        self.register_buffer("weights", torch.tensor(values, dtype=torch.float64))
+
+    def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
+        """The weighted sum of the task losses `[k]`."""
+        self._check_tasks(task_losses, "task_losses", 1)
+        dtype = torch.promote_types(task_losses.dtype, torch.float32)
+        return (self.weights.to(task_losses.device, dtype) * task_losses.to(dtype)).sum()
+
+    def loss_weights(self) -> Float[Tensor, " k"]:
+        """The fixed weights `[k]`, float64."""
+        return self.weights

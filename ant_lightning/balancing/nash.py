@@ -1,0 +1,175 @@
+"""NashMTL: the weights of the Nash bargaining solution between the tasks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ant_lightning.balancing.base import GradientBalancer
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+__all__ = ["NashMTL", "NashSolverError", "nash_weights"]
+
+
+class NashSolverError(ArithmeticError):
+    """No weights with `G alpha = 1 / alpha` were found."""
+
+
+def nash_weights(
+    gramian: Float[Tensor, "k k"],
+    *,
+    ridge: float = 1e-6,
+    solver: Literal["newton", "cvxpy"] = "newton",
+) -> Float[Tensor, " k"]:
+    """The positive `alpha` with `(G + ridge D) alpha = 1 / alpha`, `D` the diagonal of G.
+
+    With `C = D^-1/2 G D^-1/2` and `alpha = D^-1/2 b` this is the minimum of the strictly convex
+    `1/2 b^T (C + ridge) b - sum_i log b_i`, whatever the scale of the rows. It is found by damped
+    Newton steps, of length `1 / (1 + lambda)` while the Newton decrement `lambda` is above 1/4.
+    The ridge gives a solution where gradients oppose each other exactly.
+
+    A task without a gradient (`G[i, i] = 0`) takes no part. It gets the smallest alpha of the
+    others, 1 if there are none: the update does not depend on it, and when its gradient comes
+    back before the weights are refreshed, it does not dominate.
+
+    Args:
+        gramian: `G[i, j] = g_i . g_j`, `[k, k]`.
+        ridge: Added to the diagonal of C.
+        solver: `cvxpy` states the same problem to the CLARABEL solver (slower, for comparison).
+
+    Returns:
+        `alpha [k]`, float64, on the Gramian's device. It is solved on the host.
+
+    Raises:
+        NashSolverError: If the Gramian is not finite, or so far from positive semi-definite that
+            there is no solution.
+
+    Reference:
+        Navon et al., "Multi-Task Learning as a Bargaining Game", claim 3.1, arXiv 2202.01017.
+    """
+    G = gramian.detach().cpu().double().numpy()
+    squared_norms = np.diagonal(G)
+    if not np.isfinite(G).all() or (squared_norms < 0).any():
+        raise NashSolverError("the Gramian has a NaN, an infinity or a negative squared norm")
+    alpha = np.ones(len(G))
+    active = squared_norms > 0
+    if active.any():
+        inverse_norms = 1 / np.sqrt(squared_norms[active])
+        C = G[np.ix_(active, active)] * inverse_norms[:, None] * inverse_norms
+        C = (C + C.T) / 2 + ridge * np.eye(len(C))
+        b = _newton(C) if solver == "newton" else _cvxpy(C)
+        alpha[active] = b * inverse_norms
+        alpha[~active] = alpha[active].min()
+    return torch.from_numpy(alpha).to(gramian.device)
+
+
+def _newton(C: Array, *, max_steps: int = 200) -> Array:
+    """The minimum of `1/2 b^T C b - sum log b`, by steps that cannot leave `b > 0`."""
+    k = len(C)
+    total = C.sum()
+    if not total > 0:
+        raise NashSolverError("the Gramian is not positive semi-definite")
+    b = np.full(k, np.sqrt(k / total))  # the best of all equal weights
+    for _ in range(max_steps):
+        # In units of b: gradient b * (C b) - 1, Hessian diag(b) C diag(b) + 1.
+        hessian = C * b[:, None] * b
+        gradient = hessian.sum(1) - 1
+        hessian[np.diag_indices(k)] += 1
+        step = np.linalg.solve(hessian, gradient)
+        squared = gradient @ step
+        if not squared >= 0 or np.isinf(squared):
+            break
+        decrement = float(np.sqrt(squared))
+        b = b * (1 - step / (1 + decrement if decrement > 0.25 else 1))
+        # The error of the step just made is of the order of decrement^2.
+        if decrement < 1e-7:
+            return b
+    raise NashSolverError("Newton's iteration did not converge")
+
+
+def _cvxpy(C: Array) -> Array:
+    """The same minimum, by an interior-point solver."""
+    import cvxpy as cp  # noqa: PLC0415 - 0.5 s of imports that only this solver needs
+
+    b = cp.Variable(len(C))
+    objective = cp.quad_form(b, cp.psd_wrap(C)) / 2 - cp.sum(cp.log(b))
+    problem = cp.Problem(cp.Minimize(objective))
+    tight = {"tol_gap_abs": 1e-13, "tol_gap_rel": 1e-13, "tol_feas": 1e-13}
+    try:
+        with warnings.catch_warnings():
+            # That the tolerances were not quite reached; the residual below is what counts.
+            warnings.filterwarnings("ignore", message="Solution may be inaccurate")
+            problem.solve(solver=cp.CLARABEL, **tight)
+    except cp.error.SolverError as error:
+        raise NashSolverError(f"CLARABEL: {error}") from error
+    value = b.value
+    if value is None or not np.abs(value * (C @ value) - 1).max() < 1e-4:
+        raise NashSolverError(f"CLARABEL: no solution, status {problem.status}")
+    return np.asarray(value, dtype=np.float64)
+
+
+class NashMTL(GradientBalancer):
+    """Weights `alpha / k`, with `alpha` from `nash_weights`, refreshed every 25 steps.
+
+    On a refresh the update has the norm `sqrt(k) / k`, whatever the gradients' scale. If there is
+    no solution, the weights in force are kept (1/k before the first refresh), `num_failures` goes
+    up by one, and the first time a `UserWarning` says so.
+
+    Args:
+        num_tasks: `k`.
+        update_every: Steps from one refresh to the next (25 in the official code).
+        solver: How the weights are solved for: see `nash_weights`.
+
+    Raises:
+        ConfigError: If `solver` is unknown or a number is below 1.
+
+    Reference:
+        Navon et al., "Multi-Task Learning as a Bargaining Game", arXiv 2202.01017. The official
+        code solves a sequence of linearised problems that mostly fails when the gradients' norms
+        span four decades.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        *,
+        update_every: int = 25,
+        solver: Literal["newton", "cvxpy"] = "newton",
+    ) -> None:
+        super().__init__(num_tasks, update_every=update_every)
+        if solver not in {"newton", "cvxpy"}:
+            raise ConfigError(f"solver: must be 'newton' or 'cvxpy', found {solver!r}")
+        self.solver: Literal["newton", "cvxpy"] = solver
+        self.num_failures = 0
+
+    def solve(self, gramian: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
+        """`alpha / k`, or the weights in force."""
+        try:
+            return nash_weights(gramian, solver=self.solver) / self.num_tasks
+        except NashSolverError as error:
+            self.num_failures += 1
+            if self.num_failures == 1:
+                warnings.warn(
+                    f"NashMTL found no weights and keeps the last ones: {error}. This is said "
+                    "once; num_failures counts on.",
+                    stacklevel=2,
+                )
+            return self.kept_weights.to(gramian)
+
+    def get_extra_state(self) -> Tensor:
+        """Steps made with the kept weights, and failures."""
+        return torch.cat([super().get_extra_state(), torch.tensor([self.num_failures])])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what `get_extra_state` gave."""
+        super().set_extra_state(state)
+        self.num_failures = int(state[1])

@@ -1,0 +1,93 @@
+"""LightningCLI with what every run of this package has: EMA, checkpoints, one-line errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import ant_lightning.balancing
+import ant_lightning.clustering
+import ant_lightning.diffusion
+import ant_lightning.metrics  # noqa: F401 - short class names in YAML are looked up among imports
+from ant_lightning.callbacks import EMA, SampleWriter, TrainingProgress
+from ant_lightning.data import ImageDataModule
+from ant_lightning.errors import ConfigError
+from ant_lightning.modules import MultiTaskDiffusion
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["AntCLI", "run"]
+
+
+class AntCLI(LightningCLI):
+    """The command line.
+
+    `ema`, `checkpoint` and `samples` are settings of their own and not entries of
+    `trainer.callbacks`: a later `--config` may replace that list and cannot lose them.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callbacks that every run has."""
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(SampleWriter, "samples")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}"})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
+        """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint never overrides a setting; the modules compare and report instead."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Put our progress bar where Lightning's would be."""
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for i, callback in enumerate(callbacks):
+            if isinstance(callback, ProgressBar):
+                callbacks[i] = TrainingProgress()
+        return trainer
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
+        settings = self.config[self.config.subcommand].trainer
+        ours = {
+            "gradient_clip_val": (None, "model.clip_grad_norm"),
+            "gradient_clip_algorithm": (None, "model.clip_grad_norm"),
+            "accumulate_grad_batches": (1, "model.accumulate_grad_batches"),
+        }
+        for name, (neutral, replacement) in ours.items():
+            value = settings.get(name)
+            if value not in (None, neutral):
+                raise ConfigError(
+                    f"trainer.{name}: the step of every method is made by the module, so use "
+                    f"{replacement} in its place, found {value}"
+                )
+
+
+def run(args: Sequence[str]) -> AntCLI:
+    """Parse `args` and run the command.
+
+    Raises:
+        ConfigError: For anything wrong with the arguments or the files they name.
+    """
+    try:
+        return AntCLI(
+            MultiTaskDiffusion,
+            ImageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+            save_config_kwargs={"overwrite": True},
+            args=list(args),
+        )
+    except (ArgumentError, MisconfigurationException) as error:
+        raise ConfigError(str(error)) from error

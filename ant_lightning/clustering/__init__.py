@@ -1,0 +1,25 @@
+"""Timesteps grouped into tasks: costs of segments, their exact partition, clusters to draw from."""
+
+from ant_lightning.clustering.clusterings import (
+    Clustering,
+    FixedClustering,
+    GradientClustering,
+    SNRClustering,
+    TimestepClustering,
+)
+from ant_lightning.clustering.clusters import TimestepClusters
+from ant_lightning.clustering.costs import affinity_costs, snr_costs, timestep_costs
+from ant_lightning.clustering.partition import partition
+
+__all__ = [
+    "Clustering",
+    "FixedClustering",
+    "GradientClustering",
+    "SNRClustering",
+    "TimestepClustering",
+    "TimestepClusters",
+    "affinity_costs",
+    "partition",
+    "snr_costs",
+    "timestep_costs",
+]

@@ -1,0 +1,135 @@
+"""Costs of segments of timesteps, the input of `partition`.
+
+Each function gives `costs [T, T]`, float64 on the CPU: entry `[l, r]` with `l <= r` is the cost of
+the segment `l .. r`, both ends in, whose centre is `c = (l + r + 1) // 2`. There is no segment
+with `l > r`: these entries are infinite.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+    Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+__all__ = ["affinity_costs", "snr_costs", "timestep_costs"]
+
+
+def timestep_costs(num_timesteps: int) -> Float[Tensor, "T T"]:
+    """Distance in timesteps: `costs[l, r] = sum_{t=l..r} (t - c)^2`.
+
+    The cost depends on the length `n = r - l + 1` alone: `n (n^2 - 1) / 12` for odd n and
+    `n (n^2 + 2) / 12` for even n, whole numbers and therefore exact.
+
+    Raises:
+        ConfigError: If `num_timesteps` is below 1.
+
+    Reference:
+        Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
+    """
+    if num_timesteps < 1:
+        raise ConfigError(f"num_timesteps: must be at least 1, found {num_timesteps}")
+    n = np.arange(1, num_timesteps + 1)
+    by_length = n * (n * n + np.where(n % 2, -1, 2)) // 12
+    # Row l of this view of `inf .. inf, cost(1) .. cost(T)` begins l places further left.
+    padded = np.concatenate([np.full(num_timesteps - 1, np.inf), by_length])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, num_timesteps)
+    return torch.from_numpy(windows[::-1].copy())
+
+
+def snr_costs(log_snr: Float[Tensor, " T"], *, power: float = 1) -> Float[Tensor, "T T"]:
+    """Distance in log-SNR: `costs[l, r] = sum_{t=l..r} |log_snr[t] - log_snr[c]|^power`.
+
+    Args:
+        log_snr: Log signal-to-noise ratio of each timestep, `[T]`, finite, in any order.
+        power: 1 as the official code has it (our default), 2 as the paper has it.
+
+    Raises:
+        ConfigError: If `log_snr` is not one finite vector or `power` is not above 0.
+
+    Reference:
+        Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
+        The official code rounds the centre's half to even; here it always rounds up.
+    """
+    if power <= 0:
+        raise ConfigError(f"power: must be above 0, found {power}")
+    values = _as_array(log_snr)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ConfigError(
+            f"log_snr: one vector of finite numbers is needed, found shape {values.shape} with "
+            f"{int((~np.isfinite(values)).sum())} numbers that are not finite"
+        )
+
+    def distances(c: int) -> Array:
+        """Of all timesteps from `c`."""
+        away: Array = np.abs(values - values[c])
+        if power != 1:
+            away **= power
+        return away
+
+    return _sums_from_centre(distances, len(values))
+
+
+def affinity_costs(affinity: Float[Tensor, "T T"]) -> Float[Tensor, "T T"]:
+    """Minus the affinity with the centre: `costs[l, r] = -sum_{t=l..r} affinity[c, t]`.
+
+    Args:
+        affinity: Task affinity scores of all pairs of timesteps, `[T, T]`, finite.
+
+    Raises:
+        ConfigError: If `affinity` is not one finite square matrix.
+
+    Reference:
+        Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
+        The official code costs a single timestep -1; here it is minus its own affinity.
+    """
+    values = _as_array(affinity)
+    square = values.ndim == 2 and values.shape[0] == values.shape[1] and values.size
+    if not square or not np.isfinite(values).all():
+        raise ConfigError(
+            f"affinity: a square matrix of finite numbers is needed, found shape {values.shape} "
+            f"with {int((~np.isfinite(values)).sum())} numbers that are not finite"
+        )
+    return _sums_from_centre(lambda c: -values[c], len(values))
+
+
+def _as_array(values: Tensor) -> Array:
+    """`values` as float64 numpy array on the host."""
+    return torch.as_tensor(values).detach().cpu().double().numpy()
+
+
+def _sums_from_centre(pairs: Callable[[int], Array], n: int) -> Tensor:
+    """`costs[l, r] = sum_{t=l..r} pairs(c)[t]`, adding outwards from the centre c.
+
+    Differences of sums from 0 would be shorter, but where the numbers span decades they cancel:
+    this way single timesteps and equal values cost exactly 0.
+    """
+    costs = np.full((n, n), np.inf)
+    flat = costs.reshape(-1)
+    for c in range(n):
+        row = pairs(c)
+        # Segments c-j .. c+j and c-j .. c+j-1 have their centre at c: two antidiagonals, along
+        # which the flat index falls by n - 1.
+        num_odd, num_even = min(c, n - 1 - c), min(c, n - c)
+        right = np.cumsum(row[c : c + num_odd + 1])
+        left = np.cumsum(row[c - num_even : c][::-1])
+        costs[c, c] = right[0]
+        if num_odd:
+            stop = (c - num_odd) * n + c + num_odd
+            segments = flat[stop : c * n + c : n - 1][::-1]
+            np.add(left[:num_odd], right[1 : num_odd + 1], out=segments)
+        if num_even:
+            stop = (c - num_even) * n + c + num_even - 1
+            segments = flat[stop : (c - 1) * n + c + 1 : n - 1][::-1]
+            np.add(left[:num_even], right[:num_even], out=segments)
+    return torch.from_numpy(costs)

@@ -1,0 +1,91 @@
+"""The 1,797 handwritten digits that come with scikit-learn: real data without a download."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.data.batch import Batch
+from ant_lightning.data.loader import ImageDataset
+from ant_lightning.data.module import ImageDataModule
+from ant_lightning.errors import ConfigError
+from ant_lightning.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DigitsData", "load_digits"]
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """All digits: images `[1797, 1, 8, 8]` float32 in [-1, 1] and labels `[1797]`.
+
+    The data has 17 grey levels, 0 to 16; a level v becomes v / 8 - 1.
+
+    Reference:
+        Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
+    """
+    from sklearn import datasets  # noqa: PLC0415 - half a second, and only digits need it
+
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1
+    return images, torch.from_numpy(labels).long()
+
+
+class TensorImages(ImageDataset):
+    """Images that lie in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:  # noqa: ARG002
+        """The images at `indices`; nothing is augmented."""
+        rows = torch.tensor(indices)
+        return Batch(self.images[rows], self.labels[rows], rows)
+
+
+class DigitsData(ImageDataModule):
+    """8x8 grey digits of 10 classes, split at random into training and held-out images.
+
+    Args:
+        batch_size: Images of one optimizer step, over all ranks.
+        num_held_out: Images that are never trained on: validation, test, reference of FID.
+        split_seed: Decides which; part of the data set, so not the seed of the run.
+        seed: Order of the training images; the CLI sets it to the seed of the run.
+
+    Raises:
+        ConfigError: If a size does not fit the 1,797 images.
+    """
+
+    image_shape = (1, 8, 8)
+    num_classes = 10
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 128,
+        num_held_out: int = 360,
+        split_seed: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=0, seed=seed)
+        if not 1 <= num_held_out < 1797:
+            raise ConfigError(f"data.num_held_out: must be from 1 to 1796, found {num_held_out}")
+        self.num_held_out = num_held_out
+        self.split_seed = split_seed
+
+    def prepare(self) -> tuple[ImageDataset, ImageDataset]:
+        """Training and held-out images."""
+        images, labels = load_digits()
+        generator = keyed_generator(self.split_seed, "digits split")
+        order = torch.randperm(len(images), generator=generator)
+        held_out, train = order[: self.num_held_out], order[self.num_held_out :]
+        return (
+            TensorImages(images[train], labels[train]),
+            TensorImages(images[held_out], labels[held_out]),
+        )

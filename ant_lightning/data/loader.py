@@ -1,0 +1,156 @@
+"""A training loader whose order is a function of (seed, position), so that it can resume anywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import randperm
+from torch.utils.data import DataLoader, Dataset
+
+from ant_lightning.errors import ConfigError
+from ant_lightning.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from ant_lightning.data.batch import Batch
+
+__all__ = ["ImageDataset", "ShuffledLoader", "evaluation_loader"]
+
+
+class ImageDataset(Dataset["Batch"]):
+    """Images that are fetched by the batch.
+
+    `load` gets positions and the epoch; an augmentation must be a function of (seed, epoch,
+    position) alone, and is left out for `epoch=None`.
+    """
+
+    def __len__(self) -> int:
+        raise TypeError(f"{type(self).__name__} has no length")
+
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
+        """The images at `indices`."""
+        raise TypeError(f"{type(self).__name__} does not say how to load")
+
+    def __getitem__(self, key: tuple[int | None, list[int]]) -> Batch:
+        epoch, indices = key
+        return self.load(indices, epoch=epoch)
+
+
+class ShuffledLoader:
+    """Batches of a permutation of the data for each epoch; the end of an epoch is dropped.
+
+    One pass over the object yields `len(loader)` batches from where the last pass ended, or from
+    the position of a loaded state: a run that was stopped in the middle of an epoch sees the
+    batches it would have seen. Rank r of N gets the r-th slice of each global batch, so the global
+    batches do not depend on N.
+
+    Args:
+        dataset: The images.
+        batch_size: Images of one optimizer step, over all ranks and accumulation.
+        seed: Decides every permutation.
+        rank: Number of this rank.
+        world_size: Number of ranks; must divide `batch_size`.
+        num_workers: Processes that load; 0 loads in this one.
+
+    Raises:
+        ConfigError: If `batch_size` does not fit the data or the ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        if not 1 <= batch_size <= len(dataset):
+            raise ConfigError(
+                f"data.batch_size: must be from 1 to the {len(dataset)} training images, "
+                f"found {batch_size}"
+            )
+        if batch_size % world_size:
+            raise ConfigError(
+                f"data.batch_size: counts the images of all ranks and must be a multiple of their "
+                f"number {world_size}, found {batch_size}"
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.position = 0
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._num_workers = num_workers
+        self._batches: Iterator[Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(len(self)):
+            if self._batches is None:
+                self._batches = self._from(self.position)
+            batch = next(self._batches)
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches taken since the start of training."""
+        return {"position": self.position, "seed": self._seed, "batch_size": self.batch_size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind the batches that `state` had taken."""
+        # With another batch size the epochs have another length: keep the number of images seen.
+        self.position = state["position"] * state["batch_size"] // self.batch_size
+        self._batches = None
+
+    def _from(self, position: int) -> Iterator[Batch]:
+        """An endless stream: workers are started once, not every epoch."""
+        keys = _Keys(self, position)
+        workers = self._num_workers
+        loader = DataLoader(
+            self.dataset, batch_size=None, sampler=keys, num_workers=workers, pin_memory=False
+        )
+        return iter(loader)
+
+    def _permutation(self, epoch: int) -> Tensor:
+        generator = keyed_generator(self._seed, "order", epoch)
+        return randperm(len(self.dataset), generator=generator)
+
+
+class _Keys:
+    """(epoch, indices) of each batch of one rank, without end."""
+
+    def __init__(self, loader: ShuffledLoader, position: int) -> None:
+        self._loader = loader
+        self._position = position
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        loader = self._loader
+        size = loader.batch_size // loader._world_size
+        epoch, first = divmod(self._position, len(loader))
+        while True:
+            order = loader._permutation(epoch)
+            for batch in range(first, len(loader)):
+                start = batch * loader.batch_size + loader._rank * size
+                yield epoch, order[start : start + size].tolist()
+            epoch, first = epoch + 1, 0
+
+
+def evaluation_loader(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+) -> DataLoader[Any]:
+    """All images in order, once; rank r of N gets the images r, r + N, ..."""
+    mine = list(range(rank, len(dataset), world_size))
+    keys = [(None, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
+    return DataLoader(dataset, batch_size=None, sampler=keys, num_workers=num_workers)

@@ -1,0 +1,88 @@
+"""Classifier-free guidance: a conditional network as a function of (x_t, t) alone."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float, Int
+
+__all__ = ["GuidedDenoiser"]
+
+
+class GuidedDenoiser:
+    """`guided = uncond + scale (cond - uncond)` on the prediction; the variance is cond's.
+
+    The conditional and the unconditional half run as one doubled batch; `scale = 1` is the
+    conditional network alone, at half the cost.
+
+    Args:
+        model: called as `model(x, t, labels)`.
+        labels: int64 [b], the classes of the batch; None for an unconditional network, which is
+            then called as `model(x, t, None)` and cannot be guided.
+        null_label: the class that stands for "none".
+        scale: 1 is no guidance, above 1 pushes towards the class.
+        guided_channels: how many of the first channels are guided; None is all channels of the
+            image. 3 is what the official DiT does to its 4 latent channels.
+
+    Raises:
+        ConfigError: a scale that is not finite, or not 1 without labels; `guided_channels` below 1.
+
+    Reference: Ho and Salimans, Classifier-Free Diffusion Guidance, arXiv 2207.12598, equation 6
+    (its w is scale - 1).
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        labels: Tensor | None,
+        *,
+        null_label: int,
+        scale: float,
+        guided_channels: int | None = None,
+    ) -> None:
+        if not math.isfinite(scale):
+            raise ConfigError(f"scale must be finite, found {scale}")
+        if labels is None and scale != 1.0:
+            raise ConfigError(f"scale must be 1 for a network without labels, found {scale}")
+        if guided_channels is not None and guided_channels < 1:
+            raise ConfigError(f"guided_channels must be at least 1, found {guided_channels}")
+        self.model = model
+        self.labels = labels
+        self.null_label = null_label
+        self.scale = scale
+        self.guided_channels = guided_channels
+
+    def __call__(
+        self, x_t: Float[Tensor, "b c ..."], t: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b o ..."]:
+        """Give the guided output of the network, with as many channels as the network's.
+
+        Raises:
+            ConfigError: the batch has another size than `labels`, or fewer channels than
+                `guided_channels`.
+        """
+        if self.labels is not None and len(x_t) != len(self.labels):
+            raise ConfigError(f"labels must be {len(x_t)}, one per image, found {len(self.labels)}")
+        num_guided = self.guided_channels or x_t.shape[1]
+        if num_guided > x_t.shape[1]:
+            raise ConfigError(
+                f"guided_channels must not exceed the image's {x_t.shape[1]}, found {num_guided}"
+            )
+        if self.labels is None or self.scale == 1.0:
+            return self.model(x_t, t, self.labels)
+        labels = torch.cat([self.labels, torch.full_like(self.labels, self.null_label)])
+        output = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels)
+        cond, uncond = output.chunk(2)
+        cond_part, uncond_part = cond[:, :num_guided], uncond[:, :num_guided]
+        guided = uncond_part + self.scale * (cond_part - uncond_part)
+        # Unguided channels, and the variance values behind the prediction, stay conditional.
+        return torch.cat([guided, cond[:, num_guided:]], dim=1)

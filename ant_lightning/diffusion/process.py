@@ -1,0 +1,218 @@
+"""The diffusion process: what a network's output means, and the reverse step it stands for."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ant_lightning.diffusion.forward import ForwardProcess
+from ant_lightning.diffusion.prediction import (
+    PredictionType,
+    check_prediction_type,
+    eps_of,
+    v_of,
+    x0_of,
+)
+from ant_lightning.diffusion.schedules import NoiseSchedule, TableSchedule
+from ant_lightning.diffusion.tables import at_least_float32, gather
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Float, Int
+
+__all__ = ["DiffusionProcess", "PMeanVariance", "VarianceType"]
+
+VarianceType: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
+_VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
+
+
+class PMeanVariance(NamedTuple):
+    """The model's p(x_{t-1} | x_t), each [b, c, ...], and the predictions that it came from."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    x_start: Tensor
+    eps: Tensor
+
+
+class DiffusionProcess(ForwardProcess):
+    """A forward process together with the meaning of the network's output.
+
+    Images are [b, c, ...], timesteps int64 [b] that index this process' own tables.
+
+    Args:
+        schedule: gives the betas.
+        prediction_type: what the network predicts.
+        variance_type: the variance of p(x_{t-1} | x_t): that of the posterior, beta, or learned,
+            by a second set of c output channels, on the log scale between the two.
+
+    Raises:
+        ConfigError: an unknown prediction or variance type, or betas outside (0, 1).
+
+    Reference: Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672 (learned range).
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        *,
+        prediction_type: PredictionType = "eps",
+        variance_type: VarianceType = "fixed_small",
+    ) -> None:
+        super().__init__(schedule)
+        check_prediction_type(prediction_type)
+        if variance_type not in _VARIANCE_TYPES:
+            raise ConfigError(
+                f"variance_type must be one of {', '.join(_VARIANCE_TYPES)}, found {variance_type}"
+            )
+        self.prediction_type: PredictionType = prediction_type
+        self.variance_type: VarianceType = variance_type
+        self._respaced: dict[tuple[int, ...], DiffusionProcess] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_respaced": {}}
+
+    def output_channels(self, channels: int) -> int:
+        """How many channels the network gives for images of `channels`: twice for learned_range."""
+        return 2 * channels if self.variance_type == "learned_range" else channels
+
+    def split_output(
+        self, model_output: Float[Tensor, "b o ..."], channels: int
+    ) -> tuple[Float[Tensor, "b c ..."], Float[Tensor, "b c ..."] | None]:
+        """Split the output into the prediction and, for learned_range, the variance values.
+
+        Both are cast to float32 at least: a loss must not be reduced in half precision.
+
+        Raises:
+            ConfigError: the output has not `output_channels(channels)` channels.
+        """
+        expected = self.output_channels(channels)
+        if model_output.shape[1] != expected:
+            raise ConfigError(
+                f"the network must give {expected} channels for images of {channels} with "
+                f"variance_type = {self.variance_type}, found {model_output.shape[1]}"
+            )
+        model_output = model_output.to(at_least_float32(model_output))
+        if self.variance_type != "learned_range":
+            return model_output, None
+        return model_output[:, :channels], model_output[:, channels:]
+
+    def target(
+        self,
+        x_start: Float[Tensor, "b c ..."],
+        noise: Float[Tensor, "b c ..."],
+        timesteps: Int[Tensor, " b"],
+    ) -> Float[Tensor, "b c ..."]:
+        """What the network should predict: the noise, x_start, or `v = a noise - s x_start`."""
+        if self.prediction_type == "eps":
+            return noise
+        if self.prediction_type == "x0":
+            return x_start
+        level = self._levels(x_start, timesteps)
+        return level["a"] * noise - level["s"] * x_start
+
+    def to_x_start(
+        self,
+        prediction: Float[Tensor, "b c ..."],
+        x_t: Float[Tensor, "b c ..."],
+        timesteps: Int[Tensor, " b"],
+        *,
+        prediction_type: PredictionType | None = None,
+    ) -> Float[Tensor, "b c ..."]:
+        """Convert a prediction (of this process' type unless another is named) into x_start."""
+        kind = prediction_type or self.prediction_type
+        return x0_of(kind, prediction, x_t=x_t, **self._levels(x_t, timesteps))
+
+    def to_eps(
+        self,
+        prediction: Float[Tensor, "b c ..."],
+        x_t: Float[Tensor, "b c ..."],
+        timesteps: Int[Tensor, " b"],
+        *,
+        prediction_type: PredictionType | None = None,
+    ) -> Float[Tensor, "b c ..."]:
+        """Convert a prediction (of this process' type unless another is named) into eps."""
+        kind = prediction_type or self.prediction_type
+        return eps_of(kind, prediction, x_t=x_t, **self._levels(x_t, timesteps))
+
+    def to_v(
+        self,
+        prediction: Float[Tensor, "b c ..."],
+        x_t: Float[Tensor, "b c ..."],
+        timesteps: Int[Tensor, " b"],
+        *,
+        prediction_type: PredictionType | None = None,
+    ) -> Float[Tensor, "b c ..."]:
+        """Convert a prediction (of this process' type unless another is named) into v."""
+        kind = prediction_type or self.prediction_type
+        return v_of(kind, prediction, x_t=x_t, **self._levels(x_t, timesteps))
+
+    def p_mean_variance(
+        self,
+        model_output: Float[Tensor, "b o ..."],
+        x_t: Float[Tensor, "b c ..."],
+        timesteps: Int[Tensor, " b"],
+        *,
+        clip_denoised: bool = True,
+    ) -> PMeanVariance:
+        """The reverse step p(x_{t-1} | x_t) that the network's output stands for.
+
+        The mean is the posterior's at the predicted x_start, clipped to [-1, 1] if asked;
+        `eps` is what the (clipped) x_start implies. A learned log-variance is
+        `f log(beta) + (1 - f) log(posterior variance)`, f = (value + 1) / 2.
+
+        Reference: Nichol and Dhariwal, arXiv 2102.09672, equation 15.
+        """
+        prediction, values = self.split_output(model_output, x_t.shape[1])
+        x_start = self.to_x_start(prediction, x_t, timesteps)
+        if clip_denoised:
+            x_start = x_start.clamp(-1, 1)
+        mean, variance, log_variance = self.q_posterior(x_start, x_t, timesteps)
+        tables = self.tables(x_t.device)
+        if values is not None:
+            fraction = (values + 1) / 2
+            log_beta = gather(tables.log_betas, timesteps, x_t)
+            log_variance = fraction * log_beta + (1 - fraction) * log_variance
+            variance = log_variance.exp()
+        elif self.variance_type == "fixed_large":
+            variance = gather(tables.fixed_large_variance, timesteps, x_t)
+            log_variance = gather(tables.fixed_large_log_variance, timesteps, x_t)
+        eps = self.to_eps(x_start, x_t, timesteps, prediction_type="x0")
+        return PMeanVariance(
+            mean, variance.expand_as(mean), log_variance.expand_as(mean), x_start, eps
+        )
+
+    def respace(self, timesteps: Sequence[int]) -> DiffusionProcess:
+        """The process that visits only `timesteps`: the same marginals, fewer steps.
+
+        `beta'_i = 1 - abar_{t_i} / abar_{t_{i-1}}`. The result is kept, so that asking again
+        for the same timesteps builds no tables.
+
+        Raises:
+            ConfigError: the timesteps are empty, do not increase, or leave [0, T).
+        """
+        key = tuple(int(t) for t in timesteps)
+        increasing = all(a < b for a, b in pairwise(key))
+        if not key or not increasing or key[0] < 0 or key[-1] >= self.num_timesteps:
+            raise ConfigError(
+                f"timesteps must be increasing and inside [0, {self.num_timesteps}), "
+                f"found {list(key[:8])}{' ...' if len(key) > 8 else ''}"
+            )
+        if key not in self._respaced:
+            kept = torch.tensor(key)
+            abar = self.alphas_cumprod[kept]
+            betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
+            process = DiffusionProcess(
+                TableSchedule(betas.tolist()),
+                prediction_type=self.prediction_type,
+                variance_type=self.variance_type,
+            )
+            process._timestep_map = self._timestep_map[kept]
+            self._respaced[key] = process
+        return self._respaced[key]

@@ -1,0 +1,11 @@
+"""The error classes of the package; the command line turns them into one line and exit code 2."""
+
+__all__ = ["ConfigError", "NonFiniteError"]
+
+
+class ConfigError(ValueError):
+    """A setting breaks a rule; the message names the setting, the rule and the value found."""
+
+
+class NonFiniteError(RuntimeError):
+    """Too many training steps in a row had a NaN or an infinity in a loss or a gradient."""

@@ -1,0 +1,74 @@
+"""The Inception score: how sure a classifier is of each image, and how varied its answers are."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ant_lightning.errors import ConfigError
+
+__all__ = ["MeanAndStd", "inception_score"]
+
+
+class MeanAndStd(NamedTuple):
+    """Mean and standard deviation (denominator n) over splits or subsets."""
+
+    mean: float
+    std: float
+
+
+def inception_score(
+    logits: Tensor,
+    *,
+    num_splits: int = 10,
+    split_size: int | None = None,
+    seed: int | None = 2020,
+) -> MeanAndStd:
+    r"""The Inception score of logits ``[n, c]``, per consecutive chunk, in float64.
+
+    .. math:: \exp \frac{1}{n} \sum_i KL(p(y \mid x_i) \,\|\, \frac{1}{n} \sum_j p(y \mid x_j))
+
+    Two rules cut the chunks. ``num_splits`` is torch-fidelity's: images are shuffled by ``seed``,
+    then chunk i ends at (i + 1) n // num_splits. ``split_size`` is the ADM evaluator's: chunks
+    of that many rows, the last may be shorter, all of one weight (``seed=None`` and 5000 there).
+
+    Args:
+        logits: Class scores ``[n, c]``.
+        num_splits: Number of chunks; ignored when ``split_size`` is given.
+        split_size: Rows per chunk.
+        seed: Of the shuffle, drawn as torch-fidelity does; null keeps the order.
+
+    Raises:
+        ConfigError: No logits, or more splits than images.
+
+    Reference:
+        Salimans et al., "Improved Techniques for Training GANs", arXiv 1606.03498.
+    """
+    if logits.ndim != 2 or len(logits) == 0:
+        raise ConfigError(f"logits must have shape [n, c] with n >= 1, got {list(logits.shape)}")
+    num_images = len(logits)
+    if split_size is not None:
+        if split_size < 1:
+            raise ConfigError(f"split_size must be at least 1, got {split_size}")
+        edges = [*range(0, num_images, split_size), num_images]
+    else:
+        if not 1 <= num_splits <= num_images:
+            raise ConfigError(
+                f"num_splits must be in 1 to the number of images ({num_images}), got {num_splits}"
+            )
+        edges = [i * num_images // num_splits for i in range(num_splits + 1)]
+    if seed is not None:
+        order = np.random.RandomState(seed).permutation(num_images)
+        logits = logits[torch.from_numpy(order).to(logits.device)]
+    log_p = logits.double().log_softmax(1)
+    scores = []
+    for start, stop in pairwise(edges):
+        chunk = log_p[start:stop]
+        log_marginal = chunk.logsumexp(0) - np.log(stop - start)
+        divergence = (chunk.exp() * (chunk - log_marginal)).sum(1).mean()
+        scores.append(divergence.exp().item())
+    return MeanAndStd(float(np.mean(scores)), float(np.std(scores)))

@@ -1,0 +1,163 @@
+"""Statistics of the real images, read from and written to npz files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ant_lightning.errors import ConfigError
+from ant_lightning.metrics.image_files import npz_shapes
+from ant_lightning.metrics.moments import GaussianStatistics
+
+__all__ = ["ReferenceStatistics", "load_reference", "save_reference"]
+
+
+@dataclass(frozen=True)
+class ReferenceStatistics:
+    """What the metrics need of the real images.
+
+    Args:
+        gaussian: Mean and covariance of the features; all that FID needs.
+        features: The features ``[n, d]`` where they were kept: precision, recall, KID and the
+            companions of FID need them.
+        extractor: Name of the extractor; empty for a file of the ADM evaluator.
+        fingerprint: Of data and preprocessing; empty where unknown.
+        image_shape: Shape (c, h, w) of one image; null where unknown.
+    """
+
+    gaussian: GaussianStatistics
+    features: Tensor | None = None
+    extractor: str = ""
+    fingerprint: str = ""
+    image_shape: tuple[int, int, int] | None = None
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Tensor,
+        *,
+        extractor: str = "",
+        fingerprint: str = "",
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> ReferenceStatistics:
+        """The statistics of features ``[n, d]``, which are kept."""
+        gaussian = GaussianStatistics.from_features(features)
+        return cls(gaussian, features, extractor, fingerprint, image_shape)
+
+    def check(
+        self,
+        *,
+        num_features: int,
+        extractor: str = "",
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        """Refuse to be compared with features of another dimension, network or resolution.
+
+        What this reference or the caller leaves empty is not compared.
+
+        Raises:
+            ConfigError: Something differs; the message names both values.
+        """
+        dimension = len(self.gaussian.mean)
+        if dimension != num_features:
+            raise ConfigError(
+                f"the reference must have {num_features} features as the extractor, got {dimension}"
+            )
+        if self.extractor and extractor and self.extractor != extractor:
+            raise ConfigError(
+                f"the reference must come from extractor {extractor!r}, got {self.extractor!r}"
+            )
+        if self.image_shape and image_shape and self.image_shape != tuple(image_shape):
+            raise ConfigError(
+                f"the reference must come from images of shape {tuple(image_shape)}, "
+                f"got {self.image_shape}"
+            )
+
+
+def save_reference(path: str | Path, reference: ReferenceStatistics) -> None:
+    """Write an npz with the ADM evaluator's ``mu`` and ``sigma``, and fields of our own.
+
+    The file is complete or absent: it is written beside its place and then renamed.
+    """
+    arrays = {
+        "mu": reference.gaussian.mean.double().cpu().numpy(),
+        "sigma": reference.gaussian.covariance.double().cpu().numpy(),
+        "extractor": np.array(reference.extractor),
+        "fingerprint": np.array(reference.fingerprint),
+    }
+    if reference.gaussian.num_samples is not None:
+        arrays["num_samples"] = np.array(reference.gaussian.num_samples, dtype=np.int64)
+    if reference.features is not None:
+        arrays["features"] = reference.features.float().cpu().numpy()
+    if reference.image_shape is not None:
+        arrays["image_shape"] = np.array(reference.image_shape, dtype=np.int64)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide a shared cache from others
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_reference(path: str | Path, *, num_features: int | None = None) -> ReferenceStatistics:
+    """Read statistics that we or the ADM evaluator wrote; other arrays of the file are left alone.
+
+    Args:
+        path: An npz file with ``mu [d]`` and ``sigma [d, d]``.
+        num_features: The dimension d that is expected; null accepts any.
+
+    Raises:
+        ConfigError: No such file, arrays missing, or shapes that do not fit each other or
+            ``num_features``, or values that are no mean and covariance.
+    """
+    shapes = {name: shape for name, (shape, _) in npz_shapes(path).items()}
+    if "mu" not in shapes or "sigma" not in shapes:
+        raise ConfigError(f"{path} must hold the arrays mu and sigma, it holds {sorted(shapes)}")
+    (dimension,) = shapes["mu"] if len(shapes["mu"]) == 1 else (0,)
+    if dimension < 1 or shapes["sigma"] != (dimension, dimension):
+        raise ConfigError(
+            f"mu and sigma of {path} must have shapes [d] and [d, d], got {list(shapes['mu'])} "
+            f"and {list(shapes['sigma'])}"
+        )
+    if num_features is not None and dimension != num_features:
+        raise ConfigError(
+            f"the reference {path} must have {num_features} features as the extractor, "
+            f"got {dimension}"
+        )
+    if "features" in shapes and (
+        len(shapes["features"]) != 2 or shapes["features"][1] != dimension
+    ):
+        raise ConfigError(
+            f"features of {path} must have shape [n, {dimension}], got {list(shapes['features'])}"
+        )
+    with np.load(path, allow_pickle=False) as file:
+        mean, covariance = (
+            torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma")
+        )
+        num_samples = int(file["num_samples"]) if "num_samples" in file else None
+        features = torch.from_numpy(file["features"]) if "features" in file else None
+        extractor = str(file["extractor"]) if "extractor" in file else ""
+        fingerprint = str(file["fingerprint"]) if "fingerprint" in file else ""
+        sides = [int(side) for side in file["image_shape"]] if "image_shape" in file else []
+    scale = covariance.diagonal().abs().amax()
+    # written so that a NaN fails too
+    if not bool(((covariance - covariance.T).abs() <= 1e-6 * scale).all() & mean.isfinite().all()):
+        raise ConfigError(f"mu and sigma of {path} must be finite, and sigma symmetric")
+    return ReferenceStatistics(
+        GaussianStatistics(mean, covariance, num_samples),
+        features,
+        extractor,
+        fingerprint,
+        (sides[0], sides[1], sides[2]) if len(sides) == 3 else None,
+    )

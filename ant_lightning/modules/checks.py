@@ -1,0 +1,126 @@
+"""Settings that contradict each other are refused before a run starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ant_lightning.balancing import GradientBalancer
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ant_lightning.modules.multitask import MultiTaskDiffusion
+
+__all__ = ["check_settings", "check_trainer"]
+
+
+def check_settings(module: MultiTaskDiffusion) -> None:
+    """Check the arguments of a module against each other.
+
+    Raises:
+        ConfigError: Naming the setting, the rule and the value found.
+    """
+    balancer, clusters = module.balancer, module.clusters
+    if balancer is not None and balancer.num_tasks != clusters.num_tasks:
+        raise ConfigError(
+            f"model.balancer.num_tasks: must equal the number of clusters {clusters.num_tasks}, "
+            f"found {balancer.num_tasks}"
+        )
+    if isinstance(balancer, GradientBalancer) and module.timestep_sampling == "uniform":
+        raise ConfigError(
+            "model.timestep_sampling: a gradient balancer needs samples of every task in each "
+            "batch, so it must be 'stratified', found 'uniform'"
+        )
+    positive = {
+        "accumulate_grad_batches": module.accumulate_grad_batches,
+        "max_skipped_steps": module.max_skipped_steps,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"model.{name}: must be at least 1, found {value}")
+    if module.clip_grad_norm is not None and not module.clip_grad_norm > 0:
+        raise ConfigError(
+            f"model.clip_grad_norm: must be above 0, or null for none, found {module.clip_grad_norm}"
+        )
+    if module.warmup_steps < 0:
+        raise ConfigError(f"model.warmup_steps: must be 0 or more, found {module.warmup_steps}")
+    if module.warmup_steps and module.lr_scheduler is not None:
+        raise ConfigError(
+            "model.warmup_steps: must be 0 when model.lr_scheduler is set, "
+            f"found {module.warmup_steps}"
+        )
+    _check_conditioning(module)
+    _check_channels(module)
+    if module.train_interval is not None:
+        start, stop = module.train_interval
+        if not 0 <= start < stop <= clusters.num_timesteps:
+            raise ConfigError(
+                f"model.train_interval: must satisfy 0 <= start < stop <= "
+                f"{clusters.num_timesteps}, found [{start}, {stop}]"
+            )
+        if module.timestep_sampling != "uniform" or balancer is not None:
+            raise ConfigError(
+                "model.train_interval: a specialist has one task, so model.balancer must be null "
+                f"and timesteps uniform, found {type(balancer).__name__} and "
+                f"{module.timestep_sampling!r}"
+            )
+
+
+def check_trainer(module: MultiTaskDiffusion) -> None:
+    """Check the data and the Trainer's flags against the module.
+
+    Raises:
+        ConfigError: Naming the setting, the rule and the value found.
+    """
+    trainer = module.trainer
+    data = getattr(trainer, "datamodule", None)
+    if data is None:
+        return
+    batch_size = data.batch_size
+    if isinstance(module.balancer, GradientBalancer) and batch_size < module.num_tasks:
+        raise ConfigError(
+            f"data.batch_size: a gradient balancer needs at least one image for each of the "
+            f"{module.num_tasks} tasks, found {batch_size}"
+        )
+    if module.accumulate_grad_batches * trainer.world_size > batch_size:
+        raise ConfigError(
+            f"model.accumulate_grad_batches: each part needs an image, so at most "
+            f"{batch_size // trainer.world_size}, found {module.accumulate_grad_batches}"
+        )
+    if tuple(data.image_shape) != tuple(module.image_shape):
+        raise ConfigError(
+            f"model.backbone: in_channels and input_size must fit the images "
+            f"{tuple(data.image_shape)}, found {tuple(module.image_shape)}"
+        )
+    if module.num_classes and data.num_classes != module.num_classes:
+        raise ConfigError(
+            f"model.backbone.num_classes: must be the {data.num_classes} classes of the data "
+            f"(or 0 to ignore labels), found {module.num_classes}"
+        )
+
+
+def _check_conditioning(module: MultiTaskDiffusion) -> None:
+    if not 0 <= module.class_dropout < 1:
+        raise ConfigError(
+            f"model.class_dropout: must be at least 0 and below 1, found {module.class_dropout}"
+        )
+    if module.null_class is not None:
+        return
+    why = "the backbone has no null class (num_classes or class_dropout_prob is 0)"
+    if module.class_dropout:
+        raise ConfigError(
+            f"model.class_dropout: must be 0 because {why}, found {module.class_dropout}"
+        )
+    if module.guidance_scale != 1.0:
+        raise ConfigError(
+            f"model.guidance_scale: must be 1 because {why}, found {module.guidance_scale}"
+        )
+
+
+def _check_channels(module: MultiTaskDiffusion) -> None:
+    needed = module.process.output_channels(module.image_shape[0])
+    found = int(module.backbone.out_channels)  # type: ignore[arg-type]
+    if found != needed:
+        raise ConfigError(
+            f"model.backbone.out_channels: variance_type {module.process.variance_type!r} needs "
+            f"{needed}, found {found}"
+        )

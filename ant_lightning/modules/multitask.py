@@ -1,0 +1,487 @@
+"""The LightningModule in which every diffusion model and every multi-task method trains."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
+
+from ant_lightning.balancing import (
+    Balancer,
+    BackwardReport,
+    DenseTaskGradients,
+    GradientBalancer,
+    UncertaintyWeighting,
+    default_reduction,
+    multitask_backward,
+    task_gradients,
+)
+from ant_lightning.clustering import Clustering, TimestepClusters
+from ant_lightning.diffusion import (
+    DDPM,
+    DiffusionProcess,
+    GuidedDenoiser,
+    LossWeighting,
+    NoiseSchedule,
+    Sampler,
+    denoising_loss,
+)
+from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.modules.checks import check_settings, check_trainer
+from ant_lightning.randomness import ImageNoise, keyed_generator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch import Tensor
+
+    from ant_lightning.data import Batch
+
+__all__ = ["Draws", "MultiTaskDiffusion"]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in the loss of a batch: `timesteps [b]`, `tasks [b]`, `noise`, `labels [b]`."""
+
+    timesteps: Tensor
+    tasks: Tensor
+    noise: Tensor
+    labels: Tensor | None
+
+
+class MultiTaskDiffusion(L.LightningModule):
+    """A diffusion model trained on clusters of timesteps as tasks.
+
+    One optimization step serves every method: draw timesteps, let `multitask_backward` fill the
+    gradients, clip, step. It is manual optimization, so clipping and accumulation are arguments
+    here and not of the Trainer.
+
+    Args:
+        backbone: The network, called as `backbone(x_t, timesteps, labels)`.
+        schedule: Noise schedule.
+        clustering: How the timesteps are grouped; without a balancer, only for reporting.
+        prediction_type: What the network predicts.
+        variance_type: Variance of the reverse steps; with `learned_range` the network has twice
+            the channels and the loss is the hybrid one.
+        balancer: How the tasks are weighted; None for vanilla training.
+        loss_weighting: Weight of each timestep inside its task (MinSNR, P2).
+        timestep_sampling: `stratified` draws the share of each cluster, `uniform` ignores the
+            clusters. Default: stratified with a balancer, uniform without.
+        allocation: Images of each task in a stratified batch: `equal`, or `proportional` to the
+            cluster's size.
+        task_weighting: Priors of the tasks: `equal`, or `by_size`.
+        optimizer: Made with the parameter groups; AdamW with learning rate 1e-4 by default.
+        lr_scheduler: Made with the optimizer, stepped after every optimizer step.
+        warmup_steps: Steps in which the learning rate grows linearly from 0.
+        clip_grad_norm: Largest norm of the backbone's gradient; None for no clipping.
+        accumulate_grad_batches: Parts in which the images of a step are computed.
+        class_dropout: Share of labels replaced by the null class, for guidance.
+        sampler: How images are drawn from noise.
+        guidance_scale: Classifier-free guidance of the images that are drawn; 1 is none.
+        guided_channels: Channels that guidance touches; None for all (official DiT: 3).
+        clip_denoised: Whether predicted images are clipped to [-1, 1] while sampling.
+        train_interval: `[start, stop)`: train on these timesteps alone (a specialist).
+        max_skipped_steps: Steps in a row that may be skipped for a NaN or an infinity.
+        seed: Seed of timesteps, noise and dropout; by default that of `seed_everything`.
+
+    Raises:
+        ConfigError: If settings contradict each other.
+        NonFiniteError: In training, after `max_skipped_steps` skipped steps in a row.
+
+    Reference:
+        Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        schedule: NoiseSchedule,
+        clustering: Clustering,
+        prediction_type: Literal["eps", "x0", "v"] = "eps",
+        variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small",
+        balancer: Balancer | None = None,
+        loss_weighting: LossWeighting | None = None,
+        timestep_sampling: Literal["uniform", "stratified"] | None = None,
+        allocation: Literal["equal", "proportional"] = "equal",
+        task_weighting: Literal["equal", "by_size"] = "equal",
+        optimizer: OptimizerCallable = lambda groups: torch.optim.AdamW(
+            groups, lr=1e-4, weight_decay=0.0
+        ),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup_steps: int = 0,
+        clip_grad_norm: float | None = 1.0,
+        accumulate_grad_batches: int = 1,
+        class_dropout: float = 0.0,
+        sampler: Sampler | None = None,
+        guidance_scale: float = 1.0,
+        guided_channels: int | None = None,
+        clip_denoised: bool = True,
+        train_interval: tuple[int, int] | None = None,
+        max_skipped_steps: int = 10,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone = backbone
+        self.process = DiffusionProcess(
+            schedule, prediction_type=prediction_type, variance_type=variance_type
+        )
+        self.clusters: TimestepClusters = clustering(self.process.log_snr)
+        self.balancer = balancer
+        self.timestep_sampling = timestep_sampling or ("stratified" if balancer else "uniform")
+        self.allocation: Literal["equal", "proportional"] = allocation
+        self.task_weighting = task_weighting
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
+        self.clip_grad_norm = clip_grad_norm
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.class_dropout = class_dropout
+        self.sampler = sampler or DDPM(num_steps=250)
+        self.guidance_scale = guidance_scale
+        self.guided_channels = guided_channels
+        self.clip_denoised = clip_denoised
+        self.train_interval = train_interval
+        self.max_skipped_steps = max_skipped_steps
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self._weights = loss_weighting(self.process.snr, prediction_type) if loss_weighting else None
+        self.last_report: BackwardReport | None = None
+        self.last_step_skipped = False
+        self.num_skipped_steps = 0
+        self._num_skipped_in_a_row = 0
+        self._gradients: DenseTaskGradients | None = None
+        self._validation_sums = torch.zeros(0)
+        check_settings(self)
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of timestep clusters."""
+        return self.clusters.num_tasks
+
+    @property
+    def num_classes(self) -> int:
+        """Classes the backbone is conditioned on; 0 for none."""
+        return int(self.backbone.num_classes or 0)  # type: ignore[arg-type]
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for no class; None if the backbone has none."""
+        return getattr(self.backbone, "null_class", None)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(c, h, w)` of what is denoised."""
+        size = int(self.backbone.input_size)  # type: ignore[arg-type]
+        return int(self.backbone.in_channels), size, size  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
+        """The backbone's parameters in one group, the balancer's own in another."""
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self.backbone.parameters() if p.requires_grad]}
+        ]
+        if isinstance(self.balancer, UncertaintyWeighting):
+            own = list(self.balancer.parameters())
+            groups.append({"params": own, "lr": self.balancer.lr, "weight_decay": 0.0})
+        optimizer = self.optimizer(groups)  # type: ignore[arg-type]
+        if self.lr_scheduler is not None:
+            return [optimizer], [self.lr_scheduler(optimizer)]
+        if not self.warmup_steps:
+            return optimizer
+        steps = self.warmup_steps
+        lambdas = [lambda step: min(1.0, (step + 1) / steps), *[_constant] * (len(groups) - 1)]
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)]
+
+    def on_fit_start(self) -> None:
+        """Refuse, before the first step, what manual optimization cannot honour."""
+        check_trainer(self)
+
+    def draw(self, batch: Batch, *, step: int) -> Draws:
+        """Timesteps, tasks, noise and dropped labels of a training step, a function of its number.
+
+        The timesteps are those of the global batch, of which each rank takes every N-th: so all
+        ranks know how many samples each task has, and no task is bound to a rank.
+        """
+        b, device = len(batch.images), batch.images.device
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        generator = keyed_generator(self.seed, "timesteps", step)
+        if self.timestep_sampling == "stratified":
+            timesteps, tasks = self.clusters.sample(
+                b * ranks, generator=generator, allocation=self.allocation
+            )
+        else:
+            start, stop = self.train_interval or (0, self.clusters.num_timesteps)
+            timesteps = torch.randint(start, stop, (b * ranks,), generator=generator)
+            tasks = self.clusters.task_of(timesteps)
+        generator = keyed_generator(self.seed, "noise", step, rank, device=device)
+        noise = torch.randn(
+            batch.images.shape, generator=generator, device=device, dtype=torch.float32
+        )
+        labels = self._dropped(batch.labels, step, rank) if self.num_classes else None
+        return Draws(timesteps[rank::ranks].to(device), tasks[rank::ranks], noise, labels)
+
+    def losses(
+        self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """The function of rows of the batch that `multitask_backward` asks for.
+
+        Args:
+            x_start: `[b, c, h, w]`.
+            draws: What is random.
+            unweighted: `[b]`, filled with the mean squared errors without any weight.
+        """
+        x_t = self.process.q_sample(x_start, draws.timesteps, draws.noise)
+
+        def losses_of(rows: Tensor) -> Tensor:
+            rows = rows.to(x_t.device)
+            timesteps = draws.timesteps[rows]
+            labels = None if draws.labels is None else draws.labels[rows]
+            output = self.backbone(x_t[rows], timesteps, labels).float()
+            terms = denoising_loss(
+                self.process,
+                output,
+                x_start[rows],
+                x_t[rows],
+                timesteps,
+                draws.noise[rows],
+                weights=self._weights,
+            )
+            if unweighted is not None:
+                unweighted[rows] = terms.mse.detach()
+            return terms.loss
+
+        return losses_of
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+        """One step of any method."""
+        draws = self.draw(batch, step=self.global_step)
+        unweighted = torch.zeros(len(batch.images), device=self.device)
+        report = multitask_backward(
+            self.losses(self.encode(batch), draws, unweighted=unweighted),
+            draws.tasks,
+            self.backbone.parameters(),
+            self.balancer,
+            num_tasks=self.num_tasks,
+            priors=self._priors(),
+            micro_batch_size=-(-len(batch.images) // self.accumulate_grad_batches),
+            gradients=self._row_buffers(),
+        )
+        self._finish_step(report)
+        loss = self._uniform_estimate(unweighted, draws.tasks, report)
+        self.last_report = report
+        if (self.global_step - 1) % max(1, self.trainer.log_every_n_steps) == 0:
+            self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+            self.log("train/objective", report.objective.float())
+            self.log("train/grad_norm", report.grad_norm.float())
+            self.log("train/skipped_steps", float(self.num_skipped_steps))
+        return {"loss": loss}
+
+    def task_gradients(self, batch: Batch, *, step: int) -> DenseTaskGradients:
+        """The task gradients at the current weights on the draws of `step`, for looking at."""
+        draws = self.draw(batch, step=step)
+        losses = self.losses(self.encode(batch), draws)
+        shared = self.backbone.parameters()
+        return task_gradients(losses, draws.tasks, shared, num_tasks=self.num_tasks)
+
+    def encode(self, batch: Batch) -> Tensor:
+        """What is denoised: the images, or their latents."""
+        return batch.images
+
+    def decode(self, x_start: Tensor) -> Tensor:
+        """Images in [-1, 1] of what was denoised."""
+        return x_start.clamp(-1, 1)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the last epoch."""
+        self._validation_sums = torch.zeros(2, self.num_tasks, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Sum the unweighted losses of held-out images, each with noise of its own.
+
+        The timesteps of images 0, 1, 2, ... are a golden-ratio sequence over 0 .. T-1, which covers
+        the timesteps evenly however many images there are.
+        """
+        steps = (batch.indices.cpu().double() * 0.6180339887498949) % 1
+        timesteps = (steps * self.clusters.num_timesteps).long().to(self.device)
+        tasks = self.clusters.task_of(timesteps).cpu()
+        noise = ImageNoise(
+            batch.indices.tolist(),
+            shape=tuple(self.image_shape),
+            seed=self.seed,
+            stream="validation",
+            device=self.device,
+        )()
+        labels = batch.labels if self.num_classes else None
+        draws = Draws(timesteps, tasks, noise, labels)
+        unweighted = torch.zeros(len(batch.images), device=self.device)
+        rows = torch.arange(len(batch.images), device=self.device)
+        self.losses(self.encode(batch), draws, unweighted=unweighted)(rows)
+        values = torch.stack([unweighted.cpu().double(), torch.ones(len(rows)).double()])
+        self._validation_sums.index_add_(1, tasks, values)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss over all timesteps and over those of each task."""
+        sums = default_reduction().all_reduce_(self._validation_sums.to(self.device)).cpu()
+        self.log("val/loss", (sums[0].sum() / sums[1].sum()).float(), prog_bar=True)
+        for task, value in enumerate((sums[0] / sums[1]).tolist()):
+            self.log(f"val/task_{task}/loss", value)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """The same losses, for a test."""
+        self.on_validation_epoch_end()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        indices: Sequence[int],
+        *,
+        labels: Tensor | None = None,
+        guidance_scale: float | None = None,
+        sampler: Sampler | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Draw one image for each index, `[n, c, h, w]` in [-1, 1].
+
+        The same index gives the same image whatever the batch it is drawn in.
+
+        Args:
+            indices: Which images.
+            labels: `[n]`; by default index modulo the number of classes.
+            guidance_scale: In place of the module's.
+            sampler: In place of the module's.
+            seed: In place of the module's.
+        """
+        if labels is None and self.num_classes:
+            labels = torch.tensor([index % self.num_classes for index in indices])
+        labels = None if labels is None else labels.to(self.device)
+        noise = ImageNoise(
+            indices,
+            shape=self.image_shape,
+            seed=self.seed if seed is None else seed,
+            device=self.device,
+        )
+        denoiser = GuidedDenoiser(
+            self.backbone,
+            labels,
+            null_label=self.null_class,
+            scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            guided_channels=self.guided_channels,
+        )
+        x_start = (sampler or self.sampler).sample(
+            self.process, denoiser, noise(), noise=noise, clip_denoised=self.clip_denoised
+        )
+        return self.decode(x_start)
+
+    def predict_dataloader(self) -> Iterable[list[int]]:
+        """Indices of the images that `predict` draws; `SampleWriter` decides which."""
+        return self._predict_indices
+
+    _predict_indices: Iterable[list[int]] = ()
+
+    def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Draw the images of these indices."""
+        return self.sample(batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what no hyperparameter file should decide: clusters and counts."""
+        checkpoint["ant_lightning"] = {
+            "format_version": 1,
+            "boundaries": list(self.clusters.boundaries),
+            "num_skipped_steps": self.num_skipped_steps,
+            "backbone": type(self.backbone).__name__,
+            "prediction_type": self.process.prediction_type,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the checkpoint with the settings and name what differs."""
+        saved = checkpoint.get("ant_lightning")
+        if saved is None:
+            raise ConfigError(
+                "ckpt_path: not a checkpoint of ant_lightning; for official weights use "
+                "model.init_from"
+            )
+        ours = {
+            "model.prediction_type": (
+                self.process.prediction_type,
+                saved["prediction_type"],
+            ),
+            "model.backbone": (type(self.backbone).__name__, saved["backbone"]),
+            "model.clustering (its boundaries)": (
+                list(self.clusters.boundaries),
+                saved["boundaries"],
+            ),
+        }
+        for name, (now, then) in ours.items():
+            if now != then:
+                raise ConfigError(f"{name}: the checkpoint has {then}, the settings say {now}")
+        self.num_skipped_steps = saved["num_skipped_steps"]
+
+    def _finish_step(self, report: BackwardReport) -> None:
+        """Clip and step, or skip."""
+        self.last_step_skipped = not report.finite
+        if not report.finite:
+            self.num_skipped_steps += 1
+            self._num_skipped_in_a_row += 1
+            if self._num_skipped_in_a_row >= self.max_skipped_steps:
+                raise NonFiniteError(
+                    f"model.max_skipped_steps: {self._num_skipped_in_a_row} steps in a row had a "
+                    f"NaN or an infinity; losses per task {report.task_losses.tolist()}"
+                )
+            return
+        self._num_skipped_in_a_row = 0
+        if self.clip_grad_norm is not None:
+            grads = [p.grad for p in self.backbone.parameters() if p.grad is not None]
+            factor = (self.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+        optimizer = self.optimizers()
+        optimizer.step()  # type: ignore[union-attr]
+        scheduler = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()  # type: ignore[union-attr,call-arg]
+
+    def _uniform_estimate(
+        self, unweighted: Tensor, tasks: Tensor, report: BackwardReport
+    ) -> Tensor:
+        """The mean squared error at uniform timesteps, whatever the timesteps were drawn from."""
+        if self.timestep_sampling == "uniform":
+            return unweighted.mean()
+        shares = self.clusters.sizes.double() / self.clusters.num_timesteps
+        importance = shares.to(report.num_samples) / report.num_samples.clamp(min=1)
+        estimate = (unweighted * importance[tasks.to(self.device)]).sum()
+        return estimate.float() * self.trainer.world_size
+
+    def _priors(self) -> Tensor | None:
+        if self.balancer is None or self.task_weighting == "equal":
+            return None
+        return self.clusters.sizes.double() / self.clusters.num_timesteps
+
+    def _row_buffers(self) -> DenseTaskGradients | None:
+        """Buffers of the task gradients, made once."""
+        if self._gradients is None and isinstance(self.balancer, GradientBalancer):
+            shared = [p for p in self.backbone.parameters() if p.requires_grad]
+            self._gradients = DenseTaskGradients(
+                self.num_tasks, shared, reduction=default_reduction()
+            )
+        return self._gradients
+
+    def _dropped(self, labels: Tensor, step: int, rank: int) -> Tensor:
+        """`labels` with a share replaced by the null class."""
+        if not self.class_dropout or self.null_class is None:
+            return labels
+        generator = keyed_generator(self.seed, "class dropout", step, rank)
+        drop = torch.rand(len(labels), generator=generator) < self.class_dropout
+        return labels.masked_fill(drop.to(labels.device), self.null_class)
+
+
+def _constant(step: int) -> float:  # noqa: ARG001
+    """The balancer's own learning rate has no warm-up."""
+    return 1.0

@@ -1,0 +1,67 @@
+"""Random generators keyed by what they are for, so that no draw depends on the history of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+__all__ = ["ImageNoise", "keyed_generator", "keyed_seed"]
+
+
+def keyed_seed(seed: int, stream: str, *keys: int) -> int:
+    """A 63-bit seed that depends on every argument and on nothing else.
+
+    Args:
+        seed: The seed of the run.
+        stream: What the numbers are for, for instance ``"noise"``.
+        keys: Further coordinates: step, rank, image index.
+    """
+    text = "/".join([str(seed), stream, *map(str, keys)]).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def keyed_generator(
+    seed: int, stream: str, *keys: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A fresh generator on `device`, seeded by `keyed_seed`."""
+    return torch.Generator(device).manual_seed(keyed_seed(seed, stream, *keys))
+
+
+class ImageNoise:
+    """Standard normal noise of a batch in which every image has a generator of its own.
+
+    An image's draws depend on the seed, the stream and its index alone: not on the batch it is in,
+    not on the number of ranks.
+
+    Args:
+        indices: Index of each image of the batch.
+        shape: Shape of one image, `(c, h, w)`.
+        seed: The seed of the run.
+        stream: What the noise is for.
+        device: Where the noise is wanted; it is drawn on the CPU, so that devices agree.
+    """
+
+    def __init__(
+        self,
+        indices: Iterable[int],
+        *,
+        shape: tuple[int, ...],
+        seed: int,
+        stream: str = "sample",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._generators = [keyed_generator(seed, stream, int(index)) for index in indices]
+        self._shape = shape
+        self._device = device
+
+    def __call__(self) -> Tensor:
+        """The next noise of every image, `[b, *shape]` float32."""
+        draws = [torch.randn(self._shape, generator=each) for each in self._generators]
+        return torch.stack(draws).to(self._device)

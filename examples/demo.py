@@ -1,0 +1,85 @@
+"""`make demo`: train a small model with ANT-UW on real digits, then measure it and show it.
+
+Training and measurement are two calls of the command line that a user has, with the shipped
+configs; this file only chooses them and prints one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from ant_lightning.__main__ import main as ant_lightning
+from ant_lightning.cli import AntCLI, run
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECIPES = {"dit": ["digits/dit.yaml", "balancer/uw.yaml", "clustering/snr.yaml"]}
+
+
+def demo(model: str, folder: Path, *, minutes: float, options: list[str]) -> AntCLI:
+    """Train for at most `minutes`, then measure the checkpoint; returns the second run."""
+    version = 0
+    while (folder / f"{model}_{version}").exists():
+        version += 1
+    logger = "--trainer.logger.init_args"
+    common = [arg for name in RECIPES[model] for arg in ("--config", str(CONFIGS / name))]
+    common += [f"{logger}.save_dir={folder.parent}", f"{logger}.name={folder.name}"]
+    common += [f"{logger}.version={model}_{version}", *options]
+    seconds = int(60 * minutes)
+    limit = [f"--trainer.max_time=00:00:{seconds // 60:02d}:{seconds % 60:02d}"]
+    # The measurement follows as a command of its own, so none is needed while training.
+    if ant_lightning(["fit", *common, *limit, "--trainer.limit_val_batches=0"]):
+        sys.exit(1)
+    checkpoint = folder / f"{model}_{version}" / "checkpoints" / "last.ckpt"
+    cli = run(["validate", *common, f"--ckpt_path={checkpoint}"])
+    print_table(cli, checkpoint, common)
+    return cli
+
+
+def print_table(cli: AntCLI, checkpoint: Path, common: list[str]) -> None:
+    """What the model reached and where to look."""
+    scores = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    module = cli.model
+    boundaries = module.clusters.boundaries
+    rows = [
+        ("FID to held-out digits", f"{scores['val/fid']:.2f}", f"n = {scores['val/num_images']:.0f}"),
+        ("  real against real", f"{scores['val/fid_real']:.2f}", "two sets of real digits, same n"),
+        ("  FID to training digits", f"{scores['val/fid_train']:.2f}", "same n"),
+        (
+            "  nearest training digit",
+            f"{scores['val/nearest_train_median']:.2f}",
+            f"held-out digits: {scores['val/nearest_train_real_median']:.2f}; "
+            "much less would be copying",
+        ),
+        ("precision", f"{scores['val/precision']:.3f}", ""),
+        ("recall", f"{scores['val/recall']:.3f}", ""),
+        ("class agreement", f"{scores['val/class_agreement']:.1%}", "digits network, guided"),
+    ]
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    weights = module.balancer.loss_weights() if module.balancer is not None else None
+    for task, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+        weight = "" if weights is None else f"weight {float(weights[task]):.3f}"
+        loss = f"{scores[f'val/task_{task}/loss']:.4f}"
+        rows.append((f"loss, t in {start}..{stop - 1}", loss, weight))
+    speed = state["callbacks"].get("TrainingProgress", {}).get("images_per_second")
+    if speed:
+        rows.append(("training speed", f"{speed:.0f}", f"images/s, {state['global_step']} steps"))
+    print()
+    for name, value, note in rows:
+        print(f"{name:28s} {value:>9s}   {note}")
+    folder = checkpoint.parent.parent
+    print(f"\ngrid         {folder / '1_samples_grid.png'}")
+    print(f"TensorBoard  .venv/bin/tensorboard --logdir {folder.parent}")
+    print(f"again        ant-lightning validate {' '.join(common)} --ckpt_path {checkpoint}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(RECIPES), default="dit")
+    parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--minutes", type=float, default=3.0)
+    arguments, rest = parser.parse_known_args()
+    demo(arguments.model, arguments.folder, minutes=arguments.minutes, options=rest)
