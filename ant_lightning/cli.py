@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -55,9 +56,20 @@ class AntCLI(LightningCLI):
                 callbacks[i] = TrainingProgress()
         return trainer
 
+    def instantiate_classes(self) -> None:
+        """Make the objects; a setting that one of them refuses is reported in its own words."""
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            raise _first_config_error(error) from error
+
     def before_instantiate_classes(self) -> None:
         """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
-        settings = self.config[self.config.subcommand].trainer
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if path and path not in {"last", "best", "hpc"} and not Path(path).exists():
+            raise ConfigError(f"ckpt_path: must be a file or folder that exists, found {path}")
+        settings = config.trainer
         ours = {
             "gradient_clip_val": (None, "model.clip_grad_norm"),
             "gradient_clip_algorithm": (None, "model.clip_grad_norm"),
@@ -70,6 +82,16 @@ class AntCLI(LightningCLI):
                     f"trainer.{name}: the step of every method is made by the module, so use "
                     f"{replacement} in its place, found {value}"
                 )
+
+
+def _first_config_error(error: BaseException) -> ConfigError:
+    """Our own error if the parser wrapped one, else the parser's as one of ours."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ConfigError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return ConfigError(str(error))
 
 
 def run(args: Sequence[str]) -> AntCLI:

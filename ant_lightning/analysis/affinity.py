@@ -75,7 +75,8 @@ def task_affinity(
         log_snr: Of the schedule, kept with the result for its figures.
         sketch_dim: `m`, a power of two, to sketch.
         memory_budget_bytes: For kept gradients and what works on them, on each rank; the model,
-            its activations and the gradients that autograd holds are not in it.
+            its activations and the gradients that autograd holds are not in it. What does not
+            fit goes to `state_path`, or to a temporary folder (`TMPDIR` chooses where).
         state_path: A folder where each finished timestep is kept (`8 p` bytes, or `4 m`), so
             that a killed run goes on. Delete it afterwards.
         seed: Kept with the result, and keys the sketch.

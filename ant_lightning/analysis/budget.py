@@ -11,7 +11,7 @@ __all__ = ["MemoryPlan", "plan_memory"]
 
 _WORK_BYTES = 1 << 28  # of a slice of columns; larger ones are not faster
 _LEAST_COLUMNS = 256  # narrower slices would spend their time opening files
-_MIXING_BYTES = 3 << 24  # of the blocks that a sketch has in hand
+_MIXING_BYTES = 4 << 24  # of the blocks that a sketch has in hand
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def plan_memory(
     least_work = column_bytes * min(width, _LEAST_COLUMNS)
     one_timestep = 12 * num_parameters
     if sketch_dim is not None:
-        one_timestep = 5 * num_parameters + _MIXING_BYTES
+        one_timestep = 6 * num_parameters + _MIXING_BYTES
     least = max(one_timestep, products + least_work)
     if budget_bytes < least:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -112,18 +113,31 @@ def distance_correlation(
         found = f"{num_resamples} and {confidence}"
         raise ConfigError(f"num_resamples, confidence: must be >= 1 and in (0, 1), found {found}")
     values, distances, rows, columns = _pairs(affinity, positions)
-    x, y = _ranks(values), _ranks(distances)
-    estimate = _weighted_correlation(x, y, torch.ones_like(x))
     n = len(positions)
+    x, y = _ranks(values), _ranks(distances)
+    x, y = x - x.mean(), y - y.mean()
     generator = keyed_generator(seed, "affinity-bootstrap")
-    draws = []
-    for _ in range(num_resamples):
-        drawn = torch.randint(n, (n,), generator=generator)
-        counts = torch.bincount(drawn, minlength=n).double()
-        draws.append(_weighted_correlation(x, y, counts[rows] * counts[columns]))
+    drawn = torch.randint(n, (num_resamples, n), generator=generator)
+    counts = torch.zeros(num_resamples, n, dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+
+    def sums(numbers: Tensor) -> Tensor:
+        """Sums over pairs with the weights of every resample, as quadratic forms."""
+        matrix = torch.zeros(n, n, dtype=torch.float64)
+        matrix[rows, columns] = numbers
+        return ((counts @ matrix) * counts).sum(1)
+
+    weight = sums(torch.ones_like(x))
+    mean_x, mean_y = sums(x) / weight, sums(y) / weight
+    spread_x, spread_y = sums(x * x) / weight - mean_x**2, sums(y * y) / weight - mean_y**2
+    draws = (sums(x * y) / weight - mean_x * mean_y) / (spread_x * spread_y).sqrt()
+    estimate = (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
     tail = (1 - confidence) / 2
     # A resample of few timesteps may leave no two distances apart: it says nothing.
-    ends = torch.stack(draws).nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    draws = draws[draws.isfinite()]
+    if not len(draws):
+        return Correlation(float(estimate), math.nan, math.nan, confidence)
+    ends = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return Correlation(float(estimate), float(ends[0]), float(ends[1]), confidence)
 
 
@@ -147,14 +161,5 @@ def _pairs(affinity: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor,
 def _ranks(values: Tensor) -> Tensor:
     """Ranks from 0, equal values sharing the mean of theirs."""
     _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0)
-    return (last - (counts + 1) / 2.0)[group].double()
-
-
-def _weighted_correlation(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """Pearson's correlation with weights; NaN if either does not vary."""
-    share = weights / weights.sum()
-    x, y = x - (share * x).sum(), y - (share * y).sum()
-    spread = ((share * x * x).sum() * (share * y * y).sum()).sqrt()
-    correlation: Tensor = (share * x * y).sum() / spread
-    return correlation
+    ranks: Tensor = counts.cumsum(0) - (counts + 1) / 2.0
+    return ranks[group].double()

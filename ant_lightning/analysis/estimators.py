@@ -31,10 +31,10 @@ def plain_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
     """
-    dots = half_dots.sum(dim=(-4, -3)) / 4
+    dots = half_dots.sum(dim=(-4, -3))
+    dots = (dots + dots.mT) / 8  # symmetric to the last bit
     inverse = _safe_inverse(_diagonal(dots).clamp(min=0).sqrt())
-    cosine = dots * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    cosine = cosine.clamp(-1, 1)
+    cosine = (dots * _outer(inverse)).clamp(-1, 1)
     cosine.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return cosine
 
@@ -49,7 +49,7 @@ def corrected_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, 
     cross = _cross(half_dots)
     signal = _diagonal(cross)
     scale = torch.where(signal > 0, signal, torch.nan).rsqrt()
-    return cross * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    return cross * _outer(scale)
 
 
 def corrected_standard_error(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c n n"]:
@@ -73,7 +73,7 @@ def corrected_standard_error(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Te
     signal = torch.where(signal > 0, signal, torch.nan)
     relative = _diagonal(cross_error) / signal
     scale = signal.rsqrt()
-    draw = cross_error * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    draw = cross_error * _outer(scale)
     draw = draw - corrected / 2 * (relative.unsqueeze(-1) + relative.unsqueeze(-2))
     n = draw.shape[-1]
     off_diagonal = ~torch.eye(n, dtype=torch.bool, device=draw.device)
@@ -85,7 +85,12 @@ def corrected_standard_error(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Te
 
 def _cross(half_dots: Tensor) -> Tensor:
     """`sym(A_i · B_j)`."""
-    return (half_dots[..., 0, 1, :, :] + half_dots[..., 1, 0, :, :]) / 2
+    cross = half_dots[..., 0, 1, :, :]
+    return (cross + cross.mT) / 2
+
+
+def _outer(vector: Tensor) -> Tensor:
+    return vector.unsqueeze(-1) * vector.unsqueeze(-2)
 
 
 def _diagonal(matrix: Tensor) -> Tensor:

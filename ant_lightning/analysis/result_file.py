@@ -73,7 +73,8 @@ def load_affinity(path: str | Path) -> StoredAffinity:
         ConfigError: If there is no such file, or it is damaged or of another format.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves the file of a damaged archive open.
+        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             version = int(file["format_version"])
             if version != _VERSION:
                 raise ConfigError(

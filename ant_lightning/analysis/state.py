@@ -41,7 +41,7 @@ def claim_folder(folder: Path, identity: Mapping[str, str | int | tuple[int, ...
         write_atomically(path, lambda file: np.savez(file, **wanted))  # type: ignore[arg-type]
         return
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             kept = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ConfigError(f"state_path: {path} cannot be read ({error})") from None

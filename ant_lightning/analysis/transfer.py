@@ -62,11 +62,11 @@ def transfer_matrix(
     if not shared:
         raise ConfigError("parameters: at least one that requires a gradient, found 0")
     with torch.inference_mode(False):
-        before = torch.tensor([_positive_loss(losses, j) for j in range(num_tasks)]).double()
+        before = [_positive_loss(losses, j) for j in range(num_tasks)]
         after = torch.stack(
             [_stepped_losses(losses, shared, i, lr, num_tasks) for i in range(num_tasks)]
         )
-    return 1 - after / before
+    return 1 - after / torch.tensor(before, dtype=torch.float64)
 
 
 def _positive_loss(losses: Callable[[int], Tensor], task: int) -> float:

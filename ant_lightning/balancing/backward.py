@@ -71,8 +71,9 @@ def multitask_backward(
     refreshes it costs one ordinary pass. Without a balancer the objective is the mean over all
     samples.
 
-    A `.grad` that is there is replaced. Do not call it inside `DistributedDataParallel`'s
-    synchronised backward: sums over ranks are made here.
+    A `.grad` that is there is replaced. Sums over ranks are made here and not by
+    `DistributedDataParallel`, whose hooks on the parameters never run; let `losses` call the bare
+    network and not that wrapper, as ranks may call it a different number of times.
 
     Args:
         losses: Called with the positions `rows` of some samples of the batch, returns one loss
@@ -263,10 +264,19 @@ def _weighted_backward(
     for p in shared:
         p.grad = None
     per_sample = (weights / batch.num_samples.clamp(min=1)).to(batch.tasks.device)[batch.tasks]
+    total: list[Tensor] = []
     for rows in _chunks(torch.arange(len(batch.tasks), device=batch.order.device), micro_batch_size):
         losses = batch.losses_of(rows)
         loss = (losses * per_sample[rows.to(per_sample.device)].to(losses.dtype)).sum()
-        (loss * loss_scale).backward(inputs=shared)
+        # Not `backward`: its hooks on the leaves are where DistributedDataParallel would reduce.
+        grads = torch.autograd.grad(
+            loss * loss_scale, shared, allow_unused=True, materialize_grads=True
+        )
+        if total:
+            torch._foreach_add_(total, grads)
+        else:
+            total = list(grads)
+    assign_gradients(shared, total)
 
 
 def _balancer_gradients(
@@ -277,7 +287,11 @@ def _balancer_gradients(
     with torch.enable_grad():
         objective = balancer((task_losses.nan_to_num() * scaled_priors).float())
     if own:
-        assign_gradients(own, torch.autograd.grad(objective * loss_scale, own))
+        grads = torch.autograd.grad(objective * loss_scale, own)
+        # A task without samples says nothing about its own parameter.
+        present = ~task_losses.isnan()
+        per_task = [present.to(g) * g if g.shape == present.shape else g for g in grads]
+        assign_gradients(own, per_task)
     return objective.detach()
 
 

@@ -102,7 +102,8 @@ class DenseTaskGradients(TaskGradients):
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`."""
         weights = (task_weights.to(self._shards.device) * scale).to(self._shards.dtype)
-        shard = weights @ self._shards
+        with _full_precision(self._shards.device):
+            shard = weights @ self._shards
         self.reduction.all_gather(self._combined, shard)
         assign_gradients(self.parameters, _views(self._combined, self.parameters))
 
@@ -153,7 +154,7 @@ def _gramian(rows: Tensor) -> Tensor:
     """Dot products of rows `[k, p]`, float64: chunks in the rows' dtype, summed in float64."""
     num_tasks, length = rows.shape
     num_chunks = length // _CHUNK
-    with _full_precision():
+    with _full_precision(rows.device):
         tail = rows[:, num_chunks * _CHUNK :]
         total = (tail @ tail.mT).double()
         if num_chunks:
@@ -164,14 +165,16 @@ def _gramian(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 and no bfloat16 inside float32 products: a Gramian needs all its digits."""
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32, no bfloat16, no autocast in float32 products: a Gramian needs all its digits."""
     backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        yield
+        # A training step runs inside the autocast of mixed precision, and so do these products.
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value

@@ -104,6 +104,11 @@ class GenerationMetrics(L.Callback):
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         reference, train = self._references(data)
         num_images = self.num_images or len(data.held_out_images)
+        if num_images < trainer.world_size:
+            raise ConfigError(
+                f"GenerationMetrics.num_images: each of the {trainer.world_size} ranks needs an "
+                f"image, found {num_images}"
+            )
         generated = self._generate(trainer, pl_module, num_images)
         scorer = GenerationScores(k=self.k, seed=pl_module.seed if self.seed is None else self.seed)
         scores = scorer.score(generated, reference, train=train)
@@ -122,6 +127,11 @@ class GenerationMetrics(L.Callback):
         if self._real is None:
             if self.reference_path is not None:
                 reference = load_reference(Path(self.reference_path))
+                reference.check(
+                    num_features=self.extractor.num_features,
+                    extractor=self.extractor.name,
+                    image_shape=data.image_shape,
+                )
             else:
                 held_out = collect_features(data.pixels(data.held_out_images), self.extractor)
                 reference = ReferenceStatistics.from_features(

@@ -110,7 +110,7 @@ class SampleWriter(L.Callback):
         self._target = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]
-        """Tell the module which images are missing."""
+        """Find out which images are missing."""
         if stage != "predict":
             return
         log_dir = trainer.log_dir or trainer.default_root_dir
@@ -119,9 +119,8 @@ class SampleWriter(L.Callback):
         mine = range(trainer.global_rank, self.num_images, trainer.world_size)
         missing = [i for i in mine if not self._file(i).exists()]
         size = self.batch_size
-        pl_module._predict_indices = [
-            missing[i : i + size] for i in range(0, len(missing), size)
-        ]
+        batches = [missing[i : i + size] for i in range(0, len(missing), size)]
+        trainer.datamodule.predict_indices = batches  # type: ignore[attr-defined]
 
     def on_predict_batch_end(  # type: ignore[override]
         self,

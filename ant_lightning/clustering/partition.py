@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["partition"]
 
+_BLOCK = 128  # starts that are done at a time, so that their sums stay in the cache
+
 
 def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1) -> tuple[int, ...]:
     """Boundaries of the `k` contiguous segments with the smallest sum of costs, exactly.
@@ -61,7 +63,7 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
     upper = steps[:, None] <= steps
     # Column j - 1 of `segments` is the stop j; too short segments are out of the question.
     segments = np.where(upper, table, np.inf)
-    if np.isfinite(segments).sum() != num_timesteps * (num_timesteps + 1) // 2:
+    if np.count_nonzero(np.isfinite(segments)) != num_timesteps * (num_timesteps + 1) // 2:
         raise ConfigError("costs: must be finite where l <= r, found a NaN or an infinity")
     if min_size > 1:
         segments[steps[:, None] > steps + 1 - min_size] = np.inf
@@ -74,14 +76,18 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
         low = (num_tasks - m) * min_size
         high = num_timesteps - m * min_size if m < num_tasks else 0
         first, last = low + min_size, num_timesteps - (m - 1) * min_size
-        stop, best_sums, best_squares = _minimum(
-            segments[low : high + 1, first - 1 : last] + best[first : last + 1],
-            squares[first : last + 1],
-            low,
-            first,
-        )
-        best[low : high + 1], squares[low : high + 1] = best_sums, best_squares
-        choices.append((low, first + stop))
+        choice = np.empty(high + 1 - low, dtype=np.intp)
+        new_best, new_squares = np.empty(len(choice)), np.empty(len(choice))
+        for start in range(low, high + 1, _BLOCK):
+            # Stops at or before the first start of the block are left out.
+            after = max(first, start + min_size)
+            block = slice(start - low, min(start + _BLOCK, high + 1) - low)
+            sums = segments[low:][block, after - 1 : last] + best[after : last + 1]
+            choice[block], new_best[block], new_squares[block] = _minimum(
+                sums, squares[after : last + 1], start, after
+            )
+        best[low : high + 1], squares[low : high + 1] = new_best, new_squares
+        choices.append((low, choice))
 
     boundaries = [0]
     for low, stop in reversed(choices):
@@ -92,7 +98,7 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
 def _minimum(
     sums: Array, squares: Array, low: int, first: int
 ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.intp]], Array, Array]:
-    """Smallest sum of each row: its column, itself, and the squared sizes that go with it.
+    """Smallest sum of each row: its stop, itself, and the squared sizes that go with it.
 
     Row a is the start `low + a`, column b the stop `first + b` of a segment, `squares[b]` the
     squared sizes of those after it.
@@ -108,4 +114,4 @@ def _minimum(
         winners = np.flatnonzero(evenness == most_even[tied_rows])[::-1]
         choice[tied_rows[winners]] = columns[winners]  # backwards: the first is written last
     lengths = (first + choice - low - rows).astype(np.float64)
-    return choice, best, squares[choice] + lengths**2
+    return first + choice, best, squares[choice] + lengths**2

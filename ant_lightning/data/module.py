@@ -12,7 +12,7 @@ from ant_lightning.data.loader import ImageDataset, ShuffledLoader, evaluation_l
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
     from torch.utils.data import DataLoader
@@ -47,6 +47,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.predict_indices: Sequence[list[int]] = []
         self._datasets: tuple[ImageDataset, ImageDataset] | None = None
 
     @abstractmethod
@@ -91,6 +92,10 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> Sequence[list[int]]:
+        """Indices of the images that `predict` draws, set by `SampleWriter`."""
+        return self.predict_indices
 
     def pixels(self, dataset: ImageDataset, *, limit: int | None = None) -> Iterator[Tensor]:
         """Images of `dataset` as uint8 `[b, c, h, w]`, without augmentation, for metrics."""

@@ -33,10 +33,10 @@ class GenerationScores:
 
     - ``fid``, ``kid``, ``kid_std``, ``precision``, ``recall``: generated against real;
       ``inception_score`` and its ``_std`` where the extractor has logits.
-    - ``fid_real``: real against real, two disjoint random parts of the real images of
-      ``fid_real_num_images`` each: the number of generated images, or half of the real images
-      where there are fewer. Below that a FID says nothing at this size, unless ``fid_train`` and
-      ``nearest_train`` show that the model copies.
+    - ``fid_real``: real against real. With training images: as many random training images as
+      there are generated ones, in their place. Without: two disjoint random halves of the real
+      images. ``fid_real_num_images`` says how many (of each half). A FID below it says nothing,
+      unless ``fid_train`` and ``nearest_train`` show that the model copies.
     - ``fid_train``: generated against as many random training images as there are real ones.
     - ``nearest_train_mean``, ``nearest_train_median``: feature distance of generated images to the
       nearest training image; ``nearest_train_real_mean`` and ``_median`` the same of real images,
@@ -139,6 +139,8 @@ class GenerationScores:
             scores |= {"inception_score": score.mean, "inception_score_std": score.std}
         if reference.features is not None:
             scores |= self._against_real(features, reference.features.to(features.device))
+            if train is None:
+                scores |= self._halves(reference.features, len(features))
         if train is not None:
             train = train.to(features.device)
             scores |= self._against_train(own, features, reference.features, train)
@@ -160,24 +162,37 @@ class GenerationScores:
         scores = {"kid": kid.mean, "precision": precision, "recall": recall}
         if not whole:
             scores["kid_std"] = kid.std
-        half = min(len(generated), len(real) // 2)
-        if half >= 2:
-            order = self._permutation(len(real))
-            first, second = (
-                GaussianStatistics.from_features(real[rows])
-                for rows in (order[:half], order[half : 2 * half])
-            )
-            scores["fid_real"] = frechet_distance(first, second)
-            scores["fid_real_num_images"] = float(half)
         return scores
+
+    def _halves(self, real: Tensor, count: int) -> dict[str, float]:
+        """FID between two disjoint random parts of the real images."""
+        half = min(count, len(real) // 2)
+        if half < 2:
+            return {}
+        order = self._permutation(len(real))
+        first, second = (
+            GaussianStatistics.from_features(real[rows])
+            for rows in (order[:half], order[half : 2 * half])
+        )
+        return {
+            "fid_real": frechet_distance(first, second),
+            "fid_real_num_images": float(half),
+        }
 
     def _against_train(
         self, own: GaussianStatistics, generated: Tensor, real: Tensor | None, train: Tensor
     ) -> dict[str, float]:
         """What shows whether the model copies its training images."""
         count = len(train) if real is None else min(len(real), len(train))
-        part = train[self._permutation(len(train))[:count]]
-        scores = {"fid_train": frechet_distance(own, GaussianStatistics.from_features(part))}
+        order = self._permutation(len(train))
+        part = GaussianStatistics.from_features(train[order[:count]])
+        scores = {"fid_train": frechet_distance(own, part)}
+        if real is not None:
+            same = train[order[: len(generated)]]
+            scores["fid_real"] = frechet_distance(
+                GaussianStatistics.from_features(same), GaussianStatistics.from_features(real)
+            )
+            scores["fid_real_num_images"] = float(len(same))
         sets = {"nearest_train": generated}
         if real is not None:
             sets["nearest_train_real"] = real.to(generated.device)

@@ -381,12 +381,6 @@ class MultiTaskDiffusion(L.LightningModule):
         )
         return self.decode(x_start)
 
-    def predict_dataloader(self) -> Iterable[list[int]]:
-        """Indices of the images that `predict` draws; `SampleWriter` decides which."""
-        return self._predict_indices
-
-    _predict_indices: Iterable[list[int]] = ()
-
     def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:  # noqa: ARG002
         """Draw the images of these indices."""
         return self.sample(batch)

@@ -148,6 +148,7 @@ BAD = {
             "--data.init_args.batch_size=4",
             "--model.init_args.balancer=PCGrad",
             "--model.init_args.balancer.init_args.num_tasks=5",
+            "--model.init_args.timestep_sampling=stratified",
         ],
         ["batch_size", "5", "4"],
     ),

@@ -44,6 +44,15 @@ class Toy(torch.nn.Module):
         return (self.second(hidden) - noise).square().mean()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    # Products this small are slower on several threads, which then wait for each other.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def brute_force(toy, grid):
     """Cosine of mean gradients and corrected cosine, one pair at a time in float64 numpy."""
     halves = []

@@ -125,6 +125,15 @@ def test_gradients_of_the_official_uncertainty_objective():
     torch.testing.assert_close(problem.grad(), weights @ rows, rtol=1e-6, atol=1e-9)
 
 
+def test_a_task_without_samples_does_not_move_its_own_uncertainty():
+    problem = Problem()
+    problem.tasks = problem.tasks.clamp(max=1)
+    balancer = UncertaintyWeighting(K)
+    multitask_backward(problem.losses, problem.tasks, problem.parameters, balancer)
+    assert balancer.log_vars.grad[2] == 0
+    assert (balancer.log_vars.grad[:2] != 0).all()
+
+
 def test_priors_by_size_with_linear_weights_weight_each_task_by_its_prior():
     problem = Problem()
     _, rows = problem.by_hand()

@@ -1,0 +1,175 @@
+"""The averages follow every method's steps, and never get in the way of training."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+
+from ant_lightning.backbones import DiT
+from ant_lightning.balancing import LinearScalarization, NashMTL, PCGrad, UncertaintyWeighting
+from ant_lightning.callbacks import EMA, averaged_weights
+from ant_lightning.clustering import SNRClustering
+from ant_lightning.data import DigitsData
+from ant_lightning.diffusion import DDIM, CosineSchedule
+from ant_lightning.errors import ConfigError
+from ant_lightning.modules import DiTModule
+
+
+def module(balancer=None):
+    torch.manual_seed(0)
+    return DiTModule(
+        DiT(
+            input_size=8,
+            patch_size=4,
+            in_channels=1,
+            hidden_size=8,
+            depth=1,
+            num_heads=1,
+            num_classes=10,
+        ),
+        schedule=CosineSchedule(100),
+        clustering=SNRClustering(3),
+        balancer=balancer,
+        sampler=DDIM(num_steps=2),
+        seed=0,
+    )
+
+
+def trainer(folder, *callbacks, steps=4, **settings):
+    return L.Trainer(
+        max_steps=steps,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+        num_sanity_val_steps=0,
+        **settings,
+    )
+
+
+class Recorder(L.Callback):
+    """Weights after each step, and what evaluation saw."""
+
+    def __init__(self):
+        self.weights = []
+        self.evaluated = None
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.weights.append(copy.deepcopy(dict(pl_module.backbone.named_parameters())))
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.evaluated = copy.deepcopy(dict(pl_module.backbone.named_parameters()))
+
+
+BALANCERS = [
+    None,
+    LinearScalarization(3),
+    UncertaintyWeighting(3),
+    PCGrad(3),
+    NashMTL(3, update_every=2),
+]
+
+
+@pytest.mark.parametrize("balancer", BALANCERS, ids=lambda b: type(b).__name__)
+def test_defect_2_the_average_follows_every_method(tmp_path, balancer):
+    model, ema, recorder = module(balancer), EMA(decay=0.6, warmup=False), Recorder()
+    average = {n: p.detach().clone() for n, p in model.backbone.named_parameters()}
+    trainer(tmp_path, ema, recorder, limit_val_batches=0).fit(model, DigitsData(batch_size=30))
+    assert len(recorder.weights) == 4
+    for weights in recorder.weights:
+        average = {n: 0.6 * average[n] + 0.4 * weights[n] for n in average}
+    found = ema.state_dict()["averages"]
+    for name in found:
+        torch.testing.assert_close(found[name], average[name].detach(), rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(found[n], recorder.weights[-1][n]) for n in found)
+
+
+def test_evaluation_sees_the_averages_and_training_gets_its_weights_back(tmp_path):
+    model, ema, recorder = module(), EMA(decay=0.9), Recorder()
+    trainer(tmp_path, ema, recorder, val_check_interval=4, check_val_every_n_epoch=None).fit(
+        model, DigitsData(batch_size=30)
+    )
+    for name, average in ema.state_dict()["averages"].items():
+        assert torch.equal(recorder.evaluated[name], average)
+        assert torch.equal(dict(model.backbone.named_parameters())[name], recorder.weights[-1][name])
+
+
+def test_an_exception_in_validation_puts_the_live_weights_back(tmp_path):
+    class Fails(L.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            raise KeyError("broken metric")
+
+    model, ema, recorder = module(), EMA(decay=0.9), Recorder()
+    run = trainer(
+        tmp_path, ema, recorder, Fails(), val_check_interval=4, check_val_every_n_epoch=None
+    )
+    with pytest.raises(KeyError):
+        run.fit(model, DigitsData(batch_size=30))
+    for name, weight in model.backbone.named_parameters():
+        assert torch.equal(weight, recorder.weights[-1][name])
+
+
+def test_a_checkpoint_written_during_validation_holds_the_live_weights(tmp_path):
+    class Saves(L.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "mid.ckpt")
+
+    model, recorder = module(), Recorder()
+    run = trainer(
+        tmp_path, EMA(decay=0.5), recorder, Saves(), val_check_interval=4, check_val_every_n_epoch=None
+    )
+    run.fit(model, DigitsData(batch_size=30))
+    state = torch.load(tmp_path / "mid.ckpt", weights_only=True)
+    for name, weight in recorder.weights[-1].items():
+        assert torch.equal(state["state_dict"][f"backbone.{name}"], weight)
+
+
+def test_skipped_steps_do_not_move_the_average(tmp_path):
+    model, ema = module(PCGrad(3)), EMA(decay=0.5)
+    torch.nn.init.constant_(next(model.backbone.parameters()), float("nan"))
+    before = {n: p.detach().clone() for n, p in model.backbone.named_parameters()}
+    run = trainer(tmp_path, ema, limit_val_batches=0, max_epochs=1)
+    with pytest.raises(RuntimeError, match="10 steps in a row"):
+        run.fit(model, DigitsData(batch_size=30))
+    assert ema.num_updates == 0
+    for name, average in ema.state_dict()["averages"].items():
+        torch.testing.assert_close(average, before[name], equal_nan=True)
+
+
+def test_warm_up_follows_the_formula():
+    ema = EMA(decay=0.999)
+    model = module()
+    ema._bind(model)
+    fake = type("Trainer", (), {"global_step": 0})()
+    weights = dict(model.backbone.named_parameters())
+    name = next(n for n, p in weights.items() if p.requires_grad)
+    expected = weights[name].detach().clone()
+    for n in range(1, 4):
+        fake.global_step = n
+        with torch.no_grad():
+            weights[name].add_(1.0)
+        ema.on_train_batch_end(fake, model)
+        decay = (1 + n) / (10 + n)
+        expected = decay * expected + (1 - decay) * weights[name].detach()
+    torch.testing.assert_close(ema.state_dict()["averages"][name], expected)
+
+
+def test_context_manager_for_one_s_own_callbacks(tmp_path):
+    model, ema = module(), EMA(decay=0.5)
+    run = trainer(tmp_path, ema, limit_val_batches=0)
+    run.fit(model, DigitsData(batch_size=30))
+    name, weight = next((n, p) for n, p in model.backbone.named_parameters() if p.requires_grad)
+    live = weight.detach().clone()
+    with averaged_weights(run, model):
+        assert torch.equal(weight, ema.state_dict()["averages"][name])
+    assert torch.equal(weight, live)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_bad_decay(decay):
+    with pytest.raises(ConfigError, match=f"ema.decay.*{decay}"):
+        EMA(decay=decay)
