@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.errors import ConfigError, DivergedRanksError, NonFiniteError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 HELP = """\
-usage: ant-lightning [--help] {fit,validate,test,predict} --config FILE [--config FILE ...] [options]
+usage: ant-lightning {fit,validate,test,predict} --config FILE [--config FILE ...] [options]
 
 Diffusion training as multi-task learning over clusters of timesteps.
 
@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
         run(arguments)
     except ConfigError as error:
         return _fail(str(error), 2)
-    except NonFiniteError as error:
+    except (DivergedRanksError, NonFiniteError) as error:
         return _fail(str(error), 1)
     return 0
 

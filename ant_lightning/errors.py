@@ -1,6 +1,6 @@
 """The error classes of the package; the command line turns them into one line and exit code 2."""
 
-__all__ = ["ConfigError", "NonFiniteError"]
+__all__ = ["ConfigError", "DivergedRanksError", "NonFiniteError"]
 
 
 class ConfigError(ValueError):
@@ -9,3 +9,7 @@ class ConfigError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """Too many training steps in a row had a NaN or an infinity in a loss or a gradient."""
+
+
+class DivergedRanksError(RuntimeError):
+    """Ranks of one run no longer have the same weights, balancer or number of steps."""

@@ -48,9 +48,7 @@ def sample_grid(
     return figure
 
 
-def cosine_heat_map(
-    cosines: NDArray[np.float64], *, labels: Sequence[str], title: str
-) -> Figure:
+def cosine_heat_map(cosines: NDArray[np.float64], *, labels: Sequence[str], title: str) -> Figure:
     """Cosines `[k, k]` of task gradients on a scale from -1 (blue) over 0 to 1 (red)."""
     figure = Figure(figsize=(5.4, 4.6), dpi=110, layout="constrained")
     axis = figure.subplots()

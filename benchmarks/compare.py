@@ -83,7 +83,11 @@ def table(rows: list[dict[str, object]], methods: list[str]) -> str:
             values = [s[metric] for s in seeds.values() if metric in s]
             spread = statistics.stdev(values) if len(values) > 1 else math.nan
             cells.append(f"{statistics.mean(values):.3f} ± {spread:.3f}" if values else "")
-        pairs = [s["fid"] - scores["vanilla"][i]["fid"] for i, s in seeds.items() if i in scores["vanilla"]]
+        pairs = [
+            s["fid"] - scores["vanilla"][i]["fid"]
+            for i, s in seeds.items()
+            if i in scores["vanilla"]
+        ]
         difference = ""
         if method != "vanilla" and len(pairs) > 1:
             half = T_QUANTILE[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
@@ -106,7 +110,9 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     results = args.folder / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    rows = (
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    )
     done = {(row["method"], row["seed"]) for row in rows if row["steps"] == args.steps}
     cells = [(m, s) for s in args.seeds for m in args.methods if (m, s) not in done]
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -114,7 +120,9 @@ def main() -> None:
             rows.append(row)
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{row['method']:8s} seed {row['seed']}: FID {row['scores']['fid']:.2f}", flush=True)
+            print(
+                f"{row['method']:8s} seed {row['seed']}: FID {row['scores']['fid']:.2f}", flush=True
+            )
     rows = [row for row in rows if row["steps"] == args.steps]
     print(f"\n{args.steps} steps each; {machine()}\n\n{table(rows, args.methods)}")
 

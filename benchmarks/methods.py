@@ -95,9 +95,11 @@ class Trainer:
         own = list(self.balancer.parameters()) if self.balancer else []
         self.optimizer = torch.optim.AdamW([*shared, *own], lr=1e-4)
         self.shared = shared
-        self.rows = DenseTaskGradients(K, shared, reduction=Reduction()) if (
-            method in {"pcgrad", "nash", "nash every step"}
-        ) else None
+        self.rows = (
+            DenseTaskGradients(K, shared, reduction=Reduction())
+            if (method in {"pcgrad", "nash", "nash every step"})
+            else None
+        )
         self.batch_size = batch_size
         self.x = torch.randn(batch_size, 4, side, side, device=device)
         self.labels = torch.randint(0, 10, (batch_size,), device=device)
@@ -183,9 +185,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--cells", nargs="+", default=["0.3M:16", "3M:16", "3M:64", "33M:64"])
-    parser.add_argument("--methods", nargs="+", default=[
-        "linear", "uw", "pcgrad", "nash", "nash every step", "official",
-    ])
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[
+            "linear",
+            "uw",
+            "pcgrad",
+            "nash",
+            "nash every step",
+            "official",
+        ],
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/bench/methods.json"))
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -45,7 +46,11 @@ def print_table(cli: AntCLI, checkpoint: Path, common: list[str]) -> None:
     module = cli.model
     boundaries = module.clusters.boundaries
     rows = [
-        ("FID to held-out digits", f"{scores['val/fid']:.2f}", f"n = {scores['val/num_images']:.0f}"),
+        (
+            "FID to held-out digits",
+            f"{scores['val/fid']:.2f}",
+            f"n = {scores['val/num_images']:.0f}",
+        ),
         ("  real against real", f"{scores['val/fid_real']:.2f}", "two sets of real digits, same n"),
         ("  FID to training digits", f"{scores['val/fid_train']:.2f}", "same n"),
         (
@@ -60,7 +65,7 @@ def print_table(cli: AntCLI, checkpoint: Path, common: list[str]) -> None:
     ]
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     weights = module.balancer.loss_weights() if module.balancer is not None else None
-    for task, (start, stop) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    for task, (start, stop) in enumerate(pairwise(boundaries)):
         weight = "" if weights is None else f"weight {float(weights[task]):.3f}"
         loss = f"{scores[f'val/task_{task}/loss']:.4f}"
         rows.append((f"loss, t in {start}..{stop - 1}", loss, weight))

@@ -7,6 +7,7 @@ from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.nash import NashMTL, nash_weights
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
+from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PCGrad",
     "Reduction",
     "TaskGradients",
+    "TorchJDBalancer",
     "UncertaintyWeighting",
     "default_reduction",
     "multitask_backward",

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.base import GradientBalancer, LossBalancer
-from ant_lightning.balancing.gradients import DenseTaskGradients, assign_gradients, reduce_gradients_
+from ant_lightning.balancing.gradients import (
+    DenseTaskGradients,
+    assign_gradients,
+    reduce_gradients_,
+)
 from ant_lightning.balancing.reduction import Reduction, default_reduction
 from ant_lightning.errors import ConfigError
 

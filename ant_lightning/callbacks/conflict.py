@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -50,9 +51,9 @@ class ConflictMonitor(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: MultiTaskDiffusion,
-        outputs: Any,  # noqa: ANN401, ARG002
+        outputs: Any,  # noqa: ANN401
         batch: Any,  # noqa: ANN401
-        batch_idx: int,  # noqa: ARG002
+        batch_idx: int,
     ) -> None:
         """Remember the step; log when it is time."""
         report = pl_module.last_report
@@ -68,7 +69,9 @@ class ConflictMonitor(L.Callback):
         if gramian is not None and (probe or step % self.log_every_n_steps == 0):
             logs |= self._conflict(gramian)
         if step % self.log_every_n_steps == 0:
-            losses, weights = (torch.stack(each).nanmean(0) for each in zip(*self._window, strict=True))
+            losses, weights = (
+                torch.stack(each).nanmean(0) for each in zip(*self._window, strict=True)
+            )
             self._window.clear()
             self._history.append((step, losses.cpu(), weights.cpu()))
             for task, (loss, weight) in enumerate(
@@ -77,12 +80,12 @@ class ConflictMonitor(L.Callback):
                 logs[f"train/task_{task}/loss"] = loss
                 logs[f"train/task_{task}/weight"] = weight
         if logs:
-            pl_module.log_dict(logs)
+            pl_module.log_now(logs)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
         """Draw what was seen since the start, and the cosines since the last validation."""
         boundaries = pl_module.clusters.boundaries
-        labels = [f"{a}-{b - 1}" for a, b in zip(boundaries, boundaries[1:], strict=False)]
+        labels = [f"{a}-{b - 1}" for a, b in pairwise(boundaries)]
         if len(self._history) > 1:
             steps, losses, weights = zip(*self._history, strict=True)
             figure = task_history(

@@ -94,32 +94,32 @@ class EMA(L.Callback):
             if swapped:
                 self._swap_in(pl_module)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]  # noqa: ARG002
+    def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
         """Evaluate the averages."""
         self._swap_in(pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]  # noqa: ARG002
+    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
         """Go on training the live weights."""
         self._swap_out(pl_module)
 
-    on_test_start = on_validation_start
-    on_test_end = on_validation_end
-    on_predict_start = on_validation_start
-    on_predict_end = on_validation_end
+    on_test_start = on_validation_start  # type: ignore[assignment]
+    on_test_end = on_validation_end  # type: ignore[assignment]
+    on_predict_start = on_validation_start  # type: ignore[assignment]
+    on_predict_end = on_validation_end  # type: ignore[assignment]
 
     def on_exception(  # type: ignore[override]
         self,
-        trainer: L.Trainer,  # noqa: ARG002
+        trainer: L.Trainer,
         pl_module: MultiTaskDiffusion,
-        exception: BaseException,  # noqa: ARG002
+        exception: BaseException,
     ) -> None:
         """An evaluation that failed must not leave the averages in the model."""
         self._swap_out(pl_module)
 
     def on_save_checkpoint(  # type: ignore[override]
         self,
-        trainer: L.Trainer,  # noqa: ARG002
-        pl_module: MultiTaskDiffusion,  # noqa: ARG002
+        trainer: L.Trainer,
+        pl_module: MultiTaskDiffusion,
         checkpoint: dict[str, Any],
     ) -> None:
         """A checkpoint that is written during an evaluation holds the live weights as well."""

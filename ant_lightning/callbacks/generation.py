@@ -156,7 +156,9 @@ class GenerationMetrics(L.Callback):
             return own
         parts: list[Features] = [own] * ranks
         dist.all_gather_object(parts, own)
-        order = torch.cat([torch.arange(rank, num_images, ranks) for rank in range(ranks)]).argsort()
+        order = torch.cat(
+            [torch.arange(rank, num_images, ranks) for rank in range(ranks)]
+        ).argsort()
         features = torch.cat([part.features for part in parts])[order]
         if own.logits is None:
             return Features(features, None)
@@ -172,7 +174,7 @@ class GenerationMetrics(L.Callback):
         """One line of JSON with the values and what they depend on."""
         row: dict[str, Any] = {
             "stage": prefix,
-            "step": trainer.global_step,
+            "step": max(trainer.global_step, pl_module.trained_steps),
             "scores": scores,
             "sampler": str(pl_module.sampler),
             "guidance_scale": pl_module.guidance_scale,

@@ -49,8 +49,8 @@ class TrainingProgress(TQDMProgressBar):
         self._seconds += time.perf_counter() - self._start
         self._images += len(batch.images) * trainer.world_size
         self.images_per_second = self._images / self._seconds
-        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
-            pl_module.log("train/images_per_second", self.images_per_second)
+        if pl_module.log_due:
+            pl_module.log_now({"train/images_per_second": self.images_per_second})
             self._images, self._seconds = 0, 0.0
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

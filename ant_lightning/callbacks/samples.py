@@ -40,7 +40,9 @@ class SampleGrid(L.Callback):
         if num_images < 1:
             raise ConfigError(f"SampleGrid.num_images: must be at least 1, found {num_images}")
         if every_n_epochs < 1:
-            raise ConfigError(f"SampleGrid.every_n_epochs: must be at least 1, found {every_n_epochs}")
+            raise ConfigError(
+                f"SampleGrid.every_n_epochs: must be at least 1, found {every_n_epochs}"
+            )
         self.num_images = num_images
         self.columns = columns
         self.every_n_epochs = every_n_epochs
@@ -58,7 +60,7 @@ class SampleGrid(L.Callback):
         classes = pl_module.num_classes
         columns = self.columns or classes or max(1, round(self.num_images**0.5))
         guidance = f", guidance {pl_module.guidance_scale:g}" if classes else ""
-        caption = f"step {trainer.global_step}, {pl_module.sampler}{guidance}"
+        caption = f"step {max(trainer.global_step, pl_module.trained_steps)}, {pl_module.sampler}{guidance}"
         figure = sample_grid(generated, real, columns=min(columns, 16), caption=caption)
         self.path = save_figure(
             trainer,
@@ -81,7 +83,8 @@ class SampleGrid(L.Callback):
             rows = by_class[i % pl_module.num_classes]
             if len(rows):
                 chosen.append(rows[(i // pl_module.num_classes) % len(rows)])
-        return batch.images[torch.stack(chosen)]
+        images: Tensor = batch.images[torch.stack(chosen)]
+        return images
 
 
 class SampleWriter(L.Callback):
@@ -124,12 +127,12 @@ class SampleWriter(L.Callback):
 
     def on_predict_batch_end(  # type: ignore[override]
         self,
-        trainer: L.Trainer,  # noqa: ARG002
-        pl_module: MultiTaskDiffusion,  # noqa: ARG002
+        trainer: L.Trainer,
+        pl_module: MultiTaskDiffusion,
         outputs: Tensor,
         batch: list[int],
-        *args: Any,  # noqa: ARG002
-        **kwargs: Any,  # noqa: ARG002
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Write a batch; a file appears whole or not at all."""
         for index, image in zip(batch, to_uint8(outputs).cpu(), strict=True):
@@ -137,7 +140,7 @@ class SampleWriter(L.Callback):
             write_png(image, str(partial))
             partial.replace(self._file(index))
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]  # noqa: ARG002
+    def on_predict_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
         """Say where the images are."""
         if trainer.is_global_zero:
             print(f"{self.num_images} images are in {self._target}")

@@ -43,7 +43,7 @@ class TensorImages(ImageDataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def load(self, indices: list[int], *, epoch: int | None) -> Batch:  # noqa: ARG002
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
         """The images at `indices`; nothing is augmented."""
         rows = torch.tensor(indices)
         return Batch(self.images[rows], self.labels[rows], rows)

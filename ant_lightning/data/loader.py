@@ -1,4 +1,4 @@
-"""A training loader whose order is a function of (seed, position), so that it can resume anywhere."""
+"""A training loader whose order is a function of seed and position: it can resume anywhere."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class ImageDataModule(L.LightningDataModule):
         """What is never trained on."""
         return self._prepared()[1]
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002 - every stage needs the same
+    def setup(self, stage: str) -> None:
         """Find the images before anything starts, so that a fault is reported at once."""
         self._prepared()
 

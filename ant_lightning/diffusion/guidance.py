@@ -28,7 +28,7 @@ class GuidedDenoiser:
         model: called as `model(x, t, labels)`.
         labels: int64 [b], the classes of the batch; None for an unconditional network, which is
             then called as `model(x, t, None)` and cannot be guided.
-        null_label: the class that stands for "none".
+        null_label: the class that stands for "none"; None if there is none, and no guidance.
         scale: 1 is no guidance, above 1 pushes towards the class.
         guided_channels: how many of the first channels are guided; None is all channels of the
             image. 3 is what the official DiT does to its 4 latent channels.
@@ -45,7 +45,7 @@ class GuidedDenoiser:
         model: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         labels: Tensor | None,
         *,
-        null_label: int,
+        null_label: int | None,
         scale: float,
         guided_channels: int | None = None,
     ) -> None:
@@ -53,6 +53,8 @@ class GuidedDenoiser:
             raise ConfigError(f"scale must be finite, found {scale}")
         if labels is None and scale != 1.0:
             raise ConfigError(f"scale must be 1 for a network without labels, found {scale}")
+        if null_label is None and scale != 1.0:
+            raise ConfigError(f"scale must be 1 for a network without a null class, found {scale}")
         if guided_channels is not None and guided_channels < 1:
             raise ConfigError(f"guided_channels must be at least 1, found {guided_channels}")
         self.model = model
@@ -77,7 +79,7 @@ class GuidedDenoiser:
             raise ConfigError(
                 f"guided_channels must not exceed the image's {x_t.shape[1]}, found {num_guided}"
             )
-        if self.labels is None or self.scale == 1.0:
+        if self.labels is None or self.null_label is None or self.scale == 1.0:
             return self.model(x_t, t, self.labels)
         labels = torch.cat([self.labels, torch.full_like(self.labels, self.null_label)])
         output = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels)

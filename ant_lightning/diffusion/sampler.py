@@ -43,6 +43,10 @@ class Sampler(ABC):
     called once per iteration that is random, in order; a deterministic sampler never calls it.
     """
 
+    def __repr__(self) -> str:
+        settings = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
     @abstractmethod
     def num_calls(self, process: DiffusionProcess) -> int:
         """How many times a whole path calls the network."""

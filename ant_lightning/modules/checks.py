@@ -39,7 +39,8 @@ def check_settings(module: MultiTaskDiffusion) -> None:
             raise ConfigError(f"model.{name}: must be at least 1, found {value}")
     if module.clip_grad_norm is not None and not module.clip_grad_norm > 0:
         raise ConfigError(
-            f"model.clip_grad_norm: must be above 0, or null for none, found {module.clip_grad_norm}"
+            "model.clip_grad_norm: must be above 0, or null for none, "
+            f"found {module.clip_grad_norm}"
         )
     if module.warmup_steps < 0:
         raise ConfigError(f"model.warmup_steps: must be 0 or more, found {module.warmup_steps}")

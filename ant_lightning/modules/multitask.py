@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 
 from ant_lightning.balancing import (
-    Balancer,
     BackwardReport,
+    Balancer,
     DenseTaskGradients,
     GradientBalancer,
     UncertaintyWeighting,
@@ -33,10 +33,13 @@ from ant_lightning.diffusion import (
 )
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.modules.checks import check_settings, check_trainer
+from ant_lightning.modules.draws import spread_order, step_noise
+from ant_lightning.modules.ranks import check_ranks_agree
+from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
 from ant_lightning.randomness import ImageNoise, keyed_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -47,7 +50,7 @@ __all__ = ["Draws", "MultiTaskDiffusion"]
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in the loss of a batch: `timesteps [b]`, `tasks [b]`, `noise`, `labels [b]`."""
+    """What is random in the loss of a batch: `timesteps`, `tasks` and `labels` `[b]`, `noise`."""
 
     timesteps: Tensor
     tasks: Tensor
@@ -151,10 +154,13 @@ class MultiTaskDiffusion(L.LightningModule):
         self.train_interval = train_interval
         self.max_skipped_steps = max_skipped_steps
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
-        self._weights = loss_weighting(self.process.snr, prediction_type) if loss_weighting else None
+        self._weights = (
+            loss_weighting(self.process.snr, prediction_type) if loss_weighting else None
+        )
         self.last_report: BackwardReport | None = None
         self.last_step_skipped = False
         self.num_skipped_steps = 0
+        self.trained_steps = 0  # of the checkpoint that was loaded: evaluation has no step count
         self._num_skipped_in_a_row = 0
         self._gradients: DenseTaskGradients | None = None
         self._validation_sums = torch.zeros(0)
@@ -195,7 +201,8 @@ class MultiTaskDiffusion(L.LightningModule):
         if not self.warmup_steps:
             return optimizer
         steps = self.warmup_steps
-        lambdas = [lambda step: min(1.0, (step + 1) / steps), *[_constant] * (len(groups) - 1)]
+        lambdas: list[Callable[[int], float]] = [lambda step: min(1.0, (step + 1) / steps)]
+        lambdas += [_constant] * (len(groups) - 1)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)]
 
     def on_fit_start(self) -> None:
@@ -205,26 +212,27 @@ class MultiTaskDiffusion(L.LightningModule):
     def draw(self, batch: Batch, *, step: int) -> Draws:
         """Timesteps, tasks, noise and dropped labels of a training step, a function of its number.
 
-        The timesteps are those of the global batch, of which each rank takes every N-th: so all
-        ranks know how many samples each task has, and no task is bound to a rank.
+        They are those of the global batch, of which each rank takes its part: the same images get
+        the same draws on any number of ranks. A stratified batch is laid out so that the part of
+        each rank has its share of each task.
         """
         b, device = len(batch.images), batch.images.device
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        mine = slice(rank * b, (rank + 1) * b)
         generator = keyed_generator(self.seed, "timesteps", step)
         if self.timestep_sampling == "stratified":
             timesteps, tasks = self.clusters.sample(
                 b * ranks, generator=generator, allocation=self.allocation
             )
+            order = spread_order(b * ranks)[mine]
+            timesteps, tasks = timesteps[order], tasks[order]
         else:
             start, stop = self.train_interval or (0, self.clusters.num_timesteps)
-            timesteps = torch.randint(start, stop, (b * ranks,), generator=generator)
+            timesteps = torch.randint(start, stop, (b * ranks,), generator=generator)[mine]
             tasks = self.clusters.task_of(timesteps)
-        generator = keyed_generator(self.seed, "noise", step, rank, device=device)
-        noise = torch.randn(
-            batch.images.shape, generator=generator, device=device, dtype=torch.float32
-        )
-        labels = self._dropped(batch.labels, step, rank) if self.num_classes else None
-        return Draws(timesteps[rank::ranks].to(device), tasks[rank::ranks], noise, labels)
+        noise = step_noise(mine, tuple(batch.images.shape[1:]), self.seed, step, device)
+        labels = self._dropped(batch.labels, step, mine) if self.num_classes else None
+        return Draws(timesteps.to(device), tasks, noise, labels)
 
     def losses(
         self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None
@@ -236,13 +244,15 @@ class MultiTaskDiffusion(L.LightningModule):
             draws: What is random.
             unweighted: `[b]`, filled with the mean squared errors without any weight.
         """
+        # bf16-true casts batches: noise levels and targets need float32.
+        x_start = x_start.to(torch.promote_types(x_start.dtype, torch.float32))
         x_t = self.process.q_sample(x_start, draws.timesteps, draws.noise)
 
         def losses_of(rows: Tensor) -> Tensor:
             rows = rows.to(x_t.device)
             timesteps = draws.timesteps[rows]
             labels = None if draws.labels is None else draws.labels[rows]
-            output = self.backbone(x_t[rows], timesteps, labels).float()
+            output = self.denoise(x_t[rows], timesteps, labels)
             terms = denoising_loss(
                 self.process,
                 output,
@@ -258,10 +268,10 @@ class MultiTaskDiffusion(L.LightningModule):
 
         return losses_of
 
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One step of any method."""
         draws = self.draw(batch, step=self.global_step)
-        unweighted = torch.zeros(len(batch.images), device=self.device)
+        unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
         report = multitask_backward(
             self.losses(self.encode(batch), draws, unweighted=unweighted),
             draws.tasks,
@@ -271,16 +281,37 @@ class MultiTaskDiffusion(L.LightningModule):
             priors=self._priors(),
             micro_batch_size=-(-len(batch.images) // self.accumulate_grad_batches),
             gradients=self._row_buffers(),
+            loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
         )
         self._finish_step(report)
         loss = self._uniform_estimate(unweighted, draws.tasks, report)
         self.last_report = report
-        if (self.global_step - 1) % max(1, self.trainer.log_every_n_steps) == 0:
-            self.log("train/loss", loss, prog_bar=True, sync_dist=True)
-            self.log("train/objective", report.objective.float())
-            self.log("train/grad_norm", report.grad_norm.float())
-            self.log("train/skipped_steps", float(self.num_skipped_steps))
+        if self.log_due:
+            loss = default_reduction().all_reduce_(loss.detach()) / self.trainer.world_size
+            self.log("train/loss", loss, prog_bar=True, logger=False)
+            self.log_now(
+                {
+                    "train/loss": loss,
+                    "train/objective": report.objective,
+                    "train/grad_norm": report.grad_norm,
+                    "train/skipped_steps": self.num_skipped_steps,
+                }
+            )
         return {"loss": loss}
+
+    @property
+    def log_due(self) -> bool:
+        """Whether the step just made is one of every `trainer.log_every_n_steps`."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.global_step % max(1, every) == 0
+
+    def log_now(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Send numbers to the loggers at this optimizer step, skipped steps not counted.
+
+        `self.log` keeps to batches, and loses what is logged off its own rhythm.
+        """
+        for logger in self.loggers:
+            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.global_step)
 
     def task_gradients(self, batch: Batch, *, step: int) -> DenseTaskGradients:
         """The task gradients at the current weights on the draws of `step`, for looking at."""
@@ -288,6 +319,12 @@ class MultiTaskDiffusion(L.LightningModule):
         losses = self.losses(self.encode(batch), draws)
         shared = self.backbone.parameters()
         return task_gradients(losses, draws.tasks, shared, num_tasks=self.num_tasks)
+
+    def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        """The backbone's output for states of any precision, computed in the backbone's own."""
+        dtype = next(self.backbone.parameters()).dtype
+        output: Tensor = self.backbone(x_t.to(dtype), timesteps, labels)
+        return output
 
     def encode(self, batch: Batch) -> Tensor:
         """What is denoised: the images, or their latents."""
@@ -301,7 +338,7 @@ class MultiTaskDiffusion(L.LightningModule):
         """Forget the sums of the last epoch."""
         self._validation_sums = torch.zeros(2, self.num_tasks, dtype=torch.float64)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum the unweighted losses of held-out images, each with noise of its own.
 
         The timesteps of images 0, 1, 2, ... are a golden-ratio sequence over 0 .. T-1, which covers
@@ -319,7 +356,7 @@ class MultiTaskDiffusion(L.LightningModule):
         )()
         labels = batch.labels if self.num_classes else None
         draws = Draws(timesteps, tasks, noise, labels)
-        unweighted = torch.zeros(len(batch.images), device=self.device)
+        unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
         rows = torch.arange(len(batch.images), device=self.device)
         self.losses(self.encode(batch), draws, unweighted=unweighted)(rows)
         values = torch.stack([unweighted.cpu().double(), torch.ones(len(rows)).double()])
@@ -370,7 +407,7 @@ class MultiTaskDiffusion(L.LightningModule):
             device=self.device,
         )
         denoiser = GuidedDenoiser(
-            self.backbone,
+            self.denoise,
             labels,
             null_label=self.null_class,
             scale=self.guidance_scale if guidance_scale is None else guidance_scale,
@@ -381,12 +418,17 @@ class MultiTaskDiffusion(L.LightningModule):
         )
         return self.decode(x_start)
 
-    def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:  # noqa: ARG002
+    def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:
         """Draw the images of these indices."""
         return self.sample(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what no hyperparameter file should decide: clusters and counts."""
+        """Keep what no hyperparameter file should decide: clusters and counts.
+
+        Raises:
+            DivergedRanksError: On every rank, if they no longer agree.
+        """
+        check_ranks_agree(self)
         checkpoint["ant_lightning"] = {
             "format_version": 1,
             "boundaries": list(self.clusters.boundaries),
@@ -418,18 +460,13 @@ class MultiTaskDiffusion(L.LightningModule):
             if now != then:
                 raise ConfigError(f"{name}: the checkpoint has {then}, the settings say {now}")
         self.num_skipped_steps = saved["num_skipped_steps"]
+        self.trained_steps = checkpoint["global_step"]
 
     def _finish_step(self, report: BackwardReport) -> None:
         """Clip and step, or skip."""
         self.last_step_skipped = not report.finite
         if not report.finite:
-            self.num_skipped_steps += 1
-            self._num_skipped_in_a_row += 1
-            if self._num_skipped_in_a_row >= self.max_skipped_steps:
-                raise NonFiniteError(
-                    f"model.max_skipped_steps: {self._num_skipped_in_a_row} steps in a row had a "
-                    f"NaN or an infinity; losses per task {report.task_losses.tolist()}"
-                )
+            self._skip_step(report)
             return
         self._num_skipped_in_a_row = 0
         if self.clip_grad_norm is not None:
@@ -441,6 +478,21 @@ class MultiTaskDiffusion(L.LightningModule):
         scheduler = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr,call-arg]
+
+    def _skip_step(self, report: BackwardReport) -> None:
+        """Count a step that is not made; give up after too many in a row."""
+        self.num_skipped_steps += 1
+        scaler = gradient_scaler(self.trainer)
+        if scaler is not None:
+            back_off(scaler, self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
+            if scaler.get_scale() >= 1:
+                return  # an overflow, as far as anybody knows: the next step has a smaller scale
+        self._num_skipped_in_a_row += 1
+        if self._num_skipped_in_a_row >= self.max_skipped_steps:
+            raise NonFiniteError(
+                f"model.max_skipped_steps: {self._num_skipped_in_a_row} steps in a row had a NaN "
+                f"or an infinity; losses per task {report.task_losses.tolist()}"
+            )
 
     def _uniform_estimate(
         self, unweighted: Tensor, tasks: Tensor, report: BackwardReport
@@ -467,15 +519,15 @@ class MultiTaskDiffusion(L.LightningModule):
             )
         return self._gradients
 
-    def _dropped(self, labels: Tensor, step: int, rank: int) -> Tensor:
+    def _dropped(self, labels: Tensor, step: int, mine: slice) -> Tensor:
         """`labels` with a share replaced by the null class."""
         if not self.class_dropout or self.null_class is None:
             return labels
-        generator = keyed_generator(self.seed, "class dropout", step, rank)
-        drop = torch.rand(len(labels), generator=generator) < self.class_dropout
-        return labels.masked_fill(drop.to(labels.device), self.null_class)
+        generator = keyed_generator(self.seed, "class dropout", step)
+        drop = torch.rand(mine.stop, generator=generator, dtype=torch.float32) < self.class_dropout
+        return labels.masked_fill(drop[mine].to(labels.device), self.null_class)
 
 
-def _constant(step: int) -> float:  # noqa: ARG001
+def _constant(step: int) -> float:
     """The balancer's own learning rate has no warm-up."""
     return 1.0

@@ -155,7 +155,10 @@ BAD = {
     "image size": (["--model.init_args.backbone.init_args.input_size=16"], ["input_size", "16"]),
     "channels": (["--model.init_args.backbone.init_args.in_channels=3"], ["in_channels", "3"]),
     "classes": (["--model.init_args.backbone.init_args.num_classes=7"], ["num_classes", "10", "7"]),
-    "learned variance": (["--model.init_args.variance_type=fixed_small"], ["out_channels", "1", "2"]),
+    "learned variance": (
+        ["--model.init_args.variance_type=fixed_small"],
+        ["out_channels", "1", "2"],
+    ),
     "clip flag": (["--trainer.gradient_clip_val=1.0"], ["gradient_clip_val", "clip_grad_norm"]),
     "accumulation flag": (
         ["--trainer.accumulate_grad_batches=2"],
@@ -215,7 +218,7 @@ def test_weights_of_a_checkpoint_are_those_of_training_not_the_averages(tmp_path
     state = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)
     averages = state["callbacks"]["EMA"]["averages"]
     live = dict(cli.model.backbone.named_parameters())
-    for name, value in averages.items():
+    for name in averages:
         assert torch.equal(state["state_dict"][f"backbone.{name}"], live[name])
     assert any(not torch.equal(averages[name], live[name]) for name in averages)
     assert not any("ema" in name or "extractor" in name for name in state["state_dict"])

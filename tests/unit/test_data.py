@@ -67,9 +67,7 @@ def test_ranks_share_the_global_batches(data):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_in_the_middle_of_an_epoch_goes_on_with_the_same_batches(data, num_workers):
     def loader():
-        return ShuffledLoader(
-            data.train_images, batch_size=100, seed=1, num_workers=num_workers
-        )
+        return ShuffledLoader(data.train_images, batch_size=100, seed=1, num_workers=num_workers)
 
     whole = take(loader(), 24)
     first = loader()

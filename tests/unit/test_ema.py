@@ -95,7 +95,9 @@ def test_evaluation_sees_the_averages_and_training_gets_its_weights_back(tmp_pat
     )
     for name, average in ema.state_dict()["averages"].items():
         assert torch.equal(recorder.evaluated[name], average)
-        assert torch.equal(dict(model.backbone.named_parameters())[name], recorder.weights[-1][name])
+        assert torch.equal(
+            dict(model.backbone.named_parameters())[name], recorder.weights[-1][name]
+        )
 
 
 def test_an_exception_in_validation_puts_the_live_weights_back(tmp_path):
@@ -120,7 +122,12 @@ def test_a_checkpoint_written_during_validation_holds_the_live_weights(tmp_path)
 
     model, recorder = module(), Recorder()
     run = trainer(
-        tmp_path, EMA(decay=0.5), recorder, Saves(), val_check_interval=4, check_val_every_n_epoch=None
+        tmp_path,
+        EMA(decay=0.5),
+        recorder,
+        Saves(),
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
     )
     run.fit(model, DigitsData(batch_size=30))
     state = torch.load(tmp_path / "mid.ckpt", weights_only=True)

@@ -1,0 +1,142 @@
+"""TorchJD's weightings as balancers: UPGrad, MGDA, CAGrad, IMTL-G, Aligned-MTL and others."""
+
+from __future__ import annotations
+
+import copy
+import typing
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ant_lightning.balancing.base import GradientBalancer
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["TorchJDBalancer"]
+
+
+class TorchJDBalancer(GradientBalancer):
+    """The weights that a weighting of the TorchJD library gives to the Gramian.
+
+    TorchJD's weights are for the sum over tasks of weighted gradients; those with a preference
+    vector default to the mean, 1/k each without conflict, which is the scale used here. They are
+    taken as they are. The weighting runs on the host in float64; one that draws random numbers
+    draws them from a generator keyed by `seed` and the number of the refresh, so that all ranks
+    draw the same and a resumed run goes on as if it had never stopped.
+
+    If the weighting fails or gives a NaN or an infinity, the weights in force are kept (1/k before
+    the first refresh), `num_failures` goes up by one, and the first time a `UserWarning` says so.
+
+    Args:
+        num_tasks: `k`.
+        weighting: A weighting of `torchjd.aggregation` that is made from a Gramian, for instance
+            `UPGradWeighting()`. It may not keep a memory of past steps outside its buffers.
+        update_every: Steps from one refresh to the next.
+        seed: Seed of weightings that draw random numbers.
+
+    Raises:
+        ConfigError: If the extra `torchjd` is not installed, or `weighting` is none of TorchJD's,
+            is not made from a Gramian, keeps a memory that a checkpoint would lose, or does not
+            give k finite weights to k orthonormal gradients.
+
+    Reference:
+        Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", arXiv 2406.16232.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        *,
+        weighting: nn.Module,
+        update_every: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(num_tasks, update_every=update_every)
+        self.weighting = weighting
+        self.seed = seed
+        self.num_failures = 0
+        self._num_refreshes = 0
+        _check(weighting)
+        name = type(weighting).__name__
+        # A copy: what a weighting remembers must not start with a made-up Gramian.
+        probe = copy.deepcopy(weighting)
+        try:
+            weights = self._call(probe, torch.eye(num_tasks, dtype=torch.float64))
+        except Exception as error:
+            raise ConfigError(f"weighting: {name} fails on {num_tasks} tasks: {error}") from error
+        if weights.shape != (num_tasks,) or not bool(weights.isfinite().all()):
+            raise ConfigError(
+                f"weighting: must give {num_tasks} finite weights, found {weights} from {name}"
+            )
+
+    def solve(self, gramian: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
+        """The weights of TorchJD, or those in force."""
+        self._num_refreshes += 1
+        try:
+            weights = self._call(self.weighting, gramian.cpu())
+        except Exception as error:  # the solvers behind TorchJD each have errors of their own
+            return self._failed(gramian, str(error))
+        if not bool(weights.isfinite().all()):
+            return self._failed(gramian, f"its weights are {weights.tolist()}")
+        return weights.to(gramian)
+
+    def _call(self, weighting: nn.Module, gramian: Tensor) -> Tensor:
+        """The weights, `[k]` float64 on the host, whatever the state of the global generator."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed + 1_000_003 * self._num_refreshes)
+            weights: Tensor = weighting(gramian)
+        return weights.detach().double()
+
+    def _failed(self, gramian: Tensor, reason: str) -> Tensor:
+        """Count a failure; the weights in force."""
+        self.num_failures += 1
+        if self.num_failures == 1:
+            warnings.warn(
+                f"{type(self.weighting).__name__} found no weights and the last ones are kept: "
+                f"{reason}. This is said once; num_failures counts on.",
+                stacklevel=2,
+            )
+        return self.kept_weights.to(gramian)
+
+    def get_extra_state(self) -> Tensor:
+        """Steps made with the kept weights, failures and refreshes."""
+        counts = torch.tensor([self.num_failures, self._num_refreshes])
+        return torch.cat([super().get_extra_state(), counts])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what `get_extra_state` gave."""
+        super().set_extra_state(state)
+        self.num_failures, self._num_refreshes = int(state[1]), int(state[2])
+
+
+def _check(weighting: nn.Module) -> None:
+    """Refuse what is no weighting of Gramians, or would not survive a checkpoint."""
+    try:
+        from torchjd.aggregation import Weighting  # noqa: PLC0415 - an extra
+        from torchjd.linalg import Matrix  # noqa: PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            "weighting: TorchJDBalancer needs the extra: pip install 'ant-lightning[torchjd]'"
+        ) from error
+    name = type(weighting).__name__
+    if not isinstance(weighting, Weighting):
+        raise ConfigError(
+            f"weighting: must be a weighting of torchjd.aggregation, such as UPGradWeighting, "
+            f"found {name}"
+        )
+    # What it takes is said by the annotation of its only argument; Mean and Sum take any tensor.
+    hints = typing.get_type_hints(type(weighting).forward)
+    if any(hint is Matrix for argument, hint in hints.items() if argument != "return"):
+        raise ConfigError(
+            f"weighting: must be made from the Gramian alone; {name} needs the whole matrix of "
+            "task gradients"
+        )
+    if hasattr(weighting, "reset"):
+        raise ConfigError(
+            f"weighting: {name} remembers past steps where no checkpoint can save it; use one "
+            "without a memory"
+        )

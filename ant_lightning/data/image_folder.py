@@ -1,0 +1,207 @@
+"""A user's own folder of images."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from ant_lightning.data.batch import Batch
+from ant_lightning.data.class_map import read_class_map, write_class_map
+from ant_lightning.data.image_files import broken_images, find_images, report, split
+from ant_lightning.data.loader import ImageDataset
+from ant_lightning.data.module import ImageDataModule
+from ant_lightning.data.pictures import Crop, read_picture
+from ant_lightning.errors import ConfigError
+from ant_lightning.randomness import keyed_generator, keyed_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["ImageFolderData", "is_flipped"]
+
+
+def is_flipped(seed: int, epoch: int, index: int) -> bool:
+    """Whether the image at `index` is mirrored in `epoch`: a fair coin of these three numbers."""
+    return bool(keyed_seed(seed, "flip", epoch, index) & 1)
+
+
+class _FolderImages(ImageDataset):
+    """Image files, decoded when they are asked for."""
+
+    def __init__(
+        self, paths: list[Path], labels: Tensor, *, data: ImageFolderData, flip: bool
+    ) -> None:
+        self.paths = paths
+        self.labels = labels
+        self._size = data.image_shape[1]
+        self._channels = data.image_shape[0]
+        self._crop: Crop = data.crop
+        self._flip_seed = data.seed if flip else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
+        """The images at `indices`, mirrored by the coin of (seed, epoch, index)."""
+        shape = (len(indices), self._size, self._size, self._channels)
+        pixels = np.empty(shape, dtype=np.uint8)
+        for row, index in enumerate(indices):
+            picture = read_picture(
+                self.paths[index],
+                image_size=self._size,
+                channels=self._channels,
+                crop=self._crop,
+            )
+            flip = epoch is not None and self._flip_seed is not None
+            if flip and is_flipped(self._flip_seed, epoch, index):  # type: ignore[arg-type]
+                picture = picture[:, ::-1]
+            pixels[row] = picture
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+        rows = torch.tensor(indices)
+        return Batch(images, self.labels[rows], rows)
+
+
+class ImageFolderData(ImageDataModule):
+    """Images of a folder, in folders of their classes or all in one, as FFHQ and CelebA-HQ come.
+
+    Class names are the sorted names of the folders unless `class_map` says otherwise; they are
+    written to `class_map.json` in the log folder, and into the checkpoint, which refuses others.
+
+    Args:
+        root: The folder.
+        image_size: Side in pixels of what the network sees.
+        batch_size: Images of one optimizer step, over all ranks.
+        num_held_out: Images that are never trained on: validation, test, reference of FID.
+        labels: `auto`, `folders` or `none`: see `find_images`.
+        class_map: JSON file of class names and numbers; made if it does not exist.
+        channels: 3 for colour, 1 for grey.
+        crop: `center_adm` as ADM and DiT crop, or `resize`.
+        flip: Whether training images are mirrored in half of the epochs.
+        validate_images: Decode every image before training and `raise` at broken ones, or `skip`
+            and count them; `off` finds them only when their turn comes.
+        split_seed: Decides which images are held out; part of the data set, not of the run.
+        num_workers: Loading processes of each rank.
+        seed: Order of the images, and flips.
+
+    Attributes:
+        num_skipped: Broken images that were left out.
+
+    Raises:
+        ConfigError: Naming the setting or the file, if the folder cannot be used.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        image_size: int,
+        batch_size: int,
+        num_held_out: int,
+        labels: Literal["auto", "folders", "none"] = "auto",
+        class_map: str | None = None,
+        channels: Literal[1, 3] = 3,
+        crop: Crop = "center_adm",
+        flip: bool = True,
+        validate_images: Literal["raise", "skip", "off"] = "raise",
+        split_seed: int = 0,
+        num_workers: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if image_size < 1:
+            raise ConfigError(f"data.image_size: must be at least 1, found {image_size}")
+        if channels not in {1, 3}:
+            raise ConfigError(f"data.channels: must be 1 or 3, found {channels}")
+        self.root = Path(root)
+        self.image_shape = (channels, image_size, image_size)
+        self.num_held_out = num_held_out
+        self.labels = labels
+        self.class_map = class_map
+        self.crop = crop
+        self.flip = flip
+        self.validate_images = validate_images
+        self.split_seed = split_seed
+        self.class_names: list[str] = []
+        self.num_skipped = 0
+
+    def prepare(self) -> tuple[ImageDataset, ImageDataset]:
+        """Find, check, number and split the images."""
+        files = find_images(self.root, labels=self.labels)
+        self._number_classes(files.class_names)
+        number = {name: i for i, name in enumerate(self.class_names)}
+        labels = [number[name] for name in files.class_names] or [0] * len(files.paths)
+        broken = {} if self.validate_images == "off" else broken_images(files.paths)
+        if broken and self.validate_images == "raise":
+            raise ConfigError(
+                f"data.validate_images: {report(broken)} (use 'skip' to leave them out)"
+            )
+        if broken:
+            self.num_skipped = len(broken)
+            warnings.warn(f"data.root: left out {report(broken)}", stacklevel=2)
+        kept = [i for i, path in enumerate(files.paths) if path not in broken]
+        if not 1 <= self.num_held_out < len(kept):
+            raise ConfigError(
+                f"data.num_held_out: must be from 1 to {len(kept) - 1}, as {self.root} holds "
+                f"{len(kept)} images, found {self.num_held_out}"
+            )
+        order = keyed_generator(self.split_seed, "folder split")
+        train, held_out = (
+            [kept[i] for i in part]
+            for part in split(len(kept), num_held_out=self.num_held_out, order=order)
+        )
+        table = torch.tensor(labels)
+        return (
+            _FolderImages([files.paths[i] for i in train], table[train], data=self, flip=self.flip),
+            _FolderImages(
+                [files.paths[i] for i in held_out], table[held_out], data=self, flip=False
+            ),
+        )
+
+    def setup(self, stage: str) -> None:
+        """Find the images, and leave the class names in the log folder."""
+        super().setup(stage)
+        trainer = self.trainer
+        if stage == "fit" and self.class_names and trainer is not None and trainer.is_global_zero:
+            folder = trainer.log_dir or trainer.default_root_dir
+            write_class_map(Path(folder) / "class_map.json", self.class_names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The class names."""
+        return {"class_names": list(self.class_names)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose numbers mean other classes."""
+        saved = state_dict["class_names"]
+        if saved != self.class_names:
+            raise ConfigError(
+                f"data.root: the checkpoint was trained on {_summary(saved)}, {self.root} has "
+                f"{_summary(self.class_names)}; give the checkpoint's class_map.json as "
+                "data.class_map"
+            )
+
+    def _number_classes(self, found: list[str]) -> None:
+        """Class names in the order of their numbers."""
+        names = sorted(set(found))
+        if self.class_map is not None and Path(self.class_map).exists():
+            known = read_class_map(self.class_map)
+            unknown = [name for name in names if name not in set(known)]
+            if unknown:
+                raise ConfigError(
+                    f"data.class_map: {self.class_map} has no class {unknown[0]!r}, which "
+                    f"{self.root} holds"
+                )
+            names = known if found else []
+        elif self.class_map is not None:
+            write_class_map(self.class_map, names)
+        self.class_names = names
+        self.num_classes = len(names)
+
+
+def _summary(names: list[str]) -> str:
+    """So many classes and the first names."""
+    listed = ", ".join(names[:3])
+    return f"{len(names)} classes ({listed}{', ..' if len(names) > 3 else ''})"

@@ -1,0 +1,57 @@
+"""What a first stage's moments mean: from moments to the latents that are denoised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LatentSpace"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpace:
+    """The latents of one first stage, `x = (z - shift) scale`.
+
+    The moments of a KL autoencoder are the mean and the log-variance of `z`, one after the other
+    on the channels; those of a VQ autoencoder are `z` itself, before it is quantised.
+
+    Attributes:
+        kind: Which autoencoder.
+        scale: Multiplies the latents, so that their standard deviation is about 1.
+        shift: Is subtracted before.
+        fingerprint: Hash of the encoder's and decoder's weights, the scale and the shift.
+        source: Where the first stage was loaded from, for messages.
+    """
+
+    kind: Literal["kl", "vq"]
+    scale: float
+    shift: float
+    fingerprint: str
+    source: str
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ConfigError(f"first_stage.scale: must be above 0, found {self.scale}")
+
+    def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Latents `x [b, c, h, w]` from moments `[b, 2c, h, w]` (KL) or `[b, c, h, w]` (VQ).
+
+        Args:
+            moments: What the encoder gave.
+            noise: Standard normal `[b, c, h, w]`; without effect on VQ latents.
+        """
+        if self.kind == "kl":
+            mean, log_variance = moments.chunk(2, dim=1)
+            # The bounds are those of the published autoencoders.
+            moments = mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise
+        return (moments - self.shift) * self.scale
+
+    def latent_shape(self, moments_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """`(c, h, w)` of the latents of moments."""
+        channels, height, width = moments_shape
+        return (channels // 2 if self.kind == "kl" else channels), height, width

@@ -1,0 +1,164 @@
+"""Coloured shapes that are drawn when they are asked for: labelled images of any size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ant_lightning.data.batch import Batch
+from ant_lightning.data.loader import ImageDataset
+from ant_lightning.data.module import ImageDataModule
+from ant_lightning.errors import ConfigError
+from ant_lightning.randomness import keyed_generator
+
+__all__ = ["ShapesData", "draw_shapes"]
+
+KINDS = ("disc", "square", "triangle", "ring", "cross", "star")
+
+
+def draw_shapes(numbers: Tensor, *, labels: Tensor, num_classes: int, image_size: int) -> Tensor:
+    """Draw one shape in each image, `[b, 3, s, s]` float32 in [-1, 1].
+
+    Class c is the shape `c mod 6` of `KINDS` in the hue `c // 6` of `ceil(num_classes / 6)`. An
+    edge is as wide as a pixel, so that the same numbers give the same picture at every size.
+
+    Args:
+        numbers: `[b, 8]` in [0, 1): position x, y, size, angle, hue within the class's share,
+            brightness, and hue and brightness of the background.
+        labels: Class of each image, `[b]`.
+        num_classes: Number of classes.
+        image_size: `s`, in pixels.
+    """
+    axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    size = (0.3 + 0.3 * numbers[:, 2])[:, None, None]
+    centre = (numbers[:, :2] * 2 - 1) * 0.35
+    angle = (numbers[:, 3] * 2 * math.pi)[:, None, None]
+    x, y = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
+    u = (x * angle.cos() + y * angle.sin()) / size
+    v = (y * angle.cos() - x * angle.sin()) / size
+    distance = _distances(u, v, labels % len(KINDS)) * size
+    cover = (0.5 - distance * image_size / 2).clamp(0, 1)[:, None]
+    num_hues = -(-num_classes // len(KINDS))
+    hue = (labels // len(KINDS) + 0.6 * numbers[:, 4]) / num_hues
+    shape = _colours(hue, 0.9, 0.6 + 0.4 * numbers[:, 5])
+    ground = _colours(numbers[:, 6], 0.3, 0.1 + 0.3 * numbers[:, 7])
+    images: Tensor = (cover * shape + (1 - cover) * ground) * 2 - 1
+    return images
+
+
+class _Shapes(ImageDataset):
+    """Images that are functions of (seed, index)."""
+
+    def __init__(self, *, seed: int, first: int, count: int, num_classes: int, size: int) -> None:
+        self._seed, self._first, self._count = seed, first, count
+        self._num_classes, self._size = num_classes, size
+
+    def __len__(self) -> int:
+        return self._count
+
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:  # noqa: ARG002
+        """Draw the images at `indices`; nothing is augmented."""
+        rows = torch.tensor(indices)
+        labels = (rows + self._first) % self._num_classes
+        numbers = torch.stack(
+            [
+                torch.rand(8, generator=keyed_generator(self._seed, "shape", self._first + index))
+                for index in indices
+            ]
+        )
+        images = draw_shapes(
+            numbers, labels=labels, num_classes=self._num_classes, image_size=self._size
+        )
+        return Batch(images, labels, rows)
+
+
+class ShapesData(ImageDataModule):
+    """Discs, squares, triangles, rings, crosses and stars in colours: labels without a download.
+
+    Args:
+        image_size: Side in pixels, up to 256.
+        num_images: Training images.
+        num_held_out: Further images, for validation and metrics.
+        num_classes: Six shapes times as many hues as are needed.
+        batch_size: Images of one optimizer step, over all ranks.
+        shapes_seed: Decides the images; part of the data set, so not the seed of the run.
+        num_workers: Loading processes of each rank.
+        seed: Order of the training images.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 32,
+        num_images: int = 50000,
+        num_held_out: int = 1000,
+        num_classes: int = 12,
+        batch_size: int = 128,
+        shapes_seed: int = 0,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if not 4 <= image_size <= 256:
+            raise ConfigError(f"data.image_size: must be from 4 to 256, found {image_size}")
+        counts = {
+            "num_images": num_images,
+            "num_held_out": num_held_out,
+            "num_classes": num_classes,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ConfigError(f"data.{name}: must be at least 1, found {value}")
+        self.image_shape = (3, image_size, image_size)
+        self.num_classes = num_classes
+        self.num_images = num_images
+        self.num_held_out = num_held_out
+        self.shapes_seed = shapes_seed
+
+    def prepare(self) -> tuple[ImageDataset, ImageDataset]:
+        """Training images, and others with the numbers behind them."""
+        parts = [(0, self.num_images), (self.num_images, self.num_held_out)]
+        train, held_out = (
+            _Shapes(
+                seed=self.shapes_seed,
+                first=first,
+                count=count,
+                num_classes=self.num_classes,
+                size=self.image_shape[1],
+            )
+            for first, count in parts
+        )
+        return train, held_out
+
+
+def _distances(u: Tensor, v: Tensor, kinds: Tensor) -> Tensor:
+    """About the signed distance to the edge of each image's shape, of radius 1; negative inside."""
+    radius = (u.square() + v.square()).sqrt()
+    box = torch.maximum(u.abs(), v.abs())
+    small = torch.minimum(u.abs(), v.abs())
+    half, root = 0.5, math.sqrt(3) / 2
+    triangle = torch.stack([v - half, root * u - half * v - half, -root * u - half * v - half])
+    turned = torch.maximum((u + v).abs(), (u - v).abs()) / math.sqrt(2)
+    every = [
+        radius - 1,
+        box - 0.85,
+        triangle.amax(0),
+        (radius - 0.75).abs() - 0.25,
+        torch.maximum(box - 1, small - 0.3),
+        torch.minimum(box, turned) - 0.75,
+    ]
+    rows = torch.arange(len(kinds))
+    return torch.stack(every)[kinds, rows]
+
+
+def _colours(hue: Tensor, saturation: float, value: Tensor) -> Tensor:
+    """RGB `[b, 3, 1, 1]` in [0, 1] from hue (in turns), saturation and value."""
+    thirds = torch.tensor([0.0, 2 / 3, 1 / 3])
+    ramp = (((hue[:, None] + thirds) % 1) * 6 - 3).abs().sub(1).clamp(0, 1)
+    return (value[:, None] * (1 - saturation * (1 - ramp)))[..., None, None]

@@ -1,0 +1,46 @@
+"""Draws of a global batch that do not depend on how many ranks share it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["spread_order", "step_noise"]
+
+_BLOCK = 32  # images that share a generator
+
+
+def spread_order(num_images: int) -> Tensor:
+    """A fixed permutation `[n]` whose contiguous parts are spread evenly over `0 .. n-1`.
+
+    Position j gets the rank of the fractional part of `0.618 j` among all of them. Applied to
+    samples sorted by task, every part of length m has `m / n` of each task up to 2 samples or so.
+    """
+    fractions = (torch.arange(num_images, dtype=torch.float64) * 0.6180339887498949) % 1
+    return fractions.argsort().argsort()
+
+
+def step_noise(
+    mine: slice, shape: tuple[int, ...], seed: int, step: int, device: torch.device
+) -> Tensor:
+    """Standard normal noise of the images `mine` of a global batch, `[b, *shape]` float32.
+
+    Every 32 images have a generator of their own, keyed by (seed, step, number of the block): at
+    most 62 images are drawn in vain, and no generator is made for each image.
+    """
+    first, last = mine.start // _BLOCK, -(-mine.stop // _BLOCK)
+    blocks = []
+    for block in range(first, last):
+        generator = keyed_generator(seed, "noise", step, block, device=device)
+        blocks.append(
+            torch.randn(
+                (_BLOCK, *shape), generator=generator, device=device, dtype=torch.float32
+            )
+        )
+    return torch.cat(blocks)[mine.start - first * _BLOCK : mine.stop - first * _BLOCK]
