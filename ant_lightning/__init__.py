@@ -25,10 +25,17 @@ _HOMES = {
         "TimestepClusters",
     ),
     "callbacks": ("EMA", "ConflictMonitor", "GenerationMetrics", "SampleGrid"),
-    "data": ("DigitsData",),
+    "data": ("DigitsData", "ImageFolderData", "LatentsData", "ShapesData"),
     "diffusion": ("CosineSchedule", "LinearSchedule", "ScaledLinearSchedule"),
     "errors": ("ConfigError",),
-    "modules": ("DiTModule", "MultiTaskDiffusion"),
+    "modules": (
+        "ADMModule",
+        "AutoencoderModule",
+        "DiTModule",
+        "FirstStage",
+        "LDMModule",
+        "MultiTaskDiffusion",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 HELP = """\
-usage: ant-lightning {fit,validate,test,predict} --config FILE [--config FILE ...] [options]
+usage: ant-lightning {fit,validate,test,predict,encode} --config FILE [--config FILE ...] [options]
 
 Diffusion training as multi-task learning over clusters of timesteps.
 
@@ -21,6 +21,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
   validate   loss, FID and its companions  --ckpt_path FILE
   test       the same, logged as test/...  --ckpt_path FILE
   predict    write images                  --ckpt_path FILE --samples.num_images 1000
+  encode     write a cache of latents      --config configs/imagenet/encode.yaml
 
 Configs are merged from left to right: a base, then one fragment for each choice, then options:
 
@@ -32,7 +33,7 @@ Configs are merged from left to right: a base, then one fragment for each choice
   ant-lightning fit --model.help DiTModule             the options of a class
   ant-lightning fit --config ... --print_config        the merged config, without running it
 """
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "encode")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -43,10 +44,15 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
-    from ant_lightning.cli import run  # noqa: PLC0415 - 6 s of imports that help must not wait for
+    # Imported here: 6 s that help must not wait for.
+    from ant_lightning.cli import run  # noqa: PLC0415
+    from ant_lightning.encode import run_encode  # noqa: PLC0415
 
     try:
-        run(arguments)
+        if arguments[0] == "encode":
+            run_encode(arguments[1:])
+        else:
+            run(arguments)
     except ConfigError as error:
         return _fail(str(error), 2)
     except (DivergedRanksError, NonFiniteError) as error:

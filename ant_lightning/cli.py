@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import ant_lightning.balancing
 import ant_lightning.clustering
 import ant_lightning.diffusion
-import ant_lightning.metrics  # noqa: F401 - short class names in YAML are looked up among imports
+import ant_lightning.metrics
+import ant_lightning.modules  # noqa: F401 - short class names in YAML are looked up among imports
 from ant_lightning.callbacks import EMA, SampleWriter, TrainingProgress
 from ant_lightning.data import ImageDataModule
 from ant_lightning.errors import ConfigError
-from ant_lightning.modules import MultiTaskDiffusion
+from ant_lightning.messages import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +92,7 @@ def _first_config_error(error: BaseException) -> ConfigError:
         if isinstance(seen, ConfigError):
             return seen
         seen = seen.__cause__ or seen.__context__
-    return ConfigError(str(error))
+    return ConfigError(one_line(str(error)))
 
 
 def run(args: Sequence[str]) -> AntCLI:
@@ -102,7 +103,7 @@ def run(args: Sequence[str]) -> AntCLI:
     """
     try:
         return AntCLI(
-            MultiTaskDiffusion,
+            L.LightningModule,
             ImageDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -112,4 +113,4 @@ def run(args: Sequence[str]) -> AntCLI:
             args=list(args),
         )
     except (ArgumentError, MisconfigurationException) as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(one_line(str(error))) from error

@@ -181,7 +181,7 @@ class _Batch:
         shared: Sequence[nn.Parameter],
     ) -> None:
         if not shared:
-            raise ConfigError("parameters: at least one that requires a gradient is needed, found 0")
+            raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
         if tasks.ndim != 1 or len(tasks) == 0 or tasks.is_floating_point():
             found = f"{tasks.dtype} of shape {list(tasks.shape)}"
             raise ConfigError(f"tasks: one integer for each sample is needed, found {found}")
@@ -269,7 +269,8 @@ def _weighted_backward(
         p.grad = None
     per_sample = (weights / batch.num_samples.clamp(min=1)).to(batch.tasks.device)[batch.tasks]
     total: list[Tensor] = []
-    for rows in _chunks(torch.arange(len(batch.tasks), device=batch.order.device), micro_batch_size):
+    every_row = torch.arange(len(batch.tasks), device=batch.order.device)
+    for rows in _chunks(every_row, micro_batch_size):
         losses = batch.losses_of(rows)
         loss = (losses * per_sample[rows.to(per_sample.device)].to(losses.dtype)).sum()
         # Not `backward`: its hooks on the leaves are where DistributedDataParallel would reduce.
@@ -289,7 +290,7 @@ def _balancer_gradients(
     """Gradients of the balancer's own parameters, from the losses of all ranks; the objective."""
     own = [p for p in balancer.parameters() if p.requires_grad]
     with torch.enable_grad():
-        objective = balancer((task_losses.nan_to_num() * scaled_priors).float())
+        objective: Tensor = balancer((task_losses.nan_to_num() * scaled_priors).float())
     if own:
         grads = torch.autograd.grad(objective * loss_scale, own)
         # A task without samples says nothing about its own parameter.

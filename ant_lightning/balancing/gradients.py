@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -57,7 +57,7 @@ class DenseTaskGradients(TaskGradients):
         self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
     ) -> None:
         if not parameters:
-            raise ConfigError("parameters: at least one that requires a gradient is needed, found 0")
+            raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
         self.parameters = list(parameters)
         self.num_tasks = num_tasks
         self.reduction = reduction
@@ -167,7 +167,7 @@ def _gramian(rows: Tensor) -> Tensor:
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """No TF32, no bfloat16, no autocast in float32 products: a Gramian needs all its digits."""
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

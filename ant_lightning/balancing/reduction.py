@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -57,6 +57,13 @@ class GroupReduction(Reduction):
         self.group = group
         self.world_size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
+        # torch 2.14 gave these collectives new names and warns about the old ones.
+        self._reduce_scatter: Callable[..., Any] = (
+            getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        )
+        self._all_gather: Callable[..., Any] = (
+            getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        )
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over ranks; returns it."""
@@ -65,7 +72,7 @@ class GroupReduction(Reduction):
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> Callable[[], None]:
         """Start to write this rank's shard of the sum of `full`; call the result to wait for it."""
-        work = dist.reduce_scatter_tensor(shard, full, group=self.group, async_op=True)
+        work = self._reduce_scatter(shard, full, group=self.group, async_op=True)
         if work is None:
             return _nothing
 
@@ -76,7 +83,7 @@ class GroupReduction(Reduction):
 
     def all_gather(self, full: Tensor, shard: Tensor) -> None:
         """Write the shards of all ranks, in order of rank, into `full`."""
-        dist.all_gather_into_tensor(full, shard, group=self.group)
+        self._all_gather(full, shard, group=self.group)
 
 
 def default_reduction() -> Reduction:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from torchvision.io import write_png
+from einops import rearrange
+from PIL import Image
 
 from ant_lightning.callbacks.figures import save_figure
+from ant_lightning.data.batch import Batch
 from ant_lightning.data.module import to_uint8
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import sample_grid
@@ -74,7 +76,7 @@ class SampleGrid(L.Callback):
         dataset = trainer.datamodule.held_out_images  # type: ignore[attr-defined]
         batch = dataset.load(list(range(min(len(dataset), 10 * self.num_images))), epoch=None)
         if not pl_module.num_classes:
-            return pl_module.decode(pl_module.encode(batch))[: self.num_images]
+            return pl_module.images_of(Batch(*(part[: self.num_images] for part in batch)))
         by_class = [
             torch.nonzero(batch.labels == c).flatten() for c in range(pl_module.num_classes)
         ]
@@ -83,8 +85,8 @@ class SampleGrid(L.Callback):
             rows = by_class[i % pl_module.num_classes]
             if len(rows):
                 chosen.append(rows[(i // pl_module.num_classes) % len(rows)])
-        images: Tensor = batch.images[torch.stack(chosen)]
-        return images
+        rows = torch.stack(chosen)
+        return pl_module.images_of(Batch(*(part[rows] for part in batch)))
 
 
 class SampleWriter(L.Callback):
@@ -137,7 +139,8 @@ class SampleWriter(L.Callback):
         """Write a batch; a file appears whole or not at all."""
         for index, image in zip(batch, to_uint8(outputs).cpu(), strict=True):
             partial = self._file(index).with_suffix(".part")
-            write_png(image, str(partial))
+            pixels = rearrange(image, "c h w -> h w c").squeeze(-1).numpy()
+            Image.fromarray(pixels).save(partial, format="png")
             partial.replace(self._file(index))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]

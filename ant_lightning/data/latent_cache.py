@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +111,8 @@ def write_index(folder: Path, index: CacheIndex) -> None:
     if (folder / _NAME).exists():
         found = read_index(folder)
         check_first_stage(found.space, index.space, folder)
+        # The fingerprints agree; the path by which a first stage was named may differ.
+        found = replace(found, space=index.space)
         if found != index:
             ours, theirs = asdict(index), asdict(found)
             name = next(name for name in ours if ours[name] != theirs[name])
@@ -139,10 +141,10 @@ def read_index(folder: Path) -> CacheIndex:
             raise ConfigError(
                 f"latent cache: {path} must have format_version {FORMAT_VERSION}, found {version}"
             )
-        # Two runs of a first stage may name it by different paths; the fingerprint decides.
         space = LatentSpace(**content.pop("space"))
-        shapes = {name: tuple(content.pop(name)) for name in ("image_shape", "moments_shape")}
-        index = CacheIndex(space=space, **shapes, **content)
+        for name in ("image_shape", "moments_shape"):
+            content[name] = tuple(content[name])
+        index = CacheIndex(space=space, **content)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -51,6 +51,11 @@ class LatentSpace:
             moments = mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise
         return (moments - self.shift) * self.scale
 
+    def moments_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """`(c, h, w)` of the moments of latents."""
+        channels, height, width = latent_shape
+        return (2 * channels if self.kind == "kl" else channels), height, width
+
     def latent_shape(self, moments_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """`(c, h, w)` of the latents of moments."""
         channels, height, width = moments_shape

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from torch.utils.data import DataLoader
 
 from ant_lightning.data.loader import ImageDataset, ShuffledLoader, evaluation_loader
 from ant_lightning.errors import ConfigError
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
-    from torch.utils.data import DataLoader
 
 __all__ = ["ImageDataModule"]
 
@@ -93,9 +93,9 @@ class ImageDataModule(L.LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> Sequence[list[int]]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """Indices of the images that `predict` draws, set by `SampleWriter`."""
-        return self.predict_indices
+        return DataLoader(self.predict_indices, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
     def pixels(self, dataset: ImageDataset, *, limit: int | None = None) -> Iterator[Tensor]:
         """Images of `dataset` as uint8 `[b, c, h, w]`, without augmentation, for metrics."""

@@ -12,7 +12,7 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Crop", "SUFFIXES", "open_picture", "read_picture"]
+__all__ = ["SUFFIXES", "Crop", "open_picture", "read_picture"]
 
 Crop = Literal["center_adm", "resize"]
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})

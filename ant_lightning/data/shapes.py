@@ -59,7 +59,7 @@ class _Shapes(ImageDataset):
     def __len__(self) -> int:
         return self._count
 
-    def load(self, indices: list[int], *, epoch: int | None) -> Batch:  # noqa: ARG002
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
         """Draw the images at `indices`; nothing is augmented."""
         rows = torch.tensor(indices)
         labels = (rows + self._first) % self._num_classes

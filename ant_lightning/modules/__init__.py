@@ -1,6 +1,18 @@
 """LightningModules."""
 
+from ant_lightning.modules.adm import ADMModule
+from ant_lightning.modules.autoencoder import AutoencoderModule
 from ant_lightning.modules.dit import DiTModule
+from ant_lightning.modules.first_stage import FirstStage
+from ant_lightning.modules.ldm import LDMModule
 from ant_lightning.modules.multitask import Draws, MultiTaskDiffusion
 
-__all__ = ["DiTModule", "Draws", "MultiTaskDiffusion"]
+__all__ = [
+    "ADMModule",
+    "AutoencoderModule",
+    "DiTModule",
+    "Draws",
+    "FirstStage",
+    "LDMModule",
+    "MultiTaskDiffusion",
+]

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+
 from ant_lightning.balancing import GradientBalancer
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
     from ant_lightning.modules.multitask import MultiTaskDiffusion
 
-__all__ = ["check_settings", "check_trainer"]
+__all__ = ["check_settings", "check_strategy", "check_trainer"]
 
 
 def check_settings(module: MultiTaskDiffusion) -> None:
@@ -66,6 +71,29 @@ def check_settings(module: MultiTaskDiffusion) -> None:
             )
 
 
+def check_strategy(strategy: Strategy) -> None:
+    """Check that gradients can be taken and reduced the way the training step does it.
+
+    Raises:
+        ConfigError: For a strategy that shards or wraps the model, or whose settings would be
+            ignored because its own reduction never runs.
+    """
+    works = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not works or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
+        raise ConfigError(
+            "trainer.strategy: task gradients are taken on whole parameters, so it must be 'auto' "
+            f"or 'ddp', found {type(strategy).__name__}"
+        )
+    if isinstance(strategy, DDPStrategy):
+        ignored = ("ddp_comm_hook", "model_averaging_period")
+        for name in ignored:
+            if getattr(strategy, f"_{name}", None) is not None:
+                raise ConfigError(
+                    f"trainer.strategy.{name}: gradients are reduced by the training step and not "
+                    f"by DDP, so it must be null, found {getattr(strategy, f'_{name}')}"
+                )
+
+
 def check_trainer(module: MultiTaskDiffusion) -> None:
     """Check the data and the Trainer's flags against the module.
 
@@ -86,16 +114,6 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
         raise ConfigError(
             f"model.accumulate_grad_batches: each part needs an image, so at most "
             f"{batch_size // trainer.world_size}, found {module.accumulate_grad_batches}"
-        )
-    if tuple(data.image_shape) != tuple(module.image_shape):
-        raise ConfigError(
-            f"model.backbone: in_channels and input_size must fit the images "
-            f"{tuple(data.image_shape)}, found {tuple(module.image_shape)}"
-        )
-    if module.num_classes and data.num_classes != module.num_classes:
-        raise ConfigError(
-            f"model.backbone.num_classes: must be the {data.num_classes} classes of the data "
-            f"(or 0 to ignore labels), found {module.num_classes}"
         )
 
 

@@ -27,7 +27,13 @@ def spread_order(num_images: int) -> Tensor:
 
 
 def step_noise(
-    mine: slice, shape: tuple[int, ...], seed: int, step: int, device: torch.device
+    mine: slice,
+    shape: tuple[int, ...],
+    seed: int,
+    step: int,
+    device: torch.device,
+    *,
+    stream: str = "noise",
 ) -> Tensor:
     """Standard normal noise of the images `mine` of a global batch, `[b, *shape]` float32.
 
@@ -37,10 +43,8 @@ def step_noise(
     first, last = mine.start // _BLOCK, -(-mine.stop // _BLOCK)
     blocks = []
     for block in range(first, last):
-        generator = keyed_generator(seed, "noise", step, block, device=device)
+        generator = keyed_generator(seed, stream, step, block, device=device)
         blocks.append(
-            torch.randn(
-                (_BLOCK, *shape), generator=generator, device=device, dtype=torch.float32
-            )
+            torch.randn((_BLOCK, *shape), generator=generator, device=device, dtype=torch.float32)
         )
     return torch.cat(blocks)[mine.start - first * _BLOCK : mine.stop - first * _BLOCK]

@@ -32,8 +32,15 @@ from ant_lightning.diffusion import (
     denoising_loss,
 )
 from ant_lightning.errors import ConfigError, NonFiniteError
-from ant_lightning.modules.checks import check_settings, check_trainer
+from ant_lightning.modules.checks import check_settings, check_strategy, check_trainer
 from ant_lightning.modules.draws import spread_order, step_noise
+from ant_lightning.modules.first_stage import FirstStage
+from ant_lightning.modules.latents import (
+    bind_data,
+    holds_moments,
+    load_initial_weights,
+    sample_latents,
+)
 from ant_lightning.modules.ranks import check_ranks_agree
 from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
 from ant_lightning.randomness import ImageNoise, keyed_generator
@@ -88,7 +95,11 @@ class MultiTaskDiffusion(L.LightningModule):
         sampler: How images are drawn from noise.
         guidance_scale: Classifier-free guidance of the images that are drawn; 1 is none.
         guided_channels: Channels that guidance touches; None for all (official DiT: 3).
-        clip_denoised: Whether predicted images are clipped to [-1, 1] while sampling.
+        clip_denoised: Whether predicted images are clipped to [-1, 1] while sampling; by default
+            pixels are and latents are not.
+        first_stage: Autoencoder whose latents are denoised; None for pixels.
+        init_from: Official checkpoint that the backbone starts from, unless a run is resumed.
+        init_weights: Which of its weights, if it has both: the averages or the live ones.
         train_interval: `[start, stop)`: train on these timesteps alone (a specialist).
         max_skipped_steps: Steps in a row that may be skipped for a NaN or an infinity.
         seed: Seed of timesteps, noise and dropout; by default that of `seed_everything`.
@@ -125,7 +136,10 @@ class MultiTaskDiffusion(L.LightningModule):
         sampler: Sampler | None = None,
         guidance_scale: float = 1.0,
         guided_channels: int | None = None,
-        clip_denoised: bool = True,
+        clip_denoised: bool | None = None,
+        first_stage: FirstStage | None = None,
+        init_from: str | None = None,
+        init_weights: Literal["ema", "model"] = "ema",
         train_interval: tuple[int, int] | None = None,
         max_skipped_steps: int = 10,
         seed: int | None = None,
@@ -150,7 +164,11 @@ class MultiTaskDiffusion(L.LightningModule):
         self.sampler = sampler or DDPM(num_steps=250)
         self.guidance_scale = guidance_scale
         self.guided_channels = guided_channels
-        self.clip_denoised = clip_denoised
+        self._clip_denoised = clip_denoised
+        self.first_stage = first_stage
+        self.latent_space = None if first_stage is None else first_stage.space
+        self.init_from = init_from
+        self.init_weights: Literal["ema", "model"] = init_weights
         self.train_interval = train_interval
         self.max_skipped_steps = max_skipped_steps
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
@@ -187,6 +205,11 @@ class MultiTaskDiffusion(L.LightningModule):
         size = int(self.backbone.input_size)  # type: ignore[arg-type]
         return int(self.backbone.in_channels), size, size  # type: ignore[arg-type]
 
+    @property
+    def clip_denoised(self) -> bool:
+        """Whether predicted images are clipped while sampling."""
+        return self.latent_space is None if self._clip_denoised is None else self._clip_denoised
+
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """The backbone's parameters in one group, the balancer's own in another."""
         groups: list[dict[str, Any]] = [
@@ -204,6 +227,14 @@ class MultiTaskDiffusion(L.LightningModule):
         lambdas: list[Callable[[int], float]] = [lambda step: min(1.0, (step + 1) / steps)]
         lambdas += [_constant] * (len(groups) - 1)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)]
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before anything is wrapped or moved, a strategy or data that do not fit."""
+        if stage == "fit":
+            check_strategy(self.trainer.strategy)
+        if stage != "predict":
+            bind_data(self)
+        load_initial_weights(self)
 
     def on_fit_start(self) -> None:
         """Refuse, before the first step, what manual optimization cannot honour."""
@@ -230,7 +261,7 @@ class MultiTaskDiffusion(L.LightningModule):
             start, stop = self.train_interval or (0, self.clusters.num_timesteps)
             timesteps = torch.randint(start, stop, (b * ranks,), generator=generator)[mine]
             tasks = self.clusters.task_of(timesteps)
-        noise = step_noise(mine, tuple(batch.images.shape[1:]), self.seed, step, device)
+        noise = step_noise(mine, self.image_shape, self.seed, step, device)
         labels = self._dropped(batch.labels, step, mine) if self.num_classes else None
         return Draws(timesteps.to(device), tasks, noise, labels)
 
@@ -263,7 +294,7 @@ class MultiTaskDiffusion(L.LightningModule):
                 weights=self._weights,
             )
             if unweighted is not None:
-                unweighted[rows] = terms.mse.detach()
+                unweighted[rows] = terms.mse.detach().to(unweighted)
             return terms.loss
 
         return losses_of
@@ -273,7 +304,7 @@ class MultiTaskDiffusion(L.LightningModule):
         draws = self.draw(batch, step=self.global_step)
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
         report = multitask_backward(
-            self.losses(self.encode(batch), draws, unweighted=unweighted),
+            self.losses(self.encode(batch, step=self.global_step), draws, unweighted=unweighted),
             draws.tasks,
             self.backbone.parameters(),
             self.balancer,
@@ -316,7 +347,7 @@ class MultiTaskDiffusion(L.LightningModule):
     def task_gradients(self, batch: Batch, *, step: int) -> DenseTaskGradients:
         """The task gradients at the current weights on the draws of `step`, for looking at."""
         draws = self.draw(batch, step=step)
-        losses = self.losses(self.encode(batch), draws)
+        losses = self.losses(self.encode(batch, step=step), draws)
         shared = self.backbone.parameters()
         return task_gradients(losses, draws.tasks, shared, num_tasks=self.num_tasks)
 
@@ -326,13 +357,19 @@ class MultiTaskDiffusion(L.LightningModule):
         output: Tensor = self.backbone(x_t.to(dtype), timesteps, labels)
         return output
 
-    def encode(self, batch: Batch) -> Tensor:
-        """What is denoised: the images, or their latents."""
-        return batch.images
+    def encode(self, batch: Batch, *, step: int | None = None) -> Tensor:
+        """What is denoised: images, or latents with the noise of `step`, or of their indices."""
+        return sample_latents(self, batch, step=step)
 
     def decode(self, x_start: Tensor) -> Tensor:
-        """Images in [-1, 1] of what was denoised."""
-        return x_start.clamp(-1, 1)
+        """Images in [-1, 1] of what was denoised; latents stay such without a first stage."""
+        if self.first_stage is not None:
+            return self.first_stage.decode(x_start)
+        return x_start.clamp(-1, 1) if self.latent_space is None else x_start
+
+    def images_of(self, batch: Batch) -> Tensor:
+        """The images of a batch in [-1, 1], decoded where it holds cached moments."""
+        return self.decode(self.encode(batch)) if holds_moments(self, batch) else batch.images
 
     def on_validation_epoch_start(self) -> None:
         """Forget the sums of the last epoch."""

@@ -33,6 +33,5 @@ def back_off(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> 
     parameter = optimizer.param_groups[0]["params"][0]
     parameter.grad = torch.full_like(parameter, torch.inf)
     scaler.unscale_(optimizer)
-    scaler.step(optimizer)
     scaler.update()
     parameter.grad = None

@@ -1,0 +1,62 @@
+"""`ant-lightning encode`: write the latents of a data set once; training then needs no encoder."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+
+from ant_lightning.data import ImageDataModule, LatentWriter
+from ant_lightning.errors import ConfigError
+from ant_lightning.modules import FirstStage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["run_encode"]
+
+
+def run_encode(args: Sequence[str]) -> int:
+    """Encode the data of `args` (without the command's name); returns the shards that were written.
+
+    Several processes share the work if a launcher such as `torchrun` sets `RANK`, `WORLD_SIZE` and
+    `LOCAL_RANK`; they need not be able to talk to each other.
+
+    Raises:
+        ConfigError: For anything wrong with the arguments or the files they name.
+    """
+    parser = ArgumentParser(prog="ant-lightning encode", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="file of the settings below")
+    parser.add_subclass_arguments(ImageDataModule, "data", required=True)
+    parser.add_class_arguments(FirstStage, "first_stage")
+    parser.add_class_arguments(LatentWriter, "cache")
+    parser.add_argument(
+        "--device", type=str, default="auto", help="cpu, cuda, cuda:1, ..; auto takes a GPU"
+    )
+    try:
+        settings = parser.instantiate_classes(parser.parse_args(list(args)))
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    rank, world_size = (int(os.environ.get(name, value)) for name, value in _RANKS)
+    device = torch.device(_device() if settings.device == "auto" else settings.device)
+    settings.data.setup("predict")
+    writer: LatentWriter = settings.cache
+    count = writer.write(
+        settings.data,
+        settings.first_stage.to(device),
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )
+    print(f"rank {rank} of {world_size}: wrote {count} shards to {writer.output}")
+    return count
+
+
+_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def _device() -> str:
+    """This process's GPU, if there is one."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

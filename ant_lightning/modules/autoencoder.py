@@ -1,0 +1,197 @@
+"""A small KL autoencoder on a user's own images, so that latent diffusion works from nothing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from ant_lightning.errors import ConfigError
+from ant_lightning.randomness import keyed_generator
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from ant_lightning.data import Batch
+
+__all__ = ["AutoencoderModule"]
+
+
+@runtime_checkable
+class _Averages(Protocol):
+    """A callback that can lend the averaged weights: `EMA`, which this layer may not import."""
+
+    def averaged(self, pl_module: L.LightningModule) -> AbstractContextManager[None]: ...
+
+
+class AutoencoderModule(L.LightningModule):
+    """Trains an `AutoencoderKL` of diffusers on `E|x - D(z)|^p + w KL(q(z|x) || N(0, 1))`.
+
+    Both terms are means: over the numbers of an image, and over those of a latent. When `fit`
+    ends, the averaged weights are written to `export` as a folder that `FirstStage` and diffusers
+    load, with the scale `1 / std(z)` and the shift `mean(z)` of the held-out images' latents.
+
+    Args:
+        in_channels: Channels of the images.
+        latent_channels: Channels of the latents.
+        widths: Channels of each resolution, highest first; each further one halves the size.
+        layers_per_block: Residual blocks of a resolution.
+        norm_num_groups: Groups of the group norms; must divide every width.
+        reconstruction: `l1` or `l2`.
+        kl_weight: `w`.
+        optimizer: Made with the parameters; AdamW with learning rate 1e-3 by default.
+        clip_grad_norm: Largest norm of the gradient; None for no clipping.
+        export: Folder that `fit` writes; by default `first_stage` in the log folder.
+        seed: Of the posterior's noise.
+
+    Raises:
+        ConfigError: If a setting is out of range, or the images do not fit.
+
+    Reference:
+        Rombach et al., arXiv 2112.10752, section 3.1, without its perceptual and adversarial
+        losses, which need a network trained elsewhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        latent_channels: int = 4,
+        widths: tuple[int, ...] = (32, 64),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 16,
+        reconstruction: Literal["l1", "l2"] = "l1",
+        kl_weight: float = 1e-4,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
+            parameters, lr=1e-3, weight_decay=0.0
+        ),
+        clip_grad_norm: float | None = 1.0,
+        export: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2:
+            raise ConfigError(f"model.widths: needs two resolutions or more, found {list(widths)}")
+        if any(width < 1 or width % norm_num_groups for width in widths):
+            raise ConfigError(
+                f"model.widths: each must be a multiple of norm_num_groups = {norm_num_groups}, "
+                f"found {list(widths)}"
+            )
+        if kl_weight < 0:
+            raise ConfigError(f"model.kl_weight: must be 0 or more, found {kl_weight}")
+        from diffusers import AutoencoderKL  # noqa: PLC0415 - 5 s that only first stages need
+
+        levels = len(widths)
+        # Called `backbone` as in the other modules: EMA averages it, checkpoints hold it.
+        self.backbone: Any = AutoencoderKL(
+            in_channels=in_channels,
+            out_channels=in_channels,
+            latent_channels=latent_channels,
+            block_out_channels=widths,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+        )
+        self.reconstruction = reconstruction
+        self.kl_weight = kl_weight
+        self.optimizer = optimizer
+        self.clip_grad_norm = clip_grad_norm
+        self.export = export
+        self.seed = seed
+        self.factor = 2 ** (levels - 1)
+        self.last_step_skipped = False  # what EMA asks every module
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
+        """All parameters in one group."""
+        return self.optimizer(self.backbone.parameters())
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clip as the module says, whatever the Trainer's flag."""
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), self.clip_grad_norm)
+
+    def setup(self, stage: str) -> None:
+        """Refuse images that do not fit."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        channels, height, width = data.image_shape
+        ours = self.backbone.config.in_channels
+        if channels != ours or height % self.factor or width % self.factor:
+            raise ConfigError(
+                f"model.in_channels: the autoencoder takes {ours} channels and sides that are "
+                f"multiples of {self.factor}, found images of {tuple(data.image_shape)}"
+            )
+
+    def losses(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean reconstruction error and mean KL divergence; without noise, from the means."""
+        posterior = self.backbone.encode(images).latent_dist
+        z = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        error = self.backbone.decode(z).sample - images
+        size = error.abs() if self.reconstruction == "l1" else error.square()
+        divergence = posterior.mean.square() + posterior.var - 1 - posterior.logvar
+        return size.mean(), 0.5 * divergence.mean()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted sum of the two terms, with noise of (seed, step, rank)."""
+        b, _, height, width = batch.images.shape
+        shape = (
+            b,
+            self.backbone.config.latent_channels,
+            height // self.factor,
+            width // self.factor,
+        )
+        generator = keyed_generator(
+            self.seed, "posterior", self.global_step, self.trainer.global_rank, device=self.device
+        )
+        noise = torch.randn(shape, generator=generator, device=self.device)
+        error, divergence = self.losses(batch.images, noise)
+        loss = error + self.kl_weight * divergence
+        self.log_dict({"train/reconstruction": error, "train/kl": divergence})
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same, from the posterior's means."""
+        error, divergence = self.losses(batch.images, None)
+        size = len(batch.images)
+        self.log("val/reconstruction", error, batch_size=size, sync_dist=True, prog_bar=True)
+        self.log("val/kl", divergence, batch_size=size, sync_dist=True)
+
+    test_step = validation_step
+
+    def on_fit_end(self) -> None:
+        """Measure the latents and write the folder that `FirstStage` loads."""
+        trainer = self.trainer
+        data = getattr(trainer, "datamodule", None)
+        if data is None or not trainer.is_global_zero:
+            return
+        folder = Path(
+            self.export or Path(trainer.log_dir or trainer.default_root_dir) / "first_stage"
+        )
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        ema = next((c for c in callbacks if isinstance(c, _Averages)), None)
+        with nullcontext() if ema is None else ema.averaged(self):
+            scale, shift = self.latent_scale(data.held_out_images.load, len(data.held_out_images))
+            self.backbone.register_to_config(scaling_factor=scale, shift_factor=shift)
+            self.backbone.save_pretrained(folder)
+        print(f"first stage {folder}: scale {scale:.4f}, shift {shift:.4f}")
+
+    @torch.no_grad()
+    def latent_scale(self, load: Any, count: int) -> tuple[float, float]:  # noqa: ANN401
+        """`1 / std(z)` and `mean(z)` over the numbers of at most 1,024 images' latents."""
+        rows = range(min(count, 1024))
+        batches = [list(rows[i : i + 64]) for i in range(0, len(rows), 64)]
+        parts = []
+        for batch in batches:
+            images = load(batch, epoch=None).images.to(self.device, self.dtype)
+            parts.append(self.backbone.encode(images).latent_dist.mean.double().flatten())
+        z = torch.cat(parts)
+        return float(1 / z.std()), float(z.mean())

@@ -1,0 +1,67 @@
+"""Pictures of what balancers do to the gradients of two parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+__all__ = ["gradient_arrows"]
+
+
+def gradient_arrows(
+    gradients: NDArray[np.float64], combined: Mapping[str, NDArray[np.float64]]
+) -> Figure:
+    """Task gradients `[k, 2]` as thin arrows, what each method makes of them `[2]` as thick ones.
+
+    Shaded is where a step (against the gradient) lowers the loss of every task to first order.
+    """
+    figure = Figure(figsize=(3.3 * len(combined), 3.7), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(combined), squeeze=False, sharex=True, sharey=True)[0]
+    reach = 1.15 * max(
+        float(np.abs(gradients).max()), *(float(np.abs(v).max()) for v in combined.values())
+    )
+    grid = np.linspace(-reach, reach, 201)
+    plane = np.stack(np.meshgrid(grid, grid), -1)
+    helps = (plane @ gradients.T > 0).all(-1)
+    colors = colormaps["viridis"](np.linspace(0.1, 0.8, len(gradients)))
+    for panel, (name, vector) in zip(panels, combined.items(), strict=True):
+        panel.contourf(grid, grid, helps, levels=[0.5, 1.5], colors=["tab:green"], alpha=0.15)
+        for task, (gradient, color) in enumerate(zip(gradients, colors, strict=True)):
+            _arrow(panel, gradient, color, 0.006, f"gradient of task {task}")
+        _arrow(panel, vector, "tab:red", 0.013, "update direction")
+        products = ", ".join(f"{value:+.2f}" for value in gradients @ vector)
+        panel.set_title(f"{name}\ndot products {products}", fontsize=9)
+        panel.set_aspect("equal")
+        panel.grid(alpha=0.3)
+    panels[0].set(xlim=(-reach, reach), ylim=(-reach, reach), ylabel="parameter 2")
+    panels[0].legend(fontsize=7, loc="lower left")
+    for panel in panels:
+        panel.set_xlabel("parameter 1")
+    return figure
+
+
+def _arrow(
+    panel: Axes, vector: NDArray[np.float64], color: object, width: float, label: str
+) -> None:
+    panel.quiver(
+        0,
+        0,
+        vector[0],
+        vector[1],
+        color=color,
+        width=width,
+        label=label,
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        zorder=3,
+    )

@@ -1,0 +1,138 @@
+"""A diffusion run of seconds with everything in it that can go wrong on several ranks."""
+
+import copy
+import logging
+
+import lightning as L
+import torch
+from torch import nn
+
+from ant_lightning.backbones import DiT
+from ant_lightning.balancing import LinearScalarization, NashMTL, PCGrad, UncertaintyWeighting
+from ant_lightning.callbacks import EMA
+from ant_lightning.clustering import FixedClustering
+from ant_lightning.data import ImageDataModule
+from ant_lightning.data.digits import TensorImages
+from ant_lightning.diffusion import CosineSchedule
+from ant_lightning.modules import DiTModule
+
+K = 3
+METHODS = {
+    "vanilla": lambda: None,
+    "linear": lambda: LinearScalarization(K),
+    "uw": lambda: UncertaintyWeighting(K),
+    "pcgrad": lambda: PCGrad(K, seed=1),
+    "nash": lambda: NashMTL(K, update_every=2),
+}
+
+
+class PartlyUsed(DiT):
+    """One parameter that only high timesteps use, one that nobody uses."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(
+            input_size=4,
+            patch_size=2,
+            in_channels=1,
+            hidden_size=16,
+            depth=1,
+            num_heads=2,
+            num_classes=3,
+        )
+        self.late = nn.Parameter(torch.full((2,), 0.1))
+        self.never = nn.Parameter(torch.ones(5))
+        with torch.no_grad():  # adaLN-Zero starts with most gradients at 0
+            for p in self.parameters():
+                p += 0.2 * torch.randn_like(p)
+
+    def forward(self, x, timesteps, labels=None):
+        output = super().forward(x, timesteps, labels)
+        late = timesteps >= 500
+        if late.any():
+            output = output + late.view(-1, 1, 1, 1) * self.late.view(1, 2, 1, 1)
+        return output
+
+
+class TinyData(ImageDataModule):
+    """Images of noise with labels 0 .. 2."""
+
+    image_shape = (1, 4, 4)
+    num_classes = 3
+
+    def __init__(self, *, batch_size=20, poisoned=None):
+        super().__init__(batch_size=batch_size, num_workers=0, seed=3)
+        self.poisoned = poisoned
+
+    def prepare(self):
+        generator = torch.Generator().manual_seed(1)
+        images = torch.rand(120, 1, 4, 4, generator=generator) * 2 - 1
+        labels = torch.arange(120) % 3
+        train = TensorImages(images[:100].clone(), labels[:100])
+        if self.poisoned is not None:
+            train.images[self.poisoned] = float("nan")
+        return train, TensorImages(images[100:], labels[100:])
+
+
+def adamw(groups):
+    # A larger eps than usual: the gradient of a key's bias is 0 up to rounding, and Adam divides
+    # by its size.
+    return torch.optim.AdamW(groups, lr=1e-3, eps=1e-4, weight_decay=0.01)
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
+
+
+def module(method, **settings):
+    settings = {
+        "optimizer": adamw,
+        "clip_grad_norm": 0.5,
+        "accumulate_grad_batches": 2,
+        "class_dropout": 0.2,
+        "seed": 7,
+    } | settings
+    return DiTModule(
+        PartlyUsed(),
+        schedule=CosineSchedule(),
+        # k = 3 does not divide the batch: the counts of the tasks differ.
+        clustering=FixedClustering([0, 300, 500, 1000]),
+        balancer=METHODS[method](),
+        **settings,
+    )
+
+
+def trainer(*, ranks=1, steps=5, callbacks=(), **settings):
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    settings = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0} | settings
+    return L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_steps=steps,
+        max_epochs=-1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+        **settings,
+    )
+
+
+def fit(method, *, ranks=1, steps=5, data=None, precision="32-true", plugins=None, **settings):
+    """Train; what the run ends with."""
+    model = module(method, **settings)
+    ema = EMA(decay=0.9)
+    kind = {"plugins": plugins} if plugins else {"precision": precision}
+    run = trainer(ranks=ranks, steps=steps, callbacks=[ema], **kind)
+    run.fit(model, datamodule=data or TinyData())
+    return {
+        "weights": {n: p.detach().clone() for n, p in model.backbone.named_parameters()},
+        "averages": dict(ema._averages),
+        "num_updates": ema.num_updates,
+        "balancer": copy.deepcopy(model.balancer.state_dict()) if model.balancer else {},
+        "task_weights": model.last_report.task_weights,
+        "num_samples": model.last_report.num_samples,
+        "global_step": run.global_step,
+        "skipped": model.num_skipped_steps,
+    }
