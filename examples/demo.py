@@ -17,7 +17,8 @@ from ant_lightning.__main__ import main as ant_lightning
 from ant_lightning.cli import AntCLI, run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-RECIPES = {"dit": ["digits/dit.yaml", "balancer/uw.yaml", "clustering/snr.yaml"]}
+METHOD = ["balancer/uw.yaml", "clustering/snr.yaml"]
+RECIPES = {model: [f"digits/{model}.yaml", *METHOD] for model in ("adm", "dit", "ldm")}
 
 
 def demo(model: str, folder: Path, *, minutes: float, options: list[str]) -> AntCLI:
@@ -28,16 +29,37 @@ def demo(model: str, folder: Path, *, minutes: float, options: list[str]) -> Ant
     logger = "--trainer.logger.init_args"
     common = [arg for name in RECIPES[model] for arg in ("--config", str(CONFIGS / name))]
     common += [f"{logger}.save_dir={folder.parent}", f"{logger}.name={folder.name}"]
-    common += [f"{logger}.version={model}_{version}", *options]
-    seconds = int(60 * minutes)
-    limit = [f"--trainer.max_time=00:00:{seconds // 60:02d}:{seconds % 60:02d}"]
+    common += [f"{logger}.version={model}_{version}"]
+    if model == "ldm":
+        first_stage = train_first_stage(folder / f"ldm_{version}_autoencoder", minutes=minutes / 3)
+        common += [f"--model.init_args.first_stage.init_args.source={first_stage}"]
+        minutes *= 2 / 3
+    common += options
+    limit = [max_time(minutes)]
     # The measurement follows as a command of its own, so none is needed while training.
     if ant_lightning(["fit", *common, *limit, "--trainer.limit_val_batches=0"]):
         sys.exit(1)
     checkpoint = folder / f"{model}_{version}" / "checkpoints" / "last.ckpt"
-    cli = run(["validate", *common, f"--ckpt_path={checkpoint}"])
+    cli = run(["validate", *common, *limit, f"--ckpt_path={checkpoint}"])
     print_table(cli, checkpoint, common)
     return cli
+
+
+def train_first_stage(folder: Path, *, minutes: float) -> Path:
+    """Train the autoencoder whose latents the LDM denoises; returns the folder it wrote."""
+    first_stage = folder / "first_stage"
+    args = ["fit", "--config", str(CONFIGS / "digits/autoencoder.yaml"), max_time(minutes)]
+    args += [f"--trainer.logger.init_args.save_dir={folder.parent}"]
+    args += [f"--trainer.logger.init_args.name={folder.name}"]
+    if ant_lightning([*args, f"--model.init_args.export={first_stage}"]):
+        sys.exit(1)
+    return first_stage
+
+
+def max_time(minutes: float) -> str:
+    """The Trainer's option that stops training."""
+    seconds = int(60 * minutes)
+    return f"--trainer.max_time=00:00:{seconds // 60:02d}:{seconds % 60:02d}"
 
 
 def print_table(cli: AntCLI, checkpoint: Path, common: list[str]) -> None:

@@ -1,0 +1,34 @@
+"""The examples in the docs do what they say."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.mark.parametrize("name", ["eps_loop", "flow_matching_loop"])
+def test_plain_loops_learn(name, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    train = runpy.run_path(str(EXAMPLES / f"{name}.py"))["train"]
+    history = train(num_steps=200, batch_size=100)
+    assert sum(history[-20:]) < 0.85 * sum(history[:20])
+
+
+def test_the_demo_runs_to_its_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    demo = runpy.run_path(str(EXAMPLES / "demo.py"))["demo"]
+    options = [
+        "--trainer.max_steps=20",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--model.init_args.sampler.init_args.num_steps=3",
+        "--model.init_args.backbone.init_args.depth=1",
+    ]
+    demo("dit", tmp_path / "demo", minutes=1.0, options=options)
+    out = capsys.readouterr().out
+    for words in ("FID to held-out digits", "real against real", "precision", "weight", "images/s"):
+        assert words in out
+    assert (tmp_path / "demo" / "dit_0" / "1_samples_grid.png").exists()

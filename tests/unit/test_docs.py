@@ -1,0 +1,46 @@
+"""The docs say what the code is."""
+
+import re
+import runpy
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_page_of_public_names_is_up_to_date():
+    page = runpy.run_path(str(ROOT / "docs" / "make_api.py"))["page"]()
+    assert (ROOT / "docs" / "api.md").read_text() == page, "run python docs/make_api.py"
+
+
+def test_every_file_that_the_readme_names_exists():
+    readme = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)", readme)
+    links += re.findall(r"configs/[\w/]+\.yaml", readme)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_loop_in_the_readme_runs():
+    readme = (ROOT / "README.md").read_text()
+    loop = next(
+        code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "def losses" in code
+    )
+    prelude = """
+import torch
+from ant_lightning.diffusion import CosineSchedule, DiffusionProcess
+log_snr = DiffusionProcess(CosineSchedule()).log_snr
+x = torch.randn(16, 1, 4, 4)
+x_t, target = torch.randn_like(x), torch.randn_like(x)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(1, 1, 3, padding=1)
+    def forward(self, x_t, t):
+        return self.conv(x_t) + t[:, None, None, None] / 1000
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+before = model.conv.weight.detach().clone()
+"""
+    scope = {}
+    exec(prelude + loop, scope)
+    assert not scope["torch"].equal(scope["model"].conv.weight, scope["before"])
