@@ -14,12 +14,18 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import ant_lightning.balancing
 import ant_lightning.clustering
 import ant_lightning.diffusion
-import ant_lightning.metrics
-import ant_lightning.modules  # noqa: F401 - short class names in YAML are looked up among imports
-from ant_lightning.callbacks import EMA, SampleWriter, TrainingProgress
+import ant_lightning.metrics  # noqa: F401 - short class names in YAML are looked up among imports
+from ant_lightning.callbacks import (
+    EMA,
+    Dashboard,
+    GenerationMetrics,
+    SampleWriter,
+    TrainingProgress,
+)
 from ant_lightning.data import ImageDataModule
 from ant_lightning.errors import ConfigError
 from ant_lightning.messages import one_line
+from ant_lightning.modules import StoredImages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +47,37 @@ class AntCLI(LightningCLI):
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}"})
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """`test` can score images that were drawn before."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            text = "score this folder or npz file of images in place of a checkpoint's"
+            parser.add_argument("--images", type=str | None, default=None, help=text)
+        return parser
+
+    def before_test(self) -> None:
+        """With `--images`, put the stored images where the model is."""
+        path = self.config.test.images
+        if path is None:
+            return
+        if self.config.test.ckpt_path is not None:
+            raise ConfigError(
+                f"images: must not be given with ckpt_path, found {path} and "
+                f"{self.config.test.ckpt_path}"
+            )
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(each, GenerationMetrics) for each in callbacks):
+            raise ConfigError(
+                f"images: trainer.callbacks needs GenerationMetrics to score {path}, found none"
+            )
+        # The others want a backbone.
+        kept = (GenerationMetrics, ProgressBar)
+        callbacks[:] = [each for each in callbacks if isinstance(each, kept)]
+        self.model = StoredImages(path)
+        self.trainer.limit_test_batches = 1
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""
         self.config = parser.parse_args(args)
@@ -49,12 +86,13 @@ class AntCLI(LightningCLI):
         """A checkpoint never overrides a setting; the modules compare and report instead."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Put our progress bar where Lightning's would be."""
+        """Put our progress bar where Lightning's would be, and the page of TensorBoard."""
         trainer = super().instantiate_trainer(**kwargs)
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for i, callback in enumerate(callbacks):
             if isinstance(callback, ProgressBar):
                 callbacks[i] = TrainingProgress()
+        callbacks.append(Dashboard())
         return trainer
 
     def instantiate_classes(self) -> None:

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ant_lightning.data import ImageDataModule, LatentWriter
 from ant_lightning.errors import ConfigError
+from ant_lightning.messages import one_line
 from ant_lightning.modules import FirstStage
 
 if TYPE_CHECKING:
@@ -36,9 +37,11 @@ def run_encode(args: Sequence[str]) -> int:
         "--device", type=str, default="auto", help="cpu, cuda, cuda:1, ..; auto takes a GPU"
     )
     try:
-        settings = parser.instantiate_classes(parser.parse_args(list(args)))
+        # Renamed in jsonargparse 4.49.
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        settings = instantiate(parser.parse_args(list(args)))
     except ArgumentError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(one_line(str(error))) from error
     rank, world_size = (int(os.environ.get(name, value)) for name, value in _RANKS)
     device = torch.device(_device() if settings.device == "auto" else settings.device)
     settings.data.setup("predict")

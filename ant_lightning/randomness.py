@@ -63,5 +63,8 @@ class ImageNoise:
 
     def __call__(self) -> Tensor:
         """The next noise of every image, `[b, *shape]` float32."""
-        draws = [torch.randn(self._shape, generator=each) for each in self._generators]
+        draws = [
+            torch.randn(self._shape, generator=each, dtype=torch.float32)
+            for each in self._generators
+        ]
         return torch.stack(draws).to(self._device)

@@ -56,7 +56,9 @@ class Shard:
         mine = torch.zeros(most, *block.shape[1:], dtype=torch.float32, device=self._device)
         mine[: len(block)] = block.to(self._device)
         parts = torch.empty(self.world_size * most, *block.shape[1:], device=self._device)
-        dist.all_gather_into_tensor(parts, mine)
+        # torch 2.15 renamed it and warns of the old name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(parts, mine)
         # Timestep i is entry i // world_size of rank i % world_size.
         by_rank = parts.view(self.world_size, most, *block.shape[1:])
         return by_rank.transpose(0, 1).flatten(0, 1)[:num_points]

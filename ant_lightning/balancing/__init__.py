@@ -6,6 +6,7 @@ from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
 from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.nash import NashMTL, nash_weights
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
+from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
@@ -20,6 +21,7 @@ __all__ = [
     "LossBalancer",
     "NashMTL",
     "PCGrad",
+    "PlacedTaskGradients",
     "Reduction",
     "TaskGradients",
     "TorchJDBalancer",

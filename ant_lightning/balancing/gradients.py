@@ -51,10 +51,17 @@ class DenseTaskGradients(TaskGradients):
         parameters: The shared parameters, `p` numbers in all. The object is bound to them and can
             be filled again every step without a new allocation.
         reduction: How sums over ranks are made.
+        num_full: Whole rows that a rank of several holds at a time: with two, one crosses the
+            network while the next is made.
     """
 
     def __init__(
-        self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
+        self,
+        num_tasks: int,
+        parameters: Sequence[nn.Parameter],
+        *,
+        reduction: Reduction,
+        num_full: int = 2,
     ) -> None:
         if not parameters:
             raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
@@ -66,8 +73,7 @@ class DenseTaskGradients(TaskGradients):
         device = self.parameters[0].device
         length = padded_length(sum(p.numel() for p in self.parameters), reduction.world_size)
         ranks = reduction.world_size
-        # Two full rows are enough when each is scattered while the next one is made.
-        num_full = num_tasks if ranks == 1 else min(2, num_tasks)
+        num_full = num_tasks if ranks == 1 else min(num_full, num_tasks)
         self._full = torch.zeros(num_full, length, dtype=dtype, device=device)
         self._shards = (
             self._full
@@ -82,6 +88,12 @@ class DenseTaskGradients(TaskGradients):
         """Set row `task` to the sum of `gradients`, each one tensor a parameter, over all ranks."""
         slot = task % len(self._full)
         self._pending[slot]()
+        if not self._accumulate(slot, gradients):
+            self._full[slot].zero_()
+        self._pending[slot] = self.reduction.reduce_scatter(self._shards[task], self._full[slot])
+
+    def _accumulate(self, slot: int, gradients: Iterator[Sequence[Tensor]]) -> bool:
+        """Set a whole row to the sum of `gradients`; False if there are none."""
         empty = True
         for each in gradients:
             if empty:
@@ -89,14 +101,21 @@ class DenseTaskGradients(TaskGradients):
             else:
                 torch._foreach_add_(self._views[slot], list(each))
             empty = False
-        if empty:
-            self._full[slot].zero_()
-        self._pending[slot] = self.reduction.reduce_scatter(self._shards[task], self._full[slot])
+        return not empty
+
+    def _add_row(self) -> None:
+        """One whole row more."""
+        self._full = torch.cat([self._full, torch.zeros_like(self._full[:1])])
+        self._views = [_views(row, self.parameters) for row in self._full]
+
+    def _finish(self) -> None:
+        """Have this rank's shard of every row."""
+        for wait in self._pending:
+            wait()
 
     def gramian(self) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
-        for wait in self._pending:
-            wait()
+        self._finish()
         return self.reduction.all_reduce_(_gramian(self._shards))
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
@@ -109,8 +128,7 @@ class DenseTaskGradients(TaskGradients):
 
     def rows(self) -> Float[Tensor, "k p"]:
         """This rank's shard of every row: on one process the whole of them."""
-        for wait in self._pending:
-            wait()
+        self._finish()
         return self._shards
 
 

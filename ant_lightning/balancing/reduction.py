@@ -49,6 +49,16 @@ class Reduction:
         if shard.data_ptr() != full.data_ptr():
             full.copy_(shard)
 
+    def all_to_all(self, received: Tensor, sent: Tensor, num_rows: list[int]) -> None:
+        """Send equally many rows to each rank, in order of rank, and receive theirs.
+
+        Args:
+            received: `[sum of num_rows, s]`, written: the rows of rank 0, then those of rank 1, ...
+            sent: `[N num_rows[rank], s]`, the rows for rank 0, then those for rank 1, ...
+            num_rows: How many rows each rank sends to each other.
+        """
+        received.copy_(sent)
+
 
 class GroupReduction(Reduction):
     """Sums over the ranks of a process group, by `torch.distributed`."""
@@ -84,6 +94,11 @@ class GroupReduction(Reduction):
     def all_gather(self, full: Tensor, shard: Tensor) -> None:
         """Write the shards of all ranks, in order of rank, into `full`."""
         self._all_gather(full, shard, group=self.group)
+
+    def all_to_all(self, received: Tensor, sent: Tensor, num_rows: list[int]) -> None:
+        """Send equally many rows to each rank, in order of rank, and receive theirs."""
+        outgoing = [num_rows[self.rank]] * self.world_size
+        dist.all_to_all_single(received, sent, num_rows, outgoing, group=self.group)
 
 
 def default_reduction() -> Reduction:

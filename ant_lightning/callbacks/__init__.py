@@ -1,17 +1,23 @@
 """Callbacks that average, measure and draw."""
 
+from ant_lightning.callbacks.affinity import TaskAffinity
 from ant_lightning.callbacks.conflict import ConflictMonitor
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.generation import GenerationMetrics
+from ant_lightning.callbacks.layout import Dashboard
 from ant_lightning.callbacks.progress import TrainingProgress
 from ant_lightning.callbacks.samples import SampleGrid, SampleWriter
+from ant_lightning.callbacks.transfer import TransferMatrix
 
 __all__ = [
     "EMA",
     "ConflictMonitor",
+    "Dashboard",
     "GenerationMetrics",
     "SampleGrid",
     "SampleWriter",
+    "TaskAffinity",
     "TrainingProgress",
+    "TransferMatrix",
     "averaged_weights",
 ]

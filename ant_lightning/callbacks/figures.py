@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 if TYPE_CHECKING:
     import lightning as L
     from matplotlib.figure import Figure
 
-__all__ = ["save_figure"]
+__all__ = ["log_folder", "save_figure"]
 
 
 def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -> Path | None:
@@ -32,8 +32,21 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(tag, figure, trainer.global_step, close=False)
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    path = folder / f"{tag.replace('/', '_')}.png"
-    folder.mkdir(parents=True, exist_ok=True)
+    path = log_folder(trainer) / f"{tag.replace('/', '_')}.png"
     figure.savefig(path)
+    return path
+
+
+def log_folder(trainer: L.Trainer) -> Path:
+    """The folder of a run's logs, made if it does not exist; for rank 0.
+
+    `Trainer.log_dir` is the same, but a broadcast: it hangs if one rank asks alone.
+    """
+    folder: str | None = trainer.default_root_dir
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        with_versions = isinstance(logger, TensorBoardLogger | CSVLogger)
+        folder = logger.log_dir if with_versions else logger.save_dir
+    path = Path(folder or trainer.default_root_dir)
+    path.mkdir(parents=True, exist_ok=True)
     return path

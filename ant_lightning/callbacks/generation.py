@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 
+from ant_lightning.callbacks.figures import log_folder, save_figure
+from ant_lightning.callbacks.gathered import gather_features, real_statistics, with_shape
 from ant_lightning.data.module import to_uint8
 from ant_lightning.errors import ConfigError
 from ant_lightning.metrics import (
@@ -20,6 +21,8 @@ from ant_lightning.metrics import (
     collect_features,
     load_reference,
 )
+from ant_lightning.modules import StoredImages
+from ant_lightning.plotting import quality_history
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,18 +38,22 @@ class GenerationMetrics(L.Callback):
 
     Each rank draws its share of the indices 0 .. num_images - 1; the features are gathered in the
     order of the index, so the values do not depend on the number of ranks. Logged as `val/fid`,
-    `val/precision`, ... (`test/...` in a test), and appended to `generation_metrics.jsonl` in the
-    log folder with all that the values depend on. Class-conditional models whose extractor
-    classifies into the same classes also get `class_agreement`: the share of images whose
-    predicted class is the one that was asked for.
+    `val/kid`, `val/inception_score`, `val/precision`, ... (`test/...` in a test), drawn against
+    the step, and appended to `generation_metrics.jsonl` in the log folder with all that the values
+    depend on. Class-conditional models whose extractor classifies into the same classes also get
+    `class_agreement`: the share of images whose predicted class is the one that was asked for.
+
+    With `StoredImages` in the place of a model, its images are scored.
 
     Args:
         extractor: What turns images into features.
-        num_images: Images that are drawn. By default as many as are held out.
+        num_images: Images that are drawn. By default as many as are held out, or all stored ones.
         batch_size: Images drawn at once.
         every_n_epochs: Validations between two measurements.
         reference: File of reference statistics; by default the held-out images are the reference.
         with_train: Whether to compare with the training images too (memorisation).
+        cache_dir: Where statistics of real images are kept, each under a fingerprint of images and
+            extractor; by default `reference_cache` in the folder of the logs of all runs.
         k: Neighbour of precision and recall.
         seed: Of the images; by default that of the module.
 
@@ -63,6 +70,7 @@ class GenerationMetrics(L.Callback):
         every_n_epochs: int = 1,
         reference: str | None = None,
         with_train: bool = True,
+        cache_dir: str | None = None,
         k: int = 3,
         seed: int | None = None,
     ) -> None:
@@ -81,9 +89,11 @@ class GenerationMetrics(L.Callback):
         self.every_n_epochs = every_n_epochs
         self.reference_path = reference
         self.with_train = with_train
+        self.cache_dir = cache_dir
         self.k = k
         self.seed = seed
         self.last_scores: dict[str, float] = {}
+        self._history: dict[int, dict[str, float]] = {}
         self._real: tuple[ReferenceStatistics, Tensor | None] | None = None
 
     def on_validation_epoch_end(  # type: ignore[override]
@@ -95,21 +105,27 @@ class GenerationMetrics(L.Callback):
         if not trainer.sanity_checking and (due or not fitting):
             self._measure(trainer, pl_module, prefix="val")
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_test_epoch_end(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion | StoredImages
+    ) -> None:
         """Measure."""
         self._measure(trainer, pl_module, prefix="test")
 
-    def _measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *, prefix: str) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The values so far, so that a resumed run goes on drawing them."""
+        return {"history": dict(self._history)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the values of a checkpoint."""
+        self._history = dict(state_dict["history"])
+
+    def _measure(
+        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion | StoredImages, *, prefix: str
+    ) -> None:
         self.extractor.to(pl_module.device)
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        reference, train = self._references(data)
-        num_images = self.num_images or len(data.held_out_images)
-        if num_images < trainer.world_size:
-            raise ConfigError(
-                f"GenerationMetrics.num_images: each of the {trainer.world_size} ranks needs an "
-                f"image, found {num_images}"
-            )
-        generated = self._generate(trainer, pl_module, num_images)
+        generated, shape = self._generated(trainer, pl_module, self._num_images(trainer, pl_module))
+        reference, train = self._references(trainer, data, shape)
         scorer = GenerationScores(k=self.k, seed=pl_module.seed if self.seed is None else self.seed)
         scores = scorer.score(generated, reference, train=train)
         agreement = _class_agreement(generated, pl_module.num_classes)
@@ -119,73 +135,113 @@ class GenerationMetrics(L.Callback):
         pl_module.log_dict(
             {f"{prefix}/{name}": value for name, value in scores.items()}, rank_zero_only=True
         )
+        step = max(trainer.global_step, pl_module.trained_steps)
+        self._history[step] = scores
         if trainer.is_global_zero:
             self._append(trainer, pl_module, scores, prefix)
+            if not isinstance(pl_module, StoredImages):
+                self._draw(trainer)
 
-    def _references(self, data: ImageDataModule) -> tuple[ReferenceStatistics, Tensor | None]:
+    def _num_images(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion | StoredImages) -> int:
+        if isinstance(pl_module, StoredImages):
+            num_images = self.num_images or pl_module.num_images
+            if num_images > pl_module.num_images:
+                raise ConfigError(
+                    f"GenerationMetrics.num_images: {pl_module.path} holds "
+                    f"{pl_module.num_images} images, found {num_images}"
+                )
+        else:
+            held_out = trainer.datamodule.held_out_images  # type: ignore[attr-defined]
+            num_images = self.num_images or len(held_out)
+        if num_images < trainer.world_size:
+            raise ConfigError(
+                f"GenerationMetrics.num_images: each of the {trainer.world_size} ranks needs an "
+                f"image, found {num_images}"
+            )
+        return num_images
+
+    def _references(
+        self, trainer: L.Trainer, data: ImageDataModule, shape: tuple[int, int, int]
+    ) -> tuple[ReferenceStatistics, Tensor | None]:
         """Statistics of the held-out images and features of the training images, made once."""
         if self._real is None:
+            cache = self._cache_dir(trainer)
             if self.reference_path is not None:
                 reference = load_reference(Path(self.reference_path))
-                reference.check(
-                    num_features=self.extractor.num_features,
-                    extractor=self.extractor.name,
-                    image_shape=data.image_shape,
-                )
             else:
-                held_out = collect_features(data.pixels(data.held_out_images), self.extractor)
-                reference = ReferenceStatistics.from_features(
-                    held_out.features, extractor=self.extractor.name
+                reference = real_statistics(
+                    data, data.held_out_images, self.extractor, cache_dir=cache
                 )
             train = None
             if self.with_train:
-                train = collect_features(data.pixels(data.train_images), self.extractor).features
+                train = real_statistics(
+                    data, data.train_images, self.extractor, cache_dir=cache
+                ).features
             self._real = reference, train
+        self._real[0].check(
+            num_features=self.extractor.num_features,
+            extractor=self.extractor.name,
+            image_shape=shape,
+        )
         return self._real
 
-    def _generate(
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, num_images: int
-    ) -> Features:
-        """Features of the images of all ranks, in the order of their index."""
-        ranks = trainer.world_size
-        mine = range(trainer.global_rank, num_images, ranks)
-        batches = (mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size))
-        images = (to_uint8(pl_module.sample(batch, seed=self.seed)) for batch in batches)
-        own = collect_features(images, self.extractor)
-        if ranks == 1:
-            return own
-        parts: list[Features] = [own] * ranks
-        dist.all_gather_object(parts, own)
-        order = torch.cat(
-            [torch.arange(rank, num_images, ranks) for rank in range(ranks)]
-        ).argsort()
-        features = torch.cat([part.features for part in parts])[order]
-        if own.logits is None:
-            return Features(features, None)
-        return Features(features, torch.cat([part.logits for part in parts])[order])  # type: ignore[misc]
+    def _cache_dir(self, trainer: L.Trainer) -> Path | None:
+        if self.cache_dir is not None:
+            return Path(self.cache_dir)
+        logger = trainer.logger
+        logs = None if logger is None else logger.save_dir
+        return None if logs is None else Path(logs) / "reference_cache"
+
+    def _generated(
+        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion | StoredImages, num_images: int
+    ) -> tuple[Features, tuple[int, int, int]]:
+        """Features of the images of all ranks, in the order of their index; shape of one image."""
+        ranks, rank, size = trainer.world_size, trainer.global_rank, self.batch_size
+        if isinstance(pl_module, StoredImages):
+            images = pl_module.batches(num_images, first=rank, every=ranks, batch_size=size)
+        else:
+            mine = range(rank, num_images, ranks)
+            batches = (mine[i : i + size] for i in range(0, len(mine), size))
+            images = (to_uint8(pl_module.sample(batch, seed=self.seed)) for batch in batches)
+        shapes: list[tuple[int, int, int]] = []
+        own = collect_features(with_shape(images, shapes), self.extractor)
+        return gather_features(own, num_images), shapes[0]
 
     def _append(
         self,
         trainer: L.Trainer,
-        pl_module: MultiTaskDiffusion,
+        pl_module: MultiTaskDiffusion | StoredImages,
         scores: dict[str, float],
         prefix: str,
     ) -> None:
         """One line of JSON with the values and what they depend on."""
         row: dict[str, Any] = {
             "stage": prefix,
-            "step": max(trainer.global_step, pl_module.trained_steps),
             "scores": scores,
-            "sampler": str(pl_module.sampler),
-            "guidance_scale": pl_module.guidance_scale,
-            "seed": pl_module.seed if self.seed is None else self.seed,
             "extractor": self.extractor.name,
             "reference": self.reference_path or "held-out images",
         }
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "generation_metrics.jsonl").open("a") as file:
+        if isinstance(pl_module, StoredImages):
+            row["images"] = str(pl_module.path)
+        else:
+            row |= {
+                "step": max(trainer.global_step, pl_module.trained_steps),
+                "sampler": str(pl_module.sampler),
+                "guidance_scale": pl_module.guidance_scale,
+                "seed": pl_module.seed if self.seed is None else self.seed,
+            }
+        with (log_folder(trainer) / "generation_metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+    def _draw(self, trainer: L.Trainer) -> None:
+        steps, scores = zip(*sorted(self._history.items()), strict=True)
+        save_figure(
+            trainer,
+            quality_history(steps, scores),
+            tag="2_quality/history",
+            explain="FID is good when it reaches the dashed line; much nearer to training images "
+            "than held-out ones are is copying.",
+        )
 
 
 def _class_agreement(generated: Features, num_classes: int) -> float | None:

@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from einops import rearrange
-from PIL import Image
 
+from ant_lightning.callbacks.ema import averaged_weights
 from ant_lightning.callbacks.figures import save_figure
+from ant_lightning.callbacks.sample_files import (
+    NpzSamples,
+    PngSamples,
+    SampleFiles,
+    claim,
+    weights_fingerprint,
+)
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.module import to_uint8
 from ant_lightning.errors import ConfigError
@@ -62,7 +68,8 @@ class SampleGrid(L.Callback):
         classes = pl_module.num_classes
         columns = self.columns or classes or max(1, round(self.num_images**0.5))
         guidance = f", guidance {pl_module.guidance_scale:g}" if classes else ""
-        caption = f"step {max(trainer.global_step, pl_module.trained_steps)}, {pl_module.sampler}{guidance}"
+        step = max(trainer.global_step, pl_module.trained_steps)
+        caption = f"step {step}, {pl_module.sampler}{guidance}"
         figure = sample_grid(generated, real, columns=min(columns, 16), caption=caption)
         self.path = save_figure(
             trainer,
@@ -90,42 +97,80 @@ class SampleGrid(L.Callback):
 
 
 class SampleWriter(L.Callback):
-    """Writes the images of `predict` into a folder, one PNG for each index.
+    """Writes the images of `predict` into a folder, or into one npz file for ADM's evaluator.
 
-    An image is a function of the seed and its index, so that the files do not depend on the batch
-    size or on the number of ranks; files that are there already are not drawn again.
+    An image is a function of the weights, the seed and its index, so that what is written does not
+    depend on the batch size or on the number of ranks; images that are there already are not
+    drawn again. A `.json` file beside them says what they depend on, and images of other settings
+    are not mixed in.
 
     Args:
         num_images: How many, over all ranks.
         batch_size: Images drawn at once.
-        folder: Where; by default `samples` in the log folder.
+        folder: For PNG files; by default `samples` in the log folder.
+        npz: A file for all images (`arr_0 [n, h, w, c]`, uint8), in place of the folder.
+
+    Raises:
+        ConfigError: If a number is below 1, or folder and npz are both given.
     """
 
     def __init__(
-        self, *, num_images: int = 100, batch_size: int = 100, folder: str | None = None
+        self,
+        *,
+        num_images: int = 100,
+        batch_size: int = 100,
+        folder: str | None = None,
+        npz: str | None = None,
     ) -> None:
         if num_images < 1 or batch_size < 1:
             raise ConfigError(
                 f"samples: num_images and batch_size must be at least 1, found {num_images} and "
                 f"{batch_size}"
             )
+        if folder is not None and npz is not None:
+            raise ConfigError(f"samples: give folder or npz, not both, found {folder} and {npz}")
+        if npz is not None and not npz.endswith(".npz"):
+            raise ConfigError(f"samples.npz: must end in .npz, found {npz}")
         self.num_images = num_images
         self.batch_size = batch_size
         self.folder = folder
+        self.npz = npz
         self._target = Path()
+        self._files: SampleFiles | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]
         """Find out which images are missing."""
         if stage != "predict":
             return
         log_dir = trainer.log_dir or trainer.default_root_dir
-        self._target = Path(self.folder or Path(log_dir) / "samples")
-        self._target.mkdir(parents=True, exist_ok=True)
-        mine = range(trainer.global_rank, self.num_images, trainer.world_size)
-        missing = [i for i in mine if not self._file(i).exists()]
-        size = self.batch_size
-        batches = [missing[i : i + size] for i in range(0, len(missing), size)]
+        self._target = Path(self.npz or self.folder or Path(log_dir) / "samples")
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._files = (
+            PngSamples(self._target)
+            if self.npz is None
+            else NpzSamples(self._target, num_images=self.num_images, rank=trainer.global_rank)
+        )
+        present = self._files.present()
+        # All ranks look before any writes, or they would share what is missing differently.
+        trainer.strategy.barrier()
+        missing = [i for i in range(self.num_images) if i not in present]
+        mine, size = missing[trainer.global_rank :: trainer.world_size], self.batch_size
+        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
         trainer.datamodule.predict_indices = batches  # type: ignore[attr-defined]
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+        """Refuse to mix images of other weights or settings with what is there."""
+        with averaged_weights(trainer, pl_module):
+            weights = weights_fingerprint(pl_module.backbone)
+        settings = {
+            "weights": weights,
+            "sampler": str(pl_module.sampler),
+            "guidance_scale": pl_module.guidance_scale,
+            "guided_channels": pl_module.guided_channels,
+            "clip_denoised": pl_module.clip_denoised,
+            "seed": pl_module.seed,
+        }
+        claim(self._target, settings, write=trainer.is_global_zero)
 
     def on_predict_batch_end(  # type: ignore[override]
         self,
@@ -136,17 +181,15 @@ class SampleWriter(L.Callback):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Write a batch; a file appears whole or not at all."""
-        for index, image in zip(batch, to_uint8(outputs).cpu(), strict=True):
-            partial = self._file(index).with_suffix(".part")
-            pixels = rearrange(image, "c h w -> h w c").squeeze(-1).numpy()
-            Image.fromarray(pixels).save(partial, format="png")
-            partial.replace(self._file(index))
+        """Write a batch."""
+        if self._files is not None:
+            self._files.write(batch, to_uint8(outputs).cpu())
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
-        """Say where the images are."""
-        if trainer.is_global_zero:
+    def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]
+        """Join the ranks' parts, also when nothing was missing; say where the images are."""
+        if stage != "predict" or self._files is None:
+            return
+        trainer.strategy.barrier()
+        if trainer.is_global_zero and len(self._files.present()) >= self.num_images:
+            self._files.finish()
             print(f"{self.num_images} images are in {self._target}")
-
-    def _file(self, index: int) -> Path:
-        return self._target / f"{index:06d}.png"

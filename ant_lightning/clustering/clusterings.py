@@ -90,14 +90,15 @@ class GradientClustering(Clustering):
         self.num_tasks = _at_least_one(num_tasks)
 
     def __call__(self, log_snr: Float[Tensor, " T"]) -> TimestepClusters:
-        """Cluster by affinity; only the length of `log_snr` matters.
+        """Cluster by affinity; `log_snr` is compared with that of the file, if it has one.
 
         Raises:
-            ConfigError: If there is no such file, or its affinity is not one of `T` timesteps.
+            ConfigError: If there is no such file, or its affinity is not one of `T` timesteps or
+                was measured with another schedule.
         """
         affinity = self.affinity
         if not isinstance(affinity, Tensor):
-            affinity = read_affinity(Path(affinity))
+            affinity = read_affinity(Path(affinity), log_snr=log_snr)
         if len(affinity) != len(log_snr):
             raise ConfigError(
                 f"affinity: must be of the schedule's {len(log_snr)} timesteps, "

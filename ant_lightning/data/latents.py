@@ -112,8 +112,25 @@ class LatentsData(ImageDataModule):
                 )
         return train, held_out
 
-    def pixels(self, dataset: ImageDataset, *, limit: int | None = None) -> Iterator[Tensor]:
+    def pixels(
+        self,
+        dataset: ImageDataset,
+        *,
+        limit: int | None = None,
+        first: int = 0,
+        every: int = 1,
+    ) -> Iterator[Tensor]:
         """Real images of a split of the cache, from `images`."""
+        images, real = self._real(dataset)
+        return images.pixels(real, limit=limit, first=first, every=every)
+
+    def fingerprint(self, dataset: ImageDataset) -> str:
+        """That of the real images of a split."""
+        images, real = self._real(dataset)
+        return images.fingerprint(real)
+
+    def _real(self, dataset: ImageDataset) -> tuple[ImageDataModule, ImageDataset]:
+        """The data module that has the pixels, and its counterpart of a split of the cache."""
         if self.images is None:
             raise ConfigError(
                 "data.images: real images are needed for metrics, as the latent cache "
@@ -122,4 +139,4 @@ class LatentsData(ImageDataModule):
             )
         of_train = dataset is self.train_images
         real = self.images.train_images if of_train else self.images.held_out_images
-        return self.images.pixels(real, limit=limit)
+        return self.images, real

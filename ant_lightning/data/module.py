@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -97,12 +98,35 @@ class ImageDataModule(L.LightningDataModule):
         """Indices of the images that `predict` draws, set by `SampleWriter`."""
         return DataLoader(self.predict_indices, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
 
-    def pixels(self, dataset: ImageDataset, *, limit: int | None = None) -> Iterator[Tensor]:
-        """Images of `dataset` as uint8 `[b, c, h, w]`, without augmentation, for metrics."""
+    def pixels(
+        self,
+        dataset: ImageDataset,
+        *,
+        limit: int | None = None,
+        first: int = 0,
+        every: int = 1,
+    ) -> Iterator[Tensor]:
+        """Images of `dataset` as uint8 `[b, c, h, w]`, without augmentation, for metrics.
+
+        Args:
+            dataset: The training or the held-out images.
+            limit: Only images below this index.
+            first: The first image; rank r of N takes `first=r, every=N`.
+            every: Distance to the next.
+        """
         count = len(dataset) if limit is None else min(limit, len(dataset))
-        for start in range(0, count, 256):
-            indices = list(range(start, min(start + 256, count)))
+        mine = range(first, count, every)
+        for start in range(0, len(mine), 256):
+            indices = list(mine[start : start + 256])
             yield to_uint8(dataset.load(indices, epoch=None).images)
+
+    def fingerprint(self, dataset: ImageDataset) -> str:
+        """A hash of the pixels of `dataset`: what is computed of them may be kept under it."""
+        digest = hashlib.sha256()
+        for batch in self.pixels(dataset):
+            digest.update(f"{tuple(batch.shape[1:])};".encode())
+            digest.update(batch.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def _prepared(self) -> tuple[ImageDataset, ImageDataset]:
         if self._datasets is None:

@@ -6,6 +6,7 @@ from ant_lightning.modules.dit import DiTModule
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.ldm import LDMModule
 from ant_lightning.modules.multitask import Draws, MultiTaskDiffusion
+from ant_lightning.modules.stored_images import StoredImages
 
 __all__ = [
     "ADMModule",
@@ -15,4 +16,5 @@ __all__ = [
     "FirstStage",
     "LDMModule",
     "MultiTaskDiffusion",
+    "StoredImages",
 ]

@@ -14,6 +14,7 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -107,6 +108,17 @@ class AutoencoderModule(L.LightningModule):
         self.seed = seed
         self.factor = 2 ** (levels - 1)
         self.last_step_skipped = False  # what EMA asks every module
+
+    @property
+    def log_due(self) -> bool:
+        """Whether the step just made is one of every `trainer.log_every_n_steps`."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.global_step % max(1, every) == 0
+
+    def log_now(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Send numbers to the loggers at this step."""
+        for logger in self.loggers:
+            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.global_step)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """All parameters in one group."""

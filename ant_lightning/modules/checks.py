@@ -35,6 +35,11 @@ def check_settings(module: MultiTaskDiffusion) -> None:
             "model.timestep_sampling: a gradient balancer needs samples of every task in each "
             "batch, so it must be 'stratified', found 'uniform'"
         )
+    if module.placement == "sorted" and not isinstance(balancer, GradientBalancer):
+        raise ConfigError(
+            "model.placement: 'sorted' saves traffic of gradient balancers alone, so without one "
+            f"it must be 'spread', found {module.placement!r} with {type(balancer).__name__}"
+        )
     positive = {
         "accumulate_grad_batches": module.accumulate_grad_batches,
         "max_skipped_steps": module.max_skipped_steps,

@@ -58,18 +58,21 @@ def bind_data(module: MultiTaskDiffusion) -> None:
 
 
 def load_initial_weights(module: MultiTaskDiffusion) -> None:
-    """Fill the backbone from `init_from`, unless a checkpoint is about to replace it.
+    """Fill the backbone from `init_from`, once, unless a checkpoint was loaded.
+
+    It has to be called when Lightning has loaded a checkpoint, if it does, and before the callbacks
+    look at the weights.
 
     Raises:
         ConfigError: If the file does not fit.
     """
-    trainer = module.trainer
-    if module.init_from is None or trainer.ckpt_path is not None:
+    if module.init_from is None or not module.init_due:
         return
+    module.init_due = False
     report = load_official_checkpoint(
         module.backbone, module.init_from, weights=module.init_weights
     )
-    if trainer.is_global_zero:
+    if module.global_rank == 0:
         print(f"init_from {report}")
 
 

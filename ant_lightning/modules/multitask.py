@@ -16,6 +16,7 @@ from ant_lightning.balancing import (
     Balancer,
     DenseTaskGradients,
     GradientBalancer,
+    PlacedTaskGradients,
     UncertaintyWeighting,
     default_reduction,
     multitask_backward,
@@ -85,6 +86,9 @@ class MultiTaskDiffusion(L.LightningModule):
             clusters. Default: stratified with a balancer, uniform without.
         allocation: Images of each task in a stratified batch: `equal`, or `proportional` to the
             cluster's size.
+        placement: Which ranks compute which tasks: `spread` gives each rank samples of all; with
+            `sorted` a rank has few tasks and sends only their gradients (for gradient balancers
+            on many ranks).
         task_weighting: Priors of the tasks: `equal`, or `by_size`.
         optimizer: Made with the parameter groups; AdamW with learning rate 1e-4 by default.
         lr_scheduler: Made with the optimizer, stepped after every optimizer step.
@@ -124,6 +128,7 @@ class MultiTaskDiffusion(L.LightningModule):
         loss_weighting: LossWeighting | None = None,
         timestep_sampling: Literal["uniform", "stratified"] | None = None,
         allocation: Literal["equal", "proportional"] = "equal",
+        placement: Literal["spread", "sorted"] = "spread",
         task_weighting: Literal["equal", "by_size"] = "equal",
         optimizer: OptimizerCallable = lambda groups: torch.optim.AdamW(
             groups, lr=1e-4, weight_decay=0.0
@@ -154,6 +159,7 @@ class MultiTaskDiffusion(L.LightningModule):
         self.balancer = balancer
         self.timestep_sampling = timestep_sampling or ("stratified" if balancer else "uniform")
         self.allocation: Literal["equal", "proportional"] = allocation
+        self.placement = placement
         self.task_weighting = task_weighting
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -169,6 +175,7 @@ class MultiTaskDiffusion(L.LightningModule):
         self.latent_space = None if first_stage is None else first_stage.space
         self.init_from = init_from
         self.init_weights: Literal["ema", "model"] = init_weights
+        self.init_due = True
         self.train_interval = train_interval
         self.max_skipped_steps = max_skipped_steps
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
@@ -212,6 +219,7 @@ class MultiTaskDiffusion(L.LightningModule):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """The backbone's parameters in one group, the balancer's own in another."""
+        load_initial_weights(self)
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.backbone.parameters() if p.requires_grad]}
         ]
@@ -234,18 +242,34 @@ class MultiTaskDiffusion(L.LightningModule):
             check_strategy(self.trainer.strategy)
         if stage != "predict":
             bind_data(self)
+
+    def on_validation_model_eval(self) -> None:
+        """Before the first callback of an evaluation sees the weights, have them."""
         load_initial_weights(self)
+        super().on_validation_model_eval()
+
+    def on_test_model_eval(self) -> None:
+        """As for validation."""
+        load_initial_weights(self)
+        super().on_test_model_eval()
+
+    def on_predict_model_eval(self) -> None:
+        """As for validation."""
+        load_initial_weights(self)
+        super().on_predict_model_eval()
 
     def on_fit_start(self) -> None:
         """Refuse, before the first step, what manual optimization cannot honour."""
         check_trainer(self)
+        self._gradients = None  # a former fit may have had other ranks or another device
 
     def draw(self, batch: Batch, *, step: int) -> Draws:
         """Timesteps, tasks, noise and dropped labels of a training step, a function of its number.
 
-        They are those of the global batch, of which each rank takes its part: the same images get
-        the same draws on any number of ranks. A stratified batch is laid out so that the part of
-        each rank has its share of each task.
+        They are those of the global batch, of which each rank takes its part. With the placement
+        `spread` the same images get the same draws on any number of ranks, and the part of each
+        rank has its share of each task. With `sorted` a part has as few tasks as can be, and the
+        parts go round among the ranks, so that no task is bound to a rank's images.
         """
         b, device = len(batch.images), batch.images.device
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
@@ -255,7 +279,11 @@ class MultiTaskDiffusion(L.LightningModule):
             timesteps, tasks = self.clusters.sample(
                 b * ranks, generator=generator, allocation=self.allocation
             )
-            order = spread_order(b * ranks)[mine]
+            if self.placement == "sorted":
+                part = (rank + step) % ranks
+                order = torch.arange(part * b, (part + 1) * b)
+            else:
+                order = spread_order(b * ranks)[mine]
             timesteps, tasks = timesteps[order], tasks[order]
         else:
             start, stop = self.train_interval or (0, self.clusters.num_timesteps)
@@ -402,9 +430,11 @@ class MultiTaskDiffusion(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all timesteps and over those of each task."""
         sums = default_reduction().all_reduce_(self._validation_sums.to(self.device)).cpu()
-        self.log("val/loss", (sums[0].sum() / sums[1].sum()).float(), prog_bar=True)
+        # Ranks agree already; Lightning wants to be told to average all the same.
+        loss = (sums[0].sum() / sums[1].sum()).float()
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
         for task, value in enumerate((sums[0] / sums[1]).tolist()):
-            self.log(f"val/task_{task}/loss", value)
+            self.log(f"val/task_{task}/loss", value, sync_dist=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -476,6 +506,7 @@ class MultiTaskDiffusion(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with the settings and name what differs."""
+        self.init_due = False
         saved = checkpoint.get("ant_lightning")
         if saved is None:
             raise ConfigError(
@@ -551,9 +582,8 @@ class MultiTaskDiffusion(L.LightningModule):
         """Buffers of the task gradients, made once."""
         if self._gradients is None and isinstance(self.balancer, GradientBalancer):
             shared = [p for p in self.backbone.parameters() if p.requires_grad]
-            self._gradients = DenseTaskGradients(
-                self.num_tasks, shared, reduction=default_reduction()
-            )
+            kind = PlacedTaskGradients if self.placement == "sorted" else DenseTaskGradients
+            self._gradients = kind(self.num_tasks, shared, reduction=default_reduction())
         return self._gradients
 
     def _dropped(self, labels: Tensor, step: int, mine: slice) -> Tensor:

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from ant_lightning.errors import DivergedRanksError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor, nn
 
     from ant_lightning.modules.multitask import MultiTaskDiffusion
@@ -34,8 +32,8 @@ def check_ranks_agree(module: MultiTaskDiffusion) -> None:
     balancer = module.balancer
     counts = [module.global_step, module.num_skipped_steps]
     ours = {
-        "weights of the backbone": _digest(_state(module.backbone)),
-        "state of the balancer": _digest([] if balancer is None else _state(balancer)),
+        "weights of the backbone": _digest([_bit_sums(_tensors(module.backbone))]),
+        "state of the balancer": _digest([] if balancer is None else _tensors(balancer)),
         "number of steps": _digest([torch.tensor(counts)]),
     }
     mine = torch.tensor(list(ours.values()), device=module.device)
@@ -48,27 +46,34 @@ def check_ranks_agree(module: MultiTaskDiffusion) -> None:
         if bool((column != usual).any()):
             ranks = torch.nonzero(column != usual).flatten().tolist()
             raise DivergedRanksError(
-                f"{name}: must be the same on all {len(column)} ranks, found others on {ranks} at "
-                f"step {module.global_step}; no checkpoint was written"
+                f"{name}: must be the same on all {len(column)} ranks, found another on ranks "
+                f"{ranks} at step {module.global_step}; no checkpoint was written"
             )
 
 
-def _state(module: nn.Module) -> list[Tensor]:
+def _tensors(module: nn.Module) -> list[Tensor]:
     """Every tensor of the state, the extra state included."""
     return [value for value in module.state_dict().values() if isinstance(value, torch.Tensor)]
 
 
-def _digest(tensors: Iterable[Tensor]) -> int:
-    """A 63-bit hash of sums of the tensors' bits, taken where they are."""
-    sums = [_bit_sum(tensor.detach()) for tensor in tensors if tensor.numel()]
-    if not sums:
-        return 0
-    host = torch.stack([s.to(sums[0].device) for s in sums]).cpu()
-    digest = hashlib.blake2b(host.numpy().tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+def _bit_sums(tensors: list[Tensor]) -> Tensor:
+    """Sum of the bit patterns of each tensor modulo 2^64, `[n]`, taken where they are.
+
+    Integers: no rounding hides a difference, and only one number a tensor leaves the device.
+    """
+    sums = [_bits(tensor).sum(dtype=torch.int64) for tensor in tensors]
+    return torch.stack(sums) if sums else torch.zeros(1, dtype=torch.int64)
 
 
-def _bit_sum(tensor: Tensor) -> Tensor:
-    """Sum of the bit patterns as integers, modulo 2^64: no rounding hides a difference."""
-    views = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(views[tensor.element_size()]).sum(dtype=torch.int64)
+def _digest(tensors: list[Tensor]) -> int:
+    """A 63-bit hash of every byte, on the host."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        hashed.update(_bits(tensor).cpu().numpy().tobytes())
+    return int.from_bytes(hashed.digest(), "little") >> 1
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor's memory as integers, flat."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().flatten().view(integers[tensor.element_size()])

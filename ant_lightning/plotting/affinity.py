@@ -40,7 +40,7 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
     """
     figure = Figure(figsize=(9.4, 5.6), dpi=110, layout="constrained")
     top, bottom = figure.subplots(2, 2, height_ratios=[4, 1], sharex=True)
-    edges = cell_edges(_positions(result, axis).numpy())
+    edges = _edges_within_schedule(result, axis)
     maps = {
         "plain: cosine of the mean gradients": result.plain,
         "corrected for the noise of the gradients": result.corrected,
@@ -53,7 +53,8 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
         panel.set_title(title, fontsize=9)
         panel.set_ylabel(name)
         panel.set_box_aspect(1)
-        panel.invert_yaxis()
+        if axis == "timestep":
+            panel.invert_yaxis()
     figure.colorbar(mesh, ax=top, label="task affinity", shrink=0.9)  # type: ignore[arg-type]
     for panel in bottom:
         panel.stairs(result.reliability.numpy(), edges, color="tab:green", linewidth=1.2)
@@ -61,6 +62,9 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
         panel.set(xlabel=name, ylabel="reliability", ylim=(-0.05, 1.05))
         panel.grid(alpha=0.3)
         panel.label_outer()
+    if axis == "log_snr":  # noise grows to the right and downwards, as over timesteps
+        bottom[0].invert_xaxis()
+        bottom[1].invert_xaxis()
     figure.suptitle(_caption(result), fontsize=9)
     return figure
 
@@ -75,7 +79,8 @@ def affinity_curves(result: AffinityResult, *, num_bins: int = 20) -> Figure:
     if result.log_snr is not None:
         axes = ("timestep", "log_snr")
     figure = Figure(figsize=(4.7 * len(axes), 3.8), dpi=110, layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(axes), sharey=True))
+    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+    lowest = 0.0
     for panel, axis in zip(panels, axes, strict=True):
         positions = _positions(result, axis)
         for label, values, color in (
@@ -83,12 +88,15 @@ def affinity_curves(result: AffinityResult, *, num_bins: int = 20) -> Figure:
             ("corrected", result.corrected, "tab:orange"),
         ):
             if bool(values.triu(diagonal=1).nan_to_num().any()):
-                _curve(panel, values, positions, label=label, color=color, num_bins=num_bins)
+                low = _curve(panel, values, positions, label=label, color=color, num_bins=num_bins)
+                lowest = min(lowest, low)
         panel.axhline(0, color="0.4", linewidth=0.8)
         panel.set_xlabel(f"|difference of {_NAMES[axis]}|")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7, loc="upper right")
     panels[0].set_ylabel("mean task affinity")
+    # Corrected estimates of mere noise go far beyond ±1.
+    panels[0].set_ylim(max(-1.05, lowest - 0.1), 1.05)
     figure.suptitle(_caption(result), fontsize=9)
     return figure
 
@@ -102,15 +110,26 @@ def cell_edges(positions: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([[first], middles, [last]])
 
 
+def _edges_within_schedule(result: AffinityResult, axis: NoiseAxis) -> NDArray[np.float64]:
+    """Cells around the grid, of which the first and the last end with the schedule."""
+    edges = cell_edges(_positions(result, axis).numpy())
+    if axis == "timestep":
+        return edges.clip(0, result.num_timesteps)
+    whole = result.log_snr
+    return edges if whole is None else edges.clip(float(whole.min()), float(whole.max()))
+
+
 def _curve(
     panel: Axes, values: Tensor, positions: Tensor, *, label: str, color: str, num_bins: int
-) -> None:
+) -> float:
+    """Draw one curve; returns the lower end of its band."""
     curve = affinity_by_distance(values, positions, num_bins=num_bins)
     rank = distance_correlation(values, positions)
     text = f"{label}: Spearman {rank.estimate:.2f} [{rank.low:.2f}, {rank.high:.2f}]"
     low, high = curve.mean - curve.std, curve.mean + curve.std
     panel.plot(curve.distance, curve.mean, "o-", color=color, markersize=3, label=text)
     panel.fill_between(curve.distance, low, high, color=color, alpha=0.15, linewidth=0)
+    return float(low.min())
 
 
 def _positions(result: AffinityResult, axis: NoiseAxis) -> Tensor:

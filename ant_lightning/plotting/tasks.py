@@ -49,7 +49,7 @@ def transfer_heat_map(
         shades=shades.clip(-1, 1),
         rows="gradient step on the timesteps of task i",
         bar="relative to the larger own effect of i and j",
-        number="{:+.2g}%",
+        number="{:+.2f}%",
     )
 
 

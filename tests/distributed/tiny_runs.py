@@ -44,7 +44,7 @@ class PartlyUsed(DiT):
         self.never = nn.Parameter(torch.ones(5))
         with torch.no_grad():  # adaLN-Zero starts with most gradients at 0
             for p in self.parameters():
-                p += 0.2 * torch.randn_like(p)
+                p.add_(torch.randn_like(p), alpha=0.2)
 
     def forward(self, x, timesteps, labels=None):
         output = super().forward(x, timesteps, labels)

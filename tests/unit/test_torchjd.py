@@ -59,7 +59,7 @@ def test_cagrad_combines_to_the_gradient_of_the_exact_solution(key):
 
 @pytest.mark.parametrize("key", FULL_RANK)
 def test_upgrad_without_regularisation_is_the_exact_projection(key):
-    weighting = aggregation.UPGradWeighting(projector=QuadprogProjector(reg_eps=1e-10))
+    weighting = aggregation.UPGradWeighting(projector=QuadprogProjector(reg_eps=1e-14))
     expected = golden(key, "exact_upgrad")
     np.testing.assert_allclose(weights_of(weighting, key), expected, rtol=1e-6, atol=1e-6)
 

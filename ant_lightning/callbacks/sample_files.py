@@ -1,0 +1,199 @@
+"""Where drawn images are kept: a folder of PNG files, or one npz file in ADM's format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ant_lightning.errors import ConfigError
+from ant_lightning.metrics.image_files import npz_shapes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+__all__ = ["NpzSamples", "PngSamples", "SampleFiles", "claim", "weights_fingerprint"]
+
+
+class SampleFiles(ABC):
+    """Images by index, from several ranks and perhaps several runs."""
+
+    @abstractmethod
+    def present(self) -> set[int]:
+        """Indices of the images that are there already, from whichever rank."""
+
+    @abstractmethod
+    def write(self, indices: Sequence[int], images: Tensor) -> None:
+        """Keep uint8 images `[b, c, h, w]`; an image is there whole or not at all."""
+
+    def finish(self) -> None:  # noqa: B027 - a folder has nothing left to do
+        """Called on one rank, when all images are there."""
+
+
+class PngSamples(SampleFiles):
+    """`000000.png`, `000001.png`, ... in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def present(self) -> set[int]:
+        """By the names of the files."""
+        return {int(path.stem) for path in self.folder.glob("*.png") if path.stem.isdecimal()}
+
+    def write(self, indices: Sequence[int], images: Tensor) -> None:
+        """One file each."""
+        for index, image in zip(indices, images.permute(0, 2, 3, 1).numpy(), strict=True):
+            target = self.folder / f"{index:06d}.png"
+            partial = target.with_suffix(".part")
+            grey = image.shape[-1] == 1
+            Image.fromarray(image[..., 0] if grey else image).save(partial, format="PNG")
+            partial.replace(target)
+
+
+class NpzSamples(SampleFiles):
+    """`arr_0 [n, h, w, c]` uint8 in one npz file, as ADM's evaluator reads it.
+
+    Until all images are there each rank appends to a file of its own in `<file>.parts`: eight
+    bytes of the index, then the pixels. A record that a killed run left unfinished is cut off.
+
+    Args:
+        path: The npz file.
+        num_images: `n`.
+        rank: Number of this rank.
+
+    Raises:
+        ConfigError: If the file is there with another number of images.
+    """
+
+    def __init__(self, path: Path, *, num_images: int, rank: int) -> None:
+        self.path = path
+        self.num_images = num_images
+        self._parts = path.with_name(path.name + ".parts")
+        self._own = self._parts / f"rank_{rank}.bin"
+        self._finished = path.exists()
+        if self._finished:
+            count = npz_shapes(path).get("arr_0", ((0,), None))[0][0]
+            if count != num_images:
+                raise ConfigError(
+                    f"samples.npz: {path} is finished with {count} images; choose another file "
+                    f"for samples.num_images {num_images}"
+                )
+            return
+        self._parts.mkdir(parents=True, exist_ok=True)
+        shape = self._image_shape()
+        if shape is not None and self._own.exists():
+            size = self._own.stat().st_size
+            os.truncate(self._own, size - size % _record(shape))
+
+    def present(self) -> set[int]:
+        """By the indices in the parts of all ranks, or all of a finished file."""
+        return set(range(self.num_images)) if self._finished else set(self._places())
+
+    def write(self, indices: Sequence[int], images: Tensor) -> None:
+        """Append a batch."""
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        if self._image_shape() is None:
+            partial = self._own.with_suffix(".part")
+            partial.write_text(json.dumps(pixels.shape[1:]))
+            partial.replace(self._parts / "image_shape.json")
+        records = (
+            index.to_bytes(8, "little") + image.tobytes()
+            for index, image in zip(indices, pixels, strict=True)
+        )
+        with self._own.open("ab") as file:
+            file.write(b"".join(records))
+
+    def finish(self) -> None:
+        """Put the images into the order of their indices, one at a time; drop the parts."""
+        if self._finished:
+            return
+        places, shape = self._places(), self._image_shape() or (0, 0, 0)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.num_images, *shape)}
+        partial = self.path.with_name(self.path.name + ".part")
+        with ExitStack() as stack:
+            parts = {part for part, _ in places.values()}
+            files = {part: stack.enter_context(part.open("rb")) for part in parts}
+            archive = stack.enter_context(zipfile.ZipFile(partial, "w"))
+            stream = stack.enter_context(archive.open("arr_0.npy", "w", force_zip64=True))
+            np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
+            for index in range(self.num_images):
+                part, offset = places[index]
+                files[part].seek(offset)
+                stream.write(files[part].read(math.prod(shape)))
+        partial.replace(self.path)
+        shutil.rmtree(self._parts)
+        self._finished = True
+
+    def _image_shape(self) -> tuple[int, int, int] | None:
+        """`(h, w, c)`, once an image was written."""
+        note = self._parts / "image_shape.json"
+        if not note.exists():
+            return None
+        height, width, channels = json.loads(note.read_text())
+        return height, width, channels
+
+    def _places(self) -> dict[int, tuple[Path, int]]:
+        """File and position of the pixels of every image."""
+        shape = self._image_shape()
+        places: dict[int, tuple[Path, int]] = {}
+        if shape is None:
+            return places
+        record = _record(shape)
+        for part in sorted(self._parts.glob("rank_*.bin")):
+            size = part.stat().st_size
+            with part.open("rb") as file:
+                for start in range(0, size - size % record, record):
+                    file.seek(start)
+                    index = int.from_bytes(file.read(8), "little")
+                    if index < self.num_images:
+                        places[index] = (part, start + 8)
+        return places
+
+
+def claim(path: Path, settings: dict[str, Any], *, write: bool) -> None:
+    """Compare with the note beside the images of what they depend on, or write it.
+
+    Raises:
+        ConfigError: If images of other settings were begun there: the two would be mixed.
+    """
+    note = path.with_name(path.name + ".json")
+    if note.exists():
+        earlier = json.loads(note.read_text())
+        differing = sorted(k for k in {*earlier, *settings} if earlier.get(k) != settings.get(k))
+        if differing:
+            name = differing[0]
+            raise ConfigError(
+                f"samples: {path} holds images of other {name} ({earlier.get(name)}, now "
+                f"{settings.get(name)}); choose another place, or delete {note} and the images"
+            )
+    elif write:
+        partial = note.with_suffix(".part")
+        partial.write_text(json.dumps(settings, indent=1) + "\n")
+        partial.replace(note)
+
+
+def weights_fingerprint(backbone: nn.Module) -> str:
+    """A digest of some numbers of every weight: another after every step."""
+    digest = hashlib.blake2b(digest_size=8)
+    for weight in backbone.parameters():
+        flat = weight.detach().reshape(-1)
+        digest.update(flat[:: max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _record(image_shape: tuple[int, int, int]) -> int:
+    """Bytes of an index and an image."""
+    return 8 + math.prod(image_shape)

@@ -1,0 +1,65 @@
+"""What callbacks measure and write does not depend on the number of ranks."""
+
+import numpy as np
+import torch
+from rank_processes import run_ranks
+from tiny_runs import TinyData, module, trainer
+
+from ant_lightning.callbacks import GenerationMetrics, SampleWriter, TaskAffinity, TransferMatrix
+from ant_lightning.diffusion import DDIM
+from ant_lightning.metrics import FeatureExtractor, Features
+
+
+class Projection(FeatureExtractor):
+    """Six fixed random numbers of each image."""
+
+    def __init__(self):
+        super().__init__(num_features=6, name="projection")
+        matrix = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("matrix", matrix)
+
+    def extract(self, images):
+        features = images.flatten(1).double() @ self.matrix.double() / 255
+        return Features(features.float(), features[:, :4].float())
+
+
+def measured(rank, folder, ranks):
+    """Scores, affinity and transfer of a validation, and the images of a prediction."""
+    metrics = GenerationMetrics(
+        Projection(), num_images=21, batch_size=4, cache_dir=str(folder / f"cache_{ranks}")
+    )
+    affinity = TaskAffinity(num_points=5, num_images=12, batch_size=5)
+    transfer = TransferMatrix(num_images=8)
+    npz = folder / f"{ranks}.npz"
+    writer = SampleWriter(num_images=9, batch_size=2, npz=str(npz))
+    settings = {"default_root_dir": folder / str(ranks), "limit_val_batches": 1.0}
+    model = module("vanilla", sampler=DDIM(num_steps=2))
+    data = TinyData()
+    callbacks = [metrics, affinity, transfer]
+    run = trainer(ranks=ranks, callbacks=callbacks, **settings)
+    run.validate(model, data, verbose=False)
+    logged = {name: float(value) for name, value in run.callback_metrics.items()}
+    trainer(ranks=ranks, callbacks=[writer], **settings).predict(
+        model, data, return_predictions=False
+    )
+    return {
+        "scores": metrics.last_scores,
+        "logged": logged if rank == 0 else None,
+        "affinity": affinity.result.half_dots,
+        "transfer": transfer.matrix,
+        "images": np.load(npz)["arr_0"],
+    }
+
+
+def test_two_ranks_measure_and_write_what_one_does(tmp_path):
+    (one,) = run_ranks(measured, 1, tmp_path / "one", tmp_path, 1)
+    two = run_ranks(measured, 2, tmp_path / "two", tmp_path, 2)
+    assert {"fid", "kid", "inception_score", "precision", "fid_train"} <= one["scores"].keys()
+    for rank in two:
+        for name, value in one["scores"].items():
+            np.testing.assert_allclose(rank["scores"][name], value, rtol=1e-6, err_msg=name)
+        torch.testing.assert_close(rank["affinity"], one["affinity"], rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(rank["transfer"], one["transfer"], rtol=1e-5, atol=1e-8)
+        assert np.array_equal(rank["images"], one["images"])
+    assert two[0]["logged"]["val/fid"] == np.float32(one["logged"]["val/fid"])
+    assert len(list((tmp_path / "cache_2").iterdir())) == 2
