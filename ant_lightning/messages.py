@@ -26,9 +26,9 @@ def one_line(message: str) -> str:
         return f"{setting}.{name}: {owner.rsplit('.', maxsplit=1)[-1]} has no such option{hint}"
     unknown = re.search(r"Expected a dot import path string: (\S+)", text)
     if unknown:
-        names = [name for package in _PACKAGES for name in _names(package)]
+        known = [name for package in _PACKAGES for name in _names(package)]
         found = unknown.group(1)
-        return f"{setting}: no class is called {found!r}{_suggestion(found, names)}"
+        return f"{setting}: no class is called {found!r}{_suggestion(found, known)}"
     missing = re.search(
         r"class_path '([\w.]+)': the following arguments are required: ([\w., ]+?) - ", text
     )

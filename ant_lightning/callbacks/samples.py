@@ -193,3 +193,4 @@ class SampleWriter(L.Callback):
         if trainer.is_global_zero and len(self._files.present()) >= self.num_images:
             self._files.finish()
             print(f"{self.num_images} images are in {self._target}")
+        trainer.strategy.barrier()  # when a rank goes on, the file is there

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import randperm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from ant_lightning.data.batch import Batch
 
-__all__ = ["ImageDataset", "ShuffledLoader", "evaluation_loader"]
+__all__ = ["ImageDataset", "RankKeys", "ShuffledLoader", "evaluation_loader"]
 
 
 class ImageDataset(Dataset["Batch"]):
@@ -123,6 +123,25 @@ class ShuffledLoader:
         return randperm(len(self.dataset), generator=generator)
 
 
+class RankKeys(DistributedSampler[Any]):
+    """Keys of one rank, in order.
+
+    Lightning shares the keys of every other sampler among the ranks, here for a second time.
+
+    Args:
+        keys: What the data set is asked for.
+    """
+
+    def __init__(self, keys: Sequence[Any]) -> None:
+        self._keys = keys
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 class _Keys:
     """(epoch, indices) of each batch of one rank, without end."""
 
@@ -153,4 +172,4 @@ def evaluation_loader(
     """All images in order, once; rank r of N gets the images r, r + N, ..."""
     mine = list(range(rank, len(dataset), world_size))
     keys = [(None, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    return DataLoader(dataset, batch_size=None, sampler=keys, num_workers=num_workers)
+    return DataLoader(dataset, batch_size=None, sampler=RankKeys(keys), num_workers=num_workers)

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from ant_lightning.data.loader import ImageDataset, ShuffledLoader, evaluation_loader
+from ant_lightning.data.loader import ImageDataset, RankKeys, ShuffledLoader, evaluation_loader
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class ImageDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Indices of the images that `predict` draws, set by `SampleWriter`."""
-        return DataLoader(self.predict_indices, batch_size=None, collate_fn=list)  # type: ignore[arg-type]
+        own = RankKeys(range(len(self.predict_indices)))
+        return DataLoader(self.predict_indices, batch_size=None, sampler=own, collate_fn=list)  # type: ignore[arg-type]
 
     def pixels(
         self,

@@ -1,5 +1,6 @@
 """What callbacks measure and write does not depend on the number of ranks."""
 
+import lightning as L
 import numpy as np
 import torch
 from rank_processes import run_ranks
@@ -23,8 +24,19 @@ class Projection(FeatureExtractor):
         return Features(features.float(), features[:, :4].float())
 
 
+class Seen(L.Callback):
+    """Remembers which held-out images were evaluated."""
+
+    def __init__(self):
+        self.indices = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.indices += batch.indices.tolist()
+
+
 def measured(rank, folder, ranks):
     """Scores, affinity and transfer of a validation, and the images of a prediction."""
+    seen = Seen()
     metrics = GenerationMetrics(
         Projection(), num_images=21, batch_size=4, cache_dir=str(folder / f"cache_{ranks}")
     )
@@ -34,8 +46,8 @@ def measured(rank, folder, ranks):
     writer = SampleWriter(num_images=9, batch_size=2, npz=str(npz))
     settings = {"default_root_dir": folder / str(ranks), "limit_val_batches": 1.0}
     model = module("vanilla", sampler=DDIM(num_steps=2))
-    data = TinyData()
-    callbacks = [metrics, affinity, transfer]
+    data = TinyData(batch_size=6)  # several batches for each rank
+    callbacks = [seen, metrics, affinity, transfer]
     run = trainer(ranks=ranks, callbacks=callbacks, **settings)
     run.validate(model, data, verbose=False)
     logged = {name: float(value) for name, value in run.callback_metrics.items()}
@@ -43,6 +55,7 @@ def measured(rank, folder, ranks):
         model, data, return_predictions=False
     )
     return {
+        "seen": seen.indices,
         "scores": metrics.last_scores,
         "logged": logged if rank == 0 else None,
         "affinity": affinity.result.half_dots,
@@ -55,6 +68,8 @@ def test_two_ranks_measure_and_write_what_one_does(tmp_path):
     (one,) = run_ranks(measured, 1, tmp_path / "one", tmp_path, 1)
     two = run_ranks(measured, 2, tmp_path / "two", tmp_path, 2)
     assert {"fid", "kid", "inception_score", "precision", "fid_train"} <= one["scores"].keys()
+    assert sorted(two[0]["seen"] + two[1]["seen"]) == sorted(one["seen"]) == list(range(20))
+    np.testing.assert_allclose(two[0]["logged"]["val/loss"], one["logged"]["val/loss"], rtol=1e-5)
     for rank in two:
         for name, value in one["scores"].items():
             np.testing.assert_allclose(rank["scores"][name], value, rtol=1e-6, err_msg=name)
