@@ -8,8 +8,8 @@ import torch
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules import Draws
 from ant_lightning.modules.draws import step_noise
-from ant_lightning.modules.multitask import Draws
 from ant_lightning.modules.scaling import gradient_scaler, loss_scale
 from ant_lightning.randomness import keyed_generator
 

@@ -3,15 +3,17 @@
 from ant_lightning.modules.adm import ADMModule
 from ant_lightning.modules.autoencoder import AutoencoderModule
 from ant_lightning.modules.dit import DiTModule
+from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.ldm import LDMModule
-from ant_lightning.modules.multitask import Draws, MultiTaskDiffusion
+from ant_lightning.modules.multitask import MultiTaskDiffusion
 from ant_lightning.modules.stored_images import StoredImages
 
 __all__ = [
     "ADMModule",
     "AutoencoderModule",
     "DiTModule",
+    "DiffusionModule",
     "Draws",
     "FirstStage",
     "LDMModule",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ant_lightning.data import Batch
+    from ant_lightning.modules.evaluation import DiffusionModule
     from ant_lightning.modules.multitask import MultiTaskDiffusion
 
 __all__ = ["bind_data", "holds_moments", "load_initial_weights", "sample_latents"]
@@ -76,14 +77,14 @@ def load_initial_weights(module: MultiTaskDiffusion) -> None:
         print(f"init_from {report}")
 
 
-def holds_moments(module: MultiTaskDiffusion, batch: Batch) -> bool:
+def holds_moments(module: DiffusionModule, batch: Batch) -> bool:
     """Whether the images of a batch are cached moments; a first stage changes an image's size."""
     space = module.latent_space
     shape = tuple(batch.images.shape[1:])
     return space is not None and shape == space.moments_shape(module.image_shape)
 
 
-def sample_latents(module: MultiTaskDiffusion, batch: Batch, *, step: int | None) -> Tensor:
+def sample_latents(module: DiffusionModule, batch: Batch, *, step: int | None) -> Tensor:
     """Latents of a batch of images or of moments, `[b, c, h, w]`.
 
     The posterior's noise is that of the training step, as for the diffusion noise, or for

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
@@ -26,47 +24,34 @@ from ant_lightning.clustering import Clustering, TimestepClusters
 from ant_lightning.diffusion import (
     DDPM,
     DiffusionProcess,
-    GuidedDenoiser,
     LossWeighting,
     NoiseSchedule,
     Sampler,
-    denoising_loss,
 )
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.modules.checks import check_settings, check_strategy, check_trainer
 from ant_lightning.modules.draws import spread_order, step_noise
+from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.latents import (
     bind_data,
-    holds_moments,
     load_initial_weights,
-    sample_latents,
 )
 from ant_lightning.modules.ranks import check_ranks_agree
 from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
-from ant_lightning.randomness import ImageNoise, keyed_generator
+from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
     from ant_lightning.data import Batch
 
-__all__ = ["Draws", "MultiTaskDiffusion"]
+__all__ = ["MultiTaskDiffusion"]
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What is random in the loss of a batch: `timesteps`, `tasks` and `labels` `[b]`, `noise`."""
-
-    timesteps: Tensor
-    tasks: Tensor
-    noise: Tensor
-    labels: Tensor | None
-
-
-class MultiTaskDiffusion(L.LightningModule):
+class MultiTaskDiffusion(DiffusionModule):
     """A diffusion model trained on clusters of timesteps as tasks.
 
     One optimization step serves every method: draw timesteps, let `multitask_backward` fill the
@@ -191,32 +176,6 @@ class MultiTaskDiffusion(L.LightningModule):
         self._validation_sums = torch.zeros(0)
         check_settings(self)
 
-    @property
-    def num_tasks(self) -> int:
-        """Number of timestep clusters."""
-        return self.clusters.num_tasks
-
-    @property
-    def num_classes(self) -> int:
-        """Classes the backbone is conditioned on; 0 for none."""
-        return int(self.backbone.num_classes or 0)  # type: ignore[arg-type]
-
-    @property
-    def null_class(self) -> int | None:
-        """The label that stands for no class; None if the backbone has none."""
-        return getattr(self.backbone, "null_class", None)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """`(c, h, w)` of what is denoised."""
-        size = int(self.backbone.input_size)  # type: ignore[arg-type]
-        return int(self.backbone.in_channels), size, size  # type: ignore[arg-type]
-
-    @property
-    def clip_denoised(self) -> bool:
-        """Whether predicted images are clipped while sampling."""
-        return self.latent_space is None if self._clip_denoised is None else self._clip_denoised
-
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """The backbone's parameters in one group, the balancer's own in another."""
         load_initial_weights(self)
@@ -293,40 +252,6 @@ class MultiTaskDiffusion(L.LightningModule):
         labels = self._dropped(batch.labels, step, mine) if self.num_classes else None
         return Draws(timesteps.to(device), tasks, noise, labels)
 
-    def losses(
-        self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor]:
-        """The function of rows of the batch that `multitask_backward` asks for.
-
-        Args:
-            x_start: `[b, c, h, w]`.
-            draws: What is random.
-            unweighted: `[b]`, filled with the mean squared errors without any weight.
-        """
-        # bf16-true casts batches: noise levels and targets need float32.
-        x_start = x_start.to(torch.promote_types(x_start.dtype, torch.float32))
-        x_t = self.process.q_sample(x_start, draws.timesteps, draws.noise)
-
-        def losses_of(rows: Tensor) -> Tensor:
-            rows = rows.to(x_t.device)
-            timesteps = draws.timesteps[rows]
-            labels = None if draws.labels is None else draws.labels[rows]
-            output = self.denoise(x_t[rows], timesteps, labels)
-            terms = denoising_loss(
-                self.process,
-                output,
-                x_start[rows],
-                x_t[rows],
-                timesteps,
-                draws.noise[rows],
-                weights=self._weights,
-            )
-            if unweighted is not None:
-                unweighted[rows] = terms.mse.detach().to(unweighted)
-            return terms.loss
-
-        return losses_of
-
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One step of any method."""
         draws = self.draw(batch, step=self.global_step)
@@ -378,116 +303,6 @@ class MultiTaskDiffusion(L.LightningModule):
         losses = self.losses(self.encode(batch, step=step), draws)
         shared = self.backbone.parameters()
         return task_gradients(losses, draws.tasks, shared, num_tasks=self.num_tasks)
-
-    def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        """The backbone's output for states of any precision, computed in the backbone's own."""
-        dtype = next(self.backbone.parameters()).dtype
-        output: Tensor = self.backbone(x_t.to(dtype), timesteps, labels)
-        return output
-
-    def encode(self, batch: Batch, *, step: int | None = None) -> Tensor:
-        """What is denoised: images, or latents with the noise of `step`, or of their indices."""
-        return sample_latents(self, batch, step=step)
-
-    def decode(self, x_start: Tensor) -> Tensor:
-        """Images in [-1, 1] of what was denoised; latents stay such without a first stage."""
-        if self.first_stage is not None:
-            return self.first_stage.decode(x_start)
-        return x_start.clamp(-1, 1) if self.latent_space is None else x_start
-
-    def images_of(self, batch: Batch) -> Tensor:
-        """The images of a batch in [-1, 1], decoded where it holds cached moments."""
-        return self.decode(self.encode(batch)) if holds_moments(self, batch) else batch.images
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget the sums of the last epoch."""
-        self._validation_sums = torch.zeros(2, self.num_tasks, dtype=torch.float64)
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Sum the unweighted losses of held-out images, each with noise of its own.
-
-        The timesteps of images 0, 1, 2, ... are a golden-ratio sequence over 0 .. T-1, which covers
-        the timesteps evenly however many images there are.
-        """
-        steps = (batch.indices.cpu().double() * 0.6180339887498949) % 1
-        timesteps = (steps * self.clusters.num_timesteps).long().to(self.device)
-        tasks = self.clusters.task_of(timesteps).cpu()
-        noise = ImageNoise(
-            batch.indices.tolist(),
-            shape=tuple(self.image_shape),
-            seed=self.seed,
-            stream="validation",
-            device=self.device,
-        )()
-        labels = batch.labels if self.num_classes else None
-        draws = Draws(timesteps, tasks, noise, labels)
-        unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
-        rows = torch.arange(len(batch.images), device=self.device)
-        self.losses(self.encode(batch), draws, unweighted=unweighted)(rows)
-        values = torch.stack([unweighted.cpu().double(), torch.ones(len(rows)).double()])
-        self._validation_sums.index_add_(1, tasks, values)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the mean loss over all timesteps and over those of each task."""
-        sums = default_reduction().all_reduce_(self._validation_sums.to(self.device)).cpu()
-        # Ranks agree already; Lightning wants to be told to average all the same.
-        loss = (sums[0].sum() / sums[1].sum()).float()
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
-        for task, value in enumerate((sums[0] / sums[1]).tolist()):
-            self.log(f"val/task_{task}/loss", value, sync_dist=True)
-
-    on_test_epoch_start = on_validation_epoch_start
-    test_step = validation_step
-
-    def on_test_epoch_end(self) -> None:
-        """The same losses, for a test."""
-        self.on_validation_epoch_end()
-
-    @torch.no_grad()
-    def sample(
-        self,
-        indices: Sequence[int],
-        *,
-        labels: Tensor | None = None,
-        guidance_scale: float | None = None,
-        sampler: Sampler | None = None,
-        seed: int | None = None,
-    ) -> Tensor:
-        """Draw one image for each index, `[n, c, h, w]` in [-1, 1].
-
-        The same index gives the same image whatever the batch it is drawn in.
-
-        Args:
-            indices: Which images.
-            labels: `[n]`; by default index modulo the number of classes.
-            guidance_scale: In place of the module's.
-            sampler: In place of the module's.
-            seed: In place of the module's.
-        """
-        if labels is None and self.num_classes:
-            labels = torch.tensor([index % self.num_classes for index in indices])
-        labels = None if labels is None else labels.to(self.device)
-        noise = ImageNoise(
-            indices,
-            shape=self.image_shape,
-            seed=self.seed if seed is None else seed,
-            device=self.device,
-        )
-        denoiser = GuidedDenoiser(
-            self.denoise,
-            labels,
-            null_label=self.null_class,
-            scale=self.guidance_scale if guidance_scale is None else guidance_scale,
-            guided_channels=self.guided_channels,
-        )
-        x_start = (sampler or self.sampler).sample(
-            self.process, denoiser, noise(), noise=noise, clip_denoised=self.clip_denoised
-        )
-        return self.decode(x_start)
-
-    def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:
-        """Draw the images of these indices."""
-        return self.sample(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what no hyperparameter file should decide: clusters and counts.

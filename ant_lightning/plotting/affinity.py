@@ -63,8 +63,7 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
         panel.grid(alpha=0.3)
         panel.label_outer()
     if axis == "log_snr":  # noise grows to the right and downwards, as over timesteps
-        bottom[0].invert_xaxis()
-        bottom[1].invert_xaxis()
+        bottom[0].invert_xaxis()  # the other panels share it
     figure.suptitle(_caption(result), fontsize=9)
     return figure
 

@@ -54,14 +54,14 @@ def clusterings_figure(clusterings: Mapping[str, TimestepClusters], log_snr: Ten
         for label, clusters in clusterings.items():
             densities.stairs(importance_density(clusters), edges, label=label, linewidth=1.6)
         densities.axhline(1, color="0.4", linestyle="--", linewidth=0.8)
-        densities.set_yscale("log")
+        densities.set_ylim(bottom=0)
+        densities.set_xlim(edges[0], edges[-1])  # noise grows to the right on both axes
         densities.set_xlabel(name)
         densities.grid(alpha=0.3, which="both")
         densities.label_outer()
         intervals.label_outer()
     panels[1, 0].set_ylabel("draws of a timestep\n(uniform = 1)")
     panels[1, 0].legend(fontsize=8)
-    panels[1, 1].invert_xaxis()  # noise grows to the right, as on the left
     return figure
 
 
