@@ -24,17 +24,17 @@ def gradient_arrows(
 
     Shaded is where a step (against the gradient) lowers the loss of every task to first order.
     """
-    figure = Figure(figsize=(3.3 * len(combined), 3.7), dpi=110, layout="constrained")
+    figure = Figure(figsize=(3.3 * len(combined), 3.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(combined), squeeze=False, sharex=True, sharey=True)[0]
-    reach = 1.15 * max(
-        float(np.abs(gradients).max()), *(float(np.abs(v).max()) for v in combined.values())
-    )
-    grid = np.linspace(-reach, reach, 201)
-    plane = np.stack(np.meshgrid(grid, grid), -1)
+    tips = np.concatenate([gradients, np.stack(list(combined.values())), np.zeros((1, 2))])
+    margin = 0.15 * float(np.ptp(tips, axis=0).max())
+    (left, low), (right, high) = tips.min(0) - margin, tips.max(0) + margin
+    xs, ys = np.linspace(left, right, 201), np.linspace(low, high, 201)
+    plane = np.stack(np.meshgrid(xs, ys), -1)
     helps = (plane @ gradients.T > 0).all(-1)
     colors = colormaps["viridis"](np.linspace(0.1, 0.8, len(gradients)))
     for panel, (name, vector) in zip(panels, combined.items(), strict=True):
-        panel.contourf(grid, grid, helps, levels=[0.5, 1.5], colors=["tab:green"], alpha=0.15)
+        panel.contourf(xs, ys, helps, levels=[0.5, 1.5], colors=["tab:green"], alpha=0.15)
         for task, (gradient, color) in enumerate(zip(gradients, colors, strict=True)):
             _arrow(panel, gradient, color, 0.006, f"gradient of task {task}")
         _arrow(panel, vector, "tab:red", 0.013, "update direction")
@@ -42,8 +42,8 @@ def gradient_arrows(
         panel.set_title(f"{name}\ndot products {products}", fontsize=9)
         panel.set_aspect("equal")
         panel.grid(alpha=0.3)
-    panels[0].set(xlim=(-reach, reach), ylim=(-reach, reach), ylabel="parameter 2")
-    panels[0].legend(fontsize=7, loc="lower left")
+    panels[0].set(xlim=(left, right), ylim=(low, high), ylabel="parameter 2")
+    panels[0].legend(fontsize=7, loc="upper right")
     for panel in panels:
         panel.set_xlabel("parameter 1")
     return figure

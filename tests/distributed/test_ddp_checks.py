@@ -144,8 +144,11 @@ def test_sharding_strategies_are_refused():
         logger=False,
         enable_checkpointing=False,
     )
-    with pytest.raises(ConfigError, match=r"trainer\.strategy.*'ddp'.*ModelParallelStrategy"):
-        run.fit(module("pcgrad"), datamodule=TinyData())
+    try:
+        with pytest.raises(ConfigError, match=r"trainer\.strategy.*'ddp'.*ModelParallelStrategy"):
+            run.fit(module("pcgrad"), datamodule=TinyData())
+    finally:  # the strategy made a process group of this one process, which other tests must not see
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

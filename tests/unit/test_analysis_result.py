@@ -62,7 +62,8 @@ def test_gradient_clustering_reads_the_file(tmp_path):
     rows = np.repeat([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]], 1, axis=0)
     dots = torch.from_numpy(np.einsum("gip,hjp->ghij", [rows, rows], [rows, rows]))[None]
     result(half_dots=dots).save(tmp_path / "affinity.npz")
-    clusters = GradientClustering(tmp_path / "affinity.npz", num_tasks=2)(torch.zeros(10))
+    log_snr = torch.linspace(4, -4, 10, dtype=torch.float64)
+    clusters = GradientClustering(tmp_path / "affinity.npz", num_tasks=2)(log_snr)
     # Timesteps 0..5 are nearest to grid points 0 and 3, the rest to 7 and 9.
     assert clusters.boundaries == (0, 6, 10)
 
