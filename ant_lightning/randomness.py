@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["ImageNoise", "keyed_generator", "keyed_seed"]
+__all__ = ["ImageNoise", "keyed_generator", "keyed_seed", "run_seed"]
+
+
+def run_seed(seed: int | None) -> int:
+    """`seed`, or that of the run, which `lightning.seed_everything` leaves in the environment."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 def keyed_seed(seed: int, stream: str, *keys: int) -> int:

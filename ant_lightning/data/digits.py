@@ -56,7 +56,7 @@ class DigitsData(ImageDataModule):
         batch_size: Images of one optimizer step, over all ranks.
         num_held_out: Images that are never trained on: validation, test, reference of FID.
         split_seed: Decides which; part of the data set, so not the seed of the run.
-        seed: Order of the training images; the CLI sets it to the seed of the run.
+        seed: Order of the training images; by default the seed of the run.
 
     Raises:
         ConfigError: If a size does not fit the 1,797 images.
@@ -71,7 +71,7 @@ class DigitsData(ImageDataModule):
         batch_size: int = 128,
         num_held_out: int = 360,
         split_seed: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=0, seed=seed)
         if not 1 <= num_held_out < 1797:

@@ -86,7 +86,7 @@ class ImageFolderData(ImageDataModule):
             and count them; `off` finds them only when their turn comes.
         split_seed: Decides which images are held out; part of the data set, not of the run.
         num_workers: Loading processes of each rank.
-        seed: Order of the images, and flips.
+        seed: Order of the images, and flips; by default the seed of the run.
 
     Attributes:
         num_skipped: Broken images that were left out.
@@ -110,7 +110,7 @@ class ImageFolderData(ImageDataModule):
         validate_images: Literal["raise", "skip", "off"] = "raise",
         split_seed: int = 0,
         num_workers: int = 4,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if image_size < 1:

@@ -67,7 +67,7 @@ class LatentsData(ImageDataModule):
         flip: Whether mirrored images are used too, if the cache has them.
         images: The images that were encoded, for metrics and grids with real images.
         num_workers: Loading processes of each rank.
-        seed: Order of the images, and flips.
+        seed: Order of the images, and flips; by default the seed of the run.
 
     Attributes:
         latent_space: What the moments mean.
@@ -85,7 +85,7 @@ class LatentsData(ImageDataModule):
         flip: bool = True,
         images: ImageDataModule | None = None,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.cache = Path(cache)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ant_lightning.data.loader import ImageDataset, RankKeys, ShuffledLoader, evaluation_loader
 from ant_lightning.errors import ConfigError
+from ant_lightning.randomness import run_seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,13 +34,13 @@ class ImageDataModule(L.LightningDataModule):
     Args:
         batch_size: Images of one optimizer step, over all ranks.
         num_workers: Loading processes of each rank.
-        seed: Decides the order of the training images.
+        seed: Decides the order of the training images; by default the seed of the run.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int = 0
 
-    def __init__(self, *, batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(self, *, batch_size: int, num_workers: int, seed: int | None) -> None:
         super().__init__()
         if batch_size < 1:
             raise ConfigError(f"data.batch_size: must be at least 1, found {batch_size}")
@@ -47,7 +48,7 @@ class ImageDataModule(L.LightningDataModule):
             raise ConfigError(f"data.num_workers: must be 0 or more, found {num_workers}")
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.predict_indices: Sequence[list[int]] = []
         self._datasets: tuple[ImageDataset, ImageDataset] | None = None
 

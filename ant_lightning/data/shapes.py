@@ -86,7 +86,7 @@ class ShapesData(ImageDataModule):
         batch_size: Images of one optimizer step, over all ranks.
         shapes_seed: Decides the images; part of the data set, so not the seed of the run.
         num_workers: Loading processes of each rank.
-        seed: Order of the training images.
+        seed: Order of the training images; by default the seed of the run.
 
     Raises:
         ConfigError: If a number is out of its range.
@@ -102,7 +102,7 @@ class ShapesData(ImageDataModule):
         batch_size: int = 128,
         shapes_seed: int = 0,
         num_workers: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if not 4 <= image_size <= 256:

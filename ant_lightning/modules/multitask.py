@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -39,7 +38,7 @@ from ant_lightning.modules.latents import (
 )
 from ant_lightning.modules.ranks import check_ranks_agree
 from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
-from ant_lightning.randomness import keyed_generator
+from ant_lightning.randomness import keyed_generator, run_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -163,7 +162,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.init_due = True
         self.train_interval = train_interval
         self.max_skipped_steps = max_skipped_steps
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.seed = run_seed(seed)
         self._weights = (
             loss_weighting(self.process.snr, prediction_type) if loss_weighting else None
         )

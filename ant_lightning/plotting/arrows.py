@@ -43,7 +43,8 @@ def gradient_arrows(
         panel.set_aspect("equal")
         panel.grid(alpha=0.3)
     panels[0].set(xlim=(left, right), ylim=(low, high), ylabel="parameter 2")
-    panels[0].legend(fontsize=7, loc="upper right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=len(labels))
     for panel in panels:
         panel.set_xlabel("parameter 1")
     return figure

@@ -147,7 +147,7 @@ def test_sharding_strategies_are_refused():
     try:
         with pytest.raises(ConfigError, match=r"trainer\.strategy.*'ddp'.*ModelParallelStrategy"):
             run.fit(module("pcgrad"), datamodule=TinyData())
-    finally:  # the strategy made a process group of this one process, which other tests must not see
+    finally:  # other tests must not see the process group that the strategy made
         torch.distributed.destroy_process_group()
 
 

@@ -25,3 +25,13 @@ def test_image_noise_does_not_depend_on_the_batch():
     alone = ImageNoise([7], shape=(1, 2, 2), seed=5)
     for _ in range(3):
         assert torch.equal(together()[1:2], alone())
+
+
+def test_data_and_model_take_the_seed_of_the_run(monkeypatch):
+    from ant_lightning.data import DigitsData
+
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    assert DigitsData().seed == 7
+    assert DigitsData(seed=3).seed == 3
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert DigitsData().seed == 0
