@@ -6,10 +6,10 @@ SEEDS ?= 0 1 2
 MODEL ?= dit
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench compare clean
+.PHONY: help install demo compare test check bench clean
 
 help:  ## what each target does
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -20,10 +20,10 @@ help:  ## what each target does
 
 install: .venv/installed  ## make .venv and install the package with all its extras
 
-demo: .venv/installed  ## train a DiT with ANT-UW on real digits, at most 3 minutes on 2 cores
+demo: .venv/installed  ## train with ANT-UW on real digits, at most 3 minutes; MODEL=dit, adm or ldm
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
-compare: .venv/installed  ## all methods at the same budget, 3 seeds, paired with vanilla (1 hour)
+compare: .venv/installed  ## all methods at the same budget, 3 seeds, paired with vanilla (half an hour)
 	$(BIN)/python -m benchmarks.compare --methods $(METHODS) --seeds $(SEEDS)
 
 test: .venv/installed  ## the whole test suite
@@ -35,8 +35,10 @@ check: .venv/installed  ## lint, format, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## time clusterings and balancers, and every method against vanilla
+bench: .venv/installed  ## time balancers, every method against vanilla, networks and loaders
 	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.backbones
+	$(BIN)/python -m benchmarks.loaders
 
 clean:  ## remove what the other targets made
 	rm -rf .venv runs build *.egg-info

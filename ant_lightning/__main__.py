@@ -19,8 +19,9 @@ Diffusion training as multi-task learning over clusters of timesteps.
 
   fit        train                         --ckpt_path last resumes
   validate   loss, FID and its companions  --ckpt_path FILE
-  test       the same, logged as test/...  --ckpt_path FILE
+  test       the same, logged as test/...  --ckpt_path FILE, or --images FOLDER or FILE.npz
   predict    write images                  --ckpt_path FILE --samples.num_images 1000
+                                           (PNG files; --samples.npz FILE.npz for one file)
   encode     write a cache of latents      --config configs/imagenet/encode.yaml
 
 Configs are merged from left to right: a base, then one fragment for each choice, then options:

@@ -1,4 +1,4 @@
-"""`make bench-backbones`: our networks against the same sizes elsewhere, and the data loaders.
+"""`python -m benchmarks.backbones`: our networks against the same sizes elsewhere, and the data loaders.
 
 Forward + backward in turns, one process; ratios above 1 mean that ours is faster. Peak memory is
 that of a process of its own for each network. UNets are compared at equal widths; where diffusers'

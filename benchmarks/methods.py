@@ -91,7 +91,7 @@ class Trainer:
             "nash": lambda: NashMTL(K, update_every=25),
             "nash every step": lambda: NashMTL(K, update_every=1),
         }[method]()
-        shared = list(self.model.parameters())
+        shared = [p for p in self.model.parameters() if p.requires_grad]
         own = list(self.balancer.parameters()) if self.balancer else []
         self.optimizer = torch.optim.AdamW([*shared, *own], lr=1e-4)
         self.shared = shared
