@@ -1,4 +1,4 @@
-"""`python -m benchmarks.backbones`: our networks against the same sizes elsewhere, and the data loaders.
+"""Our networks against the same sizes elsewhere: `python -m benchmarks.backbones`.
 
 Forward + backward in turns, one process; ratios above 1 mean that ours is faster. Peak memory is
 that of a process of its own for each network. UNets are compared at equal widths; where diffusers'

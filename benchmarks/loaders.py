@@ -1,4 +1,4 @@
-"""`python -m benchmarks.loaders`: does loading keep up with training, and reading latents with encoding?
+"""Do loading and the cache of latents keep up? `python -m benchmarks.loaders`.
 
 Images/s of `ImageFolderData` at 256 px (PNG files of procedural shapes) against one training step
 of DiT-S/2 on this machine, and of `LatentsData` against encoding with an autoencoder of the size of
