@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import ant_lightning.balancing
@@ -17,6 +17,7 @@ import ant_lightning.diffusion
 import ant_lightning.metrics  # noqa: F401 - short class names in YAML are looked up among imports
 from ant_lightning.callbacks import (
     EMA,
+    Checkpoints,
     Dashboard,
     GenerationMetrics,
     SampleWriter,
@@ -43,7 +44,7 @@ class AntCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has."""
         parser.add_lightning_class_args(EMA, "ema")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}"})
 

@@ -1,6 +1,7 @@
 """Callbacks that average, measure and draw."""
 
 from ant_lightning.callbacks.affinity import TaskAffinity
+from ant_lightning.callbacks.checkpoints import Checkpoints
 from ant_lightning.callbacks.conflict import ConflictMonitor
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.generation import GenerationMetrics
@@ -11,6 +12,7 @@ from ant_lightning.callbacks.transfer import TransferMatrix
 
 __all__ = [
     "EMA",
+    "Checkpoints",
     "ConflictMonitor",
     "Dashboard",
     "GenerationMetrics",
