@@ -23,7 +23,6 @@ def test_the_demo_runs_to_its_table(tmp_path, capsys, monkeypatch):
     options = [
         "--trainer.max_steps=20",
         "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
         "--model.init_args.sampler.init_args.num_steps=3",
         "--model.init_args.backbone.init_args.depth=1",
     ]
