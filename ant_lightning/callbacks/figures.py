@@ -29,9 +29,11 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
     if not trainer.is_global_zero:
         return None
     figure.supxlabel(explain, fontsize=8, color="0.35")
+    # An evaluation has no steps of its own: its figures belong to those of the checkpoint.
+    step = max(trainer.global_step, getattr(trainer.lightning_module, "trained_steps", 0))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(tag, figure, trainer.global_step, close=False)
+            logger.experiment.add_figure(tag, figure, step, close=False)
     path = log_folder(trainer) / f"{tag.replace('/', '_')}.png"
     figure.savefig(path)
     return path

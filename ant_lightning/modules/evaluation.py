@@ -61,6 +61,7 @@ class DiffusionModule(L.LightningModule):
     first_stage: FirstStage | None
     latent_space: LatentSpace | None
     seed: int
+    trained_steps: int
     _clip_denoised: bool | None
     _weights: Tensor | None
     _validation_sums: Tensor
@@ -179,6 +180,8 @@ class DiffusionModule(L.LightningModule):
         # Ranks agree already; Lightning wants to be told to average all the same.
         loss = (sums[0].sum() / sums[1].sum()).float()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        # Lightning takes this as the step of all that is logged here; evaluation has no own count.
+        self.log("step", float(max(self.global_step, self.trained_steps)), sync_dist=True)
         for task, value in enumerate((sums[0] / sums[1]).tolist()):
             self.log(f"val/task_{task}/loss", value, sync_dist=True)
 
