@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,7 +29,7 @@ class Features(NamedTuple):
     logits: Tensor | None = None
 
 
-class FeatureExtractor(nn.Module):
+class FeatureExtractor(nn.Module, ABC):
     """Base of every extractor: uint8 images ``[n, c, h, w]`` in, float32 features ``[n, d]`` out.
 
     A subclass implements `extract`, which gives features and logits of one forward. The module
@@ -51,9 +52,9 @@ class FeatureExtractor(nn.Module):
         self.num_features = num_features
         self.name = name
 
+    @abstractmethod
     def extract(self, images: Tensor) -> Features:
         """Features and logits of uint8 images ``[n, c, h, w]``, from one forward."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Features ``[n, d]`` float32 of uint8 images ``[n, c, h, w]``.
