@@ -12,8 +12,6 @@ from ant_lightning.balancing import (
     BackwardReport,
     Balancer,
     DenseTaskGradients,
-    GradientBalancer,
-    PlacedTaskGradients,
     UncertaintyWeighting,
     default_reduction,
     multitask_backward,
@@ -27,7 +25,7 @@ from ant_lightning.diffusion import (
     NoiseSchedule,
     Sampler,
 )
-from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.errors import NonFiniteError
 from ant_lightning.modules.checks import check_settings, check_strategy, check_trainer
 from ant_lightning.modules.draws import spread_order, step_noise
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
@@ -37,6 +35,8 @@ from ant_lightning.modules.latents import (
     load_initial_weights,
 )
 from ant_lightning.modules.ranks import check_ranks_agree
+from ant_lightning.modules.row_buffers import row_buffers
+from ant_lightning.modules.saved_state import restore_state, saved_state
 from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
 from ant_lightning.randomness import keyed_generator, run_seed
 
@@ -171,7 +171,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.num_skipped_steps = 0
         self.trained_steps = 0  # of the checkpoint that was loaded: evaluation has no step count
         self._num_skipped_in_a_row = 0
-        self._gradients: DenseTaskGradients | None = None
+        self._row_buffers: DenseTaskGradients | None = None
         self._validation_sums = torch.zeros(0)
         check_settings(self)
 
@@ -219,7 +219,7 @@ class MultiTaskDiffusion(DiffusionModule):
     def on_fit_start(self) -> None:
         """Refuse, before the first step, what manual optimization cannot honour."""
         check_trainer(self)
-        self._gradients = None  # a former fit may have had other ranks or another device
+        self._row_buffers = row_buffers(self)
 
     def draw(self, batch: Batch, *, step: int) -> Draws:
         """Timesteps, tasks, noise and dropped labels of a training step, a function of its number.
@@ -263,7 +263,7 @@ class MultiTaskDiffusion(DiffusionModule):
             num_tasks=self.num_tasks,
             priors=self._priors(),
             micro_batch_size=-(-len(batch.images) // self.accumulate_grad_batches),
-            gradients=self._row_buffers(),
+            gradients=self._row_buffers,
             loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
         )
         self._finish_step(report)
@@ -310,39 +310,12 @@ class MultiTaskDiffusion(DiffusionModule):
             DivergedRanksError: On every rank, if they no longer agree.
         """
         check_ranks_agree(self)
-        checkpoint["ant_lightning"] = {
-            "format_version": 1,
-            "boundaries": list(self.clusters.boundaries),
-            "num_skipped_steps": self.num_skipped_steps,
-            "backbone": type(self.backbone).__name__,
-            "prediction_type": self.process.prediction_type,
-        }
+        checkpoint["ant_lightning"] = saved_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with the settings and name what differs."""
         self.init_due = False
-        saved = checkpoint.get("ant_lightning")
-        if saved is None:
-            raise ConfigError(
-                "ckpt_path: not a checkpoint of ant_lightning; for official weights use "
-                "model.init_from"
-            )
-        ours = {
-            "model.prediction_type": (
-                self.process.prediction_type,
-                saved["prediction_type"],
-            ),
-            "model.backbone": (type(self.backbone).__name__, saved["backbone"]),
-            "model.clustering (its boundaries)": (
-                list(self.clusters.boundaries),
-                saved["boundaries"],
-            ),
-        }
-        for name, (now, then) in ours.items():
-            if now != then:
-                raise ConfigError(f"{name}: the checkpoint has {then}, the settings say {now}")
-        self.num_skipped_steps = saved["num_skipped_steps"]
-        self.trained_steps = checkpoint["global_step"]
+        restore_state(self, checkpoint)
 
     def _finish_step(self, report: BackwardReport) -> None:
         """Clip and step, or skip."""
@@ -391,14 +364,6 @@ class MultiTaskDiffusion(DiffusionModule):
         if self.balancer is None or self.task_weighting == "equal":
             return None
         return self.clusters.sizes.double() / self.clusters.num_timesteps
-
-    def _row_buffers(self) -> DenseTaskGradients | None:
-        """Buffers of the task gradients, made once."""
-        if self._gradients is None and isinstance(self.balancer, GradientBalancer):
-            shared = [p for p in self.backbone.parameters() if p.requires_grad]
-            kind = PlacedTaskGradients if self.placement == "sorted" else DenseTaskGradients
-            self._gradients = kind(self.num_tasks, shared, reduction=default_reduction())
-        return self._gradients
 
     def _dropped(self, labels: Tensor, step: int, mine: slice) -> Tensor:
         """`labels` with a share replaced by the null class."""

@@ -1,0 +1,51 @@
+"""What a checkpoint says of the run that wrote it, compared with the run that reads it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ant_lightning.modules.multitask import MultiTaskDiffusion
+
+__all__ = ["FORMAT_VERSION", "restore_state", "saved_state"]
+
+FORMAT_VERSION = 1
+
+
+def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
+    """What no hyperparameter file should decide: clusters and counts."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "boundaries": list(module.clusters.boundaries),
+        "num_skipped_steps": module.num_skipped_steps,
+        "backbone": type(module.backbone).__name__,
+        "prediction_type": module.process.prediction_type,
+    }
+
+
+def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> None:
+    """Compare a checkpoint with the settings, and take its counts.
+
+    Raises:
+        ConfigError: Naming what differs, with both values.
+    """
+    saved = checkpoint.get("ant_lightning")
+    if saved is None:
+        raise ConfigError(
+            "ckpt_path: not a checkpoint of ant_lightning; for official weights use model.init_from"
+        )
+    ours = {
+        "model.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
+        "model.backbone": (type(module.backbone).__name__, saved["backbone"]),
+        "model.clustering (its boundaries)": (
+            list(module.clusters.boundaries),
+            saved["boundaries"],
+        ),
+    }
+    for name, (now, then) in ours.items():
+        if now != then:
+            raise ConfigError(f"{name}: the checkpoint has {then}, the settings say {now}")
+    module.num_skipped_steps = saved["num_skipped_steps"]
+    module.trained_steps = checkpoint["global_step"]
