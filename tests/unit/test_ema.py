@@ -5,50 +5,12 @@ import copy
 import lightning as L
 import pytest
 import torch
+from tiny_digits import module, trainer
 
-from ant_lightning.backbones import DiT
 from ant_lightning.balancing import LinearScalarization, NashMTL, PCGrad, UncertaintyWeighting
 from ant_lightning.callbacks import EMA, averaged_weights
-from ant_lightning.clustering import SNRClustering
 from ant_lightning.data import DigitsData
-from ant_lightning.diffusion import DDIM, CosineSchedule
 from ant_lightning.errors import ConfigError
-from ant_lightning.modules import DiTModule
-
-
-def module(balancer=None):
-    torch.manual_seed(0)
-    return DiTModule(
-        DiT(
-            input_size=8,
-            patch_size=4,
-            in_channels=1,
-            hidden_size=8,
-            depth=1,
-            num_heads=1,
-            num_classes=10,
-        ),
-        schedule=CosineSchedule(100),
-        clustering=SNRClustering(3),
-        balancer=balancer,
-        sampler=DDIM(num_steps=2),
-        seed=0,
-    )
-
-
-def trainer(folder, *callbacks, steps=4, **settings):
-    return L.Trainer(
-        max_steps=steps,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        accelerator="cpu",
-        num_sanity_val_steps=0,
-        **settings,
-    )
 
 
 class Recorder(L.Callback):
@@ -76,7 +38,7 @@ BALANCERS = [
 
 @pytest.mark.parametrize("balancer", BALANCERS, ids=lambda b: type(b).__name__)
 def test_defect_2_the_average_follows_every_method(tmp_path, balancer):
-    model, ema, recorder = module(balancer), EMA(decay=0.6, warmup=False), Recorder()
+    model, ema, recorder = module(balancer=balancer), EMA(decay=0.6, warmup=False), Recorder()
     average = {n: p.detach().clone() for n, p in model.backbone.named_parameters()}
     trainer(tmp_path, ema, recorder, limit_val_batches=0).fit(model, DigitsData(batch_size=30))
     assert len(recorder.weights) == 4
@@ -136,7 +98,7 @@ def test_a_checkpoint_written_during_validation_holds_the_live_weights(tmp_path)
 
 
 def test_skipped_steps_do_not_move_the_average(tmp_path):
-    model, ema = module(PCGrad(3)), EMA(decay=0.5)
+    model, ema = module(balancer=PCGrad(3)), EMA(decay=0.5)
     torch.nn.init.constant_(next(model.backbone.parameters()), float("nan"))
     before = {n: p.detach().clone() for n, p in model.backbone.named_parameters()}
     run = trainer(tmp_path, ema, limit_val_batches=0, max_epochs=1)
