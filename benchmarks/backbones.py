@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ant_lightning.backbones import adm_p2_light, dit_s_2
-from benchmarks.provenance import commit, machine
+from ant_lightning.studies.provenance import commit, machine
 
 DIT = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "learn_sigma": False}
 ADM_PIXELS = 64

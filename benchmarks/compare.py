@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.provenance import commit, config_hash, machine
+from ant_lightning.studies.provenance import commit, config_hash, machine
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 METRICS = ["fid", "fid_train", "fid_real", "precision", "recall", "class_agreement"]

@@ -20,8 +20,8 @@ from PIL import Image
 
 from ant_lightning.data import ImageFolderData, LatentsData, LatentWriter, ShapesData, to_uint8
 from ant_lightning.modules import FirstStage
+from ant_lightning.studies.provenance import commit, machine
 from benchmarks.methods import Trainer
-from benchmarks.provenance import commit, machine
 
 
 def images_per_second(call: Callable[[], int], seconds: float) -> float:

@@ -31,7 +31,7 @@ from ant_lightning.balancing.gradients import DenseTaskGradients
 from ant_lightning.balancing.reduction import Reduction
 from ant_lightning.clustering import SNRClustering, TimestepClustering
 from ant_lightning.diffusion import CosineSchedule, DiffusionProcess, denoising_loss
-from benchmarks.provenance import commit, machine
+from ant_lightning.studies.provenance import commit, machine
 
 K = 5
 MODELS = {

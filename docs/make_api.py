@@ -22,6 +22,7 @@ PACKAGES = [
     "modules",
     "callbacks",
     "plotting",
+    "studies",
     "diffusers_sampler",
     "randomness",
     "errors",

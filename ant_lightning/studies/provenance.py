@@ -8,8 +8,6 @@ import platform
 import subprocess
 from pathlib import Path
 
-import torch
-
 __all__ = ["commit", "config_hash", "machine"]
 
 _HERE = Path(__file__).resolve().parent
@@ -33,8 +31,11 @@ def config_hash(config: object) -> str:
     return hashlib.sha256(text).hexdigest()[:12]
 
 
-def machine() -> str:
-    """Processor, cores, versions."""
+def machine(threads: int | None = None) -> str:
+    """Processor, threads (by default those of this process), versions."""
+    import torch  # noqa: PLC0415 - a study that runs elsewhere need not wait for it
+
+    threads = threads or torch.get_num_threads()
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -42,6 +43,6 @@ def machine() -> str:
         model = names[0].split(":")[1].strip() if names else model
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return (
-        f"{model}, {torch.get_num_threads()} threads, {device}, "
+        f"{model}, {threads} threads, {device}, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
