@@ -48,6 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
     # Imported here: 6 s that help must not wait for.
     from ant_lightning.cli import run  # noqa: PLC0415
     from ant_lightning.encode import run_encode  # noqa: PLC0415
+    from ant_lightning.modules.peers import first_failure  # noqa: PLC0415
 
     try:
         if arguments[0] == "encode":
@@ -58,6 +59,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except (DivergedRanksError, NonFiniteError) as error:
         return _fail(str(error), 1)
+    except RuntimeError as error:
+        first = first_failure(error)
+        if first is None:
+            raise
+        return _fail(first, 1)
     return 0
 
 

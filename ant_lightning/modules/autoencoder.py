@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules.peers import PeerWatch
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
@@ -119,6 +120,10 @@ class AutoencoderModule(L.LightningModule):
         """Send numbers to the loggers at this step."""
         for logger in self.loggers:
             logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.global_step)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What every run has, also without the command line."""
+        return [PeerWatch()]
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """All parameters in one group."""

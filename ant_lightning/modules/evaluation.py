@@ -11,6 +11,7 @@ import torch
 from ant_lightning.balancing import default_reduction
 from ant_lightning.diffusion import GuidedDenoiser, denoising_loss
 from ant_lightning.modules.latents import holds_moments, sample_latents
+from ant_lightning.modules.peers import PeerWatch
 from ant_lightning.randomness import ImageNoise
 
 if TYPE_CHECKING:
@@ -91,6 +92,10 @@ class DiffusionModule(L.LightningModule):
     def clip_denoised(self) -> bool:
         """Whether predicted images are clipped while sampling."""
         return self.latent_space is None if self._clip_denoised is None else self._clip_denoised
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What every run has, also without the command line."""
+        return [PeerWatch()]
 
     def losses(
         self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None

@@ -22,7 +22,8 @@ def run_ranks(function, world_size, folder, *args, limit=60.0, check=True):
     """`function(rank, *args)` on each rank; gives a list of `(result, traceback or None)`.
 
     Ranks that are not done after `limit` seconds are killed, and the test fails: a hang is a
-    failure and not a wait. With `check` a rank that raised is a failure as well.
+    failure and not a wait. With `check` a rank that raised is a failure as well; without it, a
+    rank that died has its exit code in place of a traceback.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,6 +41,9 @@ def run_ranks(function, world_size, folder, *args, limit=60.0, check=True):
         process.kill()
         process.join()
     outcomes = [_outcome(folder, rank) for rank in range(world_size)]
+    if not check:
+        pairs = zip(outcomes, ranks, strict=True)
+        outcomes = [o or (None, f"exit code {process.exitcode}") for o, process in pairs]
     faults = "\n".join(f"rank {r}: {o[1]}" for r, o in enumerate(outcomes) if o and o[1])
     assert not hung, f"ranks {hung} hung for {limit} s\n{faults}"
     assert None not in outcomes, f"a rank died without a word: {outcomes}"

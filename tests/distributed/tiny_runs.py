@@ -6,9 +6,16 @@ import logging
 import lightning as L
 import torch
 from torch import nn
+from torchjd.aggregation import UPGradWeighting
 
 from ant_lightning.backbones import DiT
-from ant_lightning.balancing import LinearScalarization, NashMTL, PCGrad, UncertaintyWeighting
+from ant_lightning.balancing import (
+    LinearScalarization,
+    NashMTL,
+    PCGrad,
+    TorchJDBalancer,
+    UncertaintyWeighting,
+)
 from ant_lightning.callbacks import EMA
 from ant_lightning.clustering import FixedClustering
 from ant_lightning.data import ImageDataModule
@@ -19,10 +26,11 @@ from ant_lightning.modules import DiTModule
 K = 3
 METHODS = {
     "vanilla": lambda: None,
-    "linear": lambda: LinearScalarization(K),
+    "linear": lambda: LinearScalarization(K, weights=[0.2, 0.3, 0.5]),
     "uw": lambda: UncertaintyWeighting(K),
     "pcgrad": lambda: PCGrad(K, seed=1),
     "nash": lambda: NashMTL(K, update_every=2),
+    "upgrad": lambda: TorchJDBalancer(K, weighting=UPGradWeighting()),
 }
 
 
@@ -84,7 +92,7 @@ def sgd(groups):
     return torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
 
 
-def module(method, **settings):
+def module(method, *, kind=DiTModule, **settings):
     settings = {
         "optimizer": adamw,
         "clip_grad_norm": 0.5,
@@ -92,7 +100,7 @@ def module(method, **settings):
         "class_dropout": 0.2,
         "seed": 7,
     } | settings
-    return DiTModule(
+    return kind(
         PartlyUsed(),
         schedule=CosineSchedule(),
         # k = 3 does not divide the batch: the counts of the tasks differ.
@@ -119,13 +127,23 @@ def trainer(*, ranks=1, steps=5, callbacks=(), **settings):
     )
 
 
-def fit(method, *, ranks=1, steps=5, data=None, precision="32-true", plugins=None, **settings):
+def fit(
+    method,
+    *,
+    ranks=1,
+    steps=5,
+    data=None,
+    batch_size=20,
+    precision="32-true",
+    plugins=None,
+    **settings,
+):
     """Train; what the run ends with."""
     model = module(method, **settings)
     ema = EMA(decay=0.9)
     kind = {"plugins": plugins} if plugins else {"precision": precision}
     run = trainer(ranks=ranks, steps=steps, callbacks=[ema], **kind)
-    run.fit(model, datamodule=data or TinyData())
+    run.fit(model, datamodule=data or TinyData(batch_size=batch_size))
     return {
         "weights": {n: p.detach().clone() for n, p in model.backbone.named_parameters()},
         "averages": dict(ema._averages),
