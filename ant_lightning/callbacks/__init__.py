@@ -7,6 +7,7 @@ from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.generation import GenerationMetrics
 from ant_lightning.callbacks.layout import Dashboard
 from ant_lightning.callbacks.progress import TrainingProgress
+from ant_lightning.callbacks.reclustering import Reclustering
 from ant_lightning.callbacks.samples import SampleGrid, SampleWriter
 from ant_lightning.callbacks.transfer import TransferMatrix
 
@@ -16,6 +17,7 @@ __all__ = [
     "ConflictMonitor",
     "Dashboard",
     "GenerationMetrics",
+    "Reclustering",
     "SampleGrid",
     "SampleWriter",
     "TaskAffinity",

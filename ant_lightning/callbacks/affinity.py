@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import lightning as L
 import torch
 from tqdm import tqdm
 
@@ -20,15 +18,13 @@ from ant_lightning.analysis import (
     task_affinity,
     timestep_grid,
 )
-from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.figures import log_folder, save_figure
-from ant_lightning.callbacks.probe import LossProbe
+from ant_lightning.callbacks.probing import ValidationProbe, steps_of
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import affinity_curves, affinity_heat_maps
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
+    import lightning as L
     from torch import Tensor
 
     from ant_lightning.modules import MultiTaskDiffusion
@@ -38,7 +34,7 @@ __all__ = ["TaskAffinity"]
 _log = logging.getLogger(__name__)
 
 
-class TaskAffinity(L.Callback):
+class TaskAffinity(ValidationProbe):
     """Measures how well the gradients at different timesteps agree, at the end of a validation.
 
     In `fit` the cosines are averaged over the validations so far (a resumed run goes on with
@@ -84,47 +80,39 @@ class TaskAffinity(L.Callback):
         every_n_epochs: int = 1,
         seed: int | None = None,
     ) -> None:
-        if min(num_points, batch_size, every_n_epochs) < 1 or num_images < 2:
-            raise ConfigError(
-                "TaskAffinity: num_points, batch_size and every_n_epochs must be at least 1 and "
-                f"num_images at least 2, found {num_points}, {batch_size}, {every_n_epochs} and "
-                f"{num_images}"
-            )
+        super().__init__(
+            every_n_epochs=every_n_epochs,
+            num_images=num_images,
+            batch_size=batch_size,
+            images=images,
+            weights=weights,
+            seed=seed,
+        )
+        if num_points < 1:
+            raise ConfigError(f"TaskAffinity.num_points: must be at least 1, found {num_points}")
         self.num_points = num_points
         self.timesteps = timesteps
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.weights = weights
-        self.images = images
         self.sketch_dim = sketch_dim
         self.memory_budget_mb = memory_budget_mb
         self.state_dir = state_dir
-        self.every_n_epochs = every_n_epochs
-        self.seed = seed
         self.result: AffinityResult | None = None
         self._earlier = [AffinityResult.load(path) for path in average_with or []]
         self._half_dots: list[Tensor] = []
 
-    def on_validation_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> None:
-        """Measure, unless this is the sanity check or not yet due."""
-        fitting = trainer.state.fn == "fit"
-        due = not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if trainer.sanity_checking or not due:
-            return
+    def measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        """Measure and publish; what is not finite stops an evaluation, but not a training."""
         try:
-            result = self._measure(trainer, pl_module)
+            result = self._measured(trainer, pl_module)
         except NonFiniteGradientError as error:
             if error.partial is not None and trainer.is_global_zero:
                 path = log_folder(trainer) / "task_affinity_partial.npz"
                 error.partial.save(path)
                 _log.warning("what was measured before is kept in %s", path)
-            if not fitting:
+            if trainer.state.fn != "fit":
                 raise
             _log.warning("task affinity is left out at step %d: %s", trainer.global_step, error)
             return
-        if fitting:
+        if trainer.state.fn == "fit":
             result = self._averaged(result)
         self.result = AffinityResult.mean([*self._earlier, result])
         self._publish(trainer, pl_module, self.result)
@@ -137,24 +125,15 @@ class TaskAffinity(L.Callback):
         """Go on averaging."""
         self._half_dots = list(state_dict["half_dots"])
 
-    def _measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> AffinityResult:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        seed = pl_module.seed if self.seed is None else self.seed
-        step = max(trainer.global_step, pl_module.trained_steps)
+    def _measured(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> AffinityResult:
         num_timesteps = pl_module.process.num_timesteps
-        grid = self.timesteps or timestep_grid(num_timesteps, num_points=self.num_points)
-        probe = LossProbe(
-            pl_module,
-            data.train_images if self.images == "train" else data.held_out_images,
-            num_images=self.num_images,
-            batch_size=self.batch_size,
-            seed=seed,
-        )
-        state = None if self.state_dir is None else Path(self.state_dir) / f"step_{step}"
+        state = None
+        if self.state_dir is not None:
+            state = Path(self.state_dir) / f"step_{steps_of(trainer, pl_module)}"
         budget = None if self.memory_budget_mb is None else int(2**20 * self.memory_budget_mb)
         hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
         with (
-            _weights(self.weights, trainer, pl_module),
+            self.probing(trainer, pl_module) as probe,
             tqdm(desc="task affinity", unit=" timesteps", leave=False, disable=hidden) as bar,
         ):
 
@@ -166,12 +145,13 @@ class TaskAffinity(L.Callback):
                 probe.at_timestep,
                 parameters=pl_module.backbone.parameters(),
                 num_timesteps=num_timesteps,
-                timesteps=grid,
+                timesteps=self.timesteps
+                or timestep_grid(num_timesteps, num_points=self.num_points),
                 log_snr=pl_module.process.log_snr,
                 sketch_dim=self.sketch_dim,
                 memory_budget_bytes=budget,
                 state_path=state,
-                seed=seed,
+                seed=self.seed_of(pl_module),
                 model=f"{type(pl_module.backbone).__name__}, {self.weights} weights",
                 warn_below=-1,
                 on_progress=show,
@@ -216,14 +196,3 @@ class TaskAffinity(L.Callback):
             explain = "If it falls, tasks should be intervals of neighbouring timesteps."
             figure = affinity_curves(result)
             save_figure(trainer, figure, tag="5_affinity/by_distance", explain=explain)
-
-
-def _weights(
-    which: str, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-) -> AbstractContextManager[None]:
-    """Inside, the backbone has the weights that were asked for."""
-    if which == "ema":
-        return averaged_weights(trainer, pl_module)
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    callback = next((each for each in callbacks if isinstance(each, EMA)), None)
-    return nullcontext() if callback is None else callback.live(pl_module)

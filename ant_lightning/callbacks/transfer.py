@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-import lightning as L
 import torch
 
 from ant_lightning.analysis import transfer_matrix
-from ant_lightning.callbacks.ema import averaged_weights
 from ant_lightning.callbacks.figures import save_figure
-from ant_lightning.callbacks.probe import LossProbe
+from ant_lightning.callbacks.probing import ValidationProbe, steps_of
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import transfer_heat_map
 
 if TYPE_CHECKING:
+    import lightning as L
     from torch import Tensor
 
     from ant_lightning.modules import MultiTaskDiffusion
@@ -23,18 +22,20 @@ if TYPE_CHECKING:
 __all__ = ["TransferMatrix"]
 
 
-class TransferMatrix(L.Callback):
+class TransferMatrix(ValidationProbe):
     """Draws, at the end of a validation, the share of task j's loss that a step on task i takes.
 
-    It is measured at the EMA weights by making the step and undoing it: see `transfer_matrix`.
-    `k (k + 2)` passes over `num_images` images; every rank makes them all.
+    It is measured by making the step and undoing it: see `transfer_matrix`. `k (k + 2)` passes over
+    `num_images` images; every rank makes them all.
 
     Args:
         lr: Length of the plain gradient step that is tried.
         num_images: Images of each task's loss.
         batch_size: Most images in one forward pass.
         images: Whose loss: of images that are trained on (`train`) or `held_out`.
+        weights: Of which weights: `ema` or `live`.
         every_n_epochs: Validations of `fit` between two measurements.
+        seed: Of images and noise; by default that of the module.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -50,41 +51,27 @@ class TransferMatrix(L.Callback):
         lr: float = 1e-2,
         num_images: int = 512,
         batch_size: int = 512,
-        images: str = "held_out",
+        images: Literal["train", "held_out"] = "held_out",
+        weights: Literal["ema", "live"] = "ema",
         every_n_epochs: int = 1,
+        seed: int | None = None,
     ) -> None:
-        if not lr > 0 or min(batch_size, every_n_epochs) < 1 or num_images < 2:
-            raise ConfigError(
-                "TransferMatrix: lr must be above 0, batch_size and every_n_epochs at least 1 and "
-                f"num_images at least 2, found {lr}, {batch_size}, {every_n_epochs} and "
-                f"{num_images}"
-            )
-        if images not in {"train", "held_out"}:
-            raise ConfigError(f"TransferMatrix.images: must be train or held_out, found {images!r}")
+        super().__init__(
+            every_n_epochs=every_n_epochs,
+            num_images=num_images,
+            batch_size=batch_size,
+            images=images,
+            weights=weights,
+            seed=seed,
+        )
+        if not lr > 0:
+            raise ConfigError(f"TransferMatrix.lr: must be above 0, found {lr}")
         self.lr = lr
-        self.num_images = num_images
-        self.batch_size = batch_size
-        self.images = images
-        self.every_n_epochs = every_n_epochs
         self.matrix: Tensor | None = None
 
-    def on_validation_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> None:
-        """Measure, unless this is the sanity check or not yet due."""
-        fitting = trainer.state.fn == "fit"
-        due = not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if trainer.sanity_checking or not due:
-            return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        probe = LossProbe(
-            pl_module,
-            data.train_images if self.images == "train" else data.held_out_images,
-            num_images=self.num_images,
-            batch_size=self.batch_size,
-            seed=pl_module.seed,
-        )
-        with averaged_weights(trainer, pl_module):
+    def measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        """Try a step on every task; log, and draw on rank 0."""
+        with self.probing(trainer, pl_module) as probe:
             self.matrix = transfer_matrix(
                 probe.of_task,
                 parameters=pl_module.backbone.parameters(),
@@ -95,12 +82,11 @@ class TransferMatrix(L.Callback):
         pl_module.log("transfer/harmful_pairs", float(harmful.sum()), rank_zero_only=True)
         if not trainer.is_global_zero:
             return
-        step = max(trainer.global_step, pl_module.trained_steps)
         title = f"share of task j's loss that one step on task i removes (lr {self.lr:g})"
         figure = transfer_heat_map(
             self.matrix.numpy(),
             labels=[f"{a}-{b - 1}" for a, b in pairwise(pl_module.clusters.boundaries)],
-            title=f"{title}\nat training step {step}",
+            title=f"{title}\nat training step {steps_of(trainer, pl_module)}",
         )
         save_figure(
             trainer,

@@ -1,5 +1,6 @@
 """Timesteps grouped into tasks: costs of segments, their exact partition, clusters to draw from."""
 
+from ant_lightning.clustering.affinity_file import spread_affinity
 from ant_lightning.clustering.clusterings import (
     Clustering,
     FixedClustering,
@@ -21,5 +22,6 @@ __all__ = [
     "affinity_costs",
     "partition",
     "snr_costs",
+    "spread_affinity",
     "timestep_costs",
 ]

@@ -11,12 +11,13 @@ import torch
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["read_affinity"]
+__all__ = ["read_affinity", "spread_affinity"]
 
 
 def read_affinity(
@@ -24,11 +25,7 @@ def read_affinity(
 ) -> Float[Tensor, "T T"]:
     """The affinity in an `.npz` file, spread from its grid of timesteps to all of them.
 
-    Every timestep takes the row and the column of the nearest grid point, of two equally near
-    ones the lower. Interpolation would be smoother, but a measured affinity has a spike of 1 on
-    its diagonal, and interpolating turns that into ridges at the grid points, so that a centre on
-    the grid would look more like its cluster than one beside it. This way `affinity[t, t]` stays
-    1 for all t and all centres are treated alike.
+    See `spread_affinity`.
 
     Args:
         path: A file with the arrays `affinity [n, n]`, `timesteps [n]` (increasing) and
@@ -69,9 +66,34 @@ def read_affinity(
             )
         if measured.size:
             _check_schedule(measured, log_snr, path)
-    middles = (timesteps[1:] + timesteps[:-1]) / 2
-    nearest = np.searchsorted(middles, np.arange(num_timesteps), side="left")
-    return torch.from_numpy(affinity[np.ix_(nearest, nearest)]).double()
+    return spread_affinity(
+        torch.from_numpy(affinity), timesteps=timesteps.tolist(), num_timesteps=num_timesteps
+    )
+
+
+def spread_affinity(
+    affinity: Float[Tensor, "n n"], *, timesteps: Sequence[int], num_timesteps: int
+) -> Float[Tensor, "T T"]:
+    """Affinity on a grid of timesteps, spread to all of them.
+
+    Every timestep takes the row and the column of the nearest grid point, of two equally near
+    ones the lower. Interpolation would be smoother, but a measured affinity has a spike of 1 on
+    its diagonal, and interpolating turns that into ridges at the grid points, so that a centre on
+    the grid would look more like its cluster than one beside it. This way `affinity[t, t]` stays
+    1 for all t and all centres are treated alike.
+
+    Args:
+        affinity: Of the grid.
+        timesteps: The grid, increasing, `n` of `0 .. num_timesteps - 1`.
+        num_timesteps: `T`.
+
+    Returns:
+        `[T, T]`, float64, on the CPU.
+    """
+    grid = np.asarray(timesteps)
+    middles = (grid[1:] + grid[:-1]) / 2
+    nearest = torch.from_numpy(np.searchsorted(middles, np.arange(num_timesteps), side="left"))
+    return affinity.cpu().double()[nearest][:, nearest]
 
 
 def _check_schedule(measured: np.ndarray, log_snr: Tensor, path: Path) -> None:

@@ -25,7 +25,7 @@ from ant_lightning.diffusion import (
     NoiseSchedule,
     Sampler,
 )
-from ant_lightning.errors import NonFiniteError
+from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.modules.checks import check_settings, check_strategy, check_trainer
 from ant_lightning.modules.draws import spread_order, step_noise
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
@@ -140,6 +140,7 @@ class MultiTaskDiffusion(DiffusionModule):
             schedule, prediction_type=prediction_type, variance_type=variance_type
         )
         self.clusters: TimestepClusters = clustering(self.process.log_snr)
+        self.cluster_history = [(0, self.clusters.boundaries)]  # by the steps that were made before
         self.balancer = balancer
         self.timestep_sampling = timestep_sampling or ("stratified" if balancer else "uniform")
         self.allocation: Literal["equal", "proportional"] = allocation
@@ -302,6 +303,21 @@ class MultiTaskDiffusion(DiffusionModule):
         losses = self.losses(self.encode(batch, step=step), draws)
         shared = self.backbone.parameters()
         return task_gradients(losses, draws.tasks, shared, num_tasks=self.num_tasks)
+
+    def recluster(self, clusters: TimestepClusters) -> None:
+        """Go on with other clusters; task i keeps its number, its weight and its curves.
+
+        Every rank must be given the same.
+
+        Raises:
+            ConfigError: If it is another number of tasks or of timesteps.
+        """
+        for name in ("num_tasks", "num_timesteps"):
+            now, then = getattr(clusters, name), getattr(self.clusters, name)
+            if now != then:
+                raise ConfigError(f"clusters: {name} must stay {then}, found {now}")
+        self.clusters = clusters
+        self.cluster_history.append((self.global_step, clusters.boundaries))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what no hyperparameter file should decide: clusters and counts.

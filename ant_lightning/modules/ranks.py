@@ -30,11 +30,11 @@ def check_ranks_agree(module: MultiTaskDiffusion) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     balancer = module.balancer
-    counts = [module.global_step, module.num_skipped_steps]
+    counts = [module.global_step, module.num_skipped_steps, *module.clusters.boundaries]
     ours = {
         "weights of the backbone": _digest([_bit_sums(_tensors(module.backbone))]),
         "state of the balancer": _digest([] if balancer is None else _tensors(balancer)),
-        "number of steps": _digest([torch.tensor(counts)]),
+        "number of steps or boundaries of clusters": _digest([torch.tensor(counts)]),
     }
     mine = torch.tensor(list(ours.values()), device=module.device)
     every = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ant_lightning.clustering import TimestepClusters
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "boundaries": list(module.clusters.boundaries),
+        "cluster_history": [(step, list(each)) for step, each in module.cluster_history],
         "num_skipped_steps": module.num_skipped_steps,
         "backbone": type(module.backbone).__name__,
         "prediction_type": module.process.prediction_type,
@@ -26,7 +28,10 @@ def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
 
 
 def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> None:
-    """Compare a checkpoint with the settings, and take its counts.
+    """Compare a checkpoint with the settings, and take its counts and its clusters.
+
+    The settings say which clusters a run starts with. Where training changed them, the checkpoint
+    goes on with the last, under any callbacks.
 
     Raises:
         ConfigError: Naming what differs, with both values.
@@ -36,16 +41,20 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         raise ConfigError(
             "ckpt_path: not a checkpoint of ant_lightning; for official weights use model.init_from"
         )
+    history = [(step, tuple(each)) for step, each in saved.get("cluster_history", ())]
+    history = history or [(0, tuple(saved["boundaries"]))]
     ours = {
         "model.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
         "model.backbone": (type(module.backbone).__name__, saved["backbone"]),
         "model.clustering (its boundaries)": (
-            list(module.clusters.boundaries),
-            saved["boundaries"],
+            list(module.cluster_history[0][1]),
+            list(history[0][1]),
         ),
     }
     for name, (now, then) in ours.items():
         if now != then:
             raise ConfigError(f"{name}: the checkpoint has {then}, the settings say {now}")
+    module.cluster_history = history
+    module.clusters = TimestepClusters(history[-1][1])
     module.num_skipped_steps = saved["num_skipped_steps"]
     module.trained_steps = checkpoint["global_step"]

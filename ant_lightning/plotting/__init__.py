@@ -2,7 +2,11 @@
 
 from ant_lightning.plotting.affinity import NoiseAxis, affinity_curves, affinity_heat_maps
 from ant_lightning.plotting.arrows import gradient_arrows
-from ant_lightning.plotting.clusters import clusterings_figure, importance_density
+from ant_lightning.plotting.clusters import (
+    boundaries_figure,
+    clusterings_figure,
+    importance_density,
+)
 from ant_lightning.plotting.images import image_grid, sample_grid
 from ant_lightning.plotting.quality import quality_history
 from ant_lightning.plotting.tasks import cosine_heat_map, task_history, transfer_heat_map
@@ -11,6 +15,7 @@ __all__ = [
     "NoiseAxis",
     "affinity_curves",
     "affinity_heat_maps",
+    "boundaries_figure",
     "clusterings_figure",
     "cosine_heat_map",
     "gradient_arrows",

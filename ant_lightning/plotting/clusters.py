@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ant_lightning.plotting.affinity import cell_edges
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ant_lightning.clustering import TimestepClusters
 
-__all__ = ["clusterings_figure", "importance_density"]
+__all__ = ["boundaries_figure", "clusterings_figure", "importance_density"]
 
 
 def importance_density(clusters: TimestepClusters) -> NDArray[np.float64]:
@@ -62,6 +62,38 @@ def clusterings_figure(clusterings: Mapping[str, TimestepClusters], log_snr: Ten
         intervals.label_outer()
     panels[1, 0].set_ylabel("draws of a timestep\n(uniform = 1)")
     panels[1, 0].legend(fontsize=8)
+    return figure
+
+
+def boundaries_figure(
+    history: Sequence[tuple[int, Sequence[int]]], log_snr: Tensor, *, last_step: int
+) -> Figure:
+    """The intervals of the tasks over a training that changed them.
+
+    Args:
+        history: Step from which on, and boundaries `0 .. T`, in the order of time.
+        log_snr: Of the schedule, `[T]`.
+        last_step: Where the last ones end.
+    """
+    figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 2)
+    steps = [step for step, _ in history] + [max(last_step, history[-1][0] + 1)]
+    noise = cell_edges(log_snr.double().numpy())
+    num_tasks = len(history[0][1]) - 1
+    colors = colormaps["viridis"](np.linspace(0.1, 0.95, num_tasks))
+    for axis, name in zip(panels, ("timestep", "log-SNR"), strict=True):
+        for task in range(num_tasks):
+            ends = np.array([each[task : task + 2] for _, each in history]).T
+            low, high = ends if name == "timestep" else noise[ends]
+            axis.fill_between(
+                steps, [*low, low[-1]], [*high, high[-1]], step="post", color=colors[task]
+            )
+            middle = (low[-1] + high[-1]) / 2
+            axis.annotate(f" task {task}", (steps[-1], middle), fontsize=8, va="center")
+        axis.set(xlabel="training step", ylabel=name, xlim=(steps[0], steps[-1]))
+        axis.set_ylim(
+            *((0, len(log_snr)) if name == "timestep" else noise[[0, -1]])
+        )  # noise upwards
     return figure
 
 

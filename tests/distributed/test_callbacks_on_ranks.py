@@ -6,7 +6,13 @@ import torch
 from rank_processes import run_ranks
 from tiny_runs import TinyData, module, trainer
 
-from ant_lightning.callbacks import GenerationMetrics, SampleWriter, TaskAffinity, TransferMatrix
+from ant_lightning.callbacks import (
+    GenerationMetrics,
+    Reclustering,
+    SampleWriter,
+    TaskAffinity,
+    TransferMatrix,
+)
 from ant_lightning.diffusion import DDIM
 from ant_lightning.metrics import FeatureExtractor, Features
 
@@ -78,3 +84,22 @@ def test_two_ranks_measure_and_write_what_one_does(tmp_path):
         assert np.array_equal(rank["images"], one["images"])
     assert two[0]["logged"]["val/fid"] == np.float32(one["logged"]["val/fid"])
     assert len(list((tmp_path / "cache_2").iterdir())) == 2
+
+
+def reclustered(rank, folder, ranks):
+    """Clusters of a training that makes them anew, and its weights."""
+    callback = Reclustering(recluster_every=2, num_points=20, num_images=6)
+    model = module("uw")
+    run = trainer(ranks=ranks, steps=4, callbacks=[callback], default_root_dir=folder / str(ranks))
+    run.fit(model, TinyData())
+    return model.cluster_history, [p.detach() for p in model.backbone.parameters()]
+
+
+def test_two_ranks_recluster_as_one_does(tmp_path):
+    ((one, weights),) = run_ranks(reclustered, 1, tmp_path / "one", tmp_path, 1)
+    assert [step for step, _ in one] == [0, 2, 4]
+    assert len({boundaries for _, boundaries in one}) > 1
+    for history, own in run_ranks(reclustered, 2, tmp_path / "two", tmp_path, 2):
+        assert history == one
+        for mine, theirs in zip(own, weights, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)

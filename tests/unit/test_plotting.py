@@ -15,6 +15,7 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import (
     affinity_curves,
     affinity_heat_maps,
+    boundaries_figure,
     clusterings_figure,
     gradient_arrows,
     importance_density,
@@ -82,6 +83,11 @@ FIGURES = {
             for name, kind in (("timestep", TimestepClustering), ("SNR", SNRClustering))
         },
         DiffusionProcess(CosineSchedule(100)).log_snr,
+    ),
+    "boundaries over time": lambda: boundaries_figure(
+        [(0, (0, 20, 70, 100)), (50, (0, 30, 60, 100))],
+        DiffusionProcess(CosineSchedule(100)).log_snr,
+        last_step=100,
     ),
     "one measurement": lambda: quality_history([7], [{"fid": 3.0, "fid_real": 1.0}]),
     "a value that came later": lambda: quality_history(

@@ -225,8 +225,10 @@ def test_transfer_is_what_a_step_by_hand_does(tmp_path):
     [
         (lambda: TaskAffinity(num_points=0), "num_points"),
         (lambda: TaskAffinity(num_images=1), "num_images"),
-        (lambda: TransferMatrix(lr=0.0), "lr must be above 0"),
-        (lambda: TransferMatrix(images="all"), "held_out, found 'all'"),
+        (lambda: TransferMatrix(lr=0.0), "TransferMatrix.lr: must be above 0"),
+        (lambda: TransferMatrix(images="all"), "held_out, found all"),
+        (lambda: TransferMatrix(weights="mean"), "TransferMatrix.weights: must be ema or live"),
+        (lambda: TransferMatrix(every_n_epochs=0), "TransferMatrix.every_n_epochs"),
         (lambda: TaskAffinity(average_with=["nowhere.npz"]), "nowhere.npz"),
     ],
 )
