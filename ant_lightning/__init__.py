@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # `import ant_lightning.balancing` costs no more than torch.
 _HOMES = {
     "balancing": (
+        "ContinuousUncertainty",
         "LinearScalarization",
         "NashMTL",
         "PCGrad",

@@ -1,7 +1,13 @@
 """Balancers of task losses and task gradients, and the call that uses them; torch alone."""
 
 from ant_lightning.balancing.backward import BackwardReport, multitask_backward, task_gradients
-from ant_lightning.balancing.base import Balancer, GradientBalancer, LossBalancer
+from ant_lightning.balancing.base import (
+    Balancer,
+    GradientBalancer,
+    LossBalancer,
+    SampleBalancer,
+)
+from ant_lightning.balancing.continuous import ContinuousUncertainty
 from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
 from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.nash import NashMTL, nash_weights
@@ -14,6 +20,7 @@ from ant_lightning.balancing.uncertainty import UncertaintyWeighting
 __all__ = [
     "BackwardReport",
     "Balancer",
+    "ContinuousUncertainty",
     "DenseTaskGradients",
     "GradientBalancer",
     "GroupReduction",
@@ -23,6 +30,7 @@ __all__ = [
     "PCGrad",
     "PlacedTaskGradients",
     "Reduction",
+    "SampleBalancer",
     "TaskGradients",
     "TorchJDBalancer",
     "UncertaintyWeighting",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.base import GradientBalancer, LossBalancer
+from ant_lightning.balancing.base import GradientBalancer, LossBalancer, SampleBalancer
 from ant_lightning.balancing.gradients import (
     DenseTaskGradients,
     assign_gradients,
@@ -64,6 +64,7 @@ def multitask_backward(
     gradients: DenseTaskGradients | None = None,
     reduction: Reduction | None = None,
     loss_scale: Tensor | float = 1.0,
+    log_snr: Float[Tensor, " b"] | None = None,
 ) -> BackwardReport:
     """Fill `.grad` of `parameters` with the balanced gradient of several tasks.
 
@@ -72,8 +73,8 @@ def multitask_backward(
     one objective of these and costs one backward pass. A `GradientBalancer` needs the gradient of
     each task when its weights are due: every task is a micro-batch of its own samples, and as the
     tasks' samples are disjoint the arithmetic is that of one pass over the batch; between
-    refreshes it costs one ordinary pass. Without a balancer the objective is the mean over all
-    samples.
+    refreshes it costs one ordinary pass. A `SampleBalancer` weights each sample by its noise level.
+    Without a balancer the objective is the mean over all samples.
 
     A `.grad` that is there is replaced. Sums over ranks are made here and not by
     `DistributedDataParallel`, whose hooks on the parameters never run; let `losses` call the bare
@@ -94,6 +95,7 @@ def multitask_backward(
         reduction: Sums over ranks; by default over all ranks of `torch.distributed` if it was
             initialised, which then must all call this function together.
         loss_scale: `.grad` is left multiplied by this (for a gradient scaler in float16).
+        log_snr: Log signal-to-noise ratio of each sample, `[b]`; a `SampleBalancer` needs it.
 
     Returns:
         What happened: see `BackwardReport`.
@@ -127,13 +129,8 @@ def multitask_backward(
             weights, grad_norm = torch.full_like(scaled_priors, torch.nan), gramian.sum()
         return _report(finite, shared, task_losses, weights, batch, grad_norm, gramian)
 
-    if balancer is None:
-        weights = batch.num_samples / batch.num_samples.sum()
-    elif isinstance(balancer, LossBalancer):
-        weights = balancer.loss_weights().to(scaled_priors) * scaled_priors
-    else:
-        weights = balancer.task_weights.to(scaled_priors) * scaled_priors
-    _weighted_backward(batch, weights, shared, micro_batch_size, loss_scale)
+    weights, per_sample = _weights(balancer, batch, scaled_priors, log_snr, reduction)
+    _weighted_backward(batch, per_sample, shared, micro_batch_size, loss_scale)
     reduce_gradients_(shared, reduction=reduction)
     task_losses = batch.mean_losses()
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in shared if p.grad is not None])
@@ -142,6 +139,11 @@ def multitask_backward(
     objective = None
     if finite and isinstance(balancer, LossBalancer):
         objective = _balancer_gradients(balancer, task_losses, scaled_priors, loss_scale)
+    elif finite and isinstance(balancer, SampleBalancer):
+        balancer.kept_weights = weights
+        levels = _checked_levels(log_snr, batch)
+        shown = batch.values * scaled_priors[batch.tasks]
+        objective = _sample_gradients(balancer, shown, levels, batch, reduction, loss_scale)
     elif finite and isinstance(balancer, GradientBalancer):
         balancer.count_step()
     return _report(finite, shared, task_losses, weights, batch, grad_norm, None, objective)
@@ -202,6 +204,7 @@ class _Batch:
         self._losses = losses
         self._reduction = reduction
         self._sums = torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(tasks), dtype=torch.float64, device=device)
 
     def losses_of(self, rows: Tensor) -> Tensor:
         """One loss for each of `rows`, in float32 at least; remembered for the report."""
@@ -214,7 +217,9 @@ class _Batch:
         if values.dtype in {torch.float16, torch.bfloat16}:
             values = values.float()
         tasks = self.tasks[rows.to(self.tasks.device)]
-        self._sums.index_add_(0, tasks, values.detach().to(self._sums))
+        known = values.detach().to(self._sums)
+        self._sums.index_add_(0, tasks, known)
+        self.values[rows.to(self.values.device)] = known
         return values
 
     def mean_losses(self) -> Tensor:
@@ -259,15 +264,14 @@ def _write_rows(
 
 def _weighted_backward(
     batch: _Batch,
-    weights: Tensor,
+    per_sample: Tensor,
     shared: Sequence[nn.Parameter],
     micro_batch_size: int | None,
     loss_scale: Tensor | float,
 ) -> None:
-    """`.grad` becomes this rank's part of the gradient of `sum_i weights[i] L_i`."""
+    """`.grad` becomes the gradient of the sum of `per_sample` times this rank's losses."""
     for p in shared:
         p.grad = None
-    per_sample = (weights / batch.num_samples.clamp(min=1)).to(batch.tasks.device)[batch.tasks]
     total: list[Tensor] = []
     every_row = torch.arange(len(batch.tasks), device=batch.order.device)
     for rows in _chunks(every_row, micro_batch_size):
@@ -298,6 +302,58 @@ def _balancer_gradients(
         per_task = [present.to(g) * g if g.shape == present.shape else g for g in grads]
         assign_gradients(own, per_task)
     return objective.detach()
+
+
+def _weights(
+    balancer: Balancer | None,
+    batch: _Batch,
+    scaled_priors: Tensor,
+    log_snr: Tensor | None,
+    reduction: Reduction,
+) -> tuple[Tensor, Tensor]:
+    """Weights of one backward pass: of the mean task losses `[k]`, of this rank's samples `[b]`."""
+    if isinstance(balancer, SampleBalancer):
+        per_sample = balancer.sample_weights(_checked_levels(log_snr, batch)).to(scaled_priors)
+        per_sample = per_sample * scaled_priors[batch.tasks] / batch.num_samples.sum()
+        weights = torch.zeros_like(scaled_priors).index_add_(0, batch.tasks, per_sample)
+        return reduction.all_reduce_(weights), per_sample
+    if balancer is None:
+        weights = batch.num_samples / batch.num_samples.sum()
+    elif isinstance(balancer, LossBalancer):
+        weights = balancer.loss_weights().to(scaled_priors) * scaled_priors
+    else:
+        weights = balancer.task_weights.to(scaled_priors) * scaled_priors
+    per_sample = weights / batch.num_samples.clamp(min=1)
+    return weights, per_sample.to(batch.tasks.device)[batch.tasks]
+
+
+def _checked_levels(log_snr: Tensor | None, batch: _Batch) -> Tensor:
+    """The noise levels, one for each sample, where the losses are."""
+    if log_snr is None or log_snr.shape != batch.tasks.shape:
+        found = None if log_snr is None else list(log_snr.shape)
+        raise ConfigError(
+            f"log_snr: a balancer of samples needs that of each of the {len(batch.tasks)} samples, "
+            f"found {found}"
+        )
+    return log_snr.to(batch.tasks.device)
+
+
+def _sample_gradients(
+    balancer: SampleBalancer,
+    losses: Tensor,
+    log_snr: Tensor,
+    batch: _Batch,
+    reduction: Reduction,
+    loss_scale: Tensor | float,
+) -> Tensor:
+    """Gradients of the balancer's own parameters, summed over ranks; the objective."""
+    own = [p for p in balancer.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        objective = balancer(losses.float(), log_snr).sum() / batch.num_samples.sum().float()
+    if own:
+        assign_gradients(own, torch.autograd.grad(objective * loss_scale, own))
+        reduce_gradients_(own, reduction=reduction)
+    return reduction.all_reduce_(objective.detach())
 
 
 def _scaled_priors(priors: Tensor | None, batch: _Batch) -> Tensor:

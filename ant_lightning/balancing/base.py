@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-__all__ = ["Balancer", "GradientBalancer", "LossBalancer"]
+__all__ = ["Balancer", "GradientBalancer", "LossBalancer", "SampleBalancer"]
 
 
 class Balancer(nn.Module, ABC):
@@ -86,6 +86,37 @@ class LossBalancer(Balancer):
     def task_weights(self) -> Float[Tensor, " k"]:
         """The weights now in force, `[k]`, detached: `loss_weights()`."""
         return self.loss_weights()
+
+
+class SampleBalancer(Balancer):
+    """Weights each sample by its noise level; tasks are for reporting alone.
+
+    Contract: the objective is the mean of `forward` over the samples, and its derivative with
+    respect to a sample's loss is `sample_weights` over their number, which depends on the noise
+    level and the balancer's state but not on the loss.
+    """
+
+    kept_weights: Tensor
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__(num_tasks)
+        uniform = torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64)
+        self.register_buffer("kept_weights", uniform)
+
+    @abstractmethod
+    def forward(
+        self, losses: Float[Tensor, " b"], log_snr: Float[Tensor, " b"]
+    ) -> Float[Tensor, " b"]:
+        """The objective's term of each sample, of its loss and its log-SNR, `[b]`."""
+
+    @abstractmethod
+    def sample_weights(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Derivative of each term with respect to its loss, `[b]`, detached."""
+
+    @property
+    def task_weights(self) -> Float[Tensor, " k"]:
+        """Sum of the weights of each task's samples over all samples of the last batch, `[k]`."""
+        return self.kept_weights
 
 
 class GradientBalancer(Balancer):

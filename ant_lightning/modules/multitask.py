@@ -12,7 +12,7 @@ from ant_lightning.balancing import (
     BackwardReport,
     Balancer,
     DenseTaskGradients,
-    UncertaintyWeighting,
+    SampleBalancer,
     default_reduction,
     multitask_backward,
     task_gradients,
@@ -182,9 +182,9 @@ class MultiTaskDiffusion(DiffusionModule):
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self.backbone.parameters() if p.requires_grad]}
         ]
-        if isinstance(self.balancer, UncertaintyWeighting):
-            own = list(self.balancer.parameters())
-            groups.append({"params": own, "lr": self.balancer.lr, "weight_decay": 0.0})
+        own = [] if self.balancer is None else list(self.balancer.parameters())
+        if own:
+            groups.append({"params": own, "lr": self.balancer.lr, "weight_decay": 0.0})  # type: ignore[union-attr]
         optimizer = self.optimizer(groups)  # type: ignore[arg-type]
         if self.lr_scheduler is not None:
             return [optimizer], [self.lr_scheduler(optimizer)]
@@ -256,6 +256,7 @@ class MultiTaskDiffusion(DiffusionModule):
         """One step of any method."""
         draws = self.draw(batch, step=self.global_step)
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
+        per_sample = isinstance(self.balancer, SampleBalancer)
         report = multitask_backward(
             self.losses(self.encode(batch, step=self.global_step), draws, unweighted=unweighted),
             draws.tasks,
@@ -266,6 +267,7 @@ class MultiTaskDiffusion(DiffusionModule):
             micro_batch_size=-(-len(batch.images) // self.accumulate_grad_batches),
             gradients=self._row_buffers,
             loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
+            log_snr=self.process.log_snr[draws.timesteps.cpu()] if per_sample else None,
         )
         self._finish_step(report)
         loss = self._uniform_estimate(unweighted, draws.tasks, report)

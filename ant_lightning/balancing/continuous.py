@@ -1,0 +1,79 @@
+"""Continuous uncertainty: a learned log-variance for every noise level."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ant_lightning.balancing.base import SampleBalancer
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["ContinuousUncertainty"]
+
+
+class ContinuousUncertainty(SampleBalancer):
+    """`objective = mean over samples of exp(-u(c)) L + u(c)` with a learned function `u`.
+
+    `u` is linear in fixed random Fourier features of `c = ln(sigma) / 4 = -log_snr / 8`, where
+    `sigma` is the ratio of noise to signal, and 0 at the start, where training is unweighted. For
+    a fixed loss the optimum is `u = ln L`, the weight of a sample `1 / L(c)`; over `k` clusters
+    `UncertaintyWeighting` settles at `1 / (2 L_i)` for the sum over tasks. As clusters become
+    narrow the two weigh noise levels in the same proportions, so this is its limit for many
+    clusters, but for the scale of the objective, and has no number of clusters to choose.
+
+    The parameters belong in a group of their own, without weight decay and outside gradient
+    clipping and EMA, and stay in float32 whatever the model is cast to.
+
+    Args:
+        num_tasks: `k`; clusters that weights are reported for.
+        lr: Learning rate of `u`, for whoever makes the optimizer's groups.
+        num_features: Fourier features; frequencies are standard normal.
+
+    Raises:
+        ConfigError: If an argument is not above 0.
+
+    Reference:
+        Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models",
+        arXiv 2312.02696, appendix B.1 (there the features' layer has a normalised weight).
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, num_tasks: int, *, lr: float = 0.01, num_features: int = 128) -> None:
+        super().__init__(num_tasks)
+        if not lr > 0:
+            raise ConfigError(f"lr: must be above 0, found {lr}")
+        if num_features < 1:
+            raise ConfigError(f"num_features: must be at least 1, found {num_features}")
+        self.lr = lr
+        generator = torch.Generator().manual_seed(0)  # part of the method, so not the run's seed
+        frequencies = torch.randn(num_features, generator=generator, dtype=torch.float32)
+        phases = torch.rand(num_features, generator=generator, dtype=torch.float32)
+        self.register_buffer("frequencies", 2 * math.pi * frequencies)
+        self.register_buffer("phases", 2 * math.pi * phases)
+        self.weight = nn.Parameter(torch.zeros(num_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros((), dtype=torch.float32))
+
+    def log_variance(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """`u` at these noise levels, float32."""
+        c = -log_snr.to(self.weight).unsqueeze(-1) / 8
+        features = math.sqrt(2 / len(self.weight)) * (c * self.frequencies + self.phases).cos()
+        return features @ self.weight + self.bias
+
+    def forward(
+        self, losses: Float[Tensor, " b"], log_snr: Float[Tensor, " b"]
+    ) -> Float[Tensor, " b"]:
+        """`exp(-u) L + u` of each sample."""
+        log_variance = self.log_variance(log_snr)
+        return (-log_variance).exp() * losses.to(log_variance) + log_variance
+
+    def sample_weights(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """`exp(-u)` of each sample."""
+        return (-self.log_variance(log_snr)).exp().detach()
