@@ -1,10 +1,17 @@
 """The error classes of the package; the command line turns them into one line and exit code 2."""
 
-__all__ = ["ConfigError", "DivergedRanksError", "NonFiniteError"]
+__all__ = ["ConfigError", "DivergedRanksError", "FileError", "NonFiniteError"]
 
 
 class ConfigError(ValueError):
     """A setting breaks a rule; the message names the setting, the rule and the value found."""
+
+
+class FileError(ConfigError):
+    """A file is missing or damaged, or says what cannot be; the message names it and the finding.
+
+    Nothing in the file was executed, and no memory was reserved for what it only claims to hold.
+    """
 
 
 class NonFiniteError(RuntimeError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from ant_lightning.analysis.atomic import write_atomically
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import FileError
+from ant_lightning.files import open_npz
 
 if TYPE_CHECKING:
     from typing import Any
@@ -70,36 +70,26 @@ def load_affinity(path: str | Path) -> StoredAffinity:
     """Read what `save_affinity` wrote; nothing in the file is executed.
 
     Raises:
-        ConfigError: If there is no such file, or it is damaged or of another format.
+        FileError: If there is no such file, or it is damaged or of another format.
     """
-    try:
-        # Opened here: numpy leaves the file of a damaged archive open.
-        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            version = int(file["format_version"])
-            if version != _VERSION:
-                raise ConfigError(
-                    f"affinity: format_version must be {_VERSION}, found {version} in {path}"
-                )
-            timesteps = file["timesteps"]
-            if timesteps.ndim != 1 or timesteps.dtype.kind != "i":
-                raise ConfigError(
-                    "affinity: timesteps must be a row of integers, found "
-                    f"{timesteps.dtype} {timesteps.shape} in {path}"
-                )
-            log_snr = file["log_snr"].astype(np.float64)
-            return StoredAffinity(
-                timesteps=tuple(timesteps.tolist()),
-                num_timesteps=int(file["num_timesteps"]),
-                half_dots=torch.from_numpy(file["half_dots"].astype(np.float64)),
-                seed=int(file["seed"]),
-                model=str(file["model"]),
-                num_parameters=int(file["num_parameters"]),
-                sketch_dim=int(file["sketch_dim"]) or None,
-                log_snr=torch.from_numpy(log_snr) if log_snr.size else None,
+    with open_npz(path, setting="affinity") as file:
+        version = file.number("format_version")
+        if version != _VERSION:
+            raise FileError(
+                f"affinity: format_version must be {_VERSION}, found {version} in {path}"
             )
-    except ConfigError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError, EOFError, BadZipFile) as error:
-        raise ConfigError(
-            f"affinity: an .npz file that task affinity wrote is needed, found {path} ({error})"
-        ) from None
+        (n,) = file.check("timesteps", shape=(None,), kinds="i").shape
+        num_timesteps = file.number("num_timesteps")
+        sides = file.check("log_snr", shape=(None,), kinds="f").shape
+        half_dots = file.read("half_dots", shape=(None, 2, 2, n, n), kinds="f", finite=True)
+        log_snr = file.read("log_snr", shape=sides, kinds="f").astype(np.float64)
+        return StoredAffinity(
+            timesteps=tuple(file.read("timesteps", shape=(n,), kinds="i").tolist()),
+            num_timesteps=num_timesteps,
+            half_dots=torch.from_numpy(half_dots.astype(np.float64)),
+            seed=file.number("seed"),
+            model=file.text("model"),
+            num_parameters=file.number("num_parameters"),
+            sketch_dim=file.number("sketch_dim") or None,
+            log_snr=torch.from_numpy(log_snr) if log_snr.size else None,
+        )

@@ -12,6 +12,7 @@ import torch
 
 from ant_lightning.analysis.atomic import write_atomically
 from ant_lightning.errors import ConfigError
+from ant_lightning.files import map_npy
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -125,15 +126,10 @@ class FolderRows(RowStore):
         return self._folder / f"rows_{timestep:06d}.npy"
 
     def _open(self, timestep: int) -> np.ndarray:
-        path = self._file(timestep)
-        expected = (2, self.width)
-        try:
-            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"state_path: {path} cannot be read ({error})") from None
-        if array.shape != expected or array.dtype != self._file_dtype:
-            raise ConfigError(
-                f"state_path: {path} must hold {expected} {self._file_dtype}, found "
-                f"{array.shape} {array.dtype}; delete it to compute that timestep again"
-            )
-        return array
+        return map_npy(
+            self._file(timestep),
+            shape=(2, self.width),
+            dtype=self._file_dtype,
+            setting="state_path",
+            hint="delete it to compute that timestep again",
+        )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
-from zipfile import BadZipFile
 
 import numpy as np
 
 from ant_lightning.analysis.atomic import write_atomically
 from ant_lightning.errors import ConfigError
+from ant_lightning.files import open_npz
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,11 +40,11 @@ def claim_folder(folder: Path, identity: Mapping[str, str | int | tuple[int, ...
         # Ranks that share a folder may all do this: they write the same bytes.
         write_atomically(path, lambda file: np.savez(file, **wanted))  # type: ignore[arg-type]
         return
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            kept = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise ConfigError(f"state_path: {path} cannot be read ({error})") from None
+    with open_npz(path, setting="state_path") as file:
+        kept = {
+            name: file.read(name, shape=header.shape, kinds="iufbU")
+            for name, header in file.headers.items()
+        }
     differing = [
         f"{name} is {_shown(kept.get(name))} there and {_shown(value)} here"
         for name, value in wanted.items()

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ant_lightning.errors import ConfigError
-from ant_lightning.metrics.image_files import npz_shapes
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import read_json
+from ant_lightning.metrics.image_files import num_images as stored_images
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +86,7 @@ class NpzSamples(SampleFiles):
         self._own = self._parts / f"rank_{rank}.bin"
         self._finished = path.exists()
         if self._finished:
-            count = npz_shapes(path).get("arr_0", ((0,), None))[0][0]
+            count = stored_images(path)
             if count != num_images:
                 raise ConfigError(
                     f"samples.npz: {path} is finished with {count} images; choose another file "
@@ -142,8 +143,10 @@ class NpzSamples(SampleFiles):
         note = self._parts / "image_shape.json"
         if not note.exists():
             return None
-        height, width, channels = json.loads(note.read_text())
-        return height, width, channels
+        sides = read_json(note, kind=list, setting="samples")
+        if len(sides) != 3 or any(type(each) is not int or each < 1 for each in sides):
+            raise FileError(f"samples: {note} must hold the three sides of an image, found {sides}")
+        return sides[0], sides[1], sides[2]
 
     def _places(self) -> dict[int, tuple[Path, int]]:
         """File and position of the pixels of every image."""
@@ -171,7 +174,7 @@ def claim(path: Path, settings: dict[str, Any], *, write: bool) -> None:
     """
     note = path.with_name(path.name + ".json")
     if note.exists():
-        earlier = json.loads(note.read_text())
+        earlier = read_json(note, kind=dict, setting="samples")
         differing = sorted(k for k in {*earlier, *settings} if earlier.get(k) != settings.get(k))
         if differing:
             name = differing[0]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import open_npz
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["read_affinity", "spread_affinity"]
+
+_MAX_TIMESTEPS = 10_000  # the matrix of all pairs is 800 MB then
 
 
 def read_affinity(
@@ -37,26 +39,34 @@ def read_affinity(
         `[T, T]`, float64.
 
     Raises:
-        ConfigError: If the file is missing, is no such archive, its arrays do not fit, or it was
-            measured with another schedule.
+        FileError: If the file is missing, is no such archive, or its arrays do not fit.
+        ConfigError: If it was measured with another schedule.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            affinity, timesteps = file["affinity"], file["timesteps"]
-            num_timesteps = int(file["num_timesteps"])
-            measured = file["log_snr"] if "log_snr" in file else np.empty(0)
-    except (OSError, KeyError, TypeError, ValueError, BadZipFile) as error:
-        raise ConfigError(
-            "affinity: an .npz file with affinity, timesteps and num_timesteps is needed, "
-            f"found {path} ({error})"
-        ) from None
-    n = len(timesteps) if timesteps.ndim == 1 else 0
-    inside = n and (np.diff(timesteps) > 0).all()
-    inside = inside and timesteps[0] >= 0 and timesteps[-1] < num_timesteps
-    if not inside or affinity.shape != (n, n):
-        raise ConfigError(
-            f"affinity: increasing timesteps in 0 .. {num_timesteps - 1} and one row and one "
-            f"column for each are needed, found {affinity.shape} and {timesteps} in {path}"
+    with open_npz(path, setting="affinity") as file:
+        num_timesteps = file.number("num_timesteps")
+        if not 1 <= num_timesteps <= _MAX_TIMESTEPS:
+            raise FileError(
+                f"affinity: num_timesteps must be from 1 to {_MAX_TIMESTEPS}, found "
+                f"{num_timesteps} in {path}"
+            )
+        (n,) = file.check("timesteps", shape=(None,), kinds="iu").shape
+        if not 1 <= n <= num_timesteps:
+            raise FileError(
+                f"affinity: increasing timesteps in 0 .. {num_timesteps - 1} are needed, found {n} "
+                f"in {path}"
+            )
+        timesteps = file.read("timesteps", shape=(n,), kinds="iu").astype(np.int64)
+        affinity = file.read("affinity", shape=(n, n), finite=True)
+        has_schedule = "log_snr" in file and file.headers["log_snr"].shape != (0,)
+        measured = (
+            file.read("log_snr", shape=(num_timesteps,), finite=True)
+            if has_schedule
+            else np.empty(0)
+        )
+    if (np.diff(timesteps) <= 0).any() or timesteps[0] < 0 or timesteps[-1] >= num_timesteps:
+        raise FileError(
+            f"affinity: increasing timesteps in 0 .. {num_timesteps - 1} are needed, found "
+            f"{timesteps} in {path}"
         )
     if log_snr is not None:
         if num_timesteps != len(log_snr):
@@ -99,11 +109,6 @@ def spread_affinity(
 def _check_schedule(measured: np.ndarray, log_snr: Tensor, path: Path) -> None:
     """Affinity belongs to noise levels: the same timestep of another schedule is another task."""
     ours = log_snr.detach().double().cpu().numpy()
-    if measured.shape != ours.shape:
-        raise ConfigError(
-            f"affinity: log_snr must have one value for each of {len(ours)} timesteps, found shape "
-            f"{measured.shape} in {path}"
-        )
     # Tables in float32 differ by 1e-3 or so at the ends; schedules differ by whole units.
     apart = np.abs(measured - ours) > 0.01 + 1e-3 * np.abs(ours)
     if apart.any():

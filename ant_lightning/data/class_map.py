@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import FileError
+from ant_lightning.files import read_json
 
 __all__ = ["read_class_map", "write_class_map"]
 
@@ -17,23 +18,21 @@ def read_class_map(path: str | Path) -> list[str]:
     Names are those of folders, so a name that would lead out of the data's folder is refused.
 
     Raises:
-        ConfigError: If the file is not such an object.
+        FileError: If the file is not such an object.
     """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"data.class_map: cannot read {path} ({error})") from error
-    if not isinstance(content, dict) or not content:
-        raise ConfigError(f"data.class_map: {path} must hold an object of names and numbers")
+    content = read_json(path, kind=dict, setting="data.class_map")
+    if not content:
+        raise FileError(f"data.class_map: {path} must hold an object of names and numbers")
     for name in content:
         if name in {"", ".", ".."} or "\0" in name or set(name) & {"/", "\\", os.sep}:
-            raise ConfigError(f"data.class_map: a name must be that of a folder, found {name!r}")
+            raise FileError(
+                f"data.class_map: a name must be that of a folder, found {name!r} in {path}"
+            )
     numbers = list(content.values())
     if any(type(number) is not int for number in numbers) or sorted(numbers) != list(
         range(len(numbers))
     ):
-        raise ConfigError(
+        raise FileError(
             f"data.class_map: the numbers of {path} must be 0 .. {len(numbers) - 1}, each once, "
             f"found {numbers[:10]}"
         )

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from ant_lightning.data.latent_space import LatentSpace
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import map_npy, read_json
 
 __all__ = [
     "CacheIndex",
@@ -27,6 +28,9 @@ __all__ = [
 Split = Literal["train", "held_out"]
 FORMAT_VERSION = 1
 _NAME = "index.json"
+_MAX_SIDE = 2**16
+_MAX_IMAGES = 2**40
+_MAX_SHARDS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,7 @@ def shard_array(folder: Path, index: CacheIndex, split: Split, shard: int, what:
     """One array of a shard, mapped into memory: `moments [n, views, c, h, w]` or `labels [n]`.
 
     Raises:
-        ConfigError: Naming the file, if it is missing, truncated or of another shape or type.
+        FileError: Naming the file, if it is missing, truncated or of another shape or type.
     """
     start, stop = index.shards(split)[shard]
     wanted = {
@@ -71,19 +75,13 @@ def shard_array(folder: Path, index: CacheIndex, split: Split, shard: int, what:
         "labels": ((stop - start,), np.dtype(np.int64)),
     }[what]
     path = shard_path(folder, split, shard, what)
-    try:
-        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(
-            f"latent cache: {path} is missing, truncated or damaged ({error}); encode again, "
-            "finished shards are kept"
-        ) from error
-    if (array.shape, array.dtype) != wanted:
-        raise ConfigError(
-            f"latent cache: {path} must hold {wanted[1]} of shape {list(wanted[0])}, found "
-            f"{array.dtype} of shape {list(array.shape)}"
-        )
-    return array
+    return map_npy(
+        path,
+        shape=wanted[0],
+        dtype=wanted[1],
+        setting="latent cache",
+        hint="encode again, finished shards are kept",
+    )
 
 
 def shard_path(folder: Path, split: Split, shard: int, what: str) -> Path:
@@ -131,30 +129,52 @@ def read_index(folder: Path) -> CacheIndex:
     """Read the index of a cache.
 
     Raises:
-        ConfigError: If the folder has none, or one that is damaged or of another version.
+        FileError: If the folder has none, or one that is damaged or of another version.
     """
     path = folder / _NAME
+    content = read_json(path, kind=dict, setting="latent cache")
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
         version = content.pop("format_version")
         if version != FORMAT_VERSION:
-            raise ConfigError(
+            raise FileError(
                 f"latent cache: {path} must have format_version {FORMAT_VERSION}, found {version}"
             )
         space = LatentSpace(**content.pop("space"))
         for name in ("image_shape", "moments_shape"):
             content[name] = tuple(content[name])
         index = CacheIndex(space=space, **content)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"latent cache: cannot read {path} ({error})") from error
-    if index.dtype not in {"float32", "float16"} or min(index.shard_size, index.views) < 1:
-        raise ConfigError(
-            f"latent cache: {path} must say float32 or float16 and sizes of at least 1, found "
-            f"{index.dtype}, {index.shard_size} and {index.views}"
+    except (TypeError, KeyError, ValueError) as error:
+        raise FileError(f"latent cache: cannot read {path} ({error})") from error
+    wrong = _impossible(index)
+    if wrong:
+        raise FileError(
+            f"latent cache: {path} must say {wrong}, found {getattr(index, wrong.split()[0])}"
         )
     return index
+
+
+def _impossible(index: CacheIndex) -> str:
+    """What an index says that no cache can have; empty if it could be one."""
+
+    def sizes(values: Any, *, least: int, most: int) -> bool:  # noqa: ANN401 - from a file
+        return all(type(each) is int and least <= each <= most for each in values)
+
+    def is_shape(values: Any) -> bool:  # noqa: ANN401 - from a file
+        return len(values) == 3 and sizes(values, least=1, most=_MAX_SIDE)
+
+    counts = index.num_images
+    counted = isinstance(counts, dict) and set(counts) == {"train", "held_out"}
+    rules = {
+        f"image_shape (c, h, w) of sides 1 .. {_MAX_SIDE}": is_shape(index.image_shape),
+        f"moments_shape (c, h, w) of sides 1 .. {_MAX_SIDE}": is_shape(index.moments_shape),
+        "dtype float32 or float16": index.dtype in ("float32", "float16"),
+        "views 1 or 2": index.views in (1, 2),
+        "num_classes of 0 or more": sizes([index.num_classes], least=0, most=_MAX_IMAGES),
+        "shard_size of 1 or more": sizes([index.shard_size], least=1, most=_MAX_IMAGES),
+        f"num_images of train and held_out, in at most {_MAX_SHARDS} shards": counted
+        and sizes(counts.values(), least=0, most=_MAX_SHARDS * max(1, int(index.shard_size))),
+    }
+    return next((rule for rule, holds in rules.items() if not holds), "")
 
 
 def check_first_stage(cache: LatentSpace, ours: LatentSpace, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -35,8 +36,10 @@ class LatentSpace:
     source: str
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ConfigError(f"first_stage.scale: must be above 0, found {self.scale}")
+        if not 0 < self.scale < math.inf:
+            raise ConfigError(f"first_stage.scale: must be above 0 and finite, found {self.scale}")
+        if not math.isfinite(self.shift):
+            raise ConfigError(f"first_stage.shift: must be finite, found {self.shift}")
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Latents `x [b, c, h, w]` from moments `[b, 2c, h, w]` (KL) or `[b, c, h, w]` (VQ).

@@ -7,15 +7,26 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["SUFFIXES", "Crop", "open_picture", "read_picture"]
+__all__ = ["FORMATS", "SUFFIXES", "UNREADABLE", "Crop", "open_picture", "read_picture"]
 
 Crop = Literal["center_adm", "resize"]
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+# Whatever a file is called, only these decoders see it: others run programs (PostScript).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+# Pillow reports damage as any of these; OSError covers truncated files, DecompressionBombError
+# images of more than 179 million pixels.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+)
 
 
 def read_picture(path: Path, *, image_size: int, channels: int, crop: Crop) -> np.ndarray:
@@ -30,7 +41,7 @@ def read_picture(path: Path, *, image_size: int, channels: int, crop: Crop) -> n
             bicubic. `resize` scales both sides, which changes the proportions.
 
     Raises:
-        ConfigError: Naming the file, if it cannot be decoded.
+        FileError: Naming the file, if it cannot be decoded.
     """
     picture = open_picture(path, channels=channels)
     if crop == "resize":
@@ -56,16 +67,16 @@ def open_picture(path: Path, *, channels: int) -> Image.Image:
     16-bit greys are scaled to 8 bits.
 
     Raises:
-        ConfigError: If the file is damaged, truncated, no image, or of floats or 32-bit integers.
+        FileError: If the file is damaged, truncated, no image, or of floats or 32-bit integers.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             file.load()
             picture: Image.Image = file
             if file.mode.startswith("I"):
                 return _from_integers(np.asarray(file), path).convert(_mode(channels))
             if file.mode == "F":
-                raise ConfigError(f"image {path}: must have 8 or 16 bits, found floats")
+                raise FileError(f"image {path}: must have 8 or 16 bits, found floats")
             if file.has_transparency_data:
                 colour = file.convert("RGBA")
                 white = Image.new("RGBA", file.size, "white")
@@ -73,11 +84,10 @@ def open_picture(path: Path, *, channels: int) -> Image.Image:
             elif file.mode not in {"L", "RGB"}:
                 picture = file.convert("RGB")
             return picture.convert(_mode(channels))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-        # Pillow reports damage as any of these; OSError covers truncated files.
+    except UNREADABLE as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(
+        raise FileError(
             f"image {path}: cannot be decoded, truncated or damaged ({error})"
         ) from error
 
@@ -90,5 +100,5 @@ def _from_integers(values: np.ndarray, path: Path) -> Image.Image:
     """An 8-bit image of 16-bit greys, which Pillow gives as integers of 16 or 32 bits."""
     largest = int(values.max())
     if largest > 65535 or int(values.min()) < 0:
-        raise ConfigError(f"image {path}: must have 8 or 16 bits, found the value {largest}")
+        raise FileError(f"image {path}: must have 8 or 16 bits, found the value {largest}")
     return Image.fromarray(np.round(values / 257.0).astype(np.uint8))

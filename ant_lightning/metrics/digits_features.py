@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import read_safetensors
 from ant_lightning.metrics.features import FeatureExtractor, Features, check_images
 
 __all__ = ["DIGITS_WEIGHTS", "DigitsFeatures", "digits_layers"]
@@ -55,20 +56,14 @@ class DigitsFeatures(FeatureExtractor):
     metadata: dict[str, str]
 
     def __init__(self, weights: str | Path | None = None) -> None:
-        from safetensors import SafetensorError, safe_open  # noqa: PLC0415
-
         path = DIGITS_WEIGHTS if weights is None else Path(weights)
-        if not path.is_file():
-            raise ConfigError(f"weights must be an existing file, got {path}")
+        state, self.metadata = read_safetensors(path, setting="weights of the digits network")
         super().__init__(num_features=64, name="digits-cnn-64")
         self.trunk, self.head = digits_layers()
         try:
-            with safe_open(path, framework="pt") as file:
-                self.metadata = dict(file.metadata() or {})
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             self.load_state_dict(state)
-        except (SafetensorError, RuntimeError) as error:
-            raise ConfigError(
+        except RuntimeError as error:
+            raise FileError(
                 f"weights must be a safetensors file of the digits network; {path} is not: "
                 f"{str(error).splitlines()[-1].strip()[:200]}"
             ) from error

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import open_npz
 
-__all__ = ["image_batches", "npz_shapes"]
+__all__ = ["image_batches", "num_images"]
+
+_MAX_SIDE = 2**14
 
 
 def image_batches(path: str | Path, *, batch_size: int = 100) -> Iterator[Tensor]:
@@ -24,71 +24,48 @@ def image_batches(path: str | Path, *, batch_size: int = 100) -> Iterator[Tensor
     as a stream: 50,000 images of 256 x 256 are 10 GB.
 
     Raises:
-        ConfigError: No such file or array, another dtype (16-bit images) or shape, or the file
+        ConfigError: ``batch_size`` is below 1.
+        FileError: No such file or array, another dtype (16-bit images) or shape, or the file
             ends early.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    shape, dtype = npz_shapes(path).get("arr_0", ((), None))
-    if dtype is None:
-        raise ConfigError(f"{path} must hold an array arr_0 of images, it holds none")
-    if dtype != np.uint8:
-        raise ConfigError(f"arr_0 of {path} must be uint8 images (8 bits), got {dtype}")
-    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-        raise ConfigError(
-            f"arr_0 of {path} must have shape [n, h, w] or [n, h, w, c] with 1 or 3 channels, "
-            f"got {list(shape)}"
-        )
-    height, width, channels = (*shape[1:], 1)[:3]
-    image_bytes = height * width * channels
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-        _read_header(stream)
-        for start in range(0, shape[0], batch_size):
-            count = min(batch_size, shape[0] - start)
-            data = stream.read(count * image_bytes)
-            if len(data) != count * image_bytes:
-                raise ConfigError(f"arr_0 of {path} must hold {shape[0]} images, it ends early")
-            batch = np.frombuffer(data, dtype=np.uint8).reshape(count, height, width, channels)
-            yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
+    with open_npz(path) as file:
+        header = file.headers.get("arr_0")
+        if header is None:
+            raise FileError(f"{path} must hold an array arr_0 of images, it holds none")
+        shape = header.shape
+        if header.dtype != np.uint8:
+            raise FileError(f"arr_0 of {path} must be uint8 images (8 bits), got {header.dtype}")
+        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
+            raise FileError(
+                f"arr_0 of {path} must have shape [n, h, w] or [n, h, w, c] with 1 or 3 channels, "
+                f"got {list(shape)}"
+            )
+        height, width, channels = (*shape[1:], 1)[:3]
+        if header.fortran_order or not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
+            raise FileError(
+                f"arr_0 of {path} must be in C order with sides of 1 to {_MAX_SIDE}, got "
+                f"{list(shape)}"
+            )
+        image_bytes = height * width * channels
+        with file.stream("arr_0") as stream:
+            for start in range(0, shape[0], batch_size):
+                count = min(batch_size, shape[0] - start)
+                with file.reading():
+                    data = stream.read(count * image_bytes)
+                if len(data) != count * image_bytes:
+                    raise FileError(f"arr_0 of {path} must hold {shape[0]} images, it ends early")
+                batch = np.frombuffer(data, dtype=np.uint8).reshape(count, height, width, channels)
+                yield torch.from_numpy(batch.transpose(0, 3, 1, 2).copy())
 
 
-def npz_shapes(path: str | Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of every array of an npz file, from the headers alone.
+def num_images(path: str | Path) -> int:
+    """How many images ``arr_0`` of an npz file holds, from its header; 0 without such an array.
 
     Raises:
-        ConfigError: No such file, no npz file, an array in Fortran order or of Python objects, or
-            an array whose data are not as long as its header says.
+        FileError: No such file, or no npz file of plain arrays.
     """
-    found = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                with archive.open(entry) as stream:
-                    shape, fortran_order, dtype = _read_header(stream)
-                    size = stream.tell() + math.prod(shape) * dtype.itemsize
-                name = entry.filename.removesuffix(".npy")
-                if dtype.hasobject or (fortran_order and len(shape) > 2):
-                    raise ConfigError(f"{name} of {path} must be plain numbers in C order")
-                if size != entry.file_size:
-                    raise ConfigError(
-                        f"{name} of {path} must be {size} bytes by its header, it has "
-                        f"{entry.file_size}"
-                    )
-                found[name] = (tuple(shape), dtype)
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{path} must be a readable npz file: {error}") from error
-    return found
-
-
-def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, order and dtype of the array that the open npy stream holds."""
-    version = np.lib.format.read_magic(stream)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise ConfigError(f"npy data must have version 1.0 or 2.0, got {version}")
-    return read(stream)
+    with open_npz(path) as file:
+        header = file.headers.get("arr_0")
+        return header.shape[0] if header and header.shape else 0

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import read_torch
 from ant_lightning.metrics.features import FeatureExtractor, Features
 
 __all__ = ["InceptionFeatures"]
@@ -86,23 +87,8 @@ def _downloaded_weights() -> Path:
 
 def _check_weights(path: Path) -> None:
     """Refuse a file that holds anything but named tensors, without running what it may contain."""
-    if not path.is_file():
-        raise ConfigError(f"weights must be an existing file, got {path}")
-    try:
-        # mmap reads the structure alone: the tensors are loaded once, by torch-fidelity
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except Exception as error:  # arbitrary bytes make the unpickler fail in any way there is
-        raise ConfigError(
-            f"weights must be a file of tensors that torch.load(weights_only=True) accepts; "
-            f"{path} is not: {str(error).splitlines()[0][:200] if str(error) else error!r}"
-        ) from error
+    content = read_torch(path, setting="weights")
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise ConfigError(f"weights must be a dict of named tensors, {path} holds something else")
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether the file has torch's zip format; the format before it cannot be mapped."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+        raise FileError(f"weights must be a dict of named tensors, {path} holds something else")

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
-from ant_lightning.metrics.image_files import npz_shapes
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import open_npz
 from ant_lightning.metrics.moments import GaussianStatistics
 
 __all__ = ["ReferenceStatistics", "load_reference", "save_reference"]
@@ -118,46 +118,41 @@ def load_reference(path: str | Path, *, num_features: int | None = None) -> Refe
         num_features: The dimension d that is expected; null accepts any.
 
     Raises:
-        ConfigError: No such file, arrays missing, or shapes that do not fit each other or
-            ``num_features``, or values that are no mean and covariance.
+        FileError: No such file, arrays missing, shapes that do not fit each other, or values that
+            are no mean and covariance.
+        ConfigError: Another dimension than ``num_features``.
     """
-    shapes = {name: shape for name, (shape, _) in npz_shapes(path).items()}
-    if "mu" not in shapes or "sigma" not in shapes:
-        raise ConfigError(f"{path} must hold the arrays mu and sigma, it holds {sorted(shapes)}")
-    (dimension,) = shapes["mu"] if len(shapes["mu"]) == 1 else (0,)
-    if dimension < 1 or shapes["sigma"] != (dimension, dimension):
-        raise ConfigError(
-            f"mu and sigma of {path} must have shapes [d] and [d, d], got {list(shapes['mu'])} "
-            f"and {list(shapes['sigma'])}"
-        )
-    if num_features is not None and dimension != num_features:
-        raise ConfigError(
-            f"the reference {path} must have {num_features} features as the extractor, "
-            f"got {dimension}"
-        )
-    if "features" in shapes and (
-        len(shapes["features"]) != 2 or shapes["features"][1] != dimension
-    ):
-        raise ConfigError(
-            f"features of {path} must have shape [n, {dimension}], got {list(shapes['features'])}"
-        )
-    with np.load(path, allow_pickle=False) as file:
+    with open_npz(path) as file:
+        (dimension,) = file.check("mu", shape=(None,), kinds="f").shape
+        file.check("sigma", shape=(dimension, dimension), kinds="f")
+        if dimension < 1 or (num_features is not None and dimension != num_features):
+            raise ConfigError(
+                f"the reference {path} must have {num_features or 1} features as the extractor, "
+                f"got {dimension}"
+            )
         mean, covariance = (
-            torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma")
+            torch.from_numpy(file.read(name, shape=shape, kinds="f").astype(np.float64))
+            for name, shape in (("mu", (dimension,)), ("sigma", (dimension, dimension)))
         )
-        num_samples = int(file["num_samples"]) if "num_samples" in file else None
-        features = torch.from_numpy(file["features"]) if "features" in file else None
-        extractor = str(file["extractor"]) if "extractor" in file else ""
-        fingerprint = str(file["fingerprint"]) if "fingerprint" in file else ""
-        sides = [int(side) for side in file["image_shape"]] if "image_shape" in file else []
+        num_samples = file.number("num_samples") if "num_samples" in file else None
+        features = None
+        if "features" in file:
+            (count, _) = file.check("features", shape=(None, dimension), kinds="f").shape
+            found = file.read("features", shape=(count, dimension), kinds="f", finite=True)
+            features = torch.from_numpy(found)
+        extractor = file.text("extractor") if "extractor" in file else ""
+        fingerprint = file.text("fingerprint") if "fingerprint" in file else ""
+        sides = [0, 0, 0]
+        if "image_shape" in file:
+            sides = file.read("image_shape", shape=(3,), kinds="iu").tolist()
     scale = covariance.diagonal().abs().amax()
     # written so that a NaN fails too
     if not bool(((covariance - covariance.T).abs() <= 1e-6 * scale).all() & mean.isfinite().all()):
-        raise ConfigError(f"mu and sigma of {path} must be finite, and sigma symmetric")
+        raise FileError(f"mu and sigma of {path} must be finite, and sigma symmetric")
     return ReferenceStatistics(
         GaussianStatistics(mean, covariance, num_samples),
         features,
         extractor,
         fingerprint,
-        (sides[0], sides[1], sides[2]) if len(sides) == 3 else None,
+        (sides[0], sides[1], sides[2]) if all(sides) else None,
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ant_lightning.backbones.checkpoint_files import read_checkpoint
 from ant_lightning.backbones.checkpoint_layouts import FIRST_STAGE_PREFIX, nested_tensors
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import read_json
 from ant_lightning.modules.first_stage_names import (
     diffusers_config,
     diffusers_names,
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["load_autoencoder"]
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_MAX_LAYERS = 64
+_MAX_SIZE = 2**20
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -81,10 +85,24 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> nn
         raise ConfigError(
             f"first_stage.source: must be an AutoencoderKL or a VQModel, found {name} in {path}"
         )
+    _check_numbers(config, path)
+    make = getattr(diffusers, name).from_config
     try:
-        autoencoder: nn.Module = getattr(diffusers, name).from_config(config)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"first_stage.source: {path} has a bad config ({error})") from error
+        # On no device first: what a config says is compared with the weights that are there
+        # before memory is reserved for it.
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in make(config).state_dict().items()}
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, ArithmeticError) as error:
+        raise FileError(f"first_stage.source: {path} has a bad config ({error})") from error
+    unlike = sorted(n for n, s in shapes.items() if n in tensors and tensors[n].shape != s)
+    if set(shapes) - set(tensors) or unlike:
+        first = next(iter([*unlike, *sorted(set(shapes) - set(tensors))]))
+        raise FileError(
+            f"first_stage.source: the weights of {path} do not fit its architecture: {first} must "
+            f"have shape {list(shapes[first])}, found "
+            f"{list(tensors[first].shape) if first in tensors else 'nothing'}"
+        )
+    autoencoder: nn.Module = make(config)
     try:
         autoencoder.load_state_dict(tensors)
     except RuntimeError as error:
@@ -94,17 +112,24 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> nn
     return autoencoder
 
 
+def _check_numbers(config: dict[str, Any], path: Path) -> None:
+    """Refuse sizes that no autoencoder has, which would take forever to build."""
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        numbers = [each for each in values if isinstance(each, int)]
+        most = _MAX_LAYERS if name == "layers_per_block" else _MAX_SIZE
+        if len(values) > _MAX_LAYERS or any(not 0 <= each <= most for each in numbers):
+            raise FileError(
+                f"first_stage.source: {name} in the config of {path} must be from 0 to {most}, "
+                f"found {str(value)[:80]}"
+            )
+
+
 def _read_config(config: Path, weights: Path) -> dict[str, Any]:
     """The `config.json` beside a file of weights."""
-    try:
-        content = json.loads(config.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"first_stage.source: {weights} needs a readable {config.name} beside it ({error})"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"first_stage.source: {config} must hold an object")
-    return content
+    return read_json(
+        config, kind=dict, setting=f"first_stage.source: {weights} needs a config.json beside it"
+    )
 
 
 def _from_hub(name: str, *, local_files_only: bool) -> tuple[nn.Module, dict[str, Any]]:

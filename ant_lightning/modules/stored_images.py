@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ant_lightning.data.image_files import find_images
-from ant_lightning.data.pictures import open_picture
-from ant_lightning.errors import ConfigError
-from ant_lightning.metrics.image_files import image_batches, npz_shapes
+from ant_lightning.data.pictures import FORMATS, UNREADABLE, open_picture
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.metrics.image_files import image_batches, num_images
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,8 +54,7 @@ class StoredImages(L.LightningModule):
             self._files = find_images(self.path, labels="none").paths
             self.num_images = len(self._files)
         else:
-            shape, _ = npz_shapes(self.path).get("arr_0", ((0,), None))
-            self.num_images = shape[0] if shape else 0
+            self.num_images = num_images(self.path)
         if not self.num_images:
             raise ConfigError(f"images: must hold at least one image (arr_0), found {self.path}")
 
@@ -100,7 +99,7 @@ class StoredImages(L.LightningModule):
 def _size_and_kind(path: Path) -> tuple[tuple[int, int], bool]:
     """Width and height, and whether it is grey, from the header alone."""
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             return file.size, file.mode in _GREY
-    except (OSError, UnidentifiedImageError) as error:
-        raise ConfigError(f"images: {path} cannot be decoded ({error})") from error
+    except UNREADABLE as error:
+        raise FileError(f"images: {path} cannot be decoded ({error})") from error

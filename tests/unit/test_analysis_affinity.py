@@ -247,7 +247,7 @@ def test_damaged_row_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="rows_000350"):
         measure(toy, state_path=tmp_path)
     np.save(path, np.zeros((2, 3), dtype=np.float32))
-    with pytest.raises(ConfigError, match=r"rows_000350.npy must hold \(2, 288\)"):
+    with pytest.raises(ConfigError, match=r"rows_000350.npy must hold float32 of shape \[2, 288\]"):
         measure(toy, state_path=tmp_path)
 
 

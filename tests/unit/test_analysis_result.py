@@ -124,13 +124,19 @@ def test_mean_of_nothing_is_refused():
     [
         ({"format_version": np.asarray(2)}, "format_version must be 1, found 2"),
         ({"format_version": None}, "affinity.npz"),
-        ({"half_dots": np.zeros((1, 2, 2, 3, 4))}, r"shape \(c, 2, 2, 4, 4\), found \(1, 2, 2, 3"),
-        ({"half_dots": np.full((1, 2, 2, 4, 4), np.nan)}, "half_dots: must be finite"),
+        (
+            {"half_dots": np.zeros((1, 2, 2, 3, 4))},
+            r"shape \[n, 2, 2, 4, 4\] as half_dots, found float64 of shape \[1, 2, 2, 3",
+        ),
+        ({"half_dots": np.full((1, 2, 2, 4, 4), np.nan)}, "finite numbers as half_dots"),
         ({"half_dots": None}, "half_dots"),
         ({"half_dots": np.array([object()])}, "affinity.npz"),
         ({"timesteps": np.array([0, 3, 7, 10])}, "timesteps: must increase within 0 .. 9"),
-        ({"timesteps": np.array([0.0, 3, 7, 9])}, "must be a row of integers, found float64"),
-        ({"timesteps": np.arange(4).reshape(2, 2)}, "must be a row of integers"),
+        (
+            {"timesteps": np.array([0.0, 3, 7, 9])},
+            r"integers of shape \[n\] as timesteps, found float64",
+        ),
+        ({"timesteps": np.arange(4).reshape(2, 2)}, r"integers of shape \[n\] as timesteps"),
         ({"num_timesteps": np.array([1, 2])}, "affinity.npz"),
         ({"log_snr": np.zeros(4)}, "log_snr: must have one value for each of 10"),
         ({"log_snr": np.array(["a"])}, "affinity.npz"),

@@ -95,6 +95,8 @@ def test_bad_files_are_named(tmp_path):
         cluster(tmp_path / "pickle.npz")
     with pytest.raises(ConfigError, match=r"affinity: .* 8 timesteps, found 1000"):
         cluster(_save(tmp_path / "long.npz", [1, 500], np.eye(2), 1000))
-    for timesteps, shape in (([4, 1], 2), ([1, 8], 2), ([-1, 3], 2), ([1, 2, 3], 2), ([], 0)):
+    for timesteps, shape in (([4, 1], 2), ([1, 8], 2), ([-1, 3], 2), (np.zeros(0, int), 0)):
         with pytest.raises(ConfigError, match=r"affinity: increasing timesteps in 0 .. 7"):
             cluster(_save(tmp_path / "grid.npz", timesteps, np.eye(shape), 8))
+    with pytest.raises(ConfigError, match=r"grid\.npz must hold numbers of shape \[3, 3\]"):
+        cluster(_save(tmp_path / "grid.npz", [1, 2, 3], np.eye(2), 8))

@@ -80,18 +80,18 @@ class _Harmful:
 def test_a_file_that_would_run_code_is_refused_before_it_does(tmp_path, save):
     trace = tmp_path / "trace"
     save({"weight": _Harmful(trace)}, tmp_path / "weights.pth")
-    with pytest.raises(ConfigError, match="weights_only=True"):
+    with pytest.raises(ConfigError, match="refused, because reading it would call"):
         InceptionFeatures(tmp_path / "weights.pth")
     assert not trace.exists()
 
 
 def test_files_of_something_else_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"existing file, got .*missing"):
+    with pytest.raises(ConfigError, match=r"no such file, found .*missing"):
         InceptionFeatures(tmp_path / "missing.pth")
     path = tmp_path / "weights.pth"
     for content in (b"", b"text", b"PK\x03\x04 no archive"):
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match="weights_only=True"):
+        with pytest.raises(ConfigError, match=r"weights\.pth: truncated, damaged"):
             InceptionFeatures(path)
     torch.save({"epoch": 3}, path)
     with pytest.raises(ConfigError, match="dict of named tensors"):

@@ -1,0 +1,22 @@
+"""Reading files that may come from elsewhere: nothing in them runs, nothing large is believed.
+
+Every reader of the package goes through these: sizes, shapes and types are compared with the bytes
+that are there before memory is reserved, and what is found wrong is a `FileError` that names the
+file.
+"""
+
+from ant_lightning.files.json_file import read_json
+from ant_lightning.files.npy import ArrayHeader, map_npy
+from ant_lightning.files.npz import NpzFile, open_npz
+from ant_lightning.files.safetensors_file import read_safetensors
+from ant_lightning.files.torch_file import read_torch
+
+__all__ = [
+    "ArrayHeader",
+    "NpzFile",
+    "map_npy",
+    "open_npz",
+    "read_json",
+    "read_safetensors",
+    "read_torch",
+]
