@@ -6,7 +6,7 @@ SEEDS ?= 0 1 2
 MODEL ?= dit
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare test check bench clean
+.PHONY: help install demo compare ntg test check bench clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -25,6 +25,10 @@ demo: .venv/installed  ## train with ANT-UW on real digits, at most 3 minutes; M
 
 compare: .venv/installed  ## all methods at the same budget, 3 seeds, paired with vanilla (half an hour)
 	$(BIN)/python -m benchmarks.compare --methods $(METHODS) --seeds $(SEEDS)
+
+ntg: .venv/installed  ## the negative-transfer gap of five methods on the digits (half an hour)
+	$(BIN)/python -m ant_lightning.studies configs/studies/ntg.yaml --jobs 2
+	$(BIN)/python -m ant_lightning.studies.ntg runs/ntg
 
 test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n 2

@@ -6,6 +6,7 @@ from ant_lightning.callbacks.conflict import ConflictMonitor
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.generation import GenerationMetrics
 from ant_lightning.callbacks.layout import Dashboard
+from ant_lightning.callbacks.negative_transfer import NegativeTransferGap
 from ant_lightning.callbacks.progress import TrainingProgress
 from ant_lightning.callbacks.reclustering import Reclustering
 from ant_lightning.callbacks.samples import SampleGrid, SampleWriter
@@ -17,6 +18,7 @@ __all__ = [
     "ConflictMonitor",
     "Dashboard",
     "GenerationMetrics",
+    "NegativeTransferGap",
     "Reclustering",
     "SampleGrid",
     "SampleWriter",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,13 +19,25 @@ class Checkpoints(ModelCheckpoint):
 
     A checkpoint holds the weights after the optimizer step. `train_time_interval` has no effect
     under manual optimization: Lightning looks at steps and epochs alone.
+
+    Args:
+        at_steps: Optimizer steps after which a checkpoint `step_N.ckpt` is kept besides.
+        settings: Everything that `ModelCheckpoint` takes.
     """
+
+    def __init__(self, *, at_steps: list[int] | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.at_steps = at_steps or []
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Save when it is due, without advice to save the weights before the step."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
             super().on_train_batch_end(*args, **kwargs)
+        trainer: L.Trainer = args[0]
+        if trainer.global_step in self.at_steps:
+            folder = Path(self.dirpath or trainer.default_root_dir)
+            trainer.save_checkpoint(folder / f"step_{trainer.global_step}.ckpt")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the steps since the last checkpoint, for instance when the time is up."""

@@ -218,26 +218,47 @@ class DiffusionModule(L.LightningModule):
             sampler: In place of the module's.
             seed: In place of the module's.
         """
-        if labels is None and self.num_classes:
-            labels = torch.tensor([index % self.num_classes for index in indices])
-        labels = None if labels is None else labels.to(self.device)
-        noise = ImageNoise(
+        noise = self.image_noise(indices, seed=seed)
+        denoiser = self.guided(indices, labels=labels, guidance_scale=guidance_scale)
+        x_start = (sampler or self.sampler).sample(
+            self.process, denoiser, noise(), noise=noise, clip_denoised=self.clip_denoised
+        )
+        return self.decode(x_start)
+
+    def image_noise(self, indices: Sequence[int], *, seed: int | None = None) -> ImageNoise:
+        """The noise that the images of these indices are drawn from."""
+        return ImageNoise(
             indices,
             shape=self.image_shape,
             seed=self.seed if seed is None else seed,
             device=self.device,
         )
-        denoiser = GuidedDenoiser(
-            self.denoise,
-            labels,
+
+    def guided(
+        self,
+        indices: Sequence[int],
+        *,
+        labels: Tensor | None = None,
+        guidance_scale: float | None = None,
+        denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+    ) -> GuidedDenoiser:
+        """The network as a sampler calls it for the images of these indices.
+
+        Args:
+            indices: Which images.
+            labels: `[n]`; by default index modulo the number of classes.
+            guidance_scale: In place of the module's.
+            denoise: In place of the module's own.
+        """
+        if labels is None and self.num_classes:
+            labels = torch.tensor([index % self.num_classes for index in indices])
+        return GuidedDenoiser(
+            denoise or self.denoise,
+            None if labels is None else labels.to(self.device),
             null_label=self.null_class,
             scale=self.guidance_scale if guidance_scale is None else guidance_scale,
             guided_channels=self.guided_channels,
         )
-        x_start = (sampler or self.sampler).sample(
-            self.process, denoiser, noise(), noise=noise, clip_denoised=self.clip_denoised
-        )
-        return self.decode(x_start)
 
     def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:
         """Draw the images of these indices."""

@@ -10,7 +10,7 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from ant_lightning.modules.multitask import MultiTaskDiffusion
 
-__all__ = ["FORMAT_VERSION", "restore_state", "saved_state"]
+__all__ = ["FORMAT_VERSION", "restore_state", "saved_state", "schedule_summary"]
 
 FORMAT_VERSION = 1
 
@@ -24,7 +24,17 @@ def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
         "num_skipped_steps": module.num_skipped_steps,
         "backbone": type(module.backbone).__name__,
         "prediction_type": module.process.prediction_type,
+        "variance_type": module.process.variance_type,
+        "schedule": schedule_summary(module),
+        "train_interval": module.train_interval and list(module.train_interval),
     }
+
+
+def schedule_summary(module: MultiTaskDiffusion) -> list[float]:
+    """T and the log-SNR of the first, the middle and the last timestep, to six digits."""
+    log_snr = module.process.log_snr
+    ends = [float(log_snr[t]) for t in (0, len(log_snr) // 2, -1)]
+    return [len(log_snr), *(float(f"{value:.6g}") for value in ends)]
 
 
 def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> None:
@@ -51,6 +61,11 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
             list(history[0][1]),
         ),
     }
+    if "schedule" in saved:
+        ours["model.schedule (T, log-SNR at start, middle, end)"] = (
+            schedule_summary(module),
+            saved["schedule"],
+        )
     for name, (now, then) in ours.items():
         if now != then:
             raise ConfigError(f"{name}: the checkpoint has {then}, the settings say {now}")

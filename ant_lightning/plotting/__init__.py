@@ -7,6 +7,7 @@ from ant_lightning.plotting.clusters import (
     clusterings_figure,
     importance_density,
 )
+from ant_lightning.plotting.gaps import transfer_gap_bars
 from ant_lightning.plotting.images import image_grid, sample_grid
 from ant_lightning.plotting.quality import quality_history
 from ant_lightning.plotting.tasks import cosine_heat_map, task_history, transfer_heat_map
@@ -24,5 +25,6 @@ __all__ = [
     "quality_history",
     "sample_grid",
     "task_history",
+    "transfer_gap_bars",
     "transfer_heat_map",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -217,7 +216,7 @@ class _Runner:
         """Options that make the cell's folder the log folder of a run."""
         logger = "--trainer.logger.init_args"
         return [
-            f"{logger}.save_dir={json.dumps(str(self._folder))}",
+            f"{logger}.save_dir={self._folder}",
             f"{logger}.name=cells",
             f"{logger}.version={cell.place.removeprefix('cells/')}",
             "--trainer.enable_progress_bar=false",

@@ -40,11 +40,13 @@ class TinyDiT(DiT):
 def module(backbone=None, **settings):
     return DiTModule(
         backbone or TinyDiT(),
-        schedule=CosineSchedule(T),
-        clustering=SNRClustering(3),
-        sampler=DDIM(num_steps=2),
-        seed=0,
-        **settings,
+        **{
+            "schedule": CosineSchedule(T),
+            "clustering": SNRClustering(3),
+            "sampler": DDIM(num_steps=2),
+            "seed": 0,
+            **settings,
+        },
     )
 
 
