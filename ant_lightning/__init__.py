@@ -28,12 +28,13 @@ _HOMES = {
     "callbacks": (
         "EMA",
         "ConflictMonitor",
+        "ExcessRisk",
         "GenerationMetrics",
         "SampleGrid",
         "TaskAffinity",
         "TransferMatrix",
     ),
-    "data": ("DigitsData", "ImageFolderData", "LatentsData", "ShapesData"),
+    "data": ("DigitsData", "DigitsMixtureData", "ImageFolderData", "LatentsData", "ShapesData"),
     "diffusion": ("CosineSchedule", "LinearSchedule", "ScaledLinearSchedule"),
     "errors": ("ConfigError",),
     "modules": (

@@ -4,6 +4,7 @@ from ant_lightning.callbacks.affinity import TaskAffinity
 from ant_lightning.callbacks.checkpoints import Checkpoints
 from ant_lightning.callbacks.conflict import ConflictMonitor
 from ant_lightning.callbacks.ema import EMA, averaged_weights
+from ant_lightning.callbacks.excess_risk import ExcessRisk
 from ant_lightning.callbacks.generation import GenerationMetrics
 from ant_lightning.callbacks.layout import Dashboard
 from ant_lightning.callbacks.negative_transfer import NegativeTransferGap
@@ -17,6 +18,7 @@ __all__ = [
     "Checkpoints",
     "ConflictMonitor",
     "Dashboard",
+    "ExcessRisk",
     "GenerationMetrics",
     "NegativeTransferGap",
     "Reclustering",

@@ -11,12 +11,15 @@ from ant_lightning.clustering.clusterings import (
 from ant_lightning.clustering.clusters import TimestepClusters
 from ant_lightning.clustering.costs import affinity_costs, snr_costs, timestep_costs
 from ant_lightning.clustering.partition import partition
+from ant_lightning.clustering.shuffled import ShuffledClustering, ShuffledClusters
 
 __all__ = [
     "Clustering",
     "FixedClustering",
     "GradientClustering",
     "SNRClustering",
+    "ShuffledClustering",
+    "ShuffledClusters",
     "TimestepClustering",
     "TimestepClusters",
     "affinity_costs",

@@ -2,6 +2,7 @@
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.digits import DigitsData
+from ant_lightning.data.digits_mixture import DigitsMixtureData
 from ant_lightning.data.image_folder import ImageFolderData
 from ant_lightning.data.latent_cache import check_first_stage
 from ant_lightning.data.latent_space import LatentSpace
@@ -14,6 +15,7 @@ from ant_lightning.data.shapes import ShapesData
 __all__ = [
     "Batch",
     "DigitsData",
+    "DigitsMixtureData",
     "ImageDataModule",
     "ImageDataset",
     "ImageFolderData",

@@ -2,6 +2,7 @@
 
 from ant_lightning.diffusion.guidance import GuidedDenoiser
 from ant_lightning.diffusion.losses import DenoisingLoss, denoising_loss, variational_bound
+from ant_lightning.diffusion.mixture import GaussianMixture
 from ant_lightning.diffusion.prediction import PredictionType
 from ant_lightning.diffusion.process import DiffusionProcess, PMeanVariance, VarianceType
 from ant_lightning.diffusion.respacing import latent_ddim_timesteps, space_timesteps
@@ -25,6 +26,7 @@ __all__ = [
     "Denoiser",
     "DenoisingLoss",
     "DiffusionProcess",
+    "GaussianMixture",
     "GuidedDenoiser",
     "LinearSchedule",
     "LossWeighting",
