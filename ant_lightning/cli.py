@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -24,7 +25,8 @@ from ant_lightning.callbacks import (
     TrainingProgress,
 )
 from ant_lightning.data import ImageDataModule
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import read_torch
 from ant_lightning.messages import one_line
 from ant_lightning.modules import StoredImages
 
@@ -51,8 +53,9 @@ class AntCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        """`test` can score images that were drawn before."""
+        """Checkpoints cannot run code; `test` can score images that were drawn before."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})
         if subcommand == "test":
             text = "score this folder or npz file of images in place of a checkpoint's"
             parser.add_argument("--images", type=str | None, default=None, help=text)
@@ -106,9 +109,7 @@ class AntCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
         config = self.config[self.config.subcommand]
-        path = config.get("ckpt_path")
-        if path and path not in {"last", "best", "hpc"} and not Path(path).exists():
-            raise ConfigError(f"ckpt_path: must be a file or folder that exists, found {path}")
+        _check_checkpoint(config)
         settings = config.trainer
         ours = {
             "gradient_clip_val": (None, "model.clip_grad_norm"),
@@ -122,6 +123,26 @@ class AntCLI(LightningCLI):
                     f"trainer.{name}: the step of every method is made by the module, so use "
                     f"{replacement} in its place, found {value}"
                 )
+
+
+def _check_checkpoint(config: Any) -> None:  # noqa: ANN401 - a namespace of the parser
+    """Refuse a checkpoint that is not there, is damaged or would run code, before anything starts.
+
+    Raises:
+        ConfigError: Naming the setting or the file.
+    """
+    if config.get("weights_only") is not True:
+        raise ConfigError(
+            "weights_only: must be true, as a checkpoint of ours needs no code to be read, found "
+            f"{config.get('weights_only')}; for other files use model.init_from"
+        )
+    path = config.get("ckpt_path")
+    if not path or path in {"last", "best", "hpc"}:
+        return
+    if not Path(path).exists():
+        raise ConfigError(f"ckpt_path: must be a file or folder that exists, found {path}")
+    if Path(path).is_file():
+        read_torch(path, setting="ckpt_path")
 
 
 def _first_config_error(error: BaseException) -> ConfigError:
@@ -153,3 +174,8 @@ def run(args: Sequence[str]) -> AntCLI:
         )
     except (ArgumentError, MisconfigurationException) as error:
         raise ConfigError(one_line(str(error))) from error
+    except UnpicklingError as error:  # of `last`: a file that is named was looked at before
+        raise FileError(
+            "ckpt_path: refused, reading the last checkpoint would run code, or it is damaged; "
+            "delete it and resume from the one before"
+        ) from error

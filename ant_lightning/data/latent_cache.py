@@ -168,7 +168,7 @@ def _impossible(index: CacheIndex) -> str:
         f"image_shape (c, h, w) of sides 1 .. {_MAX_SIDE}": is_shape(index.image_shape),
         f"moments_shape (c, h, w) of sides 1 .. {_MAX_SIDE}": is_shape(index.moments_shape),
         "dtype float32 or float16": index.dtype in ("float32", "float16"),
-        "views 1 or 2": index.views in (1, 2),
+        "views 1 or 2": sizes([index.views], least=1, most=2),
         "num_classes of 0 or more": sizes([index.num_classes], least=0, most=_MAX_IMAGES),
         "shard_size of 1 or more": sizes([index.shard_size], least=1, most=_MAX_IMAGES),
         f"num_images of train and held_out, in at most {_MAX_SHARDS} shards": counted

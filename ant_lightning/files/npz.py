@@ -23,6 +23,7 @@ _MAX_ARRAYS = 1000
 _MAX_RATIO = 200  # unpacked to packed, where it matters: arrays of numbers reach 10 or so
 _RATIO_FREE = 2**26  # bytes, unpacked, that any ratio may have
 _CHUNK = 2**20
+_LAST_CHARACTER = 0x10FFFF
 # What zipfile raises for damage depends on where it is.
 _DAMAGE = (
     OSError,
@@ -109,7 +110,9 @@ class NpzFile:
             order: Literal["F", "C"] = "F" if header.fortran_order else "C"
             array: np.ndarray = raw.view(header.dtype).reshape(header.shape, order=order)
             if header.dtype.kind == "U":
-                array.tolist()  # refuses what is no character
+                codes = raw.view(np.dtype(np.uint32).newbyteorder(header.dtype.byteorder))
+                if (codes > _LAST_CHARACTER).any():
+                    raise ValueError(f"{name} has what is no character")
         if finite and not np.isfinite(array).all():
             raise self.error(f"must hold finite numbers as {name}, found a NaN or an infinity")
         native: np.ndarray = array.astype(header.dtype.newbyteorder("="), copy=False)

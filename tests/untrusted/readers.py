@@ -1,0 +1,150 @@
+"""Every reader of files from elsewhere: how a good small file is written, and how it is read."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ant_lightning.analysis import AffinityResult
+from ant_lightning.analysis.rows import FolderRows
+from ant_lightning.analysis.state import claim_folder
+from ant_lightning.backbones.checkpoint_files import read_checkpoint
+from ant_lightning.callbacks.sample_files import NpzSamples, claim
+from ant_lightning.clustering.affinity_file import read_affinity
+from ant_lightning.data.class_map import read_class_map
+from ant_lightning.data.latent_cache import CacheIndex, read_index, shard_array, write_index
+from ant_lightning.data.latent_space import LatentSpace
+from ant_lightning.data.pictures import open_picture
+from ant_lightning.metrics import DigitsFeatures, load_reference
+from ant_lightning.metrics.image_files import image_batches
+from ant_lightning.metrics.inception import _check_weights
+from ant_lightning.modules.first_stage_files import _check_numbers, _read_config
+
+INDEX = CacheIndex(
+    space=LatentSpace(kind="kl", scale=0.5, shift=0.0, fingerprint="f", source="s"),
+    image_shape=(1, 8, 8),
+    moments_shape=(8, 2, 2),
+    dtype="float32",
+    views=1,
+    num_classes=3,
+    num_images={"train": 3, "held_out": 1},
+    shard_size=4,
+)
+IDENTITY = {"model": "m", "width": 4, "sides": (1, 2)}
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}
+
+
+def affinity(path):
+    np.savez(path, affinity=np.eye(3), timesteps=np.array([1, 4, 8]), num_timesteps=np.array(10))
+
+
+def affinity_result(path):
+    dots = torch.eye(3, dtype=torch.float64).expand(1, 2, 2, 3, 3).contiguous()
+    AffinityResult((1, 4, 8), 10, dots, model="m").save(path)
+
+
+def reference(path):
+    arrays = {"mu": np.zeros(2), "sigma": np.eye(2), "features": np.zeros((3, 2), np.float32)}
+    np.savez(path, extractor=np.array("digits"), image_shape=np.array([1, 8, 8]), **arrays)
+
+
+def images(path):
+    np.savez_compressed(path, arr_0=np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3))
+
+
+def state(path):
+    claim_folder(path.parent, IDENTITY)
+
+
+def rows(path):
+    FolderRows(path.parent, width=4).put(0, torch.ones(2, 4))
+
+
+def index(path):
+    write_index(path.parent, INDEX)
+
+
+def shard(path):
+    np.save(path, np.zeros((3, 1, 8, 2, 2), np.float32))
+
+
+def class_map(path):
+    path.write_text(json.dumps({"ant": 0, "bee": 1}))
+
+
+def notes(path):
+    claim(Path(str(path).removesuffix(".json")), {"seed": 0, "sampler": "DDIM"}, write=True)
+
+
+def image_shape(path):
+    path.write_text(json.dumps([8, 8, 1]))
+
+
+def config(path):
+    content = {"_class_name": "AutoencoderKL", "block_out_channels": [16, 32], "in_channels": 1}
+    path.write_text(json.dumps({**content, "layers_per_block": 1, "scaling_factor": 0.5}))
+
+
+def picture(path, mode="RGB", **options):
+    size = (5, 4)
+    Image.effect_noise(size, 60).convert(mode).save(path, **options)
+
+
+def legacy(path):
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=False)
+
+
+def digits(path):
+    save_file(DigitsFeatures().state_dict(), path)
+
+
+def sample_shape(path):
+    """Read the note through the class that keeps it."""
+    samples = NpzSamples.__new__(NpzSamples)
+    samples._parts = path.parent
+    return samples._image_shape()
+
+
+# name of the reader -> (name of the file, write a good one, read it)
+READERS = {
+    "affinity": ("a.npz", affinity, lambda p: read_affinity(p, log_snr=torch.zeros(10))),
+    "affinity result": ("a.npz", affinity_result, AffinityResult.load),
+    "reference": ("r.npz", reference, load_reference),
+    "images": ("i.npz", images, lambda p: list(image_batches(p))),
+    "resume state": ("identity.npz", state, lambda p: claim_folder(p.parent, IDENTITY)),
+    "gradient rows": (
+        "rows_000000.npy",
+        rows,
+        lambda p: FolderRows(p.parent, width=4).columns([0], 0, 4),
+    ),
+    "latent index": ("index.json", index, lambda p: read_index(p.parent)),
+    "latent shard": (
+        "train_00000_moments.npy",
+        shard,
+        lambda p: np.array(shard_array(p.parent, INDEX, "train", 0, "moments")),
+    ),
+    "class map": ("map.json", class_map, read_class_map),
+    "notes of samples": (
+        "s.json",
+        notes,
+        lambda p: claim(p.with_suffix(""), {"seed": 0, "sampler": "DDIM"}, write=False),
+    ),
+    "shape of samples": ("image_shape.json", image_shape, sample_shape),
+    "first stage config": ("config.json", config, lambda p: _check_numbers(_read_config(p, p), p)),
+    "checkpoint": ("c.pt", lambda p: torch.save(TENSORS, p), read_checkpoint),
+    "old checkpoint": ("c.pt", legacy, read_checkpoint),
+    "safetensors": ("c.safetensors", lambda p: save_file(TENSORS, p), read_checkpoint),
+    "digits network": ("d.safetensors", digits, DigitsFeatures),
+    "inception weights": ("w.pth", lambda p: torch.save(TENSORS, p), _check_weights),
+    "png": ("p.png", picture, lambda p: open_picture(p, channels=3)),
+    "grey png": ("p.png", lambda p: picture(p, "L"), lambda p: open_picture(p, channels=1)),
+    "palette png": ("p.png", lambda p: picture(p, "P"), lambda p: open_picture(p, channels=3)),
+    "jpeg": ("p.jpg", picture, lambda p: open_picture(p, channels=3)),
+    "webp": ("p.webp", picture, lambda p: open_picture(p, channels=3)),
+    "bmp": ("p.bmp", picture, lambda p: open_picture(p, channels=3)),
+    "tiff": ("p.tiff", picture, lambda p: open_picture(p, channels=3)),
+    "ppm": ("p.ppm", picture, lambda p: open_picture(p, channels=3)),
+}
