@@ -1,8 +1,9 @@
 """Does affinity fall with the distance of timesteps? ADM, LDM and DiT trained on the digits.
 
-Each run is two calls of the command line: a plain training (no balancer) and a `validate` with
-`TaskAffinity` on the averaged weights; for LDM the autoencoder is trained first. A row of
-`results.jsonl` is written when a run is done; the table is of all rows.
+Each run is a plain training (no balancer) on the command line and a `validate` with `TaskAffinity`
+on the averaged weights; for LDM the autoencoder is trained first. A training that is out of time
+goes on at the next call, a finished measurement is a row of `results.jsonl`, and the table is of
+all rows.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 from ant_lightning.analysis import AffinityResult, distance_correlation
-from benchmarks.provenance import commit, config_hash, machine
+from ant_lightning.studies.provenance import commit, config_hash, machine
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CALLBACK = "ant_lightning.callbacks.TaskAffinity"
@@ -41,49 +41,90 @@ def command_line(*args: str) -> None:
         raise RuntimeError(f"{args[0]} failed\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
 
 
-def one_run(
-    model: str, seed: int, *, minutes: float, points: int, images: int, folder: Path
-) -> dict[str, object]:
-    """Train and measure one model; returns its row."""
+def train(
+    model: str, seed: int, *, steps: int, minutes: float, folder: Path
+) -> tuple[list[str], Path, dict[str, int]]:
+    """Train for at most `minutes` more; options, checkpoint, steps and seconds of it so far."""
     name = f"{model}_seed{seed}"
-    logger = "--trainer.logger.init_args"
-    seconds = int(60 * minutes)
-    limit = f"--trainer.max_time=00:00:{seconds // 60:02d}:{seconds % 60:02d}"
-    files = [f"digits/{model}.yaml", "balancer/vanilla.yaml", "clustering/snr.yaml"]
-    common = [arg for file in files for arg in ("--config", str(CONFIGS / file))]
+    checkpoint = folder / name / "checkpoints" / "last.ckpt"
+    common = [arg for file in files_of(model) for arg in ("--config", str(CONFIGS / file))]
     common += [f"--seed_everything={seed}", "--trainer.enable_progress_bar=false"]
-    common += [f"{logger}.save_dir={folder.parent}", f"{logger}.name={folder.name}"]
-    common += [f"{logger}.version={name}"]
+    common += [f"--trainer.max_steps={steps}", *place(folder, name)]
     if model == "ldm":
         stage = folder / f"{name}_first_stage"
-        options = [f"{logger}.save_dir={folder.parent}", f"{logger}.name={stage.name}_run"]
-        options += [f"--model.init_args.export={stage}", "--trainer.max_time=00:00:01:00"]
-        command_line("fit", "--config", str(CONFIGS / "digits/autoencoder.yaml"), *options)
+        if not stage.exists():
+            options = [*place(folder, f"{stage.name}_run"), "--trainer.enable_progress_bar=false"]
+            options += [f"--model.init_args.export={stage}", f"--seed_everything={seed}"]
+            command_line("fit", "--config", str(CONFIGS / "digits/autoencoder.yaml"), *options)
         common += [f"--model.init_args.first_stage.init_args.source={stage}"]
-    start = time.monotonic()
-    command_line("fit", *common, limit, "--trainer.limit_val_batches=0")
-    trained = time.monotonic()
-    checkpoint = folder / name / "checkpoints" / "last.ckpt"
-    measure = {"class_path": CALLBACK, "init_args": {"num_points": points, "num_images": images}}
+    progress = progress_of(checkpoint)
+    if progress["steps"] < steps:
+        seconds = int(60 * minutes) + progress["seconds"]
+        options = [f"--trainer.max_time=00:00:{seconds // 60:02d}:{seconds % 60:02d}"]
+        if progress["steps"]:
+            options.append(f"--ckpt_path={checkpoint}")
+        command_line("fit", *common, *options, "--trainer.limit_val_batches=0")
+        progress = progress_of(checkpoint)
+    return common, checkpoint, progress
+
+
+def files_of(model: str) -> list[str]:
+    """The configuration of a run."""
+    return [f"digits/{model}.yaml", "balancer/vanilla.yaml", "clustering/snr.yaml"]
+
+
+def place(folder: Path, name: str) -> list[str]:
+    """Options that say where a run writes."""
+    logger = "--trainer.logger.init_args"
+    return [
+        f"{logger}.save_dir={folder.parent}",
+        f"{logger}.name={folder.name}",
+        f"{logger}.version={name}",
+    ]
+
+
+def progress_of(checkpoint: Path) -> dict[str, int]:
+    """Steps and seconds behind a checkpoint, 0 if there is none."""
+    if not checkpoint.exists():
+        return {"steps": 0, "seconds": 0}
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    timer = next((v for k, v in state["callbacks"].items() if k.startswith("Timer")), {})
+    seconds = timer.get("time_elapsed", {}).get("train", 0)
+    return {"steps": int(state["global_step"]), "seconds": int(seconds)}
+
+
+def measure(
+    model: str,
+    seed: int,
+    common: list[str],
+    checkpoint: Path,
+    *,
+    points: int,
+    images: int,
+    folder: Path,
+) -> dict[str, object]:
+    """Affinity and quality of a checkpoint; returns the row of a run."""
+    where = folder / f"{model}_seed{seed}"
+    callback = {
+        "class_path": CALLBACK,
+        "init_args": {"num_points": points, "num_images": images, "state_dir": f"{where}/rows"},
+    }
     command_line(
-        "validate", *common, f"--ckpt_path={checkpoint}", f"--trainer.callbacks+={measure}"
+        "validate", *common, f"--ckpt_path={checkpoint}", f"--trainer.callbacks+={callback}"
     )
-    lines = (folder / name / "generation_metrics.jsonl").read_text().splitlines()
+    lines = (where / "generation_metrics.jsonl").read_text().splitlines()
     scores = json.loads(lines[-1])["scores"]
     return {
         "model": model,
         "seed": seed,
-        "steps": torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"],
-        "train_seconds": round(trained - start),
-        "measure_seconds": round(time.monotonic() - trained),
         "points": points,
         "images": images,
         "fid": scores["fid"],
         "class_agreement": scores["class_agreement"],
         "commit": commit(),
-        "config": config_hash([(CONFIGS / file).read_text() for file in files]),
-        "machine": machine(),
-        **correlations(AffinityResult.load(folder / name / "task_affinity.npz")),
+        "config": config_hash([(CONFIGS / file).read_text() for file in files_of(model)]),
+        "machine": machine(1),
+        **correlations(AffinityResult.load(where / "task_affinity.npz")),
     }
 
 
@@ -127,7 +168,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["adm", "ldm", "dit"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--minutes", type=float, default=3.5, help="of training, each")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--minutes", type=float, default=4, help="of training in this call, each")
     parser.add_argument("--points", type=int, default=40)
     parser.add_argument("--images", type=int, default=1024, help="for each timestep")
     parser.add_argument("--folder", type=Path, default=Path("runs/digits_affinity"))
@@ -141,8 +183,14 @@ def main() -> None:
         for seed in args.seeds:
             if (model, seed) in done:
                 continue
-            sizes = {"minutes": args.minutes, "points": args.points, "images": args.images}
-            row = one_run(model, seed, folder=args.folder, **sizes)
+            common, checkpoint, progress = train(
+                model, seed, steps=args.steps, minutes=args.minutes, folder=args.folder
+            )
+            if progress["steps"] < args.steps:
+                print(f"{model} seed {seed}: {progress['steps']} of {args.steps} steps; call again")
+                continue
+            sizes = {"points": args.points, "images": args.images, "folder": args.folder}
+            row = {**progress, **measure(model, seed, common, checkpoint, **sizes)}
             rows.append(row)
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
