@@ -87,8 +87,8 @@ def task_affinity(
         on_progress: Called with the timesteps done and all timesteps of this rank.
 
     Raises:
-        NonFiniteGradientError: On every rank, if a gradient has a NaN or an infinity; timesteps
-            finished before are kept in `state_path`.
+        NonFiniteGradientError: On every rank, if a gradient has a NaN or an infinity; it has the
+            affinity of timesteps finished before, and `state_path` keeps their gradients.
         ConfigError: If an argument breaks its rule, or `state_path` holds another measurement.
 
     Reference:
@@ -147,7 +147,7 @@ def task_affinity(
         code = shard.largest(0 if failed is None else 1 + 2 * failed.timestep + failed.half)
         if code:
             timestep, half = divmod(code - 1, 2)
-            done = tuple(rows.finished(grid)) if shard.world_size == 1 else ()
+            done = _finished_everywhere(rows, grid, shard=shard)
             partial = result_of(rows, done) if done else None
             raise NonFiniteGradientError(timestep, half, partial=partial) from failed
         result = result_of(rows, grid)
@@ -155,3 +155,15 @@ def task_affinity(
     if message is not None and shard.rank == 0:
         warnings.warn(message, AffinityReliabilityWarning, stacklevel=2)
     return result
+
+
+def _finished_everywhere(rows: RowStore, grid: tuple[int, ...], *, shard: Shard) -> tuple[int, ...]:
+    """Timesteps whose rows are kept: on several ranks the beginning of the grid that all have."""
+    own = shard.own(grid)
+    finished = rows.finished(own)
+    if shard.world_size == 1:
+        return tuple(finished)
+    kept = set(finished)
+    num_first = next((i for i, each in enumerate(own) if each not in kept), len(grid))
+    least = -shard.largest(-num_first)
+    return grid[: least * shard.world_size]

@@ -30,7 +30,8 @@ class NonFiniteGradientError(ConfigError):
     Attributes:
         timestep: Where.
         half: Of which half of the images, 0 or 1.
-        partial: Affinity of the timesteps finished before, if one process measured alone.
+        partial: Affinity of timesteps finished before; None if there is none. Of several ranks it
+            has the beginning of the grid that all of them finished.
     """
 
     def __init__(self, timestep: int, half: int, *, partial: AffinityResult | None = None) -> None:

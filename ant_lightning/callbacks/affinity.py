@@ -114,6 +114,12 @@ class TaskAffinity(ValidationProbe):
             return
         if trainer.state.fn == "fit":
             result = self._averaged(result)
+        for earlier in self._earlier:
+            if earlier.model and earlier.model != result.model:
+                raise ConfigError(
+                    "TaskAffinity.average_with: must be of the same model, "
+                    f"{result.model!r}, found {earlier.model!r}"
+                )
         self.result = AffinityResult.mean([*self._earlier, result])
         self._publish(trainer, pl_module, self.result)
 

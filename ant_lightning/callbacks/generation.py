@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
+from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import log_folder, save_figure
 from ant_lightning.callbacks.gathered import gather_features, real_statistics, with_shape
 from ant_lightning.data.module import to_uint8
@@ -125,6 +126,8 @@ class GenerationMetrics(L.Callback):
         self.extractor.to(pl_module.device)
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
         generated, shape = self._generated(trainer, pl_module, self._num_images(trainer, pl_module))
+        if self._real is None and trainer.is_global_zero:
+            warn_of_empty_classes(data, pl_module.num_classes)
         reference, train = self._references(trainer, data, shape)
         scorer = GenerationScores(k=self.k, seed=pl_module.seed if self.seed is None else self.seed)
         scores = scorer.score(generated, reference, train=train)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
 
+from ant_lightning.callbacks.classes import images_by_class
 from ant_lightning.callbacks.ema import averaged_weights
 from ant_lightning.callbacks.figures import save_figure
 from ant_lightning.callbacks.sample_files import (
@@ -17,7 +17,6 @@ from ant_lightning.callbacks.sample_files import (
     claim,
     weights_fingerprint,
 )
-from ant_lightning.data.batch import Batch
 from ant_lightning.data.module import to_uint8
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import sample_grid
@@ -79,21 +78,18 @@ class SampleGrid(L.Callback):
         )
 
     def _real(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Tensor:
-        """Held-out images with the classes of the generated ones."""
+        """Held-out images with the classes of the generated ones; grey for a class without any."""
         dataset = trainer.datamodule.held_out_images  # type: ignore[attr-defined]
-        batch = dataset.load(list(range(min(len(dataset), 10 * self.num_images))), epoch=None)
-        if not pl_module.num_classes:
-            return pl_module.images_of(Batch(*(part[: self.num_images] for part in batch)))
-        by_class = [
-            torch.nonzero(batch.labels == c).flatten() for c in range(pl_module.num_classes)
-        ]
-        chosen = []
-        for i in range(self.num_images):
-            rows = by_class[i % pl_module.num_classes]
-            if len(rows):
-                chosen.append(rows[(i // pl_module.num_classes) % len(rows)])
-        rows = torch.stack(chosen)
-        return pl_module.images_of(Batch(*(part[rows] for part in batch)))
+        classes = pl_module.num_classes
+        chosen: list[int | None] = list(range(min(len(dataset), self.num_images)))
+        if classes:
+            chosen = images_by_class(dataset, self.num_images, num_classes=classes)
+        places = [place for place, index in enumerate(chosen) if index is not None]
+        indices = [index for index in chosen if index is not None]
+        images = pl_module.images_of(dataset.load(indices or [0], epoch=None))
+        grid = images.new_zeros(len(chosen), *images.shape[1:])
+        grid[places] = images[: len(places)]
+        return grid
 
 
 class SampleWriter(L.Callback):

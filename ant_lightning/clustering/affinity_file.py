@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["read_affinity", "spread_affinity"]
+__all__ = ["measured_model", "read_affinity", "spread_affinity"]
 
 _MAX_TIMESTEPS = 10_000  # the matrix of all pairs is 800 MB then
 
@@ -79,6 +79,16 @@ def read_affinity(
     return spread_affinity(
         torch.from_numpy(affinity), timesteps=timesteps.tolist(), num_timesteps=num_timesteps
     )
+
+
+def measured_model(path: Path) -> str:
+    """What the affinity in a file was measured of, in words; empty if it does not say.
+
+    Raises:
+        FileError: If the file is missing or is no such archive.
+    """
+    with open_npz(path, setting="affinity") as file:
+        return file.text("model") if "model" in file else ""
 
 
 def spread_affinity(

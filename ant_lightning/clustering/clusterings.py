@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ant_lightning.clustering.affinity_file import read_affinity
+from ant_lightning.clustering.affinity_file import measured_model, read_affinity
 from ant_lightning.clustering.clusters import TimestepClusters
 from ant_lightning.clustering.costs import affinity_costs, snr_costs, timestep_costs
 from ant_lightning.clustering.partition import partition
@@ -105,6 +105,10 @@ class GradientClustering(Clustering):
                 f"found {len(affinity)}"
             )
         return TimestepClusters(partition(affinity_costs(affinity), self.num_tasks))
+
+    def measured_model(self) -> str:
+        """What the affinity was measured of, as its file says; empty if nobody knows."""
+        return "" if isinstance(self.affinity, Tensor) else measured_model(Path(self.affinity))
 
 
 class FixedClustering(Clustering):

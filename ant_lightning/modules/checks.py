@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
 
 from ant_lightning.balancing import GradientBalancer
+from ant_lightning.clustering import Clustering, GradientClustering
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
+    from torch import nn
 
     from ant_lightning.modules.multitask import MultiTaskDiffusion
 
-__all__ = ["check_settings", "check_strategy", "check_trainer"]
+__all__ = ["check_settings", "check_strategy", "check_trainer", "warn_of_other_model"]
 
 
 def check_settings(module: MultiTaskDiffusion) -> None:
@@ -74,6 +77,22 @@ def check_settings(module: MultiTaskDiffusion) -> None:
                 f"and timesteps uniform, found {type(balancer).__name__} and "
                 f"{module.timestep_sampling!r}"
             )
+
+
+def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
+    """Warn of clusters that come from the gradients of another kind of network.
+
+    It may be meant (the affinity of a small model for a large one of its kind never warns).
+    """
+    if not isinstance(clustering, GradientClustering):
+        return
+    measured, ours = clustering.measured_model(), type(backbone).__name__
+    if measured and measured.partition(",")[0] != ours:
+        warnings.warn(
+            f"model.clustering.affinity: {clustering.affinity} was measured of {measured!r}, and "
+            f"model.backbone is a {ours}: the clusters are those of another network",
+            stacklevel=3,
+        )
 
 
 def check_strategy(strategy: Strategy) -> None:

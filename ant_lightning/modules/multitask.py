@@ -26,7 +26,12 @@ from ant_lightning.diffusion import (
     Sampler,
 )
 from ant_lightning.errors import ConfigError, NonFiniteError
-from ant_lightning.modules.checks import check_settings, check_strategy, check_trainer
+from ant_lightning.modules.checks import (
+    check_settings,
+    check_strategy,
+    check_trainer,
+    warn_of_other_model,
+)
 from ant_lightning.modules.draws import spread_order, step_noise
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
@@ -139,6 +144,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.process = DiffusionProcess(
             schedule, prediction_type=prediction_type, variance_type=variance_type
         )
+        warn_of_other_model(clustering, backbone)
         self.clusters: TimestepClusters = clustering(self.process.log_snr)
         self.cluster_history = [(0, self.clusters.boundaries)]  # by the steps that were made before
         self.balancer = balancer

@@ -50,11 +50,13 @@ def on_rank(rank, folder, queue):
     streamed = measure(Linear(), state_path=f"{folder}/state")
     again = Linear()
     measure(again, state_path=f"{folder}/state")
-    try:
-        measure(Linear(bad=3))
-        failure = None
-    except NonFiniteGradientError as error:
-        failure = (error.timestep, error.half)
+    failures = []
+    for bad in (3, 9):
+        try:
+            measure(Linear(bad=bad))
+        except NonFiniteGradientError as error:
+            kept = error.partial and (error.partial.timesteps, error.partial.half_dots.numpy())
+            failures.append((error.timestep, error.half, kept))
     queue.put(
         (
             rank,
@@ -62,7 +64,7 @@ def on_rank(rank, folder, queue):
             sketch.half_dots.numpy(),
             streamed.half_dots.numpy(),
             seen,
-            (sorted(set(alone.seen)), again.seen, failure),
+            (sorted(set(alone.seen)), again.seen, failures),
         )
     )
     dist.destroy_process_group()
@@ -100,5 +102,13 @@ def test_ranks_share_the_work_and_both_have_the_result_of_one(reports, rank):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_raises_what_one_rank_met(reports, rank):
-    *_, (_, _, failure) = reports[rank]
-    assert failure == (3, 0)
+    *_, (_, _, failures) = reports[rank]
+    # What both had finished is kept: the beginning of the grid.
+    assert [(timestep, half, kept[0]) for timestep, half, kept in failures] == [
+        (3, 0, GRID[:2]),
+        (9, 0, GRID[:4]),
+    ]
+    whole = measure(Linear()).half_dots
+    for *_, (timesteps, dots) in failures:
+        n = len(timesteps)
+        torch.testing.assert_close(torch.from_numpy(dots), whole[..., :n, :n], rtol=1e-12, atol=0)

@@ -1,6 +1,7 @@
 """TaskAffinity and TransferMatrix measure the model they are given and leave it as it was."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -246,3 +247,9 @@ def test_files_of_another_model_are_not_averaged_in(tmp_path):
     callback = affinity(average_with=[str(path)])
     with pytest.raises(ConfigError, match="num_parameters"):
         trainer(tmp_path, callback).validate(module(), DigitsData(), verbose=False)
+    replace(other, model="UNet, ema weights").save(path)
+    callback = affinity(average_with=[str(path)])
+    with pytest.raises(ConfigError, match="'TinyDiT, ema weights', found 'UNet, ema weights'"):
+        trainer(tmp_path, callback).validate(module(), DigitsData(), verbose=False)
+    with pytest.warns(UserWarning, match="measured of 'UNet, ema weights', and .* a TinyDiT"):
+        module(clustering=GradientClustering(path, 2))

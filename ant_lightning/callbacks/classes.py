@@ -1,0 +1,72 @@
+"""Classes of real images: which has none, and one image of each for a picture."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ant_lightning.data import ImageDataModule
+    from ant_lightning.data.loader import ImageDataset
+
+__all__ = ["EmptyClassWarning", "images_by_class", "warn_of_empty_classes"]
+
+_NAMED = 8  # classes that a message lists
+
+
+class EmptyClassWarning(UserWarning):
+    """A class that images are drawn of has no real image."""
+
+
+def warn_of_empty_classes(data: ImageDataModule, num_classes: int) -> None:
+    """Warn of classes without a training or a held-out image, naming them.
+
+    Generated images are of all classes alike, so that a class without real images makes FID worse
+    for a reason that is not the model's.
+
+    Args:
+        data: Whose training and held-out images; labels that are not known are not looked at.
+        num_classes: Of the model; 0 or 1 for none.
+    """
+    if num_classes < 2:
+        return
+    for kind, dataset, why in (
+        ("training", data.train_images, "the model cannot learn what it is asked to draw"),
+        ("held-out", data.held_out_images, "they are compared with images of other classes"),
+    ):
+        labels = getattr(dataset, "labels", None)
+        if labels is None:
+            continue
+        present = torch.bincount(labels.cpu(), minlength=num_classes) > 0
+        empty = torch.nonzero(~present).flatten().tolist()
+        if empty:
+            names = ", ".join(map(str, empty[:_NAMED])) + (", ..." if len(empty) > _NAMED else "")
+            warnings.warn(
+                f"data: {len(empty)} of {num_classes} classes have no {kind} image (class "
+                f"{names}): {why}",
+                EmptyClassWarning,
+                stacklevel=2,
+            )
+
+
+def images_by_class(
+    dataset: ImageDataset, num_images: int, *, num_classes: int
+) -> list[int | None]:
+    """Positions of images of the classes 0, 1, .. k - 1, 0, 1, ..; None where a class has none.
+
+    Where labels are only known once images are loaded, the first `10 num_images` are looked at.
+    """
+    labels: Tensor | None = getattr(dataset, "labels", None)
+    if labels is None:
+        first = list(range(min(len(dataset), 10 * num_images)))
+        labels = dataset.load(first, epoch=None).labels
+    positions = [torch.nonzero(labels == c).flatten().tolist() for c in range(num_classes)]
+    chosen: list[int | None] = []
+    for i in range(num_images):
+        own = positions[i % num_classes]
+        chosen.append(own[(i // num_classes) % len(own)] if own else None)
+    return chosen
