@@ -8,7 +8,11 @@ from ant_lightning.balancing.base import (
     SampleBalancer,
 )
 from ant_lightning.balancing.continuous import ContinuousUncertainty
-from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+from ant_lightning.balancing.gradients import (
+    DenseTaskGradients,
+    ShardedTaskGradients,
+    TaskGradients,
+)
 from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.nash import NashMTL, nash_weights
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
@@ -31,6 +35,7 @@ __all__ = [
     "PlacedTaskGradients",
     "Reduction",
     "SampleBalancer",
+    "ShardedTaskGradients",
     "TaskGradients",
     "TorchJDBalancer",
     "UncertaintyWeighting",

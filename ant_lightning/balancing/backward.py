@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.base import GradientBalancer, LossBalancer, SampleBalancer
-from ant_lightning.balancing.gradients import (
-    DenseTaskGradients,
-    assign_gradients,
-    reduce_gradients_,
-)
+from ant_lightning.balancing.differentiation import differentiation
+from ant_lightning.balancing.gradients import assign_gradients, reduce_gradients_
 from ant_lightning.balancing.reduction import Reduction, default_reduction
 from ant_lightning.errors import ConfigError
 
@@ -24,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ant_lightning.balancing.base import Balancer
+    from ant_lightning.balancing.differentiation import Differentiation
+    from ant_lightning.balancing.gradients import DenseTaskGradients
 
 __all__ = ["BackwardReport", "multitask_backward", "task_gradients"]
 
@@ -115,8 +114,8 @@ def multitask_backward(
 
     if isinstance(balancer, GradientBalancer) and balancer.refresh_due:
         if gradients is None:
-            gradients = DenseTaskGradients(batch.num_tasks, shared, reduction=reduction)
-        _write_rows(gradients, batch, shared, micro_batch_size, loss_scale)
+            gradients = batch.differentiation.new_rows(batch.num_tasks)
+        _write_rows(gradients, batch, micro_batch_size, loss_scale)
         gramian = gradients.gramian()
         task_losses = batch.mean_losses()
         finite = batch.is_finite(gramian)
@@ -130,11 +129,8 @@ def multitask_backward(
         return _report(finite, shared, task_losses, weights, batch, grad_norm, gramian)
 
     weights, per_sample = _weights(balancer, batch, scaled_priors, log_snr, reduction)
-    _weighted_backward(batch, per_sample, shared, micro_batch_size, loss_scale)
-    reduce_gradients_(shared, reduction=reduction)
+    grad_norm = _weighted_backward(batch, per_sample, micro_batch_size, loss_scale) / loss_scale
     task_losses = batch.mean_losses()
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in shared if p.grad is not None])
-    grad_norm = grad_norm / loss_scale
     finite = batch.is_finite(grad_norm)
     objective = None
     if finite and isinstance(balancer, LossBalancer):
@@ -165,8 +161,8 @@ def task_gradients(
     shared = [p for p in parameters if p.requires_grad]
     reduction = reduction or default_reduction()
     batch = _Batch(losses, tasks, None, num_tasks, reduction, shared)
-    gradients = DenseTaskGradients(num_tasks, shared, reduction=reduction)
-    _write_rows(gradients, batch, shared, micro_batch_size, 1.0)
+    gradients = batch.differentiation.new_rows(num_tasks)
+    _write_rows(gradients, batch, micro_batch_size, 1.0)
     return gradients
 
 
@@ -201,13 +197,19 @@ class _Batch:
         self.order = on_host.argsort(stable=True).to(tasks.device)
         self.tasks = on_host.to(device)
         self.num_samples = reduction.all_reduce_(counts.to(device, torch.float64))
+        self.differentiation: Differentiation = differentiation(shared, reduction)
         self._losses = losses
         self._reduction = reduction
         self._sums = torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
         self.values = torch.zeros(len(tasks), dtype=torch.float64, device=device)
 
     def losses_of(self, rows: Tensor) -> Tensor:
-        """One loss for each of `rows`, in float32 at least; remembered for the report."""
+        """One loss for each of `rows`, in float32 at least; remembered for the report.
+
+        Without rows a pass is made all the same: other ranks may be waiting for it.
+        """
+        if not len(rows):
+            return self._losses(self.order[:1])[:0].float()
         values = self._losses(rows)
         if values.shape != rows.shape:
             raise ConfigError(
@@ -232,60 +234,50 @@ class _Batch:
         return bool(torch.stack(every).all())
 
 
-def _chunks(rows: Tensor, size: int | None) -> Iterator[Tensor]:
-    """`rows` in pieces of at most `size`, as equal as they can be."""
-    if len(rows):
-        yield from rows.tensor_split(-(-len(rows) // (size or len(rows))))
-
-
 def _write_rows(
     gradients: DenseTaskGradients,
     batch: _Batch,
-    shared: Sequence[nn.Parameter],
     micro_batch_size: int | None,
     loss_scale: Tensor | float,
 ) -> None:
     """Row i becomes the gradient of the mean loss of task i; the samples are disjoint."""
 
-    def pieces(task: int, rows: Tensor) -> Iterator[Sequence[Tensor]]:
-        for chunk in _chunks(rows, micro_batch_size):
+    def pieces(task: int, chunks: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+        for chunk in chunks:
             losses = batch.losses_of(chunk)
-            loss = losses.sum() / batch.num_samples[task].to(losses.dtype)
-            grads = torch.autograd.grad(
-                loss * loss_scale, shared, allow_unused=True, materialize_grads=True
-            )
+            loss = losses.sum() / batch.num_samples[task].clamp(min=1).to(losses.dtype)
+            grads = batch.differentiation.gradients(loss * loss_scale)
             if isinstance(loss_scale, torch.Tensor) or loss_scale != 1.0:
                 torch._foreach_div_(grads, loss_scale)
             yield grads
 
-    for task, (start, stop) in enumerate(pairwise(batch.starts)):
-        gradients.write(task, pieces(task, batch.order[start:stop]))
+    ends = list(pairwise(batch.starts))
+    num_passes = batch.differentiation.num_passes(
+        [stop - start for start, stop in ends], micro_batch_size
+    )
+    for task, (start, stop) in enumerate(ends):
+        chunks = batch.order[start:stop].tensor_split(num_passes[task]) if num_passes[task] else ()
+        gradients.write(task, pieces(task, chunks))
 
 
 def _weighted_backward(
-    batch: _Batch,
-    per_sample: Tensor,
-    shared: Sequence[nn.Parameter],
-    micro_batch_size: int | None,
-    loss_scale: Tensor | float,
-) -> None:
-    """`.grad` becomes the gradient of the sum of `per_sample` times this rank's losses."""
-    for p in shared:
+    batch: _Batch, per_sample: Tensor, micro_batch_size: int | None, loss_scale: Tensor | float
+) -> Tensor:
+    """`.grad` becomes the gradient of the sum of `per_sample` times all losses; its norm."""
+    for p in batch.differentiation.parameters:
         p.grad = None
     total: list[Tensor] = []
     every_row = torch.arange(len(batch.tasks), device=batch.order.device)
-    for rows in _chunks(every_row, micro_batch_size):
+    (num_passes,) = batch.differentiation.num_passes([len(every_row)], micro_batch_size)
+    for rows in every_row.tensor_split(num_passes):
         losses = batch.losses_of(rows)
         loss = (losses * per_sample[rows.to(per_sample.device)].to(losses.dtype)).sum()
-        # Not `backward`: its hooks on the leaves are where DistributedDataParallel would reduce.
-        grads = torch.autograd.grad(
-            loss * loss_scale, shared, allow_unused=True, materialize_grads=True
-        )
+        grads = batch.differentiation.gradients(loss * loss_scale)
         if total:
             torch._foreach_add_(total, grads)
         else:
             total = list(grads)
-    assign_gradients(shared, total)
+    return batch.differentiation.finish(total)
 
 
 def _balancer_gradients(

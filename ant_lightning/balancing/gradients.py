@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ant_lightning.balancing.reduction import Reduction, padded_length
+from ant_lightning.balancing.shards import from_local, local_part
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-__all__ = ["DenseTaskGradients", "TaskGradients", "reduce_gradients_"]
+__all__ = ["DenseTaskGradients", "ShardedTaskGradients", "TaskGradients", "reduce_gradients_"]
 
 _CHUNK = 1 << 16  # columns whose dot products are made in float32 before they are added in float64
 
@@ -132,6 +133,36 @@ class DenseTaskGradients(TaskGradients):
         return self._shards
 
 
+class ShardedTaskGradients(DenseTaskGradients):
+    """Rows of this rank's parts of parameters that FSDP2 shards: `k p / N` numbers on each rank.
+
+    Backward passes of FSDP2 have summed the parts over ranks, so all that crosses the network here
+    is the Gramian.
+
+    Args:
+        num_tasks: `k`.
+        parameters: The shared parameters, each in parts on all ranks.
+        reduction: How sums over ranks are made.
+    """
+
+    def __init__(
+        self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
+    ) -> None:
+        parts = [local_part(p) for p in parameters]
+        super().__init__(num_tasks, parts, reduction=Reduction())  # type: ignore[arg-type]
+        self._sharded = list(parameters)
+        self._ranks = reduction
+
+    def gramian(self) -> Float[Tensor, "k k"]:
+        """`G[i, j] = g_i . g_j`, float64, summed over the parts."""
+        return self._ranks.all_reduce_(super().gramian())
+
+    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
+        """Write this rank's part of `scale * sum_i task_weights[i] g_i` into `.grad`."""
+        super().combine_(task_weights, scale=scale)
+        assign_gradients(self._sharded, _views(self._combined, self.parameters))
+
+
 def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reduction) -> None:
     """Replace each parameter's `.grad` by its sum over ranks; a missing one counts as zero."""
     for p in parameters:
@@ -149,9 +180,9 @@ def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reductio
 
 
 def assign_gradients(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Set `.grad` of each parameter, in its own dtype."""
+    """Set `.grad` of each parameter, in its own dtype; values are parts of a sharded one."""
     for p, value in zip(parameters, values, strict=True):
-        p.grad = value.to(p.dtype)
+        p.grad = from_local(value.to(p.dtype), p)
 
 
 def _nothing() -> None:

@@ -1,0 +1,124 @@
+"""How a loss is differentiated and gradients are summed over ranks: whole or sharded parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ant_lightning.balancing.gradients import (
+    DenseTaskGradients,
+    ShardedTaskGradients,
+    assign_gradients,
+    reduce_gradients_,
+)
+from ant_lightning.balancing.shards import is_sharded, local_part
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from ant_lightning.balancing.reduction import Reduction
+
+__all__ = ["Differentiation", "ShardedDifferentiation", "differentiation"]
+
+
+class Differentiation:
+    """Every rank has all parameters, and as many passes over the network as it needs.
+
+    Args:
+        parameters: What losses are differentiated with respect to.
+        reduction: How sums over ranks are made.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], reduction: Reduction) -> None:
+        self.parameters = parameters
+        self.reduction = reduction
+
+    def new_rows(self, num_tasks: int) -> DenseTaskGradients:
+        """Buffers for the gradients of `k` tasks."""
+        return DenseTaskGradients(num_tasks, self.parameters, reduction=self.reduction)
+
+    def num_passes(self, counts: Sequence[int], size: int | None) -> list[int]:
+        """Passes of at most `size` samples over groups of as many samples as `counts` says."""
+        return [-(-count // (size or max(count, 1))) for count in counts]
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """One tensor a parameter, to be added up and given to `finish`."""
+        # Not `backward`: its hooks on the leaves are where DistributedDataParallel would reduce.
+        return list(
+            torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        )
+
+    def finish(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Write the sum over ranks into `.grad`; its L2 norm."""
+        assign_gradients(self.parameters, gradients)
+        reduce_gradients_(self.parameters, reduction=self.reduction)
+        return torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        )
+
+
+class ShardedDifferentiation(Differentiation):
+    """The parameters are sharded by FSDP2 (`fully_shard`) over all ranks.
+
+    `autograd.grad` sees nothing of them: a backward pass leaves this rank's part of the gradient,
+    averaged over ranks, in `.grad`. Every pass gathers the parameters, so ranks must make equally
+    many: one that has no samples left passes a sample whose loss counts for nothing.
+
+    Raises:
+        ConfigError: If a parameter is not in equal parts on all ranks.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], reduction: Reduction) -> None:
+        super().__init__(parameters, reduction)
+        for p in parameters:
+            placements: tuple[Any, ...] = getattr(p, "placements", ())
+            sharded = len(placements) == 1 and placements[0].is_shard()
+            if not sharded or p.device_mesh.size() != reduction.world_size:  # type: ignore[attr-defined]
+                raise ConfigError(
+                    "parameters: if one is sharded, each must be, over all "
+                    f"{reduction.world_size} ranks and one dimension of the mesh, found "
+                    f"{placements or 'a whole one'}"
+                )
+
+    def new_rows(self, num_tasks: int) -> DenseTaskGradients:
+        """Buffers for this rank's parts."""
+        return ShardedTaskGradients(num_tasks, self.parameters, reduction=self.reduction)
+
+    def num_passes(self, counts: Sequence[int], size: int | None) -> list[int]:
+        """As many as the rank that needs most."""
+        own = super().num_passes(counts, size)
+        table = torch.zeros(
+            self.reduction.world_size, len(own), device=local_part(self.parameters[0]).device
+        )
+        table[self.reduction.rank] = torch.tensor(own, dtype=table.dtype)
+        most: list[int] = self.reduction.all_reduce_(table).amax(0).int().tolist()
+        return most
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """This rank's parts of the sum over ranks."""
+        for p in self.parameters:
+            p.grad = None
+        (loss * self.reduction.world_size).backward()  # type: ignore[no-untyped-call]
+        parts = []
+        for p in self.parameters:
+            parts.append(torch.zeros_like(local_part(p)) if p.grad is None else local_part(p.grad))
+            p.grad = None
+        return parts
+
+    def finish(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Write `.grad`; its L2 norm over all ranks."""
+        assign_gradients(self.parameters, gradients)
+        norms = torch._foreach_norm([g for g in gradients if g.numel()], dtype=torch.float32)
+        squares = [norm.double().square() for norm in norms]
+        start = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+        return self.reduction.all_reduce_(sum(squares, start)).sqrt()
+
+
+def differentiation(parameters: Sequence[nn.Parameter], reduction: Reduction) -> Differentiation:
+    """The one that fits the parameters."""
+    kind = ShardedDifferentiation if is_sharded(parameters) else Differentiation
+    return kind(parameters, reduction)

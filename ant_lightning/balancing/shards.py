@@ -1,0 +1,51 @@
+"""Parameters that are sharded over ranks (FSDP2): their local parts, and tensors made of such."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+__all__ = ["from_local", "full_tensor", "is_sharded", "local_part"]
+
+
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of them is a `DTensor`."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - absent without distributed
+
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, detached: all of it if it is an ordinary one."""
+    tensor = tensor.detach()
+    local: Tensor = tensor.to_local() if is_sharded([tensor]) else tensor  # type: ignore[attr-defined]
+    return local
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, detached; if it is sharded, all ranks must ask together."""
+    tensor = tensor.detach()
+    full: Tensor = tensor.full_tensor() if is_sharded([tensor]) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+@torch.no_grad()
+def from_local(local: Tensor, like: Tensor) -> Tensor:
+    """A tensor sharded as `like` is, of which this rank holds `local`; `local` if `like` is not."""
+    if not is_sharded([like]):
+        return local
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+    )

@@ -1,0 +1,110 @@
+"""`multitask_backward` on parameters that FSDP2 shards, in a plain loop."""
+
+import pytest
+import torch
+from rank_processes import run_ranks
+from test_ranks_backward import METHODS, PARTS, TASKS, Counted, K, Network
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from ant_lightning.balancing import Reduction, default_reduction, multitask_backward
+from ant_lightning.errors import ConfigError
+
+
+def sharded(ranks):
+    network, mesh = Network(torch.float32), init_device_mesh("cpu", (ranks,))
+    fully_shard(network.body, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    for unit in (u for u in network.modules() if isinstance(u, FSDPModule)):
+        unit.set_reduce_scatter_unused_params(True)
+    return network
+
+
+def train(rank, ranks, method, *, shard):
+    """Five steps with clipping; one with a NaN on the last rank alone."""
+    torch.manual_seed(1)
+    x, y = torch.randn(22, 6), torch.randn(22, 3)
+    start, stop = PARTS[ranks][rank : rank + 2]
+    x, y, tasks = x[start:stop], y[start:stop], TASKS[start:stop]
+    network, balancer = sharded(ranks) if shard else Network(torch.float32), METHODS[method]()
+    own = list(balancer.parameters()) if balancer else []
+    groups = [{"params": list(network.parameters())}, *([{"params": own}] if own else [])]
+    optimizer = torch.optim.Adam(groups, lr=0.01, eps=1e-3)
+    reduction = Counted() if shard else Reduction()
+    finite = []
+    for step in range(5):
+        inputs = x * torch.nan if step == 2 and rank == ranks - 1 else x
+
+        def losses(rows, inputs=inputs):
+            out = network(inputs[rows], tasks[rows])
+            return (out - y[rows]).square().mean(1) * (1 + tasks[rows])
+
+        report = multitask_backward(
+            losses,
+            tasks,
+            network.parameters(),
+            balancer,
+            num_tasks=K,
+            micro_batch_size=3,
+            reduction=reduction,
+        )
+        finite.append(report.finite)
+        if report.finite:
+            factor = (0.5 / (report.grad_norm + 1e-6)).clamp(max=1).float()
+            for p in network.parameters():
+                p.grad *= float(factor)
+            optimizer.step()
+    full = [p.full_tensor() if shard else p for p in network.parameters()]
+    return {
+        "parameters": torch.cat([p.detach().flatten() for p in [*full, *own]]),
+        "grad_norm": report.grad_norm,
+        "weights": report.task_weights,
+        "losses": report.task_losses,
+        "finite": finite,
+        "state": str(balancer.state_dict()) if balancer else "",
+        "sent": max(reduction.sent["all_reduce"]) if shard else 0,
+    }
+
+
+def every_method(rank, ranks):
+    methods = METHODS if ranks == 2 else ("uw", "pcgrad")
+    return {name: train(rank, ranks, name, shard=True) for name in methods}
+
+
+def mixed(rank):
+    network = Network(torch.float32)
+    fully_shard(network.body, mesh=init_device_mesh("cpu", (2,)))
+    try:
+        multitask_backward(
+            lambda rows: network(torch.ones(len(rows), 6), rows).sum(1),
+            torch.tensor([0, 1]),
+            network.parameters(),
+            reduction=default_reduction(),
+        )
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, ranks):
+    every = run_ranks(every_method, ranks, tmp_path, ranks)
+    for method in every[0]:
+        one = train(0, 1, method, shard=False)
+        for rank in every:
+            found = rank[method]
+            assert found["finite"] == one["finite"] == [True, True, False, True, True]
+            for name in ("parameters", "grad_norm", "weights", "losses"):
+                torch.testing.assert_close(
+                    found[name].double(), one[name].double(), rtol=1e-5, atol=1e-6
+                )
+            assert torch.equal(found["parameters"], every[0][method]["parameters"])
+            assert found["state"] == every[0][method]["state"]
+            # No row crosses here: FSDP2 has summed them.
+            assert found["sent"] <= 8 * K * K * 2 * (ranks - 1) / ranks
+
+
+def test_a_whole_parameter_among_sharded_ones_is_refused(tmp_path):
+    for message in run_ranks(mixed, 2, tmp_path):
+        assert "over all 2 ranks" in message
+        assert "a whole one" in message
