@@ -111,7 +111,8 @@ class Mlp(nn.Module):
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """``x (1 + scale) + shift`` for tokens [b n d] and per-image vectors [b 1 d]."""
-    return torch.addcmul(shift, x, 1 + scale)
+    # Not addcmul: its backward pass multiplies all tokens by 1 once more.
+    return (x * (1 + scale)).add_(shift)
 
 
 class DiTBlock(nn.Module):

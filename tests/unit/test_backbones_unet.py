@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from ant_lightning.backbones import UNet, adm_imagenet64, adm_p2_light, ldm_cin256
+from ant_lightning.backbones.unet_blocks import convolved_after_upsampling
 from ant_lightning.errors import ConfigError
 
 
@@ -115,6 +117,25 @@ def test_resampling_without_parameters_averages_down_and_repeats_up():
     x = torch.randn(1, 32, 4, 4)
     torch.testing.assert_close(down(x), x.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2)))
     assert torch.equal(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("sides", [(32, 32), (16, 80)])
+def test_a_convolution_after_upsampling_is_one_transposed_convolution(sides):
+    conv = nn.Conv2d(3, 5, 3, padding=1).double()
+    x = torch.randn(2, 3, *sides, dtype=torch.float64, requires_grad=True)
+    fused = convolved_after_upsampling(x, conv)
+    assert "ConvolutionBackward" in type(fused.grad_fn).__name__
+    assert fused.grad_fn._saved_transposed
+    plain = conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    torch.testing.assert_close(fused, plain)
+    direction = torch.randn_like(plain)
+    leaves = [x, conv.weight, conv.bias]
+    for ours, wanted in zip(
+        torch.autograd.grad(fused, leaves, direction),
+        torch.autograd.grad(plain, leaves, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, wanted)
 
 
 @pytest.mark.parametrize("context_dim", [None, 16])
