@@ -5,7 +5,13 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from ant_lightning.errors import ConfigError, DivergedRanksError, NonFiniteError
+from ant_lightning.errors import (
+    CheckpointWriteError,
+    ConfigError,
+    DataLoadingError,
+    DivergedRanksError,
+    NonFiniteError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,14 +44,26 @@ COMMANDS = ("fit", "validate", "test", "predict", "encode")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input."""
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 1 for a run that failed; 2 for bad input; 143 (128 + SIGTERM) for a run
+        that was told to stop and left a checkpoint to resume from.
+    """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(HELP)
         return 0
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
+    return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a known command."""
     # Imported here: 6 s that help must not wait for.
+    from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: PLC0415
+
     from ant_lightning.cli import run  # noqa: PLC0415
     from ant_lightning.encode import run_encode  # noqa: PLC0415
     from ant_lightning.modules.peers import first_failure  # noqa: PLC0415
@@ -57,8 +75,10 @@ def main(args: Sequence[str] | None = None) -> int:
             run(arguments)
     except ConfigError as error:
         return _fail(str(error), 2)
-    except (DivergedRanksError, NonFiniteError) as error:
+    except (CheckpointWriteError, DataLoadingError, DivergedRanksError, NonFiniteError) as error:
         return _fail(str(error), 1)
+    except SIGTERMException:
+        return _fail("told to stop; go on with --ckpt_path last", 143)
     except RuntimeError as error:
         first = first_failure(error)
         if first is None:

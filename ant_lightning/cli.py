@@ -29,6 +29,7 @@ from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files import read_torch
 from ant_lightning.messages import one_line
 from ant_lightning.modules import StoredImages
+from ant_lightning.run_folder import check_writable, resume_from_last
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,6 +98,7 @@ class AntCLI(LightningCLI):
             if isinstance(callback, ProgressBar):
                 callbacks[i] = TrainingProgress()
         callbacks.append(Dashboard())
+        check_writable(trainer, self._get(self.config_init, "checkpoint").dirpath)
         return trainer
 
     def instantiate_classes(self) -> None:
@@ -110,6 +112,7 @@ class AntCLI(LightningCLI):
         """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
         config = self.config[self.config.subcommand]
         _check_checkpoint(config)
+        resume_from_last(config, self.config.subcommand)
         settings = config.trainer
         ours = {
             "gradient_clip_val": (None, "model.clip_grad_norm"),

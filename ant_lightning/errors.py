@@ -1,6 +1,13 @@
 """The error classes of the package; the command line turns them into one line and exit code 2."""
 
-__all__ = ["ConfigError", "DivergedRanksError", "FileError", "NonFiniteError"]
+__all__ = [
+    "CheckpointWriteError",
+    "ConfigError",
+    "DataLoadingError",
+    "DivergedRanksError",
+    "FileError",
+    "NonFiniteError",
+]
 
 
 class ConfigError(ValueError):
@@ -20,3 +27,11 @@ class NonFiniteError(RuntimeError):
 
 class DivergedRanksError(RuntimeError):
     """Ranks of one run no longer have the same weights, balancer or number of steps."""
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint could not be written; the message names the file and the reason."""
+
+
+class DataLoadingError(RuntimeError):
+    """A process that loads data has died."""

@@ -15,6 +15,8 @@ __all__ = ["write_atomically"]
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file beside `path`, flush it to the disk, and only then give it its name.
 
+    The folder is flushed as well: after a power cut it names the new file or the old one.
+
     Args:
         path: The file; its folder is made if missing.
         write: Called with the open binary file.
@@ -30,3 +32,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -48,7 +48,10 @@ def read_torch(
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{setting}: no such file, found {path}")
-    is_zip = zipfile.is_zipfile(path)
+    try:
+        is_zip = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:  # a directory of the archive that contradicts itself
+        raise _damaged(path, setting) from error
     if is_zip:
         _check_records(path, setting)
     try:

@@ -94,7 +94,10 @@ CASES = {
         "callbacks": [BrokenAffinity(num_points=3, num_images=12, batch_size=5)]
     },
     "checkpoint": lambda folder: {
-        "callbacks": [Fails("on_save_checkpoint"), Checkpoints(folder, every_n_train_steps=1)],
+        "callbacks": [
+            Fails("on_save_checkpoint"),
+            Checkpoints(dirpath=folder, every_n_train_steps=1),
+        ],
     },
     "killed": lambda folder: {"callbacks": [Fails("on_train_batch_end", fault=killed)]},
     "rank 0 killed": lambda folder: {

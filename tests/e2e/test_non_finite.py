@@ -44,7 +44,7 @@ def run(folder, *, for_good, steps=8):
         callbacks=[
             EMA(decay=0.9),
             Breaks(for_good=for_good),
-            Checkpoints(folder, every_n_train_steps=2, save_last=True),
+            Checkpoints(dirpath=folder, every_n_train_steps=2, save_last=True),
         ],
         logger=False,
         limit_val_batches=0,

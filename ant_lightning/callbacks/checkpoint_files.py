@@ -1,0 +1,113 @@
+"""Checkpoint files are whole or absent, and are read only if they are whole."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from ant_lightning.analysis.atomic import write_atomically
+from ant_lightning.errors import CheckpointWriteError, FileError
+from ant_lightning.files import read_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["AtomicCheckpointIO", "checkpoint_fault", "newest_whole", "remove_unfinished"]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, flushes it, and only then gives it its name.
+
+    `Checkpoints` puts it in the place of Lightning's own, which does not flush and holds the file
+    in memory a second time. Paths that are not local (`s3://...`) are left to Lightning.
+    """
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | Path,
+        storage_options: Any = None,  # noqa: ANN401 - Lightning's own loose type
+    ) -> None:
+        """Write `checkpoint` to `path`; a file that was there stays until the new one is whole.
+
+        Raises:
+            CheckpointWriteError: If the system refuses, for instance on a full disk.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        except (OSError, RuntimeError) as error:
+            refused = _system_error(error)
+            if refused is None:
+                raise
+            reason = refused.strerror or str(refused)
+            raise CheckpointWriteError(f"{path}: could not be written: {reason}") from error
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint that is whole.
+
+        Raises:
+            FileError: If the file is damaged or not safe to read.
+        """
+        if "://" not in str(path) and Path(path).is_file():
+            fault = checkpoint_fault(Path(path))
+            if fault is not None:
+                raise FileError(f"ckpt_path: {path}: {fault}")
+        # Read into memory: what is mapped would be lost with the file while training goes on.
+        return super().load_checkpoint(path, *args, **{**kwargs, "weights_only": True})
+
+
+def checkpoint_fault(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None if all its parts match their checksums.
+
+    Every byte is read once; no code of the file is run, and no tensor is copied.
+    """
+    try:
+        read_torch(path, setting="ckpt_path")
+    except FileError as error:
+        return str(error).removeprefix(f"ckpt_path {path}: ")
+    return None
+
+
+def newest_whole(paths: Iterable[Path]) -> Path | None:
+    """The file written last among those that are whole; the damaged ones are named in a warning."""
+    existing = [path for path in paths if path.exists()]
+    for path in sorted(existing, key=lambda each: (each.stat().st_mtime_ns, each), reverse=True):
+        fault = checkpoint_fault(path)
+        if fault is None:
+            return path
+        warnings.warn(f"ckpt_path: passed over {path}: {fault}", stacklevel=2)
+    return None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes that are no more have left half written."""
+    for path in folder.glob(".*.ckpt.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's process
+        return True
+    return True
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The refusal behind an error: PyTorch's writer reports that its file came out too short."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen

@@ -1,0 +1,86 @@
+"""A run that is told to stop finishes its step and leaves a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+    from typing import Any
+
+    import lightning as L
+
+__all__ = ["StopSignal"]
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_STEPS_BETWEEN_CHECKS = 8  # with several ranks, which have to agree
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGUSR1 into `SIGTERMException` where a run can be resumed from.
+
+    While training that is the end of the step; with several ranks every 8th step, at which all of
+    them stop if one was told to. An evaluation on one process changes no training state and is
+    broken off at once: sampling may take longer than a scheduler's grace period.
+
+    It takes the place of Lightning's handlers, which let ranks broadcast from inside the handler,
+    amid the sums of a step, and on SLURM save in the middle of a step.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._trainer: L.Trainer | None = None
+        self._num_held = 0
+        self._num_batches = 0
+        self._before: dict[int, Any] = {}
+
+    def listen(self, trainer: L.Trainer) -> None:
+        """From here on signals are caught; only a main thread can do that."""
+        self._trainer = trainer
+        self.received = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self._handle) for each in _SIGNALS}
+
+    def ignore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for each, handler in self._before.items():
+            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, a signal interrupts nothing: a file is being written."""
+        self._num_held += 1
+        try:
+            yield
+        finally:
+            self._num_held -= 1
+
+    def check(self, trainer: L.Trainer) -> None:
+        """At the end of a step: stop if this rank or another was told to.
+
+        Raises:
+            SIGTERMException: On every rank.
+        """
+        stop = self.received
+        if trainer.world_size > 1:
+            self._num_batches += 1
+            if self._num_batches % _STEPS_BETWEEN_CHECKS:
+                return
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
+            raise SIGTERMException
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        trainer = self._trainer
+        if trainer is None or trainer.world_size > 1 or self._num_held:
+            return
+        if trainer.validating or trainer.sanity_checking:
+            raise SIGTERMException

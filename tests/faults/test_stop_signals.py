@@ -1,0 +1,42 @@
+"""A run that is told to stop leaves a checkpoint that goes on as if nothing had happened."""
+
+import os
+import signal
+
+import lightning as L
+import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tiny_fit import assert_same, fit
+
+
+class Kill(L.Callback):
+    """Sends this process a signal in the middle of a step or of an evaluation."""
+
+    def __init__(self, number, step, hook):
+        self.number, self.step = number, step
+        setattr(self, hook, self._kill)
+
+    def _kill(self, trainer, *args):
+        if trainer.global_step == self.step and not trainer.sanity_checking:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "hook", "step"),
+    [
+        (signal.SIGTERM, "on_train_batch_start", 4),
+        (signal.SIGUSR1, "on_before_optimizer_step", 6),
+        (signal.SIGTERM, "on_validation_batch_start", 6),
+    ],
+)
+def test_the_step_is_finished_and_kept(tmp_path, number, hook, step):
+    before = signal.getsignal(number)
+    kill = Kill(number, step, hook)
+    with pytest.raises(SIGTERMException):
+        fit(tmp_path / "stopped", callbacks=[kill], every=100, val_interval=3)
+    assert signal.getsignal(number) == before
+    reached = step if hook == "on_validation_batch_start" else step + 1
+    resume = tmp_path / "stopped" / f"step={reached}.ckpt"
+    fit(tmp_path / "resumed", every=100, val_interval=3, resume=resume)
+    fit(tmp_path / "whole", every=100, val_interval=3)
+    assert_same(tmp_path / "whole" / "last.ckpt", tmp_path / "resumed" / "last.ckpt")
