@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ant_lightning.callbacks.figures import save_figure
+from ant_lightning.callbacks.probing import steps_of
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import cosine_heat_map, task_history
 
@@ -98,11 +99,13 @@ class ConflictMonitor(L.Callback):
                 trainer,
                 figure,
                 tag="3_tasks/losses_and_weights",
-                explain="A task with a large weight and a small loss is being favoured.",
+                explain="Left: a task whose loss rises while others fall is losing. "
+                "Right: a higher line counts more in the step; equal lines are plain averaging.",
             )
         if self._cosines:
             mean = torch.stack(self._cosines).nanmean(0).nan_to_num()
-            title = f"mean of {len(self._cosines)} batches up to step {trainer.global_step}"
+            step = steps_of(trainer, pl_module)
+            title = f"mean of {len(self._cosines)} batches up to step {step}"
             figure = cosine_heat_map(mean.numpy(), labels=labels, title=title)
             save_figure(
                 trainer,
@@ -113,12 +116,13 @@ class ConflictMonitor(L.Callback):
             self._cosines.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The curves, so that a resumed run goes on drawing them."""
-        return {"history": list(self._history)}
+        """What is to be drawn, so that a resumed run goes on, and an evaluation draws it too."""
+        return {"history": list(self._history), "cosines": list(self._cosines)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the curves of a checkpoint."""
         self._history = [tuple(row) for row in state_dict["history"]]  # type: ignore[misc]
+        self._cosines = list(state_dict.get("cosines", []))
 
     def _conflict(self, gramian: Tensor) -> dict[str, float]:
         """Norms and conflicts of one Gramian; its cosines are kept for the figure."""

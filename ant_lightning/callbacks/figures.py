@@ -28,7 +28,7 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
     """
     if not trainer.is_global_zero:
         return None
-    figure.supxlabel(explain, fontsize=8, color="0.35")
+    figure.supxlabel(explain, fontsize=9.5, color="0.2")
     # An evaluation has no steps of its own: its figures belong to those of the checkpoint.
     step = max(trainer.global_step, getattr(trainer.lightning_module, "trained_steps", 0))
     for logger in trainer.loggers:

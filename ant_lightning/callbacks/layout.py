@@ -6,11 +6,23 @@ from typing import TYPE_CHECKING
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+
+from ant_lightning.callbacks.figures import log_folder
+from ant_lightning.plotting import stacked_page
 
 if TYPE_CHECKING:
     from ant_lightning.modules import MultiTaskDiffusion
 
 __all__ = ["Dashboard"]
+
+# Pictures of the page, in the order in which to look at them.
+_PAGE = {
+    "1  Do the images look real?": "1_samples/grid",
+    "2  How near are they to real images, and are they copies?": "2_quality/history",
+    "3  Which task learns, and which one counts?": "3_tasks/losses_and_weights",
+    "4  Do the tasks want the same change of the weights?": "4_conflict/gradient_cosines",
+}
 
 # Chart and its sentence; `{task}` stands for every task.
 _CHARTS: dict[str, list[tuple[str, str, list[str]]]] = {
@@ -64,9 +76,30 @@ _CHARTS: dict[str, list[tuple[str, str, list[str]]]] = {
 class Dashboard(L.Callback):
     """Arranges what other callbacks log for a reader who is in a hurry.
 
-    The tab "Custom Scalars" gets a chart for each question, and the tab "Text" a page that says
-    how to read every picture and chart, in the order in which to look at them.
+    After each validation the tab "Images" gets one page (`0_page/overview`, click to enlarge) of
+    the pictures that other callbacks drew, each under the question that it answers; it is kept as
+    `0_page_overview.png` in the log folder, too. The tab "Custom Scalars" gets a chart for each
+    question, and the tab "Text" says how to read every picture and chart.
     """
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+        """Put what is drawn so far on one page; the other callbacks come first in the list."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        folder = log_folder(trainer)
+        pictures = {
+            title: folder / f"{tag.replace('/', '_')}.png"
+            for title, tag in _PAGE.items()
+            if (folder / f"{tag.replace('/', '_')}.png").exists()
+        }
+        if not pictures:
+            return
+        page = stacked_page(pictures)
+        Image.fromarray(page).save(folder / "0_page_overview.png")
+        step = max(trainer.global_step, getattr(pl_module, "trained_steps", 0))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("0_page/overview", page, step, dataformats="HWC")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
         """Write both, once; an autoencoder has no tasks to chart."""
@@ -104,6 +137,8 @@ def _guide(pl_module: MultiTaskDiffusion) -> str:
     lines = [
         f"**{type(pl_module.backbone).__name__} trained with {method}.** A task is an interval of "
         f"timesteps, from little noise to much: {tasks}.",
+        "",
+        "`0_page/overview` (Images, click to enlarge) has the pictures on one page. One by one:",
         "",
         "1. `1_samples/grid` (Images): generated beside real; left should look like right.",
     ]

@@ -9,6 +9,7 @@ from ant_lightning.plotting.clusters import (
 )
 from ant_lightning.plotting.gaps import transfer_gap_bars
 from ant_lightning.plotting.images import image_grid, sample_grid
+from ant_lightning.plotting.page import stacked_page
 from ant_lightning.plotting.quality import quality_history
 from ant_lightning.plotting.tasks import cosine_heat_map, task_history, transfer_heat_map
 
@@ -24,6 +25,7 @@ __all__ = [
     "importance_density",
     "quality_history",
     "sample_grid",
+    "stacked_page",
     "task_history",
     "transfer_gap_bars",
     "transfer_heat_map",

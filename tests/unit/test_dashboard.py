@@ -1,12 +1,16 @@
 """What a reader of TensorBoard finds: charts in order, and a sentence for each."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tiny_digits import module, trainer
 
-from ant_lightning.callbacks import ConflictMonitor, Dashboard
+from ant_lightning.callbacks import ConflictMonitor, Dashboard, SampleGrid
 from ant_lightning.data import DigitsData
 
 
@@ -16,12 +20,13 @@ def events(tmp_path_factory):
     logger = TensorBoardLogger(folder)
     run = trainer(
         folder,
-        Dashboard(),
         ConflictMonitor(log_every_n_steps=1, probe_every_n_steps=1),
-        steps=1,
+        SampleGrid(num_images=10),
+        Dashboard(),
+        steps=2,
         logger=logger,
         log_every_n_steps=1,
-        val_check_interval=1,
+        val_check_interval=2,
         limit_val_batches=1,
     )
     run.fit(module(), DigitsData(batch_size=30))
@@ -60,3 +65,35 @@ def test_the_guide_has_a_sentence_for_everything(events):
     assert places == sorted(places)
     assert "vanilla" in text
     assert "task 2 = " in text
+
+
+def test_one_page_has_the_pictures_in_order(events):
+    assert "0_page/overview" in events.Tags()["images"]
+    assert min(events.Tags()["images"]) == "0_page/overview"
+    folder = Path(events.path)
+    with Image.open(folder / "0_page_overview.png") as file:
+        page = np.asarray(file)
+    drawn = ["1_samples_grid", "3_tasks_losses_and_weights", "4_conflict_gradient_cosines"]
+    top = 0
+    for name in drawn:
+        with Image.open(folder / f"{name}.png") as file:
+            picture = np.asarray(file.convert("RGB"))
+        height, width = picture.shape[:2]
+        top += 44  # its heading
+        left = (page.shape[1] - width) // 2
+        assert np.array_equal(page[top : top + height, left : left + width], picture), name
+        assert (page[top - 44 : top] < 100).any(), name
+        top += height
+    assert top == len(page)
+
+
+def test_an_evaluation_draws_the_cosines_of_a_training_without_one(tmp_path):
+    before = ConflictMonitor(log_every_n_steps=1, probe_every_n_steps=1)
+    run = trainer(tmp_path, before, steps=2, limit_val_batches=0)
+    run.fit(module(), DigitsData(batch_size=30))
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    picture = tmp_path / "4_conflict_gradient_cosines.png"
+    assert not picture.exists()
+    run = trainer(tmp_path, ConflictMonitor(), limit_val_batches=1)
+    run.validate(module(), DigitsData(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert picture.exists()

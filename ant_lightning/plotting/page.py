@@ -1,0 +1,43 @@
+"""Pictures that were drawn before, one below the other, each under its heading."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+__all__ = ["stacked_page"]
+
+_HEADING = 44  # pixels
+_FONT = 22
+
+
+def stacked_page(pictures: Mapping[str, Path]) -> NDArray[np.uint8]:
+    """One picture `[h, w, 3]` of image files under their headings, as wide as the widest.
+
+    Args:
+        pictures: Files by heading, from top to bottom.
+    """
+    opened = {}
+    for title, path in pictures.items():
+        with Image.open(path) as file:
+            opened[title] = file.convert("RGB")
+    width = max(picture.width for picture in opened.values())
+    height = sum(_HEADING + picture.height for picture in opened.values())
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(size=_FONT)
+    top = 0
+    for title, picture in opened.items():
+        draw.rectangle((0, top, width, top + _HEADING - 8), fill=(235, 239, 244))
+        draw.text((12, top + 6), title, fill=(20, 20, 20), font=font)
+        page.paste(picture, ((width - picture.width) // 2, top + _HEADING))
+        top += _HEADING + picture.height
+    return np.asarray(page)
