@@ -4,9 +4,10 @@ BIN := .venv/bin
 METHODS ?= vanilla linear uw pcgrad nash
 SEEDS ?= 0 1 2
 MODEL ?= dit
+DATASET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare ntg test check bench clean
+.PHONY: help install demo compare ntg tables test check bench clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -29,6 +30,9 @@ compare: .venv/installed  ## all methods at the same budget, 3 seeds, paired wit
 ntg: .venv/installed  ## the negative-transfer gap of five methods on the digits (half an hour)
 	$(BIN)/python -m ant_lightning.studies configs/studies/ntg.yaml --jobs 2
 	$(BIN)/python -m ant_lightning.studies.ntg runs/ntg
+
+tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with ROOT=its folder
+	$(BIN)/python -m ant_lightning.studies.tables --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --jobs 2
 
 test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n 2

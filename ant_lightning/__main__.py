@@ -20,6 +20,7 @@ __all__ = ["main"]
 
 HELP = """\
 usage: ant-lightning {fit,validate,test,predict,encode} --config FILE [--config FILE ...] [options]
+       ant-lightning report RUN_FOLDER
 
 Diffusion training as multi-task learning over clusters of timesteps.
 
@@ -29,6 +30,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
   predict    write images                  --ckpt_path FILE --samples.num_images 1000
                                            (PNG files; --samples.npz FILE.npz for one file)
   encode     write a cache of latents      --config configs/imagenet/encode.yaml
+  report     write report.md into the log folder of a run
 
 Configs are merged from left to right: a base, then one fragment for each choice, then options:
 
@@ -40,7 +42,7 @@ Configs are merged from left to right: a base, then one fragment for each choice
   ant-lightning fit --model.help DiTModule             the options of a class
   ant-lightning fit --config ... --print_config        the merged config, without running it
 """
-COMMANDS = ("fit", "validate", "test", "predict", "encode")
+COMMANDS = ("fit", "validate", "test", "predict", "encode", "report")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -67,9 +69,12 @@ def _run(arguments: Sequence[str]) -> int:
     from ant_lightning.cli import run  # noqa: PLC0415
     from ant_lightning.encode import run_encode  # noqa: PLC0415
     from ant_lightning.modules.peers import first_failure  # noqa: PLC0415
+    from ant_lightning.studies.report import run_report  # noqa: PLC0415
 
     try:
-        if arguments[0] == "encode":
+        if arguments[0] == "report":
+            run_report(arguments[1:])
+        elif arguments[0] == "encode":
             run_encode(arguments[1:])
         else:
             run(arguments)

@@ -3,6 +3,7 @@
 from ant_lightning.callbacks.affinity import TaskAffinity
 from ant_lightning.callbacks.checkpoints import Checkpoints
 from ant_lightning.callbacks.conflict import ConflictMonitor
+from ant_lightning.callbacks.cost import StepCost
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.excess_risk import ExcessRisk
 from ant_lightning.callbacks.generation import GenerationMetrics
@@ -24,6 +25,7 @@ __all__ = [
     "Reclustering",
     "SampleGrid",
     "SampleWriter",
+    "StepCost",
     "TaskAffinity",
     "TrainingProgress",
     "TransferMatrix",

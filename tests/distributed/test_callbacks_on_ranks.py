@@ -8,6 +8,7 @@ from tiny_runs import TinyData, module, trainer
 
 from ant_lightning.callbacks import (
     GenerationMetrics,
+    NegativeTransferGap,
     Reclustering,
     SampleWriter,
     TaskAffinity,
@@ -15,6 +16,8 @@ from ant_lightning.callbacks import (
 )
 from ant_lightning.diffusion import DDIM
 from ant_lightning.metrics import FeatureExtractor, Features
+
+INTERVAL = (0, 300)
 
 
 class Projection(FeatureExtractor):
@@ -48,12 +51,21 @@ def measured(rank, folder, ranks):
     )
     affinity = TaskAffinity(num_points=5, num_images=12, batch_size=5)
     transfer = TransferMatrix(num_images=8)
+    gap = NegativeTransferGap(
+        by_samples=[str(folder / "specialist.ckpt")],
+        intervals=[INTERVAL],
+        extractor=Projection(),
+        num_images=11,
+        num_draws=2,
+        num_resamples=3,
+        batch_size=4,
+    )
     npz = folder / f"{ranks}.npz"
     writer = SampleWriter(num_images=9, batch_size=2, npz=str(npz))
     settings = {"default_root_dir": folder / str(ranks), "limit_val_batches": 1.0}
     model = module("vanilla", sampler=DDIM(num_steps=2))
     data = TinyData(batch_size=6)  # several batches for each rank
-    callbacks = [seen, metrics, affinity, transfer]
+    callbacks = [seen, metrics, affinity, transfer, gap]
     run = trainer(ranks=ranks, callbacks=callbacks, **settings)
     run.validate(model, data, verbose=False)
     logged = {name: float(value) for name, value in run.callback_metrics.items()}
@@ -66,11 +78,15 @@ def measured(rank, folder, ranks):
         "logged": logged if rank == 0 else None,
         "affinity": affinity.result.half_dots,
         "transfer": transfer.matrix,
+        "gap": gap.result.gaps[0],
         "images": np.load(npz)["arr_0"],
     }
 
 
 def test_two_ranks_measure_and_write_what_one_does(tmp_path):
+    specialist = trainer(steps=1)
+    specialist.fit(module("vanilla", train_interval=INTERVAL), TinyData())
+    specialist.save_checkpoint(tmp_path / "specialist.ckpt")
     (one,) = run_ranks(measured, 1, tmp_path / "one", tmp_path, 1)
     two = run_ranks(measured, 2, tmp_path / "two", tmp_path, 2)
     assert {"fid", "kid", "inception_score", "precision", "fid_train"} <= one["scores"].keys()
@@ -82,6 +98,9 @@ def test_two_ranks_measure_and_write_what_one_does(tmp_path):
         torch.testing.assert_close(rank["affinity"], one["affinity"], rtol=1e-4, atol=1e-9)
         torch.testing.assert_close(rank["transfer"], one["transfer"], rtol=1e-5, atol=1e-8)
         assert np.array_equal(rank["images"], one["images"])
+        for name in ("loss_gap", "fid_gap", "multitask_fid"):
+            ours, theirs = getattr(rank["gap"], name), getattr(one["gap"], name)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7, err_msg=name)
     assert two[0]["logged"]["val/fid"] == np.float32(one["logged"]["val/fid"])
     assert len(list((tmp_path / "cache_2").iterdir())) == 2
 

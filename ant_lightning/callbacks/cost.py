@@ -1,0 +1,82 @@
+"""What a training step costs: time and memory, into a file."""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+
+from ant_lightning.callbacks.figures import log_folder
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ant_lightning.modules import MultiTaskDiffusion
+
+__all__ = ["StepCost"]
+
+
+class StepCost(L.Callback):
+    """Writes `step_cost.json` into the log folder when training ends.
+
+    It has `iterations_per_second` (of the mean over steps, since methods that refresh now and
+    then have two kinds of step), `median_step_seconds`, `num_steps` timed and `peak_memory_gb`: the
+    most that PyTorch had allocated on the GPU, or without one the largest resident size of the
+    process, imports included. Loading of data and validation do not count.
+
+    Args:
+        skip_steps: First steps that are not timed.
+
+    Raises:
+        ConfigError: If `skip_steps` is below 0.
+    """
+
+    def __init__(self, *, skip_steps: int = 10) -> None:
+        if skip_steps < 0:
+            raise ConfigError(f"StepCost.skip_steps: must be 0 or more, found {skip_steps}")
+        self.skip_steps = skip_steps
+        self._seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        _wait(trainer)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        _wait(trainer)
+        self._seconds.append(time.perf_counter() - self._start)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+        """Write what was seen."""
+        timed = self._seconds[self.skip_steps :]
+        if not timed or not trainer.is_global_zero:
+            return
+        device = pl_module.device
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            peak = torch.cuda.max_memory_allocated(device)
+        else:  # in bytes on macOS, in KiB elsewhere
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            peak *= 1 if sys.platform == "darwin" else 1024
+        row = {
+            "iterations_per_second": len(timed) / sum(timed),
+            "median_step_seconds": statistics.median(timed),
+            "num_steps": len(timed),
+            "peak_memory_gb": peak / 1e9,
+            "memory_of": torch.cuda.get_device_name(device) if on_gpu else "process, no GPU",
+        }
+        (log_folder(trainer) / "step_cost.json").write_text(json.dumps(row) + "\n")
+
+
+def _wait(trainer: L.Trainer) -> None:
+    """A GPU works on after the call returns."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

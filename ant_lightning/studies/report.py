@@ -1,0 +1,197 @@
+"""`ant-lightning report RUN_FOLDER`: what a run did and found, as `report.md` in its folder.
+
+It reads what is there (`config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
+`task_affinity.npz`, `negative_transfer.npz`, `generation_metrics.jsonl`, `1_samples_grid.png`) and
+leaves out what is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from ant_lightning.analysis import AffinityResult, TransferGapResult
+from ant_lightning.backbones.checkpoint_files import read_checkpoint
+from ant_lightning.clustering import TimestepClusters
+from ant_lightning.errors import ConfigError
+from ant_lightning.plotting import affinity_heat_maps, clusterings_figure, transfer_gap_bars
+from ant_lightning.studies.ntg import gap_table
+from ant_lightning.studies.run_curves import curves_figure, read_curves
+from ant_lightning.studies.text_table import TextTable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
+__all__ = ["run_report", "write_report"]
+
+
+def run_report(args: Sequence[str]) -> None:
+    """Write the report of each folder and print where it is.
+
+    Raises:
+        ConfigError: If a folder is not that of a run.
+    """
+    parser = argparse.ArgumentParser(prog="ant-lightning report")
+    parser.add_argument("folders", type=Path, nargs="+", help="log folders of runs")
+    for folder in parser.parse_args(args).folders:
+        print(write_report(folder))
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.md` and its figures into a run's log folder; returns its path.
+
+    Raises:
+        ConfigError: If the folder has no `config.yaml`, or a file in it cannot be read.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"report: must be the log folder of a run, with config.yaml: {folder}")
+    text = (folder / "config.yaml").read_text()
+    config = yaml.safe_load(text)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if not checkpoint.is_file():  # an evaluation names the one that it read
+        checkpoint = Path(config.get("ckpt_path") or checkpoint)
+    state = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
+    parts = [
+        f"# Run {folder.resolve().name}\n\n{_summary(config, state).markdown()}",
+        _scores(folder),
+        _samples(folder),
+        _curves(folder),
+        _clusters(folder, config, state),
+        _affinity(folder),
+        _transfer(folder),
+        f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
+    ]
+    path = folder / "report.md"
+    path.write_text("\n".join(part for part in parts if part))
+    return path
+
+
+def _summary(config: dict[str, Any], state: Any) -> TextTable:  # noqa: ANN401 - a checkpoint
+    model, data = config["model"], config["data"]
+    init = model.get("init_args") or {}
+    weights = {n: t for n, t in (state.get("state_dict") or {}).items() if n.startswith("backbone")}
+    rows = [
+        ["model", _name(model)],
+        ["backbone", _name(init.get("backbone"))],
+        ["data", _name(data)],
+        ["batch size", str((data.get("init_args") or {}).get("batch_size", ""))],
+        ["balancer", _name(init.get("balancer")) or "none (vanilla)"],
+        ["clustering", _name(init.get("clustering"))],
+        ["schedule", _name(init.get("schedule"))],
+        ["prediction", str(init.get("prediction_type", ""))],
+        ["train interval", str(init.get("train_interval") or "all timesteps")],
+        ["seed", str(config.get("seed_everything"))],
+    ]
+    if weights:
+        rows.insert(2, ["parameters", f"{sum(w.numel() for w in weights.values()):,}"])
+        rows.append(["optimizer steps", str(state["global_step"])])
+    return TextTable("Run", ["", ""], rows)
+
+
+def _name(setting: Any) -> str:  # noqa: ANN401 - a part of a config
+    if isinstance(setting, dict):
+        return str(setting.get("class_path", "")).rpartition(".")[2]
+    return str(setting or "")
+
+
+def _scores(folder: Path) -> str:
+    path = folder / "generation_metrics.jsonl"
+    if not path.is_file():
+        return ""
+    last = json.loads(path.read_text().splitlines()[-1])
+    rows = [[name, f"{value:.4g}"] for name, value in last["scores"].items()]
+    table = TextTable("Scores", ["score", "value"], rows)
+    about = ", ".join(
+        f"{name} {last[name]}"
+        for name in ("step", "extractor", "reference", "sampler", "guidance_scale", "seed")
+        if name in last
+    )
+    return f"## Quality\n\n{about}.\n\n{table.markdown()}"
+
+
+def _samples(folder: Path) -> str:
+    if not (folder / "1_samples_grid.png").is_file():
+        return ""
+    return "## Samples\n\n![Generated images beside real ones](1_samples_grid.png)\n"
+
+
+def _curves(folder: Path) -> str:
+    curves = read_curves(folder)
+    figure = curves_figure(curves)
+    if figure is None:
+        return ""
+    ends = [
+        [name, str(len(points)), str(points[-1][0]), f"{points[-1][1]:.4g}"]
+        for name, points in sorted(curves.items())
+        if not name.startswith("ntg/")  # they have a table of their own
+    ]
+    table = TextTable("Curves", ["curve", "points", "last step", "last value"], ends)
+    return f"## Curves\n\n{_saved(figure, folder, 'report_curves')}\n{table.markdown()}"
+
+
+def _clusters(folder: Path, config: dict[str, Any], state: Any) -> str:  # noqa: ANN401
+    boundaries = (state.get("ant_lightning") or {}).get("boundaries")
+    log_snr = _log_snr((config["model"].get("init_args") or {}).get("schedule"))
+    if boundaries is None or log_snr is None:
+        return ""
+    clusters = TimestepClusters(boundaries)
+    rows = [
+        [str(task), f"{a}-{b - 1}", f"{float(log_snr[b - 1]):.2f} to {float(log_snr[a]):.2f}"]
+        for task, (a, b) in enumerate(pairwise(boundaries))
+    ]
+    table = TextTable("Clusters", ["task", "timesteps", "log-SNR"], rows)
+    figure = clusterings_figure({"clusters": clusters}, log_snr)
+    return f"## Clusters\n\n{_saved(figure, folder, 'report_clusters')}\n{table.markdown()}"
+
+
+def _log_snr(setting: dict[str, Any] | None) -> torch.Tensor | None:
+    """Of one of our own schedules; another's class is not imported from a file."""
+    from ant_lightning import diffusion  # noqa: PLC0415 - beside its only use
+
+    name = _name(setting)
+    kind = getattr(diffusion, name, None)
+    if (
+        setting is None
+        or setting["class_path"] != f"ant_lightning.diffusion.{name}"
+        or kind is None
+    ):
+        return None
+    return diffusion.DiffusionProcess(kind(**(setting.get("init_args") or {}))).log_snr
+
+
+def _affinity(folder: Path) -> str:
+    if not (folder / "task_affinity.npz").is_file():
+        return ""
+    result = AffinityResult.load(folder / "task_affinity.npz")
+    axis = "timestep" if result.log_snr is None else "log_snr"
+    figure = affinity_heat_maps(result, axis=axis)  # type: ignore[arg-type]
+    return (
+        f"## Task affinity\n\n{_saved(figure, folder, 'report_affinity')}\n"
+        f"Lowest split-half reliability {float(result.reliability.min()):.2f}.\n"
+    )
+
+
+def _transfer(folder: Path) -> str:
+    if not (folder / "negative_transfer.npz").is_file():
+        return ""
+    result = TransferGapResult.load(folder / "negative_transfer.npz")
+    figure = transfer_gap_bars({"this run": result})
+    table = gap_table({"this run": result})
+    return (
+        f"## Negative-transfer gap\n\n{_saved(figure, folder, 'report_negative_transfer')}\n"
+        f"Below 0 is negative transfer: a model of the interval alone is better there.\n\n"
+        f"{table.markdown()}"
+    )
+
+
+def _saved(figure: Figure, folder: Path, name: str) -> str:
+    figure.savefig(folder / f"{name}.png")
+    return f"![{name.removeprefix('report_').replace('_', ' ')}]({name}.png)\n"

@@ -1,0 +1,93 @@
+"""The curves of a run from TensorBoard's event files, as numbers and as one figure."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+__all__ = ["curves_figure", "read_curves"]
+
+Curve = list[tuple[int, float]]
+# Title of a panel and the curves in it.
+_PANELS = {
+    "loss": r"(train|val)/loss",
+    "loss of each task (held out)": r"val/task_\d+/loss",
+    "effective weight of each task": r"train/task_\d+/weight",
+    "FID": r"val/fid(_real|_train)?",
+    "gradient": r"train/grad_norm",
+    "conflicting pairs of tasks": r"train/conflicting_pairs",
+}
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """Every scalar of the event files in a folder, `[(step, value), ...]` in the order of steps.
+
+    Of a step that was logged more than once (a resumed run) the last value is kept.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - slow
+        LegacyEventFileLoader,
+    )
+    from tensorboard.util.tensor_util import make_ndarray  # noqa: PLC0415
+
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("events.out.tfevents*")):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.WhichOneof("value") == "simple_value":
+                    number = value.simple_value
+                elif value.metadata.plugin_data.plugin_name == "scalars":
+                    number = float(make_ndarray(value.tensor))
+                else:
+                    continue
+                found.setdefault(value.tag, {})[event.step] = number
+    return {name: sorted(points.items()) for name, points in found.items()}
+
+
+def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:
+    """A panel for each subject of which there are curves; None if there is none."""
+    chosen = {
+        title: [name for name in sorted(curves) if re.fullmatch(pattern, name)]
+        for title, pattern in _PANELS.items()
+    }
+    shown = {title: names for title, names in chosen.items() if names}
+    if not shown:
+        return None
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(4 * columns, 3.1 * rows), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (title, names) in zip(axes, shown.items(), strict=False):
+        _panel(axis, title, names, curves)
+    for axis in axes[len(shown) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def _panel(axis: Axes, title: str, names: Sequence[str], curves: Mapping[str, Curve]) -> None:
+    colors = colormaps["viridis"](np.linspace(0, 0.85, len(names)))
+    lowest = math.inf
+    for name, color in zip(names, colors, strict=True):
+        steps, values = zip(*curves[name], strict=True)
+        marker = "o" if len(steps) < 20 else ""
+        axis.plot(
+            steps, values, marker=marker, markersize=3, linewidth=1.2, color=color, label=name
+        )
+        lowest = min(lowest, *values)
+    if lowest > 0:
+        axis.set_yscale("log")
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel("optimizer step", fontsize=8)
+    axis.tick_params(labelsize=7, which="both")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=6)
