@@ -43,10 +43,11 @@ check: .venv/installed  ## lint, format, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/installed  ## time balancers, every method against vanilla, networks and loaders
+bench: .venv/installed  ## time balancers, every method against vanilla, networks, loaders, metrics, affinity
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.backbones
 	$(BIN)/python -m benchmarks.loaders
+	$(BIN)/python -m benchmarks.analysis
 
 clean:  ## remove what the other targets made
 	rm -rf .venv runs build *.egg-info

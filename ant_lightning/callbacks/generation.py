@@ -7,19 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
 
 from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import log_folder, save_figure
-from ant_lightning.callbacks.gathered import gather_features, real_statistics, with_shape
-from ant_lightning.data.module import to_uint8
+from ant_lightning.callbacks.gathered import real_statistics
+from ant_lightning.callbacks.generated import class_agreement, generated_features, num_generated
 from ant_lightning.errors import ConfigError
 from ant_lightning.metrics import (
     FeatureExtractor,
-    Features,
     GenerationScores,
     ReferenceStatistics,
-    collect_features,
     load_reference,
 )
 from ant_lightning.modules import StoredImages
@@ -125,13 +122,20 @@ class GenerationMetrics(L.Callback):
     ) -> None:
         self.extractor.to(pl_module.device)
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        generated, shape = self._generated(trainer, pl_module, self._num_images(trainer, pl_module))
+        generated, shape = generated_features(
+            trainer,
+            pl_module,
+            self.extractor,
+            num_images=num_generated(trainer, pl_module, self.num_images),
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
         if self._real is None and trainer.is_global_zero:
             warn_of_empty_classes(data, pl_module.num_classes)
         reference, train = self._references(trainer, data, shape)
         scorer = GenerationScores(k=self.k, seed=pl_module.seed if self.seed is None else self.seed)
         scores = scorer.score(generated, reference, train=train)
-        agreement = _class_agreement(generated, pl_module.num_classes)
+        agreement = class_agreement(generated, pl_module.num_classes)
         if agreement is not None:
             scores["class_agreement"] = agreement
         self.last_scores = scores
@@ -144,24 +148,6 @@ class GenerationMetrics(L.Callback):
             self._append(trainer, pl_module, scores, prefix)
             if not isinstance(pl_module, StoredImages):
                 self._draw(trainer)
-
-    def _num_images(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion | StoredImages) -> int:
-        if isinstance(pl_module, StoredImages):
-            num_images = self.num_images or pl_module.num_images
-            if num_images > pl_module.num_images:
-                raise ConfigError(
-                    f"GenerationMetrics.num_images: {pl_module.path} holds "
-                    f"{pl_module.num_images} images, found {num_images}"
-                )
-        else:
-            held_out = trainer.datamodule.held_out_images  # type: ignore[attr-defined]
-            num_images = self.num_images or len(held_out)
-        if num_images < trainer.world_size:
-            raise ConfigError(
-                f"GenerationMetrics.num_images: each of the {trainer.world_size} ranks needs an "
-                f"image, found {num_images}"
-            )
-        return num_images
 
     def _references(
         self, trainer: L.Trainer, data: ImageDataModule, shape: tuple[int, int, int]
@@ -194,21 +180,6 @@ class GenerationMetrics(L.Callback):
         logger = trainer.logger
         logs = None if logger is None else logger.save_dir
         return None if logs is None else Path(logs) / "reference_cache"
-
-    def _generated(
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion | StoredImages, num_images: int
-    ) -> tuple[Features, tuple[int, int, int]]:
-        """Features of the images of all ranks, in the order of their index; shape of one image."""
-        ranks, rank, size = trainer.world_size, trainer.global_rank, self.batch_size
-        if isinstance(pl_module, StoredImages):
-            images = pl_module.batches(num_images, first=rank, every=ranks, batch_size=size)
-        else:
-            mine = range(rank, num_images, ranks)
-            batches = (mine[i : i + size] for i in range(0, len(mine), size))
-            images = (to_uint8(pl_module.sample(batch, seed=self.seed)) for batch in batches)
-        shapes: list[tuple[int, int, int]] = []
-        own = collect_features(with_shape(images, shapes), self.extractor)
-        return gather_features(own, num_images), shapes[0]
 
     def _append(
         self,
@@ -245,11 +216,3 @@ class GenerationMetrics(L.Callback):
             explain="FID is good when it reaches the dashed line; much nearer to training images "
             "than held-out ones are is copying.",
         )
-
-
-def _class_agreement(generated: Features, num_classes: int) -> float | None:
-    """Share of images whose predicted class is index modulo the number of classes."""
-    if generated.logits is None or generated.logits.shape[1] != num_classes:
-        return None
-    asked = torch.arange(len(generated.logits)) % num_classes
-    return float((generated.logits.argmax(1) == asked).double().mean())
