@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["from_local", "full_tensor", "is_sharded", "local_part"]
+__all__ = ["from_full", "from_local", "full_tensor", "is_sharded", "local_part"]
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -49,3 +49,13 @@ def from_local(local: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(
         local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def from_full(full: Tensor, like: Tensor) -> Tensor:
+    """A tensor sharded as `like` is, cut from one that every rank has whole."""
+    if not is_sharded([like]) or is_sharded([full]):
+        return full
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(full, mesh, placements, src_data_rank=None)

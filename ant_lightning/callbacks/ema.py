@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
+from ant_lightning.balancing.shards import from_full, full_tensor, local_part
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules.sharding import reshard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,6 +53,9 @@ class EMA(L.Callback):
         """Start from the weights, unless a checkpoint brought averages."""
         self._bind(pl_module)
         self._last_step = trainer.global_step
+
+    # A strategy that shards the model loads the averages of a checkpoint later than that.
+    on_train_start = on_fit_start  # type: ignore[assignment]
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any, **kwargs: Any
@@ -124,11 +129,12 @@ class EMA(L.Callback):
     ) -> None:
         """A checkpoint that is written during an evaluation holds the live weights as well."""
         for name, weight in (self._live or {}).items():
-            checkpoint["state_dict"][f"backbone.{name}"] = weight
+            checkpoint["state_dict"][f"backbone.{name}"] = full_tensor(weight)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and how many updates made them."""
-        return {"averages": dict(self._averages), "num_updates": self.num_updates}
+        averages = {name: full_tensor(value) for name, value in self._averages.items()}
+        return {"averages": averages, "num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the averages of a checkpoint; they are bound to the model when it starts."""
@@ -144,7 +150,10 @@ class EMA(L.Callback):
             raise ConfigError("ckpt_path: its EMA weights are those of another backbone")
         start = self._averages or weights
         self._averages = {
-            name: start[name].detach().to(weight.device, torch.float32, copy=not self._averages)
+            name: from_full(
+                start[name].detach().to(weight.device, torch.float32, copy=not self._averages),
+                weight,
+            )
             for name, weight in weights.items()
         }
 
@@ -158,6 +167,7 @@ class EMA(L.Callback):
 
     def _swap_out(self, pl_module: MultiTaskDiffusion) -> None:
         if self._live is not None:
+            reshard(pl_module)
             _copy(self._live, _weights(pl_module))
             self._live = None
 
@@ -182,4 +192,6 @@ def _weights(pl_module: MultiTaskDiffusion) -> dict[str, Tensor]:
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     names = list(target)
-    torch._foreach_copy_([target[n] for n in names], [source[n] for n in names])
+    torch._foreach_copy_(
+        [local_part(target[n]) for n in names], [local_part(source[n]) for n in names]
+    )

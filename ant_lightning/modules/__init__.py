@@ -7,6 +7,7 @@ from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.ldm import LDMModule
 from ant_lightning.modules.multitask import MultiTaskDiffusion
+from ant_lightning.modules.sharded_strategy import ShardedStrategy
 from ant_lightning.modules.stored_images import StoredImages
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "FirstStage",
     "LDMModule",
     "MultiTaskDiffusion",
+    "ShardedStrategy",
     "StoredImages",
 ]

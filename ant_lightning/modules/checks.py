@@ -11,6 +11,7 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from ant_lightning.balancing import GradientBalancer
 from ant_lightning.clustering import Clustering, GradientClustering
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -102,11 +103,12 @@ def check_strategy(strategy: Strategy) -> None:
         ConfigError: For a strategy that shards or wraps the model, or whose settings would be
             ignored because its own reduction never runs.
     """
-    works = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy))
+    works = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy))
     if not works or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
         raise ConfigError(
-            "trainer.strategy: task gradients are taken on whole parameters, so it must be 'auto' "
-            f"or 'ddp', found {type(strategy).__name__}"
+            "trainer.strategy: task gradients are taken and summed by the training step, so it "
+            "must be 'auto', 'ddp' or (experimental) ant_lightning.modules.ShardedStrategy, "
+            f"found {type(strategy).__name__}"
         )
     if isinstance(strategy, DDPStrategy):
         ignored = ("ddp_comm_hook", "model_averaging_period")

@@ -12,6 +12,7 @@ from ant_lightning.balancing import default_reduction
 from ant_lightning.diffusion import GuidedDenoiser, denoising_loss
 from ant_lightning.modules.latents import holds_moments, sample_latents
 from ant_lightning.modules.peers import PeerWatch
+from ant_lightning.modules.sharding import gather_for_evaluation, reshard, shard_backbone
 from ant_lightning.randomness import ImageNoise
 
 if TYPE_CHECKING:
@@ -96,6 +97,21 @@ class DiffusionModule(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run has, also without the command line."""
         return [PeerWatch()]
+
+    def configure_model(self) -> None:
+        """Shard the backbone if the strategy is `ShardedStrategy`."""
+        shard_backbone(self)
+
+    def on_validation_start(self) -> None:
+        """Ranks may have unequally many batches: have the whole backbone on each."""
+        gather_for_evaluation(self)
+
+    def on_validation_end(self) -> None:
+        """Go back to shards."""
+        reshard(self)
+
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def losses(
         self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None

@@ -17,6 +17,7 @@ from ant_lightning.balancing import (
     multitask_backward,
     task_gradients,
 )
+from ant_lightning.balancing.shards import local_part
 from ant_lightning.clustering import Clustering, TimestepClusters
 from ant_lightning.diffusion import (
     DDPM,
@@ -35,10 +36,7 @@ from ant_lightning.modules.checks import (
 from ant_lightning.modules.draws import spread_order, step_noise
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
-from ant_lightning.modules.latents import (
-    bind_data,
-    load_initial_weights,
-)
+from ant_lightning.modules.latents import bind_data, load_initial_weights
 from ant_lightning.modules.ranks import check_ranks_agree
 from ant_lightning.modules.row_buffers import row_buffers
 from ant_lightning.modules.saved_state import restore_state, saved_state
@@ -349,7 +347,7 @@ class MultiTaskDiffusion(DiffusionModule):
             return
         self._num_skipped_in_a_row = 0
         if self.clip_grad_norm is not None:
-            grads = [p.grad for p in self.backbone.parameters() if p.grad is not None]
+            grads = [local_part(p.grad) for p in self.backbone.parameters() if p.grad is not None]
             factor = (self.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(grads, factor.to(grads[0].dtype))
         optimizer = self.optimizers()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.errors import DivergedRanksError
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def check_ranks_agree(module: MultiTaskDiffusion) -> None:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Every tensor of the state, the extra state included."""
-    return [value for value in module.state_dict().values() if isinstance(value, torch.Tensor)]
+    """Every tensor of the state that a rank has whole, the extra state included."""
+    values = module.state_dict().values()
+    return [v for v in values if isinstance(v, torch.Tensor) and not is_sharded([v])]
 
 
 def _bit_sums(tensors: list[Tensor]) -> Tensor:

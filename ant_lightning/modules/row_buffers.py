@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ant_lightning.balancing import (
-    DenseTaskGradients,
     GradientBalancer,
     PlacedTaskGradients,
     default_reduction,
 )
+from ant_lightning.balancing.differentiation import differentiation
 
 if TYPE_CHECKING:
+    from ant_lightning.balancing import DenseTaskGradients
     from ant_lightning.modules.multitask import MultiTaskDiffusion
 
 __all__ = ["row_buffers"]
@@ -22,5 +23,6 @@ def row_buffers(module: MultiTaskDiffusion) -> DenseTaskGradients | None:
     if not isinstance(module.balancer, GradientBalancer):
         return None
     shared = [p for p in module.backbone.parameters() if p.requires_grad]
-    kind = PlacedTaskGradients if module.placement == "sorted" else DenseTaskGradients
-    return kind(module.num_tasks, shared, reduction=default_reduction())
+    if module.placement == "sorted":
+        return PlacedTaskGradients(module.num_tasks, shared, reduction=default_reduction())
+    return differentiation(shared, default_reduction()).new_rows(module.num_tasks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.clustering import TimestepClusters
 from ant_lightning.errors import ConfigError
 
@@ -22,7 +23,7 @@ def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
         "boundaries": list(module.clusters.boundaries),
         "cluster_history": [(step, list(each)) for step, each in module.cluster_history],
         "num_skipped_steps": module.num_skipped_steps,
-        "backbone": type(module.backbone).__name__,
+        "backbone": _class_name(module),
         "prediction_type": module.process.prediction_type,
         "variance_type": module.process.variance_type,
         "schedule": schedule_summary(module),
@@ -55,7 +56,7 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
     history = history or [(0, tuple(saved["boundaries"]))]
     ours = {
         "model.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
-        "model.backbone": (type(module.backbone).__name__, saved["backbone"]),
+        "model.backbone": (_class_name(module), saved["backbone"]),
         "model.clustering (its boundaries)": (
             list(module.cluster_history[0][1]),
             list(history[0][1]),
@@ -73,3 +74,9 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
     module.clusters = TimestepClusters(history[-1][1])
     module.num_skipped_steps = saved["num_skipped_steps"]
     module.trained_steps = checkpoint["global_step"]
+
+
+def _class_name(module: MultiTaskDiffusion) -> str:
+    """That of the backbone; FSDP2 puts a class of its own in front of it."""
+    kind = type(module.backbone)
+    return (kind.__bases__[-1] if is_sharded(module.backbone.parameters()) else kind).__name__

@@ -137,26 +137,11 @@ def test_a_hang_is_a_failure(tmp_path):
         run_ranks(hangs_on_one, 2, tmp_path, limit=3.0)
 
 
-def test_sharding_strategies_are_refused():
-    run = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        strategy=ModelParallelStrategy(),
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-    )
-    try:
-        with pytest.raises(ConfigError, match=r"trainer\.strategy.*'ddp'.*ModelParallelStrategy"):
-            run.fit(module("pcgrad"), datamodule=TinyData())
-    finally:  # other tests must not see the process group that the strategy made
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize(
     ("strategy", "words"),
     [
         (FSDPStrategy(), ["trainer.strategy", "FSDPStrategy"]),
+        (ModelParallelStrategy(), ["ShardedStrategy", "found ModelParallelStrategy"]),
         (DDPStrategy(ddp_comm_hook=fp16_compress_hook), ["ddp_comm_hook", "fp16_compress_hook"]),
     ],
 )

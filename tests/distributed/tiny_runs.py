@@ -110,13 +110,13 @@ def module(method, *, kind=DiTModule, **settings):
     )
 
 
-def trainer(*, ranks=1, steps=5, callbacks=(), **settings):
+def trainer(*, ranks=1, steps=5, callbacks=(), strategy=None, **settings):
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     settings = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0} | settings
     return L.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy=strategy or ("ddp" if ranks > 1 else "auto"),
         max_steps=steps,
         max_epochs=-1,
         enable_progress_bar=False,

@@ -1,0 +1,96 @@
+"""Lightning's strategy for FSDP2, with checkpoints that any number of ranks can read."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+__all__ = ["ShardedStrategy"]
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Parameters, gradients, averages and optimizer state in shards over all ranks (experimental).
+
+    A checkpoint is one file with whole tensors, the same as that of one process or of DDP: either
+    can go on from the other's. `ModelParallelStrategy` itself loses the extra state of modules
+    when it reads such a file, and numbers the parameters in its own way.
+
+    Args:
+        timeout: Seconds that ranks wait for each other in a collective.
+    """
+
+    def __init__(self, *, timeout: float = 1800.0) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            timeout=timedelta(seconds=timeout),
+        )
+
+    def setup_environment(self) -> None:
+        """All ranks share one dimension of the mesh."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Whole tensors on rank 0, numbered as the optimizer of one process numbers them."""
+        from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415 - a second
+            StateDictOptions,
+            get_optimizer_state_dict,
+        )
+
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        found = get_optimizer_state_dict(self.model, optimizer, options=options)
+        if not found:
+            return found
+        numbers = {name: i for i, name in enumerate(self._names(optimizer))}
+        return _renamed(found, numbers)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Every rank reads the file and keeps its shards."""
+        from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
+
+        assert self.model is not None
+        checkpoint: dict[str, Any] = torch.load(
+            checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only
+        )
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        states = checkpoint.get("optimizer_states", [])
+        for optimizer, state in zip(self.optimizers, states, strict=False):
+            names = dict(enumerate(self._names(optimizer)))
+            set_optimizer_state_dict(self.model, optimizer, _renamed(state, names), options=options)
+        return checkpoint
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Names of the optimizer's parameters in its own order."""
+        assert self.model is not None
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    """The state of an optimizer with other names of the parameters."""
+    return {
+        "state": {names[key]: value for key, value in state["state"].items()},
+        "param_groups": [
+            group | {"params": [names[key] for key in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }

@@ -1,0 +1,121 @@
+"""FSDP2 through the real Trainer: training, averages, evaluation and checkpoints."""
+
+import pytest
+import torch
+from rank_processes import run_ranks
+from tiny_runs import METHODS, TinyData, module, sgd, trainer
+
+from ant_lightning.balancing.shards import full_tensor, is_sharded
+from ant_lightning.callbacks import EMA, Checkpoints
+from ant_lightning.errors import ConfigError
+from ant_lightning.modules import ShardedStrategy
+
+
+def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **settings):
+    """Train and validate; what the run ends with."""
+    precision = settings.pop("precision", "32-true")
+    batch_size = settings.pop("batch_size", 20)
+    model, ema = module(method, **settings), EMA(decay=0.9)
+    callbacks = [ema]
+    if folder is not None:
+        callbacks.append(Checkpoints(dirpath=folder, every_n_train_steps=3, save_last=True))
+    fit = trainer(
+        ranks=ranks,
+        steps=steps,
+        callbacks=callbacks,
+        precision=precision,
+        limit_val_batches=1.0,
+        val_check_interval=3,
+        check_val_every_n_epoch=None,
+        enable_checkpointing=folder is not None,
+        strategy=ShardedStrategy() if sharded else None,
+    )
+    fit.fit(model, datamodule=TinyData(batch_size=batch_size), ckpt_path=resume)
+    parameters = dict(model.backbone.named_parameters())
+    assert is_sharded(parameters.values()) == sharded
+    return {
+        "weights": {n: full_tensor(p) for n, p in parameters.items()},
+        "averages": ema.state_dict()["averages"],
+        "balancer": str(model.balancer.state_dict()) if model.balancer else "",
+        "grad_norm": float(model.last_report.grad_norm),
+        "val/loss": float(fit.callback_metrics["val/loss"]),
+        "step": fit.global_step,
+    }
+
+
+LOW = {"precision": "bf16-mixed", "optimizer": sgd, "batch_size": 8}
+
+
+def every_method(rank, folder):
+    exact = {name: run(2, name) for name in METHODS}
+    low = {name: run(2, name, accumulate_grad_batches=4, **LOW) for name in ("uw", "pcgrad")}
+    whole = run(2, "nash", folder / "whole", steps=6)
+    run(2, "nash", folder / "parts", steps=3)
+    last = next((folder / "parts").glob("last.ckpt"))
+    return exact, low, whole, run(2, "nash", resume=last, steps=6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fsdp2")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    return run_ranks(every_method, 2, folder / "ranks", folder, limit=110)
+
+
+def largest_difference(a, b):
+    return max(float((a[name] - b[name]).abs().max()) for name in b)
+
+
+def check_equal(ranks, one):
+    for found in ranks:
+        assert largest_difference(found["weights"], one["weights"]) < 1e-6
+        assert largest_difference(found["averages"], one["averages"]) < 1e-6
+        assert found["balancer"] == ranks[0]["balancer"]
+        assert found["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert found["val/loss"] == pytest.approx(one["val/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_sharded_ranks_train_as_one_process_does(two_ranks, method):
+    check_equal([exact[method] for exact, *_ in two_ranks], run(1, method, sharded=False))
+
+
+@pytest.mark.parametrize("method", ["uw", "pcgrad"])
+def test_in_bf16_mixed(two_ranks, method):
+    one = run(1, method, sharded=False, accumulate_grad_batches=8, **LOW)
+    check_equal([low[method] for _, low, *_ in two_ranks], one)
+
+
+def test_a_sharded_run_resumes_to_the_last_bit(two_ranks):
+    for *_, whole, resumed in two_ranks:
+        assert resumed["step"] == whole["step"] == 6
+        assert resumed["balancer"] == whole["balancer"]
+        for name in ("weights", "averages"):
+            assert largest_difference(resumed[name], whole[name]) == 0
+
+
+def test_one_process_goes_on_from_a_sharded_checkpoint(two_ranks, folder):
+    last = next((folder / "parts").glob("last.ckpt"))
+    one = run(1, "nash", folder / "one", resume=last, steps=6, sharded=False)
+    whole = two_ranks[0][2]
+    assert largest_difference(one["weights"], whole["weights"]) < 1e-6
+    assert largest_difference(one["averages"], whole["averages"]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision", "words"),
+    [
+        ({"placement": "sorted"}, "32-true", r"model\.placement.*'spread'"),
+        ({}, "bf16-true", r"trainer\.precision.*found bf16-true"),
+    ],
+)
+def test_what_does_not_go_with_shards_is_refused(settings, precision, words):
+    fit = trainer(strategy=ShardedStrategy(), precision=precision)
+    try:
+        with pytest.raises(ConfigError, match=words):
+            fit.fit(module("pcgrad", **settings), datamodule=TinyData())
+    finally:  # other tests must not see the process group that the strategy made
+        torch.distributed.destroy_process_group()
