@@ -71,7 +71,8 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         if now != then:
             raise ConfigError(f"{name}: the checkpoint has {then}, the settings say {now}")
     module.cluster_history = history
-    module.clusters = TimestepClusters(history[-1][1])
+    if len(history) > 1:
+        module.clusters = TimestepClusters(history[-1][1])
     module.num_skipped_steps = saved["num_skipped_steps"]
     module.trained_steps = checkpoint["global_step"]
 

@@ -19,11 +19,12 @@ groups:                                  # run in this order, as far as cells ne
       - [validate, "@base", "--ckpt_path=<vanilla/seed{seed}>/checkpoints/last.ckpt"]
 ```
 
-In every text `{axis}` is the cell's level, `<>` the cell's folder (which is also the log folder of
-its runs), and `<name>` the folder of another cell: a cell that names another is run after it, and
-again if the other one's settings change. A command is one of the command line (`fit`, `validate`,
-`test`, `predict`, `encode`), or a Python module whose `main(args)` is called, such as
-`ant_lightning.studies.choose`.
+"@first:method" is a part with lists for some levels of `method`, and nothing for the others; a
+command of nothing is left out. In every text `{axis}` is the cell's level, `<>` the cell's folder
+(which is also the log folder of its runs), and `<name>` the folder of another cell: a cell that
+names another is run after it, and again if the other one's settings change. A command is one of the
+command line (`fit`, `validate`, `test`, `predict`, `encode`), or a Python module whose `main(args)`
+is called, such as `ant_lightning.studies.choose`.
 """
 
 from __future__ import annotations
@@ -151,13 +152,14 @@ def _expand(
         if not text.startswith("@"):
             yield _with_levels(text, axes)
             continue
-        part = parts.get(text[1:])
+        name, _, axis = text[1:].partition(":")
+        part, level = parts.get(name), axes.get(axis or name)
         if isinstance(part, dict):
-            part = part.get(axes.get(text[1:]))
+            part = part.get(level, [] if axis else None)
         if not isinstance(part, list):
             raise ConfigError(
                 f"study: {text} must be one of parts {sorted(parts)}, with a list for the level "
-                f"{axes.get(text[1:])!r}, found none"
+                f"{level!r}, found none"
             )
         yield from _expand(part, axes, parts)
 
