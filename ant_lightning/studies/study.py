@@ -130,7 +130,8 @@ def _drafts(group: Mapping[str, Any], parts: Mapping[str, Any]) -> Iterable[Cell
     axes: dict[str, list[Any]] = group.get("axes") or {}
     for levels in product(*axes.values()):
         cell_axes = dict(zip(axes, levels, strict=True))
-        commands = tuple(tuple(_expand(command, cell_axes, parts)) for command in group["commands"])
+        expanded = (tuple(_expand(command, cell_axes, parts)) for command in group["commands"])
+        commands = tuple(command for command in expanded if command)
         name = _with_levels(group["cell"], cell_axes)
         named = {m for command in commands for arg in command for m in FOLDER.findall(arg)}
         yield Cell(

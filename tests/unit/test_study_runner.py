@@ -60,13 +60,21 @@ def test_cells_run_after_what_they_need_and_only_once(tmp_path):
         **{f"{s}/large": 10 for s in (0, 1)},
         **{f"sum/{s}": 11 for s in (0, 1)},
     }
-    row = read_rows(tmp_path / "results.jsonl")[0]
+    rows = {row["cell"]: row for row in read_rows(tmp_path / "results.jsonl")}
+    row = rows["0/small"]
     assert row["axes"] == {"seed": 0, "size": "small"}
     assert row["commit"]
     assert "1 threads" in row["machine"]
     assert len(row["seconds"]) == 2
     assert run(CONTENT, tmp_path)[1][0].startswith("0 of 6 cells")
     assert calls(tmp_path, "0/small") == [["nothing", "value"]]
+
+
+def test_a_part_may_be_for_some_levels_alone():
+    content = changed(commands=[["@first:size"], ["@value", "@size"]])
+    content["parts"] = {**CONTENT["parts"], "first": {"large": [COMMAND, "<>", "nothing"]}}
+    cells = Study.of(content).cells
+    assert [len(cells[f"0/{size}"].commands) for size in ("small", "large")] == [1, 2]
 
 
 def test_a_pattern_runs_what_its_cells_need(tmp_path):
