@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ant_lightning.backbones.layers import check_images, run_block, timestep_embedding
+from ant_lightning.backbones.layers import arrange, check_images, run_block, timestep_embedding
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ class DiT(nn.Module):
             and ``labels`` may be left out.
         learn_sigma: the output has twice the channels, the second half for the variance.
         gradient_checkpointing: recompute each block in the backward pass.
+        compiled: run through ``torch.compile``, which compiles at the first call.
 
     Attributes:
         out_channels: channels of the output.
@@ -205,6 +206,7 @@ class DiT(nn.Module):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if patch_size < 1 or input_size < 1 or input_size % patch_size:
@@ -252,6 +254,7 @@ class DiT(nn.Module):
             hidden_size=hidden_size, patch_size=patch_size, out_channels=self.out_channels
         )
         self.reset_parameters()
+        arrange(self, compiled=compiled)
 
     def reset_parameters(self) -> None:
         """Xavier-uniform linear maps, normal embeddings, zero modulation and output (adaLN-Zero).

@@ -37,6 +37,7 @@ class _Preset(Protocol):
         learn_sigma: bool = True,
         class_dropout_prob: float = 0.1,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> DiT: ...
 
 
@@ -52,6 +53,7 @@ def _preset(size: str, patch_size: int) -> _Preset:
         learn_sigma: bool = True,
         class_dropout_prob: float = 0.1,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
     ) -> DiT:
         return DiT(
             input_size=input_size,
@@ -64,6 +66,7 @@ def _preset(size: str, patch_size: int) -> _Preset:
             num_classes=num_classes,
             learn_sigma=learn_sigma,
             gradient_checkpointing=gradient_checkpointing,
+            compiled=compiled,
         )
 
     # A configuration file names a preset by module and name, so these must be its own.
@@ -77,6 +80,7 @@ def _preset(size: str, patch_size: int) -> _Preset:
         learn_sigma: twice the output channels, the second half for the variance.
         class_dropout_prob: above 0, the label table has a null class.
         gradient_checkpointing: recompute each block in the backward pass.
+        compiled: run through ``torch.compile``, which compiles at the first call.
     """
     return build
 

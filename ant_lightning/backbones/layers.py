@@ -14,7 +14,7 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["check_images", "run_block", "timestep_embedding", "zeroed"]
+__all__ = ["arrange", "check_images", "run_block", "timestep_embedding", "zeroed"]
 
 Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
 
@@ -84,6 +84,20 @@ def run_block(
     # Non-reentrant: the only form that works with torch.autograd.grad, which ANT's step calls.
     output = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=preserve_rng)
     return output
+
+
+def arrange(network: nn.Module, *, channels_last: bool = False, compiled: bool) -> None:
+    """Set how a finished network runs, in place: names and state dict stay.
+
+    Args:
+        network: the network.
+        channels_last: give convolutions that layout; they hand it on to feature maps.
+        compiled: run through ``torch.compile``.
+    """
+    if channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compiled:
+        network.compile()
 
 
 def zeroed(layer: Convolution) -> Convolution:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.backbones.layers import check_images, run_block, timestep_embedding, zeroed
+from ant_lightning.backbones.layers import (
+    arrange,
+    check_images,
+    run_block,
+    timestep_embedding,
+    zeroed,
+)
 from ant_lightning.backbones.unet_blocks import Downsample, Stage, Upsample
 from ant_lightning.backbones.unet_factory import LayerFactory
 from ant_lightning.errors import ConfigError
@@ -74,6 +80,8 @@ class UNet(nn.Module):
         context_dim: features of a context token; needed with the spatial transformer.
         dropout: probability of dropping a unit inside residual blocks.
         gradient_checkpointing: recompute each block in the backward pass.
+        channels_last: keep feature maps with the channels innermost, as GPUs convolve fastest.
+        compiled: run through ``torch.compile``, which compiles at the first call.
 
     Attributes:
         null_class: index of the null class, or None if there is none.
@@ -109,6 +117,8 @@ class UNet(nn.Module):
         context_dim: int | None = None,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         widths = _level_widths(model_channels, channel_mult)
@@ -201,6 +211,7 @@ class UNet(nn.Module):
             self.class_embedder = ClassEmbedder(
                 num_embeddings=num_embeddings, context_dim=context_dim
             )
+        arrange(self, channels_last=channels_last, compiled=compiled)
 
     def forward(
         self,

@@ -16,6 +16,8 @@ def adm_imagenet256(
     learn_sigma: bool = True,
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
+    channels_last: bool = False,
+    compiled: bool = False,
 ) -> UNet:
     """ADM at 256 pixels (``256x256_diffusion_uncond.pt``; with 1000 classes, the conditional one).
 
@@ -27,6 +29,8 @@ def adm_imagenet256(
         learn_sigma: twice the output channels, the second half for the variance.
         dropout: probability of dropping a unit inside residual blocks.
         gradient_checkpointing: recompute each block in the backward pass.
+        channels_last: keep feature maps with the channels innermost, as GPUs convolve fastest.
+        compiled: run through ``torch.compile``, which compiles at the first call.
 
     Reference:
         Dhariwal and Nichol, arXiv 2105.05233.
@@ -44,6 +48,8 @@ def adm_imagenet256(
         class_dropout_prob=class_dropout_prob,
         dropout=dropout,
         gradient_checkpointing=gradient_checkpointing,
+        channels_last=channels_last,
+        compiled=compiled,
     )
 
 
@@ -56,6 +62,8 @@ def adm_imagenet64(
     learn_sigma: bool = True,
     dropout: float = 0.1,
     gradient_checkpointing: bool = False,
+    channels_last: bool = False,
+    compiled: bool = False,
 ) -> UNet:
     """ADM at 64 pixels, class-conditional (``64x64_diffusion.pt``).
 
@@ -67,6 +75,8 @@ def adm_imagenet64(
         learn_sigma: twice the output channels, the second half for the variance.
         dropout: probability of dropping a unit inside residual blocks.
         gradient_checkpointing: recompute each block in the backward pass.
+        channels_last: keep feature maps with the channels innermost, as GPUs convolve fastest.
+        compiled: run through ``torch.compile``, which compiles at the first call.
 
     Reference:
         Dhariwal and Nichol, arXiv 2105.05233.
@@ -86,6 +96,8 @@ def adm_imagenet64(
         class_dropout_prob=class_dropout_prob,
         dropout=dropout,
         gradient_checkpointing=gradient_checkpointing,
+        channels_last=channels_last,
+        compiled=compiled,
     )
 
 
@@ -96,6 +108,8 @@ def adm_p2_light(
     learn_sigma: bool = True,
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
+    channels_last: bool = False,
+    compiled: bool = False,
 ) -> UNet:
     """The lightweight ADM of P2 weighting, for FFHQ and CelebA-HQ at 256 pixels.
 
@@ -105,6 +119,8 @@ def adm_p2_light(
         learn_sigma: twice the output channels, the second half for the variance.
         dropout: probability of dropping a unit inside residual blocks.
         gradient_checkpointing: recompute each block in the backward pass.
+        channels_last: keep feature maps with the channels innermost, as GPUs convolve fastest.
+        compiled: run through ``torch.compile``, which compiles at the first call.
 
     Reference:
         Choi et al., "Perception Prioritized Training of Diffusion Models", arXiv 2204.00227.
@@ -121,6 +137,8 @@ def adm_p2_light(
         resblock_updown=True,
         dropout=dropout,
         gradient_checkpointing=gradient_checkpointing,
+        channels_last=channels_last,
+        compiled=compiled,
     )
 
 
@@ -130,6 +148,8 @@ def ldm_ffhq256(
     model_channels: int = 224,
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
+    channels_last: bool = False,
+    compiled: bool = False,
 ) -> UNet:
     """LDM's UNet for FFHQ and CelebA-HQ at 256 pixels: 3-channel latents of 64 x 64 (f=4, VQ).
 
@@ -138,6 +158,8 @@ def ldm_ffhq256(
         model_channels: channels at the highest resolution; 224 for the published weights.
         dropout: probability of dropping a unit inside residual blocks.
         gradient_checkpointing: recompute each block in the backward pass.
+        channels_last: keep feature maps with the channels innermost, as GPUs convolve fastest.
+        compiled: run through ``torch.compile``, which compiles at the first call.
 
     Reference:
         Rombach et al., arXiv 2112.10752.
@@ -150,6 +172,8 @@ def ldm_ffhq256(
         num_head_channels=32,
         dropout=dropout,
         gradient_checkpointing=gradient_checkpointing,
+        channels_last=channels_last,
+        compiled=compiled,
     )
 
 
@@ -162,6 +186,8 @@ def ldm_cin256(
     context_dim: int = 512,
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
+    channels_last: bool = False,
+    compiled: bool = False,
 ) -> UNet:
     """LDM's class-conditional UNet for ImageNet at 256 pixels (``cin256-v2``).
 
@@ -174,6 +200,8 @@ def ldm_cin256(
         context_dim: features of the context token.
         dropout: probability of dropping a unit inside residual blocks.
         gradient_checkpointing: recompute each block in the backward pass.
+        channels_last: keep feature maps with the channels innermost, as GPUs convolve fastest.
+        compiled: run through ``torch.compile``, which compiles at the first call.
 
     Reference:
         Rombach et al., arXiv 2112.10752.
@@ -189,4 +217,6 @@ def ldm_cin256(
         context_dim=context_dim,
         dropout=dropout,
         gradient_checkpointing=gradient_checkpointing,
+        channels_last=channels_last,
+        compiled=compiled,
     )

@@ -140,10 +140,11 @@ def test_gradient_checkpointing_changes_no_gradient(case):
 
 @pytest.mark.parametrize("case", ["adm_updown_additive", "adm_conv_resample", "adm_classcond"])
 def test_channels_last_gives_the_same_output_in_channels_last(case):
-    model, _, arrays = filled(case, "fillB")
-    (x, *rest), _ = inputs(arrays, torch.float64)
-    model = model.to(memory_format=torch.channels_last)
+    info, arrays = load(case)
+    model = build({**info["config"], "channels_last": True}).double().eval()
+    fill_(model, "fillB")
+    args, _ = inputs(arrays, torch.float64)
     with torch.no_grad():
-        output = model(x.to(memory_format=torch.channels_last), *rest)
+        output = model(*args)
     assert output.is_contiguous(memory_format=torch.channels_last)
     np.testing.assert_allclose(output, arrays["fillB/forward/out64"], atol=1e-9, rtol=0)

@@ -114,6 +114,17 @@ def test_autocast_keeps_it_close_to_float32():
     assert (low - full).norm() < 0.05 * full.norm()
 
 
+def test_the_setting_compiles_in_place_and_keeps_names_and_outputs():
+    model, plain = randomised(tiny(depth=1, compiled=True)), randomised(tiny(depth=1))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert model._compiled_call_impl is not None
+    assert plain._compiled_call_impl is None
+    args = batch()
+    # Compilation itself takes a minute; the test below shows that the whole network is one graph.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        assert torch.equal(model(*args), plain(*args))
+
+
 def test_the_whole_network_compiles_as_one_graph():
     model = randomised(tiny(depth=1))
     args = batch()
