@@ -131,7 +131,7 @@ def _curves(folder: Path) -> str:
     ends = [
         [name, str(len(points)), str(points[-1][0]), f"{points[-1][1]:.4g}"]
         for name, points in sorted(curves.items())
-        if not name.startswith("ntg/")  # they have a table of their own
+        if name.startswith("train/") or name.endswith("loss")  # the others have tables above, below
     ]
     table = TextTable("Curves", ["curve", "points", "last step", "last value"], ends)
     return f"## Curves\n\n{_saved(figure, folder, 'report_curves')}\n{table.markdown()}"
@@ -149,7 +149,11 @@ def _clusters(folder: Path, config: dict[str, Any], state: Any) -> str:  # noqa:
     ]
     table = TextTable("Clusters", ["task", "timesteps", "log-SNR"], rows)
     figure = clusterings_figure({"clusters": clusters}, log_snr)
-    return f"## Clusters\n\n{_saved(figure, folder, 'report_clusters')}\n{table.markdown()}"
+    return (
+        f"## Clusters\n\n{_saved(figure, folder, 'report_clusters')}\n"
+        "The lower panels are for batches in which every cluster has the same share.\n\n"
+        f"{table.markdown()}"
+    )
 
 
 def _log_snr(setting: dict[str, Any] | None) -> torch.Tensor | None:

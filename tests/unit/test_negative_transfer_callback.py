@@ -116,6 +116,7 @@ def test_gaps_of_checkpoints(runs, tmp_path):
         fids.append(frechet_distance(GaussianStatistics.from_features(features), reference))
     gap = result.of_budget("iterations")[1]
     assert gap.multitask_fid == pytest.approx(fids[0], rel=1e-4)
+    assert gap.specialist_fid == pytest.approx(fids[1], rel=1e-4)
     assert gap.fid_gap.value == pytest.approx(fids[1] - fids[0], rel=1e-2, abs=1e-3)
     assert gap.fid_gap.value != 0
     assert gap.fid_gap.low < gap.fid_gap.value < gap.fid_gap.high

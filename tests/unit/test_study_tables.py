@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from ant_lightning.__main__ import main as ant_lightning
 from ant_lightning.analysis import GapEstimate, IntervalGap, TransferGapResult
 from ant_lightning.diffusion import CosineSchedule, DiffusionProcess
 from ant_lightning.errors import ConfigError
@@ -199,7 +200,8 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     shutil.copy(ROOT / "notebooks/digits_affinity.npz", tmp_path / "task_affinity.npz")
     (tmp_path / "1_samples_grid.png").touch()
 
-    text = write_report(tmp_path).read_text()
+    assert ant_lightning(["report", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
     assert read_curves(tmp_path)["train/loss"] == [(1, 1.0), (2, 0.5)]
     log_snr = DiffusionProcess(CosineSchedule(100)).log_snr
     for words in (
@@ -220,3 +222,4 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     assert "(1_samples_grid.png)" in text
     with pytest.raises(ConfigError, match=r"must be the log folder of a run, with config\.yaml"):
         write_report(tmp_path / "checkpoints")
+    assert ant_lightning(["report", str(tmp_path / "checkpoints")]) == 2
