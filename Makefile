@@ -7,10 +7,10 @@ MODEL ?= dit
 DATASET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare ntg tables test check bench clean
+.PHONY: help install demo compare ntg tables test test-faults soak check bench clean
 
 help:  ## what each target does
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -36,6 +36,12 @@ tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with
 
 test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-faults: .venv/installed  ## break runs on purpose: kills, full disks, damaged files (at most 20 minutes)
+	$(BIN)/python -m pytest -m slow tests/faults
+
+soak: .venv/installed  ## half an hour of training in which memory, open files and speed must stay flat
+	$(BIN)/python -m benchmarks.soak
 
 check: .venv/installed  ## lint, format, types, layers
 	$(BIN)/ruff check .

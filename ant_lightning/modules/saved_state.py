@@ -52,6 +52,12 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         raise ConfigError(
             "ckpt_path: not a checkpoint of ant_lightning; for official weights use model.init_from"
         )
+    version = saved["format_version"]
+    if version > FORMAT_VERSION:
+        raise ConfigError(
+            f"ckpt_path: the checkpoint has format version {version}, written by a newer "
+            f"ant_lightning; this one reads versions up to {FORMAT_VERSION}"
+        )
     history = [(step, tuple(each)) for step, each in saved.get("cluster_history", ())]
     history = history or [(0, tuple(saved["boundaries"]))]
     ours = {
