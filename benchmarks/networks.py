@@ -101,9 +101,8 @@ def _build(name: str, batch_size: int, pixels: int) -> Network:
         return Network(diffusers_unet(pixels), lambda m: m(image, t).sample)
     if "blocks" in name:
         x, c = torch.randn(batch_size, 256, 384), torch.randn(batch_size, 384)
-        blocks = dit_s_2(**DIT).blocks
-        if not ours:
-            blocks = nn.ModuleList(ViTBlock(384, 6) for _ in range(12))
+        vit = (ViTBlock(384, 6) for _ in range(12))
+        blocks = dit_s_2(**DIT).blocks if ours else nn.ModuleList(vit)
         return Network(Blocks(blocks), lambda m: m(x, c))
     latents = torch.randn(batch_size, 4, 32, 32)
     t, y = torch.arange(batch_size) * 100, torch.arange(batch_size)
