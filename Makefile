@@ -1,13 +1,11 @@
 # From nothing but git, make and Python: every target below sets up .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
-METHODS ?= vanilla linear uw pcgrad nash
-SEEDS ?= 0 1 2
 MODEL ?= dit
 DATASET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare ntg tables test test-faults soak check bench clean
+.PHONY: help install demo compare ntg evidence tables test test-faults soak check bench clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -25,11 +23,16 @@ demo: .venv/installed  ## train with ANT-UW on real digits, at most 3 minutes; M
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
 compare: .venv/installed  ## all methods at the same budget, 3 seeds, paired with vanilla (half an hour)
-	$(BIN)/python -m benchmarks.compare --methods $(METHODS) --seeds $(SEEDS)
+	$(BIN)/python -m ant_lightning.studies configs/studies/compare.yaml --jobs 2
+	$(BIN)/python -m ant_lightning.studies.compare
 
 ntg: .venv/installed  ## the negative-transfer gap of five methods on the digits (half an hour)
 	$(BIN)/python -m ant_lightning.studies configs/studies/ntg.yaml --jobs 2
 	$(BIN)/python -m ant_lightning.studies.ntg runs/ntg
+
+evidence: .venv/installed  ## excess risk over the exact denoiser, 9 methods, 8 paired seeds (4 hours)
+	$(BIN)/python -m ant_lightning.studies configs/studies/evidence.yaml --jobs 2
+	$(BIN)/python -m ant_lightning.studies.evidence
 
 tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with ROOT=its folder
 	$(BIN)/python -m ant_lightning.studies.tables --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --jobs 2

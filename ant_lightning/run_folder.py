@@ -81,5 +81,6 @@ def _folders(trainer: Any, logger: Any) -> list[Path]:  # noqa: ANN401
     runs = Path(settings.get("save_dir") or root) / str(settings.get("name") or "lightning_logs")
     version = settings.get("version")
     if version is not None:
-        return [runs / version / "checkpoints"]
+        name = version if isinstance(version, str) else f"version_{version}"
+        return [runs / name / "checkpoints"]
     return sorted(runs.glob("*/checkpoints"))

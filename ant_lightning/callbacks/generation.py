@@ -52,7 +52,7 @@ class GenerationMetrics(L.Callback):
         with_train: Whether to compare with the training images too (memorisation).
         cache_dir: Where statistics of real images are kept, each under a fingerprint of images and
             extractor; by default `reference_cache` in the folder of the logs of all runs.
-        k: Neighbour of precision and recall.
+        k: Neighbour of precision and recall; 0 leaves these two out.
         seed: Of the images; by default that of the module.
 
     Raises:

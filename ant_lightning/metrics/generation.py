@@ -46,7 +46,7 @@ class GenerationScores:
     A reference without kept features (an ADM file) gives ``fid`` alone of what needs real images.
 
     Args:
-        k: Neighbour of precision and recall.
+        k: Neighbour of precision and recall; 0 leaves these two out.
         kid_subset_size: Images per KID subset; at most all of the smaller set are taken. Where
             that is all of both sets, KID is computed once and has no ``kid_std``.
         kid_num_subsets: KID subsets.
@@ -158,8 +158,10 @@ class GenerationScores:
             num_subsets=1 if whole else self.kid_num_subsets,
             seed=self.seed,
         )
-        precision, recall = precision_recall(real, generated, k=self.k)
-        scores = {"kid": kid.mean, "precision": precision, "recall": recall}
+        scores = {"kid": kid.mean}
+        if self.k:
+            precision, recall = precision_recall(real, generated, k=self.k)
+            scores |= {"precision": precision, "recall": recall}
         if not whole:
             scores["kid_std"] = kid.std
         return scores

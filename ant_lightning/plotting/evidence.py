@@ -25,7 +25,9 @@ def ratio_figure(
     """
     methods = list(dict.fromkeys(method for method, _ in differences))
     num_tasks = 1 + max(task for _, task in differences)
-    figure = Figure(figsize=(1.6 + 1.1 * len(methods), 3.8), dpi=110, layout="constrained")
+    figure = Figure(
+        figsize=(max(6.0, 2.2 + 1.1 * len(methods)), 3.8), dpi=110, layout="constrained"
+    )
     axis = figure.subplots()
     colors = colormaps["viridis"](np.linspace(0, 0.9, num_tasks))
     for task in range(num_tasks):
@@ -48,7 +50,9 @@ def ratio_figure(
     axis.set_ylabel("excess risk against vanilla, %")
     axis.set_title(f"{title}: below 0 is better; 95% intervals", fontsize=9)
     axis.grid(alpha=0.3, axis="y")
-    axis.legend(fontsize=7, title="0 is the least noise", title_fontsize=7)
+    figure.legend(
+        fontsize=7, title="0 is the least noise", title_fontsize=7, loc="outside right upper"
+    )
     return figure
 
 

@@ -140,7 +140,7 @@ def score_table(rows: EvidenceRows, group: str) -> TextTable:
         names = [f"{seed}/{method}" for seed in rows.seeds(group)]
         scores = [rows.scores(name) for name in names if name in rows.runs]
         line = [method, str(len(scores))]
-        for metric in ("fid", "fid_real", "kid", "precision", "recall"):
+        for metric in ("fid", "fid_real", "kid"):
             values = [each[metric] for each in scores if metric in each]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             line.append(f"{statistics.mean(values):.4f}{spread}" if values else "")
@@ -153,7 +153,7 @@ def score_table(rows: EvidenceRows, group: str) -> TextTable:
             said = "" if d.detected else ", no detectable difference"
             line.append(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{said}")
         body.append(line)
-    heads = ["method", "seeds", "FID", "FID real against real", "KID", "precision", "recall"]
+    heads = ["method", "seeds", "FID", "FID real against real", "KID"]
     return TextTable(f"Image quality, {group}", [*heads, "FID - vanilla, paired [95%]"], body)
 
 

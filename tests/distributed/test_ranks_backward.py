@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ant_lightning.balancing import (
+    ContinuousUncertainty,
     GroupReduction,
     LinearScalarization,
     NashMTL,
@@ -24,6 +25,7 @@ METHODS = {
     "vanilla": lambda: None,
     "linear": lambda: LinearScalarization(K, weights=[0.1, 0.2, 0.3, 0.4, 0.5]),
     "uw": lambda: UncertaintyWeighting(K),
+    "continuous": lambda: ContinuousUncertainty(K, num_features=8),
     "pcgrad": lambda: PCGrad(K, seed=3),
     "nash": lambda: NashMTL(K, update_every=2),
 }
@@ -102,6 +104,7 @@ def train(rank, world_size, method, *, wrap=False, bad_step=None, reduction=None
             num_tasks=K,
             micro_batch_size=3,
             reduction=reduction,
+            log_snr=4 * x[:, 0],
         )
         finite.append(report.finite)
         if report.finite:
