@@ -23,12 +23,12 @@ TINY = [
 @pytest.mark.filterwarnings("ignore:ckpt_path. there is no checkpoint in:UserWarning")
 def test_a_cell_of_the_study_trains_and_its_checkpoint_keeps_the_placebo(tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
-    cell = Study.read(CONFIGS / "studies" / "evidence.yaml").cells["tune/cosine_eps/placebo/lr0.004"]
+    cells = Study.read(CONFIGS / "studies" / "evidence.yaml").cells
     place = [f"--trainer.logger.init_args.save_dir={tmp_path}"]
     place += ["--trainer.logger.init_args.version=0", "--trainer.val_check_interval=2"]
     callback = {"class_path": "ExcessRisk", "init_args": {"images_per_timestep": 1}}
     few = [f"--trainer.callbacks={json.dumps([callback])}"]
-    (fit,) = cell.commands
+    (fit,) = cells["tune/cosine_eps/placebo/lr0.004"].commands
     cli = run([*fit, *TINY, *place, *few])
     rows = (tmp_path / "digits_mixture/version_0/excess_risk.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["images"] == 2 * 64
