@@ -8,29 +8,38 @@ from ant_lightning.balancing.base import (
     SampleBalancer,
 )
 from ant_lightning.balancing.continuous import ContinuousUncertainty
+from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
 from ant_lightning.balancing.gradients import (
     DenseTaskGradients,
     ShardedTaskGradients,
     TaskGradients,
 )
 from ant_lightning.balancing.linear import LinearScalarization
+from ant_lightning.balancing.low_memory import LowMemory
 from ant_lightning.balancing.nash import NashMTL, nash_weights
+from ant_lightning.balancing.one_pass import Auto, OnePass
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
+from ant_lightning.balancing.vmap import Vmap, note
 
 __all__ = [
+    "Auto",
     "BackwardReport",
     "Balancer",
     "ContinuousUncertainty",
     "DenseTaskGradients",
+    "Engine",
     "GradientBalancer",
     "GroupReduction",
     "LinearScalarization",
+    "Loop",
     "LossBalancer",
+    "LowMemory",
     "NashMTL",
+    "OnePass",
     "PCGrad",
     "PlacedTaskGradients",
     "Reduction",
@@ -39,9 +48,12 @@ __all__ = [
     "TaskGradients",
     "TorchJDBalancer",
     "UncertaintyWeighting",
+    "UnsupportedError",
+    "Vmap",
     "default_reduction",
     "multitask_backward",
     "nash_weights",
+    "note",
     "pcgrad_weights",
     "task_gradients",
 ]

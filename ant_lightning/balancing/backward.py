@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from ant_lightning.balancing.base import GradientBalancer, LossBalancer, SampleBalancer
-from ant_lightning.balancing.differentiation import differentiation
+from ant_lightning.balancing.batch import TaskBatch
+from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import assign_gradients, reduce_gradients_
 from ant_lightning.balancing.reduction import Reduction, default_reduction
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor, nn
 
     from ant_lightning.balancing.base import Balancer
-    from ant_lightning.balancing.differentiation import Differentiation
+    from ant_lightning.balancing.engines import Engine
     from ant_lightning.balancing.gradients import DenseTaskGradients
 
 __all__ = ["BackwardReport", "multitask_backward", "task_gradients"]
@@ -60,6 +60,7 @@ def multitask_backward(
     num_tasks: int | None = None,
     priors: Float[Tensor, " k"] | None = None,
     micro_batch_size: int | None = None,
+    engine: Engine | None = None,
     gradients: DenseTaskGradients | None = None,
     reduction: Reduction | None = None,
     loss_scale: Tensor | float = 1.0,
@@ -90,6 +91,8 @@ def multitask_backward(
         priors: `pi [k]`, positive with sum 1: 1/k each by default, `|I_i| / T` to weight tasks by
             their size.
         micro_batch_size: Most samples in one forward pass; None for no limit.
+        engine: How task gradients are computed when they are due, `Loop()` by default; keep the
+            object for the whole run. It changes time and memory, and no number.
         gradients: Buffers to use again; by default new ones are made in each call.
         reduction: Sums over ranks; by default over all ranks of `torch.distributed` if it was
             initialised, which then must all call this function together.
@@ -107,29 +110,35 @@ def multitask_backward(
     """
     shared = [p for p in parameters if p.requires_grad]
     reduction = reduction or default_reduction()
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ConfigError(f"micro_batch_size: must be at least 1, found {micro_batch_size}")
-    batch = _Batch(losses, tasks, balancer, num_tasks, reduction, shared)
+    batch = TaskBatch(
+        losses,
+        tasks,
+        balancer,
+        num_tasks,
+        shared,
+        reduction=reduction,
+        micro_batch_size=micro_batch_size,
+        loss_scale=loss_scale,
+    )
     scaled_priors = _scaled_priors(priors, batch)
 
     if isinstance(balancer, GradientBalancer) and balancer.refresh_due:
-        if gradients is None:
-            gradients = batch.differentiation.new_rows(batch.num_tasks)
-        _write_rows(gradients, batch, micro_batch_size, loss_scale)
-        gramian = gradients.gramian()
+        found = (engine or Loop()).task_gradients(batch, gradients)
+        gramian = found.gramian()
         task_losses = batch.mean_losses()
         finite = batch.is_finite(gramian)
         if finite:
             shown = gramian * scaled_priors.outer(scaled_priors)
             weights = balancer(shown).to(gramian) * scaled_priors
-            gradients.combine_(weights, scale=loss_scale)
+            found.combine_(weights, scale=loss_scale)
             grad_norm = (weights @ gramian @ weights).clamp(min=0).sqrt()
         else:
             weights, grad_norm = torch.full_like(scaled_priors, torch.nan), gramian.sum()
+        found.release()
         return _report(finite, shared, task_losses, weights, batch, grad_norm, gramian)
 
     weights, per_sample = _weights(balancer, batch, scaled_priors, log_snr, reduction)
-    grad_norm = _weighted_backward(batch, per_sample, micro_batch_size, loss_scale) / loss_scale
+    grad_norm = _weighted_backward(batch, per_sample)
     task_losses = batch.mean_losses()
     finite = batch.is_finite(grad_norm)
     objective = None
@@ -160,124 +169,33 @@ def task_gradients(
     """
     shared = [p for p in parameters if p.requires_grad]
     reduction = reduction or default_reduction()
-    batch = _Batch(losses, tasks, None, num_tasks, reduction, shared)
-    gradients = batch.differentiation.new_rows(num_tasks)
-    _write_rows(gradients, batch, micro_batch_size, 1.0)
-    return gradients
-
-
-class _Batch:
-    """The samples of one call: where each task's are, and the losses as they become known."""
-
-    def __init__(
-        self,
-        losses: Callable[[Tensor], Tensor],
-        tasks: Tensor,
-        balancer: Balancer | None,
-        num_tasks: int | None,
-        reduction: Reduction,
-        shared: Sequence[nn.Parameter],
-    ) -> None:
-        if not shared:
-            raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
-        if tasks.ndim != 1 or len(tasks) == 0 or tasks.is_floating_point():
-            found = f"{tasks.dtype} of shape {list(tasks.shape)}"
-            raise ConfigError(f"tasks: one integer for each sample is needed, found {found}")
-        on_host = tasks.cpu()
-        largest = int(on_host.max())
-        self.num_tasks = balancer.num_tasks if balancer else num_tasks or largest + 1
-        if int(on_host.min()) < 0 or largest >= self.num_tasks:
-            raise ConfigError(
-                f"tasks: each must be in 0 .. {self.num_tasks - 1}, "
-                f"found {int(on_host.min())} .. {largest}"
-            )
-        device = shared[0].device
-        counts = torch.bincount(on_host, minlength=self.num_tasks)
-        self.starts = [0, *counts.cumsum(0).tolist()]
-        self.order = on_host.argsort(stable=True).to(tasks.device)
-        self.tasks = on_host.to(device)
-        self.num_samples = reduction.all_reduce_(counts.to(device, torch.float64))
-        self.differentiation: Differentiation = differentiation(shared, reduction)
-        self._losses = losses
-        self._reduction = reduction
-        self._sums = torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
-        self.values = torch.zeros(len(tasks), dtype=torch.float64, device=device)
-
-    def losses_of(self, rows: Tensor) -> Tensor:
-        """One loss for each of `rows`, in float32 at least; remembered for the report.
-
-        Without rows a pass is made all the same: other ranks may be waiting for it.
-        """
-        if not len(rows):
-            return self._losses(self.order[:1])[:0].float()
-        values = self._losses(rows)
-        if values.shape != rows.shape:
-            raise ConfigError(
-                f"losses: one value for each row is needed, shape {list(rows.shape)}, "
-                f"found {list(values.shape)}"
-            )
-        if values.dtype in {torch.float16, torch.bfloat16}:
-            values = values.float()
-        tasks = self.tasks[rows.to(self.tasks.device)]
-        known = values.detach().to(self._sums)
-        self._sums.index_add_(0, tasks, known)
-        self.values[rows.to(self.values.device)] = known
-        return values
-
-    def mean_losses(self) -> Tensor:
-        """Mean loss of each task over the samples of all ranks, once all were computed."""
-        return self._reduction.all_reduce_(self._sums) / self.num_samples
-
-    def is_finite(self, *values: Tensor) -> bool:
-        """Whether the sums of the losses and `values` are, the same on all ranks."""
-        every = [self._sums.isfinite().all(), *(v.isfinite().all() for v in values)]
-        return bool(torch.stack(every).all())
-
-
-def _write_rows(
-    gradients: DenseTaskGradients,
-    batch: _Batch,
-    micro_batch_size: int | None,
-    loss_scale: Tensor | float,
-) -> None:
-    """Row i becomes the gradient of the mean loss of task i; the samples are disjoint."""
-
-    def pieces(task: int, chunks: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-        for chunk in chunks:
-            losses = batch.losses_of(chunk)
-            loss = losses.sum() / batch.num_samples[task].clamp(min=1).to(losses.dtype)
-            grads = batch.differentiation.gradients(loss * loss_scale)
-            if isinstance(loss_scale, torch.Tensor) or loss_scale != 1.0:
-                torch._foreach_div_(grads, loss_scale)
-            yield grads
-
-    ends = list(pairwise(batch.starts))
-    num_passes = batch.differentiation.num_passes(
-        [stop - start for start, stop in ends], micro_batch_size
+    batch = TaskBatch(
+        losses,
+        tasks,
+        None,
+        num_tasks,
+        shared,
+        reduction=reduction,
+        micro_batch_size=micro_batch_size,
     )
-    for task, (start, stop) in enumerate(ends):
-        chunks = batch.order[start:stop].tensor_split(num_passes[task]) if num_passes[task] else ()
-        gradients.write(task, pieces(task, chunks))
+    return Loop().task_gradients(batch)
 
 
-def _weighted_backward(
-    batch: _Batch, per_sample: Tensor, micro_batch_size: int | None, loss_scale: Tensor | float
-) -> Tensor:
+def _weighted_backward(batch: TaskBatch, per_sample: Tensor) -> Tensor:
     """`.grad` becomes the gradient of the sum of `per_sample` times all losses; its norm."""
-    for p in batch.differentiation.parameters:
+    for p in batch.shared:
         p.grad = None
     total: list[Tensor] = []
-    every_row = torch.arange(len(batch.tasks), device=batch.order.device)
-    (num_passes,) = batch.differentiation.num_passes([len(every_row)], micro_batch_size)
-    for rows in every_row.tensor_split(num_passes):
+    (passes,) = batch.passes([torch.arange(len(batch), device=batch.order.device)])
+    for rows in passes:
         losses = batch.losses_of(rows)
         loss = (losses * per_sample[rows.to(per_sample.device)].to(losses.dtype)).sum()
-        grads = batch.differentiation.gradients(loss * loss_scale)
+        grads = batch.gradients_of(loss)
         if total:
             torch._foreach_add_(total, grads)
         else:
             total = list(grads)
-    return batch.differentiation.finish(total)
+    return batch.differentiation.finish(total) / batch.loss_scale
 
 
 def _balancer_gradients(
@@ -298,7 +216,7 @@ def _balancer_gradients(
 
 def _weights(
     balancer: Balancer | None,
-    batch: _Batch,
+    batch: TaskBatch,
     scaled_priors: Tensor,
     log_snr: Tensor | None,
     reduction: Reduction,
@@ -319,7 +237,7 @@ def _weights(
     return weights, per_sample.to(batch.tasks.device)[batch.tasks]
 
 
-def _checked_levels(log_snr: Tensor | None, batch: _Batch) -> Tensor:
+def _checked_levels(log_snr: Tensor | None, batch: TaskBatch) -> Tensor:
     """The noise levels, one for each sample, where the losses are."""
     if log_snr is None or log_snr.shape != batch.tasks.shape:
         found = None if log_snr is None else list(log_snr.shape)
@@ -334,7 +252,7 @@ def _sample_gradients(
     balancer: SampleBalancer,
     losses: Tensor,
     log_snr: Tensor,
-    batch: _Batch,
+    batch: TaskBatch,
     reduction: Reduction,
     loss_scale: Tensor | float,
 ) -> Tensor:
@@ -348,7 +266,7 @@ def _sample_gradients(
     return reduction.all_reduce_(objective.detach())
 
 
-def _scaled_priors(priors: Tensor | None, batch: _Batch) -> Tensor:
+def _scaled_priors(priors: Tensor | None, batch: TaskBatch) -> Tensor:
     """`k pi`, checked."""
     device, k = batch.num_samples.device, batch.num_tasks
     if priors is None:
@@ -363,7 +281,7 @@ def _report(
     shared: Sequence[nn.Parameter],
     task_losses: Tensor,
     weights: Tensor,
-    batch: _Batch,
+    batch: TaskBatch,
     grad_norm: Tensor,
     gramian: Tensor | None,
     objective: Tensor | None = None,

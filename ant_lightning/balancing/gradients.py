@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-__all__ = ["DenseTaskGradients", "ShardedTaskGradients", "TaskGradients", "reduce_gradients_"]
+__all__ = [
+    "DenseTaskGradients",
+    "ShardedTaskGradients",
+    "TaskGradients",
+    "dot_products",
+    "reduce_gradients_",
+]
 
 _CHUNK = 1 << 16  # columns whose dot products are made in float32 before they are added in float64
 
@@ -37,6 +43,10 @@ class TaskGradients(ABC):
     @abstractmethod
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`."""
+
+    def release(self) -> None:
+        """Let go of what only `combine_` needed, once it was called or will not be."""
+        return
 
 
 class DenseTaskGradients(TaskGradients):
@@ -93,6 +103,43 @@ class DenseTaskGradients(TaskGradients):
             self._full[slot].zero_()
         self._pending[slot] = self.reduction.reduce_scatter(self._shards[task], self._full[slot])
 
+    def write_together(self, tasks: Sequence[int], fill: Callable[[list[Tensor]], None]) -> None:
+        """Set the rows of `tasks`, ascending, at once; those of other tasks become zero.
+
+        Args:
+            tasks: Tasks that this rank has samples of, `m` of them.
+            fill: Called once with a tensor `[m, *shape]` for each parameter, writes all of it.
+        """
+        while len(self._full) < len(tasks):
+            self._add_row()
+        blocks, start = [], 0
+        for p in self.parameters:
+            part = self._full[: len(tasks), start : start + p.numel()]
+            strides = (self._full.stride(0), *p.stride())
+            blocks.append(part.as_strided((len(tasks), *p.shape), strides))
+            start += p.numel()
+        fill(blocks)
+        self._spread(tasks)
+
+    def _spread(self, tasks: Sequence[int]) -> None:
+        """Move whole rows `0 .. m-1` to where `tasks` belong, and add them up over ranks."""
+        if self.reduction.world_size == 1:
+            # From the last: a row moves to the right, and not over one that has to move yet.
+            for slot, task in reversed(list(enumerate(tasks))):
+                if slot != task:
+                    self._full[task].copy_(self._full[slot])
+            for task in set(range(self.num_tasks)).difference(tasks):
+                self._full[task].zero_()
+            return
+        empty = torch.zeros_like(self._full[0])
+        full = {task: self._full[slot] for slot, task in enumerate(tasks)}
+        waits = [
+            self.reduction.reduce_scatter(self._shards[task], full.get(task, empty))
+            for task in range(self.num_tasks)
+        ]
+        for wait in waits:
+            wait()
+
     def _accumulate(self, slot: int, gradients: Iterator[Sequence[Tensor]]) -> bool:
         """Set a whole row to the sum of `gradients`; False if there are none."""
         empty = True
@@ -107,6 +154,7 @@ class DenseTaskGradients(TaskGradients):
     def _add_row(self) -> None:
         """One whole row more."""
         self._full = torch.cat([self._full, torch.zeros_like(self._full[:1])])
+        self._pending.append(_nothing)
         self._views = [_views(row, self.parameters) for row in self._full]
 
     def _finish(self) -> None:
@@ -117,7 +165,7 @@ class DenseTaskGradients(TaskGradients):
     def gramian(self) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
         self._finish()
-        return self.reduction.all_reduce_(_gramian(self._shards))
+        return self.reduction.all_reduce_(dot_products(self._shards))
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`."""
@@ -199,7 +247,7 @@ def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return views
 
 
-def _gramian(rows: Tensor) -> Tensor:
+def dot_products(rows: Tensor) -> Tensor:
     """Dot products of rows `[k, p]`, float64: chunks in the rows' dtype, summed in float64."""
     num_tasks, length = rows.shape
     num_chunks = length // _CHUNK

@@ -58,6 +58,11 @@ class PlacedTaskGradients(DenseTaskGradients):
             self._add_row()
         self._accumulate(slot, chain([first], gradients))
 
+    def _spread(self, tasks: Sequence[int]) -> None:
+        """Rows stay where they are until they are exchanged."""
+        self._slots = {task: slot for slot, task in enumerate(tasks)}
+        self._exchanged = False
+
     def _finish(self) -> None:
         """Exchange the rows, once, and add up this rank's shards of them."""
         if self._exchanged:

@@ -44,6 +44,7 @@ def check_settings(module: MultiTaskDiffusion) -> None:
             "model.placement: 'sorted' saves traffic of gradient balancers alone, so without one "
             f"it must be 'spread', found {module.placement!r} with {type(balancer).__name__}"
         )
+    _check_engine(module)
     positive = {
         "accumulate_grad_batches": module.accumulate_grad_batches,
         "max_skipped_steps": module.max_skipped_steps,
@@ -140,6 +141,21 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
         raise ConfigError(
             f"model.accumulate_grad_batches: each part needs an image, so at most "
             f"{batch_size // trainer.world_size}, found {module.accumulate_grad_batches}"
+        )
+
+
+def _check_engine(module: MultiTaskDiffusion) -> None:
+    whole = {"one_pass", "vmap", "low_memory"}
+    if module.engine in whole and module.accumulate_grad_batches > 1:
+        raise ConfigError(
+            f"model.engine: {module.engine!r} needs the images of a step in one pass, so with "
+            f"accumulate_grad_batches {module.accumulate_grad_batches} it must be 'auto' or "
+            f"'loop', found {module.engine!r}"
+        )
+    if module.engine == "low_memory" and module.placement == "sorted":
+        raise ConfigError(
+            "model.placement: 'sorted' sends rows of task gradients, of which engine 'low_memory' "
+            f"has none, so it must be 'spread', found {module.placement!r}"
         )
 
 

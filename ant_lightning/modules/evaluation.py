@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 import torch
 
-from ant_lightning.balancing import default_reduction
+from ant_lightning.balancing import default_reduction, note
 from ant_lightning.diffusion import GuidedDenoiser, denoising_loss
 from ant_lightning.modules.latents import holds_moments, sample_latents
 from ant_lightning.modules.peers import PeerWatch
@@ -142,7 +142,7 @@ class DiffusionModule(L.LightningModule):
                 weights=self._weights,
             )
             if unweighted is not None:
-                unweighted[rows] = terms.mse.detach().to(unweighted)
+                note(unweighted, rows, terms.mse)
             return terms.loss
 
         return losses_of

@@ -12,6 +12,7 @@ from ant_lightning.balancing import (
     BackwardReport,
     Balancer,
     DenseTaskGradients,
+    Engine,
     SampleBalancer,
     default_reduction,
     multitask_backward,
@@ -38,7 +39,7 @@ from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.latents import bind_data, load_initial_weights
 from ant_lightning.modules.ranks import check_ranks_agree
-from ant_lightning.modules.row_buffers import row_buffers
+from ant_lightning.modules.row_buffers import EngineName, engine_and_rows
 from ant_lightning.modules.saved_state import restore_state, saved_state
 from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
 from ant_lightning.randomness import keyed_generator, run_seed
@@ -77,6 +78,8 @@ class MultiTaskDiffusion(DiffusionModule):
             `sorted` a rank has few tasks and sends only their gradients (for gradient balancers
             on many ranks).
         task_weighting: Priors of the tasks: `equal`, or `by_size`.
+        engine: How task gradients are computed: `loop`, `one_pass`, `vmap`, `low_memory`, or
+            `auto`: `one_pass` for small networks that fit it, else `loop`.
         optimizer: Made with the parameter groups; AdamW with learning rate 1e-4 by default.
         lr_scheduler: Made with the optimizer, stepped after every optimizer step.
         warmup_steps: Steps in which the learning rate grows linearly from 0.
@@ -117,6 +120,7 @@ class MultiTaskDiffusion(DiffusionModule):
         allocation: Literal["equal", "proportional"] = "equal",
         placement: Literal["spread", "sorted"] = "spread",
         task_weighting: Literal["equal", "by_size"] = "equal",
+        engine: EngineName = "auto",
         optimizer: OptimizerCallable = lambda groups: torch.optim.AdamW(
             groups, lr=1e-4, weight_decay=0.0
         ),
@@ -150,6 +154,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.allocation: Literal["equal", "proportional"] = allocation
         self.placement = placement
         self.task_weighting = task_weighting
+        self.engine = engine
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
@@ -176,6 +181,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.num_skipped_steps = 0
         self.trained_steps = 0  # of the checkpoint that was loaded: evaluation has no step count
         self._num_skipped_in_a_row = 0
+        self._engine: Engine | None = None
         self._row_buffers: DenseTaskGradients | None = None
         self._validation_sums = torch.zeros(0)
         check_settings(self)
@@ -224,7 +230,7 @@ class MultiTaskDiffusion(DiffusionModule):
     def on_fit_start(self) -> None:
         """Refuse, before the first step, what manual optimization cannot honour."""
         check_trainer(self)
-        self._row_buffers = row_buffers(self)
+        self._engine, self._row_buffers = engine_and_rows(self)
 
     def draw(self, batch: Batch, *, step: int) -> Draws:
         """Timesteps, tasks, noise and dropped labels of a training step, a function of its number.
@@ -269,6 +275,7 @@ class MultiTaskDiffusion(DiffusionModule):
             num_tasks=self.num_tasks,
             priors=self._priors(),
             micro_batch_size=-(-len(batch.images) // self.accumulate_grad_batches),
+            engine=self._engine,
             gradients=self._row_buffers,
             loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
             log_snr=self.process.log_snr[draws.timesteps.cpu()] if per_sample else None,

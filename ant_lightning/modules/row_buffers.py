@@ -1,28 +1,58 @@
-"""Which buffers hold the task gradients of a run."""
+"""How the task gradients of a run are computed, and which buffers hold them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ant_lightning.balancing import (
+    Auto,
+    Engine,
     GradientBalancer,
+    Loop,
+    LowMemory,
+    OnePass,
     PlacedTaskGradients,
+    Vmap,
     default_reduction,
 )
 from ant_lightning.balancing.differentiation import differentiation
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ant_lightning.balancing import DenseTaskGradients
     from ant_lightning.modules.multitask import MultiTaskDiffusion
 
-__all__ = ["row_buffers"]
+__all__ = ["EngineName", "engine_and_rows"]
+
+EngineName = Literal["auto", "loop", "one_pass", "vmap", "low_memory"]
+
+_ENGINES: dict[str, type[Engine]] = {
+    "auto": Auto,
+    "loop": Loop,
+    "one_pass": OnePass,
+    "vmap": Vmap,
+    "low_memory": LowMemory,
+}
 
 
-def row_buffers(module: MultiTaskDiffusion) -> DenseTaskGradients | None:
-    """New buffers for the ranks and the device of this run; None if the method makes no rows."""
-    if not isinstance(module.balancer, GradientBalancer):
-        return None
+def engine_and_rows(module: MultiTaskDiffusion) -> tuple[Engine, DenseTaskGradients | None]:
+    """A new engine, and new buffers for the ranks and the device of this run if it needs any.
+
+    `auto` is the loop for a compiled network, which no other engine can look into.
+    """
+    name = module.engine
+    if name == "auto" and any(_is_compiled(m) for m in module.backbone.modules()):
+        name = "loop"
+    engine = _ENGINES[name]()
+    if not isinstance(module.balancer, GradientBalancer) or name == "low_memory":
+        return engine, None
     shared = [p for p in module.backbone.parameters() if p.requires_grad]
     if module.placement == "sorted":
-        return PlacedTaskGradients(module.num_tasks, shared, reduction=default_reduction())
-    return differentiation(shared, default_reduction()).new_rows(module.num_tasks)
+        rows = PlacedTaskGradients(module.num_tasks, shared, reduction=default_reduction())
+        return engine, rows
+    return engine, differentiation(shared, default_reduction()).new_rows(module.num_tasks)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -1,0 +1,161 @@
+"""The samples of one call: where each task's are, and the losses as they become known."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.balancing.differentiation import differentiation
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from ant_lightning.balancing.base import Balancer
+    from ant_lightning.balancing.differentiation import Differentiation
+    from ant_lightning.balancing.reduction import Reduction
+
+__all__ = ["TaskBatch"]
+
+
+class TaskBatch:
+    """One batch of samples, sorted by task without moving any of them.
+
+    Args:
+        losses: One loss for each of some rows of the batch.
+        tasks: Task of each sample of this rank, `[b]`.
+        balancer: Says how many tasks there are.
+        num_tasks: Says it without a balancer; else the largest task + 1.
+        shared: The parameters, all of which need a gradient.
+        reduction: How sums over ranks are made.
+        micro_batch_size: Most samples in one forward pass; None for no limit.
+        loss_scale: Losses are multiplied by this in a backward pass.
+
+    Attributes:
+        order: Rows of the batch, those of task 0 first, `[b]`.
+        starts: Task i has the rows `order[starts[i]:starts[i + 1]]`; `k + 1` ints.
+        tasks: Task of each sample, on the parameters' device.
+        num_samples: Samples of each task on all ranks, `[k]` float64.
+        values: The losses that were recorded, `[b]` float64.
+
+    Raises:
+        ConfigError: If the tasks are not one integer in `0 .. k-1` for each sample.
+    """
+
+    def __init__(
+        self,
+        losses: Callable[[Tensor], Tensor],
+        tasks: Tensor,
+        balancer: Balancer | None,
+        num_tasks: int | None,
+        shared: Sequence[nn.Parameter],
+        *,
+        reduction: Reduction,
+        micro_batch_size: int | None = None,
+        loss_scale: Tensor | float = 1.0,
+    ) -> None:
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ConfigError(f"micro_batch_size: must be at least 1, found {micro_batch_size}")
+        if not shared:
+            raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
+        if tasks.ndim != 1 or len(tasks) == 0 or tasks.is_floating_point():
+            found = f"{tasks.dtype} of shape {list(tasks.shape)}"
+            raise ConfigError(f"tasks: one integer for each sample is needed, found {found}")
+        on_host = tasks.cpu()
+        largest = int(on_host.max())
+        self.num_tasks = balancer.num_tasks if balancer else num_tasks or largest + 1
+        if int(on_host.min()) < 0 or largest >= self.num_tasks:
+            raise ConfigError(
+                f"tasks: each must be in 0 .. {self.num_tasks - 1}, "
+                f"found {int(on_host.min())} .. {largest}"
+            )
+        device = shared[0].device
+        counts = torch.bincount(on_host, minlength=self.num_tasks)
+        self.starts: list[int] = [0, *counts.cumsum(0).tolist()]
+        self.order = on_host.argsort(stable=True).to(tasks.device)
+        self.tasks = on_host.to(device)
+        self.num_samples = reduction.all_reduce_(counts.to(device, torch.float64))
+        self.shared = shared
+        self.differentiation: Differentiation = differentiation(shared, reduction)
+        self.reduction = reduction
+        self.micro_batch_size = micro_batch_size
+        self.loss_scale = loss_scale
+        self._losses = losses
+        self._sums = torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(tasks), dtype=torch.float64, device=device)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def present(self) -> list[int]:
+        """The tasks that this rank has samples of, ascending."""
+        spans = enumerate(pairwise(self.starts))
+        return [task for task, (start, stop) in spans if stop > start]
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the batch does not fit into one forward pass."""
+        return self.micro_batch_size is not None and self.micro_batch_size < len(self)
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether gradients of a backward pass have to be divided by `loss_scale`."""
+        return isinstance(self.loss_scale, torch.Tensor) or self.loss_scale != 1.0
+
+    def passes(self, groups: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Each group of rows, in pieces of at most `micro_batch_size` as equal as they can be."""
+        counts = [len(rows) for rows in groups]
+        nums = self.differentiation.num_passes(counts, self.micro_batch_size)
+        return [
+            rows.tensor_split(num) if num else () for rows, num in zip(groups, nums, strict=True)
+        ]
+
+    def gradients_of(self, loss: Tensor) -> list[Tensor]:
+        """Of `loss_scale * loss`, one tensor for each parameter."""
+        return self.differentiation.gradients(loss * self.loss_scale)
+
+    def per_sample(self, task_values: Tensor, rows: Tensor) -> Tensor:
+        """The entry of `task_values [k]` that belongs to the task of each of `rows`."""
+        return task_values[self.tasks[rows.to(self.tasks.device)]]
+
+    def evaluate(self, rows: Tensor) -> Tensor:
+        """One loss for each of `rows`, in float32 at least."""
+        values = self._losses(rows)
+        if values.shape != rows.shape:
+            raise ConfigError(
+                f"losses: one value for each row is needed, shape {list(rows.shape)}, "
+                f"found {list(values.shape)}"
+            )
+        return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values
+
+    def record(self, rows: Tensor, values: Tensor) -> None:
+        """Remember the losses of `rows` for the report."""
+        tasks = self.tasks[rows.to(self.tasks.device)]
+        known = values.detach().to(self._sums)
+        self._sums.index_add_(0, tasks, known)
+        self.values[rows.to(self.values.device)] = known
+
+    def losses_of(self, rows: Tensor) -> Tensor:
+        """`evaluate` and `record`.
+
+        Without rows a pass is made all the same: other ranks may be waiting for it.
+        """
+        if not len(rows):
+            return self._losses(self.order[:1])[:0].float()
+        values = self.evaluate(rows)
+        self.record(rows, values)
+        return values
+
+    def mean_losses(self) -> Tensor:
+        """Mean loss of each task over the samples of all ranks, once all were computed."""
+        return self.reduction.all_reduce_(self._sums) / self.num_samples
+
+    def is_finite(self, *values: Tensor) -> bool:
+        """Whether the sums of the losses and `values` are, the same on all ranks."""
+        every = [self._sums.isfinite().all(), *(v.isfinite().all() for v in values)]
+        return bool(torch.stack(every).all())

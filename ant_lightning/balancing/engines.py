@@ -1,0 +1,92 @@
+"""How the task gradients of a batch are computed: in one pass for each task, or in fewer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from ant_lightning.balancing.batch import TaskBatch
+    from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+
+__all__ = ["Engine", "Loop", "UnsupportedError", "check_whole", "new_rows"]
+
+
+class UnsupportedError(ConfigError):
+    """An engine cannot tell the tasks' gradients apart in this network."""
+
+
+class Engine(ABC):
+    """Makes the gradients of the tasks' mean losses; all engines give the same numbers."""
+
+    @abstractmethod
+    def task_gradients(
+        self, batch: TaskBatch, rows: DenseTaskGradients | None = None
+    ) -> TaskGradients:
+        """Gradients of the losses of all samples, which are recorded in `batch`.
+
+        Args:
+            batch: The samples of this rank.
+            rows: Buffers to use again, for an engine that needs any.
+        """
+
+
+class Loop(Engine):
+    """A forward and a backward pass over the samples of each task in turn.
+
+    The samples of tasks are disjoint, so this is the arithmetic of one pass in `k` times as many
+    calls, with the activations of one task at a time. It asks nothing of the network and works
+    with `torch.compile`, accumulation and gradient checkpointing.
+    """
+
+    def task_gradients(
+        self, batch: TaskBatch, rows: DenseTaskGradients | None = None
+    ) -> DenseTaskGradients:
+        """Row i is summed over the parts of task i."""
+        gradients = rows or new_rows(batch)
+
+        def parts(task: int, passes: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+            count = batch.num_samples[task].clamp(min=1)
+            for part in passes:
+                losses = batch.losses_of(part)
+                grads = batch.gradients_of(losses.sum() / count.to(losses.dtype))
+                if batch.is_scaled:
+                    torch._foreach_div_(grads, batch.loss_scale)
+                yield grads
+
+        groups = [batch.order[start:stop] for start, stop in pairwise(batch.starts)]
+        for task, passes in enumerate(batch.passes(groups)):
+            gradients.write(task, parts(task, passes))
+        return gradients
+
+
+def new_rows(batch: TaskBatch) -> DenseTaskGradients:
+    """Buffers for the gradients of a batch."""
+    return batch.differentiation.new_rows(batch.num_tasks)
+
+
+def check_whole(batch: TaskBatch, engine: str) -> None:
+    """Refuse a batch that is to be computed in parts, and parameters that are.
+
+    Raises:
+        ConfigError: If they are.
+    """
+    if is_sharded(batch.shared):
+        raise UnsupportedError(
+            f"engine: {engine} needs whole parameters, found some that are sharded over ranks"
+        )
+    if batch.in_parts:
+        raise ConfigError(
+            f"micro_batch_size: the engine {engine} needs the whole batch of {len(batch)} in one "
+            f"pass, found {batch.micro_batch_size}; Loop computes it in parts"
+        )

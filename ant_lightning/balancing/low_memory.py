@@ -1,0 +1,147 @@
+"""Task gradients of which no row is ever held."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.balancing.engines import Engine, check_whole
+from ant_lightning.balancing.gradients import (
+    TaskGradients,
+    assign_gradients,
+    dot_products,
+    reduce_gradients_,
+)
+from ant_lightning.balancing.groups import Groups
+from ant_lightning.balancing.one_pass import BlockWriter, OnePass, TappedLosses
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+    from ant_lightning.balancing.batch import TaskBatch
+    from ant_lightning.balancing.gradients import DenseTaskGradients
+    from ant_lightning.balancing.taps import Layer
+
+__all__ = ["LowMemory"]
+
+_SHARE = 8  # of the parameters' number: the most numbers of a layer's task gradients at a time
+
+
+class LowMemory(Engine):
+    """The Gramian layer by layer, then the weighted sum of the losses differentiated once more.
+
+    One forward and two backward passes over the whole batch. A layer's task gradients are made as
+    in `OnePass`, in slices of its outputs that have `p / 8` numbers in all, added to the Gramian
+    and dropped; a parameter that is used more than once is held as a whole, `k` times. The
+    activations stay until the second pass. What it needs of the network is what `OnePass` does.
+    With `N` ranks the slices are all-reduced: `k + 1` times the bytes of one gradient.
+    """
+
+    def __init__(self) -> None:
+        self._one_pass = OnePass()
+
+    def task_gradients(
+        self, batch: TaskBatch, rows: DenseTaskGradients | None = None
+    ) -> _StreamedTaskGradients:
+        """The Gramian, and what is needed for the second pass.
+
+        Raises:
+            UnsupportedError: If the network does not fit.
+            ConfigError: If the batch is to be computed in parts.
+        """
+        check_whole(batch, "LowMemory")
+        losses = TappedLosses(batch)
+        groups = Groups(batch.starts)
+        present = [batch.starts[task] for task in batch.present]
+        self._one_pass.prove(losses, Groups([*present, len(batch)]))
+        adder = _GramianAdder(losses, groups)
+        losses.backward(losses.mean_weights(), adder, retain_graph=True)
+        batch.record(batch.order, losses.values)
+        return _StreamedTaskGradients(losses, adder.gramian)
+
+
+class _GramianAdder:
+    """Adds the dot products of the layers' task gradients."""
+
+    def __init__(self, losses: TappedLosses, groups: Groups) -> None:
+        self._batch = losses.batch
+        self._groups = groups
+        self._most = max(1, sum(p.numel() for p in self._batch.shared) // _SHARE)
+        self._uses_left = dict(losses.taps.num_uses)
+        self._held: dict[int, Tensor] = {}
+        device = self._batch.shared[0].device
+        self.gramian = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=device)
+
+    def __call__(self, layer: Layer, inputs: Tensor, grad: Tensor) -> None:
+        """One use of a layer."""
+        weight, groups = layer.weight, self._groups
+        pieces = [grad]
+        once = self._uses_left[id(weight)] == 1 and id(weight) not in self._held
+        if once and layer.channel_dim is not None:
+            num = -(-len(groups) * weight.numel() // self._most)
+            num = min(num, grad.shape[layer.channel_dim])
+            pieces = list(grad.tensor_split(num, dim=layer.channel_dim))
+        for piece in pieces[:-1]:
+            self._add(layer.weight_gradients(inputs, piece, groups, None))
+        self._take(weight, layer.weight_gradients(inputs, pieces[-1], groups, None))
+        if layer.bias is not None:
+            self._take(layer.bias, layer.bias_gradients(grad, groups))
+
+    def _take(self, parameter: nn.Parameter, block: Tensor) -> None:
+        """Add a block once all uses of its parameter are in it."""
+        key = id(parameter)
+        if key in self._held:
+            block = block + self._held.pop(key)
+        self._uses_left[key] -= 1
+        if self._uses_left[key]:
+            self._held[key] = block
+        else:
+            self._add(block)
+
+    def _add(self, block: Tensor) -> None:
+        flat = block.flatten(1)
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        if self._batch.is_scaled:
+            flat = flat / self._batch.loss_scale
+        if self._batch.reduction.world_size > 1:
+            flat = self._batch.reduction.all_reduce_(flat.contiguous())
+        self.gramian += dot_products(flat)
+
+
+class _StreamedTaskGradients(TaskGradients):
+    """A Gramian, and the losses whose weighted sum has the combined gradient."""
+
+    def __init__(self, losses: TappedLosses, gramian: Tensor) -> None:
+        self._losses: TappedLosses | None = losses
+        self._gramian = gramian
+
+    def gramian(self) -> Float[Tensor, "k k"]:
+        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
+        return self._gramian
+
+    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
+        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`, once."""
+        losses = self._losses
+        assert losses is not None, "combine_ was called after release"
+        batch = losses.batch
+        for p in batch.shared:
+            p.grad = None
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in batch.shared]
+        blocks = [
+            torch.empty_like(p, dtype=dtype)[None]
+            for p, dtype in zip(batch.shared, dtypes, strict=True)
+        ]
+        writer = BlockWriter(batch.shared, blocks, Groups([0, len(batch)]))
+        weights = task_weights.to(batch.num_samples) / batch.num_samples.clamp(min=1)
+        losses.backward(batch.per_sample(weights, batch.order), writer)
+        writer.finish()
+        if isinstance(scale, torch.Tensor) or scale != batch.loss_scale:
+            torch._foreach_mul_(blocks, scale / batch.loss_scale)
+        assign_gradients(batch.shared, [block[0] for block in blocks])
+        reduce_gradients_(batch.shared, reduction=batch.reduction)
+
+    def release(self) -> None:
+        """Let go of the activations."""
+        self._losses = None

@@ -1,0 +1,224 @@
+"""Task gradients out of one forward and one backward pass over the batch of all tasks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.checkpoint import CheckpointError
+
+from ant_lightning.balancing.engines import (
+    Engine,
+    Loop,
+    UnsupportedError,
+    check_whole,
+    new_rows,
+)
+from ant_lightning.balancing.groups import Groups
+from ant_lightning.balancing.taps import Taps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from ant_lightning.balancing.batch import TaskBatch
+    from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+    from ant_lightning.balancing.taps import Layer
+
+__all__ = ["Auto", "BlockWriter", "OnePass", "TappedLosses"]
+
+_SMALL = 5 * 10**8
+_MOST_PROOFS = 10
+
+
+class TappedLosses:
+    """The losses of a batch, sorted by task, of a network whose layers are tapped."""
+
+    def __init__(self, batch: TaskBatch) -> None:
+        self.batch = batch
+        self.taps = Taps(batch.shared, len(batch))
+        with self.taps:
+            self.values = batch.evaluate(batch.order)
+
+    def backward(
+        self,
+        weights: Tensor,
+        receive: Callable[[Layer, Tensor, Tensor], None],
+        *,
+        retain_graph: bool = False,
+    ) -> None:
+        """Have the layers' parts of the gradient of `sum_s weights[s] values[s]` received.
+
+        Raises:
+            UnsupportedError: If a parameter was used by anything else than a tapped layer.
+        """
+        self.taps.receive = receive
+        loss = (self.values * weights.to(self.values.dtype)).sum() * self.batch.loss_scale
+        try:
+            _, *others = torch.autograd.grad(
+                loss,
+                [self.taps.token, *self.batch.shared],
+                allow_unused=True,
+                retain_graph=retain_graph,
+            )
+        except CheckpointError as error:
+            raise UnsupportedError(
+                "engine: one pass needs a network without gradient checkpointing, found "
+                "layers that are computed again in the backward pass"
+            ) from error
+        shapes = [list(g.shape) for g in others if g is not None]
+        if shapes:
+            raise UnsupportedError(
+                "engine: one pass needs every parameter in a linear, convolution, embedding, "
+                "layer-norm or group-norm layer whose input has the batch as its first dimension; "
+                f"found another use of parameters of shape {shapes[0]} ({len(shapes)} in all)"
+            )
+
+    def mean_weights(self) -> Tensor:
+        """Weights with which the losses of each task add up to their mean, over all ranks."""
+        batch = self.batch
+        return batch.per_sample(1 / batch.num_samples.clamp(min=1), batch.order)
+
+
+class BlockWriter:
+    """Writes the gradients of groups of samples as the layers give them.
+
+    Args:
+        parameters: All parameters.
+        blocks: One `[m, *shape]` for each, written to.
+        groups: The `m` groups.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], blocks: Sequence[Tensor], groups: Groups
+    ) -> None:
+        self._blocks = {id(p): block for p, block in zip(parameters, blocks, strict=True)}
+        self._missing = dict(self._blocks)
+        self._groups = groups
+
+    def __call__(self, layer: Layer, inputs: Tensor, grad: Tensor) -> None:
+        """Write the weight's and the bias's part, or add to it if they had one already."""
+        block = self._missing.get(id(layer.weight))
+        out = block if block is not None and block.dtype == grad.dtype else None
+        self._put(layer.weight, layer.weight_gradients(inputs, grad, self._groups, out))
+        if layer.bias is not None:
+            self._put(layer.bias, layer.bias_gradients(grad, self._groups))
+
+    def finish(self) -> None:
+        """Parameters that were not used have a gradient of zero."""
+        for block in self._missing.values():
+            block.zero_()
+
+    def _put(self, parameter: nn.Parameter, values: Tensor) -> None:
+        block = self._blocks[id(parameter)]
+        if self._missing.pop(id(parameter), None) is None:
+            block.add_(values.view(block.shape))
+        elif values.data_ptr() != block.data_ptr():
+            block.copy_(values.view(block.shape))
+
+
+class OnePass(Engine):
+    """One pass over the whole batch, in which each layer sums its gradient for each task alone.
+
+    It makes as many calls as ordinary training, and `k` products of a smaller inner size for each
+    layer's weight, written where the rows are kept; the activations are those of one pass over
+    the whole batch. Tasks may have different sizes; equal ones share a call.
+
+    It needs every trained parameter in a linear, convolution, embedding, layer-norm or group-norm
+    layer that is given the batch as its first dimension, and samples that do not mix (no batch
+    norm). Both are checked: the first in every call; the second in the first calls, by the
+    gradient of one task's losses, which must be zero at all other samples wherever it passes a
+    layer, until each layer was reached by a gradient, at most 10 times. Networks compiled by
+    `torch.compile` and gradient checkpointing need `Loop`.
+    """
+
+    def __init__(self) -> None:
+        self._proven: set[int] = set()
+        self._num_proofs = 0
+
+    def task_gradients(
+        self, batch: TaskBatch, rows: DenseTaskGradients | None = None
+    ) -> DenseTaskGradients:
+        """All rows together.
+
+        Raises:
+            UnsupportedError: If the network does not fit.
+            ConfigError: If the batch is to be computed in parts.
+        """
+        check_whole(batch, "OnePass")
+        losses = TappedLosses(batch)
+        present = batch.present
+        groups = Groups([*(batch.starts[task] for task in present), len(batch)])
+        self.prove(losses, groups)
+        gradients = rows or new_rows(batch)
+
+        def fill(blocks: list[Tensor]) -> None:
+            writer = BlockWriter(batch.shared, blocks, groups)
+            losses.backward(losses.mean_weights(), writer)
+            writer.finish()
+            if batch.is_scaled:
+                torch._foreach_div_(blocks, batch.loss_scale)
+
+        gradients.write_together(present, fill)
+        batch.record(batch.order, losses.values)
+        return gradients
+
+    def prove(self, losses: TappedLosses, groups: Groups) -> None:
+        """Check that no layer mixes samples, as long as there are layers not yet proven.
+
+        Raises:
+            UnsupportedError: If one does.
+        """
+        if len(groups) < 2 or self._num_proofs >= _MOST_PROOFS:
+            return
+        if self._proven.issuperset(losses.taps.num_uses):
+            return
+        self._num_proofs += 1
+        first = groups.sizes[0]
+        mixed = []
+
+        def watch(layer: Layer, inputs: Tensor, grad: Tensor) -> None:
+            others = grad[first:]
+            mixed.append(((others != 0) & others.isfinite()).any())
+            if bool((grad[:first] != 0).any()):
+                self._proven.update(id(p) for p in (layer.weight, layer.bias) if p is not None)
+
+        weights = torch.zeros_like(losses.values.detach())
+        weights[:first] = 1
+        losses.backward(weights, watch, retain_graph=True)
+        if bool(torch.stack(mixed).any()):
+            raise UnsupportedError(
+                "engine: one pass needs layers whose first dimension is the batch and that do not "
+                "mix samples; found a task's loss that depends on samples of another task"
+            )
+
+
+class Auto(Engine):
+    """`OnePass` for small models, `Loop` for others and wherever `OnePass` cannot work.
+
+    A model is small if its number of parameters times the samples of a task is below 5e8: a pass
+    over one task is then bound by its calls and not by its sums. `OnePass` cannot work if the
+    network does not fit, which is found in the first steps and remembered, or if the batch is
+    computed in parts.
+
+    Attributes:
+        reason: Why `OnePass` was given up, or None.
+    """
+
+    def __init__(self) -> None:
+        self._one_pass = OnePass()
+        self._loop = Loop()
+        self.reason: str | None = None
+
+    def task_gradients(
+        self, batch: TaskBatch, rows: DenseTaskGradients | None = None
+    ) -> TaskGradients:
+        """By the engine that the rule chooses."""
+        size = sum(p.numel() for p in batch.shared) * len(batch) / batch.num_tasks
+        if size < _SMALL and not batch.in_parts and self.reason is None:
+            try:
+                return self._one_pass.task_gradients(batch, rows)
+            except UnsupportedError as error:
+                self.reason = str(error)
+        return self._loop.task_gradients(batch, rows)

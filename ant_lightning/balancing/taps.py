@@ -1,0 +1,278 @@
+"""Gradients of a network's parameters for groups of samples, out of one backward pass.
+
+A layer's gradient is a sum over samples of products of what the layer was given and of the
+gradient of what it gave. `Taps` keeps both for each layer, so that they can be summed over the
+samples of each group alone: the arithmetic of an ordinary backward pass, in as many calls.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ant_lightning.balancing.groups import Groups
+
+__all__ = ["Layer", "Taps"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One use of a layer.
+
+    Attributes:
+        weight: Its weight.
+        bias: Its bias, if it has one that is trained.
+        weight_gradients: `(inputs, grad, groups, out) -> [m, ...]`, one gradient of the weight for
+            each group; `out [m, ...]` may be written to.
+        sum_dims: Dimensions of the output that the bias is broadcast along, but for the first.
+        channel_dim: Dimension of the output whose slices give slices of the weight's gradient.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_gradients: Callable[[Tensor, Tensor, Groups, Tensor | None], Tensor]
+    sum_dims: tuple[int, ...]
+    channel_dim: int | None = None
+
+    def bias_gradients(self, grad: Tensor, groups: Groups) -> Tensor:
+        """One gradient of the bias for each group, `[m, ...]`."""
+        return groups.sums(grad.sum(self.sum_dims) if self.sum_dims else grad)
+
+
+class Taps(TorchFunctionMode):
+    """Runs a network whose layers hand their part of the gradients to `receive`.
+
+    Inside `with taps:` linear, convolution, embedding, layer-norm and group-norm layers take
+    their parameters as constants. In a backward pass to `token`, `receive(layer, inputs, grad)` is
+    called for each of them. Any other use of a parameter is left as it is, so that the parameter
+    gets an ordinary gradient.
+
+    Args:
+        parameters: Those that are wanted.
+        num_samples: Length of the first dimension of what every layer is given.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], num_samples: int) -> None:
+        super().__init__()
+        self.token = torch.zeros((), requires_grad=True, device=parameters[0].device)
+        self.num_uses: Counter[int] = Counter()
+        self.receive: Callable[[Layer, Tensor, Tensor], None] | None = None
+        self._known = {id(p): p for p in parameters}
+        self._num_samples = num_samples
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 - torch's signature
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        rule = _RULES.get(func)
+        if rule is None:
+            return func(*args, **(kwargs or {}))
+        return rule(self, *args, **(kwargs or {}))
+
+    def parameter(self, value: Tensor | None) -> nn.Parameter | None:
+        """The wanted parameter that `value` is, or shows in another shape."""
+        if value is None:
+            return None
+        found = self._known.get(id(value))
+        if found is None and value._base is not None:
+            base = self._known.get(id(value._base))
+            whole = base is not None and base.numel() == value.numel()
+            if whole and value.is_contiguous() and base.is_contiguous():  # type: ignore[union-attr]
+                found = base
+        return found
+
+    def applies(self, inputs: Tensor, weight: Tensor | None, ndim: int | None = None) -> bool:
+        """Whether a layer with wanted parameters is given the batch."""
+        return (
+            torch.is_grad_enabled()
+            and self.parameter(weight) is not None
+            and inputs.ndim >= 1
+            and inputs.shape[0] == self._num_samples
+            and ndim in {None, inputs.ndim}
+        )
+
+    def tap(self, output: Tensor, inputs: Tensor, layer: Layer) -> Tensor:
+        """`output`, with a note to hand over `inputs` and its gradient."""
+        self.num_uses.update(id(p) for p in (layer.weight, layer.bias) if p is not None)
+        if output._base is not None:
+            output = output.clone()
+        tapped: Tensor = _Tap.apply(output, self.token, inputs.detach(), self, layer)
+        return tapped
+
+
+class _Tap(torch.autograd.Function):
+    """Nothing to the output and its gradient, which is shown to `receive` on its way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        output: Tensor,
+        token: Tensor,
+        inputs: Tensor,
+        taps: Taps,
+        layer: Layer,
+    ) -> Tensor:
+        # As a change in place, so that the network may go on to change the output in place.
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(inputs)
+        ctx.taps, ctx.layer = taps, layer
+        return output
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            ctx.taps.receive(ctx.layer, ctx.saved_tensors[0], grad)
+        return grad, None, None, None, None
+
+
+def _constant(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach()
+
+
+def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not taps.applies(input, weight) or input.ndim < 2:
+        return F.linear(input, weight, bias)
+    known = taps.parameter(weight)
+    assert known is not None
+
+    def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
+        flat = [t.flatten(1, -2) if t.ndim > 2 else t[:, None] for t in (grad, x)]
+        view = None if out is None else out.view(len(groups), grad.shape[-1], -1)
+        return groups.products(*flat, out=view)
+
+    output = F.linear(input, weight.detach(), _constant(bias))
+    middle = tuple(range(1, output.ndim - 1))
+    layer = Layer(known, taps.parameter(bias), weight_gradients, middle, channel_dim=-1)
+    return taps.tap(output, input.to(output.dtype), layer)
+
+
+def _convolution(ndim: int) -> Callable[..., Tensor]:
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[ndim - 1]
+    gradient = (conv1d_weight, conv2d_weight, conv3d_weight)[ndim - 1]
+
+    def run(
+        taps: Taps,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,  # noqa: ANN401
+        padding: Any = 0,  # noqa: ANN401
+        dilation: Any = 1,  # noqa: ANN401
+        groups: int = 1,
+    ) -> Tensor:
+        settings = (stride, padding, dilation, groups)
+        known = taps.parameter(weight)
+        if not taps.applies(input, weight, ndim + 2) or isinstance(padding, str) or known is None:
+            return convolve(input, weight, bias, *settings)
+
+        def weight_gradients(x: Tensor, grad: Tensor, split: Groups, out: Tensor | None) -> Tensor:
+            shape = [grad.shape[1], *weight.shape[1:]]
+            each = [
+                gradient(part, shape, of_part, *settings) if len(part) else grad.new_zeros(shape)
+                for part, of_part in zip(split.split(x), split.split(grad), strict=True)
+            ]
+            return torch.stack(each)
+
+        output = convolve(input, weight.detach(), _constant(bias), *settings)
+        space = tuple(range(2, ndim + 2))
+        channel_dim = 1 if groups == 1 else None
+        layer = Layer(known, taps.parameter(bias), weight_gradients, space, channel_dim)
+        return taps.tap(output, input.to(output.dtype), layer)
+
+    return run
+
+
+def _embedding(
+    taps: Taps,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    *others: Any,
+    **settings: Any,
+) -> Tensor:
+    known = taps.parameter(weight)
+    # A limit of the norm, frequencies and sparse gradients have no rule.
+    plain = all(o in {None, False, 2.0} for o in (padding_idx, *others, *settings.values()))
+    if not taps.applies(input, weight) or not plain or known is None:
+        return F.embedding(input, weight, padding_idx, *others, **settings)
+    num_rows = len(weight)
+
+    def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
+        width = grad.shape[-1]
+        first = num_rows * groups.of_samples(x.device)
+        rows = x + first.view(-1, *[1] * (x.ndim - 1))
+        block = grad.new_zeros(len(groups) * num_rows, width)
+        block.index_add_(0, rows.flatten(), grad.reshape(-1, width))
+        return block.view(len(groups), num_rows, width)
+
+    output = F.embedding(input, weight.detach())
+    return taps.tap(output, input, Layer(known, None, weight_gradients, (), channel_dim=-1))
+
+
+def _layer_norm(
+    taps: Taps,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    known = taps.parameter(weight)
+    if not taps.applies(input, weight) or known is None or input.ndim <= len(normalized_shape):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    middle = tuple(range(1, input.ndim - len(normalized_shape)))
+
+    def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
+        products = grad * F.layer_norm(x.to(grad.dtype), normalized_shape, eps=eps)
+        return groups.sums(products.sum(middle) if middle else products)
+
+    output = F.layer_norm(input, normalized_shape, _constant(weight), _constant(bias), eps)
+    return taps.tap(output, input, Layer(known, taps.parameter(bias), weight_gradients, middle))
+
+
+def _group_norm(
+    taps: Taps,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    known = taps.parameter(weight)
+    if not taps.applies(input, weight) or known is None:
+        return F.group_norm(input, num_groups, weight, bias, eps)
+    space = tuple(range(2, input.ndim))
+
+    def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
+        products = grad * F.group_norm(x.to(grad.dtype), num_groups, eps=eps)
+        return groups.sums(products.sum(space) if space else products)
+
+    output = F.group_norm(input, num_groups, _constant(weight), _constant(bias), eps)
+    return taps.tap(output, input, Layer(known, taps.parameter(bias), weight_gradients, space))
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    F.linear: _linear,
+    F.conv1d: _convolution(1),
+    F.conv2d: _convolution(2),
+    F.conv3d: _convolution(3),
+    F.embedding: _embedding,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+}

@@ -1,0 +1,139 @@
+"""Task gradients by `torch.vmap`: every task has a view of the parameters of its own."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whole, new_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor, nn
+
+    from ant_lightning.balancing.batch import TaskBatch
+    from ant_lightning.balancing.gradients import DenseTaskGradients
+
+__all__ = ["Vmap", "note"]
+
+
+class Vmap(Engine):
+    """One pass over all tasks with `torch.vmap`, on parameters that are expanded, not copied.
+
+    Right for any network that `vmap` can run, whatever its layers do with the batch inside a task.
+    Smaller tasks are filled up with repeated samples of weight 0, at their cost. Beside the rows
+    the gradients of all tasks are there once more for a moment: `2 k p` numbers. It works neither
+    with gradient checkpointing nor with `torch.compile`.
+    """
+
+    def task_gradients(
+        self, batch: TaskBatch, rows: DenseTaskGradients | None = None
+    ) -> DenseTaskGradients:
+        """All rows together.
+
+        Raises:
+            UnsupportedError: If a parameter is used out of reach.
+            ConfigError: If the batch is to be computed in parts.
+        """
+        check_whole(batch, "Vmap")
+        present = batch.present
+        picks, weights = _padded(batch, present)
+        leaves = [p.detach().expand(len(present), *p.shape).requires_grad_() for p in batch.shared]
+
+        def losses_of_task(values: list[Tensor], of_task: Tensor) -> Tensor:
+            with _Replaced(batch.shared, values):
+                return batch.evaluate(of_task)
+
+        # The fused attention of CPUs has no batching rule: vmap would run it task by task.
+        fused = batch.shared[0].device.type != "cpu"
+        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
+            values = torch.vmap(losses_of_task, randomness="different")(leaves, picks)
+        loss = (values * weights.to(values.dtype)).sum() * batch.loss_scale
+        inputs = [*leaves, *batch.shared]
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        if any(g is not None for g in grads[len(leaves) :]):
+            raise UnsupportedError(
+                "engine: vmap needs every parameter to be an argument of a torch function, found "
+                "one that is used in another way"
+            )
+        gradients = rows or new_rows(batch)
+
+        def fill(blocks: list[Tensor]) -> None:
+            for block, grad in zip(blocks, grads, strict=False):
+                block.zero_() if grad is None else block.copy_(grad)
+            if batch.is_scaled:
+                torch._foreach_div_(blocks, batch.loss_scale)
+
+        gradients.write_together(present, fill)
+        real = weights > 0
+        batch.record(picks[real.to(picks.device)], values[real])
+        return gradients
+
+
+class _Replaced(TorchFunctionMode):
+    """Gives torch functions `values` in place of `parameters`."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._values = {id(p): value for p, value in zip(parameters, values, strict=True)}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 - torch's signature
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        get = self._values.get
+        args = tuple(get(id(a), a) for a in args)
+        return func(*args, **{name: get(id(a), a) for name, a in (kwargs or {}).items()})
+
+
+def note(sink: Tensor, rows: Tensor, values: Tensor) -> None:
+    """`sink[rows] = values`, detached; also from within `Vmap`, where `rows` are of all tasks."""
+    _Note.apply(values.detach(), rows, sink)
+
+
+class _Note(torch.autograd.Function):
+    """A write that `torch.vmap` may not make itself, as `sink` is the same for all tasks."""
+
+    @staticmethod
+    def forward(values: Tensor, rows: Tensor, sink: Tensor) -> Tensor:
+        sink[rows] = values.to(sink)
+        return torch.zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401
+        """There is nothing to differentiate."""
+
+    @staticmethod
+    def vmap(
+        info: Any,  # noqa: ANN401
+        in_dims: tuple[int | None, ...],
+        values: Tensor,
+        rows: Tensor,
+        sink: Tensor,
+    ) -> tuple[Tensor, None]:
+        return _Note.apply(
+            values.movedim(in_dims[0] or 0, 0), rows.movedim(in_dims[1] or 0, 0), sink
+        ), None
+
+
+def _padded(batch: TaskBatch, present: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows of each task, filled up to one length, and their weights in the mean: `[m, n]` each."""
+    device = batch.order.device
+    spans = [(batch.starts[task], batch.starts[task + 1]) for task in present]
+    longest = max(stop - start for start, stop in spans)
+    offsets = torch.arange(longest)
+    starts = torch.tensor([start for start, _ in spans])
+    sizes = torch.tensor([stop - start for start, stop in spans])
+    positions = starts[:, None] + offsets.minimum(sizes[:, None] - 1)
+    picks = batch.order[positions.to(device)]
+    real = (offsets < sizes[:, None]).to(batch.tasks.device)
+    means = 1 / batch.num_samples[torch.tensor(present, device=real.device)]
+    return picks, real * means[:, None]

@@ -1,0 +1,335 @@
+"""Every engine gives the gradients of the loop, or says why it cannot."""
+
+import weakref
+
+import pytest
+import tiny_digits
+import torch
+import torch._dynamo
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ant_lightning.backbones import DiT, UNet
+from ant_lightning.balancing import (
+    Auto,
+    Loop,
+    LowMemory,
+    NashMTL,
+    OnePass,
+    PCGrad,
+    UnsupportedError,
+    Vmap,
+    multitask_backward,
+)
+from ant_lightning.data import DigitsData
+from ant_lightning.errors import ConfigError
+
+EQUAL = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0])
+UNEQUAL = torch.tensor([0, 1, 1, 4, 4, 0, 4, 1, 3, 1, 0])  # and nobody is of task 2
+ENGINES = [OnePass, LowMemory, Vmap, Auto]
+
+
+class Everything(nn.Module):
+    """Each kind of layer that has a rule; a tied weight, a frozen bias, an unused parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv3 = nn.Conv3d(1, 4, 3, padding=1, stride=(2, 1, 1))
+        self.group_norm = nn.GroupNorm(2, 4)
+        self.conv2 = nn.Conv2d(4, 8, 3, groups=2, dilation=1)
+        self.conv1 = nn.Conv1d(8, 8, 1)
+        self.layer_norm = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 8)
+        self.table = nn.Embedding(5, 8)
+        self.inplace = nn.ReLU(inplace=True)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.linear.bias.requires_grad_(False)
+
+    def forward(self, x, timesteps, labels):
+        x = self.group_norm(self.conv3(x.unflatten(1, (1, 4))).sum(2))
+        x = self.conv1(self.inplace(self.conv2(x)).flatten(2)).mT
+        x = self.linear(self.layer_norm(x)).tanh() + self.table(labels)[:, None]
+        return self.linear(x.mean(1))[:, :, None, None]
+
+
+def dit(**settings):
+    return DiT(input_size=8, in_channels=4, hidden_size=8, depth=2, num_heads=2, **settings)
+
+
+def unet():
+    sizes = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 2}
+    return UNet(
+        input_size=8,
+        in_channels=4,
+        out_channels=4,
+        attention_resolutions=(2,),
+        num_classes=5,
+        **sizes,
+    )
+
+
+NETWORKS = {"dit": lambda: dit(num_classes=5), "unet": unet, "everything": Everything}
+
+
+class Problem:
+    """A regression in float64 with random weights everywhere."""
+
+    def __init__(self, network, tasks, dtype=torch.float64):
+        torch.manual_seed(0)
+        self.network, self.tasks = network().to(dtype), tasks
+        with torch.no_grad():
+            for p in self.network.parameters():
+                p.add_(torch.randn_like(p), alpha=0.1)
+        self.x = torch.randn(len(tasks), 4, 8, 8, dtype=dtype)
+        self.labels = torch.randint(0, 5, (len(tasks),))
+
+    def losses(self, rows):
+        out = self.network(self.x[rows], 100 * self.tasks[rows], self.labels[rows])
+        return (out - 1).square().mean((1, 2, 3)) * (1 + self.tasks[rows])
+
+    def run(self, engine, *, calls=1, **settings):
+        balancer = NashMTL(int(self.tasks.max()) + 1, update_every=1)
+        parameters = list(self.network.parameters())
+        for _ in range(calls):
+            report = multitask_backward(
+                self.losses, self.tasks, parameters, balancer, engine=engine, **settings
+            )
+        return report, torch.cat([p.grad.flatten() for p in parameters if p.requires_grad])
+
+
+def assert_same(found, expected, tolerance=1e-10):
+    for name in ("gramian", "task_losses", "task_weights", "grad_norm", "num_samples"):
+        a, b = getattr(found[0], name), getattr(expected[0], name)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-12, equal_nan=True)
+    scale = expected[1].abs().max()
+    torch.testing.assert_close(found[1] / scale, expected[1] / scale, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("tasks", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_engines_give_the_numbers_of_the_loop(network, tasks, engine):
+    problem = Problem(NETWORKS[network], tasks)
+    expected = problem.run(Loop())
+    made = engine()
+    assert_same(problem.run(made, calls=2, loss_scale=1.0), expected)
+    scaled = problem.run(made, loss_scale=torch.tensor(8.0))
+    assert_same((scaled[0], scaled[1] / 8), expected)
+    assert getattr(made, "reason", None) is None
+
+
+@pytest.mark.parametrize("engine", [OnePass, LowMemory, Vmap])
+def test_in_bfloat16_autocast_rows_differ_by_rounding(engine):
+    problem = Problem(NETWORKS["dit"], EQUAL, torch.float32)
+    exact = problem.run(Loop())
+    with torch.autocast("cpu", torch.bfloat16):
+        loop, found = problem.run(Loop()), problem.run(engine())
+    assert not torch.equal(found[1], exact[1])
+    error = (found[1] - exact[1]).norm() / exact[1].norm()
+    assert error < 2 * (loop[1] - exact[1]).norm() / exact[1].norm() + 1e-3
+
+
+class Scaled(nn.Module):
+    """A parameter that no layer holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(4, 4, 1)
+        self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x, timesteps, labels):
+        return self.layer(x) * self.scale
+
+
+class Mixing(nn.Module):
+    """Positions first: as many of them as there are samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x, timesteps, labels):
+        first = x.flatten(2)[:, :, : len(x)].permute(2, 0, 1)
+        return self.layer(first).transpose(0, 1)[..., None]
+
+
+@pytest.mark.parametrize("engine", [OnePass, LowMemory])
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (Scaled, "found another use of parameters of shape [4, 1, 1]"),
+        (Mixing, "depends on samples of another task"),
+        (lambda: dit(num_classes=5, gradient_checkpointing=True), "without gradient checkpointing"),
+    ],
+    ids=["parameter", "mixing", "checkpointing"],
+)
+def test_one_pass_refuses_a_network_that_does_not_fit_and_auto_takes_the_loop(
+    network, words, engine
+):
+    problem = Problem(network, EQUAL)
+    with pytest.raises(UnsupportedError) as error:
+        problem.run(engine())
+    assert words in str(error.value)
+    auto = Auto()
+    expected = problem.run(Loop())
+    assert_same(problem.run(auto, calls=2), expected)
+    assert words in auto.reason
+
+
+def test_mixing_is_found_as_soon_as_a_gradient_reaches_the_layer():
+    problem = Problem(nn.Sequential, EQUAL)
+    mixing, last = Mixing().double(), nn.Linear(4, 2).double()
+    problem.network = nn.ModuleList([mixing, last])
+    problem.losses = lambda rows: (
+        last(mixing(problem.x[rows], None, None)[..., 0].mean(1)).square().mean(1)
+    )
+    with torch.no_grad():
+        last.weight.zero_()
+    engine = OnePass()
+    problem.run(engine)
+    with torch.no_grad():
+        last.weight.fill_(1.0)
+    with pytest.raises(UnsupportedError, match="another task"):
+        problem.run(engine)
+
+
+@pytest.mark.parametrize(
+    ("samples", "settings", "passes"),
+    [(400_000, {}, 1), (600_000, {}, 2), (400_000, {"micro_batch_size": 200_000}, 2)],
+    ids=["small", "large", "in parts"],
+)
+def test_auto_chooses_by_size_and_by_parts(samples, settings, passes):
+    layer, unused = nn.Linear(1, 1), nn.Parameter(torch.zeros(1998))
+    x = torch.ones(samples, 1)
+    calls = []
+
+    def losses(rows):
+        calls.append(len(rows))
+        return layer(x[rows])[:, 0].square()
+
+    # 2,000 parameters times 200,000 or 300,000 samples of a task, on either side of 5e8.
+    parameters = [*layer.parameters(), unused]
+    tasks = torch.arange(samples) % 2
+    multitask_backward(losses, tasks, parameters, PCGrad(2), engine=Auto(), **settings)
+    assert len(calls) == passes
+
+
+@pytest.mark.parametrize("engine", [OnePass, LowMemory, Vmap])
+def test_whole_batch_engines_refuse_parts(engine):
+    problem = Problem(NETWORKS["dit"], EQUAL)
+    with pytest.raises(ConfigError, match=r"micro_batch_size: .*found 4; Loop"):
+        problem.run(engine(), micro_batch_size=4)
+
+
+def test_vmap_runs_layers_that_one_pass_has_no_rule_for():
+    problem = Problem(Scaled, UNEQUAL)
+    assert_same(problem.run(Vmap()), problem.run(Loop()))
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made inside held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage):
+        key = storage._cdata
+        if key in self._seen or not storage.nbytes():
+            return
+        self._seen.add(key)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, storage.nbytes())
+
+    def _remove(self, key, size):
+        self._seen.discard(key)
+        self.now -= size
+
+
+def peak(num_tasks, balancer, engine):
+    """Peak bytes of a call on a wide network with few activations, and those of its parameters."""
+    torch.manual_seed(0)
+    network = nn.Sequential(*[nn.Linear(256, 256) for _ in range(6)], nn.Linear(256, 1024))
+    x, tasks = torch.randn(16, 256), torch.arange(16) % num_tasks
+    parameters = list(network.parameters())
+
+    def losses(rows):
+        return network(x[rows]).square().mean(1)
+
+    with LiveBytes() as live:
+        multitask_backward(losses, tasks, parameters, balancer, num_tasks=num_tasks, engine=engine)
+    return live.peak, 4 * sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("num_tasks", [2, 16])
+def test_low_memory_needs_less_than_one_row_more_than_vanilla(num_tasks):
+    vanilla, row = peak(num_tasks, None, None)
+    found, _ = peak(num_tasks, PCGrad(num_tasks), LowMemory())
+    rows, _ = peak(num_tasks, PCGrad(num_tasks), OnePass())
+    assert vanilla >= row
+    assert found <= vanilla + row
+    assert rows > num_tasks * row
+
+
+def test_a_compiled_network_recompiles_once_per_shape():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+    compiled = torch.compile(network, backend="aot_eager", dynamic=False)
+    x = torch.randn(15, 4)
+
+    def losses(rows):
+        return compiled(x[rows]).square().mean(1)
+
+    balancer = PCGrad(3)
+    parameters = list(network.parameters())
+
+    def step(tasks):
+        multitask_backward(losses, tasks, parameters, balancer, engine=Loop())
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    equal = torch.arange(15) % 3
+    assert [step(equal) for _ in range(4)] == [1] * 4
+    # Tasks of 4, 5 and 6 samples: two new shapes, once each.
+    unequal = torch.tensor([0] * 4 + [1] * 5 + [2] * 6)
+    assert [step(unequal) for _ in range(4)] == [3] * 4
+    assert [step(equal) for _ in range(2)] == [3] * 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "vmap", "low_memory", "auto"])
+def test_training_is_the_same_with_every_engine(engine, tmp_path):
+    def weights(name):
+        model = tiny_digits.module(balancer=NashMTL(3, update_every=2), engine=name)
+        run = tiny_digits.trainer(tmp_path, steps=3, limit_val_batches=0)
+        run.fit(model, datamodule=DigitsData(batch_size=14))
+        losses = model.last_report.task_losses
+        return torch.cat([p.detach().flatten() for p in model.backbone.parameters()]), losses
+
+    expected, found = weights("loop"), weights(engine)
+    # Adam makes steps of 1e-3 of the rounding errors of gradients near zero: compare as a whole.
+    assert (found[0] - expected[0]).norm() < 3e-4
+    torch.testing.assert_close(found[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"engine": "vmap", "accumulate_grad_batches": 2}, ["model.engine", "vmap", "'loop'"]),
+        ({"engine": "low_memory", "placement": "sorted"}, ["model.placement", "low_memory"]),
+    ],
+)
+def test_settings_that_contradict_the_engine_are_refused(settings, words):
+    with pytest.raises(ConfigError) as error:
+        tiny_digits.module(balancer=PCGrad(3), **settings)
+    assert all(word in str(error.value) for word in words)
