@@ -47,6 +47,7 @@ def train(rank, ranks, method, *, shard):
             num_tasks=K,
             micro_batch_size=3,
             reduction=reduction,
+            log_snr=4 * x[:, 0],
         )
         finite.append(report.finite)
         if report.finite:
