@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ant_lightning.studies.study import Cell, Study
 
-__all__ = ["append_row", "collected", "finished_rows", "only_user", "read_rows"]
+__all__ = ["append_row", "collected", "finished_rows", "only_user", "read_rows", "restore_files"]
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def finished_rows(study: Study, path: Path) -> dict[str, dict[str, Any]]:
 
     Each row has `cell`, `axes` (level of each axis), `hash`, `commit`, `machine`, `finished` (Unix
     time), `seconds` (of each command) and `files`: for every collected file its content, of a
-    `.jsonl` file the list of its lines.
+    `.jsonl` file the list of its lines, of one that is not JSON the text.
     """
     rows = {}
     for row in read_rows(path):
@@ -76,8 +76,31 @@ def collected(cell: Cell, folder: Path) -> dict[str, Any]:
         path = folder / name
         if not path.is_file():
             raise ConfigError(f"study: cell {cell.name} collects {name}, which was not written")
-        files[name] = read_rows(path) if name.endswith(".jsonl") else json.loads(path.read_text())
+        if name.endswith(".jsonl"):
+            files[name] = read_rows(path)
+        elif name.endswith(".json"):
+            files[name] = json.loads(path.read_text())
+        else:
+            files[name] = path.read_text()
     return files
+
+
+def restore_files(row: dict[str, Any], folder: Path) -> None:
+    """Write the files that a row keeps into its cell's folder, if that is gone.
+
+    So a study goes on elsewhere from its `results.jsonl` alone, as long as the cells that are left
+    read nothing else of those that are done.
+    """
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
+    for name, content in row["files"].items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".jsonl"):
+            path.write_text("".join(json.dumps(line) + "\n" for line in content))
+        else:
+            path.write_text(json.dumps(content) if name.endswith(".json") else content)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from ant_lightning.studies.results import (
     finished_rows,
     only_user,
     read_rows,
+    restore_files,
 )
 from ant_lightning.studies.study import CLI_COMMANDS, FOLDER, Cell, Study
 
@@ -84,8 +85,9 @@ def run_study(
 
     A finished cell is a line of `results.jsonl` in `folder` (see `finished_rows`) and is not run
     again. One that was interrupted goes on behind its last finished command, in the same folder;
-    with `--ckpt_path=last` in the study a fit goes on inside. A cell that failed is a line of
-    `failures.jsonl` and runs again in the next call.
+    with `--ckpt_path=last` in the study a fit goes on inside. Of a finished cell whose folder is
+    gone, as where a study goes on with a copy of `results.jsonl`, the kept files come back. A cell
+    that failed is a line of `failures.jsonl` and runs again in the next call.
 
     Args:
         study: The cells.
@@ -107,6 +109,8 @@ def run_study(
         report(f"{len(waiting)} of {len(study.cells)} cells to run in {folder}")
         if not waiting:
             return []
+        for name, row in finished_rows(study, folder / "results.jsonl").items():
+            restore_files(row, folder / study.cells[name].place)
         prepare_processes([c for cell in waiting for c in cell.commands], threads=threads)
         return _Runner(study, folder, waiting, threads, report).run(jobs)
 

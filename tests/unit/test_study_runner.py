@@ -189,6 +189,19 @@ def test_a_half_written_row_is_no_row_and_spoils_no_other(tmp_path):
     assert read_rows(path) == [{"a": 1}, {"a": 3}]
 
 
+def test_a_copy_of_the_rows_is_gone_on_with(tmp_path):
+    kept = [*CONTENT["groups"][1]["collect"], "calls"]
+    content = changed(collect=kept)
+    run(content, tmp_path / "here", only="?/small")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "results.jsonl").write_text((tmp_path / "here/results.jsonl").read_text())
+    failed, _ = run(content, there)
+    assert failed == []
+    assert values(content, there)["sum/0"] == 11
+    assert calls(there, "0/small") == [["nothing", "value"]]  # written back, not run
+
+
 def test_one_process_at_a_time(tmp_path):
     with only_user(tmp_path), pytest.raises(ConfigError, match="one process at a time"):
         run(CONTENT, tmp_path)
