@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 import lightning as L
+import numpy as np
 
 from ant_lightning.cli import run
 from ant_lightning.studies.provenance import commit, config_hash, machine
@@ -29,37 +30,45 @@ class Meter(L.Callback):
         self.every = every
         self.samples: list[dict[str, float]] = []
         self.evaluations = 0
-        self._start = self._last = time.monotonic()
-        self._paused = self._pause_began = 0.0
+        self._start = self._last = self._pause_began = clocks()
+        self._paused = np.zeros(2)
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = self._last = time.monotonic()
+        self._start = self._last = clocks()
         self._step = trainer.global_step
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._pause_began = time.monotonic()
+        self._pause_began = clocks()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._paused += time.monotonic() - self._pause_began
+        self._paused += clocks() - self._pause_began
         self.evaluations += 1
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
-        now = time.monotonic()
-        trained = now - self._last - self._paused
+        now = clocks()
+        trained, processed = now - self._last - self._paused
         if trained < self.every:
             return
+        steps = trainer.global_step - self._step
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
         self.samples.append(
             {
-                "seconds": now - self._start,
+                "seconds": float((now - self._start)[0]),
+                "step": trainer.global_step,
                 "evaluations": self.evaluations,
                 "resident_mb": resident / 2**20,
                 "open_files": len(os.listdir("/proc/self/fd")),
-                "steps_per_second": (trainer.global_step - self._step) / trained,
+                "steps_per_second": steps / trained,
+                "cpu_ms_per_step": 1000 * processed / steps,
             }
         )
-        self._last, self._paused, self._step = now, 0.0, trainer.global_step
+        self._last, self._paused, self._step = now, np.zeros(2), trainer.global_step
+
+
+def clocks() -> np.ndarray:
+    """Seconds on the wall and of this process on the CPU, which other processes do not change."""
+    return np.array([time.monotonic(), time.process_time()])
 
 
 def summary(samples: list[dict[str, float]], *, warm_up: float) -> dict[str, float]:
@@ -73,16 +82,15 @@ def summary(samples: list[dict[str, float]], *, warm_up: float) -> dict[str, flo
         before, after = (median(each[name] for each in part) for part in (first, last))
         return after / before - 1
 
-    return {
+    found = {
         "resident_growth": growth("resident_mb"),
         "speed_change": growth("steps_per_second"),
-        "open_files_first": median(each["open_files"] for each in first),
-        "open_files_last": median(each["open_files"] for each in last),
-        "resident_mb_first": median(each["resident_mb"] for each in first),
-        "resident_mb_last": median(each["resident_mb"] for each in last),
-        "steps_per_second_first": median(each["steps_per_second"] for each in first),
-        "steps_per_second_last": median(each["steps_per_second"] for each in last),
+        "cpu_change": growth("cpu_ms_per_step"),
     }
+    for name in ("resident_mb", "open_files", "steps_per_second", "cpu_ms_per_step"):
+        for when, part in (("first", first), ("last", last)):
+            found[f"{name}_{when}"] = median(each[name] for each in part)
+    return found
 
 
 def main() -> None:
@@ -125,6 +133,8 @@ def main() -> None:
         "machine": machine(),
         "minutes": options.minutes,
         "evaluations": meter.evaluations,
+        "steps": trainer.global_step,
+        "load": os.getloadavg(),
         "summary": found,
         "samples": meter.samples,
     }
@@ -135,7 +145,7 @@ def main() -> None:
     flat = (
         found["resident_growth"] < 0.02
         and found["open_files_last"] <= found["open_files_first"]
-        and found["speed_change"] > -0.1
+        and found["cpu_change"] < 0.1
     )
     raise SystemExit(0 if flat else 1)
 
