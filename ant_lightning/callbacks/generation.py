@@ -48,7 +48,8 @@ class GenerationMetrics(L.Callback):
         num_images: Images that are drawn. By default as many as are held out, or all stored ones.
         batch_size: Images drawn at once.
         every_n_epochs: Validations between two measurements.
-        reference: File of reference statistics; by default the held-out images are the reference.
+        reference: File of reference statistics, or `train` for the training images, against which
+            models of faces are usually scored; by default the held-out images are the reference.
         with_train: Whether to compare with the training images too (memorisation).
         cache_dir: Where statistics of real images are kept, each under a fingerprint of images and
             extractor; by default `reference_cache` in the folder of the logs of all runs.
@@ -56,7 +57,7 @@ class GenerationMetrics(L.Callback):
         seed: Of the images; by default that of the module.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of range, or the training images are to be compared twice.
     """
 
     def __init__(
@@ -80,6 +81,11 @@ class GenerationMetrics(L.Callback):
             raise ConfigError(
                 "GenerationMetrics: batch_size and every_n_epochs must be at least 1, found "
                 f"{batch_size} and {every_n_epochs}"
+            )
+        if reference == "train" and with_train:
+            raise ConfigError(
+                "GenerationMetrics.with_train: must be false where training images are the "
+                "reference, found true"
             )
         self.extractor = extractor
         self.num_images = num_images
@@ -155,12 +161,11 @@ class GenerationMetrics(L.Callback):
         """Statistics of the held-out images and features of the training images, made once."""
         if self._real is None:
             cache = self._cache_dir(trainer)
-            if self.reference_path is not None:
+            if self.reference_path not in (None, "train"):
                 reference = load_reference(Path(self.reference_path))
             else:
-                reference = real_statistics(
-                    data, data.held_out_images, self.extractor, cache_dir=cache
-                )
+                real = data.train_images if self.reference_path else data.held_out_images
+                reference = real_statistics(data, real, self.extractor, cache_dir=cache)
             train = None
             if self.with_train:
                 train = real_statistics(

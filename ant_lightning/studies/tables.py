@@ -38,6 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ant_lightning.studies.tables")
     parser.add_argument("--dataset", default="digits", help="one of the study file's datasets")
     parser.add_argument("--root", help="folder of the images, for all but the digits")
+    parser.add_argument("--reference", help="file of reference statistics for FID")
     parser.add_argument("--study", type=Path, default=_STUDY)
     parser.add_argument("--folder", type=Path, help="by default runs/tables_DATASET")
     parser.add_argument("--seed", type=int, default=0)
@@ -50,7 +51,11 @@ def main(args: Sequence[str] | None = None) -> int:
     folder: Path = settings.folder or Path("runs") / f"tables_{settings.dataset}"
     try:
         study = tables_study(
-            settings.study, dataset=settings.dataset, root=settings.root, seed=settings.seed
+            settings.study,
+            dataset=settings.dataset,
+            root=settings.root,
+            reference=settings.reference,
+            seed=settings.seed,
         )
         failed: list[str] = []
         if not settings.no_run:
@@ -76,17 +81,26 @@ def main(args: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def tables_study(path: Path, *, dataset: str, root: str | None = None, seed: int = 0) -> Study:
+def tables_study(
+    path: Path,
+    *,
+    dataset: str,
+    root: str | None = None,
+    reference: str | None = None,
+    seed: int = 0,
+) -> Study:
     """The study of one data set.
 
     Args:
         path: The study file, with `parts`, `groups` by name, and `datasets`.
         dataset: One of its data sets.
         root: Folder of the images; not for the digits.
+        reference: File of reference statistics, in place of the study file's reference.
         seed: Of every run.
 
     Raises:
-        ConfigError: If there is no such data set, or `root` is missing or must not be given.
+        ConfigError: If there is no such data set or file, or `root` is missing or must not be
+            given.
     """
     if not path.is_file():
         raise ConfigError(f"study: must be a YAML file that exists, found {path}")
@@ -100,12 +114,19 @@ def tables_study(path: Path, *, dataset: str, root: str | None = None, seed: int
     if needs_root != (root is not None):
         rule = "must name the folder of the images" if needs_root else "must not be given"
         raise ConfigError(f"root: {rule} for {dataset}, found {root}")
+    if root and not Path(root).is_dir():
+        raise ConfigError(f"root: must be a folder that exists, found {root}")
+    parts = {**content["parts"], **chosen["parts"]}
+    if reference is not None:
+        if not Path(reference).is_file():
+            raise ConfigError(f"reference: must be a file that exists, found {reference}")
+        parts["reference"] = [f"--trainer.callbacks.init_args.reference={reference}"]
     groups = []
     for name in chosen["groups"]:
         group = content["groups"][name]
         axes = {**group["axes"], "seed": [seed], "dataset": [dataset]}
         groups.append({**group, "axes": axes | ({"root": [root]} if root else {})})
-    return Study.of({"parts": {**content["parts"], **chosen["parts"]}, "groups": groups})
+    return Study.of({"parts": parts, "groups": groups})
 
 
 class TableRows:
@@ -124,14 +145,24 @@ class TableRows:
 
     def score(self, name: str, metric: str) -> str:
         """A score of a cell, with three digits; empty if it is not there."""
-        lines = self._rows.get(name, {}).get("files", {}).get("generation_metrics.jsonl")
-        value = lines[-1]["scores"].get(metric) if lines else None
+        value = self._measured(name).get("scores", {}).get(metric)
         return "" if value is None else f"{value:.3f}"
 
+    def guidance(self, name: str) -> float:
+        """The guidance scale that a cell was measured with."""
+        return float(self._measured(name)["guidance_scale"])
+
     def cost(self, name: str, metric: str) -> str:
-        """A figure of `step_cost.json`, with three digits; empty if it is not there."""
-        value = self._rows.get(name, {}).get("files", {}).get("step_cost.json", {}).get(metric)
-        return "" if value is None else f"{value:.3f}"
+        """An entry of `step_cost.json`, numbers with three digits; empty if it is not there."""
+        files = self._rows.get(name, {}).get("files", {})
+        value = files.get("step_cost.json", {}).get(metric, "")
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    def _measured(self, name: str) -> dict[str, Any]:
+        files = self._rows.get(name, {}).get("files", {})
+        lines = files.get("generation_metrics.jsonl") or [{}]
+        last: dict[str, Any] = lines[-1]
+        return last
 
 
 def poster_tables(rows: TableRows, *, dataset: str) -> list[TextTable]:
@@ -192,13 +223,16 @@ def _table_2(rows: TableRows, published: Mapping[str, Any]) -> TextTable:
 
 
 def _table_3(rows: TableRows, published: Mapping[str, Any]) -> TextTable:
-    heads = ["method", "memory (GB)", "iterations / s"]
+    heads = ["method", "memory (GB)", "memory of", "iterations / s"]
     if published:
         heads += ["memory (GB), published", "iterations / s, published"]
     lines = []
     for method in ("vanilla", "pcgrad", "nash", "uw"):
         name = "ldm/vanilla" if method == "vanilla" else f"ldm/snr/{method}"
-        cells = [rows.cost(name, "peak_memory_gb"), rows.cost(name, "iterations_per_second")]
+        cells = [
+            rows.cost(name, what)
+            for what in ("peak_memory_gb", "memory_of", "iterations_per_second")
+        ]
         if published:
             cells += published.get(method, {}).values() or ["", ""]
         lines.append([method, *cells])
@@ -207,13 +241,13 @@ def _table_3(rows: TableRows, published: Mapping[str, Any]) -> TextTable:
 
 def _panel(rows: TableRows) -> TextTable:
     """The poster has this as a figure, without numbers."""
-    scales = sorted({float(n.rpartition("_")[2]) for n in rows.names() if "/guidance_" in n})
     metrics = ("fid", "inception_score", "precision", "recall")
-    lines = [
-        [method, f"{scale:g}", *_cells(rows, f"dit/{method}/guidance_{scale}", metrics, {})]
-        for method in ("vanilla", "pcgrad", "nash", "uw")
-        for scale in scales
-    ]
+    lines = []
+    for method in ("vanilla", "pcgrad", "nash", "uw"):
+        start = f"dit/{method}"
+        names = [n for n in rows.names() if n == start or n.startswith(f"{start}/guidance_")]
+        for name in sorted(names, key=rows.guidance):
+            lines.append([method, f"{rows.guidance(name):g}", *_cells(rows, name, metrics, {})])
     heads = ["method", "guidance", *_heads(metrics, {})]
     return TextTable("Panel, class-conditional DiT over guidance scales", heads, lines)
 

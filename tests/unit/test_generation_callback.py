@@ -63,6 +63,20 @@ def test_folder_and_npz_score_as_the_metrics_themselves(tmp_path, images, extrac
     assert scored(tmp_path, npz, extractor, num_images=30)["num_images"] == 30
 
 
+def test_training_images_may_be_the_reference(tmp_path, images, extractor):
+    data = DigitsData()
+    expected = GenerationScores(seed=0).evaluate(
+        images, torch.cat(list(data.pixels(data.train_images))), extractor
+    )
+    npz = tmp_path / "all.npz"
+    np.savez(npz, arr_0=images.permute(0, 2, 3, 1).numpy())
+    scores = scored(tmp_path, npz, extractor, reference="train", with_train=False)
+    assert scores == {k: pytest.approx(v, rel=1e-5, abs=1e-7) for k, v in expected.items()}
+    assert json.loads((tmp_path / "generation_metrics.jsonl").read_text())["reference"] == "train"
+    with pytest.raises(ConfigError, match="with_train: must be false where training images are"):
+        GenerationMetrics(extractor, reference="train")
+
+
 def test_bad_image_sets_are_named(tmp_path, images, extractor):
     for path, words in [
         (tmp_path / "nowhere", "nowhere"),

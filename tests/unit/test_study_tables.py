@@ -81,12 +81,19 @@ def test_gaps_of_a_study_are_drawn_and_tabulated(tmp_path, capsys):
     assert "seed 1" in capsys.readouterr().err
 
 
-def measured(fid):
+def measured(fid, guidance=1.5):
     scores = {"fid": fid, "inception_score": 5.0, "precision": 0.5, "recall": 0.25}
     return {
         "files": {
-            "generation_metrics.jsonl": [{"scores": scores}],
-            "step_cost.json": {"peak_memory_gb": 1.5, "iterations_per_second": 20.0},
+            "generation_metrics.jsonl": [
+                {"scores": {"fid": 99.0}},
+                {"scores": scores, "guidance_scale": guidance},  # the last line counts
+            ],
+            "step_cost.json": {
+                "peak_memory_gb": 1.5,
+                "iterations_per_second": 20.0,
+                "memory_of": "a GPU",
+            },
         }
     }
 
@@ -102,13 +109,26 @@ def test_published_values_stand_beside_ours_for_the_same_data_alone():
     assert " ".join(first.rows[0]) == "ADM  vanilla 30.000 0.500 0.250 24.95 0.5427 0.3996"
     assert ["ADM", "timestep", "linear", "", "", "", "", "", ""] in first.rows
     assert ["LDM", "gradient", "pcgrad", "", "", "", "9.189", "0.7359", "0.4904"] in first.rows
-    assert third.rows[3] == ["uw", "1.500", "20.000", "34.350", "2.103"]
+    assert third.rows[3] == ["uw", "1.500", "a GPU", "20.000", "34.350", "2.103"]
+    assert third.rows[1] == ["pcgrad", "", "", "", "28.160", "1.523"]
     (ours, _) = poster_tables(TableRows(rows, 0), dataset="digits")
     assert ours.columns == ["model", "clustering", "method", "FID", "precision", "recall"]
-    rows = {"dit/uw/seed0": measured(6.0), "dit/uw/guidance_1.5/seed0": measured(5.0)}
+
+
+def test_the_panel_has_table_2s_cells_at_the_guidance_they_were_measured_with():
+    rows = {
+        "dit/uw/guidance_2.0/seed0": measured(5.0, guidance=2.0),
+        "dit/uw/seed0": measured(6.0),
+        "dit/minsnr/seed0": measured(8.0),
+        "dit/vanilla/guidance_1.0/seed0": measured(7.0, guidance=1.0),
+    }
     panel, second = poster_tables(TableRows(rows, 0), dataset="imagenet")
     assert " ".join(second.rows[2]) == "ANT-UW 6.000 5.000 0.500 0.250 6.17 203.45 0.82 0.47"
-    assert ["uw", "1.5", "5.000", "5.000", "0.500", "0.250"] in panel.rows
+    assert [row[:3] for row in panel.rows] == [
+        ["vanilla", "1", "7.000"],
+        ["uw", "1.5", "6.000"],
+        ["uw", "2", "5.000"],
+    ]
 
 
 def test_published_values_are_those_of_the_poster():
@@ -122,8 +142,8 @@ def test_published_values_are_those_of_the_poster():
 
 
 @pytest.mark.parametrize("dataset", ["digits", "ffhq", "celebahq", "imagenet"])
-def test_every_cell_of_the_tables_is_in_the_study_in_a_useful_order(dataset):
-    root = None if dataset == "digits" else "IMAGES"
+def test_every_cell_of_the_tables_is_in_the_study_in_a_useful_order(dataset, tmp_path):
+    root = None if dataset == "digits" else str(tmp_path)
     study = tables_study(STUDY, dataset=dataset, root=root, seed=3)
     names = [name.removesuffix("/seed3") for name in study.cells]
     assert len(names) == len(study.cells)
@@ -138,9 +158,10 @@ def test_every_cell_of_the_tables_is_in_the_study_in_a_useful_order(dataset):
         assert study.cells[f"{model}/gradient/uw/seed3"].needs[-1] in study.cells
     if dataset in {"digits", "imagenet"}:
         assert {"dit/vanilla", "dit/minsnr", "dit/uw"} <= set(names)
+    commands = [c for cell in study.cells.values() for c in cell.commands]
     if root:
-        commands = [arg for cell in study.cells.values() for c in cell.commands for arg in c]
-        assert f"--data.init_args.root={root}" in commands
+        assert all(f"--data.init_args.root={root}" in c for c in commands)
+    assert all("--ckpt_path=last" in c for c in commands if c[0] == "fit")  # a killed one goes on
     assert not any("{" in arg for cell in study.cells.values() for c in cell.commands for arg in c)
 
 
@@ -148,7 +169,9 @@ def test_bad_data_sets_are_named(tmp_path, capsys):
     for args, words in [
         (["--dataset", "lsun"], "must be one of digits, ffhq, celebahq, imagenet, found lsun"),
         (["--dataset", "ffhq"], "root: must name the folder of the images for ffhq"),
+        (["--dataset", "ffhq", "--root", "no"], "root: must be a folder that exists, found no"),
         (["--root", "here"], "root: must not be given for digits"),
+        (["--reference", "no.npz"], "reference: must be a file that exists, found no.npz"),
         (["--study", str(tmp_path / "no.yaml")], "no.yaml"),
     ]:
         assert main([*args, "--folder", str(tmp_path)]) == 2
