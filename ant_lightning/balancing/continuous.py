@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.base import SampleBalancer
+from ant_lightning.balancing.fitted import check_min_loss, fitted_losses
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ class ContinuousUncertainty(SampleBalancer):
     a fixed loss the optimum is `u = ln L`, the weight of a sample `1 / L(c)`; over `k` clusters
     `UncertaintyWeighting` settles at `1 / (2 L_i)` for the sum over tasks. As clusters become
     narrow the two weigh noise levels in the same proportions, so this is its limit for many
-    clusters, but for the scale of the objective, and has no number of clusters to choose.
+    clusters, but for the scale of the objective, and has no number of clusters to choose. Losses
+    below `min_loss`, and those more than 100 times `exp(u)`, count for `u` as these bounds, and
+    no weight is above `1 / min_loss`, as in `UncertaintyWeighting`.
 
     The parameters belong in a group of their own, without weight decay and outside gradient
     clipping and EMA, and stay in float32 whatever the model is cast to.
@@ -34,9 +37,10 @@ class ContinuousUncertainty(SampleBalancer):
         num_tasks: `k`; clusters that weights are reported for.
         lr: Learning rate of `u`, for whoever makes the optimizer's groups.
         num_features: Fourier features; frequencies are standard normal.
+        min_loss: Loss below which a sample's weight grows no more; 0 for no bound.
 
     Raises:
-        ConfigError: If an argument is not above 0.
+        ConfigError: If `lr` or `num_features` is not above 0, or `min_loss` negative or not finite.
 
     Reference:
         Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models",
@@ -46,13 +50,16 @@ class ContinuousUncertainty(SampleBalancer):
     frequencies: Tensor
     phases: Tensor
 
-    def __init__(self, num_tasks: int, *, lr: float = 0.01, num_features: int = 128) -> None:
+    def __init__(
+        self, num_tasks: int, *, lr: float = 0.01, num_features: int = 128, min_loss: float = 1e-8
+    ) -> None:
         super().__init__(num_tasks)
         if not lr > 0:
             raise ConfigError(f"lr: must be above 0, found {lr}")
         if num_features < 1:
             raise ConfigError(f"num_features: must be at least 1, found {num_features}")
         self.lr = lr
+        self.min_loss = check_min_loss(min_loss)
         generator = torch.Generator().manual_seed(0)  # part of the method, so not the run's seed
         frequencies = torch.randn(num_features, generator=generator, dtype=torch.float32)
         phases = torch.rand(num_features, generator=generator, dtype=torch.float32)
@@ -70,10 +77,20 @@ class ContinuousUncertainty(SampleBalancer):
     def forward(
         self, losses: Float[Tensor, " b"], log_snr: Float[Tensor, " b"]
     ) -> Float[Tensor, " b"]:
-        """`exp(-u) L + u` of each sample."""
+        """`exp(-u) L + u` of each sample, where `min_loss` is no bound."""
         log_variance = self.log_variance(log_snr)
-        return (-log_variance).exp() * losses.to(log_variance) + log_variance
+        losses = losses.to(log_variance)
+        fitted = fitted_losses(losses, log_variance.exp(), min_loss=self.min_loss)
+        own = (-log_variance).exp() * fitted
+        # The value of `own` is taken off again: it is there for the gradient of u alone.
+        return self._weights(log_variance) * losses + log_variance + (own - own.detach())
 
     def sample_weights(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """`exp(-u)` of each sample."""
-        return (-self.log_variance(log_snr)).exp().detach()
+        """`exp(-u)` of each sample, at most `1 / min_loss`."""
+        return self._weights(self.log_variance(log_snr))
+
+    def _weights(self, log_variance: Tensor) -> Tensor:
+        log_variance = log_variance.detach()
+        if self.min_loss > 0:
+            log_variance = log_variance.clamp(min=math.log(self.min_loss))
+        return (-log_variance).exp()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.base import LossBalancer
+from ant_lightning.balancing.fitted import check_min_loss, fitted_losses
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ class UncertaintyWeighting(LossBalancer):
     `exp(-s_i) / (2 k)` is `1 / (2 L_i)`: without a bound it grows beyond any limit as a loss goes
     to 0. With `min_loss = m` the log-variances are fitted to `max(L_i, m)` in place of `L_i`, so
     that they settle at `log(m / k)` and turn back from below, and the weights of the losses are
-    those of `max(s_i, log(m / k))`: none is ever above `1 / (2 m)`.
+    those of `max(s_i, log(m / k))`: none is ever above `1 / (2 m)`. In the same way a loss more
+    than 100 times the one that `s_i` stands for, `k exp(s_i)`, counts as 100 times that for `s_i`
+    alone, so that a spike cannot throw it off.
 
     `log_vars` start at 0 and stay in float32 whatever the model is cast to. They belong in a
     parameter group of their own, without weight decay and outside gradient clipping and EMA.
@@ -32,7 +35,8 @@ class UncertaintyWeighting(LossBalancer):
     Args:
         num_tasks: `k`.
         lr: Learning rate of the log-variances, for whoever makes the optimizer's groups.
-        min_loss: Loss below which a task's weight grows no more; 0 for no bound (official).
+        min_loss: Loss below which a task's weight grows no more; 0 for no bound (official). The
+            default keeps the weights of a task without any loss from overflowing.
 
     Raises:
         ConfigError: If `lr` is not above 0, or `min_loss` negative or not finite.
@@ -42,14 +46,12 @@ class UncertaintyWeighting(LossBalancer):
         form and learning rate of the official code of arXiv 2306.00354.
     """
 
-    def __init__(self, num_tasks: int, *, lr: float = 0.025, min_loss: float = 0.0) -> None:
+    def __init__(self, num_tasks: int, *, lr: float = 0.025, min_loss: float = 1e-8) -> None:
         super().__init__(num_tasks)
         if not lr > 0:
             raise ConfigError(f"lr: must be above 0, found {lr}")
-        if not 0 <= min_loss < math.inf:
-            raise ConfigError(f"min_loss: must be at least 0 and finite, found {min_loss}")
         self.lr = lr
-        self.min_loss = min_loss
+        self.min_loss = check_min_loss(min_loss)
         self.log_vars = nn.Parameter(torch.zeros(num_tasks, dtype=torch.float32))
 
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
@@ -57,9 +59,8 @@ class UncertaintyWeighting(LossBalancer):
         self._check_tasks(task_losses, "task_losses", 1)
         losses = task_losses.to(torch.promote_types(task_losses.dtype, torch.float32))
         log_vars = self.log_vars.to(losses.device)
-        fitted = losses.detach()
-        if self.min_loss > 0:
-            fitted = fitted.clamp(min=self.min_loss)
+        settled = self.num_tasks * log_vars.exp()
+        fitted = fitted_losses(losses, settled, min_loss=self.min_loss)
         own = (-log_vars).exp() * fitted / (2 * self.num_tasks)
         # The value of `own` is taken off again: it is there for the gradient of s alone.
         weights = self.loss_weights().to(losses)

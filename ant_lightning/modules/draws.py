@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from ant_lightning.randomness import keyed_generator
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["spread_order", "step_noise"]
+__all__ = ["sample_shares", "spread_order", "step_noise"]
 
 _BLOCK = 32  # images that share a generator
 
@@ -24,6 +24,28 @@ def spread_order(num_images: int) -> Tensor:
     """
     fractions = (torch.arange(num_images, dtype=torch.float64) * 0.6180339887498949) % 1
     return fractions.argsort().argsort()
+
+
+def sample_shares(
+    sizes: Tensor, num_samples: Tensor, allocation: Literal["equal", "proportional"]
+) -> Tensor:
+    """Weight of each sample of a stratified batch in the mean over uniform timesteps, `[k]`.
+
+    The share `|I_i| / T` of a cluster is divided among its samples. A cluster that has less than
+    one sample to expect is missing from some batches; when it is there, it counts for those too:
+    then the share is divided by the expectation.
+
+    Args:
+        sizes: Timesteps of each cluster, `[k]`.
+        num_samples: Samples of each task in the batch, `[k]` float64.
+        allocation: How the batch was drawn: see `TimestepClusters.counts`.
+    """
+    sizes = sizes.to(num_samples)
+    total = num_samples.sum()
+    expected = total * sizes / sizes.sum()
+    if allocation == "equal":
+        expected = (total / len(sizes)).expand_as(sizes)
+    return sizes / sizes.sum() / num_samples.where(expected >= 1, expected)
 
 
 def step_noise(

@@ -34,7 +34,7 @@ from ant_lightning.modules.checks import (
     check_trainer,
     warn_of_other_model,
 )
-from ant_lightning.modules.draws import spread_order, step_noise
+from ant_lightning.modules.draws import sample_shares, spread_order, step_noise
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.latents import bind_data, load_initial_weights
@@ -281,7 +281,10 @@ class MultiTaskDiffusion(DiffusionModule):
             log_snr=self.process.log_snr[draws.timesteps.cpu()] if per_sample else None,
         )
         self._finish_step(report)
-        loss = self._uniform_estimate(unweighted, draws.tasks, report)
+        loss = unweighted.mean()  # at uniform timesteps, whatever they were drawn from
+        if self.timestep_sampling == "stratified":
+            shares = sample_shares(self.clusters.sizes, report.num_samples, self.allocation)
+            loss = (unweighted * shares[draws.tasks]).sum().float() * self.trainer.world_size
         self.last_report = report
         if self.log_due:
             loss = default_reduction().all_reduce_(loss.detach()) / self.trainer.world_size
@@ -377,17 +380,6 @@ class MultiTaskDiffusion(DiffusionModule):
                 f"model.max_skipped_steps: {self._num_skipped_in_a_row} steps in a row had a NaN "
                 f"or an infinity; losses per task {report.task_losses.tolist()}"
             )
-
-    def _uniform_estimate(
-        self, unweighted: Tensor, tasks: Tensor, report: BackwardReport
-    ) -> Tensor:
-        """The mean squared error at uniform timesteps, whatever the timesteps were drawn from."""
-        if self.timestep_sampling == "uniform":
-            return unweighted.mean()
-        shares = self.clusters.sizes.double() / self.clusters.num_timesteps
-        importance = shares.to(report.num_samples) / report.num_samples.clamp(min=1)
-        estimate = (unweighted * importance[tasks.to(self.device)]).sum()
-        return estimate.float() * self.trainer.world_size
 
     def _priors(self) -> Tensor | None:
         if self.balancer is None or self.task_weighting == "equal":

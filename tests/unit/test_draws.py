@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ant_lightning.modules.draws import spread_order, step_noise
+from ant_lightning.clustering import TimestepClusters
+from ant_lightning.modules.draws import sample_shares, spread_order, step_noise
 
 CPU = torch.device("cpu")
 
@@ -34,3 +35,21 @@ def test_noise_of_a_part_is_that_part_of_the_noise():
     flat = torch.cat([whole, step_noise(slice(0, 100), shape, 5, 10, CPU)]).flatten(1)
     flat = torch.cat([flat, step_noise(slice(0, 100), shape, 6, 9, CPU).flatten(1)])
     assert len(flat.unique(dim=0)) == 300
+
+
+@pytest.mark.parametrize("allocation", ["equal", "proportional"])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
+def test_shares_of_samples_make_the_mean_over_timesteps_of_batches_of_any_size(
+    allocation, batch_size
+):
+    """Also where a cluster is missing from some batches."""
+    clusters = TimestepClusters((0, 10, 40, 100))
+    task_losses = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+    generator, num_batches = torch.Generator().manual_seed(0), 3000
+    estimates = torch.zeros(num_batches, dtype=torch.float64)
+    for i in range(num_batches):
+        counts = clusters.counts(batch_size, generator=generator, allocation=allocation).double()
+        shares = sample_shares(clusters.sizes, counts, allocation)
+        estimates[i] = (counts * shares.where(counts > 0, 0) * task_losses).sum()
+    error = estimates.std() / num_batches**0.5
+    assert abs(estimates.mean() - (0.1 * 1 + 0.3 * 10 + 0.6 * 100)) <= 5 * error + 1e-9
