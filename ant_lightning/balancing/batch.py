@@ -76,9 +76,10 @@ class TaskBatch:
         device = shared[0].device
         counts = torch.bincount(on_host, minlength=self.num_tasks)
         self.starts: list[int] = [0, *counts.cumsum(0).tolist()]
-        self.order = on_host.argsort(stable=True).to(tasks.device)
-        self.tasks = on_host.to(device)
-        self.num_samples = reduction.all_reduce_(counts.to(device, torch.float64))
+        self.order = on_host.argsort(stable=True).to(tasks.device, non_blocking=True)
+        self.tasks = on_host.to(device, non_blocking=True)
+        own = counts.to(device, torch.float64, non_blocking=True)
+        self.num_samples = reduction.all_reduce_(own)
         self.shared = shared
         self.differentiation: Differentiation = differentiation(shared, reduction)
         self.reduction = reduction
@@ -121,7 +122,7 @@ class TaskBatch:
 
     def per_sample(self, task_values: Tensor, rows: Tensor) -> Tensor:
         """The entry of `task_values [k]` that belongs to the task of each of `rows`."""
-        return task_values[self.tasks[rows.to(self.tasks.device)]]
+        return task_values[self.tasks[rows.to(self.tasks.device, non_blocking=True)]]
 
     def evaluate(self, rows: Tensor) -> Tensor:
         """One loss for each of `rows`, in float32 at least."""
@@ -135,10 +136,10 @@ class TaskBatch:
 
     def record(self, rows: Tensor, values: Tensor) -> None:
         """Remember the losses of `rows` for the report."""
-        tasks = self.tasks[rows.to(self.tasks.device)]
+        rows = rows.to(self.values.device, non_blocking=True)
         known = values.detach().to(self._sums)
-        self._sums.index_add_(0, tasks, known)
-        self.values[rows.to(self.values.device)] = known
+        self._sums.index_add_(0, self.tasks[rows], known)
+        self.values[rows] = known
 
     def losses_of(self, rows: Tensor) -> Tensor:
         """`evaluate` and `record`.

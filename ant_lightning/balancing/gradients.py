@@ -93,6 +93,7 @@ class DenseTaskGradients(TaskGradients):
         )
         self._combined = torch.zeros(length, dtype=dtype, device=device)
         self._views = [_views(row, self.parameters) for row in self._full]
+        self._combined_views = _views(self._combined, self.parameters)
         self._pending: list[Callable[[], None]] = [_nothing] * num_full
 
     def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
@@ -170,10 +171,11 @@ class DenseTaskGradients(TaskGradients):
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`."""
         weights = (task_weights.to(self._shards.device) * scale).to(self._shards.dtype)
+        whole = self._combined if self.reduction.world_size == 1 else None
         with _full_precision(self._shards.device):
-            shard = weights @ self._shards
+            shard = torch.mv(self._shards.mT, weights, out=whole)
         self.reduction.all_gather(self._combined, shard)
-        assign_gradients(self.parameters, _views(self._combined, self.parameters))
+        assign_gradients(self.parameters, self._combined_views)
 
     def rows(self) -> Float[Tensor, "k p"]:
         """This rank's shard of every row: on one process the whole of them."""
@@ -208,7 +210,7 @@ class ShardedTaskGradients(DenseTaskGradients):
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write this rank's part of `scale * sum_i task_weights[i] g_i` into `.grad`."""
         super().combine_(task_weights, scale=scale)
-        assign_gradients(self._sharded, _views(self._combined, self.parameters))
+        assign_gradients(self._sharded, self._combined_views)
 
 
 def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reduction) -> None:

@@ -69,7 +69,7 @@ def nash_weights(
         b = _newton(C) if solver == "newton" else _cvxpy(C)
         alpha[active] = b * inverse_norms
         alpha[~active] = alpha[active].min()
-    return torch.from_numpy(alpha).to(gramian.device)
+    return torch.from_numpy(alpha).to(gramian.device, non_blocking=True)
 
 
 def _newton(C: Array, *, max_steps: int = 200) -> Array:

@@ -123,7 +123,8 @@ class OnePass(Engine):
 
     It makes as many calls as ordinary training, and `k` products of a smaller inner size for each
     layer's weight, written where the rows are kept; the activations are those of one pass over
-    the whole batch. Tasks may have different sizes; equal ones share a call.
+    the whole batch. Tasks may have different sizes; equal ones share a call. With several ranks
+    the rows of a rank's tasks are there as a whole, `k p` numbers, until they are summed.
 
     It needs every trained parameter in a linear, convolution, embedding, layer-norm or group-norm
     layer that is given the batch as its first dimension, and samples that do not mix (no batch

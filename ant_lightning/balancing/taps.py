@@ -87,10 +87,11 @@ class Taps(TorchFunctionMode):
         if value is None:
             return None
         found = self._known.get(id(value))
-        if found is None and value._base is not None:
-            base = self._known.get(id(value._base))
-            whole = base is not None and base.numel() == value.numel()
-            if whole and value.is_contiguous() and base.is_contiguous():  # type: ignore[union-attr]
+        base = self._known.get(id(value._base))
+        # A view without `grad_fn` was made under `no_grad`: to it, the parameter is a constant.
+        if found is None and base is not None and value.grad_fn is not None:
+            whole = base.numel() == value.numel()
+            if whole and value.is_contiguous() and base.is_contiguous():
                 found = base
         return found
 
@@ -108,7 +109,7 @@ class Taps(TorchFunctionMode):
         """`output`, with a note to hand over `inputs` and its gradient."""
         self.num_uses.update(id(p) for p in (layer.weight, layer.bias) if p is not None)
         if output._base is not None:
-            output = output.clone()
+            output = output.clone()  # a view may not be marked as changed in place
         tapped: Tensor = _Tap.apply(output, self.token, inputs.detach(), self, layer)
         return tapped
 
@@ -136,8 +137,10 @@ class _Tap(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
+        (inputs,) = ctx.saved_tensors
+        by_sample = grad.unflatten(0, (len(inputs), -1)) if len(grad) != len(inputs) else grad
         with torch.autocast(grad.device.type, enabled=False):
-            ctx.taps.receive(ctx.layer, ctx.saved_tensors[0], grad)
+            ctx.taps.receive(ctx.layer, inputs, by_sample)
         return grad, None, None, None, None
 
 
@@ -152,14 +155,20 @@ def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     assert known is not None
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
-        flat = [t.flatten(1, -2) if t.ndim > 2 else t[:, None] for t in (grad, x)]
         view = None if out is None else out.view(len(groups), grad.shape[-1], -1)
-        return groups.products(*flat, out=view)
+        return groups.products(_tokens(grad), _tokens(x), out=view)
 
-    output = F.linear(input, weight.detach(), _constant(bias))
-    middle = tuple(range(1, output.ndim - 1))
+    # On rows: of more dimensions the output is a view, which could not be tapped without a copy.
+    output = F.linear(input.flatten(0, -2), weight.detach(), _constant(bias))
+    middle = (1,) if input.ndim > 2 else ()
     layer = Layer(known, taps.parameter(bias), weight_gradients, middle, channel_dim=-1)
-    return taps.tap(output, input.to(output.dtype), layer)
+    tapped = taps.tap(output, input.to(output.dtype), layer)
+    return tapped.view(*input.shape[:-1], -1)
+
+
+def _tokens(values: Tensor) -> Tensor:
+    """`[b, n, c]` of `[b, ..., c]`."""
+    return values.flatten(1, -2) if values.ndim > 2 else values[:, None]
 
 
 def _convolution(ndim: int) -> Callable[..., Tensor]:
@@ -203,14 +212,17 @@ def _embedding(
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
-    *others: Any,
-    **settings: Any,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
 ) -> Tensor:
     known = taps.parameter(weight)
-    # A limit of the norm, frequencies and sparse gradients have no rule.
-    plain = all(o in {None, False, 2.0} for o in (padding_idx, *others, *settings.values()))
+    plain = padding_idx is None and max_norm is None and not scale_grad_by_freq and not sparse
     if not taps.applies(input, weight) or not plain or known is None:
-        return F.embedding(input, weight, padding_idx, *others, **settings)
+        return F.embedding(
+            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
     num_rows = len(weight)
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:

@@ -82,7 +82,7 @@ class TorchJDBalancer(GradientBalancer):
             return self._failed(gramian, str(error))
         if not bool(weights.isfinite().all()):
             return self._failed(gramian, f"its weights are {weights.tolist()}")
-        return weights.to(gramian)
+        return weights.to(gramian, non_blocking=True)
 
     def _call(self, weighting: nn.Module, gramian: Tensor) -> Tensor:
         """The weights, `[k]` float64 on the host, whatever the state of the global generator."""

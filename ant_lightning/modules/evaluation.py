@@ -128,7 +128,7 @@ class DiffusionModule(L.LightningModule):
         x_t = self.process.q_sample(x_start, draws.timesteps, draws.noise)
 
         def losses_of(rows: Tensor) -> Tensor:
-            rows = rows.to(x_t.device)
+            rows = rows.to(x_t.device, non_blocking=True)
             timesteps = draws.timesteps[rows]
             labels = None if draws.labels is None else draws.labels[rows]
             output = self.denoise(x_t[rows], timesteps, labels)

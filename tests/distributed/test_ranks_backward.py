@@ -7,13 +7,20 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ant_lightning.balancing import (
+    Auto,
     ContinuousUncertainty,
     GroupReduction,
     LinearScalarization,
+    Loop,
+    LowMemory,
     NashMTL,
+    OnePass,
     PCGrad,
+    PlacedTaskGradients,
     Reduction,
     UncertaintyWeighting,
+    Vmap,
+    default_reduction,
     multitask_backward,
 )
 
@@ -29,6 +36,7 @@ METHODS = {
     "pcgrad": lambda: PCGrad(K, seed=3),
     "nash": lambda: NashMTL(K, update_every=2),
 }
+ENGINES = {"one_pass": OnePass, "vmap": Vmap, "low_memory": LowMemory, "auto": Auto}
 
 
 class Network(nn.Module):
@@ -76,7 +84,17 @@ class Counted(GroupReduction):
         super().all_gather(full, shard)
 
 
-def train(rank, world_size, method, *, wrap=False, bad_step=None, reduction=None):
+def train(
+    rank,
+    world_size,
+    method,
+    *,
+    wrap=False,
+    bad_step=None,
+    reduction=None,
+    engine=None,
+    placed=False,
+):
     """Five steps; gives the parameters, the balancer's state and the reports."""
     torch.manual_seed(1)
     x, y = torch.randn(22, 6).double(), torch.randn(22, 3).double()
@@ -84,6 +102,11 @@ def train(rank, world_size, method, *, wrap=False, bad_step=None, reduction=None
     x, y, tasks = x[start:stop].clone(), y[start:stop], TASKS[start:stop]
     network = Network()
     called = DistributedDataParallel(network) if wrap else network
+    if engine is not None:  # a network that is the same for all tasks and whose layers have rules
+        called = lambda x, tasks: network.body(x)  # noqa: E731
+    rows = None
+    if placed:
+        rows = PlacedTaskGradients(K, [*network.parameters()], reduction=default_reduction())
     balancer = METHODS[method]()
     own = list(balancer.parameters()) if balancer else []
     optimizer = torch.optim.Adam([*network.parameters(), *own], lr=0.01, eps=1e-3)
@@ -102,7 +125,9 @@ def train(rank, world_size, method, *, wrap=False, bad_step=None, reduction=None
             network.parameters(),
             balancer,
             num_tasks=K,
-            micro_batch_size=3,
+            micro_batch_size=3 if engine is None else None,
+            engine=engine,
+            gradients=rows,
             reduction=reduction,
             log_snr=4 * x[:, 0],
         )
@@ -126,7 +151,15 @@ def every_method(rank, world_size):
     plain = {name: train(rank, world_size, name, reduction=Counted()) for name in METHODS}
     wrapped = {name: train(rank, world_size, name, wrap=True) for name in METHODS}
     bad = {name: train(rank, world_size, name, bad_step=2) for name in METHODS}
-    return {"plain": plain, "wrapped": wrapped, "bad": bad}
+    engines = {
+        (name, bad_step, placed): train(
+            rank, world_size, "nash", engine=make(), bad_step=bad_step, placed=placed
+        )
+        for name, make in ENGINES.items()
+        for bad_step in (None, 2)
+        for placed in ((False,) if name == "low_memory" else (False, True))
+    }
+    return {"plain": plain, "wrapped": wrapped, "bad": bad, "engines": engines}
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +191,20 @@ def test_a_nan_on_one_rank_makes_all_skip_and_moves_nothing(ranks, world_size, m
         torch.testing.assert_close(
             rank["bad"][method]["parameters"], one["parameters"], rtol=1e-6, atol=1e-9
         )
+
+
+@pytest.mark.parametrize("bad_step", [None, 2])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_engine_is_right_on_ranks(ranks, world_size, bad_step):
+    one = train(0, 1, "nash", bad_step=bad_step, reduction=Reduction(), engine=Loop())
+    for rank in ranks[world_size]:
+        for key, found in rank["engines"].items():
+            if key[1] != bad_step:
+                continue
+            assert found["finite"] == one["finite"], key
+            assert found["state"] == ranks[world_size][0]["engines"][key]["state"], key
+            for name in ("parameters", "weights", "losses"):
+                torch.testing.assert_close(found[name], one[name], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -24,6 +24,7 @@ from ant_lightning.balancing import (
 )
 from ant_lightning.data import DigitsData
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules.row_buffers import engine_and_rows
 
 EQUAL = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0])
 UNEQUAL = torch.tensor([0, 1, 1, 4, 4, 0, 4, 1, 3, 1, 0])  # and nobody is of task 2
@@ -49,7 +50,7 @@ class Everything(nn.Module):
     def forward(self, x, timesteps, labels):
         x = self.group_norm(self.conv3(x.unflatten(1, (1, 4))).sum(2))
         x = self.conv1(self.inplace(self.conv2(x)).flatten(2)).mT
-        x = self.linear(self.layer_norm(x)).tanh() + self.table(labels)[:, None]
+        x = self.inplace(self.linear(self.layer_norm(x))).tanh() + self.table(labels)[:, None]
         return self.linear(x.mean(1))[:, :, None, None]
 
 
@@ -117,6 +118,46 @@ def test_engines_give_the_numbers_of_the_loop(network, tasks, engine):
     scaled = problem.run(made, loss_scale=torch.tensor(8.0))
     assert_same((scaled[0], scaled[1] / 8), expected)
     assert getattr(made, "reason", None) is None
+
+
+class Embedded(nn.Module):
+    """An embedding with settings of which `OnePass` has no rule."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.table = nn.Embedding(5, 4, **settings)
+
+    def forward(self, x, timesteps, labels):
+        return x + self.table(labels)[:, :, None, None]
+
+
+class Stopped(nn.Module):
+    """A weight that is used once as it is, and once, in a view of it, as a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, timesteps, labels):
+        with torch.no_grad():
+            constant = self.layer.weight.view(4, 4)
+        return self.layer(x) + nn.functional.linear(x.movedim(1, 3), constant).movedim(3, 1)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: Embedded(padding_idx=0),
+        lambda: Embedded(padding_idx=2),
+        lambda: Embedded(max_norm=2.0),
+        lambda: Embedded(scale_grad_by_freq=True),
+        Stopped,
+    ],
+    ids=["padding 0", "padding 2", "norm", "frequency", "stopped view"],
+)
+def test_auto_is_right_where_a_layer_means_something_else(network):
+    # A limit of the norm changes the weights: a problem for each.
+    assert_same(Problem(network, EQUAL).run(Auto()), Problem(network, EQUAL).run(Loop()))
 
 
 @pytest.mark.parametrize("engine", [OnePass, LowMemory, Vmap])
@@ -305,6 +346,16 @@ def test_a_compiled_network_recompiles_once_per_shape():
     assert [step(unequal) for _ in range(4)] == [3] * 4
     assert [step(equal) for _ in range(2)] == [3] * 2
     torch._dynamo.reset()
+
+
+def test_auto_is_the_loop_for_a_compiled_network():
+    model = tiny_digits.module(balancer=PCGrad(3))
+    assert type(engine_and_rows(model)[0]) is Auto
+    model.backbone.blocks[0].compile(backend="eager")
+    assert type(engine_and_rows(model)[0]) is Loop
+    model = tiny_digits.module(balancer=PCGrad(3))
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    assert type(engine_and_rows(model)[0]) is Loop
 
 
 @pytest.mark.parametrize("engine", ["one_pass", "vmap", "low_memory", "auto"])
