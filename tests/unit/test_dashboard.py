@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -97,3 +98,19 @@ def test_an_evaluation_draws_the_cosines_of_a_training_without_one(tmp_path):
     run = trainer(tmp_path, ConflictMonitor(), limit_val_batches=1)
     run.validate(module(), DigitsData(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert picture.exists()
+
+
+def test_the_curves_in_a_checkpoint_are_three_tensors_and_early_ones_a_list(tmp_path):
+    before, after = ConflictMonitor(log_every_n_steps=1), ConflictMonitor()
+    run = trainer(tmp_path, before, steps=3, limit_val_batches=0)
+    run.fit(module(), DigitsData(batch_size=30))
+    curves = before.state_dict()["history"]
+    assert curves["steps"].tolist() == [1, 2, 3]
+    assert curves["losses"].shape == curves["weights"].shape == (3, 3)
+    early = [(i + 1, curves["losses"][i], curves["weights"][i]) for i in range(3)]
+    for given in (curves, early):
+        after.load_state_dict({"history": given})
+        again = after.state_dict()["history"]
+        assert all(torch.equal(again[name], curves[name]) for name in curves)
+    after.load_state_dict(ConflictMonitor().state_dict())
+    assert len(after.state_dict()["history"]["steps"]) == 0
