@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ant_lightning.analysis import TransferGapResult
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import transfer_gap_bars
-from ant_lightning.studies.results import read_rows
+from ant_lightning.studies.results import finished_rows, read_rows
+from ant_lightning.studies.study import Study
 from ant_lightning.studies.text_table import TextTable
 
 if TYPE_CHECKING:
@@ -30,15 +31,20 @@ def main(args: Sequence[str] | None = None) -> int:
     """Draw and tabulate the finished cells; returns 0, or 2 if there are none."""
     parser = argparse.ArgumentParser(prog="python -m ant_lightning.studies.ntg")
     parser.add_argument("folder", type=Path, help="of the study, or a .jsonl file of its rows")
+    parser.add_argument("--study", type=Path, default=Path("configs/studies/ntg.yaml"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="by default the folder")
     settings = parser.parse_args(args)
-    file = settings.folder
-    if file.is_dir():
-        file = file / "results.jsonl"
-    output: Path = settings.output or file.parent
+    folder: Path = settings.folder
+    output: Path = settings.output or (folder if folder.is_dir() else folder.parent)
     try:
-        results = gap_results(read_rows(file), seed=settings.seed)
+        if folder.is_dir():  # which may hold rows of settings that have changed since
+            rows = list(
+                finished_rows(Study.read(settings.study), folder / "results.jsonl").values()
+            )
+        else:
+            rows = read_rows(folder)
+        results = gap_results(rows, seed=settings.seed)
     except ConfigError as error:
         print(f"ntg: error: {error}", file=sys.stderr)
         return 2

@@ -22,11 +22,11 @@ from ant_lightning.clustering import TimestepClusters
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import affinity_heat_maps, clusterings_figure, transfer_gap_bars
 from ant_lightning.studies.ntg import gap_table
-from ant_lightning.studies.run_curves import curves_figure, read_curves
+from ant_lightning.studies.run_curves import Curve, curves_figure, read_curves
 from ant_lightning.studies.text_table import TextTable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.figure import Figure
 
@@ -59,12 +59,13 @@ def write_report(folder: Path) -> Path:
     if not checkpoint.is_file():  # an evaluation names the one that it read
         checkpoint = Path(config.get("ckpt_path") or checkpoint)
     state = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
+    curves = read_curves(folder)
     parts = [
-        f"# Run {folder.resolve().name}\n\n{_summary(config, state).markdown()}",
+        f"# Run {'/'.join(folder.resolve().parts[-2:])}\n\n{_summary(config, state).markdown()}",
         _scores(folder),
         _samples(folder),
-        _curves(folder),
-        _clusters(folder, config, state),
+        _curves(folder, curves),
+        _clusters(folder, config, state, curves),
         _affinity(folder),
         _transfer(folder),
         f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
@@ -78,28 +79,57 @@ def _summary(config: dict[str, Any], state: Any) -> TextTable:  # noqa: ANN401 -
     model, data = config["model"], config["data"]
     init = model.get("init_args") or {}
     weights = {n: t for n, t in (state.get("state_dict") or {}).items() if n.startswith("backbone")}
+    count = f"{sum(w.numel() for w in weights.values()):,}" if weights else ""
     rows = [
         ["model", _name(model)],
         ["backbone", _name(init.get("backbone"))],
+        ["parameters", count],
         ["data", _name(data)],
         ["batch size", str((data.get("init_args") or {}).get("batch_size", ""))],
-        ["balancer", _name(init.get("balancer")) or "none (vanilla)"],
-        ["clustering", _name(init.get("clustering"))],
-        ["schedule", _name(init.get("schedule"))],
-        ["prediction", str(init.get("prediction_type", ""))],
-        ["train interval", str(init.get("train_interval") or "all timesteps")],
-        ["seed", str(config.get("seed_everything"))],
     ]
-    if weights:
-        rows.insert(2, ["parameters", f"{sum(w.numel() for w in weights.values()):,}"])
-        rows.append(["optimizer steps", str(state["global_step"])])
-    return TextTable("Run", ["", ""], rows)
+    if init.get("schedule"):  # which an autoencoder has not
+        rows += [
+            ["balancer", _name(init.get("balancer")) or "none (vanilla)"],
+            ["clustering", _name(init.get("clustering"))],
+            ["draws of timesteps", _draws(init)],
+            ["schedule", _name(init["schedule"])],
+            ["prediction", str(init.get("prediction_type", ""))],
+            ["train interval", str(init.get("train_interval") or "all timesteps")],
+            ["sampler", _with_settings(init.get("sampler"))],
+            ["guidance scale", str(init.get("guidance_scale", ""))],
+        ]
+    rows += [
+        ["optimizer", _with_settings(init.get("optimizer"))],
+        ["moving average", _settings(config.get("ema"))],
+        ["seed", str(config.get("seed_everything"))],
+        ["optimizer steps", str(state["global_step"]) if weights else ""],
+    ]
+    return TextTable("Run", ["", ""], [row for row in rows if row[1]])
 
 
 def _name(setting: Any) -> str:  # noqa: ANN401 - a part of a config
     if isinstance(setting, dict):
         return str(setting.get("class_path", "")).rpartition(".")[2]
     return str(setting or "")
+
+
+def _with_settings(setting: dict[str, Any] | None) -> str:
+    inside = _settings((setting or {}).get("init_args"))
+    return f"{_name(setting)}({inside})" if inside else _name(setting)
+
+
+def _settings(values: dict[str, Any] | None) -> str:
+    """Numbers alone; the rest is in the configuration below."""
+    numbers = {n: v for n, v in (values or {}).items() if type(v) in {int, float}}
+    return ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+
+
+def _draws(init: dict[str, Any]) -> str:
+    """Which share of a batch each cluster gets."""
+    by_default = "stratified" if init.get("balancer") else "uniform"
+    if (init.get("timestep_sampling") or by_default) == "uniform":
+        return "uniform"
+    return f"{init.get('allocation') or 'equal'} shares of the clusters"
 
 
 def _scores(folder: Path) -> str:
@@ -123,21 +153,26 @@ def _samples(folder: Path) -> str:
     return "## Samples\n\n![Generated images beside real ones](1_samples_grid.png)\n"
 
 
-def _curves(folder: Path) -> str:
-    curves = read_curves(folder)
+def _curves(folder: Path, curves: Mapping[str, Curve]) -> str:
     figure = curves_figure(curves)
     if figure is None:
         return ""
     ends = [
         [name, str(len(points)), str(points[-1][0]), f"{points[-1][1]:.4g}"]
         for name, points in sorted(curves.items())
-        if name.startswith("train/") or name.endswith("loss")  # the others have tables above, below
+        # the others have tables above and below
+        if (name.startswith("train/") or name.endswith("loss")) and "/task_" not in name
     ]
     table = TextTable("Curves", ["curve", "points", "last step", "last value"], ends)
     return f"## Curves\n\n{_saved(figure, folder, 'report_curves')}\n{table.markdown()}"
 
 
-def _clusters(folder: Path, config: dict[str, Any], state: Any) -> str:  # noqa: ANN401
+def _clusters(
+    folder: Path,
+    config: dict[str, Any],
+    state: Any,  # noqa: ANN401 - a checkpoint
+    curves: Mapping[str, Curve],
+) -> str:
     boundaries = (state.get("ant_lightning") or {}).get("boundaries")
     log_snr = _log_snr((config["model"].get("init_args") or {}).get("schedule"))
     if boundaries is None or log_snr is None:
@@ -147,12 +182,24 @@ def _clusters(folder: Path, config: dict[str, Any], state: Any) -> str:  # noqa:
         [str(task), f"{a}-{b - 1}", f"{float(log_snr[b - 1]):.2f} to {float(log_snr[a]):.2f}"]
         for task, (a, b) in enumerate(pairwise(boundaries))
     ]
-    table = TextTable("Clusters", ["task", "timesteps", "log-SNR"], rows)
+    heads = ["task", "timesteps", "log-SNR"]
+    for head, curve in {
+        "held-out loss": "val/task_{}/loss",
+        "weight": "train/task_{}/weight",
+        "gradient norm": "train/task_{}/grad_norm",
+    }.items():
+        found = [curves.get(curve.format(task)) for task in range(len(rows))]
+        if any(found):
+            heads.append(head)
+            for row, points in zip(rows, found, strict=True):
+                row.append(f"{points[-1][1]:.4g}" if points else "")
+    table = TextTable("Clusters", heads, rows)
     figure = clusterings_figure({"clusters": clusters}, log_snr)
     return (
         f"## Clusters\n\n{_saved(figure, folder, 'report_clusters')}\n"
-        "The lower panels are for batches in which every cluster has the same share.\n\n"
-        f"{table.markdown()}"
+        "The lower panels are for batches in which every cluster has the same share; "
+        f"this run: {_draws(config['model'].get('init_args') or {})}. "
+        f"Losses, weights and norms are the last ones.\n\n{table.markdown()}"
     )
 
 
@@ -179,7 +226,8 @@ def _affinity(folder: Path) -> str:
     figure = affinity_heat_maps(result, axis=axis)  # type: ignore[arg-type]
     return (
         f"## Task affinity\n\n{_saved(figure, folder, 'report_affinity')}\n"
-        f"Lowest split-half reliability {float(result.reliability.min()):.2f}.\n"
+        f"Lowest split-half reliability {float(result.reliability.min()):.2f}; where it is far "
+        "below 0.8, a cosine says more about noise than about the tasks.\n"
     )
 
 

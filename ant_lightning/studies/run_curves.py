@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-__all__ = ["curves_figure", "read_curves"]
+__all__ = ["Curve", "curves_figure", "read_curves"]
 
 Curve = list[tuple[int, float]]
 # Title of a panel and the curves in it.
@@ -80,14 +81,19 @@ def _panel(axis: Axes, title: str, names: Sequence[str], curves: Mapping[str, Cu
     for name, color in zip(names, colors, strict=True):
         steps, values = zip(*curves[name], strict=True)
         marker = "o" if len(steps) < 20 else ""
+        task = re.search(r"task_\d+", name)
+        label = task.group().replace("_", " ") if task else name
         axis.plot(
-            steps, values, marker=marker, markersize=3, linewidth=1.2, color=color, label=name
+            steps, values, marker=marker, markersize=3, linewidth=1.2, color=color, label=label
         )
         lowest = min(lowest, *values)
     if lowest > 0:
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
     axis.set_title(title, fontsize=9)
     axis.set_xlabel("optimizer step", fontsize=8)
     axis.tick_params(labelsize=7, which="both")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, framealpha=0.6)

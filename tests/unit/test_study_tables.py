@@ -14,7 +14,7 @@ from ant_lightning.__main__ import main as ant_lightning
 from ant_lightning.analysis import GapEstimate, IntervalGap, TransferGapResult
 from ant_lightning.diffusion import CosineSchedule, DiffusionProcess
 from ant_lightning.errors import ConfigError
-from ant_lightning.studies import append_row
+from ant_lightning.studies import Study, append_row
 from ant_lightning.studies.ntg import main as ntg_main
 from ant_lightning.studies.report import write_report
 from ant_lightning.studies.run_curves import read_curves
@@ -64,9 +64,9 @@ def test_gaps_of_a_study_are_drawn_and_tabulated(tmp_path, capsys):
         row = {**gaps(shift).row(), "sampler": "DDIM"}
         files = {"negative_transfer_gap.jsonl": [{"gaps": []}, row]}  # the last line counts
         axes = {"seed": 0, "method": method}
-        append_row(tmp_path / "results.jsonl", {"axes": axes, "files": files})
-    append_row(tmp_path / "results.jsonl", {"axes": {"seed": 0}, "files": {}})
-    assert ntg_main([str(tmp_path)]) == 0
+        append_row(tmp_path / "rows.jsonl", {"axes": axes, "files": files})
+    append_row(tmp_path / "rows.jsonl", {"axes": {"seed": 0}, "files": {}})
+    assert ntg_main([str(tmp_path / "rows.jsonl")]) == 0
     text = (tmp_path / "ntg.md").read_text()
     assert "| vanilla | 0-39 | 100 of 100 | -5.00 [-7.00, -3.00] | -0.500 [-0.600, -0.300]" in text
     assert "40% saved" in text
@@ -77,8 +77,21 @@ def test_gaps_of_a_study_are_drawn_and_tabulated(tmp_path, capsys):
     assert rows[0]["mean loss gap, by iterations (%)"] == "-2.00"
     assert list(rows[0].values())[3] == "1 / 0 of 2"
     assert (tmp_path / "ntg.png").stat().st_size > 10000
-    assert ntg_main([str(tmp_path), "--seed", "1"]) == 2
+    assert ntg_main([str(tmp_path / "rows.jsonl"), "--seed", "1"]) == 2
     assert "seed 1" in capsys.readouterr().err
+
+
+def test_gaps_of_settings_that_have_changed_since_are_not_mixed_in(tmp_path, capsys):
+    study = Study.read(ROOT / "configs/studies/ntg.yaml")
+    for method, digest in [("vanilla", study.cells["gap_vanilla/seed0"].hash), ("uw", "old")]:
+        row = {"cell": f"gap_{method}/seed0", "hash": digest}
+        row["axes"] = {"seed": 0, "method": method}
+        row["files"] = {"negative_transfer_gap.jsonl": [gaps(0.0).row()]}
+        append_row(tmp_path / "results.jsonl", row)
+    assert ntg_main([str(tmp_path)]) == 0
+    text = (tmp_path / "ntg.md").read_text()
+    assert "| vanilla |" in text
+    assert "| uw |" not in text
 
 
 def measured(fid, guidance=1.5):
@@ -167,7 +180,10 @@ def test_every_cell_of_the_tables_is_in_the_study_in_a_useful_order(dataset, tmp
 
 def test_bad_data_sets_are_named(tmp_path, capsys):
     for args, words in [
-        (["--dataset", "lsun"], "must be one of digits, ffhq, celebahq, imagenet, found lsun"),
+        (
+            ["--dataset", "lsun"],
+            "must be one of digits, shapes, ffhq, celebahq, imagenet, found lsun",
+        ),
         (["--dataset", "ffhq"], "root: must name the folder of the images for ffhq"),
         (["--dataset", "ffhq", "--root", "no"], "root: must be a folder that exists, found no"),
         (["--root", "here"], "root: must not be given for digits"),
@@ -203,6 +219,9 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     few = write_report(tmp_path).read_text()
     assert "| balancer | none (vanilla) |" in few
+    assert "| draws of timesteps | uniform |" in few
+    assert "| sampler | DDIM(num_steps 50) |" in few
+    assert "| parameters |" not in few
     assert not any(f"## {name}" in few for name in ("Curves", "Clusters", "Task", "Quality"))
 
     (tmp_path / "checkpoints").mkdir()
@@ -216,6 +235,7 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     for step in (1, 2):
         writer.add_scalar("train/loss", 1 / step, step)
     writer.add_scalar("val/fid", 5.0, 2)
+    writer.add_scalar("val/task_1/loss", 0.25, 2)
     writer.close()
     line = {"scores": {"fid": 4.25}, "step": 42, "sampler": "DDIM(num_steps=50)"}
     (tmp_path / "generation_metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -233,7 +253,8 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
         "| fid | 4.25 |",
         "step 42, sampler DDIM(num_steps=50)",
         "| train/loss | 2 | 2 | 0.5 |",
-        f"| 1 | 30-69 | {float(log_snr[69]):.2f} to {float(log_snr[30]):.2f} |",
+        "| task | timesteps | log-SNR | held-out loss |",
+        f"| 1 | 30-69 | {float(log_snr[69]):.2f} to {float(log_snr[30]):.2f} | 0.25 |",
         "Lowest split-half reliability",
         "-5.00 [-7.00, -3.00]",
         "class_path: ant_lightning.modules.DiTModule",
