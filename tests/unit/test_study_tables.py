@@ -182,7 +182,7 @@ def test_bad_data_sets_are_named(tmp_path, capsys):
     for args, words in [
         (
             ["--dataset", "lsun"],
-            "must be one of digits, shapes, ffhq, celebahq, imagenet, found lsun",
+            "must be one of digits, ffhq, celebahq, imagenet, found lsun",
         ),
         (["--dataset", "ffhq"], "root: must name the folder of the images for ffhq"),
         (["--dataset", "ffhq", "--root", "no"], "root: must be a folder that exists, found no"),
