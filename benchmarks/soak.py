@@ -20,7 +20,6 @@ from ant_lightning.cli import run
 from ant_lightning.studies.provenance import commit, config_hash, machine
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Meter(L.Callback):
@@ -51,19 +50,26 @@ class Meter(L.Callback):
         if trained < self.every:
             return
         steps = trainer.global_step - self._step
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
         self.samples.append(
             {
                 "seconds": float((now - self._start)[0]),
                 "step": trainer.global_step,
                 "evaluations": self.evaluations,
-                "resident_mb": resident / 2**20,
+                **memory(),
                 "open_files": len(os.listdir("/proc/self/fd")),
                 "steps_per_second": steps / trained,
                 "cpu_ms_per_step": 1000 * processed / steps,
             }
         )
         self._last, self._paused, self._step = now, np.zeros(2), trainer.global_step
+
+
+def memory() -> dict[str, float]:
+    """Resident memory, and that of it which is no file: pages of files come and go."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
+    names = {"resident_mb": "VmRSS", "anonymous_mb": "RssAnon"}
+    return {name: int(kilobytes[key]) / 1024 for name, key in names.items()}
 
 
 def clocks() -> np.ndarray:
@@ -84,10 +90,11 @@ def summary(samples: list[dict[str, float]], *, warm_up: float) -> dict[str, flo
 
     found = {
         "resident_growth": growth("resident_mb"),
+        "anonymous_growth": growth("anonymous_mb"),
         "speed_change": growth("steps_per_second"),
         "cpu_change": growth("cpu_ms_per_step"),
     }
-    for name in ("resident_mb", "open_files", "steps_per_second", "cpu_ms_per_step"):
+    for name in samples[0]:
         for when, part in (("first", first), ("last", last)):
             found[f"{name}_{when}"] = median(each[name] for each in part)
     return found
@@ -143,7 +150,7 @@ def main() -> None:
     path.write_text(json.dumps(record, indent=1))
     print(json.dumps({**found, "evaluations": meter.evaluations}, indent=1), f"\n{path}")
     flat = (
-        found["resident_growth"] < 0.02
+        max(found["resident_growth"], found["anonymous_growth"]) < 0.02
         and found["open_files_last"] <= found["open_files_first"]
         and found["cpu_change"] < 0.1
     )
