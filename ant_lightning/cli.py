@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from yaml import YAMLError
 
 import ant_lightning.balancing
 import ant_lightning.clustering
@@ -24,17 +27,21 @@ from ant_lightning.callbacks import (
     SampleWriter,
     TrainingProgress,
 )
+from ant_lightning.callbacks.checkpoint_files import checkpoint_fault
+from ant_lightning.config_files import check_config_file, config_paths, load_yaml
 from ant_lightning.data import ImageDataModule
-from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files import read_torch
+from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
 from ant_lightning.messages import one_line
 from ant_lightning.modules import StoredImages
 from ant_lightning.run_folder import check_writable, resume_from_last
+from ant_lightning.trainer_settings import check_trainer_settings, trainer_error
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["AntCLI", "run"]
+
+set_loader("yaml", load_yaml, exceptions=(YAMLError,))
 
 
 class AntCLI(LightningCLI):
@@ -43,6 +50,14 @@ class AntCLI(LightningCLI):
     `ema`, `checkpoint` and `samples` are settings of their own and not entries of
     `trainer.callbacks`: a later `--config` may replace that list and cannot lose them.
     """
+
+    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
+        self.command = command
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that was asked for: to make a parser takes longer than to parse."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The callbacks that every run has."""
@@ -85,14 +100,39 @@ class AntCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""
-        self.config = parser.parse_args(args)
+        subparser = self._subcommand_parsers[args[0]]
+        known = sorted({action.dest.split(".")[0] for action in subparser._actions} - {"help"})
+        for path in config_paths(args):
+            if not path.lstrip().startswith("{"):  # settings in place of a file's name
+                check_config_file(path, known=known)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ConfigError(_with_hint(one_line(str(error)), subparser)) from error
+        except Exception as error:  # only the parser runs here, so it is the arguments
+            raise _first_config_error(error) from error
+        config = self.config[args[0]]
+        for name in ("trainer", "ema", "checkpoint", "samples"):
+            if not isinstance(config.get(name), Namespace):
+                raise ConfigError(f"{name}: must hold settings by name, found {config.get(name)!r}")
+        seed = config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise ConfigError(
+                f"seed_everything: must be from 0 to {2**32 - 1}, or true or false, found {seed}"
+            )
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint never overrides a setting; the modules compare and report instead."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Put our progress bar where Lightning's would be, and the page of TensorBoard."""
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ConfigError:
+            raise
+        except Exception as error:  # its arguments are the settings, whatever is raised
+            settings = self._get(self.config, "trainer")
+            raise trainer_error(error, settings) from error
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for i, callback in enumerate(callbacks):
             if isinstance(callback, ProgressBar):
@@ -105,7 +145,7 @@ class AntCLI(LightningCLI):
         """Make the objects; a setting that one of them refuses is reported in its own words."""
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # constructors of what the settings name
             raise _first_config_error(error) from error
 
     def before_instantiate_classes(self) -> None:
@@ -113,19 +153,7 @@ class AntCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         _check_checkpoint(config)
         resume_from_last(config, self.config.subcommand)
-        settings = config.trainer
-        ours = {
-            "gradient_clip_val": (None, "model.clip_grad_norm"),
-            "gradient_clip_algorithm": (None, "model.clip_grad_norm"),
-            "accumulate_grad_batches": (1, "model.accumulate_grad_batches"),
-        }
-        for name, (neutral, replacement) in ours.items():
-            value = settings.get(name)
-            if value not in (None, neutral):
-                raise ConfigError(
-                    f"trainer.{name}: the step of every method is made by the module, so use "
-                    f"{replacement} in its place, found {value}"
-                )
+        check_trainer_settings(config.trainer)
 
 
 def _check_checkpoint(config: Any) -> None:  # noqa: ANN401 - a namespace of the parser
@@ -140,12 +168,33 @@ def _check_checkpoint(config: Any) -> None:  # noqa: ANN401 - a namespace of the
             f"{config.get('weights_only')}; for other files use model.init_from"
         )
     path = config.get("ckpt_path")
-    if not path or path in {"last", "best", "hpc"}:
+    if not path or path == "last" or "://" in path:
         return
-    if not Path(path).exists():
-        raise ConfigError(f"ckpt_path: must be a file or folder that exists, found {path}")
-    if Path(path).is_file():
-        read_torch(path, setting="ckpt_path")
+    if not Path(path).is_file():
+        found = "a folder, " if Path(path).is_dir() else ""
+        raise ConfigError(f"ckpt_path: must be a file that exists, or last, found {found}{path}")
+    fault = checkpoint_fault(Path(path))
+    if fault is not None:
+        raise FileError(f"ckpt_path: {path}: {fault}")
+
+
+def _with_hint(message: str, parser: LightningArgumentParser) -> str:
+    """Say which option an unknown one may have been meant for."""
+    unknown = message.removeprefix("unrecognized arguments: ")
+    if unknown == message:
+        return message
+    close = get_close_matches(unknown.split("=")[0].split()[0], parser._option_string_actions, n=1)
+    hint = f"; did you mean {close[0]}?" if close else "; see --help"
+    return f"{unknown}: the command has no such option{hint}"
+
+
+def _restoring(error: BaseException) -> bool:
+    """Whether Lightning was giving the parts of a checkpoint to those they belong to."""
+    frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    return any(
+        code.co_filename.endswith("checkpoint_connector.py") and "restore" in code.co_name
+        for code in frames
+    )
 
 
 def _first_config_error(error: BaseException) -> ConfigError:
@@ -168,10 +217,13 @@ def run(args: Sequence[str]) -> AntCLI:
         return AntCLI(
             L.LightningModule,
             ImageDataModule,
+            command=args[0],
             subclass_mode_model=True,
             subclass_mode_data=True,
+            auto_configure_optimizers=False,  # an optimizer is a setting of the model
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False},
+            # A name cut short is a mistake and not another way to say it.
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             save_config_kwargs={"overwrite": True},
             args=list(args),
         )
@@ -181,4 +233,14 @@ def run(args: Sequence[str]) -> AntCLI:
         raise FileError(
             "ckpt_path: refused, reading the last checkpoint would run code, or it is damaged; "
             "delete it and resume from the one before"
+        ) from error
+    except (ConfigError, CheckpointWriteError):
+        raise
+    except Exception as error:
+        if not _restoring(error):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            "ckpt_path: must be a whole checkpoint of a run with these settings, found one that "
+            f"cannot be gone on with ({type(error).__name__}: {said})"
         ) from error

@@ -19,30 +19,96 @@ def one_line(message: str) -> str:
     """
     text = " ".join(message.split())
     setting = ".".join(_settings(text))
-    option = re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text)
-    if option:
-        owner, name = option.groups()
-        hint = _suggestion(name.rsplit(".", maxsplit=1)[-1], _parameters(owner))
-        return f"{setting}.{name}: {owner.rsplit('.', maxsplit=1)[-1]} has no such option{hint}"
-    unknown = re.search(r"Expected a dot import path string: (\S+)", text)
-    if unknown:
-        known = [name for package in _PACKAGES for name in _names(package)]
-        found = unknown.group(1)
-        return f"{setting}: no class is called {found!r}{_suggestion(found, known)}"
-    missing = re.search(
-        r"class_path '([\w.]+)': the following arguments are required: ([\w., ]+?) - ", text
-    )
-    if missing:
-        owner, names = missing.groups()
-        return f"{setting}: {owner.rsplit('.', maxsplit=1)[-1]} needs {names}, found nothing"
-    expected = re.findall(r"Expected a (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])", text)
-    value = re.search(r"(?:Given value|Got value): (.*?)(?: - |$)", text)
-    kinds = [_plain(kind) for kind in expected if "NoneType" not in kind]
-    if setting and kinds and value:
-        rule = " or ".join(dict.fromkeys(kinds))
-        return f"{setting}: must be {rule}, found {value.group(1).strip()}"
+    rules = (_unknown_option, _unknown_class, _missing_argument, _wrong_type, _innermost_rule)
+    for rule in rules:
+        said = rule(text, setting)
+        if said:
+            return said
     plain = re.fullmatch(r'Parser key "([^"]+)": (.{1,200})', text)
     return f"{plain.group(1)}: {plain.group(2)}" if plain else text
+
+
+def _unknown_option(text: str, setting: str) -> str | None:
+    option = re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text)
+    if option is None:
+        return None
+    owner, name = option.groups()
+    hint = _suggestion(name.rsplit(".", maxsplit=1)[-1], _parameters(owner))
+    return f"{setting}.{name}: {_last(owner)} has no such option{hint}"
+
+
+def _unknown_class(text: str, setting: str) -> str | None:
+    unknown = re.search(
+        r"Expected a dot import path string: (\S+)"
+        r"|class_path '([\w.]+)': module '[\w.]+' has no",
+        text,
+    )
+    # Where a number may stand as well, that is what was meant.
+    if unknown is None or re.search(r"<class '(?:float|int)'>", " ".join(_innermost(text)[0])):
+        return None
+    found = unknown.group(1) or unknown.group(2)
+    return f"{setting}: no class is called {found!r}{_other_class(found)}"
+
+
+def _missing_argument(text: str, setting: str) -> str | None:
+    names = r"the following arguments are required: (?P<names>[\w., ]+?)"
+    top = re.fullmatch(names, text)
+    if top:
+        settings = re.sub(r"\b(?:fit|validate|test|predict)\.", "", top.group("names"))
+        return f"{settings}: needed, found nothing; give a --config FILE that sets them"
+    missing = re.search(rf"class_path '(?P<owner>[\w.]+)': {names} - ", text) or re.search(
+        rf"a callable class: {names} - .*?class_path='(?P<owner>[\w.]+)'", text
+    )
+    if missing is None:
+        return None
+    owner, wanted = missing.group("owner", "names")
+    return f"{setting}: {_last(owner)} needs {wanted}, found nothing"
+
+
+def _wrong_type(text: str, setting: str) -> str | None:
+    expected = re.findall(r"Expected a (<class '[\w.]+'>|typing\.Literal\[[^\]]*\])", text)
+    kinds = [_plain(kind) for kind in expected if "NoneType" not in kind]
+    value = _innermost(text)[1]
+    if not (setting and kinds and value):
+        return None
+    return f"{setting}: must be {' or '.join(dict.fromkeys(kinds))}, found {value}"
+
+
+def _innermost_rule(text: str, setting: str) -> str | None:
+    inner, value = _innermost(text)
+    if not inner or not ("Errors:" in text or setting):
+        return None
+    owner = re.search(r"Given value: Namespace\(class_path='([\w.]+)'", text)
+    where = setting or (_last(owner.group(1)) if owner else "settings")
+    found = f", found {value}" if value and value not in inner[0] else ""
+    return f"{where}: {inner[0][:300]}{found}"
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", maxsplit=1)[-1]
+
+
+def _innermost(text: str) -> tuple[list[str], str]:
+    """The alternatives of the deepest type that failed, without `null`, and the value found."""
+    start = max(text.rfind("Errors:") + len("Errors:"), text.rfind('": ') + 2)
+    inner, _, rest = text[start:].partition("Given ")
+    items = [item.strip(" -") for item in re.split(r"(?:^| )- ", inner)]
+    noise = ("Expected a <class 'NoneType'>", "Expected a <class 'str'>", "Expected a path but")
+    kept = [item for item in items if item and not item.startswith(noise)]
+    found = re.search(r"value: (.*?)(?:\. Got value: | - |$)", rest) or re.search(
+        r"Got value: (.*?)(?: - |$)", text
+    )
+    value = found.group(1).strip() if found else ""
+    nested = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", value)
+    value = nested.group(1).strip("'") if nested else value
+    return kept, "" if value.startswith("Namespace(") else value[:100]
+
+
+def _other_class(found: str) -> str:
+    """A class of ours with a similar name; none of exactly this name, which does not fit there."""
+    known = [name for package in _PACKAGES for name in _names(package)]
+    name = found.rsplit(".", maxsplit=1)[-1]
+    return " that fits here" if name in known else _suggestion(name, known)
 
 
 def _settings(text: str) -> list[str]:

@@ -214,6 +214,11 @@ class DiT(nn.Module):
                 f"patch_size: must be positive and divide input_size {input_size}, "
                 f"found {patch_size}"
             )
+        if hidden_size < 1 or depth < 1 or in_channels < 1 or not mlp_ratio > 0:
+            raise ConfigError(
+                "hidden_size, depth, in_channels, mlp_ratio: must each be above 0, found "
+                f"{hidden_size}, {depth}, {in_channels}, {mlp_ratio}"
+            )
         if num_heads < 1 or hidden_size % num_heads or hidden_size % 4:
             raise ConfigError(
                 f"hidden_size: must be a multiple of 4 and of num_heads {num_heads}, "

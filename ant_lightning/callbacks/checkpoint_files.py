@@ -13,6 +13,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from ant_lightning.analysis.atomic import write_atomically
 from ant_lightning.errors import CheckpointWriteError, FileError
 from ant_lightning.files import read_torch
+from ant_lightning.modules.checkpoint_content import content_fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -70,10 +71,10 @@ def checkpoint_fault(path: Path) -> str | None:
     Every byte is read once; no code of the file is run, and no tensor is copied.
     """
     try:
-        read_torch(path, setting="ckpt_path")
+        content = read_torch(path, setting="ckpt_path")
     except FileError as error:
         return str(error).removeprefix(f"ckpt_path {path}: ")
-    return None
+    return content_fault(content)
 
 
 def newest_whole(paths: Iterable[Path]) -> Path | None:

@@ -6,6 +6,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +40,23 @@ _BOOKKEEPING = (
 )
 
 
+def _check_filename(name: str | None) -> None:
+    """Refuse a pattern that is found to be wrong only when the first checkpoint is due."""
+    if name is None:
+        return
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(name) if field is not None]
+    except ValueError as error:
+        raise ConfigError(
+            f"checkpoint.filename: must have names in pairs of braces, found {name!r} ({error})"
+        ) from error
+    if "" in fields or ".." in Path(name).parts or Path(name).is_absolute():
+        raise ConfigError(
+            "checkpoint.filename: must name a file below checkpoint.dirpath, as step_{step} does, "
+            f"found {name!r}"
+        )
+
+
 class Checkpoints(ModelCheckpoint):
     """`ModelCheckpoint` that loses nothing but the steps since the last checkpoint.
 
@@ -64,6 +82,9 @@ class Checkpoints(ModelCheckpoint):
     ) -> None:
         if keep_last < 1:
             raise ConfigError(f"checkpoint.keep_last: must be at least 1, found {keep_last}")
+        if any(step < 1 for step in at_steps or []):
+            raise ConfigError(f"checkpoint.at_steps: must each be at least 1, found {at_steps}")
+        _check_filename(settings.get("filename"))
         super().__init__(**settings)
         self.at_steps = at_steps or []
         self.keep_last = keep_last

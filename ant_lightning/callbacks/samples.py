@@ -140,12 +140,18 @@ class SampleWriter(L.Callback):
             return
         log_dir = trainer.log_dir or trainer.default_root_dir
         self._target = Path(self.npz or self.folder or Path(log_dir) / "samples")
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._files = (
-            PngSamples(self._target)
-            if self.npz is None
-            else NpzSamples(self._target, num_images=self.num_images, rank=trainer.global_rank)
-        )
+        try:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            self._files = (
+                PngSamples(self._target)
+                if self.npz is None
+                else NpzSamples(self._target, num_images=self.num_images, rank=trainer.global_rank)
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"samples.{'folder' if self.npz is None else 'npz'}: must be where files can be "
+                f"written, found {self._target} ({error.strerror})"
+            ) from error
         present = self._files.present()
         # All ranks look before any writes, or they would share what is missing differently.
         trainer.strategy.barrier()

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules.checkpoint_content import check_weights
+from ant_lightning.modules.optimizers import make_optimizer
 from ant_lightning.modules.peers import PeerWatch
 from ant_lightning.randomness import keyed_generator
 
@@ -127,7 +129,11 @@ class AutoencoderModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """All parameters in one group."""
-        return self.optimizer(self.backbone.parameters())
+        return make_optimizer(self.optimizer, self.backbone.parameters())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another model, naming what differs."""
+        check_weights(self, checkpoint)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip as the module says, whatever the Trainer's flag."""

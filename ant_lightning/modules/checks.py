@@ -64,6 +64,12 @@ def check_settings(module: MultiTaskDiffusion) -> None:
             "model.warmup_steps: must be 0 when model.lr_scheduler is set, "
             f"found {module.warmup_steps}"
         )
+    channels = module.image_shape[0]
+    if module.guided_channels is not None and not 1 <= module.guided_channels <= channels:
+        raise ConfigError(
+            f"model.guided_channels: must be from 1 to the {channels} channels of an image, or "
+            f"null for all, found {module.guided_channels}"
+        )
     _check_conditioning(module)
     _check_channels(module)
     if module.train_interval is not None:
@@ -136,6 +142,14 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
         raise ConfigError(
             f"data.batch_size: a gradient balancer needs at least one image for each of the "
             f"{module.num_tasks} tasks, found {batch_size}"
+        )
+    interval, batches = trainer.val_check_interval, len(data.train_images) // batch_size
+    by_epoch = trainer.check_val_every_n_epoch is not None
+    if by_epoch and isinstance(interval, int) and interval > max(1, batches):
+        raise ConfigError(
+            "trainer.val_check_interval: with check_val_every_n_epoch set it counts the batches "
+            f"of an epoch, so at most {batches} (or set check_val_every_n_epoch to null to count "
+            f"those of the run), found {interval}"
         )
     if module.accumulate_grad_batches * trainer.world_size > batch_size:
         raise ConfigError(

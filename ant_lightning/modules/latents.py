@@ -70,9 +70,12 @@ def load_initial_weights(module: MultiTaskDiffusion) -> None:
     if module.init_from is None or not module.init_due:
         return
     module.init_due = False
-    report = load_official_checkpoint(
-        module.backbone, module.init_from, weights=module.init_weights
-    )
+    try:
+        report = load_official_checkpoint(
+            module.backbone, module.init_from, weights=module.init_weights
+        )
+    except ConfigError as error:
+        raise ConfigError(f"model.init_from: {error}") from error
     if module.global_rank == 0:
         print(f"init_from {report}")
 

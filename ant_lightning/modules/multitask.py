@@ -38,6 +38,7 @@ from ant_lightning.modules.draws import sample_shares, spread_order, step_noise
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.latents import bind_data, load_initial_weights
+from ant_lightning.modules.optimizers import make_optimizer, make_scheduler
 from ant_lightning.modules.ranks import check_ranks_agree
 from ant_lightning.modules.row_buffers import EngineName, engine_and_rows
 from ant_lightning.modules.saved_state import restore_state, saved_state
@@ -184,6 +185,8 @@ class MultiTaskDiffusion(DiffusionModule):
         self._engine: Engine | None = None
         self._row_buffers: DenseTaskGradients | None = None
         self._validation_sums = torch.zeros(0)
+        if sampler is not None:
+            sampler.num_calls(self.process)  # refuses what the schedule has no timesteps for
         check_settings(self)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
@@ -195,9 +198,9 @@ class MultiTaskDiffusion(DiffusionModule):
         own = [] if self.balancer is None else list(self.balancer.parameters())
         if own:
             groups.append({"params": own, "lr": self.balancer.lr, "weight_decay": 0.0})  # type: ignore[union-attr]
-        optimizer = self.optimizer(groups)  # type: ignore[arg-type]
+        optimizer = make_optimizer(self.optimizer, groups)
         if self.lr_scheduler is not None:
-            return [optimizer], [self.lr_scheduler(optimizer)]
+            return [optimizer], [make_scheduler(self.lr_scheduler, optimizer, self.optimizer)]
         if not self.warmup_steps:
             return optimizer
         steps = self.warmup_steps

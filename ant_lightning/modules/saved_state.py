@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.clustering import TimestepClusters
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules.checkpoint_content import check_weights
 
 if TYPE_CHECKING:
     from ant_lightning.modules.multitask import MultiTaskDiffusion
@@ -24,6 +27,8 @@ def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
         "cluster_history": [(step, list(each)) for step, each in module.cluster_history],
         "num_skipped_steps": module.num_skipped_steps,
         "backbone": _class_name(module),
+        "balancer": _kind(module.balancer),
+        "optimizer": _optimizer(module),
         "prediction_type": module.process.prediction_type,
         "variance_type": module.process.variance_type,
         "schedule": schedule_summary(module),
@@ -52,17 +57,28 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         raise ConfigError(
             "ckpt_path: not a checkpoint of ant_lightning; for official weights use model.init_from"
         )
-    version = saved["format_version"]
+    version = saved.get("format_version")
+    if type(version) is not int:
+        raise ConfigError(f"ckpt_path: format_version must be a whole number, found {version!r}")
     if version > FORMAT_VERSION:
         raise ConfigError(
             f"ckpt_path: the checkpoint has format version {version}, written by a newer "
             f"ant_lightning; this one reads versions up to {FORMAT_VERSION}"
         )
-    history = [(step, tuple(each)) for step, each in saved.get("cluster_history", ())]
-    history = history or [(0, tuple(saved["boundaries"]))]
-    ours = {
-        "model.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
-        "model.backbone": (_class_name(module), saved["backbone"]),
+    try:
+        history = [(int(step), tuple(each)) for step, each in saved.get("cluster_history", ())]
+        history = history or [(0, tuple(saved["boundaries"]))]
+        last = TimestepClusters(history[-1][1])
+        skipped, steps = int(saved["num_skipped_steps"]), int(checkpoint["global_step"])
+        then_of = {name: saved[name] for name in ("prediction_type", "backbone")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            "ckpt_path: must hold what a run of ant_lightning says of itself, found "
+            f"{error if isinstance(error, ConfigError) else repr(error)}"
+        ) from error
+    ours: dict[str, tuple[Any, Any]] = {
+        "model.prediction_type": (module.process.prediction_type, then_of["prediction_type"]),
+        "model.backbone": (_class_name(module), then_of["backbone"]),
         "model.clustering (its boundaries)": (
             list(module.cluster_history[0][1]),
             list(history[0][1]),
@@ -73,14 +89,37 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
             schedule_summary(module),
             saved["schedule"],
         )
+    if "balancer" in saved:
+        ours["model.balancer"] = (_kind(module.balancer), saved["balancer"])
+    if saved.get("optimizer") and _training(module):
+        ours["model.optimizer"] = (_optimizer(module), saved["optimizer"])
     for name, (now, then) in ours.items():
         if now != then:
-            raise ConfigError(f"{name}: the checkpoint has {then}, the settings say {now}")
+            said = ["null" if each is None else each for each in (then, now)]
+            raise ConfigError(f"{name}: the checkpoint has {said[0]}, the settings say {said[1]}")
+    check_weights(module, checkpoint)
     module.cluster_history = history
     if len(history) > 1:
-        module.clusters = TimestepClusters(history[-1][1])
-    module.num_skipped_steps = saved["num_skipped_steps"]
-    module.trained_steps = checkpoint["global_step"]
+        module.clusters = last
+    module.num_skipped_steps = skipped
+    module.trained_steps = steps
+
+
+def _kind(value: object) -> str | None:
+    return None if value is None else type(value).__name__
+
+
+def _training(module: MultiTaskDiffusion) -> bool:
+    trainer = module._trainer
+    return trainer is not None and trainer.state.fn == "fit"
+
+
+def _optimizer(module: MultiTaskDiffusion) -> str | None:
+    """The class of the optimizer that trains, whose state no other can go on with."""
+    if not _training(module):
+        return None
+    optimizers = module.trainer.optimizers
+    return _kind(optimizers[0]) if optimizers else _kind(module.optimizer([torch.zeros(1)]))  # type: ignore[arg-type]
 
 
 def _class_name(module: MultiTaskDiffusion) -> str:

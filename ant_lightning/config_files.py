@@ -1,0 +1,137 @@
+"""Config files are looked at before the parser reads them, so that a message can name the file."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jsonargparse import get_loader
+
+from ant_lightning.errors import FileError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+__all__ = ["UnsafeYAMLError", "check_config_file", "config_paths", "load_yaml"]
+
+_MAX_BYTES = 2**20  # configs have kilobytes
+_MAX_NODES = 50_000  # counted with every alias written out
+_MAX_DEPTH = 60
+_PLAIN = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge")
+}
+
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_load = get_loader("yaml")  # the parser's own, for which 1e-3 is a number
+
+
+class UnsafeYAMLError(yaml.YAMLError):  # type: ignore[misc]
+    """A text that is YAML, but whose size, depth, tags or repeated keys no config has."""
+
+
+def config_paths(args: Sequence[str]) -> list[str]:
+    """The values of `--config` and `-c` in a command line."""
+    found = []
+    for i, arg in enumerate(args):
+        name, sign, value = arg.partition("=")
+        if name in {"--config", "-c"}:
+            found += [value] if sign else list(args[i + 1 : i + 2])
+    return found
+
+
+def check_config_file(path: str | Path, *, known: Collection[str] | None = None) -> None:
+    """Check that a config file is one: YAML of settings by name, each given once.
+
+    Args:
+        path: The file.
+        known: Names that may stand at its top; None for any.
+
+    Raises:
+        FileError: Naming the file, where in it, the rule and what was found.
+    """
+    path = Path(path)
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "something else" if path.exists() else "nothing"
+        raise FileError(f"config: must be a YAML file, found {kind} at {path}")
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise FileError(f"config: {path} must have at most {_MAX_BYTES} bytes, found {size}")
+        root = _checked(path.read_text(encoding="utf8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise FileError(
+            f"config: {path} must be YAML, found in line {line}: {error.problem}"
+        ) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise FileError(f"config: {path} must be plain YAML in UTF-8, found: {error}") from error
+    if not isinstance(root, yaml.MappingNode):
+        found = "nothing" if root is None else {"sequence": "a list"}.get(root.id, "one value")
+        raise FileError(f"config: {path} must hold settings by name, found {found}")
+    for key, _ in root.value:
+        if known is not None and key.value not in known:
+            close = get_close_matches(key.value, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise FileError(
+                f"config: {path} line {key.start_mark.line + 1} has a setting that the command "
+                f"does not have, found {key.value!r}{hint}"
+            )
+
+
+def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is
+    """Load YAML as the parser does, after the checks that bound what it may unfold to.
+
+    Raises:
+        yaml.YAMLError: If it is no YAML, or an `UnsafeYAMLError`.
+    """
+    if len(text) > 200 or "*" in text:  # a short text without an alias unfolds to itself
+        _checked(text)
+    return _load(text)
+
+
+def _checked(text: str) -> yaml.Node | None:
+    """The tree of a YAML text that is small, flat, plain and says everything once.
+
+    Raises:
+        yaml.YAMLError: Otherwise; nothing was unfolded.
+    """
+    root = yaml.compose(text, Loader=_Loader)
+    if root is not None:
+        _size(root, {}, 0)
+    return root
+
+
+def _size(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
+    """Nodes in a tree whose aliases are written out, each distinct node looked at once."""
+    if depth > _MAX_DEPTH:
+        raise _unsafe(node, f"more than {_MAX_DEPTH} levels, or an alias inside what it stands for")
+    if node.tag not in _PLAIN:
+        raise _unsafe(node, f"the tag {node.tag!r}, which could name code; plain values have none")
+    if id(node) not in sizes:
+        size = 1 + sum(_size(child, sizes, depth + 1) for child in _children(node))
+        if size > _MAX_NODES:
+            raise _unsafe(node, f"aliases that unfold to more than {_MAX_NODES} values")
+        sizes[id(node)] = size
+    return sizes[id(node)]
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        yield from node.value
+    elif isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _unsafe(key, "a name that is not a text")
+            if key.value in seen:
+                raise _unsafe(key, f"{key.value!r} twice, of which only the last would count")
+            seen.add(key.value)
+            yield value
+
+
+def _unsafe(node: yaml.Node, finding: str) -> UnsafeYAMLError:
+    return UnsafeYAMLError(f"line {node.start_mark.line + 1} has {finding}")

@@ -1,0 +1,72 @@
+"""Whether what a checkpoint holds is a checkpoint, and one of the model that is to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import InvalidVersion, Version
+from torch import Tensor
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    import lightning as L
+
+__all__ = ["check_weights", "content_fault"]
+
+_NEEDED = {"pytorch-lightning_version": str, "state_dict": Mapping, "global_step": int}
+_POSSIBLE = {
+    "epoch": int,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "ant_lightning": Mapping,
+}
+_WORDS = {str: "a text", int: "a whole number", Mapping: "a dictionary", list: "a list"}
+
+
+def content_fault(content: object) -> str | None:
+    """What no checkpoint of Lightning can hold, in words; None if it could be one."""
+    if not isinstance(content, Mapping):
+        return f"must hold a dictionary, found {type(content).__name__}"
+    for name, kind in {**_NEEDED, **_POSSIBLE}.items():
+        if name not in content:
+            if name in _NEEDED:
+                return f"must hold {name} as Lightning writes it, found {sorted(map(str, content))}"
+        elif not isinstance(content[name], kind):
+            return f"must hold {_WORDS[kind]} as {name}, found {type(content[name]).__name__}"
+    try:
+        Version(content["pytorch-lightning_version"])
+    except InvalidVersion:
+        found = content["pytorch-lightning_version"]
+        return f"must hold a version as pytorch-lightning_version, found {found!r}"
+    return None
+
+
+def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Compare names and shapes of a checkpoint's weights with those of the module.
+
+    Raises:
+        ConfigError: Naming the part that differs, and the first weight that does, both ways.
+    """
+    theirs = checkpoint.get("state_dict")
+    if theirs is None:  # a strategy that shards the model has loaded it
+        return
+    ours = {name: _shape(value) for name, value in module.state_dict().items()}
+    saved = {str(name): _shape(value) for name, value in theirs.items()}
+    different = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
+    if not different:
+        return
+    name = different[0]
+    part, _, rest = name.partition(".")
+    raise ConfigError(
+        f"model.{part}: must be that of the checkpoint in ckpt_path, which has "
+        f"{saved.get(name, 'no')} {rest}, found {ours.get(name, 'no')} {rest}; "
+        f"{len(different)} of its weights differ"
+    )
+
+
+def _shape(value: object) -> str:
+    return f"{list(value.shape)} as" if isinstance(value, Tensor) else "values as"

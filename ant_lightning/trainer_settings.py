@@ -1,0 +1,96 @@
+"""Flags of Lightning's Trainer: which a run cannot have, and what its refusals are about."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ant_lightning.errors import ConfigError
+
+__all__ = ["check_trainer_settings", "trainer_error"]
+
+_OURS = {
+    "gradient_clip_val": (None, "model.clip_grad_norm"),
+    "gradient_clip_algorithm": (None, "model.clip_grad_norm"),
+    "accumulate_grad_batches": (1, "model.accumulate_grad_batches"),
+}
+# Lightning's callbacks that take over the step, copy the module, or double what every run has.
+_REPLACED = {
+    "EMA": "ema",
+    "EMAWeightAveraging": "ema",
+    "WeightAveraging": "ema",
+    "StochasticWeightAveraging": "ema",
+    "Checkpoints": "checkpoint",
+    "SampleWriter": "samples",
+    "GradientAccumulationScheduler": "model.accumulate_grad_batches",
+    "LearningRateFinder": "model.optimizer",
+    "BatchSizeFinder": "data.batch_size",
+}
+# Lightning takes any number for these, and does something else with what makes no sense.
+_LEAST = {
+    "log_every_n_steps": 1,
+    "check_val_every_n_epoch": 1,
+    "num_sanity_val_steps": -1,
+    "min_steps": 0,
+    "min_epochs": 0,
+}
+
+
+def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - the parser's namespace
+    """Refuse flags that manual optimization cannot honour, naming ours, and impossible numbers.
+
+    Raises:
+        ConfigError: Naming the flag, the rule and the value found.
+    """
+    for name, (neutral, replacement) in _OURS.items():
+        value = settings.get(name)
+        if value not in (None, neutral):
+            raise ConfigError(
+                f"trainer.{name}: the step of every method is made by the module, so use "
+                f"{replacement} in its place, found {value}"
+            )
+    for name, least in _LEAST.items():
+        value = settings.get(name)
+        if value is not None and value < least:
+            raise ConfigError(f"trainer.{name}: must be at least {least}, found {value}")
+    callbacks = settings.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        kind = str(getattr(callback, "class_path", "")).rpartition(".")[-1]
+        if kind in _REPLACED:
+            raise ConfigError(
+                f"trainer.callbacks: must not have what every run has or cannot have, found {kind};"
+                f" use the setting {_REPLACED[kind]} in its place"
+            )
+    interval = settings.get("val_check_interval")
+    if isinstance(interval, int | float) and not interval > 0:
+        raise ConfigError(f"trainer.val_check_interval: must be above 0, found {interval}")
+
+
+def trainer_error(error: Exception, settings: Any) -> ConfigError:  # noqa: ANN401
+    """What the Trainer raised for its settings, with the flag that its message is about.
+
+    That is the flag which the message names first, or else the one whose value it repeats.
+    """
+    text = " ".join(str(error).split())
+    flags = {name: value for name, value in vars(settings).items() if value is not None}
+    named = [(at, name) for name in flags if (at := _place(name, text)) is not None]
+    named += [
+        (len(text) + at, name)
+        for name, value in flags.items()
+        if isinstance(value, str) and (at := _place(value, text)) is not None
+    ]
+    if not named:
+        hardware = ("accelerator", "devices", "strategy", "precision")
+        found = ", ".join(f"{name} {flags[name]}" for name in hardware if name in flags)
+        return ConfigError(f"trainer: {text}; found {found}")
+    name = min(named)[1]
+    value = flags[name]
+    after = "" if _place(str(value), text) is not None else f", found {value}"
+    return ConfigError(f"trainer.{name}: {text.rstrip('.')}{after}")
+
+
+def _place(word: str, text: str) -> int | None:
+    """Where a message has a word, whatever stands between its parts."""
+    pattern = rf"(?<![a-z0-9]){re.escape(word.replace('-', '_'))}"
+    found = re.search(pattern, text.replace("-", "_"), re.IGNORECASE)
+    return None if found is None else found.start()

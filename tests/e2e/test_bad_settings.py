@@ -1,0 +1,378 @@
+"""Wrong settings, one by one: exit code 2, and one line that names the setting and the remedy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ant_lightning.__main__ import main
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+TINY = [
+    "--model.backbone.hidden_size=16",
+    "--model.backbone.depth=1",
+    "--model.backbone.num_heads=2",
+    "--data.batch_size=20",
+    "--trainer.max_steps=1",
+    "--trainer.callbacks=[]",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.limit_val_batches=0",
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog):
+    """Lightning's log goes to standard error too."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        caplog.set_level("ERROR", logger=name)
+
+
+def arguments(folder, *options, command="fit", balancer="uw"):
+    files = [CONFIGS / "digits" / "dit.yaml", CONFIGS / "balancer" / f"{balancer}.yaml"]
+    args = [command, *[x for file in files for x in ("--config", str(file))], *TINY]
+    return [*args, f"--trainer.logger.save_dir={folder}", *options]
+
+
+def refused(args, capsys):
+    """The line that a command ends with."""
+    capsys.readouterr()
+    code = main(args)
+    lines = capsys.readouterr().err.splitlines()
+    assert (code, len(lines)) == (2, 1), lines
+    assert lines[0].startswith("ant-lightning: error: ")
+    assert len(lines[0]) < 600, lines[0]
+    assert "Union subtypes" not in lines[0]
+    return lines[0]
+
+
+def callback(kind, package="ant_lightning", **settings):
+    entry = {"class_path": f"{package}.callbacks.{kind}", "init_args": settings}
+    return f"--trainer.callbacks={json.dumps([entry])}"
+
+
+LIGHTNING = "lightning.pytorch"
+STEPS = ["--model.warmup_steps=0", "--model.lr_scheduler=StepLR"]
+DDP = "--trainer.strategy=DDPStrategy"
+
+# name -> (options, words that the line must have); the rows of docs/reliability.md
+SETTINGS = {
+    # The parser: types, names, classes.
+    "misspelt option": (["--ema.deacy=0.9"], ["--ema.deacy", "did you mean --ema.decay"]),
+    "option cut short": (["--checkpoint.keep=3"], ["--checkpoint.keep", "--checkpoint.keep_last"]),
+    "learning rate in words": (["--model.optimizer.lr=fast"], ["lr: must be a number", "fast"]),
+    "learning rate nan": (["--model.optimizer.lr=nan"], ["lr: must be a number", "nan"]),
+    "clip nan": (["--model.clip_grad_norm=nan"], ["clip_grad_norm: must be a number", "nan"]),
+    "tasks 2.5": (["--model.clustering.num_tasks=2.5"], ["num_tasks", "whole number", "2.5"]),
+    "steps in words": (["--trainer.max_steps=many"], ["trainer.max_steps", "whole", "many"]),
+    "yes or no": (["--ema.warmup=perhaps"], ["ema.warmup", "true or false", "perhaps"]),
+    "choice": (["--model.engine=fast"], ["model.engine", "'auto'", "'vmap'", "fast"]),
+    "interval of three": (["--model.train_interval=[1,2,3]"], ["train_interval", "2 elements"]),
+    "duration": (["--checkpoint.train_time_interval=soon"], ["train_time_interval", "h:m:s"]),
+    "unknown optimizer": (["--model.optimizer=Adamm"], ["model.optimizer", "no class", "Adamm"]),
+    "unknown weighting": (["--model.loss_weighting=MinSNRR"], ["loss_weighting", "'MinSNR'"]),
+    "class of another kind": (["--model.backbone=UNet"], ["backbone", "'UNet'", "fits here"]),
+    "a program as a class": (
+        ["--model.backbone=subprocess.Popen"],
+        ["model.backbone", "subprocess.Popen", "subclass of DiT"],
+    ),
+    "abstract class": (["--model.balancer=Balancer"], ["model.balancer", "abstract"]),
+    "unknown callback": ([callback("Foo")], ["trainer.callbacks", "no class", "Foo"]),
+    "option of a callback": (
+        [callback("ConflictMonitor", every_n_steps=0)],
+        ["every_n_steps", "ConflictMonitor", "'log_every_n_steps'"],
+    ),
+    "missing argument": (STEPS, ["model.lr_scheduler", "StepLR needs step_size"]),
+    "no schedule": (["--model.schedule=null"], ["DiTModule needs schedule"]),
+    "no data": (["--data=null"], ["data: needed", "--config"]),
+    "seed below 0": (["--seed_everything=-1"], ["seed_everything: must be from 0", "-1"]),
+    "seed too large": (["--seed_everything=9999999999"], ["seed_everything", "9999999999"]),
+    "optimizer beside the model": (["--optimizer=SGD"], ["--optimizer", "no such option"]),
+    # Ranges.
+    "learning rate below 0": (["--model.optimizer.lr=-1"], ["model.optimizer", "rate: -1"]),
+    "betas": (["--model.optimizer.betas=[1.5,2]"], ["model.optimizer", "beta", "1.5"]),
+    "weight decay": (["--model.optimizer.weight_decay=-1"], ["model.optimizer", "weight_decay"]),
+    "optimizer of closures": (["--model.optimizer=LBFGS"], ["model.optimizer", "LBFGS"]),
+    "sparse optimizer": (["--model.optimizer=SparseAdam"], ["model.optimizer", "SparseAdam"]),
+    "scheduler of period 0": (
+        [*STEPS, "--model.lr_scheduler.step_size=0"],
+        ["model.lr_scheduler", "zero"],
+    ),
+    "balancer's rate": (["--model.balancer.lr=-1"], ["lr: must be above 0", "-1"]),
+    "least loss": (["--model.balancer.min_loss=-1"], ["min_loss: must be at least 0", "-1"]),
+    "no depth": (["--model.backbone.depth=0"], ["depth", "above 0", "0"]),
+    "no width": (["--model.backbone.hidden_size=0"], ["hidden_size", "above 0"]),
+    "heads": (["--model.backbone.num_heads=3"], ["hidden_size", "multiple", "num_heads 3", "16"]),
+    "patches": (["--model.backbone.patch_size=3"], ["patch_size", "divide", "8", "3"]),
+    "no timesteps": (["--model.schedule.num_timesteps=0"], ["num_timesteps", "at least 1", "0"]),
+    "sampler steps 0": (["--model.sampler.num_steps=0"], ["num_steps", "at least 1", "0"]),
+    "clip 0": (["--model.clip_grad_norm=0"], ["clip_grad_norm: must be above 0", "0.0"]),
+    "warm-up": (["--model.warmup_steps=-1"], ["warmup_steps: must be 0 or more", "-1"]),
+    "guided channels": (["--model.guided_channels=9"], ["guided_channels", "the 1 channels", "9"]),
+    "decay of the averages": (["--ema.decay=-0.1"], ["ema.decay: must be at least 0", "-0.1"]),
+    "batch 0": (["--data.batch_size=0"], ["data.batch_size: must be at least 1", "0"]),
+    "batch above the data": (["--data.batch_size=5000"], ["data.batch_size", "1437", "5000"]),
+    "kept checkpoints": (["--checkpoint.keep_last=0"], ["keep_last: must be at least 1", "0"]),
+    "best checkpoints": (["--checkpoint.save_top_k=-2"], ["save_top_k=-2", ">= -1"]),
+    "steps to keep": (["--checkpoint.at_steps=[-5]"], ["at_steps", "at least 1", "-5"]),
+    "pattern of names": (["--checkpoint.filename={step"], ["filename", "braces", "{step"]),
+    "name outside": (["--checkpoint.filename=a/../../b"], ["filename", "dirpath", "a/../../b"]),
+    "log never": (["--trainer.log_every_n_steps=0"], ["log_every_n_steps", "at least 1", "0"]),
+    "sanity steps": (["--trainer.num_sanity_val_steps=-3"], ["num_sanity_val_steps", "-1", "-3"]),
+    "epochs of checks": (["--trainer.check_val_every_n_epoch=0"], ["check_val_every_n_epoch", "0"]),
+    "interval of checks": (["--trainer.val_check_interval=-3"], ["val_check_interval", "-3"]),
+    "max steps": (["--trainer.max_steps=-5"], ["trainer.max_steps", "non-negative", "-5"]),
+    "share of batches": (["--trainer.limit_val_batches=1.5"], ["limit_val_batches", "1.5"]),
+    "time": (["--trainer.max_time=soon"], ["trainer.max_time", "DD:HH:MM:SS", "soon"]),
+    # The machine.
+    "precision": (["--trainer.precision=float17"], ["trainer.precision", "'bf16-mixed'", "17"]),
+    "no library": (["--trainer.precision=transformer-engine"], ["trainer.precision", "install"]),
+    "accelerator": (["--trainer.accelerator=gpuu"], ["trainer.accelerator", "cuda", "gpuu"]),
+    "no devices": (["--trainer.devices=0"], ["trainer.devices", "0"]),
+    "devices in words": (["--trainer.devices=two"], ["trainer.devices", "int > 0", "two"]),
+    "no nodes": (["--trainer.num_nodes=0"], ["trainer.num_nodes", "positive", "0"]),
+    "strategy": (["--trainer.strategy=dpp"], ["trainer.strategy", "ddp", "dpp"]),
+    "a strategy that wraps": (["--trainer.strategy=fsdp"], ["trainer.strategy", "fsdp"]),
+    "reduction by DDP": (
+        [DDP, "--trainer.strategy.model_averaging_period=2"],
+        ["trainer.strategy.model_averaging_period", "must be null", "2"],
+    ),
+    # Settings that contradict each other.
+    "clip by the Trainer": (
+        ["--trainer.gradient_clip_val=1"],
+        ["trainer.gradient_clip_val", "use model.clip_grad_norm", "1"],
+    ),
+    "accumulation by the Trainer": (
+        ["--trainer.accumulate_grad_batches=4"],
+        ["trainer.accumulate_grad_batches", "use model.accumulate_grad_batches", "4"],
+    ),
+    "accumulation by a callback": (
+        [callback("GradientAccumulationScheduler", LIGHTNING, scheduling={0: 2})],
+        ["trainer.callbacks", "GradientAccumulationScheduler", "model.accumulate_grad_batches"],
+    ),
+    "averages twice": ([callback("EMA")], ["trainer.callbacks", "EMA", "setting ema"]),
+    "averages of Lightning": (
+        [callback("StochasticWeightAveraging", LIGHTNING, swa_lrs=0.1)],
+        ["trainer.callbacks", "StochasticWeightAveraging", "setting ema"],
+    ),
+    "search for a rate": (
+        [callback("LearningRateFinder", LIGHTNING)],
+        ["trainer.callbacks", "LearningRateFinder", "model.optimizer"],
+    ),
+    "no checkpoints": (["--trainer.enable_checkpointing=false"], ["enable_checkpointing", "found"]),
+    "a callback that needs a logger": (
+        [callback("LearningRateMonitor", LIGHTNING), "--trainer.logger=false"],
+        ["LearningRateMonitor", "logger"],
+    ),
+    "a callback that needs a network": (
+        [callback("GenerationMetrics")],
+        ["trainer.callbacks", "GenerationMetrics needs extractor"],
+    ),
+    "checks past the epoch": (
+        ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=100000"],
+        ["trainer.val_check_interval", "at most 71", "100000"],
+    ),
+    "warm-up and scheduler": (
+        ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=3"],
+        ["model.warmup_steps: must be 0 when model.lr_scheduler is set", "100"],
+    ),
+    "tasks of the balancer": (
+        ["--model.balancer.num_tasks=4"],
+        ["model.balancer.num_tasks", "clusters 5", "4"],
+    ),
+    "timesteps below tasks": (["--model.schedule.num_timesteps=1"], ["num_tasks", "5", "1"]),
+    "sampler steps above T": (["--model.sampler.num_steps=5000"], ["num_steps", "1000", "5000"]),
+    "clusters of another T": (
+        ["--model.clustering=FixedClustering", "--model.clustering.boundaries=[0,250,500]"],
+        ["boundaries", "1000", "500"],
+    ),
+    "parts above images": (
+        ["--model.accumulate_grad_batches=50"],
+        ["model.accumulate_grad_batches", "at most 20", "50"],
+    ),
+    "specialist of a balancer": (
+        ["--model.train_interval=[0,100]"],
+        ["model.train_interval", "balancer must be null", "UncertaintyWeighting"],
+    ),
+    "placement": (["--model.placement=sorted"], ["model.placement", "'spread'", "'sorted'"]),
+    "pixels of another size": (
+        ["--data=ShapesData"],
+        ["model.backbone", "in_channels and input_size", "(3, 32, 32)", "(1, 8, 8)"],
+    ),
+    "checkpoints by two rhythms": (
+        ["--checkpoint.every_n_train_steps=2", "--checkpoint.every_n_epochs=2"],
+        ["every_n_train_steps=2", "exclusive"],
+    ),
+    # Files.
+    "no folder of images": (["--data=ImageFolderData"], ["ImageFolderData needs root"]),
+    "no latents": (["--data=LatentsData", "--data.cache=/nope"], ["latent cache", "/nope"]),
+    "no affinity": (
+        ["--model.clustering=GradientClustering", "--model.clustering.affinity=/nope.npz"],
+        ["affinity", "/nope.npz"],
+    ),
+    "no initial weights": (["--model.init_from=/nope.pt"], ["model.init_from", "/nope.pt"]),
+    "log folder": (["--trainer.logger.save_dir=/proc/x"], ["logger.save_dir", "/proc/x"]),
+    "no checkpoint": (["--ckpt_path=/nope.ckpt"], ["ckpt_path", "file that exists", "/nope.ckpt"]),
+    "folder as checkpoint": ([f"--ckpt_path={CONFIGS}"], ["ckpt_path", "found a folder"]),
+    "a word as checkpoint": (["--ckpt_path=best"], ["ckpt_path", "or last", "best"]),
+    "checkpoint that runs code": (["--weights_only=false"], ["weights_only: must be true"]),
+    "config that is not there": (
+        ["--config=/nope.yaml"],
+        ["config", "found nothing", "/nope.yaml"],
+    ),
+    "folder as config": ([f"--config={CONFIGS}"], ["config", "found a folder"]),
+    "config without a name": (["--config"], ["--config", "expected one argument"]),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_wrong_setting_ends_in_one_line_that_names_it(tmp_path, capsys, name):
+    options, words = SETTINGS[name]
+    line = refused(arguments(tmp_path, *options), capsys)
+    missing = [word for word in words if word not in line]
+    assert not missing, line
+
+
+CONTENTS = {
+    "a list": ("- 1\n- 2\n", "settings by name, found a list"),
+    "a word": ("words", "settings by name, found one value"),
+    "nothing": ("", "settings by name, found nothing"),
+    "no YAML": ("model: {init_args: [\n", "found in line 2"),
+    "a tab": ("model:\n\tinit_args: 3\n", "found in line 2"),
+    "bytes": (b"\xff\xfe\x80", "must be plain YAML in UTF-8"),
+    "unknown setting": ("modle: {init_args: {}}\n", "did you mean 'model'"),
+    "unknown setting within": ("trainer: {max_stepz: 1}\n", "max_stepz"),
+    "a number for a name": ("1: 2\n", "found '1'"),
+    "the same twice": ("ema: {decay: 0.1}\nema: {decay: 0.2}\n", "line 2 has 'ema' twice"),
+    "linked value set twice": ("data: {batch_size: 2,\n batch_size: 3}\n", "'batch_size' twice"),
+    "code": ("model: !!python/object/apply:os.system [exit]\n", "could name code"),
+    "too deep": ("x: " + "[" * 100 + "]" * 100, "more than 60 levels"),
+    "deeper": ("[" * 5000, "nesting depth"),
+    "itself": ("trainer: &a {callbacks: *a}\n", "an alias inside what it stands for"),
+    "a bomb": (
+        "a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(
+            f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n"
+            for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+        ),
+        "aliases that unfold to more than 50000 values",
+    ),
+    "too long": ("# " + "x" * 2**20, "at most 1048576 bytes"),
+    "no trainer": ("trainer: null\n", "trainer: must hold settings by name, found None"),
+    "a number for a trainer": ("trainer: 3\n", "trainer: must hold settings by name, found 3"),
+    "no model": ("model: null\n", "model: needed, found nothing"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_file_that_is_no_config_is_named_with_what_is_wrong(tmp_path, capsys, name):
+    content, words = CONTENTS[name]
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    line = refused(arguments(tmp_path, f"--config={path}"), capsys)
+    assert words in line
+    if "trainer:" not in words and "model:" not in words and "max_stepz" not in words:
+        assert "c.yaml" in line
+
+
+def test_a_file_of_a_part_of_the_settings_may_not_unfold_either(tmp_path, capsys):
+    path = tmp_path / "part.yaml"
+    path.write_text(CONTENTS["a bomb"][0])
+    assert "model" in refused(arguments(tmp_path, f"--model.backbone={path}"), capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The checkpoint of a run of one step with uncertainty weighting."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main(arguments(folder)) == 0
+    return next(folder.rglob("last.ckpt"))
+
+
+OTHERS = {
+    "width": (["--model.backbone.hidden_size=24"], "uw", ["model.backbone", "24", "16"]),
+    "depth": (["--model.backbone.depth=2"], "uw", ["model.backbone", "blocks.1", "found"]),
+    "tasks": (
+        ["--model.clustering.num_tasks=3", "--model.balancer.num_tasks=3"],
+        "uw",
+        ["model.clustering", "[0, 291, 724, 1000]", "881"],
+    ),
+    "schedule": (["--model.schedule.max_beta=0.5"], "uw", ["model.schedule"]),
+    "timesteps": (["--model.schedule.num_timesteps=500"], "uw", ["model.clustering", "500"]),
+    "prediction": (["--model.prediction_type=v"], "uw", ["model.prediction_type", "eps", "v"]),
+    "balancer": ([], "nash", ["model.balancer", "UncertaintyWeighting", "NashMTL"]),
+    "no balancer": ([], "vanilla", ["model.balancer", "UncertaintyWeighting", "null"]),
+    "optimizer": (
+        ['--model.optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}'],
+        "uw",
+        ["model.optimizer", "AdamW", "SGD"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_other_settings_is_refused_and_both_are_named(
+    tmp_path, trained, capsys, name
+):
+    options, balancer, words = OTHERS[name]
+    args = arguments(tmp_path, *options, f"--ckpt_path={trained}", balancer=balancer)
+    line = refused(args, capsys)
+    assert all(word in line for word in words), line
+
+
+DAMAGE = {
+    "no version": (lambda c: c["ant_lightning"].pop("format_version"), "format_version"),
+    "version in words": (lambda c: c["ant_lightning"].update(format_version="x"), "'x'"),
+    "newer": (lambda c: c["ant_lightning"].update(format_version=99), "newer ant_lightning"),
+    "history": (lambda c: c["ant_lightning"].update(cluster_history=3), "says of itself"),
+    "clusters": (lambda c: c["ant_lightning"].update(cluster_history=[(0, [5, 1])]), "itself"),
+    "no weights": (lambda c: c.pop("state_dict"), "must hold state_dict"),
+    "a list of weights": (lambda c: c.update(state_dict=[1]), "dictionary as state_dict"),
+    "a number as weight": (lambda c: c["state_dict"].update({"backbone.x": 5}), "model.backbone"),
+    "no optimizer": (lambda c: c.pop("optimizer_states"), "cannot be gone on with"),
+    "no state of it": (lambda c: c.update(optimizer_states=[3]), "cannot be gone on with"),
+    "averages": (
+        lambda c: c["callbacks"].update(EMA={"averages": {}, "num_updates": "x"}),
+        "cannot be gone on with",
+    ),
+    "callbacks": (lambda c: c.update(callbacks=7), "dictionary as callbacks, found int"),
+    "Lightning's version": (lambda c: c.update({"pytorch-lightning_version": "a"}), "'a'"),
+    "another's": (lambda c: [c.pop(key) for key in list(c)], "pytorch-lightning_version"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(tmp_path, trained, capsys, name):
+    change, words = DAMAGE[name]
+    content = torch.load(trained, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "c.ckpt")
+    line = refused(arguments(tmp_path, f"--ckpt_path={tmp_path / 'c.ckpt'}"), capsys)
+    assert "ckpt_path" in line
+    assert words in line
+
+
+def test_weights_of_a_network_are_refused_by_an_autoencoder(tmp_path, trained, capsys):
+    base = ["--config", str(CONFIGS / "digits" / "autoencoder.yaml")]
+    args = ["validate", *base, "--trainer.accelerator=cpu", f"--ckpt_path={trained}"]
+    line = refused([*args, f"--trainer.logger.save_dir={tmp_path}"], capsys)
+    assert "model.backbone: must be that of the checkpoint in ckpt_path" in line
+
+
+def test_images_that_cannot_be_written_are_refused(tmp_path, trained, capsys):
+    target = ["--samples.npz=/proc/x.npz", f"--ckpt_path={trained}"]
+    line = refused(arguments(tmp_path, *target, command="predict"), capsys)
+    assert "samples.npz: must be where files can be written, found /proc/x.npz" in line
+
+
+def test_the_process_ends_with_2_and_shows_no_traceback(tmp_path):
+    args = arguments(tmp_path, "--model.optimizer.lr=-1")
+    command = [sys.executable, "-m", "ant_lightning", *args]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("ant-lightning: error: model.optimizer")
+    assert "Traceback" not in done.stderr
