@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing as mp
 import time
 from pathlib import Path
 from typing import Any
@@ -22,40 +21,24 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ant_lightning.studies.provenance import commit, machine
+from benchmarks.memory import added_memory
 from benchmarks.networks import PAIRS, Network, build, check_same_unet
 
 
-def peak_memory(name: str, settings: dict[str, Any], threads: int, queue: mp.Queue[float]) -> None:
-    """MiB that building the network and three steps add to the process."""
-    torch.set_num_threads(threads)
-    import diffusers  # noqa: F401, PLC0415 - both sides start from the same imports
+def prepare(name: str, settings: dict[str, Any]) -> None:
+    """What both sides of a pair start from: the same imports, and autograd in use."""
+    import diffusers  # noqa: F401, PLC0415 - slow to import
 
-    build(name.replace("diffusers", "ours"), **settings, device="meta")  # and the same code
+    build(name.replace("diffusers", "ours"), **settings, device="meta")
     torch.ones(8, 8, requires_grad=True).square().sum().backward()
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+
+
+def three_steps(name: str, settings: dict[str, Any]) -> None:
+    """Build a network and use it."""
     network = build(name, **settings)
     for _ in range(3):
         network.model.zero_grad()
         network.step()
-    queue.put((_status("VmHWM") - before) / 1024)
-
-
-def _status(field: str) -> int:
-    """KiB of this process, from the kernel."""
-    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
-
-
-def memory_of(name: str, settings: dict[str, Any]) -> float:
-    """The same from a fresh process."""
-    context = mp.get_context("spawn")
-    queue: mp.Queue[float] = context.Queue()
-    arguments = (name, settings, torch.get_num_threads(), queue)
-    process = context.Process(target=peak_memory, args=arguments)
-    process.start()
-    found = queue.get()
-    process.join()
-    return found
 
 
 def flops(network: Network) -> int:
@@ -91,7 +74,7 @@ def compare(pair: tuple[str, str], rounds: int, settings: dict[str, Any]) -> dic
     ours, theirs = np.median(times, axis=0)
     parameters = [sum(p.numel() for p in n.model.parameters()) for n in networks]
     del networks
-    memory = [memory_of(name, settings) for name in pair]
+    memory = [added_memory(prepare, three_steps, name, settings) for name in pair]
     return {
         "pair": f"{pair[0]} against {pair[1].split(', ')[1]}",
         "speed": float(theirs / ours),

@@ -204,12 +204,14 @@ class Auto(Engine):
     computed in parts.
 
     Attributes:
+        used: The engine of the last call; before the first, the loop.
         reason: Why `OnePass` was given up, or None.
     """
 
     def __init__(self) -> None:
         self._one_pass = OnePass()
         self._loop = Loop()
+        self.used: Engine = self._loop
         self.reason: str | None = None
 
     def task_gradients(
@@ -219,7 +221,9 @@ class Auto(Engine):
         size = sum(p.numel() for p in batch.shared) * len(batch) / batch.num_tasks
         if size < _SMALL and not batch.in_parts and self.reason is None:
             try:
-                return self._one_pass.task_gradients(batch, rows)
+                self.used = self._one_pass
+                return self.used.task_gradients(batch, rows)
             except UnsupportedError as error:
                 self.reason = str(error)
-        return self._loop.task_gradients(batch, rows)
+        self.used = self._loop
+        return self.used.task_gradients(batch, rows)

@@ -1,0 +1,51 @@
+"""Peak memory of a piece of work in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+__all__ = ["added_memory"]
+
+
+def added_memory(
+    prepare: Callable[..., object], work: Callable[..., object], *arguments: object
+) -> float:
+    """MiB that `work(*arguments)` adds to a fresh process that ran `prepare(*arguments)`.
+
+    The high-water mark of resident memory during the work, less what was resident before; on a GPU
+    that of the tensors there. Both functions must be found by name in their modules. `prepare` is
+    for imports, and for work space of kernels that is made once.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as fresh:
+        return fresh.submit(_measure, torch.get_num_threads(), prepare, work, arguments).result()
+
+
+def _measure(
+    threads: int,
+    prepare: Callable[..., object],
+    work: Callable[..., object],
+    arguments: tuple[object, ...],
+) -> float:
+    torch.set_num_threads(threads)
+    prepare(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work(*arguments)
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    work(*arguments)
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(field: str) -> int:
+    """KiB of this process, from the kernel."""
+    return int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
