@@ -11,6 +11,7 @@ from ant_lightning.errors import (
     DataLoadingError,
     DivergedRanksError,
     NonFiniteError,
+    message_of,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def _run(arguments: Sequence[str]) -> int:
     from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: PLC0415
 
     from ant_lightning.cli import run  # noqa: PLC0415
+    from ant_lightning.data.workers import dead_worker  # noqa: PLC0415
     from ant_lightning.encode import run_encode  # noqa: PLC0415
     from ant_lightning.modules.peers import first_failure  # noqa: PLC0415
     from ant_lightning.studies.report import run_report  # noqa: PLC0415
@@ -79,13 +81,14 @@ def _run(arguments: Sequence[str]) -> int:
         else:
             run(arguments)
     except ConfigError as error:
-        return _fail(str(error), 2)
+        return _fail(message_of(error), 2)
     except (CheckpointWriteError, DataLoadingError, DivergedRanksError, NonFiniteError) as error:
         return _fail(str(error), 1)
     except SIGTERMException:
         return _fail("told to stop; go on with --ckpt_path last", 143)
     except RuntimeError as error:
-        first = first_failure(error)
+        died = dead_worker(error)
+        first = str(died) if died else first_failure(error)
         if first is None:
             raise
         return _fail(first, 1)

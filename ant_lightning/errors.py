@@ -1,5 +1,7 @@
 """The error classes of the package; the command line turns them into one line and exit code 2."""
 
+import re
+
 __all__ = [
     "CheckpointWriteError",
     "ConfigError",
@@ -7,6 +9,7 @@ __all__ = [
     "DivergedRanksError",
     "FileError",
     "NonFiniteError",
+    "message_of",
 ]
 
 
@@ -35,3 +38,15 @@ class CheckpointWriteError(RuntimeError):
 
 class DataLoadingError(RuntimeError):
     """A process that loads data has died."""
+
+
+def message_of(error: BaseException) -> str:
+    """The message of an error as one line.
+
+    PyTorch puts the traceback of a process that loads data in front of the message of its error.
+    """
+    text = str(error)
+    name = re.match(r"Caught (\w+) in DataLoader worker", text)
+    if name:
+        text = text.rpartition(f"{name.group(1)}: ")[2]
+    return " ".join(text.split())

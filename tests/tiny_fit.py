@@ -2,10 +2,12 @@
 
 import lightning as L
 import torch
+from torch import nn
 from torchjd.aggregation import UPGradWeighting
 
 from ant_lightning.backbones import DiT
 from ant_lightning.balancing import (
+    ContinuousUncertainty,
     LinearScalarization,
     NashMTL,
     PCGrad,
@@ -22,6 +24,7 @@ BALANCERS = {
     "vanilla": lambda: None,
     "linear": lambda: LinearScalarization(3, weights=[0.2, 0.3, 0.5]),
     "uw": lambda: UncertaintyWeighting(3),
+    "continuous_uw": lambda: ContinuousUncertainty(3),
     "pcgrad": lambda: PCGrad(3),
     "nash": lambda: NashMTL(3, update_every=4),
     "upgrad": lambda: TorchJDBalancer(3, weighting=UPGradWeighting(), update_every=3),
@@ -30,18 +33,28 @@ BATCHES = 4  # of 300 digits in an epoch
 SIZE = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 8}
 
 
-def module(method="pcgrad", **settings):
+class Forgetful(DiT):
+    """Draws masks of its own."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.forget = nn.Dropout(0.2)
+
+    def forward(self, x, timesteps, labels=None):
+        return super().forward(self.forget(x), timesteps, labels)
+
+
+def module(method="pcgrad", kind=DiT, num_classes=10, **settings):
     torch.manual_seed(0)
     return DiTModule(
-        DiT(**SIZE, depth=1, num_heads=1, num_classes=10, class_dropout_prob=0.1),
+        kind(**SIZE, depth=1, num_heads=1, num_classes=num_classes, class_dropout_prob=0.1),
         schedule=CosineSchedule(100),
         clustering=SNRClustering(3),
         balancer=BALANCERS[method](),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0),
-        class_dropout=0.1,
-        warmup_steps=7,
+        class_dropout=0.1 if num_classes > 1 else 0.0,
         seed=0,
-        **settings,
+        **{"warmup_steps": 7, **settings},
     )
 
 
@@ -56,6 +69,7 @@ def fit(
     every=1,
     resume=None,
     checkpoint=(),
+    model=(),
     **settings,
 ):
     """Train to `steps`; the checkpoints are in `folder`."""
@@ -80,7 +94,7 @@ def fit(
     )
     data = DigitsData(batch_size=300)
     data.num_workers = workers  # not a setting: they are in memory
-    trainer.fit(module(method), data, ckpt_path=resume)
+    trainer.fit(module(method, **dict(model)), data, ckpt_path=resume)
     return trainer
 
 

@@ -72,7 +72,8 @@ class ContinuousUncertainty(SampleBalancer):
         """`u` at these noise levels, float32."""
         c = -log_snr.to(self.weight).unsqueeze(-1) / 8
         features = math.sqrt(2 / len(self.weight)) * (c * self.frequencies + self.phases).cos()
-        return features @ self.weight + self.bias
+        with torch.autocast(features.device.type, enabled=False):
+            return features @ self.weight + self.bias
 
     def forward(
         self, losses: Float[Tensor, " b"], log_snr: Float[Tensor, " b"]

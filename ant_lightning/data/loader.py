@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import randperm
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from ant_lightning.data.workers import dead_worker, worker_settings
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 
@@ -18,6 +20,25 @@ if TYPE_CHECKING:
     from ant_lightning.data.batch import Batch
 
 __all__ = ["ImageDataset", "RankKeys", "ShuffledLoader", "evaluation_loader"]
+
+# What can no longer be as in the run that was stopped, by what has changed since.
+_CONSEQUENCES = {
+    "num_workers": ("data.num_workers", "batches and results stay the same, bit for bit"),
+    "world_size": (
+        "number of ranks",
+        "the batch of a step has the same images, timesteps and noise, but sums are rounded in "
+        "another order, so results are no longer the same bit for bit",
+    ),
+    "batch_size": (
+        "data.batch_size",
+        "as many images count as seen, but steps have others from here on",
+    ),
+    "num_images": (
+        "number of training images",
+        "as many steps count as made, but images come in another order from here on",
+    ),
+    "seed": ("data.seed", "images come in another order from here on"),
+}
 
 
 class ImageDataset(Dataset["Batch"]):
@@ -57,6 +78,7 @@ class ShuffledLoader:
 
     Raises:
         ConfigError: If `batch_size` does not fit the data or the ranks.
+        DataLoadingError: While it is iterated over, if one of the workers dies.
     """
 
     def __init__(
@@ -93,28 +115,47 @@ class ShuffledLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(len(self)):
-            if self._batches is None:
-                self._batches = self._from(self.position)
-            batch = next(self._batches)
+            try:
+                if self._batches is None:
+                    self._batches = self._from(self.position)
+                batch = next(self._batches)
+            except RuntimeError as error:
+                died = dead_worker(error)
+                if died is None:
+                    raise
+                raise died from error
             self.position += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches taken since the start of training."""
-        return {"position": self.position, "seed": self._seed, "batch_size": self.batch_size}
+        """Batches taken since the start of training, and what their order depends on."""
+        return {
+            "position": self.position,
+            "seed": self._seed,
+            "batch_size": self.batch_size,
+            "num_images": len(self.dataset),
+            "world_size": self._world_size,
+            "num_workers": self._num_workers,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the batches that `state` had taken."""
+        """Go on behind the batches that `state` had taken, and say what is no longer the same."""
         # With another batch size the epochs have another length: keep the number of images seen.
         self.position = state["position"] * state["batch_size"] // self.batch_size
         self._batches = None
+        for name, now in self.state_dict().items():
+            then = state.get(name, now)
+            if name != "position" and then != now:
+                say = rank_zero_info if name == "num_workers" else rank_zero_warn
+                setting, consequence = _CONSEQUENCES[name]
+                say(f"{setting}: the checkpoint has {then}, this run {now}: {consequence}")
 
     def _from(self, position: int) -> Iterator[Batch]:
         """An endless stream: workers are started once, not every epoch."""
         keys = _Keys(self, position)
-        workers = self._num_workers
+        settings = worker_settings(self._num_workers)
         loader = DataLoader(
-            self.dataset, batch_size=None, sampler=keys, num_workers=workers, pin_memory=False
+            self.dataset, batch_size=None, sampler=keys, pin_memory=False, **settings
         )
         return iter(loader)
 
@@ -172,4 +213,5 @@ def evaluation_loader(
     """All images in order, once; rank r of N gets the images r, r + N, ..."""
     mine = list(range(rank, len(dataset), world_size))
     keys = [(None, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    return DataLoader(dataset, batch_size=None, sampler=RankKeys(keys), num_workers=num_workers)
+    settings = worker_settings(num_workers)
+    return DataLoader(dataset, batch_size=None, sampler=RankKeys(keys), **settings)

@@ -12,9 +12,9 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.checkpoint_content import check_weights
+from ant_lightning.modules.draws import step_noise
 from ant_lightning.modules.optimizers import make_optimizer
 from ant_lightning.modules.peers import PeerWatch
-from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -163,18 +163,18 @@ class AutoencoderModule(L.LightningModule):
         return size.mean(), 0.5 * divergence.mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The weighted sum of the two terms, with noise of (seed, step, rank)."""
+        """The weighted sum of the two terms, with noise of (seed, step, position in the batch)."""
         b, _, height, width = batch.images.shape
         shape = (
-            b,
             self.backbone.config.latent_channels,
             height // self.factor,
             width // self.factor,
         )
-        generator = keyed_generator(
-            self.seed, "posterior", self.global_step, self.trainer.global_rank, device=self.device
+        rank = self.trainer.global_rank
+        mine = slice(rank * b, (rank + 1) * b)
+        noise = step_noise(
+            mine, shape, self.seed, self.global_step, self.device, stream="posterior"
         )
-        noise = torch.randn(shape, generator=generator, device=self.device)
         error, divergence = self.losses(batch.images, noise)
         loss = error + self.kl_weight * divergence
         self.log_dict({"train/reconstruction": error, "train/kl": divergence})

@@ -11,7 +11,7 @@ from ant_lightning.randomness import keyed_generator
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["sample_shares", "spread_order", "step_noise"]
+__all__ = ["dropped_labels", "sample_shares", "spread_order", "step_noise"]
 
 _BLOCK = 32  # images that share a generator
 
@@ -70,3 +70,14 @@ def step_noise(
             torch.randn((_BLOCK, *shape), generator=generator, device=device, dtype=torch.float32)
         )
     return torch.cat(blocks)[mine.start - first * _BLOCK : mine.stop - first * _BLOCK]
+
+
+def dropped_labels(
+    labels: Tensor, null_class: int | None, share: float, mine: slice, seed: int, step: int
+) -> Tensor:
+    """`labels` of the images `mine` of a global batch with a share replaced by the null class."""
+    if null_class is None or not share:
+        return labels
+    generator = keyed_generator(seed, "class dropout", step)
+    drop = torch.rand(mine.stop, generator=generator, dtype=torch.float32) < share
+    return labels.masked_fill(drop[mine].to(labels.device), null_class)

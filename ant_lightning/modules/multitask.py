@@ -34,7 +34,7 @@ from ant_lightning.modules.checks import (
     check_trainer,
     warn_of_other_model,
 )
-from ant_lightning.modules.draws import sample_shares, spread_order, step_noise
+from ant_lightning.modules.draws import dropped_labels, sample_shares, spread_order, step_noise
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.latents import bind_data, load_initial_weights
@@ -43,7 +43,7 @@ from ant_lightning.modules.ranks import check_ranks_agree
 from ant_lightning.modules.row_buffers import EngineName, engine_and_rows
 from ant_lightning.modules.saved_state import restore_state, saved_state
 from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
-from ant_lightning.randomness import keyed_generator, run_seed
+from ant_lightning.randomness import keyed_generator, keyed_seed, run_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -180,8 +180,8 @@ class MultiTaskDiffusion(DiffusionModule):
         self.last_report: BackwardReport | None = None
         self.last_step_skipped = False
         self.num_skipped_steps = 0
+        self.num_skipped_in_a_row = 0
         self.trained_steps = 0  # of the checkpoint that was loaded: evaluation has no step count
-        self._num_skipped_in_a_row = 0
         self._engine: Engine | None = None
         self._row_buffers: DenseTaskGradients | None = None
         self._validation_sums = torch.zeros(0)
@@ -262,11 +262,14 @@ class MultiTaskDiffusion(DiffusionModule):
             timesteps = torch.randint(start, stop, (b * ranks,), generator=generator)[mine]
             tasks = self.clusters.task_of(timesteps)
         noise = step_noise(mine, self.image_shape, self.seed, step, device)
-        labels = self._dropped(batch.labels, step, mine) if self.num_classes else None
-        return Draws(timesteps.to(device), tasks, noise, labels)
+        null, share = self.null_class, self.class_dropout
+        labels = dropped_labels(batch.labels, null, share, mine, self.seed, step)
+        return Draws(timesteps.to(device), tasks, noise, labels if self.num_classes else None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One step of any method."""
+        # For what the network itself draws: dropout.
+        torch.manual_seed(keyed_seed(self.seed, "network", self.global_step, self.global_rank))
         draws = self.draw(batch, step=self.global_step)
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
         per_sample = isinstance(self.balancer, SampleBalancer)
@@ -358,7 +361,7 @@ class MultiTaskDiffusion(DiffusionModule):
         if not report.finite:
             self._skip_step(report)
             return
-        self._num_skipped_in_a_row = 0
+        self.num_skipped_in_a_row = 0
         if self.clip_grad_norm is not None:
             grads = [local_part(p.grad) for p in self.backbone.parameters() if p.grad is not None]
             factor = (self.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
@@ -377,10 +380,10 @@ class MultiTaskDiffusion(DiffusionModule):
             back_off(scaler, self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
             if scaler.get_scale() >= 1:
                 return  # an overflow, as far as anybody knows: the next step has a smaller scale
-        self._num_skipped_in_a_row += 1
-        if self._num_skipped_in_a_row >= self.max_skipped_steps:
+        self.num_skipped_in_a_row += 1
+        if self.num_skipped_in_a_row >= self.max_skipped_steps:
             raise NonFiniteError(
-                f"model.max_skipped_steps: {self._num_skipped_in_a_row} steps in a row had a NaN "
+                f"model.max_skipped_steps: {self.num_skipped_in_a_row} steps in a row had a NaN "
                 f"or an infinity; losses per task {report.task_losses.tolist()}"
             )
 
@@ -388,14 +391,6 @@ class MultiTaskDiffusion(DiffusionModule):
         if self.balancer is None or self.task_weighting == "equal":
             return None
         return self.clusters.sizes.double() / self.clusters.num_timesteps
-
-    def _dropped(self, labels: Tensor, step: int, mine: slice) -> Tensor:
-        """`labels` with a share replaced by the null class."""
-        if not self.class_dropout or self.null_class is None:
-            return labels
-        generator = keyed_generator(self.seed, "class dropout", step)
-        drop = torch.rand(mine.stop, generator=generator, dtype=torch.float32) < self.class_dropout
-        return labels.masked_fill(drop[mine].to(labels.device), self.null_class)
 
 
 def _constant(step: int) -> float:

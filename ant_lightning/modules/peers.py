@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import lightning as L
 import torch.distributed as dist
 
+from ant_lightning.errors import message_of
+
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
@@ -76,7 +78,7 @@ class PeerWatch(L.Callback):
         # A signal is no failure of a rank, and comes to all of them.
         if not self._key or not _several() or not isinstance(exception, Exception):
             return
-        rank, text = dist.get_rank(), " ".join(str(exception).split())
+        rank, text = dist.get_rank(), message_of(exception)
         lost = isinstance(exception, dist.DistError) or bool(
             isinstance(exception, RuntimeError) and _LOST.search(text)
         )

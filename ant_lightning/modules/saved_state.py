@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
 
 from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.clustering import TimestepClusters
@@ -26,6 +28,8 @@ def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
         "boundaries": list(module.clusters.boundaries),
         "cluster_history": [(step, list(each)) for step, each in module.cluster_history],
         "num_skipped_steps": module.num_skipped_steps,
+        "num_skipped_in_a_row": module.num_skipped_in_a_row,
+        "world_size": module.trainer.world_size,
         "backbone": _class_name(module),
         "balancer": _kind(module.balancer),
         "optimizer": _optimizer(module),
@@ -70,6 +74,7 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         history = history or [(0, tuple(saved["boundaries"]))]
         last = TimestepClusters(history[-1][1])
         skipped, steps = int(saved["num_skipped_steps"]), int(checkpoint["global_step"])
+        in_a_row, ranks = (int(saved.get(n, 0)) for n in ("num_skipped_in_a_row", "world_size"))
         then_of = {name: saved[name] for name in ("prediction_type", "backbone")}
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -102,7 +107,10 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
     if len(history) > 1:
         module.clusters = last
     module.num_skipped_steps = skipped
+    module.num_skipped_in_a_row = in_a_row
     module.trained_steps = steps
+    if _training(module):
+        _tell_of_other_ranks(module, ranks)
 
 
 def _kind(value: object) -> str | None:
@@ -120,6 +128,24 @@ def _optimizer(module: MultiTaskDiffusion) -> str | None:
         return None
     optimizers = module.trainer.optimizers
     return _kind(optimizers[0]) if optimizers else _kind(module.optimizer([torch.zeros(1)]))  # type: ignore[arg-type]
+
+
+def _tell_of_other_ranks(module: MultiTaskDiffusion, then: int) -> None:
+    """What depends on the number of ranks (0: not known) beside rounding, which the loader says."""
+    now = module.trainer.world_size
+    parts = module.backbone.modules()
+    reasons = {
+        "model.placement 'sorted' pairs images with other timesteps": module.placement == "sorted",
+        "dropout inside the network draws other masks": any(
+            isinstance(part, nn.Dropout) and part.p > 0 for part in parts
+        ),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if then and then != now and found:
+        rank_zero_warn(
+            f"number of ranks: the checkpoint has {then}, this run {now}: {' and '.join(found)}, "
+            "so results agree with those of the run that was stopped in distribution alone"
+        )
 
 
 def _class_name(module: MultiTaskDiffusion) -> str:

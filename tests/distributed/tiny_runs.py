@@ -10,6 +10,7 @@ from torchjd.aggregation import UPGradWeighting
 
 from ant_lightning.backbones import DiT
 from ant_lightning.balancing import (
+    ContinuousUncertainty,
     LinearScalarization,
     NashMTL,
     PCGrad,
@@ -28,6 +29,7 @@ METHODS = {
     "vanilla": lambda: None,
     "linear": lambda: LinearScalarization(K, weights=[0.2, 0.3, 0.5]),
     "uw": lambda: UncertaintyWeighting(K),
+    "continuous_uw": lambda: ContinuousUncertainty(K),
     "pcgrad": lambda: PCGrad(K, seed=1),
     "nash": lambda: NashMTL(K, update_every=2),
     "upgrad": lambda: TorchJDBalancer(K, weighting=UPGradWeighting()),
@@ -92,7 +94,7 @@ def sgd(groups):
     return torch.optim.SGD(groups, lr=1e-2, momentum=0.9)
 
 
-def module(method, *, kind=DiTModule, **settings):
+def module(method, *, kind=DiTModule, backbone=None, **settings):
     settings = {
         "optimizer": adamw,
         "clip_grad_norm": 0.5,
@@ -101,7 +103,7 @@ def module(method, *, kind=DiTModule, **settings):
         "seed": 7,
     } | settings
     return kind(
-        PartlyUsed(),
+        backbone or PartlyUsed(),
         schedule=CosineSchedule(),
         # k = 3 does not divide the batch: the counts of the tasks differ.
         clustering=FixedClustering([0, 300, 500, 1000]),

@@ -167,3 +167,12 @@ def _step(log_snr):
         ContinuousUncertainty(3),
         log_snr=log_snr,
     )
+
+
+def test_it_stays_in_float32_under_autocast():
+    balancer = ContinuousUncertainty(3)
+    torch.nn.init.normal_(balancer.weight, generator=torch.Generator().manual_seed(0))
+    log_snr = torch.linspace(-10, 10, 50)
+    exact = balancer.log_variance(log_snr)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(balancer.log_variance(log_snr), exact)

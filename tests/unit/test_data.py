@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ant_lightning.data import DigitsData, ShuffledLoader
-from ant_lightning.data.digits import load_digits
+from ant_lightning.data.digits import TensorImages, load_digits
 from ant_lightning.errors import ConfigError
 
 
@@ -75,6 +75,41 @@ def test_resume_in_the_middle_of_an_epoch_goes_on_with_the_same_batches(data, nu
     resumed = loader()
     resumed.load_state_dict(first.state_dict())
     assert taken + take(resumed, 15) == whole
+
+
+def test_what_changed_since_the_checkpoint_is_said(data, caplog):
+    def loader(num_images=1437, **settings):
+        images = TensorImages(data.train_images.images[:num_images], data.train_images.labels)
+        return ShuffledLoader(images, **{"batch_size": 100, "seed": 1, **settings})
+
+    def state(loader, position):
+        loader.position = position
+        return loader.state_dict()
+
+    with caplog.at_level("INFO"):
+        loader().load_state_dict(state(loader(num_workers=3), 5))
+    assert (
+        "data.num_workers: the checkpoint has 3, this run 0: batches and results stay the same"
+        in (caplog.text)
+    )
+    for changed, words in [
+        (
+            {"batch_size": 200},
+            r"data\.batch_size: the checkpoint has 200, this run 100: as many",
+        ),
+        ({"num_images": 300}, r"number of training images: the checkpoint has 300, this run 1437"),
+        ({"seed": 3}, r"data\.seed: the checkpoint has 3, this run 1: images come in another"),
+        (
+            {"world_size": 4},
+            r"number of ranks: the checkpoint has 4, this run 1: the batch of",
+        ),
+    ]:
+        with pytest.warns(UserWarning, match=words):
+            loader().load_state_dict(state(loader(**changed), 5))
+    old = {"position": 5, "seed": 1, "batch_size": 100}  # as checkpoints were until now
+    resumed = loader()
+    resumed.load_state_dict(old)
+    assert resumed.position == 5
 
 
 def test_evaluation_loader_covers_every_held_out_image_once(data):
