@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -191,3 +192,14 @@ class GradientBalancer(Balancer):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what `get_extra_state` gave."""
         self._num_steps_used = int(state[0])
+
+
+def check_min_loss(min_loss: float) -> float:
+    """The least loss that a learned weight is fitted to, checked.
+
+    Raises:
+        ConfigError: If it is negative or not finite.
+    """
+    if not 0 <= min_loss < math.inf:
+        raise ConfigError(f"min_loss: must be at least 0 and finite, found {min_loss}")
+    return min_loss

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.balancing.base import SampleBalancer
-from ant_lightning.balancing.fitted import check_min_loss, fitted_losses
+from ant_lightning.balancing.base import SampleBalancer, check_min_loss
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,8 +26,8 @@ class ContinuousUncertainty(SampleBalancer):
     `UncertaintyWeighting` settles at `1 / (2 L_i)` for the sum over tasks. As clusters become
     narrow the two weigh noise levels in the same proportions, so this is its limit for many
     clusters, but for the scale of the objective, and has no number of clusters to choose. Losses
-    below `min_loss`, and those more than 100 times `exp(u)`, count for `u` as these bounds, and
-    no weight is above `1 / min_loss`, as in `UncertaintyWeighting`.
+    below `min_loss` count as that for `u`, and no weight is above `1 / min_loss`, as in
+    `UncertaintyWeighting`.
 
     The parameters belong in a group of their own, without weight decay and outside gradient
     clipping and EMA, and stay in float32 whatever the model is cast to.
@@ -81,8 +80,7 @@ class ContinuousUncertainty(SampleBalancer):
         """`exp(-u) L + u` of each sample, where `min_loss` is no bound."""
         log_variance = self.log_variance(log_snr)
         losses = losses.to(log_variance)
-        fitted = fitted_losses(losses, log_variance.exp(), min_loss=self.min_loss)
-        own = (-log_variance).exp() * fitted
+        own = (-log_variance).exp() * losses.detach().clamp(min=self.min_loss)
         # The value of `own` is taken off again: it is there for the gradient of u alone.
         return self._weights(log_variance) * losses + log_variance + (own - own.detach())
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.balancing.base import LossBalancer
-from ant_lightning.balancing.fitted import check_min_loss, fitted_losses
+from ant_lightning.balancing.base import LossBalancer, check_min_loss
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,9 +24,7 @@ class UncertaintyWeighting(LossBalancer):
     `exp(-s_i) / (2 k)` is `1 / (2 L_i)`: without a bound it grows beyond any limit as a loss goes
     to 0. With `min_loss = m` the log-variances are fitted to `max(L_i, m)` in place of `L_i`, so
     that they settle at `log(m / k)` and turn back from below, and the weights of the losses are
-    those of `max(s_i, log(m / k))`: none is ever above `1 / (2 m)`. In the same way a loss more
-    than 100 times the one that `s_i` stands for, `k exp(s_i)`, counts as 100 times that for `s_i`
-    alone, so that a spike cannot throw it off.
+    those of `max(s_i, log(m / k))`: none is ever above `1 / (2 m)`.
 
     `log_vars` start at 0 and stay in float32 whatever the model is cast to. They belong in a
     parameter group of their own, without weight decay and outside gradient clipping and EMA.
@@ -59,8 +56,7 @@ class UncertaintyWeighting(LossBalancer):
         self._check_tasks(task_losses, "task_losses", 1)
         losses = task_losses.to(torch.promote_types(task_losses.dtype, torch.float32))
         log_vars = self.log_vars.to(losses.device)
-        settled = self.num_tasks * log_vars.exp()
-        fitted = fitted_losses(losses, settled, min_loss=self.min_loss)
+        fitted = losses.detach().clamp(min=self.min_loss)
         own = (-log_vars).exp() * fitted / (2 * self.num_tasks)
         # The value of `own` is taken off again: it is there for the gradient of s alone.
         weights = self.loss_weights().to(losses)
