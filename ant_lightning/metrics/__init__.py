@@ -19,6 +19,7 @@ from ant_lightning.metrics.precision_recall import (
 )
 from ant_lightning.metrics.reference import ReferenceStatistics, load_reference, save_reference
 from ant_lightning.metrics.reference_cache import cached_reference, reference_fingerprint
+from ant_lightning.metrics.shapes_features import ShapesFeatures
 
 __all__ = [
     "DigitsFeatures",
@@ -33,6 +34,7 @@ __all__ = [
     "PrecisionRecall",
     "RankDeficientWarning",
     "ReferenceStatistics",
+    "ShapesFeatures",
     "cached_reference",
     "collect_features",
     "concatenate_features",

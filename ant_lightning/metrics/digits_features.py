@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files import read_safetensors
-from ant_lightning.metrics.features import FeatureExtractor, Features, check_images
+from ant_lightning.errors import ConfigError
+from ant_lightning.metrics.features import Features, check_images
+from ant_lightning.metrics.shipped_network import ShippedNetwork
 
 __all__ = ["DIGITS_WEIGHTS", "DigitsFeatures", "digits_layers"]
 
@@ -38,7 +37,7 @@ def digits_layers() -> tuple[nn.Sequential, nn.Linear]:
     return trunk, nn.Linear(64, 10)
 
 
-class DigitsFeatures(FeatureExtractor):
+class DigitsFeatures(ShippedNetwork):
     """A CNN of 43,050 parameters on scikit-learn's 8x8 digits: 64 features, 10 class logits.
 
     Input is uint8 ``[n, 1, 8, 8]``, 0 to 255, of the digits' 0 to 16 by the mapping of the whole
@@ -53,26 +52,9 @@ class DigitsFeatures(FeatureExtractor):
         ConfigError: The file is missing, or its entries are not those of this network.
     """
 
-    metadata: dict[str, str]
-
     def __init__(self, weights: str | Path | None = None) -> None:
         path = DIGITS_WEIGHTS if weights is None else Path(weights)
-        state, self.metadata = read_safetensors(path, setting="weights of the digits network")
-        super().__init__(num_features=64, name="digits-cnn-64")
-        self.trunk, self.head = digits_layers()
-        try:
-            self.load_state_dict(state)
-        except RuntimeError as error:
-            raise FileError(
-                f"weights must be a safetensors file of the digits network; {path} is not: "
-                f"{str(error).splitlines()[-1].strip()[:200]}"
-            ) from error
-        # of the values, not of the file: safetensors orders its header at random
-        digest = hashlib.sha256()
-        for key in sorted(state):
-            digest.update(state[key].numpy().tobytes())
-        self.name += f"-{digest.hexdigest()[:8]}"
-        self.requires_grad_(False).eval()
+        super().__init__(*digits_layers(), path, what="digits network", name="digits-cnn-64")
 
     def extract(self, images: Tensor) -> Features:
         """Features ``[n, 64]`` and logits ``[n, 10]`` of uint8 images ``[n, 1, 8, 8]``.

@@ -154,9 +154,9 @@ def test_published_values_are_those_of_the_poster():
     assert "poster" in published["source"]
 
 
-@pytest.mark.parametrize("dataset", ["digits", "ffhq", "celebahq", "imagenet"])
+@pytest.mark.parametrize("dataset", ["digits", "shapes", "ffhq", "celebahq", "imagenet"])
 def test_every_cell_of_the_tables_is_in_the_study_in_a_useful_order(dataset, tmp_path):
-    root = None if dataset == "digits" else str(tmp_path)
+    root = None if dataset in {"digits", "shapes"} else str(tmp_path)
     study = tables_study(STUDY, dataset=dataset, root=root, seed=3)
     names = [name.removesuffix("/seed3") for name in study.cells]
     assert len(names) == len(study.cells)
@@ -169,7 +169,7 @@ def test_every_cell_of_the_tables_is_in_the_study_in_a_useful_order(dataset, tmp
             f"{model}/gradient/{m}" in order[-4:] for m in ("linear", "pcgrad", "nash", "uw")
         )
         assert study.cells[f"{model}/gradient/uw/seed3"].needs[-1] in study.cells
-    if dataset in {"digits", "imagenet"}:
+    if dataset in {"digits", "shapes", "imagenet"}:
         assert {"dit/vanilla", "dit/minsnr", "dit/uw"} <= set(names)
     commands = [c for cell in study.cells.values() for c in cell.commands]
     if root:
@@ -182,7 +182,7 @@ def test_bad_data_sets_are_named(tmp_path, capsys):
     for args, words in [
         (
             ["--dataset", "lsun"],
-            "must be one of digits, ffhq, celebahq, imagenet, found lsun",
+            "must be one of digits, shapes, ffhq, celebahq, imagenet, found lsun",
         ),
         (["--dataset", "ffhq"], "root: must name the folder of the images for ffhq"),
         (["--dataset", "ffhq", "--root", "no"], "root: must be a folder that exists, found no"),
