@@ -1,5 +1,7 @@
 """A run that breaks keeps the checkpoint from before it broke."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -28,7 +30,18 @@ class Breaks(L.Callback):
                 batch.images[0, 0, 0, 0] = torch.nan
 
 
-def run(folder, *, for_good, steps=8):
+class SaveAfterTwoSkips(L.Callback):
+    """What a signal does that comes then."""
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if pl_module.num_skipped_steps == 2:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "skipping.ckpt")
+
+    def on_exception(self, trainer, pl_module, exception):
+        (Path(trainer.default_root_dir) / "skipped").write_text(str(pl_module.num_skipped_steps))
+
+
+def run(folder, *, for_good, steps=8, resume=None):
     torch.manual_seed(0)
     size = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 8}
     module = DiTModule(
@@ -44,6 +57,7 @@ def run(folder, *, for_good, steps=8):
         callbacks=[
             EMA(decay=0.9),
             Breaks(for_good=for_good),
+            SaveAfterTwoSkips(),
             Checkpoints(dirpath=folder, every_n_train_steps=2, save_last=True),
         ],
         logger=False,
@@ -51,8 +65,9 @@ def run(folder, *, for_good, steps=8):
         enable_progress_bar=False,
         enable_model_summary=False,
         accelerator="cpu",
+        default_root_dir=folder,
     )
-    trainer.fit(module, DigitsData(batch_size=30))
+    trainer.fit(module, DigitsData(batch_size=30), ckpt_path=resume)
     return module, trainer
 
 
@@ -62,6 +77,16 @@ def test_the_last_good_checkpoint_is_kept(tmp_path):
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert state["global_step"] == 4
     assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def test_skips_in_a_row_are_counted_on_when_a_run_is_resumed(tmp_path):
+    with pytest.raises(NonFiniteError, match="4 steps in a row"):
+        run(tmp_path, for_good=True)
+    saved = torch.load(tmp_path / "skipping.ckpt", weights_only=True)["ant_lightning"]
+    assert saved["num_skipped_in_a_row"] == saved["num_skipped_steps"] == 2
+    with pytest.raises(NonFiniteError, match="4 steps in a row"):
+        run(tmp_path / "resumed", for_good=True, resume=tmp_path / "skipping.ckpt")
+    assert (tmp_path / "resumed" / "skipped").read_text() == "4"
 
 
 def test_one_bad_batch_is_skipped_counted_and_survived(tmp_path):
