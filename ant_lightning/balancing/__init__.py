@@ -1,5 +1,6 @@
 """Balancers of task losses and task gradients, and the call that uses them; torch alone."""
 
+from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.backward import BackwardReport, multitask_backward, task_gradients
 from ant_lightning.balancing.base import (
     Balancer,
@@ -17,7 +18,7 @@ from ant_lightning.balancing.gradients import (
 from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.low_memory import LowMemory
 from ant_lightning.balancing.nash import NashMTL, nash_weights
-from ant_lightning.balancing.one_pass import Auto, OnePass
+from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction

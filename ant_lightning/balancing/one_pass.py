@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.checkpoint import CheckpointError
 
-from ant_lightning.balancing.engines import (
-    Engine,
-    Loop,
-    UnsupportedError,
-    check_whole,
-    new_rows,
-)
+from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whole, new_rows
 from ant_lightning.balancing.groups import Groups
 from ant_lightning.balancing.taps import Taps
 
@@ -23,12 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ant_lightning.balancing.batch import TaskBatch
-    from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+    from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.balancing.taps import Layer
 
-__all__ = ["Auto", "BlockWriter", "OnePass", "TappedLosses"]
+__all__ = ["BlockWriter", "OnePass", "TappedLosses"]
 
-_SMALL = 5 * 10**8
 _MOST_PROOFS = 10
 
 
@@ -193,37 +186,3 @@ class OnePass(Engine):
                 "engine: one pass needs layers whose first dimension is the batch and that do not "
                 "mix samples; found a task's loss that depends on samples of another task"
             )
-
-
-class Auto(Engine):
-    """`OnePass` for small models, `Loop` for others and wherever `OnePass` cannot work.
-
-    A model is small if its number of parameters times the samples of a task is below 5e8: a pass
-    over one task is then bound by its calls and not by its sums. `OnePass` cannot work if the
-    network does not fit, which is found in the first steps and remembered, or if the batch is
-    computed in parts.
-
-    Attributes:
-        used: The engine of the last call; before the first, the loop.
-        reason: Why `OnePass` was given up, or None.
-    """
-
-    def __init__(self) -> None:
-        self._one_pass = OnePass()
-        self._loop = Loop()
-        self.used: Engine = self._loop
-        self.reason: str | None = None
-
-    def task_gradients(
-        self, batch: TaskBatch, rows: DenseTaskGradients | None = None
-    ) -> TaskGradients:
-        """By the engine that the rule chooses."""
-        size = sum(p.numel() for p in batch.shared) * len(batch) / batch.num_tasks
-        if size < _SMALL and not batch.in_parts and self.reason is None:
-            try:
-                self.used = self._one_pass
-                return self.used.task_gradients(batch, rows)
-            except UnsupportedError as error:
-                self.reason = str(error)
-        self.used = self._loop
-        return self.used.task_gradients(batch, rows)

@@ -80,7 +80,7 @@ class MultiTaskDiffusion(DiffusionModule):
             on many ranks).
         task_weighting: Priors of the tasks: `equal`, or `by_size`.
         engine: How task gradients are computed: `loop`, `one_pass`, `vmap`, `low_memory`, or
-            `auto`: `one_pass` for small networks that fit it, else `loop`.
+            `auto`: `one_pass` where the loop would take longer and the network fits, else `loop`.
         optimizer: Made with the parameter groups; AdamW with learning rate 1e-4 by default.
         lr_scheduler: Made with the optimizer, stepped after every optimizer step.
         warmup_steps: Steps in which the learning rate grows linearly from 0.

@@ -18,10 +18,13 @@ from ant_lightning.balancing import (
     NashMTL,
     OnePass,
     PCGrad,
+    Reduction,
     UnsupportedError,
     Vmap,
+    auto,
     multitask_backward,
 )
+from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.data import DigitsData
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.row_buffers import engine_and_rows
@@ -236,24 +239,58 @@ def test_mixing_is_found_as_soon_as_a_gradient_reaches_the_layer():
 
 
 @pytest.mark.parametrize(
-    ("samples", "settings", "passes"),
-    [(400_000, {}, 1), (600_000, {}, 2), (400_000, {"micro_batch_size": 200_000}, 2)],
-    ids=["small", "large", "in parts"],
+    ("in_all", "for_each", "settings", "expected"),
+    [
+        (501, 0, {}, OnePass),
+        (500, 0, {}, Loop),
+        (0, 26, {}, OnePass),
+        (0, 25, {}, Loop),
+        (501, 0, {"micro_batch_size": 9}, Loop),
+    ],
 )
-def test_auto_chooses_by_size_and_by_parts(samples, settings, passes):
-    layer, unused = nn.Linear(1, 1), nn.Parameter(torch.zeros(1998))
-    x = torch.ones(samples, 1)
-    calls = []
+def test_auto_chooses_by_the_work_of_a_pass_over_one_task(
+    in_all, for_each, settings, expected, monkeypatch
+):
+    monkeypatch.setattr(auto, "_CPU", (in_all, for_each))
+    # 10 samples: 5 of a task, at 10 positions, 10 multiplications at each, with 20 parameters.
+    layer, unused = nn.Linear(5, 2, bias=False), nn.Parameter(torch.zeros(10))
+    x, tasks = torch.ones(10, 10, 5), torch.arange(10) % 2
+    engine = Auto()
+    for _ in range(2):
+        multitask_backward(
+            lambda rows: layer(x[rows]).square().mean((1, 2)),
+            tasks,
+            [layer.weight, unused],
+            PCGrad(2),
+            engine=engine,
+            **settings,
+        )
+        assert type(engine.used) is expected
 
-    def losses(rows):
-        calls.append(len(rows))
-        return layer(x[rows])[:, 0].square()
 
-    # 2,000 parameters times 200,000 or 300,000 samples of a task, on either side of 5e8.
-    parameters = [*layer.parameters(), unused]
-    tasks = torch.arange(samples) % 2
-    multitask_backward(losses, tasks, parameters, PCGrad(2), engine=Auto(), **settings)
-    assert len(calls) == passes
+def test_multiplications_are_those_of_the_layers():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2, stride=2, padding=1),
+        nn.ConvTranspose2d(6, 3, 2, stride=2),
+        nn.Dropout(),
+        nn.Flatten(),
+        nn.Linear(192, 5),
+    )
+    x, tasks = torch.randn(6, 4, 8, 8), torch.arange(6) % 2
+    batch = TaskBatch(
+        lambda rows: network(x[rows]).sum(1),
+        tasks,
+        None,
+        2,
+        list(network.parameters()),
+        reduction=Reduction(),
+    )
+    state = torch.random.get_rng_state()
+    # 6 x 4 x 4 values of 2 x 9 products, 6 x 4 x 4 of 3 x 4, 5 of 192.
+    assert auto.multiplications(batch) == 6 * 16 * 18 + 6 * 16 * 12 + 5 * 192
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not batch.values.any()
 
 
 @pytest.mark.parametrize("engine", [OnePass, LowMemory, Vmap])
