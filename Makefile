@@ -41,7 +41,7 @@ test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
 
 test-faults: .venv/installed  ## break runs on purpose: kills, full disks, damaged files (at most 20 minutes)
-	$(BIN)/python -m pytest -m slow tests/faults
+	$(BIN)/python -m pytest -m slow tests/faults tests/untrusted
 
 soak: .venv/installed  ## half an hour of training in which memory, open files and speed must stay flat
 	$(BIN)/python -m benchmarks.soak

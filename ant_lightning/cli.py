@@ -102,9 +102,8 @@ class AntCLI(LightningCLI):
         """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""
         subparser = self._subcommand_parsers[args[0]]
         known = sorted({action.dest.split(".")[0] for action in subparser._actions} - {"help"})
-        for path in config_paths(args):
-            if not path.lstrip().startswith("{"):  # settings in place of a file's name
-                check_config_file(path, known=known)
+        for path in _config_files(args):
+            check_config_file(path, known=known)
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
@@ -116,7 +115,7 @@ class AntCLI(LightningCLI):
             if not isinstance(config.get(name), Namespace):
                 raise ConfigError(f"{name}: must hold settings by name, found {config.get(name)!r}")
         seed = config.seed_everything
-        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        if not isinstance(seed, bool) and not (isinstance(seed, int) and 0 <= seed < 2**32):
             raise ConfigError(
                 f"seed_everything: must be from 0 to {2**32 - 1}, or true or false, found {seed}"
             )
@@ -154,6 +153,11 @@ class AntCLI(LightningCLI):
         _check_checkpoint(config)
         resume_from_last(config, self.config.subcommand)
         check_trainer_settings(config.trainer)
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    """The config files of a command line, without settings that stand in place of one."""
+    return [path for path in config_paths(args) if not path.lstrip().startswith("{")]
 
 
 def _check_checkpoint(config: Any) -> None:  # noqa: ANN401 - a namespace of the parser
@@ -213,6 +217,8 @@ def run(args: Sequence[str]) -> AntCLI:
     Raises:
         ConfigError: For anything wrong with the arguments or the files they name.
     """
+    for path in _config_files(args):  # before the parser is made, which takes longer
+        check_config_file(path)
     try:
         return AntCLI(
             L.LightningModule,

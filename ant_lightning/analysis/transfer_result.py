@@ -6,13 +6,12 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from ant_lightning.analysis.atomic import write_atomically
 from ant_lightning.analysis.negative_transfer import GapEstimate
-from ant_lightning.errors import ConfigError
+from ant_lightning.files import open_npz
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["IntervalGap", "TransferGapResult"]
 
 _VERSION = 1
+# Kinds and further sides of the array that keeps an attribute of this type.
+_COLUMNS = {
+    "int": ("iu", ()),
+    "str": ("U", ()),
+    "float": ("iuf", ()),
+    "GapEstimate": ("iuf", (len(GapEstimate._fields),)),
+}
 _UNKNOWN = GapEstimate(math.nan, math.nan, math.nan)
 
 
@@ -114,24 +120,18 @@ class TransferGapResult:
         """Read what `save` wrote; nothing in the file is executed.
 
         Raises:
-            ConfigError: If there is no such file, or it is damaged or of another format.
+            FileError: If there is no such file, or it is damaged or of another format.
         """
-        try:
-            with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                if int(file["format_version"]) != _VERSION:
-                    raise ConfigError(
-                        f"negative transfer: format_version must be {_VERSION}, found "
-                        f"{int(file['format_version'])} in {path}"
-                    )
-                columns = {f.name: file[f.name].tolist() for f in fields(IntervalGap)}
-                own = {f.name: int(file[f.name]) for f in fields(cls) if f.name != "gaps"}
-        except ConfigError:
-            raise
-        except (OSError, KeyError, TypeError, ValueError, EOFError, BadZipFile) as error:
-            raise ConfigError(
-                f"negative transfer: an .npz file of NegativeTransferGap is needed, found {path} "
-                f"({error})"
-            ) from None
+        with open_npz(path, setting="negative transfer") as file:
+            version = file.number("format_version")
+            if version != _VERSION:
+                raise file.error(f"must have format_version {_VERSION}, found {version}")
+            (n,) = file.check("start", shape=(None,)).shape
+            columns: dict[str, list[Any]] = {}
+            for field in fields(IntervalGap) if n else ():
+                kinds, sides = _COLUMNS[str(field.type)]
+                columns[field.name] = file.read(field.name, shape=(n, *sides), kinds=kinds).tolist()
+            own = {f.name: file.number(f.name) for f in fields(cls) if f.name != "gaps"}
         rows = zip(*columns.values(), strict=True)
         gaps = tuple(_from_plain(dict(zip(columns, row, strict=True))) for row in rows)
         return cls(gaps=gaps, **own)

@@ -47,7 +47,8 @@ def nested_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """The named tensors of a file: those in its ``state_dict`` if it has one, else its own."""
     nested = content.get("state_dict", content)
     nested = nested if isinstance(nested, Mapping) else {}
-    return {name: value for name, value in nested.items() if isinstance(value, Tensor)}
+    named = {name: value for name, value in nested.items() if isinstance(name, str)}
+    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
 
 def find_entries(
@@ -85,7 +86,9 @@ def find_entries(
 
 def _is_state_dict(value: object) -> bool:
     """Whether this is a non-empty mapping of names to tensors."""
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(n, str) and isinstance(v, Tensor) for n, v in value.items())
 
 
 def _entries(

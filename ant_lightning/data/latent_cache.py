@@ -31,6 +31,7 @@ _NAME = "index.json"
 _MAX_SIDE = 2**16
 _MAX_IMAGES = 2**40
 _MAX_SHARDS = 2**20
+_MAX_SCALE = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ def read_index(folder: Path) -> CacheIndex:
         for name in ("image_shape", "moments_shape"):
             content[name] = tuple(content[name])
         index = CacheIndex(space=space, **content)
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise FileError(f"latent cache: cannot read {path} ({error})") from error
     wrong = _impossible(index)
     if wrong:
@@ -164,15 +165,26 @@ def _impossible(index: CacheIndex) -> str:
 
     counts = index.num_images
     counted = isinstance(counts, dict) and set(counts) == {"train", "held_out"}
+    space = index.space
+    texts = isinstance(space.fingerprint, str) and isinstance(space.source, str)
+    # Compared and not converted: a whole number in JSON may be larger than any float.
+    numbers = all(
+        type(x) in {int, float} and abs(x) < _MAX_SCALE for x in (space.scale, space.shift)
+    )
+    whole = sizes([index.shard_size], least=1, most=_MAX_IMAGES)
     rules = {
+        f"space of kind kl or vq, of texts and of numbers below {_MAX_SCALE:g}": texts
+        and numbers
+        and space.kind in ("kl", "vq"),
         f"image_shape (c, h, w) of sides 1 .. {_MAX_SIDE}": is_shape(index.image_shape),
         f"moments_shape (c, h, w) of sides 1 .. {_MAX_SIDE}": is_shape(index.moments_shape),
         "dtype float32 or float16": index.dtype in ("float32", "float16"),
         "views 1 or 2": sizes([index.views], least=1, most=2),
         "num_classes of 0 or more": sizes([index.num_classes], least=0, most=_MAX_IMAGES),
-        "shard_size of 1 or more": sizes([index.shard_size], least=1, most=_MAX_IMAGES),
+        "shard_size of 1 or more": whole,
         f"num_images of train and held_out, in at most {_MAX_SHARDS} shards": counted
-        and sizes(counts.values(), least=0, most=_MAX_SHARDS * max(1, int(index.shard_size))),
+        and whole
+        and sizes(counts.values(), least=0, most=_MAX_SHARDS * index.shard_size),
     }
     return next((rule for rule, holds in rules.items() if not holds), "")
 

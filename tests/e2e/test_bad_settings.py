@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning  # noqa: F401 - sets the level of its log, which the fixture below changes
 import pytest
 import torch
 
@@ -35,7 +36,8 @@ def _quiet(caplog):
 def arguments(folder, *options, command="fit", balancer="uw"):
     files = [CONFIGS / "digits" / "dit.yaml", CONFIGS / "balancer" / f"{balancer}.yaml"]
     args = [command, *[x for file in files for x in ("--config", str(file))], *TINY]
-    return [*args, f"--trainer.logger.save_dir={folder}", *options]
+    places = ["--trainer.logger.save_dir", "--trainer.default_root_dir"]
+    return [*args, *(f"{name}={folder}" for name in places), *options]
 
 
 def refused(args, capsys):

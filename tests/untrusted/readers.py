@@ -8,20 +8,28 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ant_lightning.analysis import AffinityResult
+from ant_lightning.analysis import AffinityResult, GapEstimate, IntervalGap, TransferGapResult
 from ant_lightning.analysis.rows import FolderRows
 from ant_lightning.analysis.state import claim_folder
+from ant_lightning.backbones import DiT, load_official_checkpoint
 from ant_lightning.backbones.checkpoint_files import read_checkpoint
 from ant_lightning.callbacks.sample_files import NpzSamples, claim
+from ant_lightning.clustering import SNRClustering
 from ant_lightning.clustering.affinity_file import read_affinity
 from ant_lightning.data.class_map import read_class_map
 from ant_lightning.data.latent_cache import CacheIndex, read_index, shard_array, write_index
 from ant_lightning.data.latent_space import LatentSpace
 from ant_lightning.data.pictures import open_picture
+from ant_lightning.diffusion import CosineSchedule
+from ant_lightning.errors import FileError
+from ant_lightning.files import read_torch
 from ant_lightning.metrics import DigitsFeatures, load_reference
 from ant_lightning.metrics.image_files import image_batches
 from ant_lightning.metrics.inception import _check_weights
+from ant_lightning.modules import DiTModule
+from ant_lightning.modules.checkpoint_content import content_fault
 from ant_lightning.modules.first_stage_files import _check_numbers, _read_config
+from ant_lightning.modules.saved_state import restore_state, saved_state
 
 INDEX = CacheIndex(
     space=LatentSpace(kind="kl", scale=0.5, shift=0.0, fingerprint="f", source="s"),
@@ -101,6 +109,57 @@ def digits(path):
     save_file(DigitsFeatures().state_dict(), path)
 
 
+def gaps(path):
+    gap = IntervalGap(
+        start=0,
+        stop=5,
+        budget="samples",
+        specialist_steps=3,
+        multitask_loss=0.5,
+        specialist_loss=0.25,
+        loss_gap=GapEstimate(0.25, 0.0, 0.5),
+    )
+    TransferGapResult(gaps=(gap,), multitask_steps=3, num_images=0, num_held_out=4).save(path)
+
+
+def network():
+    torch.manual_seed(0)
+    size = {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 4}
+    return DiT(**size, depth=1, num_heads=1, num_classes=2, class_dropout_prob=0.1)
+
+
+NETWORK = network()
+
+
+def official(path):
+    state = NETWORK.state_dict()
+    torch.save({"model": state, "ema": state, "opt": {}, "args": None}, path)
+
+
+def run_module():
+    return DiTModule(network(), schedule=CosineSchedule(20), clustering=SNRClustering(2))
+
+
+MODULE = run_module()
+
+
+def run(path):
+    """What a run keeps, without Lightning's loops."""
+    state = {f"backbone.{name}": value for name, value in NETWORK.state_dict().items()}
+    version = {"pytorch-lightning_version": "2.6.0", "global_step": 3, "epoch": 0}
+    kept = {"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
+    torch.save({**version, **kept, "state_dict": state, "ant_lightning": saved_state(MODULE)}, path)
+
+
+def read_run(path):
+    """As the command line reads it, and as the module compares it."""
+    content = read_torch(path, setting="ckpt_path")
+    fault = content_fault(content)
+    if fault is not None:
+        raise FileError(f"ckpt_path: {path}: {fault}")
+    restore_state(run_module(), content)
+
+
 def sample_shape(path):
     """Read the note through the class that keeps it."""
     samples = NpzSamples.__new__(NpzSamples)
@@ -139,6 +198,9 @@ READERS = {
     "safetensors": ("c.safetensors", lambda p: save_file(TENSORS, p), read_checkpoint),
     "digits network": ("d.safetensors", digits, DigitsFeatures),
     "inception weights": ("w.pth", lambda p: torch.save(TENSORS, p), _check_weights),
+    "negative transfer": ("n.npz", gaps, TransferGapResult.load),
+    "official weights": ("o.pt", official, lambda p: load_official_checkpoint(NETWORK, p)),
+    "checkpoint of a run": ("run.ckpt", run, read_run),
     "png": ("p.png", picture, lambda p: open_picture(p, channels=3)),
     "grey png": ("p.png", lambda p: picture(p, "L"), lambda p: open_picture(p, channels=1)),
     "palette png": ("p.png", lambda p: picture(p, "P"), lambda p: open_picture(p, channels=3)),

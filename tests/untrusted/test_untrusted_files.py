@@ -283,3 +283,25 @@ def test_a_picture_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
         warnings.simplefilter("ignore")
         with pytest.raises(FileError, match=r"p\.bmp"):
             READERS["bmp"][2](tmp_path / "p.bmp")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("scale", 10**400), ("shift", 10**400), ("kind", "rgb"), ("source", 3), ("fingerprint", None)],
+)
+def test_a_cache_of_no_possible_first_stage_is_refused(tmp_path, field, value):
+    file, write, read = READERS["latent index"]
+    write(tmp_path / file)
+    content = json.loads((tmp_path / file).read_text())
+    content["space"][field] = value
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(FileError, match=r"index\.json"):
+        read(tmp_path / file)
+
+
+def test_a_bomb_in_place_of_gaps_is_refused_without_being_unpacked(tmp_path):
+    size = 2**26 + 2**20
+    data = npy(header("'|u1'", f"({size},)")) + b"\0" * size
+    path = archive(tmp_path / "gaps.npz", compression=zipfile.ZIP_DEFLATED, start=data)
+    with pytest.raises(FileError, match=r"gaps\.npz must not unpack to more than 200 times"):
+        READERS["negative transfer"][2](path)
