@@ -187,7 +187,9 @@ def _with_hint(message: str, parser: LightningArgumentParser) -> str:
     unknown = message.removeprefix("unrecognized arguments: ")
     if unknown == message:
         return message
-    close = get_close_matches(unknown.split("=")[0].split()[0], parser._option_string_actions, n=1)
+    name = unknown.split("=")[0].split()[0]
+    options = ["--model.optimizer", "--model.lr_scheduler", *parser._option_string_actions]
+    close = get_close_matches(name, options, n=1, cutoff=0.7)
     hint = f"; did you mean {close[0]}?" if close else "; see --help"
     return f"{unknown}: the command has no such option{hint}"
 

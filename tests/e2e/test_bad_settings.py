@@ -93,7 +93,10 @@ SETTINGS = {
     "no data": (["--data=null"], ["data: needed", "--config"]),
     "seed below 0": (["--seed_everything=-1"], ["seed_everything: must be from 0", "-1"]),
     "seed too large": (["--seed_everything=9999999999"], ["seed_everything", "9999999999"]),
-    "optimizer beside the model": (["--optimizer=SGD"], ["--optimizer", "no such option"]),
+    "optimizer beside the model": (
+        ["--optimizer=SGD"],
+        ["--optimizer", "did you mean --model.optimizer"],
+    ),
     # Ranges.
     "learning rate below 0": (["--model.optimizer.lr=-1"], ["model.optimizer", "rate: -1"]),
     "betas": (["--model.optimizer.betas=[1.5,2]"], ["model.optimizer", "beta", "1.5"]),
