@@ -20,6 +20,19 @@ def test_every_file_that_the_readme_names_exists():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_every_test_that_the_page_on_reliability_names_exists():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    paths = re.findall(r"`((?:tests|benchmarks)/[\w/.]*)`", page)
+    names = re.findall(r"`(test_\w+(?:\.py)?)`", page)
+    assert paths
+    assert names
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    sources = "\n".join(files.values())
+    missing = [n for n in names if n not in files and f"def {n}(" not in sources]
+    assert missing == []
+
+
 def test_the_loop_in_the_readme_runs():
     readme = (ROOT / "README.md").read_text()
     loop = next(
