@@ -102,7 +102,7 @@ def test_validation_covers_every_held_out_image_once(tmp_path):
             assert second[name] == first[name], name
 
 
-@pytest.mark.parametrize("method", ["vanilla", "uw", "pcgrad", "nash"])
+@pytest.mark.parametrize("method", ["vanilla", "uw", "continuous_uw", "pcgrad", "nash"])
 def test_a_bad_image_on_one_rank_makes_all_ranks_skip(tmp_path, method):
     first, second = run_ranks(poisoned, 2, tmp_path, method)
     one = fit(method, data=TinyData(poisoned=17))

@@ -1,6 +1,7 @@
 """One rank fails in the middle of a run: all end soon, and all say what was wrong first."""
 
 import os
+import re
 import signal
 import time
 
@@ -58,6 +59,21 @@ class BrokenData(TinyData):
         return BrokenImages(train.images, train.labels), held_out
 
 
+class DeadlyImages(TensorImages):
+    def load(self, indices, *, epoch):
+        if 17 in indices and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().load(indices, epoch=epoch)
+
+
+class DeadlyData(BrokenData):
+    """Reading the image takes the process with it."""
+
+    def prepare(self):
+        train, held_out = super().prepare()
+        return DeadlyImages(train.images, train.labels), held_out
+
+
 class BrokenProjection(Projection):
     def extract(self, images):
         fail(1)
@@ -85,6 +101,7 @@ def killed(rank):
 CASES = {
     "training step": lambda folder: {"kind": BrokenModule},
     "data": lambda folder: {"data": BrokenData()},
+    "data in a worker": lambda folder: {"data": BrokenData(num_workers=1)},
     "validation": lambda folder: {"callbacks": [Fails("on_validation_batch_end")]},
     "callback": lambda folder: {"callbacks": [Fails("on_train_batch_end")]},
     "metrics": lambda folder: {
@@ -99,6 +116,7 @@ CASES = {
             Checkpoints(dirpath=folder, every_n_train_steps=1),
         ],
     },
+    "worker killed": lambda folder: {"data": DeadlyData(num_workers=1)},
     "killed": lambda folder: {"callbacks": [Fails("on_train_batch_end", fault=killed)]},
     "rank 0 killed": lambda folder: {
         "callbacks": [Fails("on_train_batch_end", rank=0, fault=killed)]
@@ -127,9 +145,13 @@ def broken(rank, folder, case):
 def test_all_ranks_end_with_the_first_error(tmp_path, case):
     outcomes = run_ranks(broken, 2, tmp_path / "ranks", tmp_path, case, limit=60, check=False)
     failing, waiting = outcomes if case.startswith("rank 0") else outcomes[::-1]
-    if case.endswith("killed"):
+    if case in {"killed", "rank 0 killed"}:
         assert failing[1] == "exit code -9"
         assert "lost another rank, which was killed or left no error" in waiting[1]
+        return
+    if case == "worker killed":
+        assert "is killed by signal: Killed" in failing[1]
+        assert re.search(r"the first error was that of rank 1: .*worker \(pid", waiting[1])
         return
     rank = int(not case.startswith("rank 0"))
     error = f"ValueError: the disk of rank {rank} is full"
