@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ Configs are merged from left to right: a base, then one fragment for each choice
   ant-lightning fit --model.help DiTModule             the options of a class
   ant-lightning fit --config ... --print_config        the merged config, without running it
 """
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 COMMANDS = ("fit", "validate", "test", "predict", "encode", "report")
 
 
@@ -86,6 +88,11 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(str(error), 1)
     except SIGTERMException:
         return _fail("told to stop; go on with --ckpt_path last", 143)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = error.filename or "trainer.logger.save_dir"
+        return _fail(f"{where}: could not be written: {error.strerror}", 1)
     except RuntimeError as error:
         died = dead_worker(error)
         first = str(died) if died else first_failure(error)

@@ -1,14 +1,17 @@
 """What a scheduler sees: exit codes, one line, and `--ckpt_path last` after a fault."""
 
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_fit import assert_same
 
 from ant_lightning.__main__ import main
+from ant_lightning.callbacks import Dashboard
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits" / "dit.yaml"
 
@@ -76,6 +79,30 @@ def test_a_log_folder_that_cannot_be_written(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(
         "ant-lightning: error: trainer.logger.save_dir: must be a folder that can be written to"
     )
+
+
+def fill_the_disk(callback, trainer, *args):
+    if trainer.global_step == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+
+# TensorBoard writes from a thread, which says so before the run hears of it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore:checkpoint. .* could not be written:UserWarning")
+def test_curves_on_a_full_disk_end_the_run_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Dashboard, "on_train_batch_end", fill_the_disk)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        code = main([*arguments(tmp_path, steps=400), "--trainer.log_every_n_steps=1"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        "ant-lightning: error: trainer.logger.save_dir: could not be written: File too large"
+    )
+    last = next(tmp_path.rglob("last.ckpt"))
+    assert torch.load(last, weights_only=True)["global_step"] == 3
 
 
 def test_only_training_starts_from_nothing(tmp_path, capsys):
