@@ -31,7 +31,7 @@ from ant_lightning.callbacks.checkpoint_files import checkpoint_fault
 from ant_lightning.config_files import check_config_file, config_paths, load_yaml
 from ant_lightning.data import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
-from ant_lightning.messages import one_line
+from ant_lightning.messages import first_config_error, one_line
 from ant_lightning.modules import StoredImages
 from ant_lightning.run_folder import check_writable, resume_from_last
 from ant_lightning.trainer_settings import check_trainer_settings, trainer_error
@@ -109,7 +109,7 @@ class AntCLI(LightningCLI):
         except ArgumentError as error:
             raise ConfigError(_with_hint(one_line(str(error)), subparser)) from error
         except Exception as error:  # only the parser runs here, so it is the arguments
-            raise _first_config_error(error) from error
+            raise first_config_error(error) from error
         config = self.config[args[0]]
         for name in ("trainer", "ema", "checkpoint", "samples"):
             if not isinstance(config.get(name), Namespace):
@@ -145,7 +145,7 @@ class AntCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:  # constructors of what the settings name
-            raise _first_config_error(error) from error
+            raise first_config_error(error) from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
@@ -201,16 +201,6 @@ def _restoring(error: BaseException) -> bool:
         code.co_filename.endswith("checkpoint_connector.py") and "restore" in code.co_name
         for code in frames
     )
-
-
-def _first_config_error(error: BaseException) -> ConfigError:
-    """Our own error if the parser wrapped one, else the parser's as one of ours."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, ConfigError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return ConfigError(one_line(str(error)))
 
 
 def run(args: Sequence[str]) -> AntCLI:

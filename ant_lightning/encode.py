@@ -6,17 +6,21 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser, set_loader
+from yaml import YAMLError
 
+from ant_lightning.config_files import check_config_file, config_paths, load_yaml
 from ant_lightning.data import ImageDataModule, LatentWriter
 from ant_lightning.errors import ConfigError
-from ant_lightning.messages import one_line
+from ant_lightning.messages import first_config_error
 from ant_lightning.modules import FirstStage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["run_encode"]
+
+set_loader("yaml", load_yaml, exceptions=(YAMLError,))
 
 
 def run_encode(args: Sequence[str]) -> int:
@@ -28,7 +32,7 @@ def run_encode(args: Sequence[str]) -> int:
     Raises:
         ConfigError: For anything wrong with the arguments or the files they name.
     """
-    parser = ArgumentParser(prog="ant-lightning encode", exit_on_error=False)
+    parser = ArgumentParser(prog="ant-lightning encode", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="file of the settings below")
     parser.add_subclass_arguments(ImageDataModule, "data", required=True)
     parser.add_class_arguments(FirstStage, "first_stage")
@@ -36,14 +40,16 @@ def run_encode(args: Sequence[str]) -> int:
     parser.add_argument(
         "--device", type=str, default="auto", help="cpu, cuda, cuda:1, ..; auto takes a GPU"
     )
+    for path in config_paths(args):
+        check_config_file(path)
     try:
         # Renamed in jsonargparse 4.49.
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         settings = instantiate(parser.parse_args(list(args)))
-    except ArgumentError as error:
-        raise ConfigError(one_line(str(error))) from error
+    except Exception as error:  # the parser, and constructors of what the settings name
+        raise first_config_error(error) from error
     rank, world_size = (int(os.environ.get(name, value)) for name, value in _RANKS)
-    device = torch.device(_device() if settings.device == "auto" else settings.device)
+    device = _checked(_device() if settings.device == "auto" else settings.device)
     settings.data.setup("predict")
     writer: LatentWriter = settings.cache
     count = writer.write(
@@ -58,6 +64,17 @@ def run_encode(args: Sequence[str]) -> int:
 
 
 _RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def _checked(name: str) -> torch.device:
+    """A device that is there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"device: must be auto, cpu, cuda or cuda:1, .. of this machine, found {name!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _device() -> str:

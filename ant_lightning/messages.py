@@ -6,7 +6,9 @@ import re
 from difflib import get_close_matches
 from importlib import import_module
 
-__all__ = ["one_line"]
+from ant_lightning.errors import ConfigError
+
+__all__ = ["first_config_error", "one_line"]
 
 _PACKAGES = ("backbones", "balancing", "callbacks", "clustering", "data", "diffusion", "metrics")
 
@@ -26,6 +28,16 @@ def one_line(message: str) -> str:
             return said
     plain = re.fullmatch(r'Parser key "([^"]+)": (.{1,200})', text)
     return f"{plain.group(1)}: {plain.group(2)}" if plain else text
+
+
+def first_config_error(error: BaseException) -> ConfigError:
+    """Our own error if the parser wrapped one, else the parser's as one of ours."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ConfigError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return ConfigError(one_line(str(error)))
 
 
 def _unknown_option(text: str, setting: str) -> str | None:

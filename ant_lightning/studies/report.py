@@ -11,7 +11,7 @@ import argparse
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import yaml
@@ -19,6 +19,7 @@ import yaml
 from ant_lightning.analysis import AffinityResult, TransferGapResult
 from ant_lightning.backbones.checkpoint_files import read_checkpoint
 from ant_lightning.clustering import TimestepClusters
+from ant_lightning.config_files import check_config_file
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import affinity_heat_maps, clusterings_figure, transfer_gap_bars
 from ant_lightning.studies.ntg import gap_table
@@ -39,10 +40,25 @@ def run_report(args: Sequence[str]) -> None:
     Raises:
         ConfigError: If a folder is not that of a run.
     """
-    parser = argparse.ArgumentParser(prog="ant-lightning report")
+    parser = _Parser(prog="ant-lightning report")
     parser.add_argument("folders", type=Path, nargs="+", help="log folders of runs")
     for folder in parser.parse_args(args).folders:
-        print(write_report(folder))
+        try:
+            print(write_report(folder))
+        except ConfigError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"report: the files of {folder} must say what a run writes, found something else "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong as all commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"report: {message}; give the log folders of runs")
 
 
 def write_report(folder: Path) -> Path:
@@ -53,7 +69,8 @@ def write_report(folder: Path) -> Path:
     """
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"report: must be the log folder of a run, with config.yaml: {folder}")
-    text = (folder / "config.yaml").read_text()
+    check_config_file(folder / "config.yaml")
+    text = (folder / "config.yaml").read_text(encoding="utf8")
     config = yaml.safe_load(text)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not checkpoint.is_file():  # an evaluation names the one that it read

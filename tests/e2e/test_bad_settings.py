@@ -1,29 +1,14 @@
 """Wrong settings, one by one: exit code 2, and one line that names the setting and the remedy."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import lightning  # noqa: F401 - sets the level of its log, which the fixture below changes
 import pytest
 import torch
+from wrong_settings import CONFIGS, SETTINGS, arguments
 
 from ant_lightning.__main__ import main
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-TINY = [
-    "--model.backbone.hidden_size=16",
-    "--model.backbone.depth=1",
-    "--model.backbone.num_heads=2",
-    "--data.batch_size=20",
-    "--trainer.max_steps=1",
-    "--trainer.callbacks=[]",
-    "--trainer.accelerator=cpu",
-    "--trainer.enable_progress_bar=false",
-    "--trainer.enable_model_summary=false",
-    "--trainer.limit_val_batches=0",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +16,6 @@ def _quiet(caplog):
     """Lightning's log goes to standard error too."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         caplog.set_level("ERROR", logger=name)
-
-
-def arguments(folder, *options, command="fit", balancer="uw"):
-    files = [CONFIGS / "digits" / "dit.yaml", CONFIGS / "balancer" / f"{balancer}.yaml"]
-    args = [command, *[x for file in files for x in ("--config", str(file))], *TINY]
-    places = ["--trainer.logger.save_dir", "--trainer.default_root_dir"]
-    return [*args, *(f"{name}={folder}" for name in places), *options]
 
 
 def refused(args, capsys):
@@ -50,188 +28,6 @@ def refused(args, capsys):
     assert len(lines[0]) < 600, lines[0]
     assert "Union subtypes" not in lines[0]
     return lines[0]
-
-
-def callback(kind, package="ant_lightning", **settings):
-    entry = {"class_path": f"{package}.callbacks.{kind}", "init_args": settings}
-    return f"--trainer.callbacks={json.dumps([entry])}"
-
-
-LIGHTNING = "lightning.pytorch"
-STEPS = ["--model.warmup_steps=0", "--model.lr_scheduler=StepLR"]
-DDP = "--trainer.strategy=DDPStrategy"
-
-# name -> (options, words that the line must have); the rows of docs/reliability.md
-SETTINGS = {
-    # The parser: types, names, classes.
-    "misspelt option": (["--ema.deacy=0.9"], ["--ema.deacy", "did you mean --ema.decay"]),
-    "option cut short": (["--checkpoint.keep=3"], ["--checkpoint.keep", "--checkpoint.keep_last"]),
-    "learning rate in words": (["--model.optimizer.lr=fast"], ["lr: must be a number", "fast"]),
-    "learning rate nan": (["--model.optimizer.lr=nan"], ["lr: must be a number", "nan"]),
-    "clip nan": (["--model.clip_grad_norm=nan"], ["clip_grad_norm: must be a number", "nan"]),
-    "tasks 2.5": (["--model.clustering.num_tasks=2.5"], ["num_tasks", "whole number", "2.5"]),
-    "steps in words": (["--trainer.max_steps=many"], ["trainer.max_steps", "whole", "many"]),
-    "yes or no": (["--ema.warmup=perhaps"], ["ema.warmup", "true or false", "perhaps"]),
-    "choice": (["--model.engine=fast"], ["model.engine", "'auto'", "'vmap'", "fast"]),
-    "interval of three": (["--model.train_interval=[1,2,3]"], ["train_interval", "2 elements"]),
-    "duration": (["--checkpoint.train_time_interval=soon"], ["train_time_interval", "h:m:s"]),
-    "unknown optimizer": (["--model.optimizer=Adamm"], ["model.optimizer", "no class", "Adamm"]),
-    "unknown weighting": (["--model.loss_weighting=MinSNRR"], ["loss_weighting", "'MinSNR'"]),
-    "class of another kind": (["--model.backbone=UNet"], ["backbone", "'UNet'", "fits here"]),
-    "a program as a class": (
-        ["--model.backbone=subprocess.Popen"],
-        ["model.backbone", "subprocess.Popen", "subclass of DiT"],
-    ),
-    "abstract class": (["--model.balancer=Balancer"], ["model.balancer", "abstract"]),
-    "unknown callback": ([callback("Foo")], ["trainer.callbacks", "no class", "Foo"]),
-    "option of a callback": (
-        [callback("ConflictMonitor", every_n_steps=0)],
-        ["every_n_steps", "ConflictMonitor", "'log_every_n_steps'"],
-    ),
-    "missing argument": (STEPS, ["model.lr_scheduler", "StepLR needs step_size"]),
-    "no schedule": (["--model.schedule=null"], ["DiTModule needs schedule"]),
-    "no data": (["--data=null"], ["data: needed", "--config"]),
-    "seed below 0": (["--seed_everything=-1"], ["seed_everything: must be from 0", "-1"]),
-    "seed too large": (["--seed_everything=9999999999"], ["seed_everything", "9999999999"]),
-    "optimizer beside the model": (
-        ["--optimizer=SGD"],
-        ["--optimizer", "did you mean --model.optimizer"],
-    ),
-    # Ranges.
-    "learning rate below 0": (["--model.optimizer.lr=-1"], ["model.optimizer", "rate: -1"]),
-    "betas": (["--model.optimizer.betas=[1.5,2]"], ["model.optimizer", "beta", "1.5"]),
-    "weight decay": (["--model.optimizer.weight_decay=-1"], ["model.optimizer", "weight_decay"]),
-    "optimizer of closures": (["--model.optimizer=LBFGS"], ["model.optimizer", "LBFGS"]),
-    "sparse optimizer": (["--model.optimizer=SparseAdam"], ["model.optimizer", "SparseAdam"]),
-    "scheduler of period 0": (
-        [*STEPS, "--model.lr_scheduler.step_size=0"],
-        ["model.lr_scheduler", "zero"],
-    ),
-    "balancer's rate": (["--model.balancer.lr=-1"], ["lr: must be above 0", "-1"]),
-    "least loss": (["--model.balancer.min_loss=-1"], ["min_loss: must be at least 0", "-1"]),
-    "no depth": (["--model.backbone.depth=0"], ["depth", "above 0", "0"]),
-    "no width": (["--model.backbone.hidden_size=0"], ["hidden_size", "above 0"]),
-    "heads": (["--model.backbone.num_heads=3"], ["hidden_size", "multiple", "num_heads 3", "16"]),
-    "patches": (["--model.backbone.patch_size=3"], ["patch_size", "divide", "8", "3"]),
-    "no timesteps": (["--model.schedule.num_timesteps=0"], ["num_timesteps", "at least 1", "0"]),
-    "sampler steps 0": (["--model.sampler.num_steps=0"], ["num_steps", "at least 1", "0"]),
-    "clip 0": (["--model.clip_grad_norm=0"], ["clip_grad_norm: must be above 0", "0.0"]),
-    "warm-up": (["--model.warmup_steps=-1"], ["warmup_steps: must be 0 or more", "-1"]),
-    "guided channels": (["--model.guided_channels=9"], ["guided_channels", "the 1 channels", "9"]),
-    "decay of the averages": (["--ema.decay=-0.1"], ["ema.decay: must be at least 0", "-0.1"]),
-    "batch 0": (["--data.batch_size=0"], ["data.batch_size: must be at least 1", "0"]),
-    "batch above the data": (["--data.batch_size=5000"], ["data.batch_size", "1437", "5000"]),
-    "kept checkpoints": (["--checkpoint.keep_last=0"], ["keep_last: must be at least 1", "0"]),
-    "best checkpoints": (["--checkpoint.save_top_k=-2"], ["save_top_k=-2", ">= -1"]),
-    "steps to keep": (["--checkpoint.at_steps=[-5]"], ["at_steps", "at least 1", "-5"]),
-    "pattern of names": (["--checkpoint.filename={step"], ["filename", "braces", "{step"]),
-    "name outside": (["--checkpoint.filename=a/../../b"], ["filename", "dirpath", "a/../../b"]),
-    "log never": (["--trainer.log_every_n_steps=0"], ["log_every_n_steps", "at least 1", "0"]),
-    "sanity steps": (["--trainer.num_sanity_val_steps=-3"], ["num_sanity_val_steps", "-1", "-3"]),
-    "epochs of checks": (["--trainer.check_val_every_n_epoch=0"], ["check_val_every_n_epoch", "0"]),
-    "interval of checks": (["--trainer.val_check_interval=-3"], ["val_check_interval", "-3"]),
-    "max steps": (["--trainer.max_steps=-5"], ["trainer.max_steps", "non-negative", "-5"]),
-    "share of batches": (["--trainer.limit_val_batches=1.5"], ["limit_val_batches", "1.5"]),
-    "time": (["--trainer.max_time=soon"], ["trainer.max_time", "DD:HH:MM:SS", "soon"]),
-    # The machine.
-    "precision": (["--trainer.precision=float17"], ["trainer.precision", "'bf16-mixed'", "17"]),
-    "no library": (["--trainer.precision=transformer-engine"], ["trainer.precision", "install"]),
-    "accelerator": (["--trainer.accelerator=gpuu"], ["trainer.accelerator", "cuda", "gpuu"]),
-    "no devices": (["--trainer.devices=0"], ["trainer.devices", "0"]),
-    "devices in words": (["--trainer.devices=two"], ["trainer.devices", "int > 0", "two"]),
-    "no nodes": (["--trainer.num_nodes=0"], ["trainer.num_nodes", "positive", "0"]),
-    "strategy": (["--trainer.strategy=dpp"], ["trainer.strategy", "ddp", "dpp"]),
-    "a strategy that wraps": (["--trainer.strategy=fsdp"], ["trainer.strategy", "fsdp"]),
-    "reduction by DDP": (
-        [DDP, "--trainer.strategy.model_averaging_period=2"],
-        ["trainer.strategy.model_averaging_period", "must be null", "2"],
-    ),
-    # Settings that contradict each other.
-    "clip by the Trainer": (
-        ["--trainer.gradient_clip_val=1"],
-        ["trainer.gradient_clip_val", "use model.clip_grad_norm", "1"],
-    ),
-    "accumulation by the Trainer": (
-        ["--trainer.accumulate_grad_batches=4"],
-        ["trainer.accumulate_grad_batches", "use model.accumulate_grad_batches", "4"],
-    ),
-    "accumulation by a callback": (
-        [callback("GradientAccumulationScheduler", LIGHTNING, scheduling={0: 2})],
-        ["trainer.callbacks", "GradientAccumulationScheduler", "model.accumulate_grad_batches"],
-    ),
-    "averages twice": ([callback("EMA")], ["trainer.callbacks", "EMA", "setting ema"]),
-    "averages of Lightning": (
-        [callback("StochasticWeightAveraging", LIGHTNING, swa_lrs=0.1)],
-        ["trainer.callbacks", "StochasticWeightAveraging", "setting ema"],
-    ),
-    "search for a rate": (
-        [callback("LearningRateFinder", LIGHTNING)],
-        ["trainer.callbacks", "LearningRateFinder", "model.optimizer"],
-    ),
-    "no checkpoints": (["--trainer.enable_checkpointing=false"], ["enable_checkpointing", "found"]),
-    "a callback that needs a logger": (
-        [callback("LearningRateMonitor", LIGHTNING), "--trainer.logger=false"],
-        ["LearningRateMonitor", "logger"],
-    ),
-    "a callback that needs a network": (
-        [callback("GenerationMetrics")],
-        ["trainer.callbacks", "GenerationMetrics needs extractor"],
-    ),
-    "checks past the epoch": (
-        ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=100000"],
-        ["trainer.val_check_interval", "at most 71", "100000"],
-    ),
-    "warm-up and scheduler": (
-        ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=3"],
-        ["model.warmup_steps: must be 0 when model.lr_scheduler is set", "100"],
-    ),
-    "tasks of the balancer": (
-        ["--model.balancer.num_tasks=4"],
-        ["model.balancer.num_tasks", "clusters 5", "4"],
-    ),
-    "timesteps below tasks": (["--model.schedule.num_timesteps=1"], ["num_tasks", "5", "1"]),
-    "sampler steps above T": (["--model.sampler.num_steps=5000"], ["num_steps", "1000", "5000"]),
-    "clusters of another T": (
-        ["--model.clustering=FixedClustering", "--model.clustering.boundaries=[0,250,500]"],
-        ["boundaries", "1000", "500"],
-    ),
-    "parts above images": (
-        ["--model.accumulate_grad_batches=50"],
-        ["model.accumulate_grad_batches", "at most 20", "50"],
-    ),
-    "specialist of a balancer": (
-        ["--model.train_interval=[0,100]"],
-        ["model.train_interval", "balancer must be null", "UncertaintyWeighting"],
-    ),
-    "placement": (["--model.placement=sorted"], ["model.placement", "'spread'", "'sorted'"]),
-    "pixels of another size": (
-        ["--data=ShapesData"],
-        ["model.backbone", "in_channels and input_size", "(3, 32, 32)", "(1, 8, 8)"],
-    ),
-    "checkpoints by two rhythms": (
-        ["--checkpoint.every_n_train_steps=2", "--checkpoint.every_n_epochs=2"],
-        ["every_n_train_steps=2", "exclusive"],
-    ),
-    # Files.
-    "no folder of images": (["--data=ImageFolderData"], ["ImageFolderData needs root"]),
-    "no latents": (["--data=LatentsData", "--data.cache=/nope"], ["latent cache", "/nope"]),
-    "no affinity": (
-        ["--model.clustering=GradientClustering", "--model.clustering.affinity=/nope.npz"],
-        ["affinity", "/nope.npz"],
-    ),
-    "no initial weights": (["--model.init_from=/nope.pt"], ["model.init_from", "/nope.pt"]),
-    "log folder": (["--trainer.logger.save_dir=/proc/x"], ["logger.save_dir", "/proc/x"]),
-    "no checkpoint": (["--ckpt_path=/nope.ckpt"], ["ckpt_path", "file that exists", "/nope.ckpt"]),
-    "folder as checkpoint": ([f"--ckpt_path={CONFIGS}"], ["ckpt_path", "found a folder"]),
-    "a word as checkpoint": (["--ckpt_path=best"], ["ckpt_path", "or last", "best"]),
-    "checkpoint that runs code": (["--weights_only=false"], ["weights_only: must be true"]),
-    "config that is not there": (
-        ["--config=/nope.yaml"],
-        ["config", "found nothing", "/nope.yaml"],
-    ),
-    "folder as config": ([f"--config={CONFIGS}"], ["config", "found a folder"]),
-    "config without a name": (["--config"], ["--config", "expected one argument"]),
-}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -381,3 +177,38 @@ def test_the_process_ends_with_2_and_shows_no_traceback(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("ant-lightning: error: model.optimizer")
     assert "Traceback" not in done.stderr
+
+
+ENCODE = ["encode", "--data=DigitsData", "--first_stage.source=/nope", "--cache.output=/tmp/none"]
+COMMANDS = {
+    "encode nothing": (["encode"], "first_stage.source, cache.output, data: needed"),
+    "encode by halves": ([*ENCODE, "--cache.shard=3"], "--cache.shard=3"),
+    "encode with nothing": (
+        [*ENCODE, "--data.batch_size=0"],
+        "data.batch_size: must be at least 1",
+    ),
+    "encode by what is not there": (ENCODE, "first_stage.source: no such file or folder"),
+    "encode by a folder": (["encode", f"--config={CONFIGS}"], "config: must be a YAML file"),
+    "report nothing": (["report"], "report: the following arguments are required: folders"),
+    "report what is not there": (["report", "/nope"], "report: must be the log folder of a run"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_other_commands_end_in_one_line_too(capsys, name):
+    args, words = COMMANDS[name]
+    assert words in refused(args, capsys)
+
+
+@pytest.mark.parametrize("text", ["[1", "[1]", "model: 3", "\ud800", CONTENTS["a bomb"][0]])
+def test_a_folder_of_something_else_is_not_reported(tmp_path, capsys, text):
+    (tmp_path / "config.yaml").write_bytes(text.encode("utf8", "surrogatepass"))
+    assert str(tmp_path) in refused(["report", str(tmp_path)], capsys)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    from ant_lightning.encode import _checked
+    from ant_lightning.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"device: must be auto, cpu, cuda .* found 'foo'"):
+        _checked("foo")
