@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["transfer_gap_bars"]
 
+_SAME = {"iterations": "as many steps", "samples": "as many images of the interval"}
+
 
 def transfer_gap_bars(results: Mapping[str, TransferGapResult]) -> Figure:
     """A panel for each gap and budget, a group of bars for each interval, a bar for each model.
@@ -40,10 +42,11 @@ def transfer_gap_bars(results: Mapping[str, TransferGapResult]) -> Figure:
             axis = panels[i, j]
             _panel(axis, results, kind, budget)
             if i == 0:
-                axis.set_title(f"specialists matched by {budget}", fontsize=9)
+                same = _SAME.get(budget, budget)
+                axis.set_title(f"specialists matched by {budget}: {same}", fontsize=9)
             if j == 0:
                 label = "loss gap, % of the loss" if kind == "loss" else "FID gap"
-                axis.set_ylabel(label)
+                axis.set_ylabel(f"{label}\n(below 0: negative transfer)", fontsize=9)
     for axis in panels[-1]:
         axis.set_xlabel("timesteps of the interval (right: more noise)")
     if len(results) > 1:
