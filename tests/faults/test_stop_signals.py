@@ -5,6 +5,7 @@ import signal
 
 import lightning as L
 import pytest
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny_fit import assert_same, fit
 
@@ -40,3 +41,20 @@ def test_the_step_is_finished_and_kept(tmp_path, number, hook, step):
     fit(tmp_path / "resumed", every=100, val_interval=3, resume=resume)
     fit(tmp_path / "whole", every=100, val_interval=3)
     assert_same(tmp_path / "whole" / "last.ckpt", tmp_path / "resumed" / "last.ckpt")
+
+
+class Handler(L.Callback):
+    """What a signal would do before the first step: Lightning has its own handlers then."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.found = signal.getsignal(signal.SIGUSR1)
+
+
+def test_on_slurm_lightning_does_not_save_and_requeue_by_itself(tmp_path, monkeypatch):
+    for name in ("JOB_ID", "NTASKS", "NTASKS_PER_NODE", "NNODES"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    handler = Handler()
+    fit(tmp_path, steps=1, callbacks=[handler], plugins=[SLURMEnvironment()])
+    assert handler.found == signal.SIG_DFL
