@@ -138,7 +138,8 @@ class _Tap(torch.autograd.Function):
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
         (inputs,) = ctx.saved_tensors
-        by_sample = grad.unflatten(0, (len(inputs), -1)) if len(grad) != len(inputs) else grad
+        # Of a linear layer on rows, `[b n, c]`, where the input was `[b, ..., c]`.
+        by_sample = grad.unflatten(0, (len(inputs), -1)) if inputs.ndim > grad.ndim else grad
         with torch.autocast(grad.device.type, enabled=False):
             ctx.taps.receive(ctx.layer, inputs, by_sample)
         return grad, None, None, None, None
