@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 __all__ = ["Auto", "multiplications"]
 
 # Multiplications of a forward pass over one task, in all and for each parameter, from which on the
-# loop's calls and its copies of rows take some percent of its time: measured on a CPU, and for
-# other devices put higher by their speed (in all) and its ratio to that of their memory (for each).
-_CPU = (1e9, 256)
-_OTHERS = (1e12, 8192)
+# loop's calls and its copies of rows take no more than some percent of its time: measured on a CPU
+# (the copies: 3% at 330), and for other devices put higher by their speed (in all) and by its
+# ratio to that of their memory (for each).
+_CPU = (1e9, 1024)
+_OTHERS = (1e12, 16384)
 
 
 class Auto(Engine):
     """`Loop` where its passes are bound by their sums, `OnePass` where it is faster and works.
 
     The loop holds the activations of one task, a k-th of those of `OnePass`, and takes no longer
-    once a pass over one task has 1e9 multiplications, and 256 for each parameter (1e12 and 8192 on
-    a GPU, where this is an estimate). They are counted before the first call, in a forward pass
+    once a pass over one task has 1e9 multiplications, and 1024 for each parameter (1e12 and 16384
+    on a GPU, where this is an estimate). They are counted before the first call, in a forward pass
     over two samples, and are not those of attention. `OnePass` cannot work if the network does not
     fit, which is found in the first steps and remembered, if parameters are sharded or the batch
     is computed in parts.
