@@ -23,7 +23,8 @@ def test_every_file_that_the_readme_names_exists():
 def test_every_test_that_the_page_on_reliability_names_exists():
     page = (ROOT / "docs" / "reliability.md").read_text()
     paths = re.findall(r"`((?:tests|benchmarks)/[\w/.]*)`", page)
-    names = re.findall(r"`(test_\w+(?:\.py)?)`", page)
+    paths += re.findall(r"`(tests/[\w/.]+)::test_\w+`", page)
+    names = re.findall(r"(?<![\w/])(test_\w+(?:\.py)?)", page)
     assert paths
     assert names
     assert [path for path in paths if not (ROOT / path).exists()] == []
