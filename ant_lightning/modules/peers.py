@@ -9,16 +9,18 @@ import sys
 import threading
 import time
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import lightning as L
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ant_lightning.errors import message_of
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["PeerWatch", "first_failure"]
+__all__ = ["PeerWatch", "first_failure", "warn_of_shared_store"]
 
 _log = logging.getLogger(__name__)
 _PREFIX = "ranks: "
@@ -44,8 +46,6 @@ class PeerWatch(L.Callback):
         grace: Seconds that a rank has to come to an end by itself.
     """
 
-    _runs = 0  # of this process: every run has keys of its own
-
     def __init__(self, *, poll: float = 0.5, grace: float = 30.0) -> None:
         self.poll = poll
         self.grace = grace
@@ -58,8 +58,9 @@ class PeerWatch(L.Callback):
         self._stop.set()  # of a run before this one
         if not _several():
             return
-        PeerWatch._runs += 1
-        self._key = f"ant_lightning/failed/{PeerWatch._runs}"
+        warn_of_shared_store()
+        # A key of its own for every run: torchrun's store may outlive the ranks it restarts.
+        self._key = f"ant_lightning/failed/{trainer.strategy.broadcast(uuid4().hex)}"
         self._first = None
         self._stop = threading.Event()
         threading.Thread(
@@ -130,6 +131,16 @@ def first_failure(error: BaseException) -> str | None:
     """The first error among the ranks, if `error` is only a consequence of it."""
     notes: list[str] = getattr(error, "__notes__", [])
     return next((note for note in notes if note.startswith(_PREFIX)), None)
+
+
+def warn_of_shared_store() -> None:
+    """Restarted ranks may read the addresses of those before them, and wait for each other."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        rank_zero_warn(
+            "torchrun --max-restarts: a restart may hang, as all of them share a store: start it "
+            "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment"
+        )
 
 
 def _several() -> bool:

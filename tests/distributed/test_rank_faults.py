@@ -16,7 +16,7 @@ from ant_lightning.callbacks import Checkpoints, GenerationMetrics, TaskAffinity
 from ant_lightning.data.digits import TensorImages
 from ant_lightning.diffusion import DDIM
 from ant_lightning.modules import DiTModule
-from ant_lightning.modules.peers import PeerWatch, first_failure
+from ant_lightning.modules.peers import PeerWatch, first_failure, warn_of_shared_store
 
 ERROR = "ValueError: the disk of rank 1 is full"
 
@@ -186,3 +186,12 @@ def test_an_error_of_its_own_has_no_first_failure():
     assert first_failure(error) is None
     error.add_note("ranks: the first error was that of rank 1: it fell")
     assert first_failure(error) == "ranks: the first error was that of rank 1: it fell"
+
+
+def test_restarts_that_share_a_store_are_warned_of(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        warn_of_shared_store()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    warn_of_shared_store()
