@@ -27,7 +27,8 @@ class StepCost(L.Callback):
     It has `iterations_per_second` (of the mean over steps, since methods that refresh now and
     then have two kinds of step), `median_step_seconds`, `num_steps` timed and `peak_memory_gb`: the
     most that PyTorch had allocated on the GPU, or without one the largest resident size of the
-    process, imports included. Loading of data and validation do not count.
+    process, imports included. Loading of data and validation do not count. Times are null where
+    no step was left to be timed.
 
     Args:
         skip_steps: First steps that are not timed.
@@ -55,9 +56,12 @@ class StepCost(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
         """Write what was seen."""
-        timed = self._seconds[self.skip_steps :]
-        if not timed or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
+        timed = self._seconds[self.skip_steps :]
+        path = log_folder(trainer) / "step_cost.json"
+        if not timed and path.exists():
+            return  # resumed where nothing was left to do: the file is of the steps before
         device = pl_module.device
         on_gpu = device.type == "cuda"
         if on_gpu:
@@ -66,13 +70,13 @@ class StepCost(L.Callback):
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             peak *= 1 if sys.platform == "darwin" else 1024
         row = {
-            "iterations_per_second": len(timed) / sum(timed),
-            "median_step_seconds": statistics.median(timed),
+            "iterations_per_second": len(timed) / sum(timed) if timed else None,
+            "median_step_seconds": statistics.median(timed) if timed else None,
             "num_steps": len(timed),
             "peak_memory_gb": peak / 1e9,
             "memory_of": torch.cuda.get_device_name(device) if on_gpu else "process, no GPU",
         }
-        (log_folder(trainer) / "step_cost.json").write_text(json.dumps(row) + "\n")
+        path.write_text(json.dumps(row) + "\n")
 
 
 def _wait(trainer: L.Trainer) -> None:

@@ -155,8 +155,8 @@ class TableRows:
     def cost(self, name: str, metric: str) -> str:
         """An entry of `step_cost.json`, numbers with three digits; empty if it is not there."""
         files = self._rows.get(name, {}).get("files", {})
-        value = files.get("step_cost.json", {}).get(metric, "")
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
+        value = files.get("step_cost.json", {}).get(metric)
+        return f"{value:.3f}" if isinstance(value, float) else str(value or "")
 
     def _measured(self, name: str) -> dict[str, Any]:
         files = self._rows.get(name, {}).get("files", {})
