@@ -14,7 +14,8 @@ from ant_lightning.__main__ import main as ant_lightning
 from ant_lightning.analysis import GapEstimate, IntervalGap, TransferGapResult
 from ant_lightning.diffusion import CosineSchedule, DiffusionProcess
 from ant_lightning.errors import ConfigError
-from ant_lightning.studies import Study, append_row
+from ant_lightning.studies import Study, append_row, read_rows
+from ant_lightning.studies.ntg import gap_results, gap_table, mean_table
 from ant_lightning.studies.ntg import main as ntg_main
 from ant_lightning.studies.report import write_report
 from ant_lightning.studies.run_curves import read_curves
@@ -92,6 +93,13 @@ def test_gaps_of_settings_that_have_changed_since_are_not_mixed_in(tmp_path, cap
     text = (tmp_path / "ntg.md").read_text()
     assert "| vanilla |" in text
     assert "| uw |" not in text
+
+
+def test_the_tables_of_the_results_are_those_of_the_committed_rows():
+    rows = read_rows(ROOT / "docs/results/ntg.jsonl")
+    text = (ROOT / "docs/results.md").read_text()
+    for table in (mean_table(gap_results(rows)), gap_table(gap_results(rows))):
+        assert table.markdown() in text
 
 
 def measured(fid, guidance=1.5):
