@@ -83,6 +83,7 @@ SETTINGS = {
     "balancer's rate": (["--model.balancer.lr=-1"], ["lr: must be above 0", "-1"]),
     "least loss": (["--model.balancer.min_loss=-1"], ["min_loss: must be at least 0", "-1"]),
     "no depth": (["--model.backbone.depth=0"], ["depth", "above 0", "0"]),
+    "absurd depth": (["--model.backbone.depth=1000000000"], ["depth", "at most 1000"]),
     "no width": (["--model.backbone.hidden_size=0"], ["hidden_size", "above 0"]),
     "heads": (["--model.backbone.num_heads=3"], ["hidden_size", "multiple", "num_heads 3", "16"]),
     "patches": (["--model.backbone.patch_size=3"], ["patch_size", "divide", "8", "3"]),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiT"]
 
+_MAX_DEPTH = 1000  # more would be made until no memory is left
 _TIMESTEP_FEATURES = 256
 
 
@@ -219,6 +220,8 @@ class DiT(nn.Module):
                 "hidden_size, depth, in_channels, mlp_ratio: must each be above 0, found "
                 f"{hidden_size}, {depth}, {in_channels}, {mlp_ratio}"
             )
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"depth: must be at most {_MAX_DEPTH}, found {depth}")
         if num_heads < 1 or hidden_size % num_heads or hidden_size % 4:
             raise ConfigError(
                 f"hidden_size: must be a multiple of 4 and of num_heads {num_heads}, "
