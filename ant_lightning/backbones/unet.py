@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassEmbedder", "UNet"]
 
+_MAX_BLOCKS = 100  # of a level; more would be made until no memory is left
+
 
 class ClassEmbedder(nn.Module):
     """Class labels [b] to a context of one token, [b 1 d]: LDM's class conditioning."""
@@ -133,6 +135,7 @@ class UNet(nn.Module):
                 "context_dim: set exactly when use_spatial_transformer is, found "
                 f"{context_dim} with use_spatial_transformer={use_spatial_transformer}"
             )
+        _check_blocks(num_res_blocks=num_res_blocks, transformer_depth=transformer_depth)
         self.input_size = input_size
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -285,6 +288,12 @@ def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[in
             f"(the groups of the norms), found {model_channels} times {list(channel_mult)}"
         )
     return widths
+
+
+def _check_blocks(**counts: int) -> None:
+    for name, count in counts.items():
+        if not 1 <= count <= _MAX_BLOCKS:
+            raise ConfigError(f"{name}: must be from 1 to {_MAX_BLOCKS}, found {count}")
 
 
 def _check_levels(input_size: int, num_levels: int, attention_resolutions: Sequence[int]) -> None:

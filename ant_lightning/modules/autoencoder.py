@@ -87,6 +87,10 @@ class AutoencoderModule(L.LightningModule):
                 f"model.widths: each must be a multiple of norm_num_groups = {norm_num_groups}, "
                 f"found {list(widths)}"
             )
+        if not 1 <= layers_per_block <= 64:
+            raise ConfigError(
+                f"model.layers_per_block: must be from 1 to 64, found {layers_per_block}"
+            )
         if kl_weight < 0:
             raise ConfigError(f"model.kl_weight: must be 0 or more, found {kl_weight}")
         from diffusers import AutoencoderKL  # noqa: PLC0415 - 5 s that only first stages need

@@ -212,3 +212,21 @@ def test_a_device_that_is_not_there_is_refused():
 
     with pytest.raises(ConfigError, match=r"device: must be auto, cpu, cuda .* found 'foo'"):
         _checked("foo")
+
+
+@pytest.mark.parametrize("name", ["num_res_blocks", "transformer_depth"])
+def test_networks_of_absurd_depth_are_refused_before_they_are_made(name):
+    from ant_lightning.backbones import UNet
+    from ant_lightning.errors import ConfigError
+
+    size = {"input_size": 8, "in_channels": 1, "out_channels": 1, "model_channels": 32}
+    with pytest.raises(ConfigError, match=f"{name}: must be from 1 to 100, found 10"):
+        UNet(**size, attention_resolutions=(), **{name: 10**12})
+
+
+def test_autoencoders_of_absurd_depth_are_refused_before_they_are_made():
+    from ant_lightning.errors import ConfigError
+    from ant_lightning.modules import AutoencoderModule
+
+    with pytest.raises(ConfigError, match="layers_per_block: must be from 1 to 64, found 10"):
+        AutoencoderModule(layers_per_block=10**12)
