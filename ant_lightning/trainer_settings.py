@@ -49,6 +49,12 @@ def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - the parser'
                 f"trainer.{name}: the step of every method is made by the module, so use "
                 f"{replacement} in its place, found {value}"
             )
+    if settings.get("overfit_batches"):
+        raise ConfigError(
+            "trainer.overfit_batches: would replace the order in which images are drawn, so it "
+            "must be 0; use trainer.limit_train_batches in its place, found "
+            f"{settings.get('overfit_batches')}"
+        )
     for name, least in _LEAST.items():
         value = settings.get(name)
         if value is not None and value < least:

@@ -129,6 +129,10 @@ SETTINGS = {
         ["--trainer.accumulate_grad_batches=4"],
         ["trainer.accumulate_grad_batches", "use model.accumulate_grad_batches", "4"],
     ),
+    "overfitting": (
+        ["--trainer.overfit_batches=0.5"],
+        ["trainer.overfit_batches: would replace", "use trainer.limit_train_batches", "0.5"],
+    ),
     "accumulation by a callback": (
         [callback("GradientAccumulationScheduler", LIGHTNING, scheduling={0: 2})],
         ["trainer.callbacks", "GradientAccumulationScheduler", "model.accumulate_grad_batches"],

@@ -124,7 +124,13 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         widths = _level_widths(model_channels, channel_mult)
-        _check_levels(input_size, len(widths), attention_resolutions)
+        _check_levels(
+            input_size,
+            len(widths),
+            attention_resolutions,
+            num_res_blocks=num_res_blocks,
+            transformer_depth=transformer_depth,
+        )
         if num_classes < 0 or not 0 <= class_dropout_prob <= 1:
             raise ConfigError(
                 "num_classes: at least 0, with class_dropout_prob in [0, 1], "
@@ -135,7 +141,6 @@ class UNet(nn.Module):
                 "context_dim: set exactly when use_spatial_transformer is, found "
                 f"{context_dim} with use_spatial_transformer={use_spatial_transformer}"
             )
-        _check_blocks(num_res_blocks=num_res_blocks, transformer_depth=transformer_depth)
         self.input_size = input_size
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -290,14 +295,13 @@ def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[in
     return widths
 
 
-def _check_blocks(**counts: int) -> None:
-    for name, count in counts.items():
+def _check_levels(
+    input_size: int, num_levels: int, attention_resolutions: Sequence[int], **blocks: int
+) -> None:
+    """Check that the input can be halved often enough, attention has a level, and blocks an end."""
+    for name, count in blocks.items():
         if not 1 <= count <= _MAX_BLOCKS:
             raise ConfigError(f"{name}: must be from 1 to {_MAX_BLOCKS}, found {count}")
-
-
-def _check_levels(input_size: int, num_levels: int, attention_resolutions: Sequence[int]) -> None:
-    """Check that the input can be halved often enough, and that attention has a level."""
     multiple = 2 ** (num_levels - 1)
     if input_size < 1 or input_size % multiple:
         raise ConfigError(

@@ -12,6 +12,7 @@ from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.clustering import TimestepClusters
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.checkpoint_content import check_weights
+from ant_lightning.modules.optimizers import make_optimizer
 
 if TYPE_CHECKING:
     from ant_lightning.modules.multitask import MultiTaskDiffusion
@@ -76,7 +77,7 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         skipped, steps = int(saved["num_skipped_steps"]), int(checkpoint["global_step"])
         in_a_row, ranks = (int(saved.get(n, 0)) for n in ("num_skipped_in_a_row", "world_size"))
         then_of = {name: saved[name] for name in ("prediction_type", "backbone")}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             "ckpt_path: must hold what a run of ant_lightning says of itself, found "
             f"{error if isinstance(error, ConfigError) else repr(error)}"
@@ -102,6 +103,12 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         if now != then:
             said = ["null" if each is None else each for each in (then, now)]
             raise ConfigError(f"{name}: the checkpoint has {said[0]}, the settings say {said[1]}")
+    tasks = (module.clusters.num_tasks, module.clusters.num_timesteps)
+    if (last.num_tasks, last.num_timesteps) != tasks:
+        raise ConfigError(
+            f"ckpt_path: its last clusters must be {tasks[0]} of {tasks[1]} timesteps, found "
+            f"{last.num_tasks} of {last.num_timesteps}"
+        )
     check_weights(module, checkpoint)
     module.cluster_history = history
     if len(history) > 1:
@@ -127,7 +134,8 @@ def _optimizer(module: MultiTaskDiffusion) -> str | None:
     if not _training(module):
         return None
     optimizers = module.trainer.optimizers
-    return _kind(optimizers[0]) if optimizers else _kind(module.optimizer([torch.zeros(1)]))  # type: ignore[arg-type]
+    made = optimizers[0] if optimizers else make_optimizer(module.optimizer, [torch.zeros(1)])  # type: ignore[arg-type]
+    return _kind(made)
 
 
 def _tell_of_other_ranks(module: MultiTaskDiffusion, then: int) -> None:

@@ -131,6 +131,14 @@ DAMAGE = {
     "newer": (lambda c: c["ant_lightning"].update(format_version=99), "newer ant_lightning"),
     "history": (lambda c: c["ant_lightning"].update(cluster_history=3), "says of itself"),
     "clusters": (lambda c: c["ant_lightning"].update(cluster_history=[(0, [5, 1])]), "itself"),
+    "endless count": (
+        lambda c: c["ant_lightning"].update(num_skipped_steps=float("inf")),
+        "says of itself",
+    ),
+    "last clusters": (
+        lambda c: c["ant_lightning"]["cluster_history"].append((1, [0, 5, 9])),
+        "its last clusters must be 5 of 1000 timesteps, found 2 of 9",
+    ),
     "no weights": (lambda c: c.pop("state_dict"), "must hold state_dict"),
     "a list of weights": (lambda c: c.update(state_dict=[1]), "dictionary as state_dict"),
     "a number as weight": (lambda c: c["state_dict"].update({"backbone.x": 5}), "model.backbone"),

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import torch
 from PIL import Image
@@ -141,6 +142,7 @@ def run_module():
 
 
 MODULE = run_module()
+MODULE.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
 
 
 def run(path):
