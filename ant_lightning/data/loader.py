@@ -108,7 +108,9 @@ class ShuffledLoader:
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
-        self._batches: Iterator[Batch] | None = None
+        # Lightning finds it by this name at the end of a run. Its processes must end while their
+        # queues work: the garbage collector would wait 5 s for each.
+        self._iterator: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset) // self.batch_size
@@ -116,9 +118,9 @@ class ShuffledLoader:
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(len(self)):
             try:
-                if self._batches is None:
-                    self._batches = self._from(self.position)
-                batch = next(self._batches)
+                if self._iterator is None:
+                    self._iterator = self._from(self.position)
+                batch = next(self._iterator)
             except RuntimeError as error:
                 died = dead_worker(error)
                 if died is None:
@@ -142,7 +144,7 @@ class ShuffledLoader:
         """Go on behind the batches that `state` had taken, and say what is no longer the same."""
         # With another batch size the epochs have another length: keep the number of images seen.
         self.position = state["position"] * state["batch_size"] // self.batch_size
-        self._batches = None
+        self._iterator = None
         for name, now in self.state_dict().items():
             then = state.get(name, now)
             if name != "position" and then != now:

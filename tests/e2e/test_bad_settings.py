@@ -6,6 +6,7 @@ import sys
 import lightning  # noqa: F401 - sets the level of its log, which the fixture below changes
 import pytest
 import torch
+import torch.distributed as dist
 from wrong_settings import CONFIGS, SETTINGS, arguments
 
 from ant_lightning.__main__ import main
@@ -13,9 +14,12 @@ from ant_lightning.__main__ import main
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog):
-    """Lightning's log goes to standard error too."""
+    """Lightning's log goes to standard error too; and no process group is left to other tests."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         caplog.set_level("ERROR", logger=name)
+    yield
+    if dist.is_initialized():  # by a strategy, before the setting was refused
+        dist.destroy_process_group()
 
 
 def refused(args, capsys):

@@ -52,6 +52,7 @@ def run(folder, *, for_good, steps=8, resume=None):
         max_skipped_steps=4,
         seed=0,
     )
+    folder.mkdir(exist_ok=True)
     trainer = L.Trainer(
         max_steps=steps,
         callbacks=[

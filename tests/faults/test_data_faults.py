@@ -1,5 +1,6 @@
 """Loading processes that die, scheduler signals that reach them, images that break meanwhile."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ class KillWorker(L.Callback):
 
     def on_train_batch_start(self, trainer, *args):
         if trainer.global_step == 5:
-            trainer.train_dataloader._batches._workers[0].kill()
+            trainer.train_dataloader._iterator._workers[0].kill()
 
 
 def with_a_worker_that_dies(folder):
@@ -54,6 +55,12 @@ def test_a_loading_process_that_dies_ends_the_run_in_one_line(tmp_path):
     assert_same(last, tmp_path / "whole" / "last.ckpt")
 
 
+def test_loading_processes_end_with_the_run(tmp_path):
+    trainer = fit(tmp_path, workers=2)
+    assert trainer.train_dataloader._iterator is None
+    assert not multiprocessing.active_children()
+
+
 class Deadly(TensorImages):
     def load(self, indices, *, epoch):
         os._exit(7)
@@ -66,7 +73,7 @@ def test_a_loader_says_that_its_process_died():
         with pytest.raises(DataLoadingError, match=r"data\.num_workers: .* \(pid.*\) exited"):
             next(iter(loader))
     finally:  # until then PyTorch reports it at the end of every other process, too
-        loader._batches._shutdown_workers()
+        loader._iterator._shutdown_workers()
     assert dead_worker(RuntimeError("shapes do not match")) is None
 
 
@@ -86,7 +93,7 @@ class Patient(L.Callback):
 
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == 4:
-            for worker in trainer.train_dataloader._batches._workers:
+            for worker in trainer.train_dataloader._iterator._workers:
                 worker.join(0.5)
                 assert worker.is_alive()
 
@@ -110,7 +117,7 @@ def test_workers_end_when_the_run_ends_them():
     data.num_workers = 1
     loader = data.train_dataloader()
     next(iter(loader))
-    (worker,) = loader._batches._workers
+    (worker,) = loader._iterator._workers
     worker.terminate()
     worker.join(10)
     assert worker.exitcode == 0
