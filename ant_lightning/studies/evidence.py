@@ -194,19 +194,20 @@ def findings(rows: EvidenceRows, groups: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str]) -> str:
-    """The whole section of docs/results.md."""
+def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, total: int) -> str:
+    """The whole section of docs/results.md, of a study of `total` cells."""
     measured = EvidenceRows.of(rows)
     groups = sorted({name.rpartition("/seed")[0] for name in measured.runs}, key=_place)
     settings = [g for g in groups if not g.startswith(("width/", "min_loss/"))]
     some = next(iter(rows.values()))
     hours = sum(sum(row["seconds"]) for row in rows.values()) / 3600
+    commits = ", ".join(sorted({row["commit"] for row in rows.values()}))
     steps = {row["excess"][-1]["step"] for row in measured.runs.values()}
     text = [
         "## The evidence",
         "",
-        f"`make evidence`: {len(rows)} cells finished, {hours:.1f} core-hours, on {some['machine']}"
-        f"; commits {', '.join(sorted({row['commit'] for row in rows.values()}))}; "
+        f"`make evidence`: {len(rows)} of {total} cells finished, {hours:.1f} core-hours, on "
+        f"{some['machine']}; commits {commits}; "
         f"{', '.join(map(str, sorted(steps)))} steps. Excess risk is the distance to the exact "
         "denoiser (see `ExcessRisk`), the same images and noise for all; seeds are paired; the "
         "learning rate of every method was tuned on a seed of its own. Intervals are 95%; ** "
@@ -235,7 +236,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     settings = parser.parse_args(args)
-    rows = finished_rows(Study.read(settings.study), settings.folder / "results.jsonl")
+    study = Study.read(settings.study)
+    rows = finished_rows(study, settings.folder / "results.jsonl")
     measured = EvidenceRows.of(rows)
     if not measured.runs:
         print(f"evidence: no finished run in {settings.folder}")
@@ -268,7 +270,8 @@ def main(args: Sequence[str] | None = None) -> int:
     old = page.read_text() if page.exists() else ""
     before, _, rest = old.partition(BEGIN)
     after = rest.partition(END)[2] or "\n"
-    page.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{section(rows, pictures)}{END}{after}")
+    text = section(rows, pictures, total=len(study.cells))
+    page.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{text}{END}{after}")
     print(f"{len(measured.runs)} measured runs in {page}")
     return 0
 

@@ -123,7 +123,7 @@ def test_the_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
     assert first.startswith("# Before")
     assert first.endswith("# After\n")
     assert "old" not in first
-    assert "12 cells finished, 0.1 core-hours" in first
+    assert "12 of 12 cells finished, 0.1 core-hours" in first
     assert main(args) == 0
     assert page.read_text() == first
     assert len((docs / "results" / "evidence.jsonl").read_text().splitlines()) == 12
