@@ -191,7 +191,7 @@ def test_the_process_ends_with_2_and_shows_no_traceback(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-ENCODE = ["encode", "--data=DigitsData", "--first_stage.source=/nope", "--cache.output=/tmp/none"]
+ENCODE = ["encode", "--data=DigitsData", "--first_stage.source=/nope", "--cache.output=/nope/cache"]
 COMMANDS = {
     "encode nothing": (["encode"], "first_stage.source, cache.output, data: needed"),
     "encode by halves": ([*ENCODE, "--cache.shard=3"], "--cache.shard=3"),
