@@ -137,8 +137,9 @@ class DiTBlock(nn.Module):
     ) -> Float[Tensor, "b n d"]:
         vectors = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors
-        x = torch.addcmul(x, gate, self.attn(_modulate(self.norm1(x), shift, scale)))
-        return torch.addcmul(x, gate_mlp, self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        x = (gate * self.attn(_modulate(self.norm1(x), shift, scale))).add_(x)
+        x = (gate_mlp * self.mlp(_modulate(self.norm2(x), shift_mlp, scale_mlp))).add_(x)
+        return x
 
 
 class FinalLayer(nn.Module):
