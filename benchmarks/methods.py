@@ -5,15 +5,18 @@ methods take turns, step by step, forwards and backwards, so that drifts of the 
 them; it is the ratio of the median times, with a 95% bootstrap interval over rounds, and the same
 of processor time, which other processes disturb less. Nash with a refresh every 25 steps is 24
 steps between refreshes and one of `nash every step`. Memory is that of a process of its own for
-each method: what making the network and three steps add at their highest.
+each method: what making the network and three steps add at their highest. On a GPU the methods of a
+cell share one network, and memory is what three steps of each add to what the others hold.
 
 `--quick` (the default) takes the cells that carry thresholds, `--all` the whole grid, which on a
-CPU takes hours. On a GPU there are other cells, and both are the same.
+CPU takes hours. On a GPU there are other cells, the most telling ones first, and both are the same;
+`--minutes` starts no further cell after that time.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +51,12 @@ def small_things() -> list[Row]:
         "Nash, k = 5": (lambda: nash(gramian), 2000, 1.5),
         "Nash, norms over 4 decades": (lambda: nash_weights(hard), 2000, 1.5),
     }
+    if torch.cuda.is_available():
+        there = gramian.cuda()
+        calls |= {
+            "PCGrad, k = 5, on a GPU": (lambda: pcgrad(there), 2000, 0.3),
+            "Nash, k = 5, on a GPU": (lambda: nash(there), 2000, 1.5),
+        }
     found = []
     for name, (call, repeats, asked) in calls.items():
         call()
@@ -55,6 +64,8 @@ def small_things() -> list[Row]:
         for _ in range(repeats):
             start = time.perf_counter()
             call()
+            if name.endswith("GPU"):
+                torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - start))
         low, high = np.percentile(times, [50, 95])
         found.append({"name": name, "median": low, "high": high, "asked": asked})
@@ -76,15 +87,7 @@ def asked_speed(cell: Cell, name: str) -> float | None:
 
 def speeds(cell: Cell, names: Sequence[str], rounds: int) -> Iterator[Row]:
     """Each method's speed relative to vanilla: above 1 is faster."""
-    steppers, failed = {}, {}
-    for name in ["vanilla", *names]:
-        try:
-            stepper = Stepper(name, cell)
-            for _ in range(3):
-                stepper.step()
-            steppers[name] = stepper
-        except RuntimeError as error:  # no memory on a GPU, or what cannot be compiled
-            failed[name] = str(error).splitlines()[0]
+    steppers, failed, memory = _steppers(cell, ["vanilla", *names])
     if "vanilla" in failed:
         names = ["vanilla"]
     order = [] if "vanilla" in failed else list(steppers)
@@ -97,7 +100,7 @@ def speeds(cell: Cell, names: Sequence[str], rounds: int) -> Iterator[Row]:
     picks = np.random.default_rng(0).integers(0, rounds, (5000, rounds))
     identity = np.arange(rounds)[None]
     for name in names:
-        row: Row = {"cell": str(cell), "batch": cell.batch_size, "name": name}
+        row: Row = {"cell": str(cell), "batch": cell.batch_size, "name": name, "memory": memory}
         if name in failed:
             yield {**row, "error": failed[name]}
             continue
@@ -114,6 +117,37 @@ def speeds(cell: Cell, names: Sequence[str], rounds: int) -> Iterator[Row]:
             "asked": asked_speed(cell, name),
             "parameters": steppers[name].num_parameters,
         }
+
+
+def _steppers(
+    cell: Cell, names: Sequence[str]
+) -> tuple[dict[str, Stepper], dict[str, str], dict[str, float]]:
+    """Each method after three steps; why others cannot be; on a GPU the MiB that each needs."""
+    on_gpu = cell.device != "cpu"
+    steppers, failed, memory = {}, {}, {}
+    shared = cell.build() if on_gpu else None
+    weights = sum(p.numel() * p.element_size() for p in shared.parameters()) if shared else 0
+    for name in names:
+        if on_gpu:
+            for stepper in steppers.values():
+                stepper.model.zero_grad()
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() if on_gpu else 0
+        try:
+            # The hooks of autogram stay on its network.
+            stepper = Stepper(name, cell, None if name == TORCHJD[0] else shared)
+            for _ in range(3):
+                stepper.step()
+            steppers[name] = stepper
+        except (RuntimeError, NotImplementedError) as error:
+            failed[name] = str(error).splitlines()[0]  # no memory on a GPU, or not to be compiled
+            continue
+        if on_gpu:
+            own = weights if stepper.model is shared else 0
+            memory[name] = (torch.cuda.max_memory_allocated() - held + own) / 2**20
+    return steppers, failed, memory
 
 
 def _medians(times: dict[str, np.ndarray[Any, Any]], name: str, picks: Any) -> Any:  # noqa: ANN401
@@ -151,13 +185,11 @@ def memories(cell: Cell, names: Sequence[str]) -> dict[str, float]:
 def cells(every: bool) -> list[tuple[Cell, int, bool]]:
     """What is measured: cell, rounds, whether its memory is."""
     if torch.cuda.is_available():
-        networks = ["DiT-S/2", "DiT-B/2", "LDM FFHQ", "ADM light, 256 px"]
-        return [
-            (Cell(network, batch, "cuda", bf16=True, compiled=compiled), 50, True)
-            for network in networks
-            for batch in (50, 256)
-            for compiled in (False, True)
-        ]
+        small, networks = "DiT-S/2", ["DiT-B/2", "LDM FFHQ", "ADM light, 256 px"]
+        cells = [(small, batch, compiled) for batch in (256, 50) for compiled in (False, True)]
+        for compiled in (False, True):
+            cells += [(network, batch, compiled) for batch in (50, 256) for network in networks]
+        return [(Cell(n, b, "cuda", bf16=True, compiled=c), 20, True) for n, b, c in cells]
     quick = [("0.3M/16", 100, False), ("3M/16", 30, False), ("3M/64", 16, True)]
     if not every:
         return [(Cell(name, 40), rounds, memory) for name, rounds, memory in quick]
@@ -187,10 +219,11 @@ def speed_line(row: Row) -> str:
 def memory_lines(cell: Cell, found: dict[str, float], parameters: int) -> Iterator[tuple[Row, str]]:
     """Rows and lines of the table of memory."""
     rows_mib = K * parameters * 4 / 2**20
+    vanilla = found.get("vanilla", float("nan"))  # `speeds` has said why
     for name, mib in found.items():
-        above = (mib - found["vanilla"]) / rows_mib
+        above = (mib - vanilla) / rows_mib
         row = {"cell": str(cell), "batch": cell.batch_size, "name": name, "mib": mib}
-        row |= {"ratio": mib / found["vanilla"], "above_vanilla_in_rows": above}
+        row |= {"ratio": mib / vanilla, "above_vanilla_in_rows": above}
         asked = ""
         if name in {"pcgrad", "nash", "nash every step"}:
             asked = "1 met" if above <= 1 else "1 missed"
@@ -208,6 +241,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", help="only these methods and engines")
     parser.add_argument("--rounds", type=int, help="of every cell")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/methods.json"))
     args = parser.parse_args()
@@ -224,28 +258,36 @@ def main() -> None:
         "time [95%] | asked | vanilla ms |\n|---|---|---|---|---|---|---|---|",
         flush=True,
     )
-    steps = []
+    steps: list[Row] = []
+    memory: list[Row] = []
+    measured: dict[Cell, dict[str, float]] = {}
+    origin = {"machine": machine(), "commit": commit(), "threads": args.threads}
+    result = {**origin, "small": small, "steps": steps, "memory": memory}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
     for cell, rounds, _ in chosen:
+        if time.monotonic() - start > 60 * args.minutes:
+            break
         for row in speeds(cell, names, args.rounds or rounds):
+            measured[cell] = row.pop("memory")
             steps.append(row)
             print(speed_line(row), flush=True)
-    memory = []
+        args.output.write_text(json.dumps(result, indent=1))
     if not args.no_memory:
         print(
             "\n| network | batch | method | peak MiB | relative to vanilla | above vanilla, in "
             "k p 4 bytes | asked, at most |\n|---|---|---|---|---|---|---|",
             flush=True,
         )
-        for cell, _, measured in chosen:
-            if measured:
-                parameters = sum(p.numel() for p in cell.build().parameters() if p.requires_grad)
-                for row, line in memory_lines(cell, memories(cell, names), parameters):
-                    memory.append(row)
-                    print(line, flush=True)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    origin = {"machine": machine(), "commit": commit(), "threads": args.threads}
-    result = {**origin, "small": small, "steps": steps, "memory": memory}
-    args.output.write_text(json.dumps(result, indent=1))
+        for cell, _, wanted in chosen:
+            if not wanted or cell not in measured:
+                continue
+            found = measured[cell] if cell.device != "cpu" else memories(cell, names)
+            parameters = sum(p.numel() for p in cell.build().parameters() if p.requires_grad)
+            for row, line in memory_lines(cell, found, parameters):
+                memory.append(row)
+                print(line, flush=True)
+            args.output.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

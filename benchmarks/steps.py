@@ -95,27 +95,34 @@ class Cell:
         """The network, with random weights everywhere."""
         torch.manual_seed(0)
         size, _, tokens = self.network.partition("/")
-        if size in _SIZES:
-            side = _SIDES[int(tokens)]
-            model: nn.Module = DiT(
-                input_size=side, patch_size=2, in_channels=4, num_classes=10, **_SIZES[size]
-            )
-        else:
-            model = _NETWORKS[self.network]()
+        with torch.device(self.device):
+            if size in _SIZES:
+                side = _SIDES[int(tokens)]
+                model: nn.Module = DiT(
+                    input_size=side, patch_size=2, in_channels=4, num_classes=10, **_SIZES[size]
+                )
+            else:
+                model = _NETWORKS[self.network]()
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.02)
+        if self.compiled:
+            model.compile()
         return model.to(self.device)
 
 
 class Stepper:
-    """One method or engine in one cell, stepped by hand."""
+    """One method or engine in one cell, stepped by hand.
 
-    def __init__(self, name: str, cell: Cell) -> None:
+    Args:
+        name: Of the method or engine.
+        cell: What is trained.
+        model: The cell's network if several share one, as on a GPU; a new one by default.
+    """
+
+    def __init__(self, name: str, cell: Cell, model: nn.Module | None = None) -> None:
         self.name, self.cell = name, cell
-        self.model = cell.build()
-        if cell.compiled:
-            self.model.compile()
+        self.model = model if model is not None else cell.build()
         self.balancer = METHODS.get(name, METHODS["pcgrad"])()
         self.engine = ENGINES.get(name, Loop if cell.compiled else Auto)()
         self.shared = [p for p in self.model.parameters() if p.requires_grad]

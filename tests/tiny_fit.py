@@ -44,6 +44,10 @@ class Forgetful(DiT):
         return super().forward(self.forget(x), timesteps, labels)
 
 
+def adamw(groups):
+    return torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)
+
+
 def module(method="pcgrad", kind=DiT, num_classes=10, **settings):
     torch.manual_seed(0)
     return DiTModule(
@@ -51,10 +55,9 @@ def module(method="pcgrad", kind=DiT, num_classes=10, **settings):
         schedule=CosineSchedule(100),
         clustering=SNRClustering(3),
         balancer=BALANCERS[method](),
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0),
         class_dropout=0.1 if num_classes > 1 else 0.0,
         seed=0,
-        **{"warmup_steps": 7, **settings},
+        **{"optimizer": adamw, "warmup_steps": 7, **settings},
     )
 
 

@@ -8,8 +8,10 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports these once; every rank is a fork of it and starts in a fraction of a second.
@@ -21,6 +23,11 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
     ]
+)
+
+# What the strategy needs, and says so if it is missing.
+needs_unused_shards = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="needs torch >= 2.14"
 )
 
 

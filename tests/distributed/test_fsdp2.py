@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rank_processes import run_ranks
+from rank_processes import needs_unused_shards, run_ranks
 from tiny_runs import METHODS, TinyData, module, sgd, trainer
 
 from ant_lightning.balancing.shards import full_tensor, is_sharded
@@ -78,17 +78,20 @@ def check_equal(ranks, one):
         assert found["val/loss"] == pytest.approx(one["val/loss"], rel=1e-5)
 
 
+@needs_unused_shards
 @pytest.mark.parametrize("method", METHODS)
 def test_two_sharded_ranks_train_as_one_process_does(two_ranks, method):
     check_equal([exact[method] for exact, *_ in two_ranks], run(1, method, sharded=False))
 
 
+@needs_unused_shards
 @pytest.mark.parametrize("method", ["uw", "pcgrad"])
 def test_in_bf16_mixed(two_ranks, method):
     one = run(1, method, sharded=False, accumulate_grad_batches=8, **LOW)
     check_equal([low[method] for _, low, *_ in two_ranks], one)
 
 
+@needs_unused_shards
 def test_a_sharded_run_resumes_to_the_last_bit(two_ranks):
     for *_, whole, resumed in two_ranks:
         assert resumed["step"] == whole["step"] == 6
@@ -97,6 +100,7 @@ def test_a_sharded_run_resumes_to_the_last_bit(two_ranks):
             assert largest_difference(resumed[name], whole[name]) == 0
 
 
+@needs_unused_shards
 def test_one_process_goes_on_from_a_sharded_checkpoint(two_ranks, folder):
     last = next((folder / "parts").glob("last.ckpt"))
     with pytest.warns(UserWarning, match="number of ranks: the checkpoint has 2, this run 1"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rank_processes import run_ranks
+from rank_processes import needs_unused_shards, run_ranks
 from test_ranks_backward import METHODS, PARTS, TASKS, Counted, K, Network
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -87,6 +87,7 @@ def mixed(rank):
     return None
 
 
+@needs_unused_shards
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, ranks):
     every = run_ranks(every_method, ranks, tmp_path, ranks)
