@@ -248,7 +248,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     names = args.names or [*(m for m in METHODS if m != "vanilla"), *ENGINES, *TORCHJD]
     chosen = cells(args.all or bool(args.cells))
-    chosen = [each for each in chosen if not args.cells or each[0].network in args.cells]
+    if args.cells:
+        chosen = [each for each in chosen if {each[0].network, str(each[0])} & set(args.cells)]
     print(f"{machine()}; commit {commit()}\n\n| | median ms | 95% ms | asked |\n|---|---|---|---|")
     small = small_things()
     for row in small:

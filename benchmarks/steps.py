@@ -223,7 +223,8 @@ class Stepper:
             )
             rows.append(torch.cat([g.flatten() for g in grads]))
         matrix = torch.stack(rows)
-        combined = self.balancer(matrix @ matrix.T).to(matrix) @ matrix
+        with torch.autocast(self.cell.device, enabled=False):
+            combined = self.balancer(matrix @ matrix.T).to(matrix) @ matrix
         for p, part in zip(
             self.shared, combined.split([p.numel() for p in self.shared]), strict=True
         ):

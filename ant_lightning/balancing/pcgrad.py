@@ -36,18 +36,22 @@ def pcgrad_weights(
     Reference:
         Yu et al., "Gradient Surgery for Multi-Task Learning", algorithm 1, arXiv 2001.06782.
     """
-    identity = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
     squared_norms = gramian.diagonal()
     # Division by infinity: nobody is ever projected on a zero gradient.
     usable = squared_norms > torch.finfo(gramian.dtype).tiny
-    steps = (gramian / squared_norms.where(usable, torch.inf)[:, None])[orders]
-    # The unit vector of the task that is met, zero if that is the task itself.
-    units = identity[orders] * (1 - identity)[:, None]
-    coefficients = identity.clone()
-    for towards, unit in zip(steps.unbind(1), units.unbind(1), strict=True):
-        projections = (coefficients * towards).sum(1, keepdim=True).clamp_(max=0)
-        coefficients.addcmul_(projections, unit, value=-1)
-    return coefficients.sum(0)
+    ratios = gramian / squared_norms.where(usable, torch.inf)[:, None]
+    # v_i . g_j / ||g_j||^2 for every j that i meets, brought up to date as v_i changes. Few small
+    # calls, since on a GPU the time is that of starting them.
+    dots = ratios.mT.gather(1, orders)
+    if orders.shape[1] >= len(gramian):  # somebody meets itself
+        own = torch.arange(len(gramian), device=orders.device)[:, None]
+        dots = dots.masked_fill(orders == own, torch.inf)
+    between = ratios[orders[:, :, None], orders[:, None]]
+    for m in range(orders.shape[1] - 1):
+        projections = dots[:, m, None].clamp(max=0)
+        dots[:, m + 1 :].addcmul_(projections, between[:, m + 1 :, m], value=-1)
+    identity = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
+    return 1 - (dots.clamp_(max=0)[..., None] * identity[orders]).sum((0, 1))
 
 
 class PCGrad(GradientBalancer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,9 +48,8 @@ class Vmap(Engine):
             with _Replaced(batch.shared, values):
                 return batch.evaluate(of_task)
 
-        # The fused attention of CPUs has no batching rule: vmap would run it task by task.
-        fused = batch.shared[0].device.type != "cpu"
-        with nullcontext() if fused else sdpa_kernel(SDPBackend.MATH):
+        # Fused attention has no batching rule on CPUs, and on GPUs refuses what vmap gives it.
+        with sdpa_kernel(SDPBackend.MATH):
             values = torch.vmap(losses_of_task, randomness="different")(leaves, picks)
         loss = (values * weights.to(values.dtype)).sum() * batch.loss_scale
         inputs = [*leaves, *batch.shared]
