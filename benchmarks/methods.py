@@ -185,11 +185,10 @@ def memories(cell: Cell, names: Sequence[str]) -> dict[str, float]:
 def cells(every: bool) -> list[tuple[Cell, int, bool]]:
     """What is measured: cell, rounds, whether its memory is."""
     if torch.cuda.is_available():
-        small, networks = "DiT-S/2", ["DiT-B/2", "LDM FFHQ", "ADM light, 256 px"]
-        cells = [(small, batch, compiled) for batch in (256, 50) for compiled in (False, True)]
-        for compiled in (False, True):
-            cells += [(network, batch, compiled) for batch in (50, 256) for network in networks]
-        return [(Cell(n, b, "cuda", bf16=True, compiled=c), 20, True) for n, b, c in cells]
+        dits = [("DiT-S/2", 256), ("DiT-B/2", 256), ("DiT-S/2", 50), ("DiT-B/2", 50)]
+        unets = [(name, batch) for batch in (50, 256) for name in ("LDM FFHQ", "ADM light, 256 px")]
+        grid = [(*each, compiled) for compiled in (False, True) for each in (*dits, *unets)]
+        return [(Cell(n, b, "cuda", bf16=True, compiled=c), 20, True) for n, b, c in grid]
     quick = [("0.3M/16", 100, False), ("3M/16", 30, False), ("3M/64", 16, True)]
     if not every:
         return [(Cell(name, 40), rounds, memory) for name, rounds, memory in quick]
@@ -261,34 +260,31 @@ def main() -> None:
     )
     steps: list[Row] = []
     memory: list[Row] = []
-    measured: dict[Cell, dict[str, float]] = {}
+    lines: list[str] = []
     origin = {"machine": machine(), "commit": commit(), "threads": args.threads}
     result = {**origin, "small": small, "steps": steps, "memory": memory}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    for cell, rounds, _ in chosen:
+    for cell, rounds, with_memory in chosen:
         if time.monotonic() - start > 60 * args.minutes:
             break
+        found: dict[str, float] = {}
         for row in speeds(cell, names, args.rounds or rounds):
-            measured[cell] = row.pop("memory")
+            found = row.pop("memory")
             steps.append(row)
             print(speed_line(row), flush=True)
-        args.output.write_text(json.dumps(result, indent=1))
-    if not args.no_memory:
-        print(
-            "\n| network | batch | method | peak MiB | relative to vanilla | above vanilla, in "
-            "k p 4 bytes | asked, at most |\n|---|---|---|---|---|---|---|",
-            flush=True,
-        )
-        for cell, _, wanted in chosen:
-            if not wanted or cell not in measured:
-                continue
-            found = measured[cell] if cell.device != "cpu" else memories(cell, names)
+        if with_memory and not args.no_memory:
+            found = found if cell.device != "cpu" else memories(cell, names)
             parameters = sum(p.numel() for p in cell.build().parameters() if p.requires_grad)
             for row, line in memory_lines(cell, found, parameters):
                 memory.append(row)
-                print(line, flush=True)
-            args.output.write_text(json.dumps(result, indent=1))
+                lines.append(line)
+        args.output.write_text(json.dumps(result, indent=1))
+    print(
+        "\n| network | batch | method | peak MiB | relative to vanilla | above vanilla, in "
+        "k p 4 bytes | asked, at most |\n|---|---|---|---|---|---|---|"
+    )
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,8 @@ class Stepper:
         self.name, self.cell = name, cell
         self.model = model if model is not None else cell.build()
         self.balancer = METHODS.get(name, METHODS["pcgrad"])()
+        if self.balancer is not None:
+            self.balancer.to(cell.device)
         self.engine = ENGINES.get(name, Loop if cell.compiled else Auto)()
         self.shared = [p for p in self.model.parameters() if p.requires_grad]
         own = list(self.balancer.parameters()) if self.balancer else []
@@ -132,7 +134,7 @@ class Stepper:
         self.autogram = Autogram(self.model, batch_dim=0) if name == TORCHJD[0] else None
         self.rows: DenseTaskGradients | None = None
         with_rows = isinstance(self.balancer, GradientBalancer) and not self.foreign
-        if with_rows and name != "low_memory":
+        if with_rows and name not in {"low_memory", "nash"}:
             self.rows = DenseTaskGradients(K, self.shared, reduction=Reduction())
         model: Any = self.model
         learned = model.out_channels == 2 * model.in_channels

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 16  # columns whose dot products are made in float32 before they are added in float64
+_COMBINED = 1 << 20  # columns that are combined at a time
 
 
 class TaskGradients(ABC):
@@ -91,13 +92,13 @@ class DenseTaskGradients(TaskGradients):
             if ranks == 1
             else torch.zeros(num_tasks, length // ranks, dtype=dtype, device=device)
         )
-        self._combined = torch.zeros(length, dtype=dtype, device=device)
         self._views = [_views(row, self.parameters) for row in self._full]
-        self._combined_views = _views(self._combined, self.parameters)
         self._pending: list[Callable[[], None]] = [_nothing] * num_full
+        self._spent = False  # the first row was overwritten by a combination
 
     def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
         """Set row `task` to the sum of `gradients`, each one tensor a parameter, over all ranks."""
+        self._spent = False
         slot = task % len(self._full)
         self._pending[slot]()
         if not self._accumulate(slot, gradients):
@@ -111,6 +112,7 @@ class DenseTaskGradients(TaskGradients):
             tasks: Tasks that this rank has samples of, `m` of them.
             fill: Called once with a tensor `[m, *shape]` for each parameter, writes all of it.
         """
+        self._spent = False
         while len(self._full) < len(tasks):
             self._add_row()
         blocks, start = [], 0
@@ -169,13 +171,22 @@ class DenseTaskGradients(TaskGradients):
         return self.reduction.all_reduce_(dot_products(self._shards))
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
-        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`."""
+        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`.
+
+        It takes the place of the first whole row, which nothing needs any more: so this can be
+        called once after the rows were written.
+        """
+        assert not self._spent, "combine_ was called twice"
+        self._spent = True
         weights = (task_weights.to(self._shards.device) * scale).to(self._shards.dtype)
-        whole = self._combined if self.reduction.world_size == 1 else None
         with _full_precision(self._shards.device):
-            shard = torch.mv(self._shards.mT, weights, out=whole)
-        self.reduction.all_gather(self._combined, shard)
-        assign_gradients(self.parameters, self._combined_views)
+            if self.reduction.world_size == 1:
+                for part in self._shards.split(_COMBINED, dim=1):
+                    part[0].copy_(torch.mv(part.mT, weights))
+            else:
+                shard = torch.mv(self._shards.mT, weights)
+                self.reduction.all_gather(self._full[0], shard)
+        assign_gradients(self.parameters, self._views[0])
 
     def rows(self) -> Float[Tensor, "k p"]:
         """This rank's shard of every row: on one process the whole of them."""
@@ -210,7 +221,7 @@ class ShardedTaskGradients(DenseTaskGradients):
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write this rank's part of `scale * sum_i task_weights[i] g_i` into `.grad`."""
         super().combine_(task_weights, scale=scale)
-        assign_gradients(self._sharded, self._combined_views)
+        assign_gradients(self._sharded, self._views[0])
 
 
 def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reduction) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -16,32 +16,61 @@ __all__ = ["Groups"]
 
 
 class Groups:
-    """A batch that is sorted by group: group i has the samples `starts[i] .. starts[i + 1] - 1`.
+    """The groups of a batch, group i being the samples `starts[i] .. starts[i + 1] - 1`.
 
-    Groups of one size are summed in one call, others in one call each.
+    Groups of one size are summed in one call. Where few are longer than the shortest, the batch is
+    laid out anew, with as many samples of each as the shortest has first, and those that are over
+    behind them: one call for the former and one for the rest of each longer group.
+
+    Attributes:
+        sizes: Samples of each group.
+        first: Samples of the first group that are laid out first.
+        order: Where each sample of the layout was, `[b]`.
     """
 
     def __init__(self, starts: Sequence[int]) -> None:
         self.sizes = [stop - start for start, stop in pairwise(starts)]
-        self._size = self.sizes[0] if len(set(self.sizes)) == 1 else None
+        spans = list(pairwise(starts))
+        shortest = min(self.sizes)
+        num_calls = 1 + sum(size > shortest for size in self.sizes)
+        self._even = shortest if num_calls < len(self.sizes) else 0  # of each group in one call
+        self.first = self._even or self.sizes[0]
+        rests = [(group, start + self._even, stop) for group, (start, stop) in enumerate(spans)]
+        rests = [rest for rest in rests if rest[1] < rest[2]]
+        pieces = [torch.arange(start, start + self._even) for start, _ in spans]
+        pieces += [torch.arange(start, stop) for _, start, stop in rests]
+        self.order = torch.cat(pieces)
+        self._of_samples = torch.repeat_interleave(torch.tensor(self.sizes))[self.order]
+        self._rests: list[tuple[int, slice]] = []
+        place = self._even * len(self)
+        for group, start, stop in rests:
+            self._rests.append((group, slice(place, place + stop - start)))
+            place += stop - start
 
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def split(self, values: Tensor) -> tuple[Tensor, ...]:
-        """The samples of each group."""
-        return torch.split(values, self.sizes)
-
     def of_samples(self, device: torch.device) -> Tensor:
         """The group of each sample, `[b]`."""
-        sizes = torch.tensor(self.sizes)
-        return torch.arange(len(sizes)).repeat_interleave(sizes).to(device, non_blocking=True)
+        return self._of_samples.to(device, non_blocking=True)
 
-    def sums(self, values: Tensor) -> Tensor:
-        """Sums of `values [b, ...]` over the samples of each group, `[m, ...]`."""
-        if self._size is not None:
-            return torch.unflatten(values, 0, (len(self), self._size)).sum(1)
-        return torch.stack([part.sum(0) for part in self.split(values)])
+    def pieces(self) -> Iterator[tuple[int, slice]]:
+        """Groups and where their samples are, one group after another or in two pieces."""
+        for group in range(len(self) if self._even else 0):
+            yield group, slice(group * self._even, (group + 1) * self._even)
+        yield from self._rests
+
+    def sums(self, values: Tensor, dims: tuple[int, ...] = ()) -> Tensor:
+        """Sums of `values [b, ...]` over `dims` and the samples of each group, `[m, ...]`."""
+        if self._even:
+            even = values[: self._even * len(self)].unflatten(0, (len(self), self._even))
+            total: Tensor = even.sum((1, *(dim + 1 for dim in dims)))
+        else:
+            shape = [size for dim, size in enumerate(values.shape) if dim not in dims]
+            total = values.new_zeros(len(self), *shape[1:])
+        for group, rest in self._rests:
+            total[group].add_(values[rest].sum((0, *dims)))
+        return total
 
     def products(self, left: Tensor, right: Tensor, *, out: Tensor | None) -> Tensor:
         """`P[g] = sum_s left[s]^T right[s]` over the samples s of group g, `[m, o, i]`.
@@ -51,13 +80,20 @@ class Groups:
             right: `[b, n, i]`.
             out: `[m, o, i]`, written to if given.
         """
-        if self._size is not None:
-            rows = (len(self), self._size * left.shape[1])
-            left = left.reshape(*rows, left.shape[2])
-            right = right.reshape(*rows, right.shape[2])
-            return torch.bmm(left.mT, right, out=out)
-        if out is None:
+        if self._even:
+            count, rows = self._even * len(self), (len(self), self._even * left.shape[1])
+            a = left[:count].reshape(*rows, left.shape[2])
+            b = right[:count].reshape(*rows, right.shape[2])
+            out = torch.bmm(a.mT, b, out=out)
+        elif out is None:
             out = left.new_empty(len(self), left.shape[2], right.shape[2])
-        for one, a, b in zip(out, self.split(left), self.split(right), strict=True):
-            torch.mm(a.flatten(0, 1).T, b.flatten(0, 1), out=one)
+        for group, rest in self._rests:
+            a, b = left[rest].flatten(0, 1).T, right[rest].flatten(0, 1)
+            if self._even:
+                out[group].addmm_(a, b)
+            else:
+                torch.mm(a, b, out=out[group])
+        if not self._even:
+            for group in (group for group, size in enumerate(self.sizes) if not size):
+                out[group].zero_()
         return out

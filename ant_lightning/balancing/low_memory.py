@@ -52,13 +52,13 @@ class LowMemory(Engine):
             ConfigError: If the batch is to be computed in parts.
         """
         check_whole(batch, "LowMemory")
-        losses = TappedLosses(batch)
         groups = Groups(batch.starts)
+        losses = TappedLosses(batch, groups)
         present = [batch.starts[task] for task in batch.present]
         self._one_pass.prove(losses, Groups([*present, len(batch)]))
         adder = _GramianAdder(losses, groups)
         losses.backward(losses.mean_weights(), adder, retain_graph=True)
-        batch.record(batch.order, losses.values)
+        batch.record(losses.rows, losses.values)
         return _StreamedTaskGradients(losses, adder.gramian)
 
 
@@ -135,7 +135,7 @@ class _StreamedTaskGradients(TaskGradients):
         ]
         writer = BlockWriter(batch.shared, blocks, Groups([0, len(batch)]))
         weights = task_weights.to(batch.num_samples) / batch.num_samples.clamp(min=1)
-        losses.backward(batch.per_sample(weights, batch.order), writer)
+        losses.backward(batch.per_sample(weights, losses.rows), writer)
         writer.finish()
         if isinstance(scale, torch.Tensor) or scale != batch.loss_scale:
             torch._foreach_mul_(blocks, scale / batch.loss_scale)

@@ -26,13 +26,23 @@ _MOST_PROOFS = 10
 
 
 class TappedLosses:
-    """The losses of a batch, sorted by task, of a network whose layers are tapped."""
+    """The losses of a batch in the layout of its groups, of a network whose layers are tapped.
 
-    def __init__(self, batch: TaskBatch) -> None:
+    Args:
+        batch: The samples.
+        groups: Of the batch sorted by task.
+
+    Attributes:
+        rows: The samples in the layout, `[b]`.
+        values: Their losses, `[b]`.
+    """
+
+    def __init__(self, batch: TaskBatch, groups: Groups) -> None:
         self.batch = batch
         self.taps = Taps(batch.shared, len(batch))
+        self.rows = batch.order[groups.order.to(batch.order.device)]
         with self.taps:
-            self.values = batch.evaluate(batch.order)
+            self.values = batch.evaluate(self.rows)
 
     def backward(
         self,
@@ -71,7 +81,7 @@ class TappedLosses:
     def mean_weights(self) -> Tensor:
         """Weights with which the losses of each task add up to their mean, over all ranks."""
         batch = self.batch
-        return batch.per_sample(1 / batch.num_samples.clamp(min=1), batch.order)
+        return batch.per_sample(1 / batch.num_samples.clamp(min=1), self.rows)
 
 
 class BlockWriter:
@@ -141,9 +151,9 @@ class OnePass(Engine):
             ConfigError: If the batch is to be computed in parts.
         """
         check_whole(batch, "OnePass")
-        losses = TappedLosses(batch)
         present = batch.present
         groups = Groups([*(batch.starts[task] for task in present), len(batch)])
+        losses = TappedLosses(batch, groups)
         self.prove(losses, groups)
         gradients = rows or new_rows(batch)
 
@@ -155,7 +165,7 @@ class OnePass(Engine):
                 torch._foreach_div_(blocks, batch.loss_scale)
 
         gradients.write_together(present, fill)
-        batch.record(batch.order, losses.values)
+        batch.record(losses.rows, losses.values)
         return gradients
 
     def prove(self, losses: TappedLosses, groups: Groups) -> None:
@@ -169,7 +179,7 @@ class OnePass(Engine):
         if self._proven.issuperset(losses.taps.num_uses):
             return
         self._num_proofs += 1
-        first = groups.sizes[0]
+        first = groups.first
         mixed = []
 
         def watch(layer: Layer, inputs: Tensor, grad: Tensor) -> None:

@@ -47,6 +47,7 @@ class PlacedTaskGradients(DenseTaskGradients):
 
     def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
         """Set this rank's part of row `task`; without samples of it there is none."""
+        self._spent = False
         if self._exchanged:
             self._slots.clear()
             self._exchanged = False

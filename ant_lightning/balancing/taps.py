@@ -46,7 +46,7 @@ class Layer:
 
     def bias_gradients(self, grad: Tensor, groups: Groups) -> Tensor:
         """One gradient of the bias for each group, `[m, ...]`."""
-        return groups.sums(grad.sum(self.sum_dims) if self.sum_dims else grad)
+        return groups.sums(grad, self.sum_dims)
 
 
 class Taps(TorchFunctionMode):
@@ -193,11 +193,13 @@ def _convolution(ndim: int) -> Callable[..., Tensor]:
 
         def weight_gradients(x: Tensor, grad: Tensor, split: Groups, out: Tensor | None) -> Tensor:
             shape = [grad.shape[1], *weight.shape[1:]]
-            each = [
-                gradient(part, shape, of_part, *settings) if len(part) else grad.new_zeros(shape)
-                for part, of_part in zip(split.split(x), split.split(grad), strict=True)
-            ]
-            return torch.stack(each)
+            found: dict[int, Tensor] = {}
+            for group, piece in split.pieces():
+                part = gradient(x[piece], shape, grad[piece], *settings)
+                found[group] = found[group] + part if group in found else part
+            for group in set(range(len(split))).difference(found):
+                found[group] = grad.new_zeros(shape)
+            return torch.stack([found[group] for group in range(len(split))])
 
         output = convolve(input, weight.detach(), _constant(bias), *settings)
         space = tuple(range(2, ndim + 2))
@@ -253,7 +255,7 @@ def _layer_norm(
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
         products = grad * F.layer_norm(x.to(grad.dtype), normalized_shape, eps=eps)
-        return groups.sums(products.sum(middle) if middle else products)
+        return groups.sums(products, middle)
 
     output = F.layer_norm(input, normalized_shape, _constant(weight), _constant(bias), eps)
     return taps.tap(output, input, Layer(known, taps.parameter(bias), weight_gradients, middle))
@@ -274,7 +276,7 @@ def _group_norm(
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
         products = grad * F.group_norm(x.to(grad.dtype), num_groups, eps=eps)
-        return groups.sums(products.sum(space) if space else products)
+        return groups.sums(products, space)
 
     output = F.group_norm(input, num_groups, _constant(weight), _constant(bias), eps)
     return taps.tap(output, input, Layer(known, taps.parameter(bias), weight_gradients, space))

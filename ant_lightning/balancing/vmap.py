@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -89,7 +90,21 @@ class _Replaced(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         get = self._values.get
         args = tuple(get(id(a), a) for a in args)
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
         return func(*args, **{name: get(id(a), a) for name, a in (kwargs or {}).items()})
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any) -> Tensor:
+    """Attention in the dtype that autocast wants; inside, its softmax must not be cast again."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (
+            x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value)
+        )
+    with torch.autocast(device, enabled=False):
+        return F.scaled_dot_product_attention(query, key, value, *args, **settings)
 
 
 def note(sink: Tensor, rows: Tensor, values: Tensor) -> None:

@@ -101,12 +101,17 @@ def test_float16_backs_off_by_itself_from_an_overflow(tmp_path):
     assert trainer.lightning_module.last_report.finite
 
 
-def problem(kind, b=25):
+def problem(kind, b=26, hidden_size=64):
     """Losses of a network with random weights, and the tasks of its batch."""
     torch.manual_seed(0)
     if kind == "dit":
         network = DiT(
-            input_size=8, in_channels=4, hidden_size=64, depth=2, num_heads=2, num_classes=0
+            input_size=8,
+            in_channels=4,
+            hidden_size=hidden_size,
+            depth=2,
+            num_heads=2,
+            num_classes=0,
         )
     else:
         network = UNet(
@@ -151,8 +156,8 @@ def test_engines_give_the_gradient_of_the_loop(engine, kind, dtype):
     assert error < (1e-4 if dtype == torch.float32 else 0.05)
 
 
-def test_pcgrad_needs_no_more_than_its_rows_and_low_memory_less_than_one():
-    network, losses, tasks = problem("dit", b=500)
+def test_pcgrad_needs_its_rows_at_most_and_low_memory_none_of_them():
+    network, losses, tasks = problem("dit", hidden_size=512)
     parameters = [p for p in network.parameters() if p.requires_grad]
     row = 4 * sum(p.numel() for p in parameters)
 
@@ -168,7 +173,7 @@ def test_pcgrad_needs_no_more_than_its_rows_and_low_memory_less_than_one():
     peak(None)  # the work space of the kernels
     vanilla = peak(None)
     assert peak(PCGrad(5), Loop()) < vanilla + 5 * row
-    assert peak(PCGrad(5), LowMemory()) < vanilla + row
+    assert peak(PCGrad(5), LowMemory()) + 3 * row < peak(PCGrad(5), OnePass())
 
 
 def test_a_compiled_network_is_compiled_for_one_size_and_then_for_all(tmp_path):

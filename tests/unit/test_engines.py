@@ -30,6 +30,7 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.modules.row_buffers import engine_and_rows
 
 EQUAL = torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0])
+NEARLY = torch.tensor([2, 1, 0, 1, 3, 0, 2, 3, 1])  # one task has one more
 UNEQUAL = torch.tensor([0, 1, 1, 4, 4, 0, 4, 1, 3, 1, 0])  # and nobody is of task 2
 ENGINES = [OnePass, LowMemory, Vmap, Auto]
 
@@ -128,7 +129,9 @@ def assert_same(found, expected, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("tasks", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+@pytest.mark.parametrize(
+    "tasks", [EQUAL, NEARLY, UNEQUAL], ids=["equal", "nearly equal", "unequal"]
+)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_engines_give_the_numbers_of_the_loop(network, tasks, engine):
     problem = Problem(NETWORKS[network], tasks)

@@ -86,5 +86,5 @@ def test_balancers_wait_for_a_gpu_at_most_once(name):
             balancer(gramian)
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    waits = [str(each.message) for each in said if "synchroniz" in str(each.message)]
+    waits = [str(each.message) for each in said if "called a synchronizing" in str(each.message)]
     assert len(waits) <= MOST[name], waits
