@@ -186,8 +186,11 @@ def cells(every: bool) -> list[tuple[Cell, int, bool]]:
     """What is measured: cell, rounds, whether its memory is."""
     if torch.cuda.is_available():
         dits = [("DiT-S/2", 256), ("DiT-B/2", 256), ("DiT-S/2", 50), ("DiT-B/2", 50)]
-        unets = [(name, batch) for batch in (50, 256) for name in ("LDM FFHQ", "ADM light, 256 px")]
-        grid = [(*each, compiled) for compiled in (False, True) for each in (*dits, *unets)]
+        unets = [("LDM FFHQ", 50), ("ADM light, 256 px", 50)]
+        large = [(name, 256) for name, _ in unets]
+        grid = [
+            (*each, c) for part in ((*dits, *unets), large) for c in (False, True) for each in part
+        ]
         return [(Cell(n, b, "cuda", bf16=True, compiled=c), 20, True) for n, b, c in grid]
     quick = [("0.3M/16", 100, False), ("3M/16", 30, False), ("3M/64", 16, True)]
     if not every:
