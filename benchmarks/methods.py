@@ -87,7 +87,8 @@ def asked_speed(cell: Cell, name: str) -> float | None:
 
 def speeds(cell: Cell, names: Sequence[str], rounds: int) -> Iterator[Row]:
     """Each method's speed relative to vanilla: above 1 is faster."""
-    steppers, failed, memory = _steppers(cell, ["vanilla", *names])
+    warm_ups = 3 if rounds >= 10 or cell.device != "cpu" else 1
+    steppers, failed, memory = _steppers(cell, ["vanilla", *names], warm_ups)
     if "vanilla" in failed:
         names = ["vanilla"]
     order = [] if "vanilla" in failed else list(steppers)
@@ -120,9 +121,9 @@ def speeds(cell: Cell, names: Sequence[str], rounds: int) -> Iterator[Row]:
 
 
 def _steppers(
-    cell: Cell, names: Sequence[str]
+    cell: Cell, names: Sequence[str], warm_ups: int
 ) -> tuple[dict[str, Stepper], dict[str, str], dict[str, float]]:
-    """Each method after three steps; why others cannot be; on a GPU the MiB that each needs."""
+    """Each method after some steps; why others cannot be; on a GPU the MiB that each needs."""
     on_gpu = cell.device != "cpu"
     steppers, failed, memory = {}, {}, {}
     shared = cell.build() if on_gpu else None
@@ -138,7 +139,7 @@ def _steppers(
         try:
             # The hooks of autogram stay on its network.
             stepper = Stepper(name, cell, None if name == TORCHJD[0] else shared)
-            for _ in range(3):
+            for _ in range(warm_ups):
                 stepper.step()
             steppers[name] = stepper
         except (RuntimeError, NotImplementedError) as error:
