@@ -24,8 +24,8 @@ __all__ = ["Auto", "multiplications"]
 
 # Multiplications of a forward pass over one task, in all and for each parameter, from which on the
 # loop's calls and its copies of rows take no more than some percent of its time: measured on a CPU
-# (the copies: 3% at 330). On an H200 the loop has 0.81 of the speed of vanilla training at 1.1e12 in
-# all, for its calls, and one pass 0.95. What a GPU needs for each parameter is an estimate.
+# (the copies: 3% at 330). On an H200 the loop has 0.81 of the speed of vanilla training at 1.1e12
+# in all, for its calls, and one pass 0.95. What a GPU needs for each parameter is an estimate.
 _CPU = (1e9, 256)
 _OTHERS = (1e13, 8192)
 
