@@ -143,16 +143,22 @@ def multitask_backward(
     weights, per_sample = _weights(balancer, batch, scaled_priors, log_snr, reduction)
     grad_norm = _weighted_backward(batch, per_sample)
     task_losses = batch.mean_losses()
-    finite = batch.is_finite(grad_norm)
     objective = None
-    if finite and isinstance(balancer, LossBalancer):
+    # Before the host waits for the losses: a GPU does this behind what it still has to do.
+    if isinstance(balancer, LossBalancer):
         objective = _balancer_gradients(balancer, task_losses, scaled_priors, loss_scale)
-    elif finite and isinstance(balancer, SampleBalancer):
-        balancer.kept_weights = weights
+    elif isinstance(balancer, SampleBalancer):
         levels = _checked_levels(log_snr, batch)
         shown = batch.values * scaled_priors[batch.tasks]
         objective = _sample_gradients(balancer, shown, levels, batch, reduction, loss_scale)
-    elif finite and isinstance(balancer, GradientBalancer):
+    finite = batch.is_finite(grad_norm)
+    if not finite:
+        objective = None
+        for p in balancer.parameters() if balancer else ():
+            p.grad = None
+    elif isinstance(balancer, SampleBalancer):
+        balancer.kept_weights = weights
+    elif isinstance(balancer, GradientBalancer):
         balancer.count_step()
     return _report(finite, shared, task_losses, weights, batch, grad_norm, None, objective)
 

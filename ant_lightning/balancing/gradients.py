@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 16  # columns whose dot products are made in float32 before they are added in float64
-_COMBINED = 1 << 20  # columns that are combined at a time
+_COMBINED_ON_CPU, _COMBINED = 1 << 20, 1 << 24  # columns that are combined at a time
 
 
 class TaskGradients(ABC):
@@ -181,7 +181,8 @@ class DenseTaskGradients(TaskGradients):
         weights = (task_weights.to(self._shards.device) * scale).to(self._shards.dtype)
         with _full_precision(self._shards.device):
             if self.reduction.world_size == 1:
-                for part in self._shards.split(_COMBINED, dim=1):
+                on_cpu = self._shards.device.type == "cpu"
+                for part in self._shards.split(_COMBINED_ON_CPU if on_cpu else _COMBINED, dim=1):
                     part[0].copy_(torch.mv(part.mT, weights))
             else:
                 shard = torch.mv(self._shards.mT, weights)
