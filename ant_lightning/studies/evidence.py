@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,7 +200,8 @@ def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, t
     measured = EvidenceRows.of(rows)
     groups = sorted({name.rpartition("/seed")[0] for name in measured.runs}, key=_place)
     settings = [g for g in groups if not g.startswith(("width/", "min_loss/"))]
-    some = next(iter(rows.values()))
+    machines = Counter(row["machine"] for row in rows.values())
+    where = "; ".join(f"{name} ({count} cells)" for name, count in machines.most_common())
     hours = sum(sum(row["seconds"]) for row in rows.values()) / 3600
     commits = ", ".join(sorted({row["commit"] for row in rows.values()}))
     steps = {row["excess"][-1]["step"] for row in measured.runs.values()}
@@ -207,7 +209,7 @@ def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, t
         "## The evidence",
         "",
         f"`make evidence`: {len(rows)} of {total} cells finished, {hours:.1f} core-hours, on "
-        f"{some['machine']}; commits {commits}; "
+        f"{where}; commits {commits}; "
         f"{', '.join(map(str, sorted(steps)))} steps. Excess risk is the distance to the exact "
         "denoiser (see `ExcessRisk`), the same images and noise for all; seeds are paired; the "
         "learning rate of every method was tuned on a seed of its own. Intervals are 95%; ** "
