@@ -126,6 +126,8 @@ def multitask_backward(
     scaled_priors = _scaled_priors(priors, batch)
 
     if isinstance(balancer, GradientBalancer) and balancer.refresh_due:
+        for p in shared:  # it may be a part of the last rows, which need not wait for the next
+            p.grad = None
         found = (engine or Loop()).task_gradients(batch, gradients)
         gramian = found.gramian()
         task_losses = batch.mean_losses()

@@ -75,6 +75,9 @@ class LossBalancer(Balancer):
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
         """The objective, computed in float32 at least.
 
+        It is called before it is known whether the losses are finite: it must not change the
+        balancer's state.
+
         Args:
             task_losses: Mean loss of each task, `[k]`.
         """
@@ -108,7 +111,10 @@ class SampleBalancer(Balancer):
     def forward(
         self, losses: Float[Tensor, " b"], log_snr: Float[Tensor, " b"]
     ) -> Float[Tensor, " b"]:
-        """The objective's term of each sample, of its loss and its log-SNR, `[b]`."""
+        """The objective's term of each sample, of its loss and its log-SNR, `[b]`.
+
+        Called before it is known whether the losses are finite: it must not change the state.
+        """
 
     @abstractmethod
     def sample_weights(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:

@@ -43,7 +43,10 @@ class TaskGradients(ABC):
 
     @abstractmethod
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
-        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`."""
+        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`.
+
+        To be called once, and last: it may take the place of what it combines.
+        """
 
     def release(self) -> None:
         """Let go of what only `combine_` needed, once it was called or will not be."""
@@ -113,8 +116,7 @@ class DenseTaskGradients(TaskGradients):
             fill: Called once with a tensor `[m, *shape]` for each parameter, writes all of it.
         """
         self._spent = False
-        while len(self._full) < len(tasks):
-            self._add_row()
+        self._grow(len(tasks))
         blocks, start = [], 0
         for p in self.parameters:
             part = self._full[: len(tasks), start : start + p.numel()]
@@ -154,10 +156,14 @@ class DenseTaskGradients(TaskGradients):
             empty = False
         return not empty
 
-    def _add_row(self) -> None:
-        """One whole row more."""
-        self._full = torch.cat([self._full, torch.zeros_like(self._full[:1])])
-        self._pending.append(_nothing)
+    def _grow(self, num_full: int) -> None:
+        """Have as many whole rows at least."""
+        missing = num_full - len(self._full)
+        if missing <= 0:
+            return
+        new = self._full.new_zeros(missing, self._full.shape[1])
+        self._full = torch.cat([self._full, new])
+        self._pending += [_nothing] * missing
         self._views = [_views(row, self.parameters) for row in self._full]
 
     def _finish(self) -> None:
@@ -166,7 +172,8 @@ class DenseTaskGradients(TaskGradients):
             wait()
 
     def gramian(self) -> Float[Tensor, "k k"]:
-        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
+        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks; before `combine_`."""
+        assert not self._spent, "gramian was called after combine_"
         self._finish()
         return self.reduction.all_reduce_(dot_products(self._shards))
 
@@ -190,7 +197,8 @@ class DenseTaskGradients(TaskGradients):
         assign_gradients(self.parameters, self._views[0])
 
     def rows(self) -> Float[Tensor, "k p"]:
-        """This rank's shard of every row: on one process the whole of them."""
+        """This rank's shard of every row: on one process the whole of them. Before `combine_`."""
+        assert not self._spent, "rows was called after combine_"
         self._finish()
         return self._shards
 

@@ -24,7 +24,6 @@ class Groups:
 
     Attributes:
         sizes: Samples of each group.
-        first: Samples of the first group that are laid out first.
         order: Where each sample of the layout was, `[b]`.
     """
 
@@ -32,9 +31,9 @@ class Groups:
         self.sizes = [stop - start for start, stop in pairwise(starts)]
         spans = list(pairwise(starts))
         shortest = min(self.sizes)
-        num_calls = 1 + sum(size > shortest for size in self.sizes)
-        self._even = shortest if num_calls < len(self.sizes) else 0  # of each group in one call
-        self.first = self._even or self.sizes[0]
+        num_longer = sum(size > shortest for size in self.sizes)
+        shared = 2 * num_longer <= len(self.sizes) and len(self.sizes) > 1
+        self._even = shortest if shared else 0  # of each group in one call
         rests = [(group, start + self._even, stop) for group, (start, stop) in enumerate(spans)]
         rests = [rest for rest in rests if rest[1] < rest[2]]
         pieces = [torch.arange(start, start + self._even) for start, _ in spans]

@@ -54,8 +54,7 @@ class LowMemory(Engine):
         check_whole(batch, "LowMemory")
         groups = Groups(batch.starts)
         losses = TappedLosses(batch, groups)
-        present = [batch.starts[task] for task in batch.present]
-        self._one_pass.prove(losses, Groups([*present, len(batch)]))
+        self._one_pass.prove(losses, groups)
         adder = _GramianAdder(losses, groups)
         losses.backward(losses.mean_weights(), adder, retain_graph=True)
         batch.record(losses.rows, losses.values)

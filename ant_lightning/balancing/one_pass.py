@@ -174,23 +174,22 @@ class OnePass(Engine):
         Raises:
             UnsupportedError: If one does.
         """
-        if len(groups) < 2 or self._num_proofs >= _MOST_PROOFS:
+        if max(groups.sizes) == sum(groups.sizes) or self._num_proofs >= _MOST_PROOFS:
             return
         if self._proven.issuperset(losses.taps.num_uses):
             return
         self._num_proofs += 1
-        first = groups.first
+        group_of = groups.of_samples(losses.values.device)
+        own = group_of == group_of[0]
         mixed = []
 
         def watch(layer: Layer, inputs: Tensor, grad: Tensor) -> None:
-            others = grad[first:]
-            mixed.append(((others != 0) & others.isfinite()).any())
-            if bool((grad[:first] != 0).any()):
+            reached = ((grad != 0) & grad.isfinite()).reshape(len(grad), -1).any(1)
+            mixed.append((reached & ~own).any())
+            if bool((reached & own).any()):
                 self._proven.update(id(p) for p in (layer.weight, layer.bias) if p is not None)
 
-        weights = torch.zeros_like(losses.values.detach())
-        weights[:first] = 1
-        losses.backward(weights, watch, retain_graph=True)
+        losses.backward(own.to(losses.values.dtype), watch, retain_graph=True)
         if bool(torch.stack(mixed).any()):
             raise UnsupportedError(
                 "engine: one pass needs layers whose first dimension is the batch and that do not "

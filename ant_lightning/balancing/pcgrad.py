@@ -27,8 +27,9 @@ def pcgrad_weights(
 
     Args:
         gramian: `G[i, j] = g_i . g_j`, `[k, k]`, floating point.
-        orders: Row i lists whom task i meets, `[k, m]`. Itself may be on the list and is passed
-            over (the official code projects on it); a zero gradient is never projected on.
+        orders: Row i lists whom task i meets, `[k, m]`. With `m >= k` itself may be on the list
+            and is passed over (the official code projects on it); a zero gradient is never
+            projected on.
 
     Returns:
         `w_j = sum_i C[i, j]`, `[k]`: 1 each without conflict, never less.

@@ -55,8 +55,7 @@ class PlacedTaskGradients(DenseTaskGradients):
         if first is None:
             return
         slot = self._slots[task] = len(self._slots)
-        if slot == len(self._full):
-            self._add_row()
+        self._grow(slot + 1)
         self._accumulate(slot, chain([first], gradients))
 
     def _spread(self, tasks: Sequence[int]) -> None:

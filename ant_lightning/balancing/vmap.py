@@ -90,21 +90,26 @@ class _Replaced(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         get = self._values.get
         args = tuple(get(id(a), a) for a in args)
+        kwargs = {name: get(id(a), a) for name, a in (kwargs or {}).items()}
         if func is F.scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **{name: get(id(a), a) for name, a in (kwargs or {}).items()})
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **settings: Any) -> Tensor:
+def _attention(*args: Any, **settings: Any) -> Tensor:
     """Attention in the dtype that autocast wants; inside, its softmax must not be cast again."""
+    query: Tensor = args[0] if args else settings["query"]
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = (
-            x.to(dtype) if x.dtype == torch.float32 else x for x in (query, key, value)
-        )
+    cast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def in_dtype(value: Any) -> Any:  # noqa: ANN401
+        single = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+        return value.to(dtype) if cast and single else value
+
     with torch.autocast(device, enabled=False):
-        return F.scaled_dot_product_attention(query, key, value, *args, **settings)
+        return F.scaled_dot_product_attention(
+            *map(in_dtype, args), **{name: in_dtype(value) for name, value in settings.items()}
+        )
 
 
 def note(sink: Tensor, rows: Tensor, values: Tensor) -> None:

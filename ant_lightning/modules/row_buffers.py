@@ -39,9 +39,9 @@ _ENGINES: dict[str, type[Engine]] = {
 def engine_and_rows(module: MultiTaskDiffusion) -> tuple[Engine, DenseTaskGradients | None]:
     """A new engine, and new buffers for the ranks and the device of this run if it needs any.
 
-    `auto` is the loop for a compiled network, which no other engine can look into. Buffers that are
-    not needed in every step are made when they are, so that they are not held beside the
-    activations of ordinary steps.
+    `auto` is the loop for a compiled network, which no other engine can look into. But for the
+    placement `sorted`, buffers that are not needed in every step are made when they are, so that
+    they are not held beside the activations of ordinary steps.
     """
     name = module.engine
     if name == "auto" and any(_is_compiled(m) for m in module.backbone.modules()):

@@ -23,8 +23,10 @@ from ant_lightning.balancing import (
     Vmap,
     auto,
     multitask_backward,
+    task_gradients,
 )
 from ant_lightning.balancing.batch import TaskBatch
+from ant_lightning.balancing.groups import Groups
 from ant_lightning.data import DigitsData
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.row_buffers import engine_and_rows
@@ -413,6 +415,80 @@ def test_auto_is_the_loop_for_a_compiled_network():
     model = tiny_digits.module(balancer=PCGrad(3))
     model.backbone = torch.compile(model.backbone, backend="eager")
     assert type(engine_and_rows(model)[0]) is Loop
+
+
+@pytest.mark.parametrize(
+    "sizes", [[2, 3, 2, 2], [2, 2], [3, 0, 2, 2], [1, 5, 5, 5], [4], [2, 4, 2, 3]]
+)
+def test_sums_of_groups_are_those_of_their_samples(sizes):
+    starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    groups = Groups(starts)
+    given = torch.repeat_interleave(torch.tensor(sizes))
+    assert torch.equal(groups.order.sort().values, torch.arange(sum(sizes)))
+    assert torch.equal(groups.of_samples(torch.device("cpu")), given[groups.order])
+    left, right = torch.randn(2, sum(sizes), 3, 4, dtype=torch.float64)
+    members = [left[given == group] for group in range(len(sizes))]
+    wanted = torch.stack([part.sum((0, 1)) for part in members])
+    torch.testing.assert_close(groups.sums(left[groups.order], (1,)), wanted)
+    products = [
+        part.flatten(0, 1).T @ right[given == group].flatten(0, 1)
+        for group, part in enumerate(members)
+    ]
+    for out in (None, torch.full((len(sizes), 4, 4), torch.nan, dtype=torch.float64)):
+        found = groups.products(left[groups.order], right[groups.order], out=out)
+        torch.testing.assert_close(found, torch.stack(products))
+        assert out is None or found.data_ptr() == out.data_ptr()
+    pieces = torch.zeros(len(sizes), 3, 4, dtype=torch.float64)
+    for group, piece in groups.pieces():
+        pieces[group] += left[groups.order][piece].sum(0)
+    torch.testing.assert_close(pieces.sum(1), wanted)
+
+
+def test_rows_of_the_last_step_are_gone_before_the_next_are_made():
+    problem = Problem(NETWORKS["dit"], EQUAL)
+    problem.run(Loop())
+    plain, left = problem.losses, []
+
+    def losses(rows):
+        left.extend(p for p in problem.network.parameters() if p.grad is not None)
+        return plain(rows)
+
+    problem.losses = losses
+    problem.run(Loop())
+    assert not left
+
+
+def test_a_combination_is_the_last_use_of_rows():
+    problem = Problem(NETWORKS["dit"], EQUAL)
+    rows = task_gradients(problem.losses, EQUAL, list(problem.network.parameters()), num_tasks=3)
+    assert rows.gramian().shape == (3, 3)
+    rows.combine_(torch.ones(3))
+    for use in (rows.gramian, rows.rows, lambda: rows.combine_(torch.ones(3))):
+        with pytest.raises(AssertionError, match="combine_"):
+            use()
+
+
+class Biased(nn.Module):
+    """Attention with a learned mask, given by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.mask = nn.Parameter(torch.zeros(8, 8))
+
+    def forward(self, x, timesteps, labels):
+        attend = nn.functional.scaled_dot_product_attention
+        return attend(x, x, x, attn_mask=self.mask)
+
+
+def test_vmap_reaches_a_parameter_that_attention_is_given_by_name():
+    problem = Problem(Biased, EQUAL)
+    assert_same(problem.run(Vmap()), problem.run(Loop()))
+
+
+@pytest.mark.parametrize(("every", "held"), [(1, True), (2, False)])
+def test_rows_are_held_where_every_step_needs_them(every, held):
+    model = tiny_digits.module(balancer=NashMTL(3, update_every=every), engine="loop")
+    assert (engine_and_rows(model)[1] is not None) == held
 
 
 @pytest.mark.parametrize("engine", ["one_pass", "vmap", "low_memory", "auto"])

@@ -175,11 +175,14 @@ def test_between_refreshes_the_last_weights_are_used_in_one_pass():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_number_leaves_no_gradient_and_an_untouched_balancer(balancer, bad):
     problem = Problem()
+    own = list(balancer.parameters()) if balancer else []
+    multitask_backward(problem.losses, problem.tasks, problem.parameters, balancer)
+    assert all(p.grad is not None for p in own)
     problem.x[4] = bad
     before = copy.deepcopy(balancer.state_dict()) if balancer else {}
     report = multitask_backward(problem.losses, problem.tasks, problem.parameters, balancer)
     assert not report.finite
-    assert all(p.grad is None for p in problem.parameters)
+    assert all(p.grad is None for p in [*problem.parameters, *own])
     after = balancer.state_dict() if balancer else {}
     assert str(before) == str(after)
     problem.x[4] = 0.0
