@@ -35,10 +35,10 @@ class Auto(Engine):
 
     The loop holds the activations of one task, a k-th of those of `OnePass`, and takes little
     longer once a pass over one task has 1e9 multiplications, and 256 for each parameter (1e13 and
-    8192 on a GPU, where its calls count for more: an estimate). They are counted before the first call, in a
-    forward pass over two samples, and are not those of attention. `OnePass` cannot work if the
-    network does not fit, which is found in the first steps and remembered, if parameters are
-    sharded or the batch is computed in parts.
+    8192 on a GPU, where its calls count for more: an estimate). They are counted before the first
+    call, in a forward pass over two samples, and are not those of attention. `OnePass` cannot work
+    if the network does not fit, which is found in the first steps and remembered, if parameters
+    are sharded or the batch is computed in parts.
 
     Attributes:
         used: The engine of the last call; before the first, the loop.

@@ -81,6 +81,10 @@ class EvidenceRows:
 
     def log_ratios(self, group: str, methods: tuple[str, str]) -> list[list[float]]:
         """Log of the ratio of the final excess risks, `[pairs][clusters]`."""
+        return self.log_ratios_of(self.paired(group, methods))
+
+    def log_ratios_of(self, pairs: Iterable[tuple[str, str]]) -> list[list[float]]:
+        """As `log_ratios`, of pairs of names of runs."""
         return [
             [
                 math.log(a / b)
@@ -89,7 +93,7 @@ class EvidenceRows:
                     strict=True,
                 )
             ]
-            for pair in self.paired(group, methods)
+            for pair in pairs
         ]
 
     def scores(self, name: str) -> dict[str, float]:
@@ -146,16 +150,39 @@ def score_table(rows: EvidenceRows, group: str) -> TextTable:
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             line.append(f"{statistics.mean(values):.4f}{spread}" if values else "")
         pairs = rows.paired(group, (method, "vanilla"))
-        gaps = [rows.scores(a)["fid"] - rows.scores(b)["fid"] for a, b in pairs]
-        if method == "vanilla" or len(gaps) < 2:
-            line.append("")
-        else:
-            d = paired_difference(gaps)
-            said = "" if d.detected else ", no detectable difference"
-            line.append(f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{said}")
+        line.append("" if method == "vanilla" else fid_gap(rows, pairs))
         body.append(line)
     heads = ["method", "seeds", "FID", "FID real against real", "KID"]
     return TextTable(f"Image quality, {group}", [*heads, "FID - vanilla, paired [95%]"], body)
+
+
+def fid_gap(rows: EvidenceRows, pairs: Sequence[tuple[str, str]]) -> str:
+    """Difference of FID over pairs of runs; nothing if there are fewer than two."""
+    if len(pairs) < 2:
+        return ""
+    d = paired_difference([rows.scores(a)["fid"] - rows.scores(b)["fid"] for a, b in pairs])
+    said = "" if d.detected else ", no detectable difference"
+    return f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{said}"
+
+
+def bound_table(rows: EvidenceRows, group: str) -> TextTable:
+    """UW with each `min_loss` against UW with the default and against vanilla, seeds paired."""
+    setting, body = group.removeprefix("min_loss/"), []
+    for level in sorted(rows.methods(group), key=float):
+        names = [f"{seed}/{level}" for seed in rows.seeds(group) if f"{seed}/{level}" in rows.runs]
+        fids = [rows.scores(name)["fid"] for name in names]
+        line = [level, str(len(names)), f"{statistics.mean(fids):.4f}"]
+        for base in ("uw", "vanilla"):
+            others = [
+                f"{name.removeprefix('min_loss/').rpartition('/')[0]}/{base}" for name in names
+            ]
+            pairs = [pair for pair in zip(names, others, strict=True) if pair[1] in rows.runs]
+            ratios = [statistics.mean(each) for each in rows.log_ratios_of(pairs)]
+            line += [fid_gap(rows, pairs), percent(paired_difference(ratios)) if ratios[1:] else ""]
+        body.append(line)
+    heads = ["min_loss", "seeds", "FID", "FID - UW's", "excess risk against UW"]
+    heads += ["FID - vanilla's", "excess risk against vanilla"]
+    return TextTable(f"UW's bound, {setting}: excess risk is the mean of clusters", heads, body)
 
 
 def contrast_table(rows: EvidenceRows, groups: Iterable[str]) -> TextTable:
@@ -220,7 +247,9 @@ def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, t
         "",
     ]
     text += [line for name in pictures for line in (f"![{name}](results/{name})", "")]
-    tables = [t(measured, g) for g in groups for t in (risk_table, score_table)]
+    bounds = [g for g in groups if g.startswith("min_loss/")]
+    tables = [t(measured, g) for g in groups if g not in bounds for t in (risk_table, score_table)]
+    tables += [bound_table(measured, g) for g in bounds]
     for table in [contrast_table(measured, settings), *tables]:
         if table.rows:
             text += [f"### {table.title}", "", table.markdown(), ""]

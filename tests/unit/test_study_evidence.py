@@ -13,6 +13,7 @@ from ant_lightning.studies.evidence import (
     BEGIN,
     END,
     EvidenceRows,
+    bound_table,
     cluster_differences,
     contrast_table,
     findings,
@@ -52,6 +53,22 @@ def study_rows(seeds=8):
                 },
             }
     return rows
+
+
+def test_a_bound_of_uw_is_compared_with_uw_and_vanilla_of_the_same_seeds():
+    rows = study_rows()
+    for seed in range(4):
+        copied = json.loads(json.dumps(rows[f"{GROUP}/seed{seed}/uw"]))
+        final = copied["files"]["excess_risk.jsonl"][-1]["tasks"]
+        final["excess"] = [2 * value for value in final["excess"]]
+        copied["files"]["generation_metrics.jsonl"][-1]["scores"]["fid"] -= 1
+        rows[f"min_loss/{GROUP}/seed{seed}/0.1"] = copied
+    (line,) = bound_table(EvidenceRows.of(rows), f"min_loss/{GROUP}").rows
+    assert line[:2] == ["0.1", "4"]
+    assert line[3].startswith("-1.0000 [-1.0000, -1.0000]")
+    assert line[4].startswith("+100.0% [+100.0, +100.0]")
+    assert line[5].startswith("-0.9000")
+    assert float(line[6].split("%")[0]) == pytest.approx(2 * 1.5**0.5 * 100 - 100, abs=8)
 
 
 def test_pairing_finds_what_is_there_and_claims_nothing_else():
