@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 
 __all__ = ["convergence_figure", "ratio_figure"]
 
+PERCENT_TICKS = np.array([-95, -90, -75, -50, -25, 0, 25, 50, 100, 200, 400, 900])
+
 
 def ratio_figure(
     differences: Mapping[tuple[str, int], tuple[float, float, float, float]], *, title: str
 ) -> Figure:
-    """Change of excess risk by (method, cluster) in per cent, with intervals.
+    """Change of excess risk by (method, cluster), with intervals, as far for half as for double.
 
     Args:
         differences: Mean, low and high of the log ratio (and a fourth number that is not drawn).
@@ -31,8 +33,7 @@ def ratio_figure(
     axis = figure.subplots()
     colors = colormaps["viridis"](np.linspace(0, 0.9, num_tasks))
     for task in range(num_tasks):
-        values = np.array([differences[method, task][:3] for method in methods])
-        mean, low, high = 100 * np.expm1(values.T)
+        mean, low, high = np.array([differences[method, task][:3] for method in methods]).T
         place = np.arange(len(methods)) + 0.8 * (task + 0.5) / num_tasks - 0.4
         axis.errorbar(
             place,
@@ -45,9 +46,12 @@ def ratio_figure(
             label=f"cluster {task}",
         )
     axis.axhline(0, color="0.4", linewidth=1)
-    axis.set_yscale("symlog", linthresh=10)
+    low, high = axis.get_ylim()
+    places = np.log1p(PERCENT_TICKS / 100)
+    seen = (places >= low) & (places <= high)
+    axis.set_yticks(places[seen], [f"{tick:+d}%" if tick else "0" for tick in PERCENT_TICKS[seen]])
     axis.set_xticks(range(len(methods)), methods, rotation=20, ha="right", fontsize=8)
-    axis.set_ylabel("excess risk against vanilla, %")
+    axis.set_ylabel("excess risk against vanilla")
     axis.set_title(f"{title}: below 0 is better; 95% intervals", fontsize=9)
     axis.grid(alpha=0.3, axis="y")
     figure.legend(
