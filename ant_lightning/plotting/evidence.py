@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convergence_figure", "ratio_figure"]
 
-PERCENT_TICKS = np.array([-95, -90, -75, -50, -25, 0, 25, 50, 100, 200, 400, 900])
+PERCENT_TICKS = np.array([-95, -90, -75, -50, -25, -10, 0, 10, 25, 50, 100, 200, 400, 900])
 
 
 def ratio_figure(
@@ -49,6 +49,8 @@ def ratio_figure(
     low, high = axis.get_ylim()
     places = np.log1p(PERCENT_TICKS / 100)
     seen = (places >= low) & (places <= high)
+    if high - low > 1:
+        seen &= abs(PERCENT_TICKS) != 10  # they would touch
     axis.set_yticks(places[seen], [f"{tick:+d}%" if tick else "0" for tick in PERCENT_TICKS[seen]])
     axis.set_xticks(range(len(methods)), methods, rotation=20, ha="right", fontsize=8)
     axis.set_ylabel("excess risk against vanilla")
@@ -88,6 +90,9 @@ def convergence_figure(
     right.set_ylabel("FID")
     for axis in (left, right):
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="minor", labelsize=8)
         axis.set_xlabel("training images")
         axis.grid(alpha=0.3, which="both")
     left.legend(fontsize=7)
