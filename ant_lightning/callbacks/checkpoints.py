@@ -148,6 +148,20 @@ class Checkpoints(ModelCheckpoint):
         if self._failed is not None:
             raise self._failed
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring `last.ckpt` up to date if the run was killed before that, with no step left."""
+        super().on_fit_end(trainer, pl_module)
+        resumed = Path(str(trainer.ckpt_path or ""))
+        folder = Path(str(self.dirpath))
+        last = folder / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        if (
+            self.save_last
+            and resumed.resolve().parent == folder.resolve()
+            and resumed.name != last.name
+        ):
+            self.last_model_path = self.last_model_path or str(last)
+            self._save(trainer)
+
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:

@@ -105,6 +105,16 @@ def test_killed_in_the_middle_of_a_write(tmp_path, whole):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_killed_between_its_last_two_files(tmp_path, whole):
+    assert process(short_run, tmp_path, ("os.rename", STEPS)) == -signal.SIGKILL
+    newest = newest_whole(tmp_path.glob("*.ckpt"))
+    assert newest.name != "last.ckpt"
+    assert_same(whole, newest)
+    assert process(short_run, tmp_path, None) == 0
+    assert_same(whole, tmp_path / "last.ckpt")
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_runs_killed_at_random_moments(tmp_path, whole):
@@ -121,6 +131,5 @@ def test_twenty_runs_killed_at_random_moments(tmp_path, whole):
             killed += code == -signal.SIGKILL
             assert code in {0, -signal.SIGKILL}
         assert process(short_run, folder, None) == 0
-        # Of a run killed between its last two files, `last.ckpt` stays the one before.
-        assert_same(whole, newest_whole(folder.glob("*.ckpt")))
+        assert_same(whole, folder / "last.ckpt")
     assert killed >= 20
