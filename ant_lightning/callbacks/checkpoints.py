@@ -108,10 +108,7 @@ class Checkpoints(ModelCheckpoint):
         """Listen for signals; go on with the files of the run that is resumed."""
         super().on_train_start(trainer, pl_module)
         self._signal.listen(trainer)
-        if trainer.ckpt_path is not None:
-            last = Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-            if Path(trainer.ckpt_path).resolve().parent == last.parent.resolve():
-                self.last_model_path = self.last_model_path or str(last)
+        self._take_over_last(trainer)
         # Of a checkpoint made at the last step of an epoch Lightning counts the epoch as ended and
         # as still going on: its start would be neither counted nor told to the callbacks.
         loop = trainer.fit_loop
@@ -151,15 +148,8 @@ class Checkpoints(ModelCheckpoint):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring `last.ckpt` up to date if the run was killed before that, with no step left."""
         super().on_fit_end(trainer, pl_module)
-        resumed = Path(str(trainer.ckpt_path or ""))
-        folder = Path(str(self.dirpath))
-        last = folder / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        if (
-            self.save_last
-            and resumed.resolve().parent == folder.resolve()
-            and resumed.name != last.name
-        ):
-            self.last_model_path = self.last_model_path or str(last)
+        last = self._take_over_last(trainer)
+        if self.save_last and last is not None and Path(str(trainer.ckpt_path)).name != last.name:
             self._save(trainer)
 
     def on_exception(
@@ -170,6 +160,15 @@ class Checkpoints(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, SIGTERMException):
             self._save(trainer)
+
+    def _take_over_last(self, trainer: L.Trainer) -> Path | None:
+        """`last.ckpt` of the run that is resumed, if its files are in this folder."""
+        last = Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        resumed = trainer.ckpt_path
+        if resumed is None or Path(resumed).resolve().parent != last.parent.resolve():
+            return None
+        self.last_model_path = self.last_model_path or str(last)
+        return last
 
     def state_dict(self) -> dict[str, Any]:
         """That of `ModelCheckpoint`, and the newest files."""

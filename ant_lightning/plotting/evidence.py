@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convergence_figure", "ratio_figure"]
 
-PERCENT_TICKS = np.array([-95, -90, -75, -50, -25, -10, 0, 10, 25, 50, 100, 200, 400, 900])
+_PERCENT_TICKS = np.array([-95, -90, -75, -50, -25, -10, 0, 10, 25, 50, 100, 200, 400, 900])
 
 
 def ratio_figure(
@@ -47,11 +47,11 @@ def ratio_figure(
         )
     axis.axhline(0, color="0.4", linewidth=1)
     low, high = axis.get_ylim()
-    places = np.log1p(PERCENT_TICKS / 100)
+    places = np.log1p(_PERCENT_TICKS / 100)
     seen = (places >= low) & (places <= high)
     if high - low > 1:
-        seen &= abs(PERCENT_TICKS) != 10  # they would touch
-    axis.set_yticks(places[seen], [f"{tick:+d}%" if tick else "0" for tick in PERCENT_TICKS[seen]])
+        seen &= abs(_PERCENT_TICKS) != 10  # they would touch
+    axis.set_yticks(places[seen], [f"{tick:+d}%" if tick else "0" for tick in _PERCENT_TICKS[seen]])
     axis.set_xticks(range(len(methods)), methods, rotation=20, ha="right", fontsize=8)
     axis.set_ylabel("excess risk against vanilla")
     axis.set_title(f"{title}: below 0 is better; 95% intervals", fontsize=9)
