@@ -120,9 +120,13 @@ class TaskBatch:
         """Of `loss_scale * loss`, one tensor for each parameter."""
         return self.differentiation.gradients(loss * self.loss_scale)
 
+    def tasks_of(self, rows: Tensor) -> Tensor:
+        """The task of each of `rows`."""
+        return self.tasks[rows.to(self.tasks.device, non_blocking=True)]
+
     def per_sample(self, task_values: Tensor, rows: Tensor) -> Tensor:
         """The entry of `task_values [k]` that belongs to the task of each of `rows`."""
-        return task_values[self.tasks[rows.to(self.tasks.device, non_blocking=True)]]
+        return task_values[self.tasks_of(rows)]
 
     def evaluate(self, rows: Tensor) -> Tensor:
         """One loss for each of `rows`, in float32 at least."""

@@ -23,6 +23,7 @@ __all__ = [
     "ShardedTaskGradients",
     "TaskGradients",
     "dot_products",
+    "full_precision",
     "reduce_gradients_",
 ]
 
@@ -64,7 +65,7 @@ class DenseTaskGradients(TaskGradients):
     Args:
         num_tasks: `k`.
         parameters: The shared parameters, `p` numbers in all. The object is bound to them and can
-            be filled again every step without a new allocation.
+            be filled again every step without a new allocation; the first comes when it is filled.
         reduction: How sums over ranks are made.
         num_full: Whole rows that a rank of several holds at a time: with two, one crosses the
             network while the next is made.
@@ -85,40 +86,58 @@ class DenseTaskGradients(TaskGradients):
         self.reduction = reduction
         double = any(p.dtype == torch.float64 for p in self.parameters)
         dtype = torch.float64 if double else torch.float32
-        device = self.parameters[0].device
-        length = padded_length(sum(p.numel() for p in self.parameters), reduction.world_size)
-        ranks = reduction.world_size
-        num_full = num_tasks if ranks == 1 else min(num_full, num_tasks)
-        self._full = torch.zeros(num_full, length, dtype=dtype, device=device)
-        self._shards = (
-            self._full
-            if ranks == 1
-            else torch.zeros(num_tasks, length // ranks, dtype=dtype, device=device)
-        )
-        self._views = [_views(row, self.parameters) for row in self._full]
-        self._pending: list[Callable[[], None]] = [_nothing] * num_full
+        self._num_full = num_tasks if reduction.world_size == 1 else min(num_full, num_tasks)
+        self._empty = torch.empty(0, dtype=dtype, device=self.parameters[0].device)
+        self._held: list[nn.Parameter] = []  # those that there are rows of
+        self._full = self._shards = self._empty
+        self._views: list[list[Tensor]] = []
+        self._pending: list[Callable[[], None]] = []
         self._spent = False  # the first row was overwritten by a combination
+
+    def _hold(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Begin new rows, of these parameters: in the buffers that are there if they fit."""
+        self._spent = False
+        if self._views and list(map(id, parameters)) == list(map(id, self._held)):
+            return
+        ranks, num_full = self.reduction.world_size, self._num_full
+        length = padded_length(sum(p.numel() for p in parameters), ranks)
+        self._views = []
+        self._full = self._shards = self._empty  # lets go of the old ones first
+        self._full = self._empty.new_zeros(num_full, length)
+        if ranks == 1:
+            self._shards = self._full
+        else:
+            self._shards = self._empty.new_zeros(self.num_tasks, length // ranks)
+        self._held = list(parameters)
+        self._views = [_views(row, self._held) for row in self._full]
+        self._pending = [_nothing] * num_full
 
     def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
         """Set row `task` to the sum of `gradients`, each one tensor a parameter, over all ranks."""
-        self._spent = False
+        self._hold(self.parameters)
         slot = task % len(self._full)
         self._pending[slot]()
         if not self._accumulate(slot, gradients):
             self._full[slot].zero_()
         self._pending[slot] = self.reduction.reduce_scatter(self._shards[task], self._full[slot])
 
-    def write_together(self, tasks: Sequence[int], fill: Callable[[list[Tensor]], None]) -> None:
+    def write_together(
+        self,
+        tasks: Sequence[int],
+        fill: Callable[[list[Tensor]], None],
+        parameters: Sequence[nn.Parameter] | None = None,
+    ) -> None:
         """Set the rows of `tasks`, ascending, at once; those of other tasks become zero.
 
         Args:
             tasks: Tasks that this rank has samples of, `m` of them.
             fill: Called once with a tensor `[m, *shape]` for each parameter, writes all of it.
+            parameters: Those that rows are kept of, if not all: `combine_` then leaves the others.
         """
-        self._spent = False
+        self._hold(self.parameters if parameters is None else parameters)
         self._grow(len(tasks))
         blocks, start = [], 0
-        for p in self.parameters:
+        for p in self._held:
             part = self._full[: len(tasks), start : start + p.numel()]
             strides = (self._full.stride(0), *p.stride())
             blocks.append(part.as_strided((len(tasks), *p.shape), strides))
@@ -164,7 +183,7 @@ class DenseTaskGradients(TaskGradients):
         new = self._full.new_zeros(missing, self._full.shape[1])
         self._full = torch.cat([self._full, new])
         self._pending += [_nothing] * missing
-        self._views = [_views(row, self.parameters) for row in self._full]
+        self._views = [_views(row, self._held) for row in self._full]
 
     def _finish(self) -> None:
         """Have this rank's shard of every row."""
@@ -178,7 +197,7 @@ class DenseTaskGradients(TaskGradients):
         return self.reduction.all_reduce_(dot_products(self._shards))
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
-        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`.
+        """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter with rows.
 
         It takes the place of the first whole row, which nothing needs any more: so this can be
         called once after the rows were written.
@@ -186,7 +205,7 @@ class DenseTaskGradients(TaskGradients):
         assert not self._spent, "combine_ was called twice"
         self._spent = True
         weights = (task_weights.to(self._shards.device) * scale).to(self._shards.dtype)
-        with _full_precision(self._shards.device):
+        with full_precision(self._shards.device):
             if self.reduction.world_size == 1:
                 on_cpu = self._shards.device.type == "cpu"
                 for part in self._shards.split(_COMBINED_ON_CPU if on_cpu else _COMBINED, dim=1):
@@ -194,7 +213,7 @@ class DenseTaskGradients(TaskGradients):
             else:
                 shard = torch.mv(self._shards.mT, weights)
                 self.reduction.all_gather(self._full[0], shard)
-        assign_gradients(self.parameters, self._views[0])
+        assign_gradients(self._held, self._views[0])
 
     def rows(self) -> Float[Tensor, "k p"]:
         """This rank's shard of every row: on one process the whole of them. Before `combine_`."""
@@ -273,7 +292,7 @@ def dot_products(rows: Tensor) -> Tensor:
     """Dot products of rows `[k, p]`, float64: chunks in the rows' dtype, summed in float64."""
     num_tasks, length = rows.shape
     num_chunks = length // _CHUNK
-    with _full_precision(rows.device):
+    with full_precision(rows.device):
         tail = rows[:, num_chunks * _CHUNK :]
         total = (tail @ tail.mT).double()
         if num_chunks:
@@ -284,7 +303,7 @@ def dot_products(rows: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """No TF32, no bfloat16, no autocast in float32 products: a Gramian needs all its digits."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import CheckpointError
 
 from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whole, new_rows
+from ant_lightning.balancing.factors import FactoredTaskGradients, Factors, layers_to_factor
 from ant_lightning.balancing.groups import Groups
 from ant_lightning.balancing.taps import Taps
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ant_lightning.balancing.batch import TaskBatch
-    from ant_lightning.balancing.gradients import DenseTaskGradients
+    from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
     from ant_lightning.balancing.taps import Layer
 
 __all__ = ["BlockWriter", "OnePass", "TappedLosses"]
@@ -126,7 +127,9 @@ class OnePass(Engine):
 
     It makes as many calls as ordinary training, and `k` products of a smaller inner size for each
     layer's weight, written where the rows are kept; the activations are those of one pass over
-    the whole batch. Tasks may have different sizes; equal ones share a call. With several ranks
+    the whole batch. Tasks may have different sizes; equal ones share a call. On one rank, layers
+    that meet at most 256 positions in all have no rows if the two factors of their gradient take
+    less than one of it: in a DiT the modulations, a third of its parameters. With several ranks
     the rows of a rank's tasks are there as a whole, `k p` numbers, until they are summed.
 
     It needs every trained parameter in a linear, convolution, embedding, layer-norm or group-norm
@@ -143,7 +146,7 @@ class OnePass(Engine):
 
     def task_gradients(
         self, batch: TaskBatch, rows: DenseTaskGradients | None = None
-    ) -> DenseTaskGradients:
+    ) -> TaskGradients:
         """All rows together.
 
         Raises:
@@ -156,17 +159,31 @@ class OnePass(Engine):
         losses = TappedLosses(batch, groups)
         self.prove(losses, groups)
         gradients = rows or new_rows(batch)
+        # Samples of other ranks would be needed for their products: there, every layer has rows.
+        factored = layers_to_factor(losses.taps) if batch.reduction.world_size == 1 else []
+        apart = {id(p) for layer in factored for p in layer.parameters}
+        dense = [p for p in batch.shared if id(p) not in apart]
+        factors: list[Factors] = []
 
         def fill(blocks: list[Tensor]) -> None:
-            writer = BlockWriter(batch.shared, blocks, groups)
-            losses.backward(losses.mean_weights(), writer)
+            writer = BlockWriter(dense, blocks, groups)
+
+            def receive(layer: Layer, inputs: Tensor, grad: Tensor) -> None:
+                if id(layer.weight) in apart:
+                    factors.append(Factors.of(layer, inputs, grad, batch.loss_scale))
+                else:
+                    writer(layer, inputs, grad)
+
+            losses.backward(losses.mean_weights(), receive)
             writer.finish()
             if batch.is_scaled:
                 torch._foreach_div_(blocks, batch.loss_scale)
 
-        gradients.write_together(present, fill)
+        gradients.write_together(present, fill, dense)
         batch.record(losses.rows, losses.values)
-        return gradients
+        if not factors:
+            return gradients
+        return FactoredTaskGradients(gradients, factors, batch.tasks_of(losses.rows))
 
     def prove(self, losses: TappedLosses, groups: Groups) -> None:
         """Check that no layer mixes samples, as long as there are layers not yet proven.

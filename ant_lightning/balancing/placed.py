@@ -47,7 +47,7 @@ class PlacedTaskGradients(DenseTaskGradients):
 
     def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
         """Set this rank's part of row `task`; without samples of it there is none."""
-        self._spent = False
+        self._hold(self.parameters)
         if self._exchanged:
             self._slots.clear()
             self._exchanged = False

@@ -8,14 +8,15 @@ samples of each group alone: the arithmetic of an ordinary backward pass, in as 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
-from torch.overrides import TorchFunctionMode
+
+from ant_lightning.balancing.engines import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +37,9 @@ class Layer:
             each group; `out [m, ...]` may be written to.
         sum_dims: Dimensions of the output that the bias is broadcast along, but for the first.
         channel_dim: Dimension of the output whose slices give slices of the weight's gradient.
+        factors: `(inputs, grad) -> (left [b, n, o], right [b, n, i])`, whose products
+            `left[s]^T right[s]` add up to the gradient of the weight as a matrix.
+        num_positions: `n`.
     """
 
     weight: nn.Parameter
@@ -43,44 +47,58 @@ class Layer:
     weight_gradients: Callable[[Tensor, Tensor, Groups, Tensor | None], Tensor]
     sum_dims: tuple[int, ...]
     channel_dim: int | None = None
+    factors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    num_positions: int = 0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Its trained parameters: the weight, and the bias if there is one."""
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def bias_gradients(self, grad: Tensor, groups: Groups) -> Tensor:
         """One gradient of the bias for each group, `[m, ...]`."""
         return groups.sums(grad, self.sum_dims)
 
 
-class Taps(TorchFunctionMode):
+class Taps:
     """Runs a network whose layers hand their part of the gradients to `receive`.
 
     Inside `with taps:` linear, convolution, embedding, layer-norm and group-norm layers take
     their parameters as constants. In a backward pass to `token`, `receive(layer, inputs, grad)` is
     called for each of them. Any other use of a parameter is left as it is, so that the parameter
-    gets an ordinary gradient.
+    gets an ordinary gradient. The parameters are of another class inside, which sees their uses:
+    calls without any go their way as ever.
 
     Args:
         parameters: Those that are wanted.
         num_samples: Length of the first dimension of what every layer is given.
+
+    Raises:
+        UnsupportedError: If a parameter is of a class of its own.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], num_samples: int) -> None:
-        super().__init__()
+        for p in parameters:
+            if type(p) not in {nn.Parameter, Tensor}:
+                raise UnsupportedError(
+                    f"engine: one pass needs parameters of the class Parameter, found {type(p)}"
+                )
         self.token = torch.zeros((), requires_grad=True, device=parameters[0].device)
+        self.layers: list[Layer] = []
         self.num_uses: Counter[int] = Counter()
         self.receive: Callable[[Layer, Tensor, Tensor], None] | None = None
         self._known = {id(p): p for p in parameters}
-        self._num_samples = num_samples
+        self.num_samples = num_samples
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401 - torch's signature
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        rule = _RULES.get(func)
-        if rule is None:
-            return func(*args, **(kwargs or {}))
-        return rule(self, *args, **(kwargs or {}))
+    def __enter__(self) -> None:
+        self._classes = {key: type(p) for key, p in self._known.items()}
+        for p in self._known.values():
+            p.__class__, p.taps = _Watched, self  # type: ignore[attr-defined]
+
+    def __exit__(self, *error: object) -> None:
+        for key, p in self._known.items():
+            del p.taps  # type: ignore[attr-defined]
+            p.__class__ = self._classes[key]
 
     def parameter(self, value: Tensor | None) -> nn.Parameter | None:
         """The wanted parameter that `value` is, or shows in another shape."""
@@ -101,17 +119,51 @@ class Taps(TorchFunctionMode):
             torch.is_grad_enabled()
             and self.parameter(weight) is not None
             and inputs.ndim >= 1
-            and inputs.shape[0] == self._num_samples
+            and inputs.shape[0] == self.num_samples
             and ndim in {None, inputs.ndim}
         )
 
     def tap(self, output: Tensor, inputs: Tensor, layer: Layer) -> Tensor:
         """`output`, with a note to hand over `inputs` and its gradient."""
-        self.num_uses.update(id(p) for p in (layer.weight, layer.bias) if p is not None)
+        self.layers.append(layer)
+        self.num_uses.update(id(p) for p in layer.parameters)
         if output._base is not None:
             output = output.clone()  # a view may not be marked as changed in place
         tapped: Tensor = _Tap.apply(output, self.token, inputs.detach(), self, layer)
         return tapped
+
+
+class _Watched(nn.Parameter):
+    """A parameter whose uses are seen."""
+
+    taps: Taps
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401 - torch's signature
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _RULES:
+                given = (*args, *kwargs.values())
+                taps = next(a.taps for a in given if isinstance(a, (_Watched, _WatchedView)))
+                return _RULES[func](taps, *args, **kwargs)
+            output = func(*args, **kwargs)
+            if isinstance(output, Tensor) and isinstance(output._base, _Watched):
+                output.taps = output._base.taps  # type: ignore[attr-defined]
+                output.__class__ = _WatchedView
+            return output
+
+
+class _WatchedView(Tensor):
+    """A view of a parameter whose uses are seen."""
+
+    taps: Taps
+    __torch_function__ = _Watched.__torch_function__
 
 
 class _Tap(torch.autograd.Function):
@@ -162,7 +214,15 @@ def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     # On rows: of more dimensions the output is a view, which could not be tapped without a copy.
     output = F.linear(input.flatten(0, -2), weight.detach(), _constant(bias))
     middle = (1,) if input.ndim > 2 else ()
-    layer = Layer(known, taps.parameter(bias), weight_gradients, middle, channel_dim=-1)
+    layer = Layer(
+        known,
+        taps.parameter(bias),
+        weight_gradients,
+        middle,
+        channel_dim=-1,
+        factors=lambda x, grad: (_tokens(grad), _tokens(x)),
+        num_positions=input.shape[1:-1].numel(),
+    )
     tapped = taps.tap(output, input.to(output.dtype), layer)
     return tapped.view(*input.shape[:-1], -1)
 
@@ -193,18 +253,30 @@ def _convolution(ndim: int) -> Callable[..., Tensor]:
 
         def weight_gradients(x: Tensor, grad: Tensor, split: Groups, out: Tensor | None) -> Tensor:
             shape = [grad.shape[1], *weight.shape[1:]]
-            found: dict[int, Tensor] = {}
+            block = grad.new_empty(len(split), *shape) if out is None else out
+            missing = set(range(len(split)))
             for group, piece in split.pieces():
                 part = gradient(x[piece], shape, grad[piece], *settings)
-                found[group] = found[group] + part if group in found else part
-            for group in set(range(len(split))).difference(found):
-                found[group] = grad.new_zeros(shape)
-            return torch.stack([found[group] for group in range(len(split))])
+                if group in missing:
+                    block[group].copy_(part)
+                    missing.remove(group)
+                else:
+                    block[group].add_(part)
+            for group in missing:
+                block[group].zero_()
+            return block
 
         output = convolve(input, weight.detach(), _constant(bias), *settings)
         space = tuple(range(2, ndim + 2))
         channel_dim = 1 if groups == 1 else None
         layer = Layer(known, taps.parameter(bias), weight_gradients, space, channel_dim)
+        if ndim == 2 and groups == 1:
+            sizes = (tuple(weight.shape[2:]), dilation, padding, stride)
+            layer = replace(
+                layer,
+                factors=lambda x, grad: (grad.flatten(2).mT, F.unfold(x, *sizes).mT),
+                num_positions=output.shape[2:].numel(),
+            )
         return taps.tap(output, input.to(output.dtype), layer)
 
     return run

@@ -26,7 +26,9 @@ from ant_lightning.balancing import (
     task_gradients,
 )
 from ant_lightning.balancing.batch import TaskBatch
+from ant_lightning.balancing.factors import layers_to_factor
 from ant_lightning.balancing.groups import Groups
+from ant_lightning.balancing.taps import Taps
 from ant_lightning.data import DigitsData
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.row_buffers import engine_and_rows
@@ -88,11 +90,28 @@ class OnePosition(nn.Module):
         return self.linear(self.norm(self.conv(x)).flatten(2).mT)[..., None]
 
 
+class FewPositions(nn.Module):
+    """Layers whose factors are smaller than their gradients, one gradient for two of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 256, 4, stride=5, padding=1)
+        self.tokens, self.tied = nn.Linear(256, 128), nn.Linear(128, 128)
+        self.frozen, self.bare = nn.Linear(128, 96), nn.Linear(128, 96, bias=False)
+        self.frozen.bias.requires_grad_(False)
+
+    def forward(self, x, timesteps, labels):
+        x = self.tokens(self.conv(x).flatten(2).mT.tanh()).tanh().mean(1)
+        x = self.tied(self.tied(x).tanh())
+        return (self.frozen(x) + self.bare(x))[..., None, None]
+
+
 NETWORKS = {
     "dit": lambda: dit(num_classes=5),
     "unet": unet,
     "everything": Everything,
     "one position": OnePosition,
+    "few positions": FewPositions,
 }
 
 
@@ -185,15 +204,31 @@ def test_auto_is_right_where_a_layer_means_something_else(network):
     assert_same(Problem(network, EQUAL).run(Auto()), Problem(network, EQUAL).run(Loop()))
 
 
+@pytest.mark.parametrize("network", ["dit", "few positions"])
 @pytest.mark.parametrize("engine", [OnePass, LowMemory, Vmap])
-def test_in_bfloat16_autocast_rows_differ_by_rounding(engine):
-    problem = Problem(NETWORKS["dit"], EQUAL, torch.float32)
+def test_in_bfloat16_autocast_rows_differ_by_rounding(engine, network):
+    problem = Problem(NETWORKS[network], EQUAL, torch.float32)
     exact = problem.run(Loop())
     with torch.autocast("cpu", torch.bfloat16):
         loop, found = problem.run(Loop()), problem.run(engine())
     assert not torch.equal(found[1], exact[1])
     error = (found[1] - exact[1]).norm() / exact[1].norm()
     assert error < 2 * (loop[1] - exact[1]).norm() / exact[1].norm() + 1e-3
+
+
+class Typed(nn.Module):
+    """A weight of a class of its own."""
+
+    class Weight(nn.Parameter):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(4, 4, 1)
+        self.layer.weight = self.Weight(self.layer.weight.double().detach())
+
+    def forward(self, x, timesteps, labels):
+        return self.layer(x)
 
 
 class Scaled(nn.Module):
@@ -226,9 +261,10 @@ class Mixing(nn.Module):
     [
         (Scaled, "found another use of parameters of shape [4, 1, 1]"),
         (Mixing, "depends on samples of another task"),
+        (Typed, "parameters of the class Parameter, found"),
         (lambda: dit(num_classes=5, gradient_checkpointing=True), "without gradient checkpointing"),
     ],
-    ids=["parameter", "mixing", "checkpointing"],
+    ids=["parameter", "mixing", "class", "checkpointing"],
 )
 def test_one_pass_refuses_a_network_that_does_not_fit_and_auto_takes_the_loop(
     network, words, engine
@@ -372,13 +408,38 @@ def peak(num_tasks, balancer, engine):
 
 
 @pytest.mark.parametrize("num_tasks", [2, 16])
-def test_low_memory_needs_less_than_one_row_more_than_vanilla(num_tasks):
+@pytest.mark.parametrize("engine", [LowMemory, OnePass])  # here, layers meet one position
+def test_few_positions_need_less_than_one_row_more_than_vanilla(engine, num_tasks):
     vanilla, row = peak(num_tasks, None, None)
-    found, _ = peak(num_tasks, PCGrad(num_tasks), LowMemory())
-    rows, _ = peak(num_tasks, PCGrad(num_tasks), OnePass())
+    found, _ = peak(num_tasks, PCGrad(num_tasks), engine())
+    rows, _ = peak(num_tasks, PCGrad(num_tasks), Loop())
     assert vanilla >= row
     assert found <= vanilla + row
     assert rows > num_tasks * row
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "factored"),
+    [
+        (nn.Linear(64, 64), (32, 64), True),
+        (nn.Linear(64, 63), (32, 64), False),  # the factors take more than a gradient
+        (nn.Linear(600, 600), (256, 600), True),
+        (nn.Linear(600, 600), (257, 600), False),
+        (nn.Linear(600, 600), (128, 2, 600), True),
+        (nn.Linear(600, 600), (128, 3, 600), False),
+        (nn.Conv2d(128, 128, 3, padding=1), (28, 128, 2, 2), True),
+        (nn.Conv2d(128, 128, 3, padding=1), (29, 128, 2, 2), False),
+        (nn.Conv2d(128, 128, 3, padding=1, groups=2), (25, 128, 2, 2), False),
+        (nn.LayerNorm(64), (4, 64), False),
+    ],
+)
+def test_layers_that_meet_few_positions_have_factors(layer, shape, factored):
+    taps = Taps(list(layer.parameters()), shape[0])
+    with taps:
+        layer(torch.randn(shape))
+    assert layers_to_factor(taps) == (taps.layers if factored else [])
+    assert all(type(p) is nn.Parameter and not hasattr(p, "taps") for p in layer.parameters())
+    assert len(taps.layers) == 1
 
 
 def test_a_compiled_network_recompiles_once_per_shape():

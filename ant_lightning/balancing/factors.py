@@ -1,0 +1,118 @@
+"""Task gradients of layers that meet few positions, held as the factors they are products of.
+
+A layer's gradient is a sum over positions of products of the gradient of what it gave and of what
+it was given, `W_i = sum_s l_s r_s^T` over the positions s of task i. Where there are few of them,
+these factors are smaller than one gradient, let alone k. Their products give the Gramian,
+`<W_i, W_j> = sum_s sum_t (l_s . l_t) (r_s . r_t)`, and one product of the weighted factors the
+combination. In a DiT these layers are the modulations, a third of its parameters, which meet one
+position of each sample.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ant_lightning.balancing.gradients import TaskGradients, assign_gradients, full_precision
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from ant_lightning.balancing.gradients import DenseTaskGradients
+    from ant_lightning.balancing.taps import Layer, Taps
+
+__all__ = ["FactoredTaskGradients", "Factors", "layers_to_factor"]
+
+# Products of positions cost as much as the traffic of five rows at 200 on a CPU, later on a GPU.
+_MOST_POSITIONS = 256
+
+
+class Factors(NamedTuple):
+    """The gradient of a layer that is used once: `sum_s left[s]^T right[s]` of its weight.
+
+    Attributes:
+        layer: The layer.
+        left: Gradient of what it gave, `[b, n, o]`, of `n` positions of each sample.
+        right: What its weight is multiplied by, `[b, n, i]`.
+    """
+
+    layer: Layer
+    left: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, inputs: Tensor, grad: Tensor, loss_scale: Tensor | float) -> Factors:
+        """Out of what the layer was given and the gradient, times `loss_scale`, of what it gave."""
+        assert layer.factors is not None
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        left, right = layer.factors(inputs.to(dtype), grad.to(dtype))
+        if isinstance(loss_scale, torch.Tensor) or loss_scale != 1.0:
+            left = left / loss_scale  # not in place: other layers may have the same gradient
+        return cls(layer, left, right)
+
+
+def layers_to_factor(taps: Taps) -> list[Layer]:
+    """Those that are used once and whose factors are few and take less than one gradient."""
+    found = []
+    for layer in taps.layers:
+        if layer.factors is None or any(taps.num_uses[id(p)] > 1 for p in layer.parameters):
+            continue
+        out, fan_in = layer.weight.flatten(1).shape
+        positions = taps.num_samples * layer.num_positions
+        if positions <= _MOST_POSITIONS and positions * (out + fan_in) <= out * fan_in:
+            found.append(layer)
+    return found
+
+
+class FactoredTaskGradients(TaskGradients):
+    """Rows of most parameters, and factors of the others.
+
+    Args:
+        rows: Of the parameters that have no factors.
+        factors: Of each other layer, of the mean losses of the tasks.
+        tasks: Task of each sample, `[b]`.
+    """
+
+    def __init__(
+        self, rows: DenseTaskGradients, factors: list[Factors], tasks: Int[Tensor, " b"]
+    ) -> None:
+        self._rows = rows
+        self._factors = factors
+        self._tasks = tasks
+
+    def gramian(self) -> Float[Tensor, "k k"]:
+        """`G[i, j] = g_i . g_j`, float64; before `combine_`."""
+        total = self._rows.gramian()
+        products: dict[int, Tensor] = {}  # of positions, summed over layers with as many
+        with full_precision(self._tasks.device):
+            for layer, left, right in self._factors:
+                lefts, rights = left.flatten(0, 1), right.flatten(0, 1)
+                inner = rights @ rights.mT
+                if layer.bias is not None:
+                    inner += 1
+                inner *= lefts @ lefts.mT
+                known = products.get(left.shape[1])
+                products[left.shape[1]] = inner.double() if known is None else known.add_(inner)
+        every = torch.arange(len(total), device=self._tasks.device)
+        for count, inner in products.items():
+            members = (self._tasks.repeat_interleave(count) == every[:, None]).double()
+            total += members @ inner @ members.mT
+        return total
+
+    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
+        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`, once."""
+        self._rows.combine_(task_weights, scale=scale)
+        per_sample = (task_weights.to(self._tasks.device) * scale)[self._tasks]
+        with full_precision(self._tasks.device):
+            for layer, left, right in self._factors:
+                weighted = (left * per_sample.to(left.dtype)[:, None, None]).flatten(0, 1)
+                values = [(weighted.mT @ right.flatten(0, 1)).view(layer.weight.shape)]
+                if layer.bias is not None:
+                    values.append(weighted.sum(0))
+                assign_gradients(layer.parameters, values)
+
+    def release(self) -> None:
+        """Let go of the factors."""
+        self._factors = []
