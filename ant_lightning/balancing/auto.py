@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["Auto", "multiplications"]
 
 # Multiplications of a forward pass over one task, in all and for each parameter, from which on the
-# loop's calls and its copies of rows take no more than some percent of its time: measured on a CPU
-# (at 330 for each it is as fast as one pass, at 260 it has 0.87 of vanilla's speed and one pass 0.91). On an H200 the loop has 0.81 of the speed of vanilla training at 1.1e12
-# in all, for its calls, and one pass 0.95. What a GPU needs for each parameter is an estimate.
+# loop's calls and its copies of rows take no more than some percent of its time. Measured on a CPU:
+# at 330 for each it is as fast as one pass, at 260 it has 0.87 of vanilla's speed, one pass 0.91.
+# On an H200 it has 0.81 at 1.1e12 in all, for its calls, and one pass 0.95. What a GPU needs for
+# each parameter is an estimate.
 _CPU = (1e9, 300)
 _OTHERS = (1e13, 8192)
 

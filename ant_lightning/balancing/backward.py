@@ -213,17 +213,16 @@ def _balancer_gradients(
     balancer: LossBalancer, task_losses: Tensor, scaled_priors: Tensor, loss_scale: Tensor | float
 ) -> Tensor:
     """Gradients of the balancer's own parameters, from the losses of all ranks; the objective."""
-    own = [p for p in balancer.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        objective: Tensor = balancer((task_losses.nan_to_num() * scaled_priors).float())
-    if own:
-        grads = torch.autograd.grad(objective * loss_scale, own)
+    shown = (task_losses.nan_to_num() * scaled_priors).float()
+    objective, grads = balancer.differentiate(shown)
+    if grads:
         # A task without samples says nothing about its own parameter.
-        present = ~task_losses.isnan()
-        per_task = [present.to(g) * g if g.shape == present.shape else g for g in grads]
+        present = ~task_losses.isnan() * loss_scale
+        own = [p for p in balancer.parameters() if p.requires_grad]
+        per_task = [g * (present.to(g) if g.shape == present.shape else loss_scale) for g in grads]
         assign_gradients(own, per_task)
         _clip_(own, loss_scale)
-    return objective.detach()
+    return objective
 
 
 def _clip_(own: Sequence[nn.Parameter], loss_scale: Tensor | float) -> None:
@@ -233,8 +232,8 @@ def _clip_(own: Sequence[nn.Parameter], loss_scale: Tensor | float) -> None:
     second moment for 30,000 steps, in which the balancer hardly learns; clipped, for some hundred.
     """
     grads = [p.grad for p in own if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads) / loss_scale
-    torch._foreach_mul_(grads, (_MAX_OWN_NORM / norm).clamp(max=1.0))
+    norm = torch.stack(torch._foreach_norm(grads)).norm()
+    torch._foreach_mul_(grads, (_MAX_OWN_NORM * loss_scale / norm).clamp(max=1.0))
 
 
 def _weights(

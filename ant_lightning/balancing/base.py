@@ -82,6 +82,22 @@ class LossBalancer(Balancer):
             task_losses: Mean loss of each task, `[k]`.
         """
 
+    def differentiate(
+        self, task_losses: Float[Tensor, " k"]
+    ) -> tuple[Float[Tensor, ""], list[Tensor]]:
+        """The objective, and its gradients with respect to the balancer's trained parameters.
+
+        By autograd from `forward`; a balancer may know a shorter way.
+
+        Args:
+            task_losses: Mean loss of each task, `[k]`.
+        """
+        own = [p for p in self.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            objective: Tensor = self(task_losses)
+        gradients = torch.autograd.grad(objective, own) if own else ()
+        return objective.detach(), list(gradients)
+
     @abstractmethod
     def loss_weights(self) -> Float[Tensor, " k"]:
         """Derivative of the objective with respect to the task losses, `[k]`, detached."""

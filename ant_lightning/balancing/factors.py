@@ -114,5 +114,6 @@ class FactoredTaskGradients(TaskGradients):
                 assign_gradients(layer.parameters, values)
 
     def release(self) -> None:
-        """Let go of the factors."""
+        """Let go of the factors, and of the rows as they see fit."""
         self._factors = []
+        self._rows.release()

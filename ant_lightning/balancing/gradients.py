@@ -69,6 +69,10 @@ class DenseTaskGradients(TaskGradients):
         reduction: How sums over ranks are made.
         num_full: Whole rows that a rank of several holds at a time: with two, one crosses the
             network while the next is made.
+
+    Attributes:
+        keep: Whether `release` keeps the buffers for the next rows; set it to False where these
+            are far. (True)
     """
 
     def __init__(
@@ -84,15 +88,20 @@ class DenseTaskGradients(TaskGradients):
         self.parameters = list(parameters)
         self.num_tasks = num_tasks
         self.reduction = reduction
+        self.keep = True
         double = any(p.dtype == torch.float64 for p in self.parameters)
         dtype = torch.float64 if double else torch.float32
         self._num_full = num_tasks if reduction.world_size == 1 else min(num_full, num_tasks)
         self._empty = torch.empty(0, dtype=dtype, device=self.parameters[0].device)
         self._held: list[nn.Parameter] = []  # those that there are rows of
-        self._full = self._shards = self._empty
-        self._views: list[list[Tensor]] = []
         self._pending: list[Callable[[], None]] = []
         self._spent = False  # the first row was overwritten by a combination
+        self._drop()
+
+    def _drop(self) -> None:
+        """Have no buffers, but for those that `.grad` looks into."""
+        self._full = self._shards = self._empty
+        self._views: list[list[Tensor]] = []
 
     def _hold(self, parameters: Sequence[nn.Parameter]) -> None:
         """Begin new rows, of these parameters: in the buffers that are there if they fit."""
@@ -101,8 +110,7 @@ class DenseTaskGradients(TaskGradients):
             return
         ranks, num_full = self.reduction.world_size, self._num_full
         length = padded_length(sum(p.numel() for p in parameters), ranks)
-        self._views = []
-        self._full = self._shards = self._empty  # lets go of the old ones first
+        self._drop()
         self._full = self._empty.new_zeros(num_full, length)
         if ranks == 1:
             self._shards = self._full
@@ -214,6 +222,11 @@ class DenseTaskGradients(TaskGradients):
                 shard = torch.mv(self._shards.mT, weights)
                 self.reduction.all_gather(self._full[0], shard)
         assign_gradients(self._held, self._views[0])
+
+    def release(self) -> None:
+        """Let go of the buffers unless they are to be kept."""
+        if not self.keep:
+            self._drop()
 
     def rows(self) -> Float[Tensor, "k p"]:
         """This rank's shard of every row: on one process the whole of them. Before `combine_`."""

@@ -39,9 +39,9 @@ _ENGINES: dict[str, type[Engine]] = {
 def engine_and_rows(module: MultiTaskDiffusion) -> tuple[Engine, DenseTaskGradients | None]:
     """A new engine, and new buffers for the ranks and the device of this run if it needs any.
 
-    `auto` is the loop for a compiled network, which no other engine can look into. But for the
-    placement `sorted`, buffers that are not needed in every step are made when they are, so that
-    they are not held beside the activations of ordinary steps.
+    `auto` is the loop for a compiled network, which no other engine can look into. Buffers that are
+    not needed in every step are made when they are, so that they are not held beside the
+    activations of ordinary steps.
     """
     name = module.engine
     if name == "auto" and any(_is_compiled(m) for m in module.backbone.modules()):
@@ -50,12 +50,15 @@ def engine_and_rows(module: MultiTaskDiffusion) -> tuple[Engine, DenseTaskGradie
     if not isinstance(module.balancer, GradientBalancer) or name == "low_memory":
         return engine, None
     shared = [p for p in module.backbone.parameters() if p.requires_grad]
+    reduction = default_reduction()
     if module.placement == "sorted":
-        rows = PlacedTaskGradients(module.num_tasks, shared, reduction=default_reduction())
-        return engine, rows
-    if module.balancer.update_every > 1:
-        return engine, None
-    return engine, differentiation(shared, default_reduction()).new_rows(module.num_tasks)
+        rows: DenseTaskGradients = PlacedTaskGradients(
+            module.num_tasks, shared, reduction=reduction
+        )
+    else:
+        rows = differentiation(shared, reduction).new_rows(module.num_tasks)
+    rows.keep = module.balancer.update_every == 1
+    return engine, rows
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -55,6 +55,25 @@ def test_uncertainty_weighting_is_its_formula():
     np.testing.assert_allclose(balancer.log_vars.grad, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "balancer", [LinearScalarization(3), _uncertainty(), _uncertainty(min_loss=0.05)]
+)
+def test_gradients_are_those_of_autograd(balancer):
+    losses = torch.tensor(LOSSES)
+    objective, gradients = balancer.differentiate(losses)
+    own = list(balancer.parameters())
+    expected = torch.autograd.grad(balancer(losses), own) if own else []
+    assert not objective.requires_grad
+    assert objective == balancer(losses).detach()
+    torch.testing.assert_close(gradients, list(expected))
+
+
+def test_frozen_log_variances_have_no_gradient():
+    balancer = _uncertainty()
+    balancer.log_vars.requires_grad_(False)
+    assert balancer.differentiate(torch.tensor(LOSSES))[1] == []
+
+
 def _fit(balancer, losses, steps):
     optimizer = torch.optim.AdamW(balancer.parameters(), lr=balancer.lr, weight_decay=0.0)
     for _ in range(steps):

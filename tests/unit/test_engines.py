@@ -546,10 +546,24 @@ def test_vmap_reaches_a_parameter_that_attention_is_given_by_name():
     assert_same(problem.run(Vmap()), problem.run(Loop()))
 
 
+@pytest.mark.parametrize("placement", ["spread", "sorted"])
 @pytest.mark.parametrize(("every", "held"), [(1, True), (2, False)])
-def test_rows_are_held_where_every_step_needs_them(every, held):
-    model = tiny_digits.module(balancer=NashMTL(3, update_every=every), engine="loop")
-    assert (engine_and_rows(model)[1] is not None) == held
+def test_rows_are_held_where_every_step_needs_them(every, held, placement):
+    model = tiny_digits.module(
+        balancer=NashMTL(3, update_every=every), engine="loop", placement=placement
+    )
+    engine, rows = engine_and_rows(model)
+    x, t = torch.randn(6, *model.image_shape), torch.arange(6)
+
+    def losses(rows):
+        return (model.backbone(x[rows], t[rows], t[rows]) - 1).square().mean((1, 2, 3))
+
+    parameters = [p for p in model.backbone.parameters() if p.requires_grad]
+    multitask_backward(losses, t % 3, parameters, model.balancer, engine=engine, gradients=rows)
+    buffers = [value for value in vars(rows).values() if isinstance(value, torch.Tensor)]
+    most = max(buffer.numel() for buffer in buffers)
+    assert most >= 3 * sum(p.numel() for p in parameters) if held else most == 0
+    assert all(p.grad is not None for p in parameters)
 
 
 @pytest.mark.parametrize("engine", ["one_pass", "vmap", "low_memory", "auto"])
