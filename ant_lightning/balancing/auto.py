@@ -23,19 +23,18 @@ if TYPE_CHECKING:
 __all__ = ["Auto", "multiplications"]
 
 # Multiplications of a forward pass over one task, in all and for each parameter, from which on the
-# loop's calls and its copies of rows take no more than some percent of its time. Measured on a CPU:
-# at 330 for each it is as fast as one pass, at 260 it has 0.87 of vanilla's speed, one pass 0.91.
-# On an H200 it has 0.81 at 1.1e12 in all, for its calls, and one pass 0.95. What a GPU needs for
-# each parameter is an estimate.
-_CPU = (1e9, 300)
+# loop is as fast as one pass. Measured on a CPU: at 330 for each it has 0.93 of vanilla's speed and
+# one pass 0.95, at 1300 both are as fast as vanilla. On an H200 the loop has 0.81 at 1.1e12 in all,
+# for its calls, and one pass 0.95; what a GPU needs for each parameter is an estimate.
+_CPU = (1e9, 600)
 _OTHERS = (1e13, 8192)
 
 
 class Auto(Engine):
     """`Loop` where its passes are bound by their sums, `OnePass` where it is faster and works.
 
-    The loop holds the activations of one task, a k-th of those of `OnePass`, and takes little
-    longer once a pass over one task has 1e9 multiplications, and 300 for each parameter (1e13 and
+    The loop holds the activations of one task, a k-th of those of `OnePass`, and takes no
+    longer once a pass over one task has 1e9 multiplications, and 600 for each parameter (1e13 and
     8192 on a GPU, where its calls count for more: an estimate). They are counted before the first
     call, in a forward pass over two samples, and are not those of attention. `OnePass` cannot work
     if the network does not fit, which is found in the first steps and remembered, if parameters
