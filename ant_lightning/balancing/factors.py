@@ -59,9 +59,9 @@ def layers_to_factor(taps: Taps) -> list[Layer]:
     for layer in taps.layers:
         if layer.factors is None or any(taps.num_uses[id(p)] > 1 for p in layer.parameters):
             continue
-        out, fan_in = layer.weight.flatten(1).shape
-        positions = taps.num_samples * layer.num_positions
-        if positions <= _MOST_POSITIONS and positions * (out + fan_in) <= out * fan_in:
+        each, rows, columns = layer.factor_sizes
+        positions = taps.num_samples * each
+        if positions <= _MOST_POSITIONS and positions * (rows + columns) <= rows * columns:
             found.append(layer)
     return found
 
@@ -108,7 +108,10 @@ class FactoredTaskGradients(TaskGradients):
         with full_precision(self._tasks.device):
             for layer, left, right in self._factors:
                 weighted = (left * per_sample.to(left.dtype)[:, None, None]).flatten(0, 1)
-                values = [(weighted.mT @ right.flatten(0, 1)).view(layer.weight.shape)]
+                product = (weighted.mT @ right.flatten(0, 1)).view(layer.weight.shape)
+                if product.stride() != layer.weight.stride():  # fused optimizers want the same
+                    product = torch.empty_like(layer.weight, dtype=product.dtype).copy_(product)
+                values = [product]
                 if layer.bias is not None:
                     values.append(weighted.sum(0))
                 assign_gradients(layer.parameters, values)

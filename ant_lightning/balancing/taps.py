@@ -39,7 +39,7 @@ class Layer:
         channel_dim: Dimension of the output whose slices give slices of the weight's gradient.
         factors: `(inputs, grad) -> (left [b, n, o], right [b, n, i])`, whose products
             `left[s]^T right[s]` add up to the gradient of the weight as a matrix.
-        num_positions: `n`.
+        factor_sizes: `n`, `o` and `i`.
     """
 
     weight: nn.Parameter
@@ -48,7 +48,7 @@ class Layer:
     sum_dims: tuple[int, ...]
     channel_dim: int | None = None
     factors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
-    num_positions: int = 0
+    factor_sizes: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -221,7 +221,7 @@ def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         middle,
         channel_dim=-1,
         factors=lambda x, grad: (_tokens(grad), _tokens(x)),
-        num_positions=input.shape[1:-1].numel(),
+        factor_sizes=(input.shape[1:-1].numel(), *weight.shape),
     )
     tapped = taps.tap(output, input.to(output.dtype), layer)
     return tapped.view(*input.shape[:-1], -1)
@@ -275,7 +275,7 @@ def _convolution(ndim: int) -> Callable[..., Tensor]:
             layer = replace(
                 layer,
                 factors=lambda x, grad: (grad.flatten(2).mT, F.unfold(x, *sizes).mT),
-                num_positions=output.shape[2:].numel(),
+                factor_sizes=(output.shape[2:].numel(), len(weight), weight[0].numel()),
             )
         return taps.tap(output, input.to(output.dtype), layer)
 

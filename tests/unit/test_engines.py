@@ -99,10 +99,12 @@ class FewPositions(nn.Module):
         self.tokens, self.tied = nn.Linear(256, 128), nn.Linear(128, 128)
         self.frozen, self.bare = nn.Linear(128, 96), nn.Linear(128, 96, bias=False)
         self.frozen.bias.requires_grad_(False)
+        self.flat = nn.Parameter(torch.zeros(128 * 128))
 
     def forward(self, x, timesteps, labels):
         x = self.tokens(self.conv(x).flatten(2).mT.tanh()).tanh().mean(1)
         x = self.tied(self.tied(x).tanh())
+        x = nn.functional.linear(x, self.flat.view(128, 128)).tanh()
         return (self.frozen(x) + self.bare(x))[..., None, None]
 
 
@@ -162,6 +164,16 @@ def test_engines_give_the_numbers_of_the_loop(network, tasks, engine):
     scaled = problem.run(made, loss_scale=torch.tensor(8.0))
     assert_same((scaled[0], scaled[1] / 8), expected)
     assert getattr(made, "reason", None) is None
+
+
+@pytest.mark.parametrize("engine", [Loop, OnePass])
+def test_gradients_have_the_memory_layout_of_their_parameters(engine):
+    problem = Problem(FewPositions, EQUAL)
+    problem.network.to(memory_format=torch.channels_last)
+    assert not problem.network.conv.weight.is_contiguous()
+    problem.run(engine())
+    for p in problem.network.parameters():
+        assert p.grad is None or p.grad.stride() == p.stride()
 
 
 class Embedded(nn.Module):
