@@ -68,7 +68,7 @@ class UncertaintyWeighting(LossBalancer):
     ) -> tuple[Float[Tensor, ""], list[Tensor]]:
         """The objective and `d objective / d s_i = 1/2 (1 - exp(-s_i) max(L_i, m) / k)`.
 
-        Autograd would make four times as many calls, in each step.
+        With autograd a step of the balancer takes twice as long.
         """
         objective = self(task_losses)
         fitted = task_losses.clamp(min=self.min_loss)
