@@ -52,6 +52,13 @@ class Factors(NamedTuple):
             left = left / loss_scale  # not in place: other layers may have the same gradient
         return cls(layer, left, right)
 
+    @classmethod
+    def zero(cls, layer: Layer, like: Tensor) -> Factors:
+        """Of a layer that no loss depends on."""
+        _, rows, columns = layer.factor_sizes
+        left, right = (like.new_zeros(len(like), 0, size) for size in (rows, columns))
+        return cls(layer, left, right)
+
 
 def layers_to_factor(taps: Taps) -> list[Layer]:
     """Those that are used once and whose factors are few and take less than one gradient."""
@@ -113,7 +120,7 @@ class FactoredTaskGradients(TaskGradients):
                     product = torch.empty_like(layer.weight, dtype=product.dtype).copy_(product)
                 values = [product]
                 if layer.bias is not None:
-                    values.append(weighted.sum(0))
+                    values.append(weighted.sum(0).view(layer.bias.shape))
                 assign_gradients(layer.parameters, values)
 
     def release(self) -> None:

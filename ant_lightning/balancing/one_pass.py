@@ -163,27 +163,30 @@ class OnePass(Engine):
         factored = layers_to_factor(losses.taps) if batch.reduction.world_size == 1 else []
         apart = {id(p) for layer in factored for p in layer.parameters}
         dense = [p for p in batch.shared if id(p) not in apart]
-        factors: list[Factors] = []
+        factors: dict[int, Factors] = {}
 
         def fill(blocks: list[Tensor]) -> None:
             writer = BlockWriter(dense, blocks, groups)
 
             def receive(layer: Layer, inputs: Tensor, grad: Tensor) -> None:
                 if id(layer.weight) in apart:
-                    factors.append(Factors.of(layer, inputs, grad, batch.loss_scale))
+                    found = Factors.of(layer, inputs, grad, batch.loss_scale)
+                    factors[id(layer.weight)] = found
                 else:
                     writer(layer, inputs, grad)
 
             losses.backward(losses.mean_weights(), receive)
             writer.finish()
-            if batch.is_scaled:
+            if batch.is_scaled and blocks:
                 torch._foreach_div_(blocks, batch.loss_scale)
 
         gradients.write_together(present, fill, dense)
         batch.record(losses.rows, losses.values)
-        if not factors:
+        if not factored:
             return gradients
-        return FactoredTaskGradients(gradients, factors, batch.tasks_of(losses.rows))
+        unreached = [layer for layer in factored if id(layer.weight) not in factors]
+        every = [*factors.values(), *(Factors.zero(layer, losses.values) for layer in unreached)]
+        return FactoredTaskGradients(gradients, every, batch.tasks_of(losses.rows))
 
     def prove(self, losses: TappedLosses, groups: Groups) -> None:
         """Check that no layer mixes samples, as long as there are layers not yet proven.

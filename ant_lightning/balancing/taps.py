@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Layer", "Taps"]
 
+_TOKEN = (0, 1, 2, 3, 4, 5, 6)  # a shape that no tensor of a network has
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -83,10 +85,11 @@ class Taps:
                 raise UnsupportedError(
                     f"engine: one pass needs parameters of the class Parameter, found {type(p)}"
                 )
-        self.token = torch.zeros((), requires_grad=True, device=parameters[0].device)
+        self.token = torch.zeros(_TOKEN, requires_grad=True, device=parameters[0].device)
         self.layers: list[Layer] = []
         self.num_uses: Counter[int] = Counter()
         self.receive: Callable[[Layer, Tensor, Tensor], None] | None = None
+        self._views: list[Tensor] = []
         self._known = {id(p): p for p in parameters}
         self.num_samples = num_samples
 
@@ -99,6 +102,15 @@ class Taps:
         for key, p in self._known.items():
             del p.taps  # type: ignore[attr-defined]
             p.__class__ = self._classes[key]
+        for view in self._views:  # a network may keep them
+            del view.taps  # type: ignore[attr-defined]
+            view.__class__ = Tensor
+        self._views.clear()
+
+    def watch(self, view: Tensor) -> None:
+        """See the uses of a view of a parameter, until the end."""
+        view.taps, view.__class__ = self, _WatchedView  # type: ignore[attr-defined]
+        self._views.append(view)
 
     def parameter(self, value: Tensor | None) -> nn.Parameter | None:
         """The wanted parameter that `value` is, or shows in another shape."""
@@ -138,6 +150,10 @@ class _Watched(nn.Parameter):
 
     taps: Taps
 
+    def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
+        """A parameter like others: a copy is not watched."""
+        return nn.Parameter(data, requires_grad)
+
     @classmethod
     def __torch_function__(
         cls,
@@ -154,8 +170,7 @@ class _Watched(nn.Parameter):
                 return _RULES[func](taps, *args, **kwargs)
             output = func(*args, **kwargs)
             if isinstance(output, Tensor) and isinstance(output._base, _Watched):
-                output.taps = output._base.taps  # type: ignore[attr-defined]
-                output.__class__ = _WatchedView
+                output._base.taps.watch(output)
             return output
 
 
@@ -180,7 +195,9 @@ class _Tap(torch.autograd.Function):
     ) -> Tensor:
         # As a change in place, so that the network may go on to change the output in place.
         ctx.mark_dirty(output)
-        ctx.save_for_backward(inputs)
+        # The token too, for its shape: layers that are computed again without taps save something
+        # else in its place, which gradient checkpointing finds and refuses.
+        ctx.save_for_backward(inputs, token)
         ctx.taps, ctx.layer = taps, layer
         return output
 
@@ -189,7 +206,7 @@ class _Tap(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        (inputs,) = ctx.saved_tensors
+        inputs, _ = ctx.saved_tensors
         # Of a linear layer on rows, `[b n, c]`, where the input was `[b, ..., c]`.
         by_sample = grad.unflatten(0, (len(inputs), -1)) if inputs.ndim > grad.ndim else grad
         with torch.autocast(grad.device.type, enabled=False):
@@ -202,10 +219,9 @@ def _constant(value: Tensor | None) -> Tensor | None:
 
 
 def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not taps.applies(input, weight) or input.ndim < 2:
-        return F.linear(input, weight, bias)
     known = taps.parameter(weight)
-    assert known is not None
+    if not taps.applies(input, weight) or known is None or input.ndim < 2 or weight.ndim < 2:
+        return F.linear(input, weight, bias)
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
         view = None if out is None else out.view(len(groups), grad.shape[-1], -1)

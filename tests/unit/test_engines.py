@@ -1,5 +1,6 @@
 """Every engine gives the gradients of the loop, or says why it cannot."""
 
+import copy
 import weakref
 
 import pytest
@@ -9,6 +10,7 @@ import torch._dynamo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
 
 from ant_lightning.backbones import DiT, UNet
 from ant_lightning.balancing import (
@@ -99,13 +101,43 @@ class FewPositions(nn.Module):
         self.tokens, self.tied = nn.Linear(256, 128), nn.Linear(128, 128)
         self.frozen, self.bare = nn.Linear(128, 96), nn.Linear(128, 96, bias=False)
         self.frozen.bias.requires_grad_(False)
-        self.flat = nn.Parameter(torch.zeros(128 * 128))
+        self.flat, self.row = nn.Parameter(torch.zeros(128 * 128)), nn.Parameter(torch.ones(1, 128))
+        self.dead = nn.Linear(128, 96)
 
     def forward(self, x, timesteps, labels):
         x = self.tokens(self.conv(x).flatten(2).mT.tanh()).tanh().mean(1)
         x = self.tied(self.tied(x).tanh())
-        x = nn.functional.linear(x, self.flat.view(128, 128)).tanh()
+        x = nn.functional.linear(x, self.flat.view(128, 128), self.row[0]).tanh()
+        self.dead(x)
         return (self.frozen(x) + self.bare(x))[..., None, None]
+
+
+class OnlyFactors(nn.Module):
+    """No layer has rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 64))
+
+    def forward(self, x, timesteps, labels):
+        return self.layers(x[:, :, :4].flatten(1))[..., None, None]
+
+
+class Keeping(nn.Module):
+    """A view that is made once and kept, and a copy made on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.view = nn.Conv2d(4, 4, 1), None
+
+    def forward(self, x, timesteps, labels):
+        view = self.layer.weight.view(4, 4) if self.view is None else self.view
+        if torch.is_grad_enabled():
+            self.view = view
+        copied = copy.deepcopy(self.layer)
+        assert type(copied.weight) is nn.Parameter
+        x = copied(x).detach().movedim(1, 3)
+        return nn.functional.linear(x, view, self.layer.bias).movedim(3, 1)
 
 
 NETWORKS = {
@@ -114,6 +146,7 @@ NETWORKS = {
     "everything": Everything,
     "one position": OnePosition,
     "few positions": FewPositions,
+    "only factors": OnlyFactors,
 }
 
 
@@ -174,6 +207,15 @@ def test_gradients_have_the_memory_layout_of_their_parameters(engine):
     problem.run(engine())
     for p in problem.network.parameters():
         assert p.grad is None or p.grad.stride() == p.stride()
+
+
+@pytest.mark.parametrize("engine", [OnePass, LowMemory, Auto])
+def test_a_network_may_keep_a_view_of_a_parameter_and_copies_are_not_watched(engine):
+    problem = Problem(Keeping, EQUAL)
+    expected = problem.run(Loop(), calls=3)
+    problem.network.view = None
+    assert_same(problem.run(engine(), calls=3), expected)
+    assert type(problem.network.view) is torch.Tensor
 
 
 class Embedded(nn.Module):
@@ -255,6 +297,30 @@ class Scaled(nn.Module):
         return self.layer(x) * self.scale
 
 
+class Flat(nn.Module):
+    """A linear layer with one output, and no dimension for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x, timesteps, labels):
+        return nn.functional.linear(x.movedim(1, 3), self.weight)[:, None]
+
+
+class Recomputed(nn.Module):
+    """Where what is saved without taps has the shapes of what is saved with them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(9, 9), nn.Linear(9, 9)
+
+    def forward(self, x, timesteps, labels):
+        h = self.first(x.flatten(1)[:, :9])
+        h = checkpoint(lambda h: self.second(h).tanh(), h, use_reentrant=False)
+        return h[..., None, None]
+
+
 class Mixing(nn.Module):
     """Positions first: as many of them as there are samples."""
 
@@ -274,9 +340,11 @@ class Mixing(nn.Module):
         (Scaled, "found another use of parameters of shape [4, 1, 1]"),
         (Mixing, "depends on samples of another task"),
         (Typed, "parameters of the class Parameter, found"),
+        (Flat, "found another use of parameters of shape [4]"),
         (lambda: dit(num_classes=5, gradient_checkpointing=True), "without gradient checkpointing"),
+        (Recomputed, "without gradient checkpointing"),
     ],
-    ids=["parameter", "mixing", "class", "checkpointing"],
+    ids=["parameter", "mixing", "class", "flat", "checkpointing", "square checkpointing"],
 )
 def test_one_pass_refuses_a_network_that_does_not_fit_and_auto_takes_the_loop(
     network, words, engine
