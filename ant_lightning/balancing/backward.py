@@ -200,7 +200,8 @@ def _weighted_backward(batch: TaskBatch, per_sample: Tensor) -> Tensor:
     (passes,) = batch.passes([torch.arange(len(batch), device=batch.order.device)])
     for rows in passes:
         losses = batch.losses_of(rows)
-        loss = (losses * per_sample[rows.to(per_sample.device)].to(losses.dtype)).sum()
+        weights = per_sample[rows.to(per_sample.device, non_blocking=True)]
+        loss = (losses * weights.to(losses.dtype)).sum()
         grads = batch.gradients_of(loss)
         if total:
             torch._foreach_add_(total, grads)
@@ -267,7 +268,7 @@ def _checked_levels(log_snr: Tensor | None, batch: TaskBatch) -> Tensor:
             f"log_snr: a balancer of samples needs that of each of the {len(batch.tasks)} samples, "
             f"found {found}"
         )
-    return log_snr.to(batch.tasks.device)
+    return log_snr.to(batch.tasks.device, non_blocking=True)
 
 
 def _sample_gradients(
@@ -296,7 +297,7 @@ def _scaled_priors(priors: Tensor | None, batch: TaskBatch) -> Tensor:
         return torch.ones(k, dtype=torch.float64, device=device)
     if priors.shape != (k,) or bool((priors <= 0).any()) or abs(float(priors.sum()) - 1) > 1e-4:
         raise ConfigError(f"priors: {k} positive numbers with sum 1 are needed, found {priors}")
-    return (k * priors).to(device, torch.float64)
+    return (k * priors).to(device, torch.float64, non_blocking=True)
 
 
 def _report(

@@ -201,16 +201,19 @@ class OnePass(Engine):
         self._num_proofs += 1
         group_of = groups.of_samples(losses.values.device)
         own = group_of == group_of[0]
-        mixed = []
+        layers, found = [], []
 
         def watch(layer: Layer, inputs: Tensor, grad: Tensor) -> None:
             reached = ((grad != 0) & grad.isfinite()).reshape(len(grad), -1).any(1)
-            mixed.append((reached & ~own).any())
-            if bool((reached & own).any()):
-                self._proven.update(id(p) for p in (layer.weight, layer.bias) if p is not None)
+            layers.append(layer)
+            found.append(torch.stack([(reached & own).any(), (reached & ~own).any()]))
 
         losses.backward(own.to(losses.values.dtype), watch, retain_graph=True)
-        if bool(torch.stack(mixed).any()):
+        reached, mixed = torch.stack(found).T.cpu().tolist()
+        for layer, was_reached in zip(layers, reached, strict=True):
+            if was_reached:
+                self._proven.update(id(p) for p in layer.parameters)
+        if any(mixed):
             raise UnsupportedError(
                 "engine: one pass needs layers whose first dimension is the batch and that do not "
                 "mix samples; found a task's loss that depends on samples of another task"

@@ -72,7 +72,7 @@ def denoising_loss(
                 f"weights must have shape ({process.num_timesteps},), one per timestep, "
                 f"found {tuple(weights.shape)}"
             )
-        weighted = gather(weights.to(mse.device), timesteps, mse) * mse
+        weighted = gather(weights.to(mse.device, non_blocking=True), timesteps, mse) * mse
     if values is None:
         return DenoisingLoss(loss=weighted, mse=mse, vb=None)
     frozen = torch.cat([prediction.detach(), values], dim=1)

@@ -40,7 +40,7 @@ def sample_shares(
         num_samples: Samples of each task in the batch, `[k]` float64.
         allocation: How the batch was drawn: see `TimestepClusters.counts`.
     """
-    sizes = sizes.to(num_samples)
+    sizes = sizes.to(num_samples, non_blocking=True)
     total = num_samples.sum()
     expected = total * sizes / sizes.sum()
     if allocation == "equal":
@@ -80,4 +80,4 @@ def dropped_labels(
         return labels
     generator = keyed_generator(seed, "class dropout", step)
     drop = torch.rand(mine.stop, generator=generator, dtype=torch.float32) < share
-    return labels.masked_fill(drop[mine].to(labels.device), null_class)
+    return labels.masked_fill(drop[mine].to(labels.device, non_blocking=True), null_class)

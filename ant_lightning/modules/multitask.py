@@ -264,7 +264,8 @@ class MultiTaskDiffusion(DiffusionModule):
         noise = step_noise(mine, self.image_shape, self.seed, step, device)
         null, share = self.null_class, self.class_dropout
         labels = dropped_labels(batch.labels, null, share, mine, self.seed, step)
-        return Draws(timesteps.to(device), tasks, noise, labels if self.num_classes else None)
+        timesteps = timesteps.to(device, non_blocking=True)
+        return Draws(timesteps, tasks, noise, labels if self.num_classes else None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One step of any method."""
@@ -272,7 +273,9 @@ class MultiTaskDiffusion(DiffusionModule):
         torch.manual_seed(keyed_seed(self.seed, "network", self.global_step, self.global_rank))
         draws = self.draw(batch, step=self.global_step)
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
-        per_sample = isinstance(self.balancer, SampleBalancer)
+        log_snr = None
+        if isinstance(self.balancer, SampleBalancer):
+            log_snr = self.process.log_snr.to(self.device, non_blocking=True)[draws.timesteps]
         report = multitask_backward(
             self.losses(self.encode(batch, step=self.global_step), draws, unweighted=unweighted),
             draws.tasks,
@@ -284,13 +287,14 @@ class MultiTaskDiffusion(DiffusionModule):
             engine=self._engine,
             gradients=self._row_buffers,
             loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
-            log_snr=self.process.log_snr[draws.timesteps.cpu()] if per_sample else None,
+            log_snr=log_snr,
         )
         self._finish_step(report)
         loss = unweighted.mean()  # at uniform timesteps, whatever they were drawn from
         if self.timestep_sampling == "stratified":
             shares = sample_shares(self.clusters.sizes, report.num_samples, self.allocation)
-            loss = (unweighted * shares[draws.tasks]).sum().float() * self.trainer.world_size
+            tasks = draws.tasks.to(shares.device, non_blocking=True)
+            loss = (unweighted * shares[tasks]).sum().float() * self.trainer.world_size
         self.last_report = report
         if self.log_due:
             loss = default_reduction().all_reduce_(loss.detach()) / self.trainer.world_size
