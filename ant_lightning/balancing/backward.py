@@ -218,23 +218,23 @@ def _balancer_gradients(
     objective, grads = balancer.differentiate(shown)
     if grads:
         # A task without samples says nothing about its own parameter.
-        present = ~task_losses.isnan() * loss_scale
+        missing = task_losses.isnan()
         own = [p for p in balancer.parameters() if p.requires_grad]
-        per_task = [g * (present.to(g) if g.shape == present.shape else loss_scale) for g in grads]
-        assign_gradients(own, per_task)
-        _clip_(own, loss_scale)
+        known = [g.masked_fill(missing, 0) if g.shape == missing.shape else g for g in grads]
+        assign_gradients(own, known)
+        _clip_and_scale_(own, loss_scale)
     return objective
 
 
-def _clip_(own: Sequence[nn.Parameter], loss_scale: Tensor | float) -> None:
-    """Bound the norm of the gradients of the balancer's own parameters.
+def _clip_and_scale_(own: Sequence[nn.Parameter], loss_scale: Tensor | float) -> None:
+    """Bound the norm of the gradients of the balancer's own parameters, then scale them.
 
     They are linear in the losses. One batch of losses 1e8 times too large would stay in Adam's
     second moment for 30,000 steps, in which the balancer hardly learns; clipped, for some hundred.
     """
     grads = [p.grad for p in own if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
-    torch._foreach_mul_(grads, (_MAX_OWN_NORM * loss_scale / norm).clamp(max=1.0))
+    torch._foreach_mul_(grads, (_MAX_OWN_NORM / norm).clamp(max=1.0) * loss_scale)
 
 
 def _weights(
@@ -284,9 +284,9 @@ def _sample_gradients(
     with torch.enable_grad():
         objective = balancer(losses.float(), log_snr).sum() / batch.num_samples.sum().float()
     if own:
-        assign_gradients(own, torch.autograd.grad(objective * loss_scale, own))
+        assign_gradients(own, torch.autograd.grad(objective, own))
         reduce_gradients_(own, reduction=reduction)
-        _clip_(own, loss_scale)
+        _clip_and_scale_(own, loss_scale)
     return reduction.all_reduce_(objective.detach())
 
 

@@ -59,16 +59,26 @@ class Groups:
             yield group, slice(group * self._even, (group + 1) * self._even)
         yield from self._rests
 
-    def sums(self, values: Tensor, dims: tuple[int, ...] = ()) -> Tensor:
-        """Sums of `values [b, ...]` over `dims` and the samples of each group, `[m, ...]`."""
+    def sums(
+        self, values: Tensor, dims: tuple[int, ...] = (), *, out: Tensor | None = None
+    ) -> Tensor:
+        """Sums of `values [b, ...]` over `dims` and the samples of each group, `[m, ...]`.
+
+        Args:
+            values: `[b, ...]`.
+            dims: Not the first.
+            out: Written to, in its own dtype, if given and of the shape of the sums.
+        """
+        kept = [size for dim, size in enumerate(values.shape) if dim not in dims][1:]
+        shape = torch.Size([len(self), *kept])
+        total = out if out is not None and out.shape == shape else values.new_empty(shape)
         if self._even:
             even = values[: self._even * len(self)].unflatten(0, (len(self), self._even))
-            total: Tensor = even.sum((1, *(dim + 1 for dim in dims)))
+            torch.sum(even, (1, *(dim + 1 for dim in dims)), dtype=total.dtype, out=total)
         else:
-            shape = [size for dim, size in enumerate(values.shape) if dim not in dims]
-            total = values.new_zeros(len(self), *shape[1:])
+            total.zero_()
         for group, rest in self._rests:
-            total[group].add_(values[rest].sum((0, *dims)))
+            total[group].add_(values[rest].sum((0, *dims), dtype=total.dtype))
         return total
 
     def products(self, left: Tensor, right: Tensor, *, out: Tensor | None) -> Tensor:

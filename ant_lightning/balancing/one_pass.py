@@ -107,7 +107,8 @@ class BlockWriter:
         out = block if block is not None and block.dtype == grad.dtype else None
         self._put(layer.weight, layer.weight_gradients(inputs, grad, self._groups, out))
         if layer.bias is not None:
-            self._put(layer.bias, layer.bias_gradients(grad, self._groups))
+            free = self._missing.get(id(layer.bias))
+            self._put(layer.bias, layer.bias_gradients(grad, self._groups, free))
 
     def finish(self) -> None:
         """Parameters that were not used have a gradient of zero."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ant_lightning.balancing.base import GradientBalancer
@@ -37,22 +38,22 @@ def pcgrad_weights(
     Reference:
         Yu et al., "Gradient Surgery for Multi-Task Learning", algorithm 1, arXiv 2001.06782.
     """
-    squared_norms = gramian.diagonal()
     # Division by infinity: nobody is ever projected on a zero gradient.
-    usable = squared_norms > torch.finfo(gramian.dtype).tiny
-    ratios = gramian / squared_norms.where(usable, torch.inf)[:, None]
+    tiny = torch.finfo(gramian.dtype).tiny
+    squared_norms = F.threshold(gramian.diagonal(), tiny, torch.inf)
+    ratios = gramian / squared_norms[:, None]
     # v_i . g_j / ||g_j||^2 for every j that i meets, brought up to date as v_i changes. Few small
     # calls, since on a GPU the time is that of starting them.
     dots = ratios.mT.gather(1, orders)
     if orders.shape[1] >= len(gramian):  # somebody meets itself
         own = torch.arange(len(gramian), device=orders.device)[:, None]
         dots = dots.masked_fill(orders == own, torch.inf)
-    between = ratios[orders[:, :, None], orders[:, None]]
-    for m in range(orders.shape[1] - 1):
-        projections = dots[:, m, None].clamp(max=0)
-        dots[:, m + 1 :].addcmul_(projections, between[:, m + 1 :, m], value=-1)
-    identity = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
-    return 1 - (dots.clamp_(max=0)[..., None] * identity[orders]).sum((0, 1))
+    between = ratios[orders[:, :, None], orders[:, None]].tril_(-1)  # of later ones and each
+    met = dots.split(1, dim=1)
+    for m, later in enumerate(between.unbind(2)[:-1]):
+        dots.addcmul_(met[m].clamp_(max=0), later, value=-1)
+    projections = torch.zeros_like(gramian).scatter_(1, orders, dots.clamp_(max=0))
+    return 1 - projections.sum(0)
 
 
 class PCGrad(GradientBalancer):

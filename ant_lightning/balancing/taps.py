@@ -57,9 +57,9 @@ class Layer:
         """Its trained parameters: the weight, and the bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
-    def bias_gradients(self, grad: Tensor, groups: Groups) -> Tensor:
-        """One gradient of the bias for each group, `[m, ...]`."""
-        return groups.sums(grad, self.sum_dims)
+    def bias_gradients(self, grad: Tensor, groups: Groups, out: Tensor | None = None) -> Tensor:
+        """One gradient of the bias for each group, `[m, ...]`; `out` may be written to."""
+        return groups.sums(grad, self.sum_dims, out=out)
 
 
 class Taps:
@@ -343,7 +343,7 @@ def _layer_norm(
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
         products = grad * F.layer_norm(x.to(grad.dtype), normalized_shape, eps=eps)
-        return groups.sums(products, middle)
+        return groups.sums(products, middle, out=out)
 
     output = F.layer_norm(input, normalized_shape, _constant(weight), _constant(bias), eps)
     return taps.tap(output, input, Layer(known, taps.parameter(bias), weight_gradients, middle))
@@ -364,7 +364,7 @@ def _group_norm(
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
         products = grad * F.group_norm(x.to(grad.dtype), num_groups, eps=eps)
-        return groups.sums(products, space)
+        return groups.sums(products, space, out=out)
 
     output = F.group_norm(input, num_groups, _constant(weight), _constant(bias), eps)
     return taps.tap(output, input, Layer(known, taps.parameter(bias), weight_gradients, space))

@@ -171,6 +171,12 @@ def test_sums_of_groups_are_those_of_their_samples(sizes):
     members = [left[given == group] for group in range(len(sizes))]
     wanted = torch.stack([part.sum((0, 1)) for part in members])
     torch.testing.assert_close(groups.sums(left[groups.order], (1,)), wanted)
+    rows = torch.full((len(sizes), 9), torch.nan, dtype=torch.float64)  # summed in their precision
+    coarse = left.bfloat16()
+    exact = torch.stack([coarse[given == g].double().sum((0, 1)) for g in range(len(sizes))])
+    found = groups.sums(coarse[groups.order], (1,), out=rows[:, 2:6])
+    torch.testing.assert_close(rows[:, 2:6], exact)
+    assert found.data_ptr() == rows[:, 2:6].data_ptr()
     products = [
         part.flatten(0, 1).T @ right[given == group].flatten(0, 1)
         for group, part in enumerate(members)
