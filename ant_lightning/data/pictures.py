@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -18,12 +19,19 @@ Crop = Literal["center_adm", "resize"]
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 # Whatever a file is called, only these decoders see it: others run programs (PostScript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
-# Pillow reports damage as any of these; OSError covers truncated files, DecompressionBombError
-# images of more than 179 million pixels.
+# Pillow reports damage as any of these, or does not look, so that Python finds a number where an
+# offset should be; OSError covers truncated files, DecompressionBombError images of more than 179
+# million pixels.
 UNREADABLE = (
     OSError,
+    EOFError,
     SyntaxError,
     ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
     UnidentifiedImageError,
     Image.DecompressionBombError,
 )

@@ -1,6 +1,7 @@
 """A user's folder of images, and drawn shapes: what is found, decoded, refused."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -105,6 +106,16 @@ def test_adm_crop_scales_the_rest_bicubically_and_enlarges(tmp_path):
         40,
         1,
     )
+
+
+def test_a_file_whose_offset_is_a_fraction_is_damaged(tmp_path):
+    save(tmp_path / "a.tiff", size=(4, 4))
+    content = bytearray((tmp_path / "a.tiff").read_bytes())
+    tag = content.index(struct.pack("<HH", 273, 4))  # where the strips begin, a 32-bit integer
+    content[tag + 2] = 5  # of two of them
+    (tmp_path / "a.tiff").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.tiff.*cannot be decoded"):
+        read_picture(tmp_path / "a.tiff", image_size=4, channels=3, crop="center_adm")
 
 
 def test_grey_alpha_palette_and_16_bit_files_become_8_bit_colour(tmp_path):
