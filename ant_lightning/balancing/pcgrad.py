@@ -49,9 +49,8 @@ def pcgrad_weights(
         own = torch.arange(len(gramian), device=orders.device)[:, None]
         dots = dots.masked_fill(orders == own, torch.inf)
     between = ratios[orders[:, :, None], orders[:, None]].tril_(-1)  # of later ones and each
-    met = dots.split(1, dim=1)
     for m, later in enumerate(between.unbind(2)[:-1]):
-        dots.addcmul_(met[m].clamp_(max=0), later, value=-1)
+        dots.addcmul_(dots.narrow(1, m, 1).clamp_(max=0), later, value=-1)
     projections = torch.zeros_like(gramian).scatter_(1, orders, dots.clamp_(max=0))
     return 1 - projections.sum(0)
 

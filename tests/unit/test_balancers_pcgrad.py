@@ -85,6 +85,13 @@ def test_survives_zero_deficient_and_scaled_rows(seed, k, rank, num_zero):
     np.testing.assert_array_equal(weights[:num_zero], 1 / k)
 
 
+def test_a_gramian_may_be_part_of_a_graph():
+    rows, rng = _rows(0, 5, 3)
+    gramian, orders = torch.from_numpy(rows @ rows.T), torch.from_numpy(_orders(rng, 5))
+    expected = pcgrad_weights(gramian, orders)
+    assert torch.equal(pcgrad_weights(gramian.requires_grad_(), orders), expected)
+
+
 def test_exactly_opposed_gradients_cancel():
     weights = PCGrad(2)(torch.tensor([[4.0, -2.0], [-2.0, 1.0]]))
     # g_1 = -2 g_2: both projections are zero.
