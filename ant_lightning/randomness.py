@@ -10,15 +10,23 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
-__all__ = ["ImageNoise", "keyed_generator", "keyed_seed", "run_seed"]
+__all__ = ["ImageNoise", "keyed_generator", "keyed_seed", "run_seed", "undisturbed"]
 
 
 def run_seed(seed: int | None) -> int:
     """`seed`, or that of the run, which `lightning.seed_everything` leaves in the environment."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+
+
+def undisturbed(device: torch.device) -> AbstractContextManager[None]:
+    """Leaves PyTorch's generators, of the CPU and of `device`, as they were before."""
+    if device.type == "cpu":
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def keyed_seed(seed: int, stream: str, *keys: int) -> int:

@@ -1,15 +1,45 @@
-"""Peak memory of a piece of work in a process of its own."""
+"""Peak memory of a piece of work: of a process of its own, or of its tensors, counted."""
 
 from __future__ import annotations
 
 import multiprocessing
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-__all__ = ["added_memory"]
+__all__ = ["LiveBytes", "added_memory"]
+
+
+class LiveBytes:
+    """Bytes of the storages of tensors, each from when it is added until nothing needs it.
+
+    Attributes:
+        now: Of those that are alive.
+        peak: Of those that were alive at one time, at most.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        """Count what `tensor` looks into, once."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._alive.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size
 
 
 def added_memory(

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,9 +106,6 @@ _TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 def multiplications(batch: TaskBatch) -> float:
     """Those of a forward pass over one sample; the random generators are left as they were."""
     rows, counter = batch.order[:2], _Counter()
-    device = batch.shared[0].device
-    on_cpu = device.type == "cpu"
-    kind = "cuda" if on_cpu else device.type
-    with torch.random.fork_rng([] if on_cpu else [device], device_type=kind), counter:
+    with undisturbed(batch.shared[0].device), counter:
         batch.evaluate(rows)
     return counter.total / len(rows)

@@ -49,6 +49,10 @@ class Groups:
     def __len__(self) -> int:
         return len(self.sizes)
 
+    def layout(self, samples: Tensor) -> Tensor:
+        """`samples [b]`, which are sorted by group, in the layout."""
+        return samples[self.order.to(samples.device)]
+
     def of_samples(self, device: torch.device) -> Tensor:
         """The group of each sample, `[b]`."""
         return self._of_samples.to(device, non_blocking=True)

@@ -53,8 +53,8 @@ class LowMemory(Engine):
         """
         check_whole(batch, "LowMemory")
         groups = Groups(batch.starts)
-        losses = TappedLosses(batch, groups)
-        self._one_pass.prove(losses, groups)
+        losses = TappedLosses(batch, groups.layout(batch.order))
+        self._one_pass.prove(losses)
         adder = _GramianAdder(losses, groups)
         losses.backward(losses.mean_weights(), adder, retain_graph=True)
         batch.record(losses.rows, losses.values)

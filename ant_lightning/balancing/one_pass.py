@@ -11,6 +11,7 @@ from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whol
 from ant_lightning.balancing.factors import FactoredTaskGradients, Factors, layers_to_factor
 from ant_lightning.balancing.groups import Groups
 from ant_lightning.balancing.taps import Taps
+from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,21 +28,20 @@ _MOST_PROOFS = 10
 
 
 class TappedLosses:
-    """The losses of a batch in the layout of its groups, of a network whose layers are tapped.
+    """The losses of samples, of a network whose layers are tapped.
 
     Args:
-        batch: The samples.
-        groups: Of the batch sorted by task.
+        batch: The batch.
+        rows: The samples, `[n]`.
 
     Attributes:
-        rows: The samples in the layout, `[b]`.
-        values: Their losses, `[b]`.
+        values: Their losses, `[n]`.
     """
 
-    def __init__(self, batch: TaskBatch, groups: Groups) -> None:
+    def __init__(self, batch: TaskBatch, rows: Tensor) -> None:
         self.batch = batch
-        self.taps = Taps(batch.shared, len(batch))
-        self.rows = batch.order[groups.order.to(batch.order.device)]
+        self.taps = Taps(batch.shared, len(rows))
+        self.rows = rows
         with self.taps:
             self.values = batch.evaluate(self.rows)
 
@@ -135,10 +135,10 @@ class OnePass(Engine):
 
     It needs every trained parameter in a linear, convolution, embedding, layer-norm or group-norm
     layer that is given the batch as its first dimension, and samples that do not mix (no batch
-    norm). Both are checked: the first in every call; the second in the first calls, by the
-    gradient of one task's losses, which must be zero at all other samples wherever it passes a
-    layer, until each layer was reached by a gradient, at most 10 times. Networks compiled by
-    `torch.compile` and gradient checkpointing need `Loop`.
+    norm). Both are checked: the first in every call; the second in the first calls, on two samples
+    of different tasks, by the gradient of the loss of one, which must be zero at the other
+    wherever it passes a layer, until each layer was reached by a gradient, at most 10 times.
+    Networks compiled by `torch.compile` and gradient checkpointing need `Loop`.
     """
 
     def __init__(self) -> None:
@@ -157,8 +157,8 @@ class OnePass(Engine):
         check_whole(batch, "OnePass")
         present = batch.present
         groups = Groups([*(batch.starts[task] for task in present), len(batch)])
-        losses = TappedLosses(batch, groups)
-        self.prove(losses, groups)
+        losses = TappedLosses(batch, groups.layout(batch.order))
+        self.prove(losses)
         gradients = rows or new_rows(batch)
         # Samples of other ranks would be needed for their products: there, every layer has rows.
         factored = layers_to_factor(losses.taps) if batch.reduction.world_size == 1 else []
@@ -189,27 +189,32 @@ class OnePass(Engine):
         every = [*factors.values(), *(Factors.zero(layer, losses.values) for layer in unreached)]
         return FactoredTaskGradients(gradients, every, batch.tasks_of(losses.rows))
 
-    def prove(self, losses: TappedLosses, groups: Groups) -> None:
+    def prove(self, losses: TappedLosses) -> None:
         """Check that no layer mixes samples, as long as there are layers not yet proven.
+
+        On two samples of their own, so that it needs no memory beside that of a training step.
 
         Raises:
             UnsupportedError: If one does.
         """
-        if max(groups.sizes) == sum(groups.sizes) or self._num_proofs >= _MOST_PROOFS:
+        batch = losses.batch
+        if len(batch.present) < 2 or self._num_proofs >= _MOST_PROOFS:
             return
         if self._proven.issuperset(losses.taps.num_uses):
             return
         self._num_proofs += 1
-        group_of = groups.of_samples(losses.values.device)
-        own = group_of == group_of[0]
         layers, found = [], []
 
         def watch(layer: Layer, inputs: Tensor, grad: Tensor) -> None:
             reached = ((grad != 0) & grad.isfinite()).reshape(len(grad), -1).any(1)
             layers.append(layer)
-            found.append(torch.stack([(reached & own).any(), (reached & ~own).any()]))
+            found.append(reached)
 
-        losses.backward(own.to(losses.values.dtype), watch, retain_graph=True)
+        one_each = [batch.starts[task] for task in batch.present[:2]]
+        with undisturbed(batch.shared[0].device):
+            pair = TappedLosses(batch, batch.order[one_each])
+        first = torch.tensor([1.0, 0.0]).to(pair.values.device, non_blocking=True)
+        pair.backward(first, watch)
         reached, mixed = torch.stack(found).T.cpu().tolist()
         for layer, was_reached in zip(layers, reached, strict=True):
             if was_reached:
@@ -217,5 +222,5 @@ class OnePass(Engine):
         if any(mixed):
             raise UnsupportedError(
                 "engine: one pass needs layers whose first dimension is the batch and that do not "
-                "mix samples; found a task's loss that depends on samples of another task"
+                "mix samples; found a sample's loss that depends on another sample"
             )

@@ -218,6 +218,16 @@ def _constant(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach()
 
 
+def _cast(value: Tensor, *, to_norm: bool = False) -> Tensor:
+    """A layer's input as autocast has it, which both the layer and its tap then keep: not twice."""
+    device = value.device.type
+    if not torch.is_autocast_enabled(device) or value.dtype == torch.float64:
+        return value
+    if to_norm:
+        return value if device == "cpu" else value.float()
+    return value.to(torch.get_autocast_dtype(device))
+
+
 def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     known = taps.parameter(weight)
     if not taps.applies(input, weight) or known is None or input.ndim < 2 or weight.ndim < 2:
@@ -227,6 +237,7 @@ def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         view = None if out is None else out.view(len(groups), grad.shape[-1], -1)
         return groups.products(_tokens(grad), _tokens(x), out=view)
 
+    input = _cast(input)
     # On rows: of more dimensions the output is a view, which could not be tapped without a copy.
     output = F.linear(input.flatten(0, -2), weight.detach(), _constant(bias))
     middle = (1,) if input.ndim > 2 else ()
@@ -239,7 +250,7 @@ def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         factors=lambda x, grad: (_tokens(grad), _tokens(x)),
         factor_sizes=(input.shape[1:-1].numel(), *weight.shape),
     )
-    tapped = taps.tap(output, input.to(output.dtype), layer)
+    tapped = taps.tap(output, input, layer)
     return tapped.view(*input.shape[:-1], -1)
 
 
@@ -282,6 +293,7 @@ def _convolution(ndim: int) -> Callable[..., Tensor]:
                 block[group].zero_()
             return block
 
+        input = _cast(input)
         output = convolve(input, weight.detach(), _constant(bias), *settings)
         space = tuple(range(2, ndim + 2))
         channel_dim = 1 if groups == 1 else None
@@ -293,7 +305,7 @@ def _convolution(ndim: int) -> Callable[..., Tensor]:
                 factors=lambda x, grad: (grad.flatten(2).mT, F.unfold(x, *sizes).mT),
                 factor_sizes=(output.shape[2:].numel(), len(weight), weight[0].numel()),
             )
-        return taps.tap(output, input.to(output.dtype), layer)
+        return taps.tap(output, input, layer)
 
     return run
 
@@ -345,6 +357,7 @@ def _layer_norm(
         products = grad * F.layer_norm(x.to(grad.dtype), normalized_shape, eps=eps)
         return groups.sums(products, middle, out=out)
 
+    input = _cast(input, to_norm=True)
     output = F.layer_norm(input, normalized_shape, _constant(weight), _constant(bias), eps)
     return taps.tap(output, input, Layer(known, taps.parameter(bias), weight_gradients, middle))
 
@@ -360,13 +373,32 @@ def _group_norm(
     known = taps.parameter(weight)
     if not taps.applies(input, weight) or known is None:
         return F.group_norm(input, num_groups, weight, bias, eps)
-    space = tuple(range(2, input.ndim))
+    batch, channels, positions = len(input), input.shape[1], input.shape[2:].numel()
+    # Laid out as the layer wants and keeps it, whose means and deviations are known with it.
+    input = _cast(input, to_norm=True).contiguous()
+    scale, shift = (None if v is None else _cast(v.detach(), to_norm=True) for v in (weight, bias))
+    output, mean, rstd = torch.native_group_norm(
+        input, scale, shift, batch, channels, positions, num_groups, eps
+    )
+    mean, rstd = mean.detach(), rstd.detach()
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
-        products = grad * F.group_norm(x.to(grad.dtype), num_groups, eps=eps)
-        return groups.sums(products, space, out=out)
+        # To the kernel, the channels of all samples are those of one.
+        every = (1, batch * channels)
+        _, of_samples, _ = torch.ops.aten.native_group_norm_backward(
+            grad.reshape(*every, positions),
+            x.view(*every, positions),
+            mean.view(1, -1),
+            rstd.view(1, -1),
+            mean.new_ones(batch * channels),
+            *every,
+            positions,
+            batch * num_groups,
+            [False, True, False],
+        )
+        return groups.sums(of_samples.view(batch, channels), out=out)
 
-    output = F.group_norm(input, num_groups, _constant(weight), _constant(bias), eps)
+    space = tuple(range(2, input.ndim))
     return taps.tap(output, input, Layer(known, taps.parameter(bias), weight_gradients, space))
 
 

@@ -68,6 +68,9 @@ class PretendedGPU(TorchDispatchMode):
         super().__init__()
         self.waits = []
         monkeypatch.setattr(torch.cuda, "_initialized", True)
+        # Autocast can be told of; as PyTorch is told "meta", it converts nothing.
+        monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
         monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
         # Parameters whose uses are seen are of classes of their own, here of remote ones.

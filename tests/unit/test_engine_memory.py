@@ -1,54 +1,49 @@
 """How long rows are held, and what the engines need beside them."""
 
+import gc
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import tiny_digits
 import torch
 from engine_problems import EQUAL, NETWORKS, Problem
+from pretended_gpu import PretendedGPU, Remote
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ant_lightning.balancing import (
+    DenseTaskGradients,
     Loop,
     LowMemory,
     NashMTL,
     OnePass,
     PCGrad,
+    Reduction,
     multitask_backward,
     task_gradients,
 )
+from ant_lightning.balancing.taps import Taps
 from ant_lightning.modules.row_buffers import engine_and_rows
+from benchmarks.counted_memory import counted_memory
+from benchmarks.memory import LiveBytes
+from benchmarks.steps import Cell, K
 
 
-class LiveBytes(TorchDispatchMode):
-    """The most bytes that tensors made inside held at one time."""
+class Counted(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
-        self._seen = set()
+        self.bytes = LiveBytes()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+        for each in tree_iter(result):
+            if isinstance(each, torch.Tensor):
+                self.bytes.add(each)
         return result
-
-    def _add(self, storage):
-        key = storage._cdata
-        if key in self._seen or not storage.nbytes():
-            return
-        self._seen.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, storage.nbytes())
-
-    def _remove(self, key, size):
-        self._seen.discard(key)
-        self.now -= size
 
 
 def peak(num_tasks, balancer, engine):
@@ -61,9 +56,9 @@ def peak(num_tasks, balancer, engine):
     def losses(rows):
         return network(x[rows]).square().mean(1)
 
-    with LiveBytes() as live:
+    with Counted() as live:
         multitask_backward(losses, tasks, parameters, balancer, num_tasks=num_tasks, engine=engine)
-    return live.peak, 4 * sum(p.numel() for p in parameters)
+    return live.bytes.peak, 4 * sum(p.numel() for p in parameters)
 
 
 @pytest.mark.parametrize("num_tasks", [2, 16])
@@ -75,6 +70,72 @@ def test_few_positions_need_less_than_one_row_more_than_vanilla(engine, num_task
     assert vanilla >= row
     assert found <= vanilla + row
     assert rows > num_tasks * row
+
+
+@pytest.mark.parametrize("engine", [OnePass, LowMemory])
+def test_nothing_of_a_step_is_held_after_it(engine):
+    problem, held = Problem(NETWORKS["everything"], EQUAL), []
+
+    def watch(layer, inputs, output):
+        held.append(weakref.ref(output.untyped_storage()))
+        held.append(weakref.ref(layer.weight.taps))  # which know of the rows
+
+    for layer in problem.network.modules():
+        if getattr(layer, "weight", None) is not None:
+            layer.register_forward_hook(watch)
+    gc.collect()
+    gc.disable()  # which may come late: a step must not make cycles that hold its activations
+    try:
+        problem.run(engine())
+        assert held
+        assert not any(each() for each in held)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["convolution", "channels last", "norm on a GPU"])
+def test_a_tap_keeps_the_input_that_the_layer_keeps(kind, monkeypatch):
+    layer = nn.Conv2d(4, 4, 1) if kind == "convolution" else nn.GroupNorm(2, 4)
+    x, device, mode = torch.randn(3, 4, 5, 5), "cpu", nullcontext()
+    if kind == "channels last":
+        x = x.to(memory_format=torch.channels_last)
+    if kind == "norm on a GPU":
+        mode, device = PretendedGPU(monkeypatch), "cuda"
+        x = Remote(x.bfloat16())
+        mode.move(layer)
+    with mode, torch.autocast(device, torch.bfloat16), Taps(list(layer.parameters()), 3):
+        output = layer(x.requires_grad_())
+    kept, _ = output.grad_fn.saved_tensors
+    own = output.grad_fn.next_functions[0][0]._saved_input
+    assert kept.data_ptr() == own.data_ptr()
+    assert output.dtype == (torch.bfloat16 if kind == "convolution" else torch.float32)
+
+
+def test_looking_for_layers_that_mix_samples_takes_no_memory():
+    tasks, k = torch.arange(160) % 5, 5
+    problem = Problem(NETWORKS["unet"], tasks, torch.float32)
+    parameters = list(problem.network.parameters())
+    rows, engine = DenseTaskGradients(k, parameters, reduction=Reduction()), OnePass()
+
+    def step(balancer, **settings):
+        with Counted() as live:
+            multitask_backward(problem.losses, tasks, parameters, balancer, num_tasks=k, **settings)
+        return live.bytes.peak
+
+    vanilla = step(None)
+    step(PCGrad(k), engine=engine, gradients=rows)
+    assert engine._proven
+    engine._proven.clear()
+    found = step(PCGrad(k), engine=engine, gradients=rows)
+    assert engine._proven
+    # The parameters are counted too where they are taken as constants.
+    assert found <= vanilla + 4 * (k + 1.5) * sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("network", ["DiT-S/2", "ADM light, 32 px"])
+def test_on_a_gpu_pcgrad_adds_its_rows_and_nothing_else(network):
+    found, numbers = counted_memory(Cell(network, 64, bf16=True), ["pcgrad"])
+    assert found["pcgrad"] <= found["vanilla"] + K * numbers * 4 / 2**20
 
 
 def test_rows_of_the_last_step_are_gone_before_the_next_are_made():
