@@ -101,7 +101,8 @@ class DenseTaskGradients(TaskGradients):
     def _drop(self) -> None:
         """Have no buffers, but for those that `.grad` looks into."""
         self._full = self._shards = self._empty
-        self._views: list[list[Tensor]] = []
+        self._views: list[list[Tensor]] = []  # of each whole row
+        self._blocks: list[Tensor] = []  # of all rows together
 
     def _hold(self, parameters: Sequence[nn.Parameter]) -> None:
         """Begin new rows, of these parameters: in the buffers that are there if they fit."""
@@ -144,13 +145,9 @@ class DenseTaskGradients(TaskGradients):
         """
         self._hold(self.parameters if parameters is None else parameters)
         self._grow(len(tasks))
-        blocks, start = [], 0
-        for p in self._held:
-            part = self._full[: len(tasks), start : start + p.numel()]
-            strides = (self._full.stride(0), *p.stride())
-            blocks.append(part.as_strided((len(tasks), *p.shape), strides))
-            start += p.numel()
-        fill(blocks)
+        if not self._blocks or len(self._blocks[0]) != len(tasks):
+            self._blocks = _blocks(self._full[: len(tasks)], self._held)
+        fill(self._blocks)
         self._spread(tasks)
 
     def _spread(self, tasks: Sequence[int]) -> None:
@@ -192,6 +189,7 @@ class DenseTaskGradients(TaskGradients):
         self._full = torch.cat([self._full, new])
         self._pending += [_nothing] * missing
         self._views = [_views(row, self._held) for row in self._full]
+        self._blocks = []
 
     def _finish(self) -> None:
         """Have this rank's shard of every row."""
@@ -299,6 +297,16 @@ def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         views.append(flat[start : start + p.numel()].as_strided(p.shape, p.stride()))
         start += p.numel()
     return views
+
+
+def _blocks(rows: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """`rows [m, p]` cut into one tensor `[m, *shape]` for each parameter, in its memory layout."""
+    blocks, start = [], 0
+    for p in parameters:
+        part = rows[:, start : start + p.numel()]
+        blocks.append(part.as_strided((len(rows), *p.shape), (rows.stride(0), *p.stride())))
+        start += p.numel()
+    return blocks
 
 
 def dot_products(rows: Tensor) -> Tensor:

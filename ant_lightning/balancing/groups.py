@@ -63,6 +63,12 @@ class Groups:
             yield group, slice(group * self._even, (group + 1) * self._even)
         yield from self._rests
 
+    def _evenly(self, values: Tensor) -> Tensor:
+        """As many samples of each group as the shortest has, `[m, even, ...]`."""
+        if self._rests:
+            values = values[: self._even * len(self)]
+        return values.view(len(self), self._even, *values.shape[1:])
+
     def sums(
         self, values: Tensor, dims: tuple[int, ...] = (), *, out: Tensor | None = None
     ) -> Tensor:
@@ -77,7 +83,7 @@ class Groups:
         shape = torch.Size([len(self), *kept])
         total = out if out is not None and out.shape == shape else values.new_empty(shape)
         if self._even:
-            even = values[: self._even * len(self)].unflatten(0, (len(self), self._even))
+            even = self._evenly(values)
             torch.sum(even, (1, *(dim + 1 for dim in dims)), dtype=total.dtype, out=total)
         else:
             total.zero_()
@@ -94,9 +100,7 @@ class Groups:
             out: `[m, o, i]`, written to if given.
         """
         if self._even:
-            count, rows = self._even * len(self), (len(self), self._even * left.shape[1])
-            a = left[:count].reshape(*rows, left.shape[2])
-            b = right[:count].reshape(*rows, right.shape[2])
+            a, b = self._evenly(left).flatten(1, 2), self._evenly(right).flatten(1, 2)
             out = torch.bmm(a.mT, b, out=out)
         elif out is None:
             out = left.new_empty(len(self), left.shape[2], right.shape[2])

@@ -60,12 +60,13 @@ class TappedLosses:
         self.taps.receive = receive
         loss = (self.values * weights.to(self.values.dtype)).sum() * self.batch.loss_scale
         try:
-            _, *others = torch.autograd.grad(
-                loss,
-                [self.taps.token, *self.batch.shared],
-                allow_unused=True,
-                retain_graph=retain_graph,
-            )
+            with torch.autocast(loss.device.type, enabled=False):
+                _, *others = torch.autograd.grad(
+                    loss,
+                    [self.taps.token, *self.batch.shared],
+                    allow_unused=True,
+                    retain_graph=retain_graph,
+                )
         except CheckpointError as error:
             raise UnsupportedError(
                 "engine: one pass needs a network without gradient checkpointing, found "

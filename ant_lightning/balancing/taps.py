@@ -125,20 +125,20 @@ class Taps:
                 found = base
         return found
 
-    def applies(self, inputs: Tensor, weight: Tensor | None, ndim: int | None = None) -> bool:
-        """Whether a layer with wanted parameters is given the batch."""
-        return (
-            torch.is_grad_enabled()
-            and self.parameter(weight) is not None
-            and inputs.ndim >= 1
-            and inputs.shape[0] == self.num_samples
-            and ndim in {None, inputs.ndim}
-        )
+    def wanted(
+        self, weight: Tensor | None, inputs: Tensor, ndim: int | None = None
+    ) -> nn.Parameter | None:
+        """The wanted parameter that the weight of a layer is which is given the batch."""
+        given_batch = inputs.ndim >= 1 and inputs.shape[0] == self.num_samples
+        if not given_batch or ndim not in {None, inputs.ndim} or not torch.is_grad_enabled():
+            return None
+        return self.parameter(weight)
 
     def tap(self, output: Tensor, inputs: Tensor, layer: Layer) -> Tensor:
         """`output`, with a note to hand over `inputs` and its gradient."""
         self.layers.append(layer)
-        self.num_uses.update(id(p) for p in layer.parameters)
+        for p in layer.parameters:
+            self.num_uses[id(p)] += 1
         if output._base is not None:
             output = output.clone()  # a view may not be marked as changed in place
         tapped: Tensor = _Tap.apply(output, self.token, inputs.detach(), self, layer)
@@ -165,9 +165,9 @@ class _Watched(nn.Parameter):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in _RULES:
-                given = (*args, *kwargs.values())
-                taps = next(a.taps for a in given if isinstance(a, (_Watched, _WatchedView)))
-                return _RULES[func](taps, *args, **kwargs)
+                for each in (*args, *kwargs.values()):
+                    if isinstance(each, (_Watched, _WatchedView)):
+                        return _RULES[func](each.taps, *args, **kwargs)
             output = func(*args, **kwargs)
             if isinstance(output, Tensor) and isinstance(output._base, _Watched):
                 output._base.taps.watch(output)
@@ -208,9 +208,8 @@ class _Tap(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         inputs, _ = ctx.saved_tensors
         # Of a linear layer on rows, `[b n, c]`, where the input was `[b, ..., c]`.
-        by_sample = grad.unflatten(0, (len(inputs), -1)) if inputs.ndim > grad.ndim else grad
-        with torch.autocast(grad.device.type, enabled=False):
-            ctx.taps.receive(ctx.layer, inputs, by_sample)
+        by_sample = grad.view(len(inputs), -1, grad.shape[-1]) if inputs.ndim > grad.ndim else grad
+        ctx.taps.receive(ctx.layer, inputs, by_sample)
         return grad, None, None, None, None
 
 
@@ -229,8 +228,8 @@ def _cast(value: Tensor, *, to_norm: bool = False) -> Tensor:
 
 
 def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    known = taps.parameter(weight)
-    if not taps.applies(input, weight) or known is None or input.ndim < 2 or weight.ndim < 2:
+    known = taps.wanted(weight, input)
+    if known is None or input.ndim < 2 or weight.ndim < 2:
         return F.linear(input, weight, bias)
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
@@ -274,8 +273,8 @@ def _convolution(ndim: int) -> Callable[..., Tensor]:
         groups: int = 1,
     ) -> Tensor:
         settings = (stride, padding, dilation, groups)
-        known = taps.parameter(weight)
-        if not taps.applies(input, weight, ndim + 2) or isinstance(padding, str) or known is None:
+        known = taps.wanted(weight, input, ndim + 2)
+        if known is None or isinstance(padding, str):
             return convolve(input, weight, bias, *settings)
 
         def weight_gradients(x: Tensor, grad: Tensor, split: Groups, out: Tensor | None) -> Tensor:
@@ -320,9 +319,9 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    known = taps.parameter(weight)
+    known = taps.wanted(weight, input)
     plain = padding_idx is None and max_norm is None and not scale_grad_by_freq and not sparse
-    if not taps.applies(input, weight) or not plain or known is None:
+    if known is None or not plain:
         return F.embedding(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         )
@@ -348,8 +347,8 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    known = taps.parameter(weight)
-    if not taps.applies(input, weight) or known is None or input.ndim <= len(normalized_shape):
+    known = taps.wanted(weight, input)
+    if known is None or input.ndim <= len(normalized_shape):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     middle = tuple(range(1, input.ndim - len(normalized_shape)))
 
@@ -370,8 +369,8 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    known = taps.parameter(weight)
-    if not taps.applies(input, weight) or known is None:
+    known = taps.wanted(weight, input)
+    if known is None:
         return F.group_norm(input, num_groups, weight, bias, eps)
     batch, channels, positions = len(input), input.shape[1], input.shape[2:].numel()
     # Laid out as the layer wants and keeps it, whose means and deviations are known with it.
