@@ -2,9 +2,9 @@
 
 The steps of `benchmarks.methods` are made in bf16-mixed with tensors that have shapes and no
 numbers, and the bytes of those that are alive at once are added up: weights, Adam's two states,
-rows, activations, and whatever a call makes on its way. It is the most of the second and the third
-step, as in training. What is not a tensor of ours is not in it: work space of kernels, rounding of
-the allocator, Adam's own step.
+rows, activations, and whatever a call makes on its way. It is the most of three steps, as there.
+What is not a tensor of ours is not in it: work space of kernels, rounding of the allocator, Adam's
+own step.
 """
 
 from __future__ import annotations
@@ -194,10 +194,9 @@ def counted_memory(cell: Cell, names: Sequence[str]) -> tuple[dict[str, float], 
         with gpu:
             stepper = Stepper(name, cell, model)
             with mock.patch.object(stepper.optimizer, "step"):
-                stepper.step()
                 gpu.bytes.peak = 0
-                stepper.step()
-                stepper.step()
+                for _ in range(3):
+                    stepper.step()
         found[name] = (gpu.bytes.peak + 8 * numbers) / 2**20
         del stepper
         model.zero_grad()
