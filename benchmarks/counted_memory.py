@@ -216,9 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/bench/counted_memory.json"))
     args = parser.parse_args()
+    origin = {"counted": True, "commit": commit()}
     print(
-        f"Counted, commit {commit()}\n\n| network | batch | method | peak MiB | relative to "
-        "vanilla | above vanilla, in k p 4 bytes | asked, at most |\n|---|---|---|---|---|---|---|"
+        f"Counted, commit {origin['commit']}\n\n"
+        "| network | batch | method | peak MiB | relative to vanilla | above vanilla, in k p 4 "
+        "bytes | asked, at most |\n|---|---|---|---|---|---|---|"
     )
     memory: list[dict[str, Any]] = []
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -226,8 +228,7 @@ def main() -> None:
         for row, line in memory_lines(cell, *counted_memory(cell, NAMES)):
             memory.append(row)
             print(line, flush=True)
-        result = {"counted": True, "commit": commit(), "memory": memory}
-        args.output.write_text(json.dumps(result, indent=1))
+        args.output.write_text(json.dumps({**origin, "memory": memory}, indent=1))
 
 
 if __name__ == "__main__":
