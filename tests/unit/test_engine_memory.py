@@ -24,6 +24,8 @@ from ant_lightning.balancing import (
     multitask_backward,
     task_gradients,
 )
+from ant_lightning.balancing.auto import multiplications
+from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.taps import Taps
 from ant_lightning.modules.row_buffers import engine_and_rows
 from benchmarks.counted_memory import counted_memory
@@ -130,6 +132,17 @@ def test_looking_for_layers_that_mix_samples_takes_no_memory():
     assert engine._proven
     # The parameters are counted too where they are taken as constants.
     assert found <= vanilla + 4 * (k + 1.5) * sum(p.numel() for p in parameters)
+
+
+def test_counting_multiplications_leaves_nothing_behind():
+    problem = Problem(NETWORKS["dit"], EQUAL, torch.float32)
+    parameters = list(problem.network.parameters())
+    settings = {"balancer": None, "num_tasks": 3, "shared": parameters, "reduction": Reduction()}
+    batch = TaskBatch(problem.losses, EQUAL, **settings)
+    with torch.autocast("cpu", torch.bfloat16), Counted() as live:
+        assert multiplications(batch) > 0
+        copies = 2 * sum(p.numel() for p in parameters)
+        assert live.bytes.now < copies / 10 < live.bytes.peak
 
 
 @pytest.mark.parametrize("network", ["DiT-S/2", "ADM light, 32 px"])
