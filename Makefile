@@ -54,6 +54,7 @@ check: .venv/installed  ## lint, format, types, layers
 
 bench: .venv/installed  ## time balancers, every method against vanilla, networks, loaders, metrics, affinity
 	$(BIN)/python -m benchmarks.methods --quick
+	$(BIN)/python -m benchmarks.counted_memory
 	$(BIN)/python -m benchmarks.backbones
 	$(BIN)/python -m benchmarks.loaders
 	$(BIN)/python -m benchmarks.analysis

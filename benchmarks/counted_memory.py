@@ -1,16 +1,16 @@
 """Peak memory of steps on a GPU, counted without one: `python -m benchmarks.counted_memory`.
 
-The steps of `benchmarks.methods` are made in bf16-mixed with tensors that have shapes and no
-numbers, and the bytes of those that are alive at once are added up: weights, Adam's two states,
-rows, activations, and whatever a call makes on its way. It is the most of three steps, as there.
-What is not a tensor of ours is not in it: work space of kernels, rounding of the allocator, Adam's
-own step.
+The steps of `benchmarks.methods` are made with tensors that have shapes and no numbers, and the
+bytes of those that are alive at once are added up: weights, Adam's two states, rows, activations,
+and whatever a call makes on its way. It is the most of three steps, as there. What is not a tensor
+of ours is not in it: work space of kernels, rounding of the allocator, Adam's own step.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -205,10 +205,12 @@ def counted_memory(cell: Cell, names: Sequence[str]) -> tuple[dict[str, float], 
 
 
 def _chosen() -> Iterator[Cell]:
-    """The cells that are asked for on a GPU."""
+    """The cells that are asked for on a GPU, and DiTs of those on the CPU."""
     for network in ("DiT-S/2", "DiT-B/2", "LDM FFHQ", "ADM light, 256 px"):
         for batch_size in (50, 256):
             yield Cell(network, batch_size, bf16=True)
+    for size, tokens in itertools.product(("0.3M", "3M", "33M"), (16, 64, 256)):
+        yield Cell(f"{size}/{tokens}", 40)
 
 
 def main() -> None:
