@@ -85,7 +85,7 @@ def multitask_backward(
     Args:
         losses: Called with the positions `rows` of some samples of the batch, returns one loss
             for each, `[len(rows)]`. Each sample is asked for exactly once (`Auto`, `OnePass`
-            and `LowMemory` ask for two of them again in their first calls).
+            and `LowMemory` ask for two of them before that as well, in their first calls).
         tasks: Task of each sample of this rank's batch, `[b]` in `0 .. k-1`; on the CPU it costs
             no synchronisation.
         parameters: What to differentiate; those that need no gradient are passed over.

@@ -53,8 +53,9 @@ class LowMemory(Engine):
         """
         check_whole(batch, "LowMemory")
         groups = Groups(batch.starts)
+        self._one_pass.prove(batch)
         losses = TappedLosses(batch, groups.layout(batch.order))
-        self._one_pass.prove(losses)
+        self._one_pass.remember(losses)
         adder = _GramianAdder(losses, groups)
         losses.backward(losses.mean_weights(), adder, retain_graph=True)
         batch.record(losses.rows, losses.values)

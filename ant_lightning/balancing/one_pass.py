@@ -144,6 +144,7 @@ class OnePass(Engine):
 
     def __init__(self) -> None:
         self._proven: set[int] = set()
+        self._all_proven = False
         self._num_proofs = 0
 
     def task_gradients(
@@ -158,8 +159,9 @@ class OnePass(Engine):
         check_whole(batch, "OnePass")
         present = batch.present
         groups = Groups([*(batch.starts[task] for task in present), len(batch)])
+        self.prove(batch)
         losses = TappedLosses(batch, groups.layout(batch.order))
-        self.prove(losses)
+        self.remember(losses)
         gradients = rows or new_rows(batch)
         # Samples of other ranks would be needed for their products: there, every layer has rows.
         factored = layers_to_factor(losses.taps) if batch.reduction.world_size == 1 else []
@@ -190,18 +192,16 @@ class OnePass(Engine):
         every = [*factors.values(), *(Factors.zero(layer, losses.values) for layer in unreached)]
         return FactoredTaskGradients(gradients, every, batch.tasks_of(losses.rows))
 
-    def prove(self, losses: TappedLosses) -> None:
+    def prove(self, batch: TaskBatch) -> None:
         """Check that no layer mixes samples, as long as there are layers not yet proven.
 
-        On two samples of their own, so that it needs no memory beside that of a training step.
+        On two samples, before all are asked for, so that it needs no memory beside that of a
+        training step and `losses` hears of these samples again as of all others.
 
         Raises:
             UnsupportedError: If one does.
         """
-        batch = losses.batch
-        if len(batch.present) < 2 or self._num_proofs >= _MOST_PROOFS:
-            return
-        if self._proven.issuperset(losses.taps.num_uses):
+        if self._all_proven or len(batch.present) < 2 or self._num_proofs >= _MOST_PROOFS:
             return
         self._num_proofs += 1
         layers, found = [], []
@@ -225,3 +225,7 @@ class OnePass(Engine):
                 "engine: one pass needs layers whose first dimension is the batch and that do not "
                 "mix samples; found a sample's loss that depends on another sample"
             )
+
+    def remember(self, losses: TappedLosses) -> None:
+        """See whether `prove` has to go on in the next call: not all layers may be used in each."""
+        self._all_proven = self._proven.issuperset(losses.taps.num_uses)

@@ -142,6 +142,22 @@ def test_mixing_is_found_as_soon_as_a_gradient_reaches_the_layer():
         problem.run(engine)
 
 
+@pytest.mark.parametrize("engine", [OnePass, LowMemory, Auto])
+def test_what_losses_hears_last_of_a_sample_is_what_counts(engine):
+    problem = Problem(lambda: nn.Sequential(nn.Conv2d(4, 4, 8), nn.Dropout()), EQUAL)
+    last = torch.zeros(len(EQUAL), dtype=torch.float64)
+
+    def losses(rows):
+        values = problem.network(problem.x[rows]).square().mean((1, 2, 3))
+        last[rows] = values.detach()
+        return values
+
+    problem.losses = losses
+    report, _ = problem.run(engine())
+    for task, mean in enumerate(report.task_losses):
+        torch.testing.assert_close(mean, last[task == EQUAL].mean())
+
+
 def test_looking_for_mixing_layers_draws_no_random_numbers():
     problem = Problem(lambda: nn.Sequential(nn.Conv2d(4, 4, 8), nn.Dropout()), EQUAL)
     problem.losses = lambda rows: problem.network(problem.x[rows]).square().mean((1, 2, 3))
