@@ -34,6 +34,8 @@ _LEAST = {
     "min_steps": 0,
     "min_epochs": 0,
 }
+# Without a value the Trainer fails with an error that names none of these.
+_NEVER_NULL = ("detect_anomaly", "max_steps", "overfit_batches")
 
 
 def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - the parser's namespace
@@ -55,6 +57,9 @@ def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - the parser'
             "must be 0; use trainer.limit_train_batches in its place, found "
             f"{settings.get('overfit_batches')}"
         )
+    for name in _NEVER_NULL:
+        if settings.get(name, 0) is None:
+            raise ConfigError(f"trainer.{name}: must have a value or be left out, found null")
     for name, least in _LEAST.items():
         value = settings.get(name)
         if value is not None and value < least:

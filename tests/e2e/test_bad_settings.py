@@ -84,6 +84,14 @@ def test_a_file_that_is_no_config_is_named_with_what_is_wrong(tmp_path, capsys, 
         assert "c.yaml" in line
 
 
+@pytest.mark.parametrize("name", ["detect_anomaly", "overfit_batches"])
+def test_a_flag_that_needs_a_value_is_named_where_a_file_has_none(tmp_path, capsys, name):
+    path = tmp_path / "c.yaml"
+    path.write_text(f"trainer: {{{name}: null}}\n")
+    line = refused(arguments(tmp_path, f"--config={path}"), capsys)
+    assert f"trainer.{name}: must have a value or be left out, found null" in line
+
+
 def test_a_file_of_a_part_of_the_settings_may_not_unfold_either(tmp_path, capsys):
     path = tmp_path / "part.yaml"
     path.write_text(CONTENTS["a bomb"][0])
