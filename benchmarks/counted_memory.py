@@ -41,7 +41,7 @@ _MAKERS = {
     _aten.randn.default,
     _aten.zeros.default,
 }
-_SMALL = 100_000  # of what is made out of nothing, numbers up to which it keeps them
+_SMALL = 100_000  # new tensors of fewer numbers are real: timesteps, tasks, schedules
 
 
 class Shaped(Tensor):

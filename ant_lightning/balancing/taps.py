@@ -220,7 +220,8 @@ def _constant(value: Tensor | None) -> Tensor | None:
 def _cast(value: Tensor, *, to_norm: bool = False) -> Tensor:
     """A layer's input as autocast has it, which both the layer and its tap then keep: not twice."""
     device = value.device.type
-    if not torch.is_autocast_enabled(device) or value.dtype == torch.float64:
+    converts = value.is_floating_point() and value.dtype != torch.float64
+    if not converts or not torch.is_autocast_enabled(device):
         return value
     if to_norm:
         return value if device == "cpu" else value.float()

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from wrong_settings import CONFIGS, SETTINGS, arguments
 
 from ant_lightning.__main__ import main
+from ant_lightning.errors import ConfigError
+from ant_lightning.trainer_settings import check_trainer_settings
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +92,11 @@ def test_a_flag_that_needs_a_value_is_named_where_a_file_has_none(tmp_path, caps
     path.write_text(f"trainer: {{{name}: null}}\n")
     line = refused(arguments(tmp_path, f"--config={path}"), capsys)
     assert f"trainer.{name}: must have a value or be left out, found null" in line
+
+
+def test_a_number_of_steps_that_is_null_is_named():
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps: must have a value"):
+        check_trainer_settings({"max_steps": None})
 
 
 def test_a_file_of_a_part_of_the_settings_may_not_unfold_either(tmp_path, capsys):

@@ -113,6 +113,15 @@ def test_a_tap_keeps_the_input_that_the_layer_keeps(kind, monkeypatch):
     assert output.dtype == (torch.bfloat16 if kind == "convolution" else torch.float32)
 
 
+def test_a_tap_converts_nothing_that_autocast_does_not():
+    single, double = nn.Linear(4, 4), nn.Linear(4, 4).double()
+    parameters = [*single.parameters(), *double.parameters()]
+    with torch.autocast("cpu", torch.bfloat16), Taps(parameters, 3):
+        with pytest.raises(RuntimeError, match="dtype"):
+            single(torch.ones(3, 4, dtype=torch.int64))
+        assert double(torch.ones(3, 4, dtype=torch.float64)).dtype == torch.float64
+
+
 def test_looking_for_layers_that_mix_samples_takes_no_memory():
     tasks, k = torch.arange(160) % 5, 5
     problem = Problem(NETWORKS["unet"], tasks, torch.float32)
