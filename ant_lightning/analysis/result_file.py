@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ant_lightning.analysis.atomic import write_atomically
 from ant_lightning.errors import FileError
 from ant_lightning.files import open_npz
+from ant_lightning.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     from typing import Any

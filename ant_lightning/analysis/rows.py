@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ant_lightning.analysis.atomic import write_atomically
 from ant_lightning.errors import ConfigError
 from ant_lightning.files import map_npy
+from ant_lightning.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ant_lightning.analysis.atomic import write_atomically
 from ant_lightning.errors import ConfigError
 from ant_lightning.files import open_npz
+from ant_lightning.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

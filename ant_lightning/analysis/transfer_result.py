@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ant_lightning.analysis.atomic import write_atomically
 from ant_lightning.analysis.negative_transfer import GapEstimate
 from ant_lightning.files import open_npz
+from ant_lightning.files.atomic import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

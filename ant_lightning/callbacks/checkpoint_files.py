@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ant_lightning.analysis.atomic import write_atomically
 from ant_lightning.errors import CheckpointWriteError, FileError
 from ant_lightning.files import read_torch
+from ant_lightning.files.atomic import write_atomically
 from ant_lightning.modules.checkpoint_content import content_fault
 
 if TYPE_CHECKING:

@@ -5,6 +5,13 @@ that are there before memory is reserved, and what is found wrong is a `FileErro
 file.
 """
 
+from ant_lightning.files.atomic import write_atomically
+from ant_lightning.files.identity import (
+    check_identity,
+    differences,
+    tensors_digest,
+    write_identity,
+)
 from ant_lightning.files.json_file import read_json
 from ant_lightning.files.npy import ArrayHeader, map_npy
 from ant_lightning.files.npz import NpzFile, open_npz
@@ -14,9 +21,14 @@ from ant_lightning.files.torch_file import read_torch
 __all__ = [
     "ArrayHeader",
     "NpzFile",
+    "check_identity",
+    "differences",
     "map_npy",
     "open_npz",
     "read_json",
     "read_safetensors",
     "read_torch",
+    "tensors_digest",
+    "write_atomically",
+    "write_identity",
 ]

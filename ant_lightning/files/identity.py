@@ -1,0 +1,94 @@
+"""What decides the content of a stored file: kept beside it, compared before it is used again.
+
+An identity is a flat mapping of names to plain values: settings by their names, and digests of
+what is too large to write down (images, weights). A reader that finds another value names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ant_lightning.errors import FileError
+from ant_lightning.files.atomic import write_atomically
+from ant_lightning.files.json_file import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+__all__ = ["check_identity", "differences", "tensors_digest", "write_identity"]
+
+_ABSENT = "nothing"
+
+
+def differences(
+    stored: Mapping[str, Any], current: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """The names whose values differ, each with the stored and the current value.
+
+    Values are compared as JSON holds them: a tuple equals a list. A name that is missing on one
+    side has the value "nothing" there.
+    """
+    stored, current = _as_json(stored), _as_json(current)
+    names = [*current, *(name for name in stored if name not in current)]
+    pairs = {name: (stored.get(name, _ABSENT), current.get(name, _ABSENT)) for name in names}
+    return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+
+
+def check_identity(path: Path, current: Mapping[str, Any], *, setting: str) -> bool:
+    """Compare `current` with the identity stored in the JSON file `path`.
+
+    Args:
+        path: The JSON file.
+        current: The identity that this run would give the content.
+        setting: What the user can change, for the message.
+
+    Returns:
+        Whether there is an identity at `path`; False if nothing was stored yet.
+
+    Raises:
+        FileError: If the stored identity differs; the message names the first value that does.
+    """
+    if not path.exists():
+        return False
+    found = differences(read_json(path, kind=dict, setting=setting), current)
+    if found:
+        name, (then, now) = next(iter(found.items()))
+        raise FileError(
+            f"{setting}: {path.parent} holds content made with {name} {_short(then)}, and this run "
+            f"has {_short(now)}; choose another place, or delete what is there"
+        )
+    return True
+
+
+def write_identity(path: Path, identity: Mapping[str, Any]) -> None:
+    """Store an identity as a JSON file, atomically."""
+    text = json.dumps(identity, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def tensors_digest(tensors: Iterable[Tensor]) -> str:
+    """A digest of every byte, the shapes and the dtypes of `tensors`, in their order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        whole = tensor.detach().cpu().contiguous()
+        digest.update(f"{whole.dtype} {tuple(whole.shape)};".encode())
+        if whole.numel():
+            digest.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
