@@ -33,12 +33,14 @@ def differences(
     """The names whose values differ, each with the stored and the current value.
 
     Values are compared as JSON holds them: a tuple equals a list. A name that is missing on one
-    side has the value "nothing" there.
+    side has the value "nothing" there. Below a name that differs (another class, say) nothing is
+    listed: `model.optimizer.lr` belongs to `model.optimizer`.
     """
     stored, current = _as_json(stored), _as_json(current)
     names = [*current, *(name for name in stored if name not in current)]
     pairs = {name: (stored.get(name, _ABSENT), current.get(name, _ABSENT)) for name in names}
-    return {name: (then, now) for name, (then, now) in pairs.items() if then != now}
+    different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    return {name: pair for name, pair in different.items() if not _is_below(name, different)}
 
 
 def check_identity(path: Path, current: Mapping[str, Any], *, setting: str) -> bool:
@@ -82,6 +84,10 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
         if whole.numel():
             digest.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _is_below(name: str, owners: Iterable[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)
 
 
 def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,15 +12,18 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.checkpoint_content import check_weights
+from ant_lightning.modules.csv_rows import keep_csv_rows
 from ant_lightning.modules.draws import step_noise
 from ant_lightning.modules.optimizers import make_optimizer
 from ant_lightning.modules.peers import PeerWatch
+from ant_lightning.modules.resume import optimization_settings, resume_with_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from ant_lightning.data import Batch
 
@@ -129,15 +132,28 @@ class AutoencoderModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run has, also without the command line."""
+        keep_csv_rows(self.trainer)  # the last hook before Lightning makes the writer
         return [PeerWatch()]
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """All parameters in one group."""
         return make_optimizer(self.optimizer, self.backbone.parameters())
 
+    def make_optimization(self, groups: Any) -> tuple[Optimizer, None]:  # noqa: ANN401
+        """The optimizer of one group; there is no scheduler."""
+        return make_optimizer(self.optimizer, groups), None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the optimizer's settings, to compare them at a resume."""
+        state = {"optimization": optimization_settings(self.make_optimization, 1)}
+        checkpoint.setdefault("ant_lightning", {}).update(state)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another model, naming what differs."""
+        """Refuse the weights of another model; go on with the settings of this run."""
         check_weights(self, checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            current = optimization_settings(self.make_optimization, 1)
+            resume_with_settings(self, checkpoint, current)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip as the module says, whatever the Trainer's flag."""

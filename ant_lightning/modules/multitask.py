@@ -40,6 +40,7 @@ from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.latents import bind_data, load_initial_weights
 from ant_lightning.modules.optimizers import make_optimizer, make_scheduler
 from ant_lightning.modules.ranks import check_ranks_agree
+from ant_lightning.modules.resume import optimization_settings, resume_with_settings
 from ant_lightning.modules.row_buffers import EngineName, engine_and_rows
 from ant_lightning.modules.saved_state import restore_state, saved_state
 from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from ant_lightning.data import Batch
 
@@ -192,21 +194,33 @@ class MultiTaskDiffusion(DiffusionModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """The backbone's parameters in one group, the balancer's own in another."""
         load_initial_weights(self)
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in self.backbone.parameters() if p.requires_grad]}
-        ]
-        own = [] if self.balancer is None else list(self.balancer.parameters())
-        if own:
-            groups.append({"params": own, "lr": self.balancer.lr, "weight_decay": 0.0})  # type: ignore[union-attr]
+        groups = [[p for p in self.backbone.parameters() if p.requires_grad], self._own_parameters]
+        optimizer, scheduler = self.make_optimization([{"params": each} for each in groups if each])
+        return optimizer if scheduler is None else ([optimizer], [scheduler])
+
+    def make_optimization(self, groups: list[dict[str, Any]]) -> tuple[Optimizer, Any]:
+        """Optimizer and scheduler (or None) of one group for the backbone, one for the balancer."""
+        if len(groups) > 1:
+            groups[1] |= {"lr": self.balancer.lr, "weight_decay": 0.0}  # type: ignore[union-attr]
         optimizer = make_optimizer(self.optimizer, groups)
         if self.lr_scheduler is not None:
-            return [optimizer], [make_scheduler(self.lr_scheduler, optimizer, self.optimizer)]
+            return optimizer, make_scheduler(self.lr_scheduler, optimizer, self.optimizer)
         if not self.warmup_steps:
-            return optimizer
+            return optimizer, None
         steps = self.warmup_steps
         lambdas: list[Callable[[int], float]] = [lambda step: min(1.0, (step + 1) / steps)]
         lambdas += [_constant] * (len(groups) - 1)
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)]
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)
+
+    @property
+    def _own_parameters(self) -> list[nn.Parameter]:
+        return [] if self.balancer is None else list(self.balancer.parameters())
+
+    def _optimization_settings(self) -> dict[str, Any]:
+        num_groups = 1 + bool(self._own_parameters)
+        return optimization_settings(
+            self.make_optimization, num_groups, warmup_steps=self.warmup_steps
+        )
 
     def setup(self, stage: str) -> None:
         """Refuse, before anything is wrapped or moved, a strategy or data that do not fit."""
@@ -352,12 +366,17 @@ class MultiTaskDiffusion(DiffusionModule):
             DivergedRanksError: On every rank, if they no longer agree.
         """
         check_ranks_agree(self)
-        checkpoint["ant_lightning"] = saved_state(self)
+        state = saved_state(self)
+        if self.trainer.state.fn == "fit":
+            state["optimization"] = self._optimization_settings()
+        checkpoint.setdefault("ant_lightning", {}).update(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with the settings and name what differs."""
         self.init_due = False
         restore_state(self, checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            resume_with_settings(self, checkpoint, self._optimization_settings())
 
     def _finish_step(self, report: BackwardReport) -> None:
         """Clip and step, or skip."""

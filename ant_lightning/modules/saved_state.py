@@ -37,6 +37,7 @@ def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
         "prediction_type": module.process.prediction_type,
         "variance_type": module.process.variance_type,
         "schedule": schedule_summary(module),
+        "first_stage": None if module.latent_space is None else module.latent_space.fingerprint,
         "train_interval": module.train_interval and list(module.train_interval),
     }
 
@@ -76,30 +77,13 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         last = TimestepClusters(history[-1][1])
         skipped, steps = int(saved["num_skipped_steps"]), int(checkpoint["global_step"])
         in_a_row, ranks = (int(saved.get(n, 0)) for n in ("num_skipped_in_a_row", "world_size"))
-        then_of = {name: saved[name] for name in ("prediction_type", "backbone")}
+        _ = saved["prediction_type"], saved["backbone"]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(
             "ckpt_path: must hold what a run of ant_lightning says of itself, found "
             f"{error if isinstance(error, ConfigError) else repr(error)}"
         ) from error
-    ours: dict[str, tuple[Any, Any]] = {
-        "model.prediction_type": (module.process.prediction_type, then_of["prediction_type"]),
-        "model.backbone": (_class_name(module), then_of["backbone"]),
-        "model.clustering (its boundaries)": (
-            list(module.cluster_history[0][1]),
-            list(history[0][1]),
-        ),
-    }
-    if "schedule" in saved:
-        ours["model.schedule (T, log-SNR at start, middle, end)"] = (
-            schedule_summary(module),
-            saved["schedule"],
-        )
-    if "balancer" in saved:
-        ours["model.balancer"] = (_kind(module.balancer), saved["balancer"])
-    if saved.get("optimizer") and _training(module):
-        ours["model.optimizer"] = (_optimizer(module), saved["optimizer"])
-    for name, (now, then) in ours.items():
+    for name, (now, then) in _compared(module, saved, history[0][1]).items():
         if now != then:
             said = ["null" if each is None else each for each in (then, now)]
             raise ConfigError(f"{name}: the checkpoint has {said[0]}, the settings say {said[1]}")
@@ -118,6 +102,35 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
     module.trained_steps = steps
     if _training(module):
         _tell_of_other_ranks(module, ranks)
+
+
+def _compared(
+    module: MultiTaskDiffusion, saved: dict[str, Any], boundaries: tuple[int, ...]
+) -> dict[str, tuple[Any, Any]]:
+    """What must agree: the value of this run and that of the checkpoint, by setting."""
+    ours: dict[str, tuple[Any, Any]] = {
+        "model.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
+        "model.backbone": (_class_name(module), saved["backbone"]),
+        "model.clustering (its boundaries)": (
+            list(module.cluster_history[0][1]),
+            list(boundaries),
+        ),
+    }
+    if "schedule" in saved:
+        ours["model.schedule (T, log-SNR at start, middle, end)"] = (
+            schedule_summary(module),
+            saved["schedule"],
+        )
+    if "balancer" in saved:
+        ours["model.balancer"] = (_kind(module.balancer), saved["balancer"])
+    if saved.get("first_stage") and module.latent_space is not None:
+        ours["model.first_stage (its fingerprint)"] = (
+            module.latent_space.fingerprint,
+            saved["first_stage"],
+        )
+    if saved.get("optimizer") and _training(module):
+        ours["model.optimizer"] = (_optimizer(module), saved["optimizer"])
+    return ours
 
 
 def _kind(value: object) -> str | None:
