@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 for a run that failed; 2 for bad input; 143 (128 + SIGTERM) for a run
-        that was told to stop and left a checkpoint to resume from.
+        that was told to stop and left a checkpoint to resume from (130 for Ctrl-C).
     """
     arguments = list(sys.argv[1:] if args is None else args)
     if not arguments or arguments[0] in {"-h", "--help"}:
@@ -86,8 +87,9 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(message_of(error), 2)
     except (CheckpointWriteError, DataLoadingError, DivergedRanksError, NonFiniteError) as error:
         return _fail(str(error), 1)
-    except SIGTERMException:
-        return _fail("told to stop; go on with --ckpt_path last", 143)
+    except SIGTERMException as error:
+        by_hand = error.args == (signal.SIGINT,)
+        return _fail("told to stop; go on with --ckpt_path last", 130 if by_hand else 143)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from jsonargparse import ArgumentError, Namespace, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from yaml import YAMLError
@@ -27,13 +28,16 @@ from ant_lightning.callbacks import (
     SampleWriter,
     TrainingProgress,
 )
-from ant_lightning.callbacks.checkpoint_files import checkpoint_fault
+from ant_lightning.callbacks.checkpoint_files import read_whole_checkpoint
+from ant_lightning.callbacks.run_record import RunRecord, remove_empty_run
 from ant_lightning.config_files import check_config_file, config_paths, load_yaml
 from ant_lightning.data import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
 from ant_lightning.messages import first_config_error, one_line
 from ant_lightning.modules import StoredImages
-from ant_lightning.run_folder import check_writable, resume_from_last
+from ant_lightning.modules.resume import say_changed
+from ant_lightning.run_folder import RunFolder, check_writable, choose_run_folder, stored_settings
+from ant_lightning.settings import changed_settings, trained_settings
 from ant_lightning.trainer_settings import check_trainer_settings, trainer_error
 
 if TYPE_CHECKING:
@@ -53,6 +57,7 @@ class AntCLI(LightningCLI):
 
     def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
         self.command = command
+        self.run_folder: RunFolder | None = None
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -137,7 +142,17 @@ class AntCLI(LightningCLI):
             if isinstance(callback, ProgressBar):
                 callbacks[i] = TrainingProgress()
         callbacks.append(Dashboard())
-        check_writable(trainer, self._get(self.config_init, "checkpoint").dirpath)
+        if self.run_folder is not None:
+            record = RunRecord(
+                self.run_folder.path,
+                command=self.command,
+                text=self._record,
+                settings=trained_settings(self.config_dump),
+                is_new=self.run_folder.is_new,
+            )
+            callbacks.insert(0, record)  # others ask it for the folder
+        dirpath = self._get(self.config_init, "checkpoint").dirpath
+        check_writable(trainer, {"checkpoint.dirpath": dirpath})
         return trainer
 
     def instantiate_classes(self) -> None:
@@ -145,14 +160,23 @@ class AntCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:  # constructors of what the settings name
+            if self.run_folder is not None and self.run_folder.is_new:
+                remove_empty_run(self.run_folder.path)
             raise first_config_error(error) from error
 
     def before_instantiate_classes(self) -> None:
         """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
-        config = self.config[self.config.subcommand]
-        _check_checkpoint(config)
-        resume_from_last(config, self.config.subcommand)
+        config = self.config[self.command]
+        content = _read_checkpoint(config)
         check_trainer_settings(config.trainer)
+        # As the user gave it: the record must start a run of its own, in a folder of its own.
+        self._dump_config()
+        given, config.ckpt_path = config.ckpt_path, None
+        self._record = self._parser(self.command).dump(config, skip_none=False)
+        config.ckpt_path = given
+        if content is not None and self.command == "fit":
+            _say_changes(content, Path(given), self.config_dump)
+        self.run_folder = choose_run_folder(config, self.command, self.config_dump)
 
 
 def _config_files(args: Sequence[str]) -> list[str]:
@@ -160,8 +184,11 @@ def _config_files(args: Sequence[str]) -> list[str]:
     return [path for path in config_paths(args) if not path.lstrip().startswith("{")]
 
 
-def _check_checkpoint(config: Any) -> None:  # noqa: ANN401 - a namespace of the parser
+def _read_checkpoint(config: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a namespace of the parser
     """Refuse a checkpoint that is not there, is damaged or would run code, before anything starts.
+
+    Returns:
+        Its content, or None if no local file is named.
 
     Raises:
         ConfigError: Naming the setting or the file.
@@ -173,13 +200,35 @@ def _check_checkpoint(config: Any) -> None:  # noqa: ANN401 - a namespace of the
         )
     path = config.get("ckpt_path")
     if not path or path == "last" or "://" in path:
-        return
+        return None
     if not Path(path).is_file():
         found = "a folder, " if Path(path).is_dir() else ""
         raise ConfigError(f"ckpt_path: must be a file that exists, or last, found {found}{path}")
-    fault = checkpoint_fault(Path(path))
-    if fault is not None:
-        raise FileError(f"ckpt_path: {path}: {fault}")
+    return read_whole_checkpoint(Path(path))
+
+
+# The module compares these itself, because it has to act: `resume_with_settings`.
+_MODULES_OWN = (
+    "model.optimizer",
+    "model.lr_scheduler",
+    "model.warmup_steps",
+    "model.balancer.lr",
+    "model.balancer.weights",
+)
+# A checkpoint brings what these were used for.
+_START_ONLY = ("model.init_from", "model.init_weights", "model.balancer.seed")
+
+
+def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) -> None:
+    """One line for each setting that this run does not share with the one it resumes."""
+    stored = stored_settings(content, path)
+    if stored is None or getattr(rank_zero_only, "rank", None):
+        return
+    for name, pair in changed_settings(stored, config).items():
+        if not name.startswith(_MODULES_OWN):
+            kept = name in _START_ONLY
+            effect = "has no effect any more" if kept else "from here on"
+            say_changed({name: pair}, effect=effect)
 
 
 def _with_hint(message: str, parser: LightningArgumentParser) -> str:
@@ -218,11 +267,11 @@ def run(args: Sequence[str]) -> AntCLI:
             command=args[0],
             subclass_mode_model=True,
             subclass_mode_data=True,
+            save_config_callback=None,  # `RunRecord` keeps the settings
             auto_configure_optimizers=False,  # an optimizer is a setting of the model
             seed_everything_default=0,
             # A name cut short is a mistake and not another way to say it.
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
-            save_config_kwargs={"overwrite": True},
             args=list(args),
         )
     except (ArgumentError, MisconfigurationException) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from ant_lightning.modules.checkpoint_content import content_fault
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["AtomicCheckpointIO", "checkpoint_fault", "newest_whole", "remove_unfinished"]
+__all__ = ["AtomicCheckpointIO", "furthest_whole", "read_whole_checkpoint", "remove_unfinished"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -58,34 +59,54 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             FileError: If the file is damaged or not safe to read.
         """
         if "://" not in str(path) and Path(path).is_file():
-            fault = checkpoint_fault(Path(path))
-            if fault is not None:
-                raise FileError(f"ckpt_path: {path}: {fault}")
+            read_whole_checkpoint(Path(path))
         # Read into memory: what is mapped would be lost with the file while training goes on.
         return super().load_checkpoint(path, *args, **{**kwargs, "weights_only": True})
 
 
-def checkpoint_fault(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint; None if all its parts match their checksums.
+def read_whole_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint all of whose parts match their checksums.
 
     Every byte is read once; no code of the file is run, and no tensor is copied.
+
+    Raises:
+        FileError: If it is damaged, would run code, or is no checkpoint of Lightning.
     """
     try:
         content = read_torch(path, setting="ckpt_path")
+        fault = content_fault(content)
     except FileError as error:
-        return str(error).removeprefix(f"ckpt_path {path}: ")
-    return content_fault(content)
+        fault = str(error).removeprefix(f"ckpt_path {path}: ")
+    if fault is not None:
+        raise FileError(f"ckpt_path: {path}: {fault}")
+    return content  # type: ignore[return-value] # a mapping, or there were a fault
 
 
-def newest_whole(paths: Iterable[Path]) -> Path | None:
-    """The file written last among those that are whole; the damaged ones are named in a warning."""
-    existing = [path for path in paths if path.exists()]
-    for path in sorted(existing, key=lambda each: (each.stat().st_mtime_ns, each), reverse=True):
-        fault = checkpoint_fault(path)
-        if fault is None:
-            return path
-        warnings.warn(f"ckpt_path: passed over {path}: {fault}", stacklevel=2)
+def furthest_whole(paths: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
+    """The whole checkpoint with the most steps and its content; damaged ones are named.
+
+    Copying a folder changes the times of its files, so steps decide and not times.
+    """
+    ranked = sorted(((_steps(path), path) for path in paths), reverse=True)
+    for _, path in ranked:
+        try:
+            return path, read_whole_checkpoint(path)
+        except FileError as error:
+            fault = str(error).removeprefix("ckpt_path: ")
+            warnings.warn(f"ckpt_path: passed over {fault}", stacklevel=2)
     return None
+
+
+def _steps(path: Path) -> int:
+    """The steps that a checkpoint says it has; as many as can be if it cannot be read.
+
+    Its other bytes are not looked at yet. What is damaged is found, and named, when its turn comes.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(content["global_step"])
+    except Exception:  # whatever a damaged file makes of the reader
+        return sys.maxsize
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -61,11 +61,11 @@ def _check_filename(name: str | None) -> None:
 class Checkpoints(ModelCheckpoint):
     """`ModelCheckpoint` that loses nothing but the steps since the last checkpoint.
 
-    It also saves when training ends, wherever that is, and when SIGTERM or SIGUSR1 ask the run to
-    stop (see `StopSignal`). A file replaces another only when it is whole and on the disk. A save
-    that fails is reported, leaves the earlier checkpoints where they are, and is made up for by
-    the next one; if it was the last save of the run, the run fails. A checkpoint holds the weights
-    after the optimizer step.
+    It also saves when training ends, wherever that is, and when SIGTERM, SIGUSR1 or Ctrl-C ask the
+    run to stop (see `StopSignal`). A file replaces another only when it is whole and on the disk. A
+    save that fails is reported, leaves the earlier checkpoints where they are, and is made up for
+    by the next one; if it was the last save of the run, the run fails. A checkpoint holds the
+    weights after the optimizer step.
 
     Args:
         at_steps: Optimizer steps after which a checkpoint `step_N.ckpt` is kept besides.
@@ -92,6 +92,11 @@ class Checkpoints(ModelCheckpoint):
         self._recent: list[str] = []
         self._failed: CheckpointWriteError | None = None
         self._signal = StopSignal()
+
+    @property
+    def state_key(self) -> str:
+        """By what is monitored alone: a run that saves at other times goes on with its files."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write whole files only, and clear away what a killed run left half written."""
@@ -131,7 +136,7 @@ class Checkpoints(ModelCheckpoint):
         if self._due_by_time(trainer):
             self._save(trainer)
             self._last_time_checked = time.monotonic()
-        if trainer.global_step in self.at_steps:
+        if trainer.global_step in self.at_steps and not _is_trial(trainer):
             path = Path(str(self.dirpath)) / f"step_{trainer.global_step}.ckpt"
             with self._failure_survived(trainer):
                 self._on_all_ranks(trainer, lambda: trainer.save_checkpoint(path))
@@ -205,14 +210,16 @@ class Checkpoints(ModelCheckpoint):
     def _save_topk_checkpoint(
         self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
     ) -> None:
-        with self._failure_survived(trainer):
-            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        if not _is_trial(trainer):
+            with self._failure_survived(trainer):
+                super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_last_checkpoint(
         self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
     ) -> None:
-        with self._failure_survived(trainer):
-            super()._save_last_checkpoint(trainer, monitor_candidates)
+        if not _is_trial(trainer):
+            with self._failure_survived(trainer):
+                super()._save_last_checkpoint(trainer, monitor_candidates)
 
     def _save_none_monitor_checkpoint(
         self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
@@ -263,3 +270,8 @@ class Checkpoints(ModelCheckpoint):
                 f"checkpoint: {error}; training goes on, the earlier checkpoints are kept, and "
                 "the next save tries again"
             )
+
+
+def _is_trial(trainer: L.Trainer) -> bool:
+    """Whether this is `fast_dev_run`, of which nothing is kept; Lightning saves at its end."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

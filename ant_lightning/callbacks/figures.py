@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from ant_lightning.callbacks.run_record import RunRecord
+
 if TYPE_CHECKING:
     import lightning as L
     from matplotlib.figure import Figure
@@ -40,12 +42,16 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
 
 
 def log_folder(trainer: L.Trainer) -> Path:
-    """The folder of a run's logs, made if it does not exist; for rank 0.
+    """The run's folder, made if it does not exist; for rank 0.
 
-    `Trainer.log_dir` is the same, but a broadcast: it hangs if one rank asks alone.
+    That of the `RunRecord` if the command line made one. Otherwise what `Trainer.log_dir` gives,
+    which is a broadcast and hangs if one rank asks alone.
     """
-    folder: str | None = trainer.default_root_dir
-    if trainer.loggers:
+    record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined]
+    folder: str | Path | None = trainer.default_root_dir
+    if record is not None:
+        folder = record.folder
+    elif trainer.loggers:
         logger = trainer.loggers[0]
         with_versions = isinstance(logger, TensorBoardLogger | CSVLogger)
         folder = logger.log_dir if with_versions else logger.save_dir

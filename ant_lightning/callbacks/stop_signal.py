@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -18,16 +19,18 @@ if TYPE_CHECKING:
 
 __all__ = ["StopSignal"]
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
+_SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 _STEPS_BETWEEN_CHECKS = 8  # with several ranks, which have to agree
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGUSR1 into `SIGTERMException` where a run can be resumed from.
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into `SIGTERMException` where a run can be resumed from.
 
     While training that is the end of the step; with several ranks every 8th step, at which all of
     them stop if one was told to. An evaluation on one process changes no training state and is
-    broken off at once: sampling may take longer than a scheduler's grace period.
+    broken off at once: sampling may take longer than a scheduler's grace period. A second Ctrl-C
+    stops at once, as it does without us, and leaves the checkpoints that are there.
 
     It takes the place of Lightning's handlers, which let ranks broadcast from inside the handler,
     amid the sums of a step, and on SLURM save in the middle of a step.
@@ -35,6 +38,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = False
+        self._number = int(signal.SIGTERM)
         self._trainer: L.Trainer | None = None
         self._num_held = 0
         self._num_batches = 0
@@ -66,7 +70,7 @@ class StopSignal:
         """At the end of a step: stop if this rank or another was told to.
 
         Raises:
-            SIGTERMException: On every rank.
+            SIGTERMException: On every rank; its argument is the number of the signal.
         """
         stop = self.received
         if trainer.world_size > 1:
@@ -75,12 +79,17 @@ class StopSignal:
                 return
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop:
-            raise SIGTERMException
+            raise SIGTERMException(self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        if number == signal.SIGINT:
+            if self.received:
+                self.ignore()
+                signal.default_int_handler(number, frame)
+            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        self.received, self._number = True, number
         trainer = self._trainer
         if trainer is None or trainer.world_size > 1 or self._num_held:
             return
         if trainer.validating or trainer.sanity_checking:
-            raise SIGTERMException
+            raise SIGTERMException(number)

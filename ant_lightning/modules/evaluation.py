@@ -10,6 +10,7 @@ import torch
 
 from ant_lightning.balancing import default_reduction, note
 from ant_lightning.diffusion import GuidedDenoiser, denoising_loss
+from ant_lightning.modules.csv_rows import keep_csv_rows
 from ant_lightning.modules.latents import holds_moments, sample_latents
 from ant_lightning.modules.peers import PeerWatch
 from ant_lightning.modules.sharding import gather_for_evaluation, reshard, shard_backbone
@@ -96,6 +97,7 @@ class DiffusionModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run has, also without the command line."""
+        keep_csv_rows(self.trainer)  # the last hook before Lightning makes the writer
         return [PeerWatch()]
 
     def configure_model(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_fit import assert_same, fit
 
-from ant_lightning.callbacks.checkpoint_files import newest_whole
+from ant_lightning.callbacks.checkpoint_files import furthest_whole
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The server does not know this folder; what it imports is what takes time.
@@ -37,8 +37,8 @@ def short_run(folder, kill):
         timer = threading.Timer(kill, os.kill, (os.getpid(), signal.SIGKILL))
         timer.daemon = True
         timer.start()
-    resume = newest_whole(folder.glob("*.ckpt")) if folder.exists() else None
-    fit(folder, steps=STEPS, every=2, resume=resume, checkpoint={"save_top_k": 1})
+    found = furthest_whole(folder.glob("*.ckpt"))
+    fit(folder, steps=STEPS, every=2, resume=found and found[0], checkpoint={"save_top_k": 1})
 
 
 class KillAt:
@@ -67,7 +67,7 @@ def half_written(folder):
     size = max(path.stat().st_size for path in folder.glob("*.ckpt"))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-    resume = newest_whole(folder.glob("*.ckpt"))
+    resume, _ = furthest_whole(folder.glob("*.ckpt"))
     fit(folder, steps=STEPS, every=2, resume=resume, checkpoint={"save_top_k": 1})
 
 
@@ -107,7 +107,7 @@ def test_killed_in_the_middle_of_a_write(tmp_path, whole):
 
 def test_killed_between_its_last_two_files(tmp_path, whole):
     assert process(short_run, tmp_path, ("os.rename", STEPS)) == -signal.SIGKILL
-    newest = newest_whole(tmp_path.glob("*.ckpt"))
+    newest, _ = furthest_whole(tmp_path.glob("*.ckpt"))
     assert newest.name != "last.ckpt"
     assert_same(whole, newest)
     assert process(short_run, tmp_path, None) == 0

@@ -5,6 +5,7 @@ import signal
 
 import lightning as L
 import pytest
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny_fit import assert_same, fit
@@ -28,19 +29,42 @@ class Kill(L.Callback):
         (signal.SIGTERM, "on_train_batch_start", 4),
         (signal.SIGUSR1, "on_before_optimizer_step", 6),
         (signal.SIGTERM, "on_validation_batch_start", 6),
+        (signal.SIGINT, "on_before_optimizer_step", 4),
     ],
 )
 def test_the_step_is_finished_and_kept(tmp_path, number, hook, step):
     before = signal.getsignal(number)
     kill = Kill(number, step, hook)
-    with pytest.raises(SIGTERMException):
+    with pytest.raises(SIGTERMException) as stopped:
         fit(tmp_path / "stopped", callbacks=[kill], every=100, val_interval=3)
+    assert stopped.value.args == (number,)
     assert signal.getsignal(number) == before
     reached = step if hook == "on_validation_batch_start" else step + 1
     resume = tmp_path / "stopped" / f"step={reached}.ckpt"
     fit(tmp_path / "resumed", every=100, val_interval=3, resume=resume)
     fit(tmp_path / "whole", every=100, val_interval=3)
     assert_same(tmp_path / "whole" / "last.ckpt", tmp_path / "resumed" / "last.ckpt")
+
+
+class Impatient(L.Callback):
+    """Ctrl-C twice in one step."""
+
+    def on_before_optimizer_step(self, trainer, *args):
+        if trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_what_was_saved(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):  # as Lightning ends a process after Ctrl-C
+            fit(tmp_path, callbacks=[Impatient()], every=2)
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["last.ckpt", "step=2.ckpt", "step=4.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
 
 
 class Handler(L.Callback):

@@ -1,0 +1,133 @@
+"""What a run leaves of itself: its settings as YAML, and where its loggers log."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from ant_lightning.files import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["RunRecord", "newest_record"]
+
+# What loggers write before the first step. A folder with nothing else holds no run.
+_OF_LOGGERS = ("events.out.tfevents*", "hparams.yaml")
+_LOGGERS = "loggers.json"
+
+
+class RunRecord(L.Callback):
+    """Writes the settings of a command into the run's folder.
+
+    Training writes `config.yaml` before its first step, when every check has passed. Other commands
+    write beside it, as `validate.yaml` and so on. A file with other content is never replaced: the
+    new one gets a number (`config_1.yaml`). A run that fails before its first step leaves nothing.
+
+    Args:
+        folder: The run's folder.
+        command: `fit`, `validate`, `test` or `predict`.
+        text: The settings as YAML.
+        settings: Those that decide what is trained, as plain values; every checkpoint holds them.
+        is_new: Whether the folder was made for this run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        command: str,
+        text: str,
+        settings: Mapping[str, Any],
+        is_new: bool,
+    ) -> None:
+        self.folder = folder
+        self.settings = dict(settings)
+        self._command = command
+        self._text = text
+        self._is_new = is_new
+        self._started = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Agree on the folder: ranks that started later may have found another number free."""
+        self.folder = trainer.strategy.broadcast(self.folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write `config.yaml`, and the version of each logger for a later resume."""
+        self._started = True
+        if trainer.is_global_zero:
+            self._write("config")
+            versions = {type(logger).__name__: logger.version for logger in trainer.loggers}
+            text = json.dumps(versions, default=str) + "\n"
+            write_atomically(self.folder / _LOGGERS, lambda file: file.write(text.encode()))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the settings of an evaluation; validations of `fit` are part of its own."""
+        if trainer.state.fn != "fit":
+            self._started = True
+            if trainer.is_global_zero:
+                self._write(self._command)
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the settings in the checkpoint, which may outlive its folder."""
+        checkpoint.setdefault("ant_lightning", {})["settings"] = self.settings
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave no folder of a run that never began."""
+        if not self._started:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder if it was made for this run and holds nothing but logger headers."""
+        if self._is_new and not getattr(rank_zero_only, "rank", 0):
+            remove_empty_run(self.folder)
+
+    def _write(self, name: str) -> None:
+        path, number = self.folder / f"{name}.yaml", 0
+        while path.exists():
+            if path.read_bytes() == self._text.encode():
+                return
+            number += 1
+            path = self.folder / f"{name}_{number}.yaml"
+        write_atomically(path, lambda file: file.write(self._text.encode()))
+
+
+def newest_record(folder: Path) -> Path | None:
+    """The settings with which the run was last started; of an evaluation if it never trained."""
+    for name in ("config", "validate", "test", "predict"):
+        path, number = folder / f"{name}.yaml", 0
+        while (later := folder / f"{name}_{number + 1}.yaml").is_file():
+            path, number = later, number + 1
+        if path.is_file():
+            return path
+    return None
+
+
+def logger_versions(folder: Path) -> dict[str, str]:
+    """The version of each logger class that the run in `folder` used."""
+    try:
+        found = json.loads((folder / _LOGGERS).read_text(encoding="utf8"))
+    except (OSError, ValueError):  # an older run has none
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def remove_empty_run(folder: Path) -> None:
+    """Remove the folder of a run that never began."""
+    if not folder.is_dir():
+        return
+    inside = [path for path in folder.rglob("*") if path.is_file()]
+    if all(any(path.match(pattern) for pattern in _OF_LOGGERS) for path in inside):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,66 @@
+"""The settings of a run by name, and how those of two runs differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ant_lightning.files import differences
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["changed_settings", "trained_settings"]
+
+_GROUPS = ("seed_everything", "ema", "data", "model")
+# These change how fast, where or how images are drawn, and not what is trained.
+_NEUTRAL = (
+    "data.num_workers",
+    "model.accumulate_grad_batches",
+    "model.clip_denoised",
+    "model.engine",
+    "model.export",
+    "model.guidance_scale",
+    "model.guided_channels",
+    "model.max_skipped_steps",
+    "model.sampler",
+)
+
+
+def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides what is trained."""
+    return {name: config[name] for name in _GROUPS if name in config}
+
+
+def changed_settings(
+    stored: Mapping[str, Any], current: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ and decide what is trained, with both values.
+
+    Settings that one side does not know, because it is of another version of this package, do not
+    differ.
+    """
+    then, now = _flat(trained_settings(stored)), _flat(trained_settings(current))
+    both = then.keys() & now.keys()
+    changed = differences(
+        {name: then[name] for name in then if name in both},
+        {name: now[name] for name in now if name in both},
+    )
+    return {name: pair for name, pair in changed.items() if not _is_neutral(name)}
+
+
+def _is_neutral(name: str) -> bool:
+    return name in _NEUTRAL or name.startswith(tuple(f"{each}." for each in _NEUTRAL))
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 - whatever YAML holds
+    """`model.optimizer.lr: 0.1` for nested settings; a class stands under the name it has."""
+    if not isinstance(value, dict):
+        return {name: value}
+    inner = dict(value)
+    found: dict[str, Any] = {}
+    if "class_path" in inner:
+        found[name] = str(inner.pop("class_path")).rpartition(".")[-1]
+        inner = {**(inner.get("init_args") or {}), **(inner.get("dict_kwargs") or {})}
+    for key, each in inner.items():
+        found |= _flat(each, f"{name}.{key}" if name else str(key))
+    return found
