@@ -171,12 +171,12 @@ class AntCLI(LightningCLI):
         check_trainer_settings(config.trainer)
         # As the user gave it: the record must start a run of its own, in a folder of its own.
         self._dump_config()
-        given, config.ckpt_path = config.ckpt_path, None
-        self._record = self._parser(self.command).dump(config, skip_none=False)
-        config.ckpt_path = given
+        given = config.clone()
         if content is not None and self.command == "fit":
-            _say_changes(content, Path(given), self.config_dump)
+            _say_changes(content, Path(config.ckpt_path), self.config_dump)
         self.run_folder = choose_run_folder(config, self.command, self.config_dump)
+        given.ckpt_path = None if self.command == "fit" else config.ckpt_path
+        self._record = self._parser(self.command).dump(given, skip_none=False)
 
 
 def _config_files(args: Sequence[str]) -> list[str]:

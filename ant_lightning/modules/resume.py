@@ -153,7 +153,8 @@ def _step(scheduler: Any, num_steps: int) -> None:  # noqa: ANN401 - of torch
                 scheduler.step()
     except Exception as error:  # one that is over, for instance
         raise ConfigError(
-            f"model.lr_scheduler: must last beyond the checkpoint's {num_steps} steps, found: {error}"
+            f"model.lr_scheduler: must last longer than the {num_steps} steps of the checkpoint, "
+            f"found: {error}"
         ) from error
 
 

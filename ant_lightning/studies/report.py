@@ -1,6 +1,6 @@
 """`ant-lightning report RUN_FOLDER`: what a run did and found, as `report.md` in its folder.
 
-It reads what is there (`config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
+It reads what is there (the newest `config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
 `task_affinity.npz`, `negative_transfer.npz`, `generation_metrics.jsonl`, `1_samples_grid.png`) and
 leaves out what is not.
 """
@@ -18,6 +18,7 @@ import yaml
 
 from ant_lightning.analysis import AffinityResult, TransferGapResult
 from ant_lightning.backbones.checkpoint_files import read_checkpoint
+from ant_lightning.callbacks.run_record import newest_record
 from ant_lightning.clustering import TimestepClusters
 from ant_lightning.config_files import check_config_file
 from ant_lightning.errors import ConfigError
@@ -65,12 +66,13 @@ def write_report(folder: Path) -> Path:
     """Write `report.md` and its figures into a run's log folder; returns its path.
 
     Raises:
-        ConfigError: If the folder has no `config.yaml`, or a file in it cannot be read.
+        ConfigError: If the folder has no settings of a run, or a file in it cannot be read.
     """
-    if not (folder / "config.yaml").is_file():
+    record = newest_record(folder)
+    if record is None:
         raise ConfigError(f"report: must be the log folder of a run, with config.yaml: {folder}")
-    check_config_file(folder / "config.yaml")
-    text = (folder / "config.yaml").read_text(encoding="utf8")
+    check_config_file(record)
+    text = record.read_text(encoding="utf8")
     config = yaml.safe_load(text)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not checkpoint.is_file():  # an evaluation names the one that it read
