@@ -215,8 +215,13 @@ _MODULES_OWN = (
     "model.balancer.lr",
     "model.balancer.weights",
 )
-# A checkpoint brings what these were used for.
-_START_ONLY = ("model.init_from", "model.init_weights", "model.balancer.seed")
+# A checkpoint brings what these were used for: weights, and PCGrad's random state.
+_START_ONLY = ("model.init_from", "model.init_weights")
+
+
+def _has_pcgrad(config: dict[str, Any]) -> bool:
+    balancer = config["model"].get("init_args", {}).get("balancer") or {}
+    return str(balancer.get("class_path")).endswith(".PCGrad")
 
 
 def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) -> None:
@@ -226,7 +231,7 @@ def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) ->
         return
     for name, pair in changed_settings(stored, config).items():
         if not name.startswith(_MODULES_OWN):
-            kept = name in _START_ONLY
+            kept = name in _START_ONLY or (name == "model.balancer.seed" and _has_pcgrad(config))
             effect = "has no effect any more" if kept else "from here on"
             say_changed({name: pair}, effect=effect)
 

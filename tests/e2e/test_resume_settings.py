@@ -5,14 +5,16 @@ import lightning as L
 import pytest
 import torch
 from test_run_records import arguments
-from tiny_fit import BALANCERS, fit
+from tiny_fit import BALANCERS, fit, module
 
 from ant_lightning.__main__ import main
 from ant_lightning.balancing import LinearScalarization, UncertaintyWeighting
 from ant_lightning.callbacks import Checkpoints
 from ant_lightning.data import DigitsData
+from ant_lightning.data.latent_space import LatentSpace
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules import AutoencoderModule
+from ant_lightning.modules.saved_state import restore_state
 
 NONE = {"warmup_steps": 0}
 schedulers = torch.optim.lr_scheduler
@@ -222,3 +224,26 @@ def test_other_settings_are_said_on_the_command_line(tmp_path, capsys, recwarn, 
     assert said in capsys.readouterr().out
     assert last.read_bytes() == before  # the changed run has a folder of its own
     assert (tmp_path / "run" / "version_1" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_what_a_checkpoint_brings_is_said(tmp_path, capsys):
+    pcgrad = ["--model.init_args.balancer=PCGrad", "--model.init_args.balancer.num_tasks=5"]
+    assert main(arguments(tmp_path, *pcgrad)) == 0
+    last = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    more = [*pcgrad, "--model.init_args.balancer.seed=3", f"--ckpt_path={last}"]
+    assert main(arguments(tmp_path, *more, steps=3)) == 0
+    said = "model.balancer.seed: 3 has no effect any more, the checkpoint has 0"
+    assert said in capsys.readouterr().out
+
+
+def test_another_first_stage_is_refused(tmp_path):
+    fit(tmp_path, method="vanilla", steps=2, every=2, model=NONE)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content["ant_lightning"]["first_stage"] = "another"
+    space = LatentSpace(source="here", scale=1.0, shift=0.0, fingerprint="this", kind="kl")
+    latent = module("vanilla")
+    latent.latent_space = space
+    rule = r"model\.first_stage \(its fingerprint\): the checkpoint has another, .* say this"
+    with pytest.raises(ConfigError, match=rule):
+        restore_state(latent, content)
