@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.parameters import same_tensors, trained_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -58,9 +59,8 @@ class HalfGradients:
 
     def __init__(self, loss: HalfLoss, *, parameters: Iterable[Tensor]) -> None:
         self._loss = loss
-        self._parameters = [each for each in parameters if each.requires_grad]
-        if not self._parameters:
-            raise ConfigError("parameters: at least one that requires a gradient, found 0")
+        self._given = list(parameters)
+        self._parameters = trained_parameters(self._given)
         self.num_parameters = sum(each.numel() for each in self._parameters)
         self.device = self._parameters[0].device
 
@@ -69,8 +69,14 @@ class HalfGradients:
 
         Raises:
             NonFiniteGradientError: If it has a NaN or an infinity.
-            ConfigError: If the loss is not a scalar that depends on a parameter.
+            ConfigError: If the loss is not a scalar that depends on a parameter, or parameters were
+                frozen or thawed since the first row.
         """
+        if not same_tensors(self._parameters, trained_parameters(self._given)):
+            raise ConfigError(
+                "parameters: those that need a gradient must be the same for every row, found some "
+                "that were frozen or thawed since"
+            )
         row: Tensor | None = None
         # Validation may run under inference_mode, where no graph would be recorded.
         with torch.inference_mode(False), torch.enable_grad():

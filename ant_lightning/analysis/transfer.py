@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.parameters import trained_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -58,9 +59,7 @@ def transfer_matrix(
     """
     if not lr > 0 or num_tasks < 1:
         raise ConfigError(f"lr and num_tasks: must be above 0, found {lr} and {num_tasks}")
-    shared = [each for each in parameters if each.requires_grad]
-    if not shared:
-        raise ConfigError("parameters: at least one that requires a gradient, found 0")
+    shared = trained_parameters(parameters)
     with torch.inference_mode(False):
         before = [_positive_loss(losses, j) for j in range(num_tasks)]
         after = torch.stack(

@@ -13,6 +13,7 @@ from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import assign_gradients, reduce_gradients_
 from ant_lightning.balancing.reduction import Reduction, default_reduction
 from ant_lightning.errors import ConfigError
+from ant_lightning.parameters import trained_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -78,9 +79,15 @@ def multitask_backward(
     refreshes it costs one ordinary pass. A `SampleBalancer` weights each sample by its noise level.
     Without a balancer the objective is the mean over all samples.
 
-    A `.grad` that is there is replaced. Sums over ranks are made here and not by
+    A `.grad` that is there is replaced, or removed if the parameter needs no gradient now:
+    parameters may be frozen and thawed between calls. Sums over ranks are made here and not by
     `DistributedDataParallel`, whose hooks on the parameters never run; let `losses` call the bare
     network and not that wrapper, as ranks may call it a different number of times.
+
+    A network is called several times in a step: for each task or part of the batch. Batch norm
+    then normalises each of them alone and moves its running statistics every time (k times with
+    `Loop`, once with a balancer of losses or none and no `micro_batch_size`). Use group or layer
+    norm, or put these layers into evaluation mode.
 
     Args:
         losses: Called with the positions `rows` of some samples of the batch, returns one loss
@@ -88,7 +95,8 @@ def multitask_backward(
             and `LowMemory` ask for two of them before that as well, in their first calls).
         tasks: Task of each sample of this rank's batch, `[b]` in `0 .. k-1`; on the CPU it costs
             no synchronisation.
-        parameters: What to differentiate; those that need no gradient are passed over.
+        parameters: What to differentiate; those that need no gradient are passed over, those
+            given twice count once. Slices and transposed tensors, and different dtypes are fine.
         balancer: How to weight the tasks; None for the plain mean.
         num_tasks: `k` if `balancer` is None (default: the largest task + 1).
         priors: `pi [k]`, positive with sum 1: 1/k each by default, `|I_i| / T` to weight tasks by
@@ -106,12 +114,14 @@ def multitask_backward(
         What happened: see `BackwardReport`.
 
     Raises:
-        ConfigError: If a task number, a prior or a size is out of its range.
+        ConfigError: If a task number, a prior or a size is out of its range, or a parameter is
+            complex, sparse, or has several elements in one place of memory.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
     """
-    shared = [p for p in parameters if p.requires_grad]
+    every = list(parameters)
+    shared = trained_parameters(every)
     reduction = reduction or default_reduction()
     batch = TaskBatch(
         losses,
@@ -124,10 +134,14 @@ def multitask_backward(
         loss_scale=loss_scale,
     )
     scaled_priors = _scaled_priors(priors, batch)
+    # Of frozen ones as well: the optimizer would go on with what the last step left. And it may be
+    # a part of the last rows, which need not wait for the next.
+    for p in every:
+        p.grad = None
+    if gradients is not None:
+        gradients.bind(shared)
 
     if isinstance(balancer, GradientBalancer) and balancer.refresh_due:
-        for p in shared:  # it may be a part of the last rows, which need not wait for the next
-            p.grad = None
         found = (engine or Loop()).task_gradients(batch, gradients)
         gramian = found.gramian()
         task_losses = batch.mean_losses()
@@ -178,7 +192,7 @@ def task_gradients(
 
     Args and errors are those of `multitask_backward`; a task without samples has a zero row.
     """
-    shared = [p for p in parameters if p.requires_grad]
+    shared = trained_parameters(parameters)
     reduction = reduction or default_reduction()
     batch = TaskBatch(
         losses,
@@ -194,8 +208,6 @@ def task_gradients(
 
 def _weighted_backward(batch: TaskBatch, per_sample: Tensor) -> Tensor:
     """`.grad` becomes the gradient of the sum of `per_sample` times all losses; its norm."""
-    for p in batch.shared:
-        p.grad = None
     total: list[Tensor] = []
     (passes,) = batch.passes([torch.arange(len(batch), device=batch.order.device)])
     for rows in passes:

@@ -30,7 +30,7 @@ class TaskBatch:
         tasks: Task of each sample of this rank, `[b]`.
         balancer: Says how many tasks there are.
         num_tasks: Says it without a balancer; else the largest task + 1.
-        shared: The parameters, all of which need a gradient.
+        shared: What `trained_parameters` gives.
         reduction: How sums over ranks are made.
         micro_batch_size: Most samples in one forward pass; None for no limit.
         loss_scale: Losses are multiplied by this in a backward pass.
@@ -60,12 +60,10 @@ class TaskBatch:
     ) -> None:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size: must be at least 1, found {micro_batch_size}")
-        if not shared:
-            raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
-        if tasks.ndim != 1 or len(tasks) == 0 or tasks.is_floating_point():
+        if tasks.ndim != 1 or not len(tasks) or tasks.is_floating_point() or tasks.is_complex():
             found = f"{tasks.dtype} of shape {list(tasks.shape)}"
             raise ConfigError(f"tasks: one integer for each sample is needed, found {found}")
-        on_host = tasks.cpu()
+        on_host = tasks.cpu().long()  # as an index, uint8 would be a mask and int16 an error
         largest = int(on_host.max())
         self.num_tasks = balancer.num_tasks if balancer else num_tasks or largest + 1
         if int(on_host.min()) < 0 or largest >= self.num_tasks:

@@ -48,9 +48,11 @@ class Differentiation:
     def gradients(self, loss: Tensor) -> list[Tensor]:
         """One tensor a parameter, to be added up and given to `finish`."""
         # Not `backward`: its hooks on the leaves are where DistributedDataParallel would reduce.
-        return list(
-            torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            loss, self.parameters, allow_unused=True, materialize_grads=True
         )
+        # Of an embedding with `sparse=True`: rows and sums over ranks are dense.
+        return [g.to_dense() if g.is_sparse else g for g in found]
 
     def finish(self, gradients: Sequence[Tensor]) -> Tensor:
         """Write the sum over ranks into `.grad`; its L2 norm."""

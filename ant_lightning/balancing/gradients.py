@@ -11,6 +11,7 @@ import torch
 from ant_lightning.balancing.reduction import Reduction, padded_length
 from ant_lightning.balancing.shards import from_local, local_part
 from ant_lightning.errors import ConfigError
+from ant_lightning.parameters import is_dense, same_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -64,8 +65,9 @@ class DenseTaskGradients(TaskGradients):
 
     Args:
         num_tasks: `k`.
-        parameters: The shared parameters, `p` numbers in all. The object is bound to them and can
-            be filled again every step without a new allocation; the first comes when it is filled.
+        parameters: The shared parameters, `p` numbers in all. The object can be filled again every
+            step without a new allocation, until it is bound to other parameters; the first comes
+            when it is filled.
         reduction: How sums over ranks are made.
         num_full: Whole rows that a rank of several holds at a time: with two, one crosses the
             network while the next is made.
@@ -83,19 +85,26 @@ class DenseTaskGradients(TaskGradients):
         reduction: Reduction,
         num_full: int = 2,
     ) -> None:
-        if not parameters:
-            raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
-        self.parameters = list(parameters)
         self.num_tasks = num_tasks
         self.reduction = reduction
         self.keep = True
-        double = any(p.dtype == torch.float64 for p in self.parameters)
-        dtype = torch.float64 if double else torch.float32
         self._num_full = num_tasks if reduction.world_size == 1 else min(num_full, num_tasks)
-        self._empty = torch.empty(0, dtype=dtype, device=self.parameters[0].device)
-        self._held: list[nn.Parameter] = []  # those that there are rows of
         self._pending: list[Callable[[], None]] = []
         self._spent = False  # the first row was overwritten by a combination
+        self.parameters: list[nn.Parameter] = []
+        self._empty = torch.empty(0)
+        self.bind(parameters)
+
+    def bind(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Be for these parameters from the next rows on: some may have been frozen or thawed."""
+        if not parameters:
+            raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
+        dtype = _sums_dtype(parameters)
+        if same_tensors(parameters, self.parameters) and dtype == self._empty.dtype:
+            return
+        self.parameters = list(parameters)
+        self._empty = torch.empty(0, dtype=dtype, device=self.parameters[0].device)
+        self._held: list[nn.Parameter] = []  # those that there are rows of
         self._drop()
 
     def _drop(self) -> None:
@@ -107,7 +116,7 @@ class DenseTaskGradients(TaskGradients):
     def _hold(self, parameters: Sequence[nn.Parameter]) -> None:
         """Begin new rows, of these parameters: in the buffers that are there if they fit."""
         self._spent = False
-        if self._views and list(map(id, parameters)) == list(map(id, self._held)):
+        if self._views and same_tensors(parameters, self._held):
             return
         ranks, num_full = self.reduction.world_size, self._num_full
         length = padded_length(sum(p.numel() for p in parameters), ranks)
@@ -248,10 +257,15 @@ class ShardedTaskGradients(DenseTaskGradients):
     def __init__(
         self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
     ) -> None:
-        parts = [local_part(p) for p in parameters]
-        super().__init__(num_tasks, parts, reduction=Reduction())  # type: ignore[arg-type]
-        self._sharded = list(parameters)
+        self._sharded: list[nn.Parameter] = []
+        super().__init__(num_tasks, parameters, reduction=Reduction())
         self._ranks = reduction
+
+    def bind(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Be for the parts of these parameters from the next rows on."""
+        if not same_tensors(parameters, self._sharded):
+            self._sharded = list(parameters)
+            super().bind([local_part(p) for p in parameters])  # type: ignore[misc]
 
     def gramian(self) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64, summed over the parts."""
@@ -271,8 +285,11 @@ def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reductio
     if reduction.world_size == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-    flat = torch.empty(sum(p.numel() for p in parameters), dtype=dtype, device=parameters[0].device)
+    flat = torch.empty(
+        sum(p.numel() for p in parameters),
+        dtype=_sums_dtype(parameters),
+        device=parameters[0].device,
+    )
     views = _views(flat, parameters)
     torch._foreach_copy_(views, gradients)
     reduction.all_reduce_(flat)
@@ -289,12 +306,24 @@ def _nothing() -> None:
     """What an unused buffer waits for."""
 
 
+def _sums_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """Of sums of all gradients together: float64 if one parameter is, else float32."""
+    double = any(p.dtype == torch.float64 for p in parameters)
+    return torch.float64 if double else torch.float32
+
+
+def _stride(p: Tensor) -> tuple[int, ...]:
+    """Of a parameter's gradient, as autograd has it: its own, or of rows if that has gaps."""
+    if is_dense(p):  # channels-last, transposed: copies and the optimizer stay contiguous
+        return p.stride()
+    return torch.empty(p.shape, device="meta").stride()
+
+
 def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """`flat` cut into tensors of the parameters' shapes and memory layouts."""
     views, start = [], 0
     for p in parameters:
-        # as_strided keeps channels-last layouts, so that copies and the optimizer stay contiguous.
-        views.append(flat[start : start + p.numel()].as_strided(p.shape, p.stride()))
+        views.append(flat[start : start + p.numel()].as_strided(p.shape, _stride(p)))
         start += p.numel()
     return views
 
@@ -304,7 +333,7 @@ def _blocks(rows: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     blocks, start = [], 0
     for p in parameters:
         part = rows[:, start : start + p.numel()]
-        blocks.append(part.as_strided((len(rows), *p.shape), (rows.stride(0), *p.stride())))
+        blocks.append(part.as_strided((len(rows), *p.shape), (rows.stride(0), *_stride(p))))
         start += p.numel()
     return blocks
 

@@ -11,6 +11,7 @@ from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whol
 from ant_lightning.balancing.factors import FactoredTaskGradients, Factors, layers_to_factor
 from ant_lightning.balancing.groups import Groups
 from ant_lightning.balancing.taps import Taps
+from ant_lightning.parameters import same_tensors
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ class OnePass(Engine):
     """
 
     def __init__(self) -> None:
+        self._parameters: Sequence[nn.Parameter] = ()  # for which layers were proven
         self._proven: set[int] = set()
         self._all_proven = False
         self._num_proofs = 0
@@ -201,6 +203,9 @@ class OnePass(Engine):
         Raises:
             UnsupportedError: If one does.
         """
+        if not same_tensors(batch.shared, self._parameters):  # some may be thawed
+            self._parameters, self._proven = batch.shared, set()
+            self._all_proven, self._num_proofs = False, 0
         if self._all_proven or len(batch.present) < 2 or self._num_proofs >= _MOST_PROOFS:
             return
         self._num_proofs += 1

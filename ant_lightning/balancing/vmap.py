@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Vmap", "note"]
 
+# What PyTorch says of layers that vmap cannot run, or not differentiate.
+_NO_RULE = (
+    "Batch norm got a batched",
+    "Batching rule not implemented",
+    "vmap: ",
+    "is not implemented for sparse tensors",
+)
+
 
 class Vmap(Engine):
     """One pass over all tasks with `torch.vmap`, on parameters that are expanded, not copied.
@@ -37,7 +45,7 @@ class Vmap(Engine):
         """All rows together.
 
         Raises:
-            UnsupportedError: If a parameter is used out of reach.
+            UnsupportedError: If a parameter is used out of reach, or vmap cannot run a layer.
             ConfigError: If the batch is to be computed in parts.
         """
         check_whole(batch, "Vmap")
@@ -50,11 +58,19 @@ class Vmap(Engine):
                 return batch.evaluate(of_task)
 
         # Fused attention has no batching rule on CPUs, and on GPUs refuses what vmap gives it.
-        with sdpa_kernel(SDPBackend.MATH):
-            values = torch.vmap(losses_of_task, randomness="different")(leaves, picks)
-        loss = (values * weights.to(values.dtype)).sum() * batch.loss_scale
-        inputs = [*leaves, *batch.shared]
-        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                values = torch.vmap(losses_of_task, randomness="different")(leaves, picks)
+            loss = (values * weights.to(values.dtype)).sum() * batch.loss_scale
+            inputs = [*leaves, *batch.shared]
+            grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else ""
+            if not any(words in reason for words in _NO_RULE):
+                raise
+            raise UnsupportedError(
+                f"engine: vmap has no rule for a layer, so it must be Loop or Auto: {reason}"
+            ) from error
         if any(g is not None for g in grads[len(leaves) :]):
             raise UnsupportedError(
                 "engine: vmap needs every parameter to be an argument of a torch function, found "

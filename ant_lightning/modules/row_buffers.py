@@ -16,6 +16,7 @@ from ant_lightning.balancing import (
     default_reduction,
 )
 from ant_lightning.balancing.differentiation import differentiation
+from ant_lightning.parameters import trained_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,14 +43,17 @@ def engine_and_rows(module: MultiTaskDiffusion) -> tuple[Engine, DenseTaskGradie
     `auto` is the loop for a compiled network, which no other engine can look into. Buffers that are
     not needed in every step are made when they are, so that they are not held beside the
     activations of ordinary steps.
+
+    Raises:
+        ConfigError: If a parameter cannot be trained; `multitask_backward` checks it in every step.
     """
     name = module.engine
     if name == "auto" and any(_is_compiled(m) for m in module.backbone.modules()):
         name = "loop"
     engine = _ENGINES[name]()
+    shared = trained_parameters(module.backbone.parameters())
     if not isinstance(module.balancer, GradientBalancer) or name == "low_memory":
         return engine, None
-    shared = [p for p in module.backbone.parameters() if p.requires_grad]
     reduction = default_reduction()
     if module.placement == "sorted":
         rows: DenseTaskGradients = PlacedTaskGradients(

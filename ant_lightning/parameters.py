@@ -1,0 +1,113 @@
+"""Which parameters are differentiated, and what they must be, in training and in analyses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch.nn.parameter import is_lazy
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+__all__ = ["is_dense", "same_tensors", "trained_parameters"]
+
+P = TypeVar("P", bound="Tensor")
+
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def trained_parameters(parameters: Iterable[P]) -> list[P]:
+    """Those that need a gradient, each once, in the order of their first mention.
+
+    They may be of different dtypes, empty, transposed, or slices of larger tensors. Call it anew
+    for every step: parameters may be frozen, thawed or cast in between.
+
+    Raises:
+        ConfigError: If there are none, or one is complex, sparse, not yet initialised, no leaf of
+            the graph, or has several elements in one place of memory.
+    """
+    found: dict[int, P] = {}
+    for index, p in enumerate(parameters):
+        if p.requires_grad and id(p) not in found:
+            _check(p, index)
+            found[id(p)] = p
+    if not found:
+        raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
+    return list(found.values())
+
+
+def same_tensors(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
+    """Whether both have the same tensors, as objects, in the same order."""
+    return [id(each) for each in left] == [id(each) for each in right]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill one stretch of memory, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in _steps(tensor):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _check(p: Tensor, index: int) -> None:
+    if is_lazy(p):
+        raise ConfigError(
+            f"parameters: each must have a shape, found parameter {index}, which has none yet; "
+            "run the network once before"
+        )
+    if p.dtype not in _DTYPES:
+        hint = ""
+        if p.is_complex():
+            hint = "; keep its torch.view_as_real, and apply torch.view_as_complex to it in forward"
+        raise ConfigError(
+            "parameters: each must be float16, bfloat16, float32 or float64, "
+            f"found {_described(p, index)}{hint}"
+        )
+    if p.layout != torch.strided:
+        raise ConfigError(
+            f"parameters: each must be stored as torch.strided, found parameter {index} of shape "
+            f"{list(p.shape)} and layout {p.layout}"
+        )
+    if not p.is_leaf:
+        raise ConfigError(
+            "parameters: each must be a leaf, not the result of an operation, "
+            f"found {_described(p, index)} made by {type(p.grad_fn).__name__}"
+        )
+    # No step in place can be right for them; PyTorch's optimizers refuse some and not others.
+    if not p.is_contiguous() and _overlaps(p):
+        raise ConfigError(
+            "parameters: each element must have its own place in memory, "
+            f"found {_described(p, index)}; make it of a clone()"
+        )
+
+
+def _steps(tensor: Tensor) -> list[tuple[int, int]]:
+    """Stride and size of each dimension with more than one element, by stride."""
+    if not tensor.numel():
+        return []
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
+    return sorted((stride, size) for stride, size in steps if size > 1)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, or dimensions are interleaved so that they might."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in _steps(tensor):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _described(p: Tensor, index: int) -> str:
+    dtype = str(p.dtype).removeprefix("torch.")
+    return f"parameter {index} of shape {list(p.shape)}, dtype {dtype}, strides {list(p.stride())}"
