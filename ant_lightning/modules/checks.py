@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ant_lightning.balancing import GradientBalancer
 from ant_lightning.clustering import Clustering, GradientClustering
@@ -15,7 +17,6 @@ from ant_lightning.modules.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
-    from torch import nn
 
     from ant_lightning.modules.multitask import MultiTaskDiffusion
 
@@ -45,6 +46,7 @@ def check_settings(module: MultiTaskDiffusion) -> None:
             f"it must be 'spread', found {module.placement!r} with {type(balancer).__name__}"
         )
     _check_engine(module)
+    _check_batch_norm(module)
     positive = {
         "accumulate_grad_batches": module.accumulate_grad_batches,
         "max_skipped_steps": module.max_skipped_steps,
@@ -134,6 +136,12 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
         ConfigError: Naming the setting, the rule and the value found.
     """
     trainer = module.trainer
+    synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in module.backbone.modules())
+    if synchronised and isinstance(module.balancer, GradientBalancer):
+        raise ConfigError(
+            "trainer.sync_batchnorm: with a gradient balancer a rank runs the network as often as "
+            "its tasks need, and would wait for others in vain, so it must be false, found true"
+        )
     data = getattr(trainer, "datamodule", None)
     if data is None:
         return
@@ -171,6 +179,27 @@ def _check_engine(module: MultiTaskDiffusion) -> None:
             "model.placement: 'sorted' sends rows of task gradients, of which engine 'low_memory' "
             f"has none, so it must be 'spread', found {module.placement!r}"
         )
+
+
+def _check_batch_norm(module: MultiTaskDiffusion) -> None:
+    """It mixes the samples of a pass: refuse engines that need one pass, warn of many."""
+    named = module.backbone.named_modules()
+    found = [(n, m) for n, m in named if isinstance(m, _BatchNorm) and m.training]
+    by_task = isinstance(module.balancer, GradientBalancer)
+    if not found or not (by_task or module.accumulate_grad_batches > 1):
+        return
+    layer = f"{type(found[0][1]).__name__} {found[0][0]!r} ({len(found)} such layers in all)"
+    if by_task and module.engine not in {"auto", "loop"}:
+        raise ConfigError(
+            "model.engine: batch norm mixes the samples of tasks, so with a gradient balancer it "
+            f"must be 'auto' or 'loop', found {module.engine!r} and {layer}"
+        )
+    warnings.warn(
+        "model.backbone: batch norm normalises each task (of a gradient balancer) and each part of "
+        "accumulate_grad_batches alone in training, but all samples by one average of their "
+        f"statistics in evaluation; group or layer norm has no such gap; found {layer}",
+        stacklevel=4,
+    )
 
 
 def _check_conditioning(module: MultiTaskDiffusion) -> None:

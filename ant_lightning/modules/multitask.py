@@ -37,11 +37,13 @@ from ant_lightning.modules.checks import (
 from ant_lightning.modules.draws import dropped_labels, sample_shares, spread_order, step_noise
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
+from ant_lightning.modules.freezing import TrainedParameters
 from ant_lightning.modules.latents import bind_data, load_initial_weights
 from ant_lightning.modules.optimizers import make_optimizer, make_scheduler
 from ant_lightning.modules.ranks import check_ranks_agree
 from ant_lightning.modules.resume import optimization_settings, resume_with_settings
 from ant_lightning.modules.row_buffers import EngineName, engine_and_rows
+from ant_lightning.modules.running_statistics import RunningStatistics
 from ant_lightning.modules.saved_state import restore_state, saved_state
 from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
 from ant_lightning.randomness import keyed_generator, keyed_seed, run_seed
@@ -186,6 +188,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.trained_steps = 0  # of the checkpoint that was loaded: evaluation has no step count
         self._engine: Engine | None = None
         self._row_buffers: DenseTaskGradients | None = None
+        self._trained = TrainedParameters()
         self._validation_sums = torch.zeros(0)
         if sampler is not None:
             sampler.num_calls(self.process)  # refuses what the schedule has no timesteps for
@@ -194,7 +197,7 @@ class MultiTaskDiffusion(DiffusionModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """The backbone's parameters in one group, the balancer's own in another."""
         load_initial_weights(self)
-        groups = [[p for p in self.backbone.parameters() if p.requires_grad], self._own_parameters]
+        groups = [self._trained.begin(self.backbone), self._own_parameters]
         optimizer, scheduler = self.make_optimization([{"params": each} for each in groups if each])
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
@@ -290,10 +293,14 @@ class MultiTaskDiffusion(DiffusionModule):
         log_snr = None
         if isinstance(self.balancer, SampleBalancer):
             log_snr = self.process.log_snr.to(self.device, non_blocking=True)[draws.timesteps]
+        x_start = self.encode(batch, step=self.global_step)
+        statistics = RunningStatistics(self.backbone)
         report = multitask_backward(
-            self.losses(self.encode(batch, step=self.global_step), draws, unweighted=unweighted),
+            statistics.once(self.losses(x_start, draws, unweighted=unweighted)),
             draws.tasks,
-            self.backbone.parameters(),
+            self._trained.follow(
+                self.backbone, self.trainer.optimizers[0], self.trainer.lr_scheduler_configs
+            ),
             self.balancer,
             num_tasks=self.num_tasks,
             priors=self._priors(),
@@ -303,6 +310,7 @@ class MultiTaskDiffusion(DiffusionModule):
             loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
             log_snr=log_snr,
         )
+        statistics.keep() if report.finite else statistics.restore()
         self._finish_step(report)
         loss = unweighted.mean()  # at uniform timesteps, whatever they were drawn from
         if self.timestep_sampling == "stratified":
@@ -340,9 +348,12 @@ class MultiTaskDiffusion(DiffusionModule):
     def task_gradients(self, batch: Batch, *, step: int) -> DenseTaskGradients:
         """The task gradients at the current weights on the draws of `step`, for looking at."""
         draws = self.draw(batch, step=step)
-        losses = self.losses(self.encode(batch, step=step), draws)
+        statistics = RunningStatistics(self.backbone)
+        losses = statistics.once(self.losses(self.encode(batch, step=step), draws))
         shared = self.backbone.parameters()
-        return task_gradients(losses, draws.tasks, shared, num_tasks=self.num_tasks)
+        found = task_gradients(losses, draws.tasks, shared, num_tasks=self.num_tasks)
+        statistics.restore()
+        return found
 
     def recluster(self, clusters: TimestepClusters) -> None:
         """Go on with other clusters; task i keeps its number, its weight and its curves.
@@ -369,6 +380,7 @@ class MultiTaskDiffusion(DiffusionModule):
         state = saved_state(self)
         if self.trainer.state.fn == "fit":
             state["optimization"] = self._optimization_settings()
+        state["trained"] = self._trained.state(self.backbone)
         checkpoint.setdefault("ant_lightning", {}).update(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -377,6 +389,7 @@ class MultiTaskDiffusion(DiffusionModule):
         restore_state(self, checkpoint)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             resume_with_settings(self, checkpoint, self._optimization_settings())
+            self._trained.load(checkpoint["ant_lightning"].get("trained"))
 
     def _finish_step(self, report: BackwardReport) -> None:
         """Clip and step, or skip."""
@@ -388,7 +401,9 @@ class MultiTaskDiffusion(DiffusionModule):
         if self.clip_grad_norm is not None:
             grads = [local_part(p.grad) for p in self.backbone.parameters() if p.grad is not None]
             factor = (self.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, factor.to(grads[0].dtype))
+            # In float32 at least: the first parameter may be bfloat16 and others not.
+            dtype = torch.promote_types(grads[0].dtype, torch.float32)
+            torch._foreach_mul_(grads, factor.to(dtype))
         optimizer = self.optimizers()
         optimizer.step()  # type: ignore[union-attr]
         scheduler = self.lr_schedulers()
