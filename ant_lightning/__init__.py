@@ -45,6 +45,7 @@ _HOMES = {
         "LDMModule",
         "MultiTaskDiffusion",
     ),
+    "runs": ("load_run",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion import *
     from ant_lightning.errors import *
     from ant_lightning.modules import *
+    from ant_lightning.runs import *
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - classes and functions of all kinds

@@ -23,6 +23,7 @@ PACKAGES = [
     "callbacks",
     "plotting",
     "studies",
+    "runs",
     "diffusers_sampler",
     "randomness",
     "errors",

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from ant_lightning.errors import ConfigError
 
-__all__ = ["FIRST_STAGE_PREFIX", "Entries", "Weights", "find_entries", "nested_tensors"]
+__all__ = [
+    "FIRST_STAGE_PREFIX",
+    "Entries",
+    "Weights",
+    "bare_names",
+    "find_entries",
+    "nested_tensors",
+]
 
 Weights = Literal["ema", "model"]
 Layout = Literal["state dict", "training file", "latent-diffusion", "lightning"]
@@ -21,6 +28,8 @@ FIRST_STAGE_PREFIX = "first_stage_model."
 _LDM_PREFIX = "model.diffusion_model."
 _LDM_EMA_PREFIX = "model_ema."
 _LIGHTNING_PREFIX = "backbone."
+# Where torch's wrappers hold the network: compiled, sharded, with checkpointed activations.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # Our name of latent-diffusion's class table, and the name in its files, where it is a
 # conditioning stage beside the UNet.
 _CLASS_TABLE = ("class_embedder.embedding.weight", "cond_stage_model.embedding.weight")
@@ -43,12 +52,39 @@ class Entries:
     ignored: dict[str, int]
 
 
+def bare_names(names: Iterable[str]) -> dict[str, str]:
+    """Name without what torch's wrappers add to it -> the name with it.
+
+    ``torch.compile`` adds ``_orig_mod.``, ``DistributedDataParallel`` a leading ``module.``. Names
+    that would no longer differ are left as they are.
+    """
+    names = list(names)
+    bare = {_bare_name(name): name for name in names}
+    return bare if len(bare) == len(names) else {name: name for name in names}
+
+
+def _bare_name(name: str) -> str:
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        del parts[0]
+    while len(parts) > 2 and parts[0] == "backbone" and parts[1] == "module":
+        del parts[1]
+    return ".".join(parts)
+
+
+def _bare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {bare: tensors[name] for bare, name in bare_names(tensors).items()}
+
+
 def nested_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The named tensors of a file: those in its ``state_dict`` if it has one, else its own."""
+    """The tensors of a file by bare name: those in its ``state_dict`` if it has one, else its own.
+
+    See `bare_names`.
+    """
     nested = content.get("state_dict", content)
     nested = nested if isinstance(nested, Mapping) else {}
     named = {name: value for name, value in nested.items() if isinstance(name, str)}
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    return _bare({name: value for name, value in named.items() if isinstance(value, Tensor)})
 
 
 def find_entries(
@@ -58,7 +94,7 @@ def find_entries(
 
     Args:
         content: what the file holds.
-        names: the backbone's own state-dict names.
+        names: the backbone's own state-dict names, bare.
         weights: which weights, in files that hold both.
         path: the file, for messages.
 
@@ -70,7 +106,7 @@ def find_entries(
         if weights not in training:
             raise _other_weights(path, weights, found=", ".join(training))
         others = [key for key in content if key != weights]
-        return _entries("training file", weights, dict(training[weights]), ignored=others)
+        return _entries("training file", weights, _bare(training[weights]), ignored=others)
     tensors = nested_tensors(content)
     if not tensors:
         raise ConfigError(
@@ -81,7 +117,8 @@ def find_entries(
         return _latent_diffusion(tensors, set(names), weights=weights, path=path)
     if any(name.startswith(_LIGHTNING_PREFIX) for name in tensors):
         return _lightning(tensors, content, weights=weights, path=path)
-    return _entries("state dict", None, tensors, ignored=[n for n in content if n not in tensors])
+    others = [n for n, v in content.items() if "state_dict" in content or not isinstance(v, Tensor)]
+    return _entries("state dict", None, tensors, ignored=others)
 
 
 def _is_state_dict(value: object) -> bool:
@@ -147,6 +184,6 @@ def _lightning(
         if found is None:
             raise _other_weights(path, weights, found="model")
         # Frozen entries have no average; they are in the live weights.
-        chosen |= found
+        chosen |= _bare(found)
     others = [name for name in tensors if not name.startswith(prefix)]
     return _entries("lightning", weights, chosen, ignored=others)

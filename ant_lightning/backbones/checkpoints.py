@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,12 +13,18 @@ from ant_lightning.backbones.checkpoint_files import read_checkpoint
 from ant_lightning.backbones.checkpoint_layouts import (
     FIRST_STAGE_PREFIX,
     Weights,
+    bare_names,
     find_entries,
     nested_tensors,
 )
 from ant_lightning.errors import ConfigError
 
-__all__ = ["CheckpointReport", "first_stage_state_dict", "load_official_checkpoint"]
+__all__ = [
+    "CheckpointReport",
+    "fill_backbone",
+    "first_stage_state_dict",
+    "load_official_checkpoint",
+]
 
 _MAX_LISTED = 10
 _CLASS_TABLES = (
@@ -63,7 +70,8 @@ def load_official_checkpoint(
 
     Known files: raw state dicts (guided-diffusion, P2, released DiT weights), training files of
     DiT and ANT (``model``/``ema``), latent-diffusion's ``.ckpt``, this package's own Lightning
-    checkpoints, and the same in safetensors. Values are cast to the backbone's dtype and moved to
+    checkpoints, and the same in safetensors. What ``torch.compile``, DDP or FSDP added to names is
+    left out, in the file and in the backbone. Values are cast to the backbone's dtype and moved to
     its device. The backbone changes only if every entry fits.
 
     Args:
@@ -79,14 +87,33 @@ def load_official_checkpoint(
             has missing, extra or misshapen entries or another class count.
     """
     path = Path(path)
-    target = backbone.state_dict()
-    if any(value.is_meta for value in target.values()):
+    return fill_backbone(backbone, read_checkpoint(path), path=path, weights=weights)
+
+
+def fill_backbone(
+    backbone: nn.Module, content: Mapping[str, Any], *, path: Path, weights: Weights
+) -> CheckpointReport:
+    """`load_official_checkpoint` of a file that was read already.
+
+    Args:
+        backbone: the network to fill.
+        content: what the file holds.
+        path: the file, for messages.
+        weights: "ema" or "model", in files that hold both.
+
+    Raises:
+        ConfigError: as `load_official_checkpoint`, but for reading.
+    """
+    own = backbone.state_dict()
+    if any(value.is_meta for value in own.values()):
         raise ConfigError(f"backbone: must have memory to load {path} into, found the meta device")
-    entries = find_entries(read_checkpoint(path), target, weights=weights, path=path)
+    own_names = bare_names(own)
+    target = {bare: own[name] for bare, name in own_names.items()}
+    entries = find_entries(content, target, weights=weights, path=path)
     problems = _class_problems(entries.tensors, target) + _entry_problems(entries.tensors, target)
     if problems:
         raise ConfigError(f"checkpoint {path}: does not fit the network; " + "; ".join(problems))
-    backbone.load_state_dict(entries.tensors)
+    backbone.load_state_dict({own_names[name]: t for name, t in entries.tensors.items()})
     return CheckpointReport(
         path=path,
         layout=entries.layout,
@@ -112,8 +139,10 @@ def first_stage_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _class_problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """Say in terms of classes where the label tables disagree."""
-    problems = []
+    """Say in terms of classes where the label tables disagree, in a file of such a network."""
+    problems: list[str] = []
+    if not found.keys() & target.keys():
+        return problems
     for name in _CLASS_TABLES:
         rows = [len(side[name]) if name in side else 0 for side in (found, target)]
         if rows[0] != rows[1]:

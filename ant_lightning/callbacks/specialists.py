@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ant_lightning.backbones import load_official_checkpoint
 from ant_lightning.backbones.checkpoint_files import read_checkpoint
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules.protocol import backbone_name
 from ant_lightning.modules.saved_state import schedule_summary
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _checked(
         )
     steps = int(content["global_step"])
     wanted: dict[str, tuple[Any, Any]] = {
-        "model.backbone": (type(module.backbone).__name__, saved["backbone"]),
+        "model.backbone": (backbone_name(module.backbone), saved["backbone"]),
         "model.schedule (T, log-SNR at start, middle, end)": (
             schedule_summary(module),
             saved["schedule"],

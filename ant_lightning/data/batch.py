@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Batch"]
+from ant_lightning.errors import ConfigError
+
+__all__ = ["Batch", "check_batch"]
 
 
 class Batch(NamedTuple):
@@ -21,3 +23,39 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     indices: Tensor
+
+
+def check_batch(batch: object) -> None:
+    """Check what a loader yields; nothing is read back from an accelerator.
+
+    Raises:
+        ConfigError: Naming what is wrong: another class, or kinds of numbers.
+    """
+    if not isinstance(batch, Batch):
+        raise ConfigError(
+            "batch: must be an ant_lightning.data.Batch, so let the data set return "
+            f"Batch(image, label, index), found a {type(batch).__name__} {_inside(batch)}".rstrip()
+        )
+    images, labels, indices = batch
+    if not images.is_floating_point():
+        raise ConfigError(f"batch.images: must be floating point in [-1, 1], found {_kind(images)}")
+    for name, each in (("labels", labels), ("indices", indices)):
+        whole = not each.is_floating_point() and not each.is_complex()
+        if not whole or each.shape != images.shape[:1]:
+            raise ConfigError(
+                f"batch.{name}: must be one whole number for each of the {len(images)} images, "
+                f"found {_kind(each)} of shape {list(each.shape)}"
+            )
+
+
+def _inside(batch: object) -> str:
+    """What a tuple, a list or a dictionary holds."""
+    if isinstance(batch, dict):
+        return f"of {', '.join(map(str, batch))}"
+    if isinstance(batch, tuple | list):
+        return f"of {', '.join(type(each).__name__ for each in batch)}"
+    return ""
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

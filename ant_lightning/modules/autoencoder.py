@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.errors import ConfigError
-from ant_lightning.modules.checkpoint_content import check_weights
+from ant_lightning.modules.checkpoint_content import check_weights, use_names_of
 from ant_lightning.modules.csv_rows import keep_csv_rows
 from ant_lightning.modules.draws import step_noise
+from ant_lightning.modules.loadable import LoadableModule
 from ant_lightning.modules.optimizers import make_optimizer
 from ant_lightning.modules.peers import PeerWatch
 from ant_lightning.modules.resume import optimization_settings, resume_with_settings
@@ -37,7 +38,7 @@ class _Averages(Protocol):
     def averaged(self, pl_module: L.LightningModule) -> AbstractContextManager[None]: ...
 
 
-class AutoencoderModule(L.LightningModule):
+class AutoencoderModule(LoadableModule):
     """Trains an `AutoencoderKL` of diffusers on `E|x - D(z)|^p + w KL(q(z|x) || N(0, 1))`.
 
     Both terms are means: over the numbers of an image, and over those of a latent. When `fit`
@@ -150,6 +151,7 @@ class AutoencoderModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model; go on with the settings of this run."""
+        use_names_of(self, checkpoint)
         check_weights(self, checkpoint)
         if self._trainer is not None and self.trainer.state.fn == "fit":
             current = optimization_settings(self.make_optimization, 1)

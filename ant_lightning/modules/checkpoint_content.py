@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.backbones.checkpoint_layouts import bare_names
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files import read_torch
+from ant_lightning.modules.protocol import backbone_name
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import lightning as L
 
-__all__ = ["check_weights", "content_fault"]
+__all__ = ["check_weights", "content_fault", "read_content", "use_names_of"]
 
 _NEEDED = {"pytorch-lightning_version": str, "state_dict": Mapping, "global_step": int}
 _POSSIBLE = {
@@ -43,6 +48,43 @@ def content_fault(content: object) -> str | None:
         found = content["pytorch-lightning_version"]
         return f"must hold a version as pytorch-lightning_version, found {found!r}"
     return None
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """What a checkpoint of Lightning holds, on the CPU; nothing in the file can run.
+
+    Raises:
+        FileError: If it is missing, damaged, no checkpoint, or needs pickled classes.
+    """
+    content = read_torch(path)
+    fault = content_fault(content)
+    if fault is not None:
+        raise FileError(f"checkpoint {path}: {fault}")
+    return dict(content)  # type: ignore[call-overload,no-any-return]
+
+
+def use_names_of(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Give the weights of a checkpoint, and their averages, the names that they have in `module`.
+
+    The two differ where one of them ran in a wrapper of torch (`torch.compile`, DDP).
+    """
+    saved = checkpoint.get("ant_lightning", {})
+    if saved.get("backbone") == "OptimizedModule":  # what 0.1 called every compiled network
+        saved["backbone"] = backbone_name(module.backbone)  # type: ignore[arg-type]
+    weights = checkpoint.get("state_dict")
+    if weights is not None:
+        checkpoint["state_dict"] = _renamed(weights, module.state_dict())
+    own = dict(module.backbone.named_parameters())  # type: ignore[operator,union-attr]
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and isinstance(state.get("averages"), Mapping):
+            state["averages"] = _renamed(state["averages"], own)
+
+
+def _renamed(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    if tensors.keys() == own.keys():
+        return tensors
+    names = bare_names(own)
+    return {names.get(bare, name): tensors[name] for bare, name in bare_names(tensors).items()}
 
 
 def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:

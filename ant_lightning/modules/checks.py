@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ant_lightning.balancing import GradientBalancer
 from ant_lightning.clustering import Clustering, GradientClustering
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules.protocol import backbone_name
 from ant_lightning.modules.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
     """
     if not isinstance(clustering, GradientClustering):
         return
-    measured, ours = clustering.measured_model(), type(backbone).__name__
+    measured, ours = clustering.measured_model(), backbone_name(backbone)
     if measured and measured.partition(",")[0] != ours:
         warnings.warn(
             f"model.clustering.affinity: {clustering.affinity} was measured of {measured!r}, and "

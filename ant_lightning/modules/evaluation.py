@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,15 +10,20 @@ import lightning as L
 import torch
 
 from ant_lightning.balancing import default_reduction, note
+from ant_lightning.data.batch import check_batch
 from ant_lightning.diffusion import GuidedDenoiser, denoising_loss
+from ant_lightning.errors import ConfigError
 from ant_lightning.modules.csv_rows import keep_csv_rows
+from ant_lightning.modules.image_requests import as_indices, as_labels
 from ant_lightning.modules.latents import holds_moments, sample_latents
+from ant_lightning.modules.loadable import LoadableModule
 from ant_lightning.modules.peers import PeerWatch
+from ant_lightning.modules.protocol import check_output
 from ant_lightning.modules.sharding import gather_for_evaluation, reshard, shard_backbone
 from ant_lightning.randomness import ImageNoise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor, nn
 
@@ -40,7 +46,7 @@ class Draws:
     labels: Tensor | None
 
 
-class DiffusionModule(L.LightningModule):
+class DiffusionModule(LoadableModule):
     """A diffusion model that can be evaluated and sampled; `MultiTaskDiffusion` trains it.
 
     Attributes:
@@ -102,7 +108,8 @@ class DiffusionModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Shard the backbone if the strategy is `ShardedStrategy`."""
-        shard_backbone(self)
+        if self._trainer is not None:
+            shard_backbone(self)
 
     def on_validation_start(self) -> None:
         """Ranks may have unequally many batches: have the whole backbone on each."""
@@ -124,7 +131,15 @@ class DiffusionModule(L.LightningModule):
             x_start: `[b, c, h, w]`.
             draws: What is random.
             unweighted: `[b]`, filled with the mean squared errors without any weight.
+
+        Raises:
+            ConfigError: If `x_start` has another shape than the backbone takes.
         """
+        if tuple(x_start.shape[1:]) != self.image_shape:
+            raise ConfigError(
+                f"batch.images: must be {list(self.image_shape)} each, as model.backbone says, "
+                f"found {list(x_start.shape[1:])}"
+            )
         # bf16-true casts batches: noise levels and targets need float32.
         x_start = x_start.to(torch.promote_types(x_start.dtype, torch.float32))
         x_t = self.process.q_sample(x_start, draws.timesteps, draws.noise)
@@ -150,10 +165,13 @@ class DiffusionModule(L.LightningModule):
         return losses_of
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        """The backbone's output for states of any precision, computed in the backbone's own."""
+        """The backbone's output for states of any precision, computed in the backbone's own.
+
+        Raises:
+            ConfigError: If it is not one tensor of the right shape.
+        """
         dtype = next(self.backbone.parameters()).dtype
-        output: Tensor = self.backbone(x_t.to(dtype), timesteps, labels)
-        return output
+        return check_output(self.backbone, self.backbone(x_t.to(dtype), timesteps, labels), x_t)
 
     def encode(self, batch: Batch, *, step: int | None = None) -> Tensor:
         """What is denoised: images, or latents with the noise of `step`, or of their indices."""
@@ -178,7 +196,11 @@ class DiffusionModule(L.LightningModule):
 
         The timesteps of images 0, 1, 2, ... are a golden-ratio sequence over 0 .. T-1, which covers
         the timesteps evenly however many images there are.
+
+        Raises:
+            ConfigError: If the loader does not give a `Batch` that fits the backbone.
         """
+        check_batch(batch)
         steps = (batch.indices.cpu().double() * 0.6180339887498949) % 1
         timesteps = (steps * self.clusters.num_timesteps).long().to(self.device)
         tasks = self.clusters.task_of(timesteps).cpu()
@@ -218,32 +240,40 @@ class DiffusionModule(L.LightningModule):
     @torch.no_grad()
     def sample(
         self,
-        indices: Sequence[int],
+        indices: int | Iterable[int] | Tensor,
         *,
-        labels: Tensor | None = None,
+        labels: int | Iterable[int] | Tensor | None = None,
         guidance_scale: float | None = None,
         sampler: Sampler | None = None,
         seed: int | None = None,
     ) -> Tensor:
-        """Draw one image for each index, `[n, c, h, w]` in [-1, 1].
+        """Draw one image for each index, `[n, c, h, w]` in [-1, 1], with the weights as they are.
 
-        The same index gives the same image whatever the batch it is drawn in.
+        The same index gives the same image whatever the batch it is drawn in, and whether the
+        module is in training mode or not. Averaged weights are drawn with where `EMA` is the
+        trainer's callback (`predict`), inside its `averaged`, or from `load_run`.
 
         Args:
-            indices: Which images.
-            labels: `[n]`; by default index modulo the number of classes.
+            indices: Which images; a number `n` stands for the first `n`.
+            labels: One for each image, or one for all; by default index modulo the number of
+                classes.
             guidance_scale: In place of the module's.
             sampler: In place of the module's.
             seed: In place of the module's.
+
+        Raises:
+            ConfigError: If the indices, labels or guidance are none that the backbone can have.
         """
+        indices = as_indices(indices)
         noise = self.image_noise(indices, seed=seed)
         denoiser = self.guided(indices, labels=labels, guidance_scale=guidance_scale)
-        x_start = (sampler or self.sampler).sample(
-            self.process, denoiser, noise(), noise=noise, clip_denoised=self.clip_denoised
-        )
+        with _evaluating(self):
+            x_start = (sampler or self.sampler).sample(
+                self.process, denoiser, noise(), noise=noise, clip_denoised=self.clip_denoised
+            )
         return self.decode(x_start)
 
-    def image_noise(self, indices: Sequence[int], *, seed: int | None = None) -> ImageNoise:
+    def image_noise(self, indices: Iterable[int], *, seed: int | None = None) -> ImageNoise:
         """The noise that the images of these indices are drawn from."""
         return ImageNoise(
             indices,
@@ -254,9 +284,9 @@ class DiffusionModule(L.LightningModule):
 
     def guided(
         self,
-        indices: Sequence[int],
+        indices: Iterable[int],
         *,
-        labels: Tensor | None = None,
+        labels: int | Iterable[int] | Tensor | None = None,
         guidance_scale: float | None = None,
         denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
     ) -> GuidedDenoiser:
@@ -264,20 +294,43 @@ class DiffusionModule(L.LightningModule):
 
         Args:
             indices: Which images.
-            labels: `[n]`; by default index modulo the number of classes.
+            labels: One for each image, or one for all; by default index modulo the number of
+                classes.
             guidance_scale: In place of the module's.
             denoise: In place of the module's own.
+
+        Raises:
+            ConfigError: If the labels or the guidance are none that the backbone can have.
         """
-        if labels is None and self.num_classes:
-            labels = torch.tensor([index % self.num_classes for index in indices])
+        indices, classes, null = list(indices), self.num_classes, self.null_class
+        if labels is None and classes:
+            labels = [index % classes for index in indices]
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if scale != 1.0 and null is None:
+            raise ConfigError(
+                f"guidance_scale: must be 1 because the backbone has no null class, found {scale}"
+            )
+        chosen = as_labels(labels, len(indices), num_classes=classes, null_class=null)
         return GuidedDenoiser(
             denoise or self.denoise,
-            None if labels is None else labels.to(self.device),
-            null_label=self.null_class,
-            scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            None if chosen is None else chosen.to(self.device),
+            null_label=null,
+            scale=scale,
             guided_channels=self.guided_channels,
         )
 
-    def predict_step(self, batch: list[int], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: list[int] | Tensor, batch_idx: int) -> Tensor:
         """Draw the images of these indices."""
         return self.sample(batch)
+
+
+@contextmanager
+def _evaluating(module: L.LightningModule) -> Iterator[None]:
+    """Inside, dropout draws no masks and statistics do not move."""
+    training = [each for each in module.modules() if each.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from ant_lightning.backbones import load_official_checkpoint
-from ant_lightning.data import check_first_stage
+from ant_lightning.data import LatentSpace, check_first_stage
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.draws import step_noise
 from ant_lightning.randomness import ImageNoise
@@ -17,7 +19,13 @@ if TYPE_CHECKING:
     from ant_lightning.modules.evaluation import DiffusionModule
     from ant_lightning.modules.multitask import MultiTaskDiffusion
 
-__all__ = ["bind_data", "holds_moments", "load_initial_weights", "sample_latents"]
+__all__ = [
+    "bind_data",
+    "holds_moments",
+    "load_initial_weights",
+    "restore_latent_space",
+    "sample_latents",
+]
 
 
 def bind_data(module: MultiTaskDiffusion) -> None:
@@ -61,23 +69,42 @@ def bind_data(module: MultiTaskDiffusion) -> None:
 def load_initial_weights(module: MultiTaskDiffusion) -> None:
     """Fill the backbone from `init_from`, once, unless a checkpoint was loaded.
 
-    It has to be called when Lightning has loaded a checkpoint, if it does, and before the callbacks
-    look at the weights.
+    That is when the module is made; where the file is missing, when its weights are needed.
 
     Raises:
         ConfigError: If the file does not fit.
     """
     if module.init_from is None or not module.init_due:
         return
-    module.init_due = False
     try:
         report = load_official_checkpoint(
             module.backbone, module.init_from, weights=module.init_weights
         )
     except ConfigError as error:
         raise ConfigError(f"model.init_from: {error}") from error
-    if module.global_rank == 0:
-        print(f"init_from {report}")
+    module.init_due = False
+    rank_zero_only(print)(f"init_from {report}")
+
+
+def restore_latent_space(module: MultiTaskDiffusion, saved: dict[str, Any] | None) -> None:
+    """Take the meaning of latents from a checkpoint, or compare it with what the module has.
+
+    Raises:
+        ConfigError: If they are latents of another first stage.
+    """
+    if saved is None:  # of pixels, or of a version that did not say
+        return
+    try:
+        then = LatentSpace(**saved)
+    except TypeError as error:
+        raise ConfigError(f"ckpt_path: its latent_space must be whole, found {saved}") from error
+    now = module.latent_space or then
+    if now.fingerprint != then.fingerprint:
+        raise ConfigError(
+            f"model.first_stage: must be that of the checkpoint, {then.source} (scale "
+            f"{then.scale:g}), found {now.source} (scale {now.scale:g}) with other weights or scale"
+        )
+    module.latent_space = now
 
 
 def holds_moments(module: DiffusionModule, batch: Batch) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +22,7 @@ from ant_lightning.balancing import (
 )
 from ant_lightning.balancing.shards import local_part
 from ant_lightning.clustering import Clustering, TimestepClusters
+from ant_lightning.data.batch import check_batch
 from ant_lightning.diffusion import (
     DDPM,
     DiffusionProcess,
@@ -28,6 +31,7 @@ from ant_lightning.diffusion import (
     Sampler,
 )
 from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.modules.checkpoint_content import use_names_of
 from ant_lightning.modules.checks import (
     check_settings,
     check_strategy,
@@ -38,8 +42,9 @@ from ant_lightning.modules.draws import dropped_labels, sample_shares, spread_or
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.freezing import TrainedParameters
-from ant_lightning.modules.latents import bind_data, load_initial_weights
+from ant_lightning.modules.latents import bind_data, load_initial_weights, restore_latent_space
 from ant_lightning.modules.optimizers import make_optimizer, make_scheduler
+from ant_lightning.modules.protocol import check_backbone
 from ant_lightning.modules.ranks import check_ranks_agree
 from ant_lightning.modules.resume import optimization_settings, resume_with_settings
 from ant_lightning.modules.row_buffers import EngineName, engine_and_rows
@@ -97,7 +102,8 @@ class MultiTaskDiffusion(DiffusionModule):
         clip_denoised: Whether predicted images are clipped to [-1, 1] while sampling; by default
             pixels are and latents are not.
         first_stage: Autoencoder whose latents are denoised; None for pixels.
-        init_from: Official checkpoint that the backbone starts from, unless a run is resumed.
+        init_from: Official checkpoint that the backbone starts from. A checkpoint that is loaded
+            later replaces its weights, and then the file need not be there any more.
         init_weights: Which of its weights, if it has both: the averages or the live ones.
         train_interval: `[start, stop)`: train on these timesteps alone (a specialist).
         max_skipped_steps: Steps in a row that may be skipped for a NaN or an infinity.
@@ -146,6 +152,7 @@ class MultiTaskDiffusion(DiffusionModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        check_backbone(backbone)
         self.automatic_optimization = False
         self.backbone = backbone
         self.process = DiffusionProcess(
@@ -174,7 +181,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.latent_space = None if first_stage is None else first_stage.space
         self.init_from = init_from
         self.init_weights: Literal["ema", "model"] = init_weights
-        self.init_due = True
+        self.init_due = init_from is not None
         self.train_interval = train_interval
         self.max_skipped_steps = max_skipped_steps
         self.seed = run_seed(seed)
@@ -193,6 +200,8 @@ class MultiTaskDiffusion(DiffusionModule):
         if sampler is not None:
             sampler.num_calls(self.process)  # refuses what the schedule has no timesteps for
         check_settings(self)
+        if init_from is not None and Path(init_from).is_file():
+            load_initial_weights(self)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """The backbone's parameters in one group, the balancer's own in another."""
@@ -225,27 +234,17 @@ class MultiTaskDiffusion(DiffusionModule):
             self.make_optimization, num_groups, warmup_steps=self.warmup_steps
         )
 
+    def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        """As for any model, but never with weights that `init_from` should have replaced."""
+        load_initial_weights(self)
+        return super().denoise(x_t, timesteps, labels)
+
     def setup(self, stage: str) -> None:
         """Refuse, before anything is wrapped or moved, a strategy or data that do not fit."""
         if stage == "fit":
             check_strategy(self.trainer.strategy)
         if stage != "predict":
             bind_data(self)
-
-    def on_validation_model_eval(self) -> None:
-        """Before the first callback of an evaluation sees the weights, have them."""
-        load_initial_weights(self)
-        super().on_validation_model_eval()
-
-    def on_test_model_eval(self) -> None:
-        """As for validation."""
-        load_initial_weights(self)
-        super().on_test_model_eval()
-
-    def on_predict_model_eval(self) -> None:
-        """As for validation."""
-        load_initial_weights(self)
-        super().on_predict_model_eval()
 
     def on_fit_start(self) -> None:
         """Refuse, before the first step, what manual optimization cannot honour."""
@@ -285,7 +284,12 @@ class MultiTaskDiffusion(DiffusionModule):
         return Draws(timesteps, tasks, noise, labels if self.num_classes else None)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """One step of any method."""
+        """One step of any method.
+
+        Raises:
+            ConfigError: If the loader does not give a `Batch` that fits the backbone.
+        """
+        check_batch(batch)
         # For what the network itself draws: dropout.
         torch.manual_seed(keyed_seed(self.seed, "network", self.global_step, self.global_rank))
         draws = self.draw(batch, step=self.global_step)
@@ -377,7 +381,8 @@ class MultiTaskDiffusion(DiffusionModule):
             DivergedRanksError: On every rank, if they no longer agree.
         """
         check_ranks_agree(self)
-        state = saved_state(self)
+        space = self.latent_space and asdict(self.latent_space)
+        state = {**saved_state(self), "latent_space": space}
         if self.trainer.state.fn == "fit":
             state["optimization"] = self._optimization_settings()
         state["trained"] = self._trained.state(self.backbone)
@@ -385,8 +390,10 @@ class MultiTaskDiffusion(DiffusionModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with the settings and name what differs."""
-        self.init_due = False
+        use_names_of(self, checkpoint)
         restore_state(self, checkpoint)
+        restore_latent_space(self, checkpoint["ant_lightning"].get("latent_space"))
+        self.init_due = False
         if self._trainer is not None and self.trainer.state.fn == "fit":
             resume_with_settings(self, checkpoint, self._optimization_settings())
             self._trained.load(checkpoint["ant_lightning"].get("trained"))

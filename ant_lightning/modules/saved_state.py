@@ -8,11 +8,11 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.clustering import TimestepClusters
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.checkpoint_content import check_weights
 from ant_lightning.modules.optimizers import make_optimizer
+from ant_lightning.modules.protocol import backbone_name
 
 if TYPE_CHECKING:
     from ant_lightning.modules.multitask import MultiTaskDiffusion
@@ -31,7 +31,7 @@ def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
         "num_skipped_steps": module.num_skipped_steps,
         "num_skipped_in_a_row": module.num_skipped_in_a_row,
         "world_size": module.trainer.world_size,
-        "backbone": _class_name(module),
+        "backbone": backbone_name(module.backbone),
         "balancer": _kind(module.balancer),
         "optimizer": _optimizer(module),
         "prediction_type": module.process.prediction_type,
@@ -110,7 +110,7 @@ def _compared(
     """What must agree: the value of this run and that of the checkpoint, by setting."""
     ours: dict[str, tuple[Any, Any]] = {
         "model.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
-        "model.backbone": (_class_name(module), saved["backbone"]),
+        "model.backbone": (backbone_name(module.backbone), saved["backbone"]),
         "model.clustering (its boundaries)": (
             list(module.cluster_history[0][1]),
             list(boundaries),
@@ -167,9 +167,3 @@ def _tell_of_other_ranks(module: MultiTaskDiffusion, then: int) -> None:
             f"number of ranks: the checkpoint has {then}, this run {now}: {' and '.join(found)}, "
             "so results agree with those of the run that was stopped in distribution alone"
         )
-
-
-def _class_name(module: MultiTaskDiffusion) -> str:
-    """That of the backbone; FSDP2 puts a class of its own in front of it."""
-    kind = type(module.backbone)
-    return (kind.__bases__[-1] if is_sharded(module.backbone.parameters()) else kind).__name__

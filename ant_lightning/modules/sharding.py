@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ant_lightning.errors import ConfigError
-from ant_lightning.modules.latents import load_initial_weights
 from ant_lightning.modules.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
@@ -43,7 +42,6 @@ def shard_backbone(module: DiffusionModule) -> None:
         raise ConfigError(
             "trainer.strategy: sharded parameters that not every rank uses need torch >= 2.14"
         )
-    load_initial_weights(module)  # type: ignore[arg-type]
     mesh = strategy.device_mesh["data_parallel"]
     for unit in [*_blocks(module.backbone), module.backbone]:
         fully_shard(unit, mesh=mesh)

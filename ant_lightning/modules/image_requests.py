@@ -1,0 +1,74 @@
+"""Which images are asked for: their indices and labels, in any form that says them."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torch import Tensor
+
+__all__ = ["as_indices", "as_labels"]
+
+
+def as_indices(indices: int | Iterable[int] | Tensor) -> list[int]:
+    """The indices of images; a number `n` stands for the first `n`.
+
+    Raises:
+        ConfigError: If they are no whole numbers of at least 0, or there are none.
+    """
+    try:
+        every = range(indices) if isinstance(indices, int) else indices
+        found = [operator.index(index) for index in every]
+    except TypeError as error:
+        raise ConfigError(
+            "indices: must be the number of images, or the index of each, found a "
+            f"{type(indices).__name__} ({error})"
+        ) from error
+    if not found or min(found) < 0:
+        raise ConfigError(
+            f"indices: must be at least one whole number of 0 or more, found {indices}"
+        )
+    return found
+
+
+def as_labels(
+    labels: int | Iterable[int] | Tensor | None,
+    num_images: int,
+    *,
+    num_classes: int,
+    null_class: int | None,
+) -> Tensor | None:
+    """One label for each image, `[n]`; None for a network without classes.
+
+    Args:
+        labels: One for all, or one for each.
+        num_images: `n`.
+        num_classes: Of the network.
+        null_class: Is allowed as a label too.
+
+    Raises:
+        ConfigError: If there are more or fewer, or classes that the network does not have.
+    """
+    if labels is None:
+        return None
+    if not num_classes:
+        raise ConfigError(f"labels: must be left out for a network without classes, found {labels}")
+    try:
+        found = torch.as_tensor([labels] * num_images if isinstance(labels, int) else labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"labels: must be whole numbers, found {labels}") from error
+    most = max(num_classes - 1, -1 if null_class is None else null_class)
+    whole = not found.is_floating_point() and not found.is_complex() and found.dtype != torch.bool
+    if found.shape != (num_images,) or not whole or not 0 <= found.min() <= found.max() <= most:
+        raise ConfigError(
+            f"labels: must be {num_images} whole numbers from 0 to {most}, one for each image, "
+            f"found {labels}"
+        )
+    return found.long()

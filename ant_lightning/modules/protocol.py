@@ -1,0 +1,75 @@
+"""What a module asks of its network, and the line that says what is missing."""
+
+from __future__ import annotations
+
+import warnings
+from inspect import signature
+
+from torch import Tensor, nn
+
+from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.errors import ConfigError
+
+__all__ = ["backbone_name", "check_backbone", "check_output"]
+
+# Attributes of a network, and the least that each can be.
+_SIZES = {"input_size": 1, "in_channels": 1, "out_channels": 1, "num_classes": 0}
+
+
+def backbone_name(backbone: nn.Module) -> str:
+    """The network's own class; `torch.compile` and FSDP2 put another one in front of it."""
+    bare = getattr(backbone, "_orig_mod", backbone)
+    kind = type(bare)
+    return (kind.__bases__[-1] if is_sharded(bare.parameters()) else kind).__name__
+
+
+def check_backbone(backbone: nn.Module) -> None:
+    """Check that a network says its sizes and can be called as `backbone(x_t, timesteps, labels)`.
+
+    Raises:
+        ConfigError: Naming what is missing.
+    """
+    if not isinstance(backbone, nn.Module) or next(backbone.parameters(), None) is None:
+        raise ConfigError(
+            "model.backbone: must be a torch.nn.Module with parameters, found "
+            f"{type(backbone).__name__}"
+        )
+    name = backbone_name(backbone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of third parties' classes that forward old attributes
+        missing = [each for each in _SIZES if not hasattr(backbone, each)]
+    if missing:
+        raise ConfigError(
+            f"model.backbone: {name} must have the attributes {', '.join(_SIZES)} (0 for no "
+            f"classes), found no {', '.join(missing)}"
+        )
+    sizes = {each: getattr(backbone, each) or 0 for each in _SIZES}
+    for each, value in {**sizes, "null_class": getattr(backbone, "null_class", None) or 0}.items():
+        if not isinstance(value, int) or value < _SIZES.get(each, 0):
+            raise ConfigError(
+                f"model.backbone: {name}.{each} must be a whole number of at least "
+                f"{_SIZES.get(each, 0)}, found {getattr(backbone, each)!r}"
+            )
+    try:
+        signature(backbone.forward).bind(None, None, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"model.backbone: {name}.forward must take (x_t, timesteps, labels), found "
+            f"{signature(backbone.forward)}"
+        ) from error
+
+
+def check_output(backbone: nn.Module, output: object, x_t: Tensor) -> Tensor:
+    """The output of a network, if it is one tensor of the right shape.
+
+    Raises:
+        ConfigError: Otherwise, with what was found.
+    """
+    wanted = (len(x_t), int(backbone.out_channels), *x_t.shape[2:])  # type: ignore[arg-type]
+    if isinstance(output, Tensor) and output.shape == wanted:
+        return output
+    found = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise ConfigError(
+        f"model.backbone: {backbone_name(backbone)} must return one tensor of shape {list(wanted)} "
+        f"for x_t of {list(x_t.shape)}, found {found}"
+    )

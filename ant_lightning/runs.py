@@ -1,0 +1,156 @@
+"""A ready module from what a run left on the disk: its checkpoint and its settings."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+from jsonargparse import ArgumentParser
+
+from ant_lightning.backbones.checkpoints import fill_backbone
+from ant_lightning.callbacks.checkpoint_files import newest_whole
+from ant_lightning.config_files import check_config_file, load_yaml
+from ant_lightning.data import LatentsData
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.messages import first_config_error
+from ant_lightning.modules.checkpoint_content import read_content
+from ant_lightning.modules.loadable import fill_module
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["load_run"]
+
+_TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
+
+
+def load_run(
+    path: str | Path,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    config: str | Path | None = None,
+    trust: Sequence[str] = (),
+) -> L.LightningModule:
+    """The module of a run with the weights that it trained, in evaluation mode on the CPU.
+
+        module = load_run("runs/digits/version_0")
+        images = module.sample(16)
+
+    Its settings are those that the checkpoint holds, or else `config.yaml` in the run's folder.
+    Nothing in the checkpoint can run, and the settings can make classes of ant_lightning, torch,
+    lightning and diffusers alone.
+
+    Args:
+        path: The folder of a run, whose newest checkpoint is taken, or a checkpoint.
+        weights: `ema` for the averages, `model` for the live weights.
+        config: The settings of the run, where they are not stored with it.
+        trust: Other packages, modules or classes that the settings may name.
+
+    Raises:
+        ConfigError: If there is no checkpoint or no settings, the settings name a class that is not
+            trusted, or they are those of another model.
+        FileError: If the checkpoint is damaged, or would run code.
+    """
+    if weights not in {"ema", "model"}:
+        raise ConfigError(f"weights: must be 'ema' or 'model', found {weights!r}")
+    path = _checkpoint(Path(path))
+    content = read_content(path)
+    settings = _settings(path, content, config)
+    module: L.LightningModule = _made(settings, "model", trust)
+    fill_module(module, content)
+    if weights == "ema":
+        fill_backbone(module.backbone, content, path=path, weights="ema")  # type: ignore[arg-type]
+    if "latent_space" not in content.get("ant_lightning", {}):
+        _take_latent_space(module, settings, trust)
+    return module.eval()
+
+
+def _checkpoint(path: Path) -> Path:
+    """The file, or the newest one of a run's folder."""
+    if not path.is_dir():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = newest_whole(folder.glob("*.ckpt"))
+    if found is None:
+        raise ConfigError(f"load_run: needs a checkpoint, found none in {folder}")
+    return found
+
+
+def _settings(path: Path, content: dict[str, Any], config: str | Path | None) -> dict[str, Any]:
+    """What the run was started with: as given, as in its checkpoint, or as in its folder."""
+    beside = path.resolve().parent.parent / "config.yaml"
+    stored = content.get("ant_lightning", {}).get("settings")
+    if config is not None or (stored is None and beside.is_file()):
+        source = Path(config or beside)
+        check_config_file(source)
+        stored = load_yaml(source.read_text(encoding="utf8"))
+    else:
+        source = path
+    if stored is None:
+        raise ConfigError(
+            f"config: needed, as {path} holds no settings and there is no {beside}; give the "
+            "config.yaml of its run, or use load_from_checkpoint with the arguments of the module"
+        )
+    if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
+        raise FileError(f"config: {source} must hold the settings of a model, found none")
+    return stored
+
+
+def _made(settings: dict[str, Any], name: str, trust: Sequence[str]) -> Any:  # noqa: ANN401
+    """The model or the data that the settings describe."""
+    kinds = {"model": L.LightningModule, "data": L.LightningDataModule}
+    chosen = {**settings[name], "init_args": dict(settings[name].get("init_args") or {})}
+    chosen["init_args"].pop("init_from", None)  # the checkpoint has what was made of it
+    seed = settings.get("seed_everything")
+    if chosen["init_args"].get("seed", 0) is None and type(seed) is int:
+        chosen["init_args"]["seed"] = seed
+    _check_trusted(chosen, trust)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kinds[name], name, required=True)
+    try:
+        parsed = parser.parse_object({name: chosen})
+        _check_trusted(parsed.as_dict(), trust)  # short names are known by now
+        return parser.instantiate_classes(parsed)[name]
+    except Exception as error:  # constructors of what the settings name
+        raise first_config_error(error) from error
+
+
+def _check_trusted(settings: object, trust: Sequence[str]) -> None:
+    """Refuse settings that name code of a package that is not trusted, before it is imported."""
+    for name in _imports(settings):
+        if not any(name == each or name.startswith(f"{each}.") for each in (*_TRUSTED, *trust)):
+            raise ConfigError(
+                f"trust: the settings name {name}, which is not of {', '.join(_TRUSTED)}; if you "
+                f"trust that code, pass trust=[{name.rpartition('.')[0]!r}]"
+            )
+
+
+def _imports(value: object) -> Iterator[str]:
+    """Every text that stands for a class, or could: the parser takes a bare path for one too."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key == "class_path" and isinstance(each, str) and "." in each:
+                yield each
+            else:
+                yield from _imports(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _imports(each)
+    elif isinstance(value, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", value):
+        # Nothing is imported by this; a text such as `weights.pt` names no package.
+        yield from [value] if find_spec(value.partition(".")[0]) else []
+
+
+def _take_latent_space(
+    module: Any,  # noqa: ANN401
+    settings: dict[str, Any],
+    trust: Sequence[str],
+) -> None:
+    """What latents mean, from the cache that was trained on: older checkpoints do not say it."""
+    data = settings.get("data")
+    cached = isinstance(data, dict) and str(data.get("class_path")).endswith(LatentsData.__name__)
+    if cached and getattr(module, "latent_space", 0) is None:
+        module.latent_space = _made(settings, "data", trust).latent_space
