@@ -12,7 +12,10 @@ __all__ = ["check_trainer_settings", "trainer_error"]
 _OURS = {
     "gradient_clip_val": (None, "model.clip_grad_norm"),
     "gradient_clip_algorithm": (None, "model.clip_grad_norm"),
-    "accumulate_grad_batches": (1, "model.accumulate_grad_batches"),
+    "accumulate_grad_batches": (
+        1,
+        "model.accumulate_grad_batches (of an autoencoder: a larger data.batch_size)",
+    ),
 }
 # Lightning's callbacks that take over the step, copy the module, or double what every run has.
 _REPLACED = {
@@ -22,7 +25,7 @@ _REPLACED = {
     "StochasticWeightAveraging": "ema",
     "Checkpoints": "checkpoint",
     "SampleWriter": "samples",
-    "GradientAccumulationScheduler": "model.accumulate_grad_batches",
+    "GradientAccumulationScheduler": _OURS["accumulate_grad_batches"][1],
     "LearningRateFinder": "model.optimizer",
     "BatchSizeFinder": "data.batch_size",
 }

@@ -8,6 +8,7 @@ import torch
 
 from ant_lightning.callbacks.gathered import gather_features, with_shape
 from ant_lightning.data.module import to_uint8
+from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.metrics import FeatureExtractor, Features, collect_features
 from ant_lightning.modules import StoredImages
@@ -36,7 +37,7 @@ def num_generated(
                 f"{pl_module.num_images} images, found {num_images}"
             )
     else:
-        num_images = wanted or len(trainer.datamodule.held_out_images)  # type: ignore[attr-defined]
+        num_images = wanted or len(needed_image_data(trainer, "GenerationMetrics").held_out_images)
     if num_images < trainer.world_size:
         raise ConfigError(
             f"GenerationMetrics.num_images: each of the {trainer.world_size} ranks needs an "

@@ -12,6 +12,7 @@ from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import log_folder, save_figure
 from ant_lightning.callbacks.gathered import real_statistics
 from ant_lightning.callbacks.generated import class_agreement, generated_features, num_generated
+from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.metrics import (
     FeatureExtractor,
@@ -127,7 +128,7 @@ class GenerationMetrics(L.Callback):
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion | StoredImages, *, prefix: str
     ) -> None:
         self.extractor.to(pl_module.device)
-        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data = needed_image_data(trainer, "GenerationMetrics")
         generated, shape = generated_features(
             trainer,
             pl_module,

@@ -15,6 +15,7 @@ from ant_lightning.callbacks.figures import log_folder, save_figure
 from ant_lightning.callbacks.gap_measurement import GapSettings, measure_gaps
 from ant_lightning.callbacks.gathered import real_statistics
 from ant_lightning.callbacks.specialists import Specialist, check_intervals, find_specialists
+from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.metrics import FeatureExtractor, load_reference
 from ant_lightning.plotting import transfer_gap_bars
@@ -134,7 +135,7 @@ class NegativeTransferGap(L.Callback):
         """Measure."""
         if trainer.state.fn != "validate":
             return
-        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data = needed_image_data(trainer, "NegativeTransferGap")
         settings = self._settings(trainer, pl_module, data)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None

@@ -10,6 +10,7 @@ import lightning as L
 
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.probe import LossProbe
+from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class ProbingCallback(L.Callback):
     @contextmanager
     def probing(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Iterator[LossProbe]:
         """Inside, the backbone evaluates, with the weights that are measured."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = needed_image_data(trainer, type(self).__name__)
         dataset = data.train_images if self.images == "train" else data.held_out_images
         probe = LossProbe(
             pl_module,

@@ -18,6 +18,7 @@ from ant_lightning.callbacks.sample_files import (
     weights_fingerprint,
 )
 from ant_lightning.data.module import to_uint8
+from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import sample_grid
 
@@ -79,7 +80,7 @@ class SampleGrid(L.Callback):
 
     def _real(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Tensor:
         """Held-out images with the classes of the generated ones; grey for a class without any."""
-        dataset = trainer.datamodule.held_out_images  # type: ignore[attr-defined]
+        dataset = needed_image_data(trainer, "SampleGrid").held_out_images
         classes = pl_module.num_classes
         chosen: list[int | None] = list(range(min(len(dataset), self.num_images)))
         if classes:
@@ -138,6 +139,7 @@ class SampleWriter(L.Callback):
         """Find out which images are missing."""
         if stage != "predict":
             return
+        data = needed_image_data(trainer, "SampleWriter")
         log_dir = trainer.log_dir or trainer.default_root_dir
         self._target = Path(self.npz or self.folder or Path(log_dir) / "samples")
         try:
@@ -158,7 +160,7 @@ class SampleWriter(L.Callback):
         missing = [i for i in range(self.num_images) if i not in present]
         mine, size = missing[trainer.global_rank :: trainer.world_size], self.batch_size
         batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-        trainer.datamodule.predict_indices = batches  # type: ignore[attr-defined]
+        data.predict_indices = batches
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
         """Refuse to mix images of other weights or settings with what is there."""

@@ -49,7 +49,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = run_seed(seed)
-        self.predict_indices: Sequence[list[int]] = []
+        self.predict_indices: Sequence[list[int]] | None = None
         self._datasets: tuple[ImageDataset, ImageDataset] | None = None
 
     @abstractmethod
@@ -96,7 +96,16 @@ class ImageDataModule(L.LightningDataModule):
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Indices of the images that `predict` draws, set by `SampleWriter`."""
+        """Indices of the images that `predict` draws, set by `SampleWriter`.
+
+        Raises:
+            ConfigError: If there is no `SampleWriter`.
+        """
+        if self.predict_indices is None:
+            raise ConfigError(
+                "predict: needs to know which images to draw, so give the trainer a SampleWriter, "
+                "or batches of indices in place of the data, as in predict(module, [[0, 1], [2]])"
+            )
         own = RankKeys(range(len(self.predict_indices)))
         return DataLoader(self.predict_indices, batch_size=None, sampler=own, collate_fn=list)  # type: ignore[arg-type]
 

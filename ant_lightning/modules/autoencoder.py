@@ -10,6 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
+from ant_lightning.data.batch import check_batch
+from ant_lightning.data.of_trainer import image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.checkpoint_content import check_weights, use_names_of
 from ant_lightning.modules.csv_rows import keep_csv_rows
@@ -163,9 +165,35 @@ class AutoencoderModule(LoadableModule):
             torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), self.clip_grad_norm)
 
     def setup(self, stage: str) -> None:
-        """Refuse images that do not fit."""
-        data = getattr(self.trainer, "datamodule", None)
+        """Refuse images that do not fit, and what Lightning would do in another way or not at all.
+
+        Raises:
+            ConfigError: Naming the setting, the rule and the value found.
+        """
+        trainer: Any = self.trainer
+        if stage == "predict":
+            raise ConfigError(
+                "predict: an AutoencoderModule draws no images; what it exports is the "
+                "model.first_stage of a model that does"
+            )
+        if stage == "fit" and trainer.accumulate_grad_batches != 1:
+            raise ConfigError(
+                "trainer.accumulate_grad_batches: the noise of a step is that of one batch, so it "
+                "must be 1; use a larger data.batch_size, found "
+                f"{trainer.accumulate_grad_batches}"
+            )
+        if stage == "fit" and trainer.gradient_clip_val is not None:
+            raise ConfigError(
+                "trainer.gradient_clip_val: must be left out; use model.clip_grad_norm in its "
+                f"place, found {trainer.gradient_clip_val}"
+            )
+        data = image_data(trainer)
         if data is None:
+            if stage == "fit" and self.export is not None:
+                raise ConfigError(
+                    "model.export: the scale of the latents is measured on held-out images, so "
+                    "the trainer needs an ant_lightning.data.ImageDataModule, found none"
+                )
             return
         channels, height, width = data.image_shape
         ours = self.backbone.config.in_channels
@@ -186,6 +214,7 @@ class AutoencoderModule(LoadableModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted sum of the two terms, with noise of (seed, step, position in the batch)."""
+        check_batch(batch)
         b, _, height, width = batch.images.shape
         shape = (
             self.backbone.config.latent_channels,
@@ -205,6 +234,7 @@ class AutoencoderModule(LoadableModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same, from the posterior's means."""
+        check_batch(batch)
         error, divergence = self.losses(batch.images, None)
         size = len(batch.images)
         self.log("val/reconstruction", error, batch_size=size, sync_dist=True, prog_bar=True)
@@ -215,7 +245,7 @@ class AutoencoderModule(LoadableModule):
     def on_fit_end(self) -> None:
         """Measure the latents and write the folder that `FirstStage` loads."""
         trainer = self.trainer
-        data = getattr(trainer, "datamodule", None)
+        data = image_data(trainer)
         if data is None or not trainer.is_global_zero:
             return
         folder = Path(

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ant_lightning.balancing import GradientBalancer
 from ant_lightning.clustering import Clustering, GradientClustering
+from ant_lightning.data.of_trainer import image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.protocol import backbone_name
 from ant_lightning.modules.sharded_strategy import ShardedStrategy
@@ -143,7 +144,7 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
             "trainer.sync_batchnorm: with a gradient balancer a rank runs the network as often as "
             "its tasks need, and would wait for others in vain, so it must be false, found true"
         )
-    data = getattr(trainer, "datamodule", None)
+    data = image_data(trainer)
     if data is None:
         return
     batch_size = data.batch_size

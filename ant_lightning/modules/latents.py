@@ -8,6 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 
 from ant_lightning.backbones import load_official_checkpoint
 from ant_lightning.data import LatentSpace, check_first_stage
+from ant_lightning.data.of_trainer import image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.draws import step_noise
 from ant_lightning.randomness import ImageNoise
@@ -34,7 +35,7 @@ def bind_data(module: MultiTaskDiffusion) -> None:
     Raises:
         ConfigError: Naming the setting, the rule and the value found.
     """
-    data = getattr(module.trainer, "datamodule", None)
+    data: Any = image_data(module.trainer)
     if data is None:
         return
     first_stage, cached = module.first_stage, getattr(data, "latent_space", None)
