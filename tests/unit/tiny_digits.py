@@ -39,7 +39,7 @@ class TinyDiT(DiT):
 
 def module(backbone=None, **settings):
     return DiTModule(
-        backbone or TinyDiT(),
+        TinyDiT() if backbone is None else backbone,
         **{
             "schedule": CosineSchedule(T),
             "clustering": SNRClustering(3),
