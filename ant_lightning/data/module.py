@@ -104,7 +104,7 @@ class ImageDataModule(L.LightningDataModule):
         if self.predict_indices is None:
             raise ConfigError(
                 "predict: needs to know which images to draw, so give the trainer a SampleWriter, "
-                "or batches of indices in place of the data, as in predict(module, [[0, 1], [2]])"
+                "or batches of indices in place of the data: DataLoader(range(8), batch_size=4)"
             )
         own = RankKeys(range(len(self.predict_indices)))
         return DataLoader(self.predict_indices, batch_size=None, sampler=own, collate_fn=list)  # type: ignore[arg-type]

@@ -242,6 +242,9 @@ class AutoencoderModule(LoadableModule):
 
     test_step = validation_step
 
+    def predict_step(self, batch: object, batch_idx: int) -> None:
+        """Refused in `setup`; without this Lightning refuses for want of a `forward`."""
+
     def on_fit_end(self) -> None:
         """Measure the latents and write the folder that `FirstStage` loads."""
         trainer = self.trainer

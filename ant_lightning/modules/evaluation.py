@@ -320,7 +320,13 @@ class DiffusionModule(LoadableModule):
         )
 
     def predict_step(self, batch: list[int] | Tensor, batch_idx: int) -> Tensor:
-        """Draw the images of these indices."""
+        """Draw the images of these indices.
+
+        Raises:
+            ConfigError: If the batch is something else.
+        """
+        if isinstance(batch, int):  # which `sample` would take for a number of images
+            raise ConfigError(f"predict: each batch must be a list of indices, found {batch}")
         return self.sample(batch)
 
 
