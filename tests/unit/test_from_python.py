@@ -380,7 +380,7 @@ def test_predict_says_which_images_it_needs(tmp_path):
         with pytest.raises(ConfigError, match="indices: must be the number of images"):
             trainer(tmp_path).predict(made, loader)
     with pytest.raises(ConfigError, match="each batch must be a list of indices, found 0"):
-        trainer(tmp_path).predict(made, DataLoader(range(3), batch_size=None))
+        trainer(tmp_path).predict(made, range(3))
 
 
 @pytest.mark.parametrize(
