@@ -88,24 +88,19 @@ def load_initial_weights(module: MultiTaskDiffusion) -> None:
 
 
 def restore_latent_space(module: MultiTaskDiffusion, saved: dict[str, Any] | None) -> None:
-    """Take the meaning of latents from a checkpoint, or compare it with what the module has.
+    """Take what latents mean from a checkpoint, where neither first stage nor data say it.
+
+    Without it latents would be taken for pixels, and be clipped while sampling.
 
     Raises:
-        ConfigError: If they are latents of another first stage.
+        ConfigError: If it is not all there.
     """
-    if saved is None:  # of pixels, or of a version that did not say
+    if saved is None or module.latent_space is not None:  # of pixels, or of an older version
         return
     try:
-        then = LatentSpace(**saved)
+        module.latent_space = LatentSpace(**saved)
     except TypeError as error:
         raise ConfigError(f"ckpt_path: its latent_space must be whole, found {saved}") from error
-    now = module.latent_space or then
-    if now.fingerprint != then.fingerprint:
-        raise ConfigError(
-            f"model.first_stage: must be that of the checkpoint, {then.source} (scale "
-            f"{then.scale:g}), found {now.source} (scale {now.scale:g}) with other weights or scale"
-        )
-    module.latent_space = now
 
 
 def holds_moments(module: DiffusionModule, batch: Batch) -> bool:

@@ -376,9 +376,9 @@ def test_predict_says_which_images_it_needs(tmp_path):
     made = module()
     drawn = trainer(tmp_path).predict(made, DataLoader(range(3), batch_size=2))
     assert all(map(torch.equal, drawn, (made.sample([0, 1]), made.sample([2]))))
-    for loader in (DataLoader(Images(), 8), LOADERS["tuples"][0](), DataLoader(IMAGES, 8)):
+    for each in (Images(), TensorDataset(IMAGES, LABELS), IMAGES):
         with pytest.raises(ConfigError, match="indices: must be the number of images"):
-            trainer(tmp_path).predict(made, loader)
+            trainer(tmp_path).predict(made, DataLoader(each, batch_size=8))
     with pytest.raises(ConfigError, match="each batch must be a list of indices, found 0"):
         trainer(tmp_path).predict(made, range(3))
 
