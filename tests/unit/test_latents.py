@@ -6,9 +6,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import yaml
 from first_stages import save_first_stages
 from lightning import Trainer
 
+from ant_lightning import load_run
 from ant_lightning.__main__ import main
 from ant_lightning.backbones import DiT, UNet
 from ant_lightning.clustering import TimestepClustering
@@ -47,26 +49,50 @@ def cache(tmp_path, stage):
     return folder
 
 
-def unet_module(stage, **options):
+UNET = {
+    "input_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "channel_mult": [1],
+    "num_res_blocks": 1,
+    "num_classes": 3,
+}
+LDM = {
+    "class_path": "ant_lightning.modules.LDMModule",
+    "init_args": {
+        "backbone": {"class_path": "ant_lightning.backbones.UNet", "init_args": UNET},
+        "schedule": {
+            "class_path": "ant_lightning.diffusion.CosineSchedule",
+            "init_args": {"num_timesteps": 50},
+        },
+        "clustering": {
+            "class_path": "ant_lightning.clustering.TimestepClustering",
+            "init_args": {"num_tasks": 2},
+        },
+        "sampler": {"class_path": "ant_lightning.diffusion.DDIM", "init_args": {"num_steps": 2}},
+        "seed": 5,
+    },
+}
+
+
+def unet(num_classes=3):
     torch.manual_seed(3)
-    backbone = UNet(
-        input_size=8,
-        in_channels=4,
-        out_channels=4,
-        model_channels=32,
-        channel_mult=(1,),
-        num_res_blocks=1,
-        num_classes=options.pop("num_classes", 3),
-    )
-    return LDMModule(
-        backbone,
-        schedule=CosineSchedule(50),
-        clustering=TimestepClustering(2),
-        sampler=DDIM(num_steps=2),
-        first_stage=stage,
-        seed=5,
-        **options,
-    )
+    return UNet(**{**UNET, "num_classes": num_classes})
+
+
+def ldm_settings(stage):
+    return {
+        "schedule": CosineSchedule(50),
+        "clustering": TimestepClustering(2),
+        "sampler": DDIM(num_steps=2),
+        "first_stage": stage,
+        "seed": 5,
+    }
+
+
+def unet_module(stage, num_classes=3, **options):
+    return LDMModule(unet(num_classes), **ldm_settings(stage), **options)
 
 
 def trainer(folder, **options):
@@ -374,3 +400,30 @@ def test_the_command_encodes_what_a_config_says(tiny_first_stages, tmp_path, cap
     assert "fingerprint" in error[0]
     assert main([*args, "--cache.shard_size=0"]) == 2
     assert "shard_size" in capsys.readouterr().err
+
+
+def test_a_checkpoint_says_what_its_latents_mean(cache, stage, tmp_path):
+    """Else a model of cached latents would clip them, as if they were pixels."""
+    fit = trainer(tmp_path)
+    fit.fit(unet_module(None), datamodule=LatentsData(str(cache), batch_size=4))
+    fit.save_checkpoint(tmp_path / "w.ckpt")
+    arguments = {"backbone": unet(), **ldm_settings(None)}
+    loaded = LDMModule.load_from_checkpoint(tmp_path / "w.ckpt", **arguments)
+    assert loaded.latent_space == stage.space
+    assert not loaded.clip_denoised
+    drawn = fit.lightning_module.sample(2)
+    assert torch.equal(loaded.sample(2), drawn)
+    assert float(drawn.abs().max()) > 1
+    # An older checkpoint does not say it; its settings name the cache that does.
+    content = torch.load(tmp_path / "w.ckpt", weights_only=True)
+    del content["ant_lightning"]["latent_space"]
+    torch.save(content, tmp_path / "old.ckpt")
+    config = {"model": LDM, "data": {"class_path": "ant_lightning.data.LatentsData"}}
+    config["data"]["init_args"] = {"cache": str(cache), "batch_size": 4}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    old = {"config": tmp_path / "config.yaml", "weights": "model"}
+    assert torch.equal(load_run(tmp_path / "old.ckpt", **old).sample(2), drawn)
+    cache.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="cache"):
+        load_run(tmp_path / "old.ckpt", **old)
+    assert torch.equal(load_run(tmp_path / "w.ckpt", **old).sample(2), drawn)

@@ -1,0 +1,313 @@
+"""`load_run`: a ready module from a run's folder or a checkpoint, of trusted classes alone."""
+
+import copy
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ant_lightning import load_run
+from ant_lightning.__main__ import main
+from ant_lightning.backbones import DiT
+from ant_lightning.data import to_uint8
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.modules import AutoencoderModule, DiTModule
+
+BACKBONE = {
+    "class_path": "ant_lightning.backbones.DiT",
+    "init_args": {
+        "input_size": 8,
+        "patch_size": 4,
+        "in_channels": 1,
+        "hidden_size": 8,
+        "depth": 1,
+        "num_heads": 1,
+        "num_classes": 10,
+    },
+}
+MODEL = {
+    "class_path": "ant_lightning.modules.DiTModule",
+    "init_args": {
+        "backbone": BACKBONE,
+        "schedule": {"class_path": "ant_lightning.diffusion.CosineSchedule"},
+        "clustering": {
+            "class_path": "ant_lightning.clustering.SNRClustering",
+            "init_args": {"num_tasks": 3},
+        },
+        "balancer": {
+            "class_path": "ant_lightning.balancing.UncertaintyWeighting",
+            "init_args": {"num_tasks": 3},
+        },
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        "sampler": {"class_path": "ant_lightning.diffusion.DDIM", "init_args": {"num_steps": 2}},
+    },
+}
+QUIET = {
+    "accelerator": "cpu",
+    "max_steps": 3,
+    "max_epochs": -1,
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def fit(folder, model, *, seed=7):
+    """Train with the command line; returns the run's folder."""
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(folder), "name": "tiny"},
+    }
+    data = {"class_path": "ant_lightning.data.DigitsData", "init_args": {"batch_size": 20}}
+    settings = {
+        "seed_everything": seed,
+        "trainer": {**QUIET, "logger": logger},
+        "ema": {"decay": 0.5, "warmup": False},
+        "data": data,
+        "model": model,
+    }
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", str(path)]) == 0
+    return folder / "tiny" / "version_0"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("run"), MODEL)
+
+
+@pytest.fixture(autouse=True)
+def _another_process():
+    """The seed of a run is not in the environment of who loads it."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
+
+
+def last(run):
+    return run / "checkpoints" / "last.ckpt"
+
+
+def content(run):
+    return torch.load(last(run), weights_only=True)
+
+
+def averages(found):
+    return next(s["averages"] for s in found["callbacks"].values() if "averages" in s)
+
+
+def assert_holds(module, weights):
+    state = module.backbone.state_dict()
+    for name, value in weights.items():
+        assert torch.equal(state[name], value), name
+
+
+def test_a_folder_and_a_checkpoint_give_a_module_that_is_ready(run):
+    live = {
+        name.removeprefix("backbone."): value
+        for name, value in content(run)["state_dict"].items()
+        if name.startswith("backbone.")
+    }
+    for path in (run, run / "checkpoints", last(run), str(run)):
+        module = load_run(path)
+        assert isinstance(module, DiTModule)
+        assert isinstance(module.backbone, DiT)
+        assert not any(each.training for each in module.modules())
+        assert (module.seed, module.trained_steps, module.sampler.num_steps) == (7, 3, 2)
+        assert_holds(module, averages(content(run)))
+    assert_holds(load_run(run, weights="model"), live)
+    different = averages(content(run))["final_layer.linear.weight"]
+    assert not torch.equal(live["final_layer.linear.weight"], different)
+
+
+def test_it_draws_what_predict_draws(run, tmp_path):
+    """Seed, sampler and averages are those of the run."""
+    args = ["predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(last(run))]
+    args += ["--samples.num_images=4", f"--samples.folder={tmp_path / 'drawn'}"]
+    assert main([*args, f"--trainer.logger.save_dir={tmp_path}"]) == 0
+    drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "drawn").glob("*.png"))]
+    images = to_uint8(load_run(run).sample(4))[:, 0].numpy()
+    # The same arithmetic, so that at most a rounding to whole numbers can differ.
+    assert np.abs(np.stack(drawn).astype(int) - images.astype(int)).max() <= 1
+
+
+def stored(folder, found, model, **settings):
+    """A checkpoint alone, which holds the settings as the command line stores them."""
+    found = copy.copy(found)
+    found["ant_lightning"] = {
+        **found["ant_lightning"],
+        "settings": {"seed_everything": 7, "model": model, **settings},
+    }
+    torch.save(found, folder / "w.ckpt")
+    return folder / "w.ckpt"
+
+
+def without(found, *names):
+    kept = {name: value for name, value in found["ant_lightning"].items() if name not in names}
+    return {**found, "ant_lightning": kept}
+
+
+def test_the_settings_in_a_checkpoint_come_before_those_in_the_folder(run, tmp_path):
+    other = copy.deepcopy(MODEL)
+    other["init_args"]["sampler"]["init_args"]["num_steps"] = 5
+    (tmp_path / "checkpoints").mkdir()
+    path = stored(tmp_path / "checkpoints", content(run), other)
+    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
+    assert load_run(path).sampler.num_steps == 5
+    assert load_run(tmp_path).sampler.num_steps == 5
+    assert load_run(tmp_path, config=run / "config.yaml").sampler.num_steps == 2
+    torch.save(without(content(run), "settings"), path)
+    assert load_run(path).sampler.num_steps == 2
+
+
+def test_without_settings_they_are_asked_for(run, tmp_path):
+    torch.save(without(content(run), "settings"), tmp_path / "w.ckpt")
+    with pytest.raises(ConfigError, match=r"config: needed, .*w\.ckpt holds no settings"):
+        load_run(tmp_path / "w.ckpt")
+    module = load_run(tmp_path / "w.ckpt", config=run / "config.yaml")
+    assert_holds(module, averages(content(run)))
+    (tmp_path / "other.yaml").write_text("trainer: {max_steps: 3}\n")
+    for path, message in (
+        ("other.yaml", "must hold the settings of a model"),
+        ("no.yaml", "found nothing"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_run(tmp_path / "w.ckpt", config=tmp_path / path)
+
+
+def test_a_folder_without_a_checkpoint_and_other_words_are_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match="needs a checkpoint, found none"):
+        load_run(tmp_path)
+    with pytest.raises(FileError, match=r"no such file, found .*no\.ckpt"):
+        load_run(tmp_path / "no.ckpt")
+    with pytest.raises(ConfigError, match="weights: must be 'ema' or 'model', found 'best'"):
+        load_run(run, weights="best")
+    found = content(run)
+    found["callbacks"] = {}
+    torch.save(found, tmp_path / "w.ckpt")
+    with pytest.raises(ConfigError, match="holds no ema weights, only model"):
+        load_run(tmp_path / "w.ckpt", config=run / "config.yaml")
+    load_run(tmp_path / "w.ckpt", config=run / "config.yaml", weights="model")
+
+
+class Command:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_cannot_run_code(run, tmp_path):
+    found = {**content(run), "extra": Command(tmp_path / "ran")}
+    torch.save(found, tmp_path / "w.ckpt")
+    with pytest.raises(FileError, match="refused, because reading it would call"):
+        load_run(tmp_path / "w.ckpt", config=run / "config.yaml")
+    assert not (tmp_path / "ran").exists()
+
+
+OWN = """
+import pathlib
+pathlib.Path(__file__).with_suffix(".imported").touch()
+from ant_lightning.backbones import DiT
+class Own(DiT):
+    pass
+def optimizer(groups):
+    raise SystemExit
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module that somebody has in their working folder, and that says if it was imported."""
+    (tmp_path / "own_net.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path / "own_net.imported"
+    sys.modules.pop("own_net", None)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "name"),
+    [
+        ("backbone", {**BACKBONE, "class_path": "own_net.Own"}, "own_net.Own"),
+        ("backbone", "own_net.Own", "own_net.Own"),
+        ("optimizer", "own_net.optimizer", "own_net.optimizer"),
+        ("optimizer", {"class_path": "own_net.optimizer"}, "own_net.optimizer"),
+        ("lr_scheduler", "os.system", "os.system"),
+        ("schedule", {"class_path": "missing_net.Schedule"}, "missing_net.Schedule"),
+        ("loss_weighting", {"class_path": "ant_lightning_2.Own"}, "ant_lightning_2.Own"),
+        (
+            "clustering",
+            {
+                "class_path": "ant_lightning.clustering.ShuffledClustering",
+                "init_args": {"clustering": {"class_path": "own_net.Own"}},
+            },
+            "own_net.Own",
+        ),
+        ("class_path", "own_net.Own", "own_net.Own"),
+    ],
+)
+@pytest.mark.parametrize("where", ["checkpoint", "file"])
+def test_classes_of_others_need_trust_and_are_not_imported(
+    run, tmp_path, own, place, value, name, where
+):
+    model = copy.deepcopy(MODEL)
+    (model if place == "class_path" else model["init_args"])[place] = value
+    if where == "checkpoint":
+        path, config = stored(tmp_path, content(run), model), None
+    else:
+        path, config = last(run), tmp_path / "c.yaml"
+        config.write_text(yaml.safe_dump({"model": model}))
+    package = name.rpartition(".")[0]
+    with pytest.raises(ConfigError, match=rf"trust: the settings name {name}, .*\['{package}'\]"):
+        load_run(path, config=config)
+    assert not own.exists()
+
+
+def test_what_is_trusted_is_made(run, tmp_path, own):
+    model = copy.deepcopy(MODEL)
+    model["init_args"]["backbone"] = {**BACKBONE, "class_path": "own_net.Own"}
+    found = content(run)
+    found["ant_lightning"]["backbone"] = "Own"
+    path = stored(tmp_path, found, model)
+    for trust in (["own_net"], ["own_net.Own"]):
+        assert type(load_run(path, trust=trust).backbone).__name__ == "Own"
+    with pytest.raises(ConfigError, match="trust"):
+        load_run(path, trust=["own_ne", "own_net.O"])
+
+
+def test_the_file_that_it_started_from_is_not_asked_for_again(run, tmp_path):
+    model = copy.deepcopy(MODEL)
+    torch.save({}, tmp_path / "other.pt")
+    for file in ("gone.pt", "other.pt"):
+        model["init_args"]["init_from"] = str(tmp_path / file)
+        module = load_run(stored(tmp_path, content(run), model))
+        assert_holds(module, averages(content(run)))
+
+
+def test_settings_of_another_model_are_refused(run, tmp_path):
+    model = copy.deepcopy(MODEL)
+    model["init_args"]["backbone"]["init_args"]["hidden_size"] = 16
+    with pytest.raises(ConfigError, match=r"model.backbone: must be that of the checkpoint"):
+        load_run(stored(tmp_path, content(run), model))
+    model = copy.deepcopy(MODEL)
+    model["init_args"]["no_such"] = 1
+    with pytest.raises(ConfigError, match="no_such"):
+        load_run(stored(tmp_path, content(run), model))
+
+
+def test_an_autoencoder_is_loaded_too(tmp_path):
+    model = {
+        "class_path": "ant_lightning.modules.AutoencoderModule",
+        "init_args": {"in_channels": 1, "widths": [16, 16], "latent_channels": 1},
+    }
+    run = fit(tmp_path, model)
+    module = load_run(run)
+    assert isinstance(module, AutoencoderModule)
+    assert_holds(module, averages(content(run)))
