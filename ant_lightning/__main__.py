@@ -67,6 +67,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     """Run a known command."""
+    if "" not in sys.path:  # a class of one's own in the working folder, as `python -m` has it
+        sys.path.append("")
     # Imported here: 6 s that help must not wait for.
     from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: PLC0415
 
