@@ -11,12 +11,13 @@ import lightning as L
 from jsonargparse import ArgumentParser
 
 from ant_lightning.backbones.checkpoints import fill_backbone
-from ant_lightning.callbacks.checkpoint_files import newest_whole
+from ant_lightning.callbacks.checkpoint_files import furthest_whole
+from ant_lightning.callbacks.run_record import newest_record
 from ant_lightning.config_files import check_config_file, load_yaml
 from ant_lightning.data import LatentsData
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.messages import first_config_error
-from ant_lightning.modules.checkpoint_content import read_content
+from ant_lightning.modules.checkpoint_content import read_whole_checkpoint
 from ant_lightning.modules.loadable import fill_module
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def load_run(
     lightning and diffusers alone.
 
     Args:
-        path: The folder of a run, whose newest checkpoint is taken, or a checkpoint.
+        path: The folder of a run, whose checkpoint with the most steps is taken, or a checkpoint.
         weights: `ema` for the averages, `model` for the live weights.
         config: The settings of the run, where they are not stored with it.
         trust: Other packages, modules or classes that the settings may name.
@@ -56,8 +57,7 @@ def load_run(
     """
     if weights not in {"ema", "model"}:
         raise ConfigError(f"weights: must be 'ema' or 'model', found {weights!r}")
-    path = _checkpoint(Path(path))
-    content = read_content(path)
+    path, content = _checkpoint(Path(path))
     settings = _settings(path, content, config)
     module: L.LightningModule = _made(settings, "model", trust)
     fill_module(module, content)
@@ -68,12 +68,12 @@ def load_run(
     return module.eval()
 
 
-def _checkpoint(path: Path) -> Path:
-    """The file, or the newest one of a run's folder."""
+def _checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file, or the one with the most steps of a run's folder, and its content."""
     if not path.is_dir():
-        return path
+        return path, read_whole_checkpoint(path, setting="path")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = newest_whole(folder.glob("*.ckpt"))
+    found = furthest_whole(folder.glob("*.ckpt"))
     if found is None:
         raise ConfigError(f"load_run: needs a checkpoint, found none in {folder}")
     return found
@@ -81,18 +81,17 @@ def _checkpoint(path: Path) -> Path:
 
 def _settings(path: Path, content: dict[str, Any], config: str | Path | None) -> dict[str, Any]:
     """What the run was started with: as given, as in its checkpoint, or as in its folder."""
-    beside = path.resolve().parent.parent / "config.yaml"
-    stored = content.get("ant_lightning", {}).get("settings")
-    if config is not None or (stored is None and beside.is_file()):
-        source = Path(config or beside)
+    stored, source = content.get("ant_lightning", {}).get("settings"), path
+    folder = path.resolve().parent.parent
+    record = config if config is not None or stored is not None else newest_record(folder)
+    if record is not None:
+        source = Path(record)
         check_config_file(source)
         stored = load_yaml(source.read_text(encoding="utf8"))
-    else:
-        source = path
     if stored is None:
         raise ConfigError(
-            f"config: needed, as {path} holds no settings and there is no {beside}; give the "
-            "config.yaml of its run, or use load_from_checkpoint with the arguments of the module"
+            f"config: needed, as {path} holds no settings and there is no config.yaml in {folder}; "
+            "give that of its run, or use load_from_checkpoint with the arguments of the module"
         )
     if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
         raise FileError(f"config: {source} must hold the settings of a model, found none")

@@ -12,9 +12,8 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ant_lightning.errors import CheckpointWriteError, FileError
-from ant_lightning.files import read_torch
 from ant_lightning.files.atomic import write_atomically
-from ant_lightning.modules.checkpoint_content import content_fault
+from ant_lightning.modules.checkpoint_content import read_whole_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,24 +61,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             read_whole_checkpoint(Path(path))
         # Read into memory: what is mapped would be lost with the file while training goes on.
         return super().load_checkpoint(path, *args, **{**kwargs, "weights_only": True})
-
-
-def read_whole_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint all of whose parts match their checksums.
-
-    Every byte is read once; no code of the file is run, and no tensor is copied.
-
-    Raises:
-        FileError: If it is damaged, would run code, or is no checkpoint of Lightning.
-    """
-    try:
-        content = read_torch(path, setting="ckpt_path")
-        fault = content_fault(content)
-    except FileError as error:
-        fault = str(error).removeprefix(f"ckpt_path {path}: ")
-    if fault is not None:
-        raise FileError(f"ckpt_path: {path}: {fault}")
-    return content  # type: ignore[return-value] # a mapping, or there were a fault
 
 
 def furthest_whole(paths: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import lightning as L
 
-__all__ = ["check_weights", "content_fault", "read_content", "use_names_of"]
+__all__ = ["check_weights", "content_fault", "read_whole_checkpoint", "use_names_of"]
 
 _NEEDED = {"pytorch-lightning_version": str, "state_dict": Mapping, "global_step": int}
 _POSSIBLE = {
@@ -50,17 +50,26 @@ def content_fault(content: object) -> str | None:
     return None
 
 
-def read_content(path: Path) -> dict[str, Any]:
-    """What a checkpoint of Lightning holds, on the CPU; nothing in the file can run.
+def read_whole_checkpoint(path: Path, *, setting: str = "ckpt_path") -> dict[str, Any]:
+    """The content of a checkpoint all of whose parts match their checksums.
+
+    Every byte is read once; no code of the file is run, and no tensor is copied.
+
+    Args:
+        path: The file.
+        setting: What a message begins with.
 
     Raises:
-        FileError: If it is missing, damaged, no checkpoint, or needs pickled classes.
+        FileError: If it is missing or damaged, would run code, or is no checkpoint of Lightning.
     """
-    content = read_torch(path)
-    fault = content_fault(content)
+    try:
+        content = read_torch(path, setting=setting)
+        fault = content_fault(content)
+    except FileError as error:
+        fault = str(error).removeprefix(f"{setting} {path}: ").removeprefix(f"{setting}: ")
     if fault is not None:
-        raise FileError(f"checkpoint {path}: {fault}")
-    return dict(content)  # type: ignore[call-overload,no-any-return]
+        raise FileError(f"{setting}: {path}: {fault}")
+    return content  # type: ignore[return-value] # a mapping, or there were a fault
 
 
 def use_names_of(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
