@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tiny_digits import TinyDiT, module, trainer
 from torch import nn
@@ -26,6 +27,7 @@ from ant_lightning.modules import (
     LDMModule,
     MultiTaskDiffusion,
 )
+from ant_lightning.trainer_settings import check_trainer_settings
 
 IMAGES = torch.linspace(-1, 1, 24 * 64).reshape(24, 1, 8, 8)
 LABELS = torch.arange(24) % 10
@@ -483,6 +485,18 @@ def test_every_engine_says_it(tmp_path, engine):
     )
     with pytest.raises(ConfigError, match="Returns must return one tensor"):
         train(tmp_path, made, DataLoader(Images(), 8))
+
+
+@pytest.mark.parametrize(
+    "settings_of_it",
+    [
+        {"accumulate_grad_batches": 2},
+        {"callbacks": [Namespace(class_path="lightning.GradientAccumulationScheduler")]},
+    ],
+)
+def test_the_command_line_does_not_refer_an_autoencoder_to_a_setting_it_lacks(settings_of_it):
+    with pytest.raises(ConfigError, match=r"of an autoencoder: a larger data.batch_size"):
+        check_trainer_settings(Namespace(**settings_of_it))
 
 
 @pytest.mark.parametrize(
