@@ -6,7 +6,8 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from tqdm import tqdm
@@ -19,7 +20,8 @@ from ant_lightning.analysis import (
     timestep_grid,
 )
 from ant_lightning.callbacks.figures import log_folder, save_figure
-from ant_lightning.callbacks.probing import ValidationProbe, steps_of
+from ant_lightning.callbacks.probing import ValidationProbe
+from ant_lightning.callbacks.run_state import steps_of
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import affinity_curves, affinity_heat_maps
 
@@ -64,6 +66,10 @@ class TaskAffinity(ValidationProbe):
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
     """
 
+    result: AffinityResult | None
+    _half_dots: list[Tensor]
+    of_run: ClassVar = {"result": NoneType, "_half_dots": list}
+
     def __init__(
         self,
         *,
@@ -95,9 +101,7 @@ class TaskAffinity(ValidationProbe):
         self.sketch_dim = sketch_dim
         self.memory_budget_mb = memory_budget_mb
         self.state_dir = state_dir
-        self.result: AffinityResult | None = None
         self._earlier = [AffinityResult.load(path) for path in average_with or []]
-        self._half_dots: list[Tensor] = []
 
     def measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure and publish; what is not finite stops an evaluation, but not a training."""

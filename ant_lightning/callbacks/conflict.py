@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import lightning as L
 import numpy as np
 import torch
 
 from ant_lightning.callbacks.figures import save_figure
-from ant_lightning.callbacks.probing import steps_of
+from ant_lightning.callbacks.run_state import RunCallback, steps_of
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import cosine_heat_map, task_history
 
 if TYPE_CHECKING:
+    import lightning as L
     from torch import Tensor
 
     from ant_lightning.modules import MultiTaskDiffusion
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ConflictMonitor"]
 
 
-class ConflictMonitor(L.Callback):
+class ConflictMonitor(RunCallback):
     """Logs, for every method alike, the loss and effective weight of each task and their conflict.
 
     Scalars: `train/task_i/loss` and `/weight` (means since the last log), `/grad_norm`, and
@@ -36,17 +36,20 @@ class ConflictMonitor(L.Callback):
         probe_every_n_steps: Steps between probes of the gradients; 0 for none.
     """
 
+    _window: list[tuple[Tensor, Tensor]]
+    _history: list[tuple[int, Tensor, Tensor]]
+    _cosines: list[Tensor]
+    of_run: ClassVar = {"_window": list, "_history": list, "_cosines": list}
+
     def __init__(self, *, log_every_n_steps: int = 50, probe_every_n_steps: int = 200) -> None:
         if log_every_n_steps < 1 or probe_every_n_steps < 0:
             raise ConfigError(
                 "ConflictMonitor: log_every_n_steps must be at least 1 and probe_every_n_steps 0 "
                 f"or more, found {log_every_n_steps} and {probe_every_n_steps}"
             )
+        super().__init__()
         self.log_every_n_steps = log_every_n_steps
         self.probe_every_n_steps = probe_every_n_steps
-        self._window: list[tuple[Tensor, Tensor]] = []
-        self._history: list[tuple[int, Tensor, Tensor]] = []
-        self._cosines: list[Tensor] = []
 
     def on_train_batch_end(  # type: ignore[override]
         self,

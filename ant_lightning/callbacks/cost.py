@@ -7,21 +7,23 @@ import resource
 import statistics
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import lightning as L
 import torch
 
 from ant_lightning.callbacks.figures import log_folder
+from ant_lightning.callbacks.run_state import RunCallback
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
+    import lightning as L
+
     from ant_lightning.modules import MultiTaskDiffusion
 
 __all__ = ["StepCost"]
 
 
-class StepCost(L.Callback):
+class StepCost(RunCallback):
     """Writes `step_cost.json` into the log folder when training ends.
 
     It has `iterations_per_second` (of the mean over steps, since methods that refresh now and
@@ -37,11 +39,14 @@ class StepCost(L.Callback):
         ConfigError: If `skip_steps` is below 0.
     """
 
+    _seconds: list[float]
+    of_run: ClassVar = {"_seconds": list}
+
     def __init__(self, *, skip_steps: int = 10) -> None:
         if skip_steps < 0:
             raise ConfigError(f"StepCost.skip_steps: must be 0 or more, found {skip_steps}")
+        super().__init__()
         self.skip_steps = skip_steps
-        self._seconds: list[float] = []
         self._start = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:

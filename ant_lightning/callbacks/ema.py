@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from ant_lightning.balancing.shards import from_full, full_tensor, local_part
+from ant_lightning.callbacks.run_state import RunCallback
 from ant_lightning.errors import ConfigError
+from ant_lightning.files import tensors_digest
 from ant_lightning.modules.sharding import reshard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from ant_lightning.modules import MultiTaskDiffusion
 
 __all__ = ["EMA", "averaged_weights"]
 
 
-class EMA(L.Callback):
+class EMA(RunCallback):
     """Keeps `m <- d m + (1 - d) w` of the backbone's weights `w` after every optimizer step.
 
     With warm-up `d = min(decay, (1 + n) / (10 + n))` at the n-th update, so that a short run is
@@ -30,6 +35,11 @@ class EMA(L.Callback):
     live weights are put back afterwards, also after an exception, and are what a checkpoint holds.
     A skipped step does not move the averages. The state is a dict of float32 tensors in the
     callback's part of the checkpoint, not a second copy of the model in its `state_dict`.
+
+    The averages belong to the live weights that they were last seen with. Where a later call finds
+    other weights (another module, or others loaded by hand), it starts anew from those. Averages
+    are kept of all parameters that train or once did: one that is frozen is followed further, one
+    that begins to train starts at its value.
 
     Args:
         decay: `d`, from 0 (no averaging) up to but not 1.
@@ -39,23 +49,36 @@ class EMA(L.Callback):
         ConfigError: If `decay` is out of range.
     """
 
+    num_updates: int
+    _averages: dict[str, Tensor]
+    _made_of: str | None  # digest of the live weights; None while they change, or were just loaded
+    of_run: ClassVar = {"num_updates": int, "_averages": dict, "_made_of": NoneType}
+
     def __init__(self, *, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
             raise ConfigError(f"ema.decay: must be at least 0 and below 1, found {decay}")
+        super().__init__()
         self.decay = decay
         self.warmup = warmup
-        self.num_updates = 0
-        self._averages: dict[str, Tensor] = {}
         self._live: dict[str, Tensor] | None = None
         self._last_step = 0
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
-        """Start from the weights, unless a checkpoint brought averages."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget nothing yet: the weights decide, and a checkpoint may bring others."""
+
+    # Not earlier: a strategy that shards the model loads the checkpoint after `on_fit_start`.
+    def on_train_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+        """Start from the weights, unless these weights have averages already."""
         self._bind(pl_module)
+        self._add_trainable(pl_module)
+        self._made_of = None
         self._last_step = trainer.global_step
 
-    # A strategy that shards the model loads the averages of a checkpoint later than that.
-    on_train_start = on_fit_start  # type: ignore[assignment]
+    def on_before_optimizer_step(  # type: ignore[override]
+        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, optimizer: Optimizer
+    ) -> None:
+        """Begin with parameters that were unfrozen, before their first step moves them."""
+        self._add_trainable(pl_module)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any, **kwargs: Any
@@ -69,10 +92,10 @@ class EMA(L.Callback):
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        weights = _weights(pl_module)
+        weights = self._weights(pl_module)
         torch._foreach_lerp_(
             [self._averages[name] for name in weights],
-            [w.detach().float() for w in weights.values()],
+            [w.detach().to(_dtype(w)) for w in weights.values()],
             1 - decay,
         )
 
@@ -112,6 +135,10 @@ class EMA(L.Callback):
     on_predict_start = on_validation_start  # type: ignore[assignment]
     on_predict_end = on_validation_end  # type: ignore[assignment]
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Note which weights the averages belong to."""
+        self._note_weights(pl_module)
+
     def on_exception(  # type: ignore[override]
         self,
         trainer: L.Trainer,
@@ -120,6 +147,10 @@ class EMA(L.Callback):
     ) -> None:
         """An evaluation that failed must not leave the averages in the model."""
         self._swap_out(pl_module)
+        try:
+            self._note_weights(pl_module)
+        except RuntimeError:  # the device failed, and its weights cannot be read
+            self.forget()
 
     def on_save_checkpoint(  # type: ignore[override]
         self,
@@ -137,39 +168,57 @@ class EMA(L.Callback):
         return {"averages": averages, "num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the averages of a checkpoint; they are bound to the model when it starts."""
+        """Take the averages of a checkpoint, whose weights the model has by now."""
         self._averages = {name: value.clone() for name, value in state_dict["averages"].items()}
         self.num_updates = int(state_dict["num_updates"])
+        self._made_of = None
+
+    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+        """In a child process: the averages, if the parent gets their weights too."""
+        return super().hand_back(trainer) if trainer.state.fn == "fit" else {}
 
     def _bind(self, pl_module: MultiTaskDiffusion) -> None:
-        """Have one average for each weight, on its device."""
-        weights = _weights(pl_module)
-        if self._averages and {n: v.shape for n, v in self._averages.items()} != {
-            n: w.shape for n, w in weights.items()
-        }:
-            raise ConfigError("ckpt_path: its EMA weights are those of another backbone")
-        start = self._averages or weights
+        """Have the averages beside the weights that they belong to, or none."""
+        if self._made_of not in (None, _digest(pl_module)):
+            rank_zero_info("ema: the weights are not those of the averages, which start anew")
+            self.forget()
+        weights = dict(pl_module.backbone.named_parameters())
+        for name, average in self._averages.items():
+            if name not in weights or weights[name].shape != average.shape:
+                raise ConfigError("ckpt_path: its EMA weights are those of another backbone")
         self._averages = {
-            name: from_full(
-                start[name].detach().to(weight.device, torch.float32, copy=not self._averages),
-                weight,
-            )
-            for name, weight in weights.items()
+            name: from_full(average.to(weights[name].device, _dtype(weights[name])), weights[name])
+            for name, average in self._averages.items()
         }
+
+    def _add_trainable(self, pl_module: MultiTaskDiffusion) -> None:
+        """Average every parameter that trains, from its value on."""
+        for name, weight in pl_module.backbone.named_parameters():
+            if weight.requires_grad and name not in self._averages:
+                self._averages[name] = weight.detach().to(_dtype(weight), copy=True)
+
+    def _weights(self, pl_module: MultiTaskDiffusion) -> dict[str, Tensor]:
+        """The parameters that averages are kept of, by name."""
+        named = pl_module.backbone.named_parameters()
+        return {name: p for name, p in named if name in self._averages}
 
     def _swap_in(self, pl_module: MultiTaskDiffusion) -> None:
         if self._live is not None:
             return
         self._bind(pl_module)
-        weights = _weights(pl_module)
+        weights = self._weights(pl_module)
         self._live = {name: w.detach().clone() for name, w in weights.items()}
         _copy(self._averages, weights)
 
     def _swap_out(self, pl_module: MultiTaskDiffusion) -> None:
         if self._live is not None:
             reshard(pl_module)
-            _copy(self._live, _weights(pl_module))
+            _copy(self._live, self._weights(pl_module))
             self._live = None
+
+    def _note_weights(self, pl_module: L.LightningModule) -> None:
+        if self._averages and self._made_of is None:
+            self._made_of = _digest(pl_module)
 
 
 @contextmanager
@@ -183,15 +232,21 @@ def averaged_weights(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Itera
         yield
 
 
-def _weights(pl_module: MultiTaskDiffusion) -> dict[str, Tensor]:
-    """The trainable weights of the backbone by name."""
-    named = pl_module.backbone.named_parameters()
-    return {name: p for name, p in named if p.requires_grad}
+def _digest(pl_module: L.LightningModule) -> str:
+    """Of every byte of the backbone's weights; where they are sharded, of this rank's part."""
+    return tensors_digest(local_part(p) for p in pl_module.backbone.parameters())  # type: ignore[union-attr]
+
+
+def _dtype(weight: Tensor) -> torch.dtype:
+    """Of its average: small steps of one in half precision would be rounded away."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     names = list(target)
+    if not names:
+        return
     torch._foreach_copy_(
         [local_part(target[n]) for n in names], [local_part(source[n]) for n in names]
     )

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 
 from ant_lightning.callbacks.figures import log_folder
+from ant_lightning.callbacks.run_state import steps_of
 from ant_lightning.clustering import Clustering, SNRClustering
 from ant_lightning.data import DigitsMixtureData
 from ant_lightning.errors import ConfigError
@@ -64,6 +65,10 @@ class ExcessRisk(L.Callback):
         self.seed = seed
         self._draws: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Draw anew: the data and the process may be others than in the call before."""
+        self._draws = None
+
     @torch.no_grad()
     def on_validation_epoch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
@@ -91,7 +96,7 @@ class ExcessRisk(L.Callback):
         clusters = self.clustering(pl_module.process.log_snr)
         by_task = torch.stack([v.mean(1) for v in _split(values, timesteps, clusters.boundaries)])
         edges = torch.linspace(0, clusters.num_timesteps, 26).round().int().tolist()
-        step = max(trainer.global_step, pl_module.trained_steps)
+        step = steps_of(trainer, pl_module)
         names = ("excess", "risk", "bayes")
         row: dict[str, Any] = {
             "stage": prefix,

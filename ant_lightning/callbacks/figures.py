@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ant_lightning.callbacks.run_record import RunRecord
+from ant_lightning.callbacks.run_state import steps_of
 
 if TYPE_CHECKING:
     import lightning as L
@@ -32,12 +33,15 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
         return None
     figure.supxlabel(explain, fontsize=9.5, color="0.2")
     # An evaluation has no steps of its own: its figures belong to those of the checkpoint.
-    step = max(trainer.global_step, getattr(trainer.lightning_module, "trained_steps", 0))
+    step = steps_of(trainer, trainer.lightning_module)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(tag, figure, step, close=False)
     path = log_folder(trainer) / f"{tag.replace('/', '_')}.png"
     figure.savefig(path)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if hasattr(callback, "pictures"):  # the page that shows what this run drew
+            callback.pictures[tag] = path
     return path
 
 

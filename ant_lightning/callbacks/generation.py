@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import lightning as L
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import log_folder, save_figure
 from ant_lightning.callbacks.gathered import real_statistics
 from ant_lightning.callbacks.generated import class_agreement, generated_features, num_generated
+from ant_lightning.callbacks.run_state import RunCallback, steps_of
 from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.metrics import (
@@ -24,6 +23,7 @@ from ant_lightning.modules import StoredImages
 from ant_lightning.plotting import quality_history
 
 if TYPE_CHECKING:
+    import lightning as L
     from torch import Tensor
 
     from ant_lightning.data import ImageDataModule
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["GenerationMetrics"]
 
 
-class GenerationMetrics(L.Callback):
+class GenerationMetrics(RunCallback):
     """Draws images with the EMA weights and scores them against real ones.
 
     Each rank draws its share of the indices 0 .. num_images - 1; the features are gathered in the
@@ -61,6 +61,10 @@ class GenerationMetrics(L.Callback):
         ConfigError: If a number is out of range, or the training images are to be compared twice.
     """
 
+    last_scores: dict[str, float]
+    _history: dict[int, dict[str, float]]
+    of_run: ClassVar = {"last_scores": dict, "_history": dict}
+
     def __init__(
         self,
         extractor: FeatureExtractor,
@@ -88,6 +92,7 @@ class GenerationMetrics(L.Callback):
                 "GenerationMetrics.with_train: must be false where training images are the "
                 "reference, found true"
             )
+        super().__init__()
         self.extractor = extractor
         self.num_images = num_images
         self.batch_size = batch_size
@@ -97,9 +102,12 @@ class GenerationMetrics(L.Callback):
         self.cache_dir = cache_dir
         self.k = k
         self.seed = seed
-        self.last_scores: dict[str, float] = {}
-        self._history: dict[int, dict[str, float]] = {}
         self._real: tuple[ReferenceStatistics, Tensor | None] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Look at the real images again: they may be others than in the call before."""
+        super().setup(trainer, pl_module, stage)
+        self._real = None
 
     def on_validation_epoch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
@@ -149,7 +157,7 @@ class GenerationMetrics(L.Callback):
         pl_module.log_dict(
             {f"{prefix}/{name}": value for name, value in scores.items()}, rank_zero_only=True
         )
-        step = max(trainer.global_step, pl_module.trained_steps)
+        step = steps_of(trainer, pl_module)
         self._history[step] = scores
         if trainer.is_global_zero:
             self._append(trainer, pl_module, scores, prefix)
@@ -159,7 +167,7 @@ class GenerationMetrics(L.Callback):
     def _references(
         self, trainer: L.Trainer, data: ImageDataModule, shape: tuple[int, int, int]
     ) -> tuple[ReferenceStatistics, Tensor | None]:
-        """Statistics of the held-out images and features of the training images, made once."""
+        """Statistics of the held-out images and features of the training images, once a call."""
         if self._real is None:
             cache = self._cache_dir(trainer)
             if self.reference_path not in (None, "train"):
@@ -205,7 +213,7 @@ class GenerationMetrics(L.Callback):
             row["images"] = str(pl_module.path)
         else:
             row |= {
-                "step": max(trainer.global_step, pl_module.trained_steps),
+                "step": steps_of(trainer, pl_module),
                 "sampler": str(pl_module.sampler),
                 "guidance_scale": pl_module.guidance_scale,
                 "seed": pl_module.seed if self.seed is None else self.seed,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from ant_lightning.callbacks.figures import log_folder
+from ant_lightning.callbacks.run_state import RunCallback, steps_of
 from ant_lightning.plotting import stacked_page
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import lightning as L
+
     from ant_lightning.modules import MultiTaskDiffusion
 
 __all__ = ["Dashboard"]
@@ -73,30 +77,33 @@ _CHARTS: dict[str, list[tuple[str, str, list[str]]]] = {
 }
 
 
-class Dashboard(L.Callback):
+class Dashboard(RunCallback):
     """Arranges what other callbacks log for a reader who is in a hurry.
 
     After each validation the tab "Images" gets one page (`0_page/overview`, click to enlarge) of
     the pictures that other callbacks drew, each under the question that it answers; it is kept as
     `0_page_overview.png` in the log folder, too. The tab "Custom Scalars" gets a chart for each
     question, and the tab "Text" says how to read every picture and chart.
+
+    Attributes:
+        pictures: Files that callbacks of this run drew, by tag; others may lie in the same folder.
     """
+
+    pictures: dict[str, Path]
+    of_run: ClassVar = {"pictures": dict}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
         """Put what is drawn so far on one page; the other callbacks come first in the list."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        folder = log_folder(trainer)
         pictures = {
-            title: folder / f"{tag.replace('/', '_')}.png"
-            for title, tag in _PAGE.items()
-            if (folder / f"{tag.replace('/', '_')}.png").exists()
+            title: self.pictures[tag] for title, tag in _PAGE.items() if tag in self.pictures
         }
         if not pictures:
             return
         page = stacked_page(pictures)
-        Image.fromarray(page).save(folder / "0_page_overview.png")
-        step = max(trainer.global_step, getattr(pl_module, "trained_steps", 0))
+        Image.fromarray(page).save(log_folder(trainer) / "0_page_overview.png")
+        step = steps_of(trainer, pl_module)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("0_page/overview", page, step, dataformats="HWC")

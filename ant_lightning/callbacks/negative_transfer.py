@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import NoneType
+from typing import TYPE_CHECKING, ClassVar
 
-import lightning as L
 from tqdm import tqdm
 
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.figures import log_folder, save_figure
 from ant_lightning.callbacks.gap_measurement import GapSettings, measure_gaps
 from ant_lightning.callbacks.gathered import real_statistics
+from ant_lightning.callbacks.run_state import RunCallback
 from ant_lightning.callbacks.specialists import Specialist, check_intervals, find_specialists
 from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
@@ -21,6 +22,8 @@ from ant_lightning.metrics import FeatureExtractor, load_reference
 from ant_lightning.plotting import transfer_gap_bars
 
 if TYPE_CHECKING:
+    import lightning as L
+
     from ant_lightning.analysis import TransferGapResult
     from ant_lightning.data import ImageDataModule
     from ant_lightning.modules import MultiTaskDiffusion
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["NegativeTransferGap"]
 
 
-class NegativeTransferGap(L.Callback):
+class NegativeTransferGap(RunCallback):
     """Compares the model of a `validate` with a specialist for each interval of timesteps.
 
     The loss gap is the specialist's held-out loss inside its interval minus the model's, with the
@@ -67,6 +70,9 @@ class NegativeTransferGap(L.Callback):
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
     """
 
+    result: TransferGapResult | None
+    of_run: ClassVar = {"result": NoneType}
+
     def __init__(
         self,
         *,
@@ -95,6 +101,7 @@ class NegativeTransferGap(L.Callback):
                 raise ConfigError(
                     f"NegativeTransferGap.{name}: must be at least {least}, found {value}"
                 )
+        super().__init__()
         self.paths = {"iterations": by_iterations, "samples": by_samples}
         if not any(self.paths.values()):
             raise ConfigError(
@@ -111,7 +118,6 @@ class NegativeTransferGap(L.Callback):
         self.reference_path = reference
         self.cache_dir = cache_dir
         self.seed = seed
-        self.result: TransferGapResult | None = None
         self._specialists: list[Specialist] = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]

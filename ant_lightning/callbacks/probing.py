@@ -6,22 +6,23 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
-import lightning as L
-
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.probe import LossProbe
+from ant_lightning.callbacks.run_state import RunCallback
 from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import lightning as L
+
     from ant_lightning.modules import MultiTaskDiffusion
 
-__all__ = ["ProbingCallback", "ValidationProbe", "steps_of"]
+__all__ = ["ProbingCallback", "ValidationProbe"]
 
 
-class ProbingCallback(L.Callback):
+class ProbingCallback(RunCallback):
     """Measures a module's loss on images and noise that are fixed by a seed.
 
     Args:
@@ -56,6 +57,7 @@ class ProbingCallback(L.Callback):
         ):
             if value not in known:
                 raise ConfigError(f"{name}.{setting}: must be {' or '.join(known)}, found {value}")
+        super().__init__()
         self.num_images = num_images
         self.batch_size = batch_size
         self.images = images
@@ -142,8 +144,3 @@ class ValidationProbe(ProbingCallback, ABC):
     @abstractmethod
     def measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure and publish."""
-
-
-def steps_of(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> int:
-    """Optimizer steps behind the weights: an evaluation has no count of its own."""
-    return max(trainer.global_step, pl_module.trained_steps)

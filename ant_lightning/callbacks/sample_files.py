@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import zipfile
 from abc import ABC, abstractmethod
@@ -17,19 +17,55 @@ import numpy as np
 from PIL import Image
 
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files import read_json
+from ant_lightning.files import check_identity, read_json, write_identity
 from ant_lightning.metrics.image_files import num_images as stored_images
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-__all__ = ["NpzSamples", "PngSamples", "SampleFiles", "claim", "weights_fingerprint"]
+__all__ = ["NpzSamples", "PngSamples", "SampleFiles"]
+
+_NUMBER = re.compile(r"[0-9]{6,}")
 
 
 class SampleFiles(ABC):
-    """Images by index, from several ranks and perhaps several runs."""
+    """Images by index, from several ranks and perhaps several runs, all of one identity.
+
+    Args:
+        path: The folder or the file.
+        note: Where the identity is kept.
+        setting: What names `path`, for messages.
+    """
+
+    def __init__(self, path: Path, *, note: Path, setting: str) -> None:
+        self.path = path
+        self.note = note
+        self.setting = setting
+
+    def claim(self, identity: Mapping[str, Any], *, write: bool) -> None:
+        """Compare `identity` with that of the images that are there, or store it.
+
+        Raises:
+            FileError: If there are images of another identity, or of none that is known.
+        """
+        stored = read_json(self.note, kind=dict, setting=self.setting) if self.note.exists() else {}
+        if self.note.exists() and "format" in stored:
+            check_identity(self.note, identity, setting=self.setting, content=self.path)
+            return
+        if self.note.exists() or self.holds_images():
+            raise FileError(
+                f"{self.setting}: {self.path} holds images, or a note of ant_lightning 0.1, and no "
+                f"{self.note.name} that says what every image was made with; choose another place, "
+                "or delete what is there"
+            )
+        if write:
+            write_identity(self.note, identity)
+
+    @abstractmethod
+    def holds_images(self) -> bool:
+        """Whether any images are there, whoever made them."""
 
     @abstractmethod
     def present(self) -> set[int]:
@@ -44,24 +80,33 @@ class SampleFiles(ABC):
 
 
 class PngSamples(SampleFiles):
-    """`000000.png`, `000001.png`, ... in a folder."""
+    """`000000.png`, `000001.png`, ... in a folder, with `identity.json`."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder, note=folder / "identity.json", setting="samples.folder")
         folder.mkdir(parents=True, exist_ok=True)
 
+    def holds_images(self) -> bool:
+        """Pictures of any kind: whoever scores the folder would take them for generated ones."""
+        known = Image.registered_extensions()
+        return any(path.suffix.lower() in known for path in self.path.rglob("*"))
+
     def present(self) -> set[int]:
-        """By the names of the files."""
-        return {int(path.stem) for path in self.folder.glob("*.png") if path.stem.isdecimal()}
+        """By the names of the files, as they are written here."""
+        numbers = [int(p.stem) for p in self.path.glob("*.png") if _NUMBER.fullmatch(p.stem)]
+        return {number for number in numbers if self._file(number).exists()}
 
     def write(self, indices: Sequence[int], images: Tensor) -> None:
         """One file each."""
         for index, image in zip(indices, images.permute(0, 2, 3, 1).numpy(), strict=True):
-            target = self.folder / f"{index:06d}.png"
+            target = self._file(index)
             partial = target.with_suffix(".part")
             grey = image.shape[-1] == 1
             Image.fromarray(image[..., 0] if grey else image).save(partial, format="PNG")
             partial.replace(target)
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"{index:06d}.png"
 
 
 class NpzSamples(SampleFiles):
@@ -69,6 +114,7 @@ class NpzSamples(SampleFiles):
 
     Until all images are there each rank appends to a file of its own in `<file>.parts`: eight
     bytes of the index, then the pixels. A record that a killed run left unfinished is cut off.
+    The identity is in `<file>.json`.
 
     Args:
         path: The npz file.
@@ -80,7 +126,8 @@ class NpzSamples(SampleFiles):
     """
 
     def __init__(self, path: Path, *, num_images: int, rank: int) -> None:
-        self.path = path
+        note = path.with_name(path.name + ".json")
+        super().__init__(path, note=note, setting="samples.npz")
         self.num_images = num_images
         self._parts = path.with_name(path.name + ".parts")
         self._own = self._parts / f"rank_{rank}.bin"
@@ -92,12 +139,10 @@ class NpzSamples(SampleFiles):
                     f"samples.npz: {path} is finished with {count} images; choose another file "
                     f"for samples.num_images {num_images}"
                 )
-            return
-        self._parts.mkdir(parents=True, exist_ok=True)
-        shape = self._image_shape()
-        if shape is not None and self._own.exists():
-            size = self._own.stat().st_size
-            os.truncate(self._own, size - size % _record(shape))
+
+    def holds_images(self) -> bool:
+        """The file, or parts of it."""
+        return self._finished or self._parts.exists()
 
     def present(self) -> set[int]:
         """By the indices in the parts of all ranks, or all of a finished file."""
@@ -106,10 +151,15 @@ class NpzSamples(SampleFiles):
     def write(self, indices: Sequence[int], images: Tensor) -> None:
         """Append a batch."""
         pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-        if self._image_shape() is None:
+        self._parts.mkdir(parents=True, exist_ok=True)
+        shape = self._image_shape()
+        if shape is None:
             partial = self._own.with_suffix(".part")
             partial.write_text(json.dumps(pixels.shape[1:]))
             partial.replace(self._parts / "image_shape.json")
+        elif self._own.exists():
+            size = self._own.stat().st_size
+            os.truncate(self._own, size - size % _record(shape))
         records = (
             index.to_bytes(8, "little") + image.tobytes()
             for index, image in zip(indices, pixels, strict=True)
@@ -164,37 +214,6 @@ class NpzSamples(SampleFiles):
                     if index < self.num_images:
                         places[index] = (part, start + 8)
         return places
-
-
-def claim(path: Path, settings: dict[str, Any], *, write: bool) -> None:
-    """Compare with the note beside the images of what they depend on, or write it.
-
-    Raises:
-        ConfigError: If images of other settings were begun there: the two would be mixed.
-    """
-    note = path.with_name(path.name + ".json")
-    if note.exists():
-        earlier = read_json(note, kind=dict, setting="samples")
-        differing = sorted(k for k in {*earlier, *settings} if earlier.get(k) != settings.get(k))
-        if differing:
-            name = differing[0]
-            raise ConfigError(
-                f"samples: {path} holds images of other {name} ({earlier.get(name)}, now "
-                f"{settings.get(name)}); choose another place, or delete {note} and the images"
-            )
-    elif write:
-        partial = note.with_suffix(".part")
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
-        partial.replace(note)
-
-
-def weights_fingerprint(backbone: nn.Module) -> str:
-    """A digest of some numbers of every weight: another after every step."""
-    digest = hashlib.blake2b(digest_size=8)
-    for weight in backbone.parameters():
-        flat = weight.detach().reshape(-1)
-        digest.update(flat[:: max(1, flat.numel() // 64)].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _record(image_shape: tuple[int, int, int]) -> int:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 
 from ant_lightning.callbacks.classes import images_by_class
-from ant_lightning.callbacks.ema import averaged_weights
 from ant_lightning.callbacks.figures import save_figure
-from ant_lightning.callbacks.sample_files import (
-    NpzSamples,
-    PngSamples,
-    SampleFiles,
-    claim,
-    weights_fingerprint,
-)
+from ant_lightning.callbacks.run_state import RunCallback, steps_of
+from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples, SampleFiles
+from ant_lightning.callbacks.sample_identity import sample_identity
 from ant_lightning.data.module import to_uint8
 from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
+from ant_lightning.modules.latents import load_initial_weights
 from ant_lightning.plotting import sample_grid
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from ant_lightning.modules import MultiTaskDiffusion
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["SampleGrid", "SampleWriter"]
 
 
-class SampleGrid(L.Callback):
+class SampleGrid(RunCallback):
     """A grid of generated images beside real ones, at the end of each validation.
 
     Image i has class i modulo the number of classes, on both sides, and the same noise in every
@@ -42,6 +42,9 @@ class SampleGrid(L.Callback):
         every_n_epochs: Validations between two grids.
     """
 
+    path: Path | None
+    of_run: ClassVar = {"path": NoneType}
+
     def __init__(
         self, *, num_images: int = 100, columns: int | None = None, every_n_epochs: int = 1
     ) -> None:
@@ -51,10 +54,10 @@ class SampleGrid(L.Callback):
             raise ConfigError(
                 f"SampleGrid.every_n_epochs: must be at least 1, found {every_n_epochs}"
             )
+        super().__init__()
         self.num_images = num_images
         self.columns = columns
         self.every_n_epochs = every_n_epochs
-        self.path: Path | None = None
 
     def on_validation_epoch_end(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
@@ -68,8 +71,7 @@ class SampleGrid(L.Callback):
         classes = pl_module.num_classes
         columns = self.columns or classes or max(1, round(self.num_images**0.5))
         guidance = f", guidance {pl_module.guidance_scale:g}" if classes else ""
-        step = max(trainer.global_step, pl_module.trained_steps)
-        caption = f"step {step}, {pl_module.sampler}{guidance}"
+        caption = f"step {steps_of(trainer, pl_module)}, {pl_module.sampler}{guidance}"
         figure = sample_grid(generated, real, columns=min(columns, 16), caption=caption)
         self.path = save_figure(
             trainer,
@@ -96,10 +98,10 @@ class SampleGrid(L.Callback):
 class SampleWriter(L.Callback):
     """Writes the images of `predict` into a folder, or into one npz file for ADM's evaluator.
 
-    An image is a function of the weights, the seed and its index, so that what is written does not
-    depend on the batch size or on the number of ranks; images that are there already are not
-    drawn again. A `.json` file beside them says what they depend on, and images of other settings
-    are not mixed in.
+    An image is a function of its index and of what `sample_identity` names, so that what is
+    written does not depend on the batch size or on the number of ranks. The identity is stored
+    with the images: a run of the same one draws what is missing, any other is refused, and so are
+    images without an identity.
 
     Args:
         num_images: How many, over all ranks.
@@ -132,49 +134,44 @@ class SampleWriter(L.Callback):
         self.batch_size = batch_size
         self.folder = folder
         self.npz = npz
-        self._target = Path()
         self._files: SampleFiles | None = None
+        self._begun = False
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]
-        """Find out which images are missing."""
+        """Find the place; what is missing there is known once the weights are."""
         if stage != "predict":
             return
+        self._begun = False
         data = needed_image_data(trainer, "SampleWriter")
         log_dir = trainer.log_dir or trainer.default_root_dir
-        self._target = Path(self.npz or self.folder or Path(log_dir) / "samples")
-        try:
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+        target = Path(self.npz or self.folder or Path(log_dir) / "samples")
+        with _refused(self._setting, target):
+            target.parent.mkdir(parents=True, exist_ok=True)
             self._files = (
-                PngSamples(self._target)
+                PngSamples(target)
                 if self.npz is None
-                else NpzSamples(self._target, num_images=self.num_images, rank=trainer.global_rank)
+                else NpzSamples(target, num_images=self.num_images, rank=trainer.global_rank)
             )
-        except OSError as error:
-            raise ConfigError(
-                f"samples.{'folder' if self.npz is None else 'npz'}: must be where files can be "
-                f"written, found {self._target} ({error.strerror})"
-            ) from error
-        present = self._files.present()
+        data.predict_indices = lambda: self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> list[list[int]]:
+        """The batches of this rank, once the images that are there are known to be of this run.
+
+        Lightning asks for them after it has loaded a checkpoint, also if none is missing.
+        """
+        files = self._files
+        assert files is not None
+        load_initial_weights(pl_module)
+        identity = sample_identity(trainer, pl_module)
+        with _refused(self._setting, files.path):
+            files.claim(identity, write=trainer.is_global_zero)
+        present = files.present()
         # All ranks look before any writes, or they would share what is missing differently.
         trainer.strategy.barrier()
+        self._begun = True
         missing = [i for i in range(self.num_images) if i not in present]
         mine, size = missing[trainer.global_rank :: trainer.world_size], self.batch_size
-        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-        data.predict_indices = batches
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
-        """Refuse to mix images of other weights or settings with what is there."""
-        with averaged_weights(trainer, pl_module):
-            weights = weights_fingerprint(pl_module.backbone)
-        settings = {
-            "weights": weights,
-            "sampler": str(pl_module.sampler),
-            "guidance_scale": pl_module.guidance_scale,
-            "guided_channels": pl_module.guided_channels,
-            "clip_denoised": pl_module.clip_denoised,
-            "seed": pl_module.seed,
-        }
-        claim(self._target, settings, write=trainer.is_global_zero)
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
 
     def on_predict_batch_end(  # type: ignore[override]
         self,
@@ -191,10 +188,29 @@ class SampleWriter(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]
         """Join the ranks' parts, also when nothing was missing; say where the images are."""
-        if stage != "predict" or self._files is None:
+        if stage != "predict" or self._files is None or not self._begun:
             return
         trainer.strategy.barrier()
-        if trainer.is_global_zero and len(self._files.present()) >= self.num_images:
-            self._files.finish()
-            print(f"{self.num_images} images are in {self._target}")
+        if trainer.is_global_zero:
+            found = len(self._files.present())
+            if found >= self.num_images:
+                self._files.finish()
+                print(f"{found} images are in {self._files.path}")
+            else:
+                print(f"{found} of {self.num_images} images are in {self._files.path}")
         trainer.strategy.barrier()  # when a rank goes on, the file is there
+
+    @property
+    def _setting(self) -> str:
+        return "samples.folder" if self.npz is None else "samples.npz"
+
+
+@contextmanager
+def _refused(setting: str, target: Path) -> Iterator[None]:
+    """Name the setting where the system does not let files be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{setting}: must be where files can be written, found {target} ({error.strerror})"
+        ) from error

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from types import NoneType
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from ant_lightning.analysis import transfer_matrix
 from ant_lightning.callbacks.figures import save_figure
-from ant_lightning.callbacks.probing import ValidationProbe, steps_of
+from ant_lightning.callbacks.probing import ValidationProbe
+from ant_lightning.callbacks.run_state import steps_of
 from ant_lightning.errors import ConfigError
 from ant_lightning.plotting import transfer_heat_map
 
@@ -45,6 +47,9 @@ class TransferMatrix(ValidationProbe):
         arXiv 2109.04617.
     """
 
+    matrix: Tensor | None
+    of_run: ClassVar = {"matrix": NoneType}
+
     def __init__(
         self,
         *,
@@ -67,7 +72,6 @@ class TransferMatrix(ValidationProbe):
         if not lr > 0:
             raise ConfigError(f"TransferMatrix.lr: must be above 0, found {lr}")
         self.lr = lr
-        self.matrix: Tensor | None = None
 
     def measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Try a step on every task; log, and draw on rank 0."""

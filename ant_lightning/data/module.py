@@ -15,7 +15,7 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import run_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -49,7 +49,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = run_seed(seed)
-        self.predict_indices: Sequence[list[int]] | None = None
+        self.predict_indices: Callable[[], Sequence[list[int]]] | None = None
         self._datasets: tuple[ImageDataset, ImageDataset] | None = None
 
     @abstractmethod
@@ -96,7 +96,7 @@ class ImageDataModule(L.LightningDataModule):
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Indices of the images that `predict` draws, set by `SampleWriter`.
+        """Indices of the images that `predict` draws; `SampleWriter` says which are missing.
 
         Raises:
             ConfigError: If there is no `SampleWriter`.
@@ -106,8 +106,9 @@ class ImageDataModule(L.LightningDataModule):
                 "predict: needs to know which images to draw, so give the trainer a SampleWriter, "
                 "or batches of indices in place of the data: DataLoader(range(8), batch_size=4)"
             )
-        own = RankKeys(range(len(self.predict_indices)))
-        return DataLoader(self.predict_indices, batch_size=None, sampler=own, collate_fn=list)  # type: ignore[arg-type]
+        batches = self.predict_indices()
+        own = RankKeys(range(len(batches)))
+        return DataLoader(batches, batch_size=None, sampler=own, collate_fn=list)  # type: ignore[arg-type]
 
     def pixels(
         self,

@@ -43,13 +43,16 @@ def differences(
     return {name: pair for name, pair in different.items() if not _is_below(name, different)}
 
 
-def check_identity(path: Path, current: Mapping[str, Any], *, setting: str) -> bool:
+def check_identity(
+    path: Path, current: Mapping[str, Any], *, setting: str, content: Path | None = None
+) -> bool:
     """Compare `current` with the identity stored in the JSON file `path`.
 
     Args:
         path: The JSON file.
         current: The identity that this run would give the content.
         setting: What the user can change, for the message.
+        content: What the identity is of; by default the folder of `path`.
 
     Returns:
         Whether there is an identity at `path`; False if nothing was stored yet.
@@ -63,8 +66,8 @@ def check_identity(path: Path, current: Mapping[str, Any], *, setting: str) -> b
     if found:
         name, (then, now) = next(iter(found.items()))
         raise FileError(
-            f"{setting}: {path.parent} holds content made with {name} {_short(then)}, and this run "
-            f"has {_short(now)}; choose another place, or delete what is there"
+            f"{setting}: {content or path.parent} holds content made with {name} {_short(then)}, "
+            f"and this run has {_short(now)}; choose another place, or delete what is there"
         )
     return True
 

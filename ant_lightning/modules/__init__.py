@@ -2,6 +2,7 @@
 
 from ant_lightning.modules.adm import ADMModule
 from ant_lightning.modules.autoencoder import AutoencoderModule
+from ant_lightning.modules.child_processes import take_state_along
 from ant_lightning.modules.dit import DiTModule
 from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
@@ -22,3 +23,5 @@ __all__ = [
     "ShardedStrategy",
     "StoredImages",
 ]
+
+take_state_along()

@@ -262,6 +262,15 @@ class AutoencoderModule(LoadableModule):
             self.backbone.save_pretrained(folder)
         print(f"first stage {folder}: scale {scale:.4f}, shift {shift:.4f}")
 
+    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+        """In a child process: the scale of the latents that it measured."""
+        config = self.backbone.config
+        return {name: config[name] for name in ("scaling_factor", "shift_factor")}
+
+    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+        """In the parent: have the scale that belongs to the weights."""
+        self.backbone.register_to_config(**state)
+
     @torch.no_grad()
     def latent_scale(self, load: Any, count: int) -> tuple[float, float]:  # noqa: ANN401
         """`1 / std(z)` and `mean(z)` over the numbers of at most 1,024 images' latents."""

@@ -225,8 +225,11 @@ class DiffusionModule(LoadableModule):
         # Ranks agree already; Lightning wants to be told to average all the same.
         loss = (sums[0].sum() / sums[1].sum()).float()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True)
-        # Lightning takes this as the step of all that is logged here; evaluation has no own count.
-        self.log("step", float(max(self.global_step, self.trained_steps)), sync_dist=True)
+        # Lightning takes this as the step of all that is logged here. The count of an evaluating
+        # trainer is 0, or that of another module.
+        fitting = self.trainer.state.fn == "fit"
+        step = self.global_step if fitting else self.trained_steps
+        self.log("step", float(step), sync_dist=True)
         for task, value in enumerate((sums[0] / sums[1]).tolist()):
             self.log(f"val/task_{task}/loss", value, sync_dist=True)
 

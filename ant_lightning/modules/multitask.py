@@ -56,12 +56,24 @@ from ant_lightning.randomness import keyed_generator, keyed_seed, run_seed
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    import lightning as L
     from torch import Tensor
     from torch.optim import Optimizer
 
     from ant_lightning.data import Batch
 
 __all__ = ["MultiTaskDiffusion"]
+
+# What a training changes beside the weights.
+_OF_RUN = (
+    "clusters",
+    "cluster_history",
+    "init_due",
+    "latent_space",
+    "num_skipped_in_a_row",
+    "num_skipped_steps",
+    "trained_steps",
+)
 
 
 class MultiTaskDiffusion(DiffusionModule):
@@ -192,7 +204,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.last_step_skipped = False
         self.num_skipped_steps = 0
         self.num_skipped_in_a_row = 0
-        self.trained_steps = 0  # of the checkpoint that was loaded: evaluation has no step count
+        self.trained_steps = 0  # behind the weights: an evaluation has no count of its own
         self._engine: Engine | None = None
         self._row_buffers: DenseTaskGradients | None = None
         self._trained = TrainedParameters()
@@ -243,6 +255,8 @@ class MultiTaskDiffusion(DiffusionModule):
         """Refuse, before anything is wrapped or moved, a strategy or data that do not fit."""
         if stage == "fit":
             check_strategy(self.trainer.strategy)
+            if self.global_step == 0:
+                self._begin_run()
         if stage != "predict":
             bind_data(self)
 
@@ -374,6 +388,10 @@ class MultiTaskDiffusion(DiffusionModule):
         self.clusters = clusters
         self.cluster_history.append((self.global_step, clusters.boundaries))
 
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Count the step for evaluations of these weights."""
+        self.trained_steps = self.global_step
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what no hyperparameter file should decide: clusters and counts.
 
@@ -397,6 +415,23 @@ class MultiTaskDiffusion(DiffusionModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             resume_with_settings(self, checkpoint, self._optimization_settings())
             self._trained.load(checkpoint["ant_lightning"].get("trained"))
+
+    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+        """In a child process: what a training changed beside the weights."""
+        fitted = trainer.state.fn == "fit"  # else the parent keeps the weights that it has
+        return {name: getattr(self, name) for name in _OF_RUN if fitted}
+
+    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+        """In the parent: have what the training of the children changed."""
+        vars(self).update(state)
+
+    def _begin_run(self) -> None:
+        """Forget the counts of an earlier training, whose weights and clusters go on."""
+        first = self.cluster_history[0]  # that of the settings, which a checkpoint must agree with
+        now = (0, self.clusters.boundaries)
+        self.cluster_history = [first] if now == first else [first, now]
+        self.num_skipped_steps = 0
+        self.num_skipped_in_a_row = 0
 
     def _finish_step(self, report: BackwardReport) -> None:
         """Clip and step, or skip."""

@@ -95,8 +95,7 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         )
     check_weights(module, checkpoint)
     module.cluster_history = history
-    if len(history) > 1:
-        module.clusters = last
+    module.clusters = last
     module.num_skipped_steps = skipped
     module.num_skipped_in_a_row = in_a_row
     module.trained_steps = steps

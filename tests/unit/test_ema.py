@@ -112,8 +112,8 @@ def test_skipped_steps_do_not_move_the_average(tmp_path):
 def test_warm_up_follows_the_formula():
     ema = EMA(decay=0.999)
     model = module()
-    ema._bind(model)
     fake = type("Trainer", (), {"global_step": 0})()
+    ema.on_train_start(fake, model)
     weights = dict(model.backbone.named_parameters())
     name = next(n for n, p in weights.items() if p.requires_grad)
     expected = weights[name].detach().clone()
