@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from ant_lightning.files import tensors_digest
 from ant_lightning.metrics import (
     FeatureExtractor,
     Features,
@@ -61,7 +62,8 @@ def real_statistics(
     """
     if cache_dir is None:
         return _compute(data, dataset, extractor)
-    fingerprint = reference_fingerprint(data.fingerprint(dataset), extractor.name)
+    network = tensors_digest([*extractor.parameters(), *extractor.buffers()])
+    fingerprint = reference_fingerprint(data.fingerprint(dataset), extractor.name, network)
 
     def compute() -> ReferenceStatistics:
         return _compute(data, dataset, extractor)

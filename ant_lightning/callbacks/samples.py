@@ -171,7 +171,8 @@ class SampleWriter(L.Callback):
         self._begun = True
         missing = [i for i in range(self.num_images) if i not in present]
         mine, size = missing[trainer.global_rank :: trainer.world_size], self.batch_size
-        return [mine[i : i + size] for i in range(0, len(mine), size)]
+        # Lightning refuses a rank without a batch while others have one, and warns if none has.
+        return [mine[i : i + size] for i in range(0, len(mine), size)] or [[]]
 
     def on_predict_batch_end(  # type: ignore[override]
         self,
@@ -183,7 +184,7 @@ class SampleWriter(L.Callback):
         **kwargs: Any,
     ) -> None:
         """Write a batch."""
-        if self._files is not None:
+        if self._files is not None and batch:
             self._files.write(batch, to_uint8(outputs).cpu())
 
     def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]

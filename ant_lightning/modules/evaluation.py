@@ -323,13 +323,15 @@ class DiffusionModule(LoadableModule):
         )
 
     def predict_step(self, batch: list[int] | Tensor, batch_idx: int) -> Tensor:
-        """Draw the images of these indices.
+        """Draw the images of these indices, of which a rank may have none.
 
         Raises:
             ConfigError: If the batch is something else.
         """
         if isinstance(batch, int):  # which `sample` would take for a number of images
             raise ConfigError(f"predict: each batch must be a list of indices, found {batch}")
+        if not len(batch):
+            return torch.empty(0, *self.image_shape)
         return self.sample(batch)
 
 

@@ -37,8 +37,8 @@ class TinyDiT(DiT):
         return output
 
 
-def module(backbone=None, **settings):
-    return DiTModule(
+def module(backbone=None, *, kind=DiTModule, **settings):
+    return kind(
         TinyDiT() if backbone is None else backbone,
         **{
             "schedule": CosineSchedule(T),

@@ -1,7 +1,6 @@
 """Every reader of files from elsewhere: how a good small file is written, and how it is read."""
 
 import json
-from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -14,7 +13,7 @@ from ant_lightning.analysis.rows import FolderRows
 from ant_lightning.analysis.state import claim_folder
 from ant_lightning.backbones import DiT, load_official_checkpoint
 from ant_lightning.backbones.checkpoint_files import read_checkpoint
-from ant_lightning.callbacks.sample_files import NpzSamples, claim
+from ant_lightning.callbacks.sample_files import NpzSamples
 from ant_lightning.clustering import SNRClustering
 from ant_lightning.clustering.affinity_file import read_affinity
 from ant_lightning.data.class_map import read_class_map
@@ -85,7 +84,12 @@ def class_map(path):
 
 
 def notes(path):
-    claim(Path(str(path).removesuffix(".json")), {"seed": 0, "sampler": "DDIM"}, write=True)
+    claim(path, write=True)
+
+
+def claim(path, *, write):
+    files = NpzSamples(path.with_suffix(""), num_images=1, rank=0)
+    files.claim({"format": 2, "seed": 0, "sampler": "DDIM"}, write=write)
 
 
 def image_shape(path):
@@ -191,7 +195,7 @@ READERS = {
     "notes of samples": (
         "s.json",
         notes,
-        lambda p: claim(p.with_suffix(""), {"seed": 0, "sampler": "DDIM"}, write=False),
+        lambda p: claim(p, write=False),
     ),
     "shape of samples": ("image_shape.json", image_shape, sample_shape),
     "first stage config": ("config.json", config, lambda p: _check_numbers(_read_config(p, p), p)),
