@@ -5,7 +5,7 @@ import copy
 import lightning as L
 import pytest
 import torch
-from tiny_digits import module, trainer
+from tiny_digits import TinyDiT, module, trainer
 
 from ant_lightning.balancing import LinearScalarization, NashMTL, PCGrad, UncertaintyWeighting
 from ant_lightning.callbacks import EMA, averaged_weights
@@ -142,3 +142,144 @@ def test_context_manager_for_one_s_own_callbacks(tmp_path):
 def test_bad_decay(decay):
     with pytest.raises(ConfigError, match=f"ema.decay.*{decay}"):
         EMA(decay=decay)
+
+
+def shaken(model):
+    """Other weights, set behind everybody's back as a loader of official checkpoints may."""
+    generator = torch.Generator().manual_seed(5)
+    for p in model.backbone.parameters():
+        p.data.add_(torch.randn(p.shape, generator=generator), alpha=0.3)
+    return weights_of(model)
+
+
+def weights_of(model):
+    return {n: p.detach().clone() for n, p in model.backbone.named_parameters() if p.requires_grad}
+
+
+def evaluated(tmp_path, model, *callbacks, **settings):
+    """What the model is validated with."""
+    recorder = Recorder()
+    run = trainer(tmp_path, *callbacks, recorder, limit_val_batches=1)
+    run.validate(model, DigitsData(batch_size=30), verbose=False, **settings)
+    return {n: recorder.evaluated[n].detach() for n in weights_of(model)}
+
+
+def trained(tmp_path, model, *callbacks, **settings):
+    run = trainer(tmp_path, *callbacks, limit_val_batches=0, **settings)
+    run.fit(model, DigitsData(batch_size=30))
+    return run
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def follows(average, start, weights, decay):
+    """Whether averages are those of one step from `start`."""
+    for name, value in average.items():
+        expected = decay * start[name] + (1 - decay) * weights[name]
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("before", ["fit", "validate", "fit, same object"])
+def test_a_training_averages_from_its_own_weights(tmp_path, before):
+    ema, model = EMA(decay=0.6, warmup=False), module()
+    if before == "validate":
+        evaluated(tmp_path, model, ema)
+    else:
+        trained(tmp_path, model, ema)
+    model = model if before != "fit" else module()
+    start = shaken(model)
+    trained(tmp_path, model, ema, steps=1)
+    assert ema.num_updates == 1
+    follows(ema.state_dict()["averages"], start, weights_of(model), 0.6)
+
+
+def test_an_evaluation_has_the_averages_of_its_weights_or_none(tmp_path):
+    ema, model = EMA(decay=0.6, warmup=False), module()
+    assert_equal(evaluated(tmp_path, model, ema), weights_of(model))
+    live = shaken(model)
+    assert_equal(evaluated(tmp_path, model, ema), live)
+    run = trained(tmp_path, model, ema)
+    run.save_checkpoint(tmp_path / "with.ckpt")
+    averages, live = copy.deepcopy(ema.state_dict()["averages"]), weights_of(model)
+    assert_equal(evaluated(tmp_path, model, ema), averages)
+    assert_equal(evaluated(tmp_path, model, ema), averages)
+    # Training goes on from these weights: so do their averages.
+    trained(tmp_path, model, ema, steps=1)
+    assert ema.num_updates == 5
+    follows(ema.state_dict()["averages"], averages, weights_of(model), 0.6)
+    # A checkpoint brings both, into any module and any object; one without averages brings none.
+    other = module(TinyDiT(seed=3))
+    assert_equal(evaluated(tmp_path, other, ema, ckpt_path=tmp_path / "with.ckpt"), averages)
+    assert_equal(weights_of(other), live)
+    bare = module()
+    trained(tmp_path, bare).save_checkpoint(tmp_path / "without.ckpt")
+    found = evaluated(tmp_path, module(), ema, ckpt_path=tmp_path / "without.ckpt")
+    assert_equal(found, weights_of(bare))
+    # By hand, after a training: the weights that were set are those that are meant.
+    trained(tmp_path, bare, ema)
+    live = shaken(bare)
+    assert_equal(evaluated(tmp_path, bare, ema), live)
+
+
+def test_an_interrupted_training_keeps_its_averages(tmp_path):
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 3:
+                raise KeyError("stopped")
+
+    ema, model = EMA(decay=0.9), module()
+    with pytest.raises(KeyError):
+        trained(tmp_path, model, ema, Stops())
+    assert ema.num_updates == 3
+    assert_equal(evaluated(tmp_path, model, ema), ema.state_dict()["averages"])
+
+
+class Switch(L.Callback):
+    """Freezes or unfreezes the blocks before the step that follows step 2."""
+
+    def __init__(self, *, train):
+        self.train = train
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            blocks = list(pl_module.backbone.blocks.parameters())
+            for p in blocks:
+                p.requires_grad_(self.train)
+            if self.train:
+                trainer.optimizers[0].add_param_group({"params": blocks})
+
+
+@pytest.mark.parametrize("first", ["the average", "the switch"])
+@pytest.mark.parametrize("train", [True, False], ids=["thawed", "frozen"])
+def test_averages_follow_parameters_that_begin_or_cease_to_train(tmp_path, train, first):
+    model, ema, recorder = module(), EMA(decay=0.6, warmup=False), Recorder()
+    model.backbone.blocks.requires_grad_(not train)
+    expected = {n: p.detach().clone() for n, p in model.backbone.named_parameters()}
+    callbacks = [ema, Switch(train=train)]
+    if first == "the switch":
+        callbacks.reverse()
+    run = trained(tmp_path, model, *callbacks, recorder)
+    for weights in recorder.weights:
+        expected = {n: 0.6 * expected[n] + 0.4 * weights[n].detach() for n in expected}
+    averages = ema.state_dict()["averages"]
+    assert any(name.startswith("blocks.") for name in averages)
+    for name, average in averages.items():
+        torch.testing.assert_close(average, expected[name], rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(averages[n], w) for n, w in weights_of(model).items())
+    # A run that is resumed starts with what the settings freeze, not with what was frozen last.
+    run.save_checkpoint(tmp_path / "switched.ckpt")
+    again, resumed = EMA(decay=0.6, warmup=False), module()
+    resumed.backbone.blocks.requires_grad_(not train)
+    run = trainer(tmp_path, again, limit_val_batches=1)
+    run.validate(resumed, DigitsData(), ckpt_path=tmp_path / "switched.ckpt", verbose=False)
+    assert_equal(again.state_dict()["averages"], averages)
+
+
+def test_double_precision_is_averaged_in_double_precision(tmp_path):
+    model, ema = module(), EMA(decay=0.6)
+    trained(tmp_path, model, ema, precision="64-true", steps=1)
+    assert {v.dtype for v in ema.state_dict()["averages"].values()} == {torch.float64}
