@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 import warnings
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ _BOOKKEEPING = (
     "last_model_path",
     "_recent",
 )
+_OF_RUN = (*_BOOKKEEPING, "_last_checkpoint_saved", "_last_global_step_saved")
 
 
 def _check_filename(name: str | None) -> None:
@@ -92,6 +94,8 @@ class Checkpoints(ModelCheckpoint):
         self._recent: list[str] = []
         self._failed: CheckpointWriteError | None = None
         self._signal = StopSignal()
+        self._found_dirpath: object = None  # where a run's folder was, if none was given
+        self._first = copy.deepcopy({name: getattr(self, name) for name in _OF_RUN})
 
     @property
     def state_key(self) -> str:
@@ -100,7 +104,12 @@ class Checkpoints(ModelCheckpoint):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write whole files only, and clear away what a killed run left half written."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._begin_run()
+        found = self.dirpath is None
         super().setup(trainer, pl_module, stage)
+        if found:
+            self._found_dirpath = self.dirpath
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         cluster = trainer._accelerator_connector.cluster_environment
@@ -184,6 +193,20 @@ class Checkpoints(ModelCheckpoint):
         super().load_state_dict(state_dict)
         if self.dirpath == state_dict.get("dirpath"):
             self._recent = list(state_dict.get("recent", []))
+
+    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+        """In a child process: which files it wrote, of which Lightning names the best alone."""
+        return {name: getattr(self, name) for name in ("dirpath", *_OF_RUN)}
+
+    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+        """In the parent: know the files."""
+        vars(self).update(state)
+
+    def _begin_run(self) -> None:
+        """Leave the files of an earlier training alone: neither count, replace nor remove them."""
+        vars(self).update(copy.deepcopy(self._first))
+        if self.dirpath == self._found_dirpath:
+            self.dirpath = None
 
     def _save(self, trainer: L.Trainer) -> None:
         """Save now, unless there is nothing new."""

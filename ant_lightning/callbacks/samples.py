@@ -162,6 +162,12 @@ class SampleWriter(L.Callback):
         files = self._files
         assert files is not None
         load_initial_weights(pl_module)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        latents = pl_module.latent_space or getattr(data, "latent_space", None)
+        if latents is not None and pl_module.first_stage is None:
+            raise ConfigError(
+                "model.first_stage: needed to make images of the latents that are drawn, found null"
+            )
         identity = sample_identity(trainer, pl_module)
         with _refused(self._setting, files.path):
             files.claim(identity, write=trainer.is_global_zero)
@@ -189,7 +195,10 @@ class SampleWriter(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]
         """Join the ranks' parts, also when nothing was missing; say where the images are."""
-        if stage != "predict" or self._files is None or not self._begun:
+        if stage != "predict":
+            return
+        trainer.datamodule.predict_indices = None  # type: ignore[attr-defined]
+        if self._files is None or not self._begun:
             return
         trainer.strategy.barrier()
         if trainer.is_global_zero:
@@ -200,6 +209,14 @@ class SampleWriter(L.Callback):
             else:
                 print(f"{found} of {self.num_images} images are in {self._files.path}")
         trainer.strategy.barrier()  # when a rank goes on, the file is there
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave nothing in the data that a later call could take for its own."""
+        data = getattr(trainer, "datamodule", None)
+        if data is not None:
+            data.predict_indices = None
 
     @property
     def _setting(self) -> str:

@@ -89,7 +89,8 @@ def test_fit_validate_test_and_predict_share_one_checkpoint(tmp_path, capsys):
         f"--samples.folder={folder}",
     ]
     assert main(predict) == 0
-    assert sorted(p.name for p in folder.iterdir()) == [f"{i:06d}.png" for i in range(7)]
+    images = [f"{i:06d}.png" for i in range(7)]
+    assert sorted(p.name for p in folder.iterdir()) == [*images, "identity.json"]
     assert str(folder) in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ from tiny_digits import T, TinyDiT, module, trainer
 from ant_lightning import callbacks
 from ant_lightning.backbones import DiT
 from ant_lightning.callbacks import (
+    Checkpoints,
     ConflictMonitor,
     Dashboard,
     ExcessRisk,
@@ -206,3 +207,24 @@ def test_counts_and_clusters_of_a_module_that_trains_again(tmp_path):
     resumed.validate(module(), data, verbose=False)
     assert resumed.global_step == 3
     assert resumed.callback_metrics["step"] == 0
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["a folder given", "the run's folder"])
+def test_a_second_training_leaves_the_checkpoints_of_the_first(tmp_path, given):
+    where = {"dirpath": tmp_path / "both"} if given else {}
+    kept = Checkpoints(filename="{step}", save_last=True, every_n_train_steps=1, **where)
+    settings = {"enable_checkpointing": True, "limit_val_batches": 0}
+
+    def written(name):
+        run = trainer(tmp_path / name, kept, steps=3, **settings)
+        run.fit(module(), DigitsData(batch_size=30))
+        folder = tmp_path / ("both" if given else name)
+        assert kept.last_model_path.startswith(str(folder))
+        return {p: p.read_bytes() for p in folder.rglob("*.ckpt")}
+
+    first = written("first")
+    second = written("second")
+    assert len(first) == 3  # the newest two, and last
+    for path, content in first.items():
+        assert path.read_bytes() == content
+    assert len(second) == (6 if given else 3)

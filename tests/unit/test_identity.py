@@ -1,5 +1,7 @@
 """The identity beside stored files."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -24,6 +26,8 @@ def test_a_stored_identity_is_compared(tmp_path):
     assert check_identity(path, {"scale": 0.1, "seed": 0}, setting="samples.folder")
     with pytest.raises(FileError, match=r"^samples\.folder: .* seed 0, and this run has 1;"):
         check_identity(path, {"scale": 0.1, "seed": 1}, setting="samples.folder")
+    with pytest.raises(FileError, match=r"^samples\.npz: all\.npz holds content made with seed 0"):
+        check_identity(path, {"seed": 1}, setting="samples.npz", content=Path("all.npz"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

@@ -11,7 +11,7 @@ from tiny_digits import T, TinyDiT, module, trainer
 
 from ant_lightning.callbacks import SampleWriter
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples
-from ant_lightning.data import DigitsData
+from ant_lightning.data import DigitsData, LatentSpace
 from ant_lightning.diffusion import DDIM, LinearSchedule
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.metrics import image_batches
@@ -225,3 +225,22 @@ def test_only_names_that_are_written_here_count_as_drawn(tmp_path):
 def test_bad_settings_are_named(settings, words):
     with pytest.raises(ConfigError, match=words):
         SampleWriter(**settings)
+
+
+def test_a_data_module_forgets_what_was_to_be_drawn(tmp_path):
+    data = DigitsData()
+    trainer(tmp_path, SampleWriter(num_images=2)).predict(module(), data)
+    with pytest.raises(ConfigError, match="predict: needs to know which images"):
+        trainer(tmp_path).predict(module(), data)
+    with pytest.raises(FileError, match="made with seed 0"):
+        trainer(tmp_path, SampleWriter(num_images=2)).predict(module(seed=1), data)
+    with pytest.raises(ConfigError, match="predict: needs to know which images"):
+        trainer(tmp_path).predict(module(), data)
+
+
+def test_latents_are_not_written_as_pictures(tmp_path):
+    model = module()
+    model.latent_space = LatentSpace(kind="kl", scale=1.0, shift=0.0, fingerprint="", source="")
+    with pytest.raises(ConfigError, match=r"model\.first_stage: needed to make images"):
+        predict(tmp_path, model, num_images=2, folder=str(tmp_path / "images"))
+    assert not list((tmp_path / "images").iterdir())
