@@ -107,8 +107,10 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    """One line on standard error."""
-    print("ant-lightning: error: " + " ".join(message.split()), file=sys.stderr)
+    """One line on standard error, whatever characters file names have and it can show."""
+    line = "ant-lightning: error: " + " ".join(message.split())
+    encoding = sys.stderr.encoding or "ascii"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
     return code
 
 

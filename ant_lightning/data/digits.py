@@ -64,6 +64,8 @@ class DigitsData(ImageDataModule):
 
     image_shape = (1, 8, 8)
     num_classes = 10
+    deciding = ("num_held_out", "split_seed")
+    settings_suffice = True
 
     def __init__(
         self,

@@ -88,6 +88,14 @@ class DigitsMixtureData(ImageDataModule):
 
     image_shape = (1, 8, 8)
     num_classes = 0
+    deciding = (
+        "num_images",
+        "num_held_out",
+        "num_components",
+        "regularization",
+        "images_seed",
+    )
+    settings_suffice = True
 
     def __init__(
         self,

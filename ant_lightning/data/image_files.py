@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from ant_lightning.data.image_search import search_images
 from ant_lightning.data.pictures import SUFFIXES, open_picture
 from ant_lightning.errors import ConfigError
 
-__all__ = ["ImageFiles", "broken_images", "find_images"]
+__all__ = ["ImageFiles", "broken_images", "content_digest", "find_images"]
 
 _MAX_LISTED = 5
 
@@ -27,31 +30,35 @@ class ImageFiles:
     class_names: list[str]
 
 
-def find_images(root: str | Path, *, labels: Literal["auto", "folders", "none"]) -> ImageFiles:
-    """The images below `root`, sorted by path; hidden files and folders are passed over.
+def find_images(
+    root: str | Path, *, labels: Literal["auto", "folders", "none"], setting: str = "data.root"
+) -> ImageFiles:
+    """The images below `root`, sorted by path, each once: see `search_images`.
+
+    What is passed over is said in one warning.
 
     Args:
         root: The folder.
         labels: `folders`: the first folder below `root` is an image's class. `none`: no classes,
             whatever the folders. `auto`: `none` if the images lie in `root` itself, else
             `folders`.
+        setting: What a message begins with.
 
     Raises:
-        ConfigError: If there is no such folder, no image in it, or images lie both in `root` and
-            in folders below it, so that `auto` cannot tell.
+        ConfigError: If there is no such folder, no image in it, a class without images, or images
+            lie both in `root` and in folders below it, so that `auto` cannot tell.
     """
     folder = Path(root)
     if not folder.is_dir():
-        raise ConfigError(f"data.root: must be a folder of images, found {folder}")
-    paths = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found = (Path(parent) / name for name in names if not name.startswith("."))
-        paths += [path for path in found if path.suffix.lower() in SUFFIXES]
-    paths.sort()
+        raise ConfigError(f"{setting}: must be a folder of images, found {folder}")
+    content = search_images(folder, setting=setting)
+    paths, passed_over = content.images, content.passed_over()
     if not paths:
         kinds = ", ".join(sorted(SUFFIXES))
-        raise ConfigError(f"data.root: must hold images ({kinds}), found none in {folder}")
+        others = f", but {passed_over}" if passed_over else ""
+        raise ConfigError(f"{setting}: must hold images ({kinds}), found none in {folder}{others}")
+    if passed_over:
+        rank_zero_warn(f"{setting}: passed over {passed_over}")
     nested = [path for path in paths if path.parent != folder]
     if labels == "auto" and nested and len(nested) < len(paths):
         flat = next(path for path in paths if path.parent == folder)
@@ -66,7 +73,16 @@ def find_images(root: str | Path, *, labels: Literal["auto", "folders", "none"])
         raise ConfigError(
             f"data.labels: 'folders' needs every image in the folder of its class, found {flat}"
         )
-    return ImageFiles(paths, [path.relative_to(folder).parts[0] for path in paths])
+    names = [path.relative_to(folder).parts[0] for path in paths]
+    without = sorted(set(content.folders) - set(names))
+    if without:
+        why = content.passed_over(below=folder / without[0]) or "it holds no picture files"
+        raise ConfigError(
+            f"{setting}: every folder in {folder} is a class and must hold images, found none in "
+            f"{', '.join(without[:_MAX_LISTED])} ({without[0]}: {why}); move elsewhere what is no "
+            "class"
+        )
+    return ImageFiles(paths, names)
 
 
 def broken_images(paths: list[Path]) -> dict[Path, str]:
@@ -89,6 +105,12 @@ def broken_images(paths: list[Path]) -> dict[Path, str]:
     return dict(sorted((k, v) for part in parts for k, v in part.items()))
 
 
+def content_digest(paths: list[Path]) -> str:
+    """A digest of every byte of the files, in their order."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the GIL
+        return hashlib.sha256(b"".join(pool.map(_file_digest, paths))).hexdigest()
+
+
 def report(broken: dict[Path, str]) -> str:
     """The first broken images, and how many there are."""
     listed = "; ".join(list(broken.values())[:_MAX_LISTED])
@@ -101,6 +123,11 @@ def split(num_images: int, *, num_held_out: int, order: torch.Generator) -> tupl
     chosen = torch.randperm(num_images, generator=order)[:num_held_out].tolist()
     held_out = set(chosen)
     return [i for i in range(num_images) if i not in held_out], sorted(held_out)
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _fault(path: Path) -> str | None:

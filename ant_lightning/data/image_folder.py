@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,14 +13,22 @@ import torch
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.class_map import read_class_map, write_class_map
-from ant_lightning.data.image_files import broken_images, find_images, report, split
+from ant_lightning.data.image_files import (
+    broken_images,
+    content_digest,
+    find_images,
+    report,
+    split,
+)
 from ant_lightning.data.loader import ImageDataset
-from ant_lightning.data.module import ImageDataModule
+from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
 from ant_lightning.data.pictures import Crop, read_picture
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator, keyed_seed
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 __all__ = ["ImageFolderData", "is_flipped"]
@@ -41,6 +50,7 @@ class _FolderImages(ImageDataset):
         self._size = data.image_shape[1]
         self._channels = data.image_shape[0]
         self._crop: Crop = data.crop
+        self._exif_rotation = data.exif_rotation
         self._flip_seed = data.seed if flip else None
 
     def __len__(self) -> int:
@@ -56,6 +66,7 @@ class _FolderImages(ImageDataset):
                 image_size=self._size,
                 channels=self._channels,
                 crop=self._crop,
+                exif_rotation=self._exif_rotation,
             )
             flip = epoch is not None and self._flip_seed is not None
             if flip and is_flipped(self._flip_seed, epoch, index):  # type: ignore[arg-type]
@@ -81,6 +92,7 @@ class ImageFolderData(ImageDataModule):
         class_map: JSON file of class names and numbers; made if it does not exist.
         channels: 3 for colour, 1 for grey.
         crop: `center_adm` as ADM and DiT crop, or `resize`.
+        exif_rotation: Whether photos are turned as their EXIF data say, as viewers show them.
         flip: Whether training images are mirrored in half of the epochs.
         validate_images: Decode every image before training and `raise` at broken ones, or `skip`
             and count them; `off` finds them only when their turn comes.
@@ -95,6 +107,8 @@ class ImageFolderData(ImageDataModule):
         ConfigError: Naming the setting or the file, if the folder cannot be used.
     """
 
+    deciding = ("crop", "exif_rotation", "num_held_out", "split_seed", "class_names")
+
     def __init__(
         self,
         root: str,
@@ -106,6 +120,7 @@ class ImageFolderData(ImageDataModule):
         class_map: str | None = None,
         channels: Literal[1, 3] = 3,
         crop: Crop = "center_adm",
+        exif_rotation: bool = True,
         flip: bool = True,
         validate_images: Literal["raise", "skip", "off"] = "raise",
         split_seed: int = 0,
@@ -123,6 +138,7 @@ class ImageFolderData(ImageDataModule):
         self.labels = labels
         self.class_map = class_map
         self.crop = crop
+        self.exif_rotation = exif_rotation
         self.flip = flip
         self.validate_images = validate_images
         self.split_seed = split_seed
@@ -144,6 +160,17 @@ class ImageFolderData(ImageDataModule):
             self.num_skipped = len(broken)
             warnings.warn(f"data.root: left out {report(broken)}", stacklevel=2)
         kept = [i for i, path in enumerate(files.paths) if path not in broken]
+        empty = sorted(set(labels) - {labels[i] for i in kept})
+        if empty and self.class_names:
+            raise ConfigError(
+                "data.validate_images: every class must have an image that is not broken, "
+                f"{self.class_names[empty[0]]} in {self.root} has none"
+            )
+        if len(kept) < 2:
+            raise ConfigError(
+                f"data.root: must hold an image to train on and one to hold out, found {len(kept)} "
+                f"in {self.root}"
+            )
         if not 1 <= self.num_held_out < len(kept):
             raise ConfigError(
                 f"data.num_held_out: must be from 1 to {len(kept) - 1}, as {self.root} holds "
@@ -163,16 +190,30 @@ class ImageFolderData(ImageDataModule):
         )
 
     def fingerprint(self, dataset: ImageDataset) -> str:
-        """A hash of names, sizes and times of the files and of how they are cropped.
+        """A hash of names, sizes and times of the files and of how they are turned and cropped.
 
         Decoding a large folder to hash its pixels would take as long as what is to be saved.
         """
-        digest = hashlib.sha256(f"{self.image_shape} {self.crop};".encode())
-        for path in dataset.paths:  # type: ignore[attr-defined]
-            facts = path.stat()
-            name = path.relative_to(self.root)
-            digest.update(f"{name} {facts.st_size} {facts.st_mtime_ns};".encode())
-        return digest.hexdigest()
+        rule = f"{self.image_shape} {self.crop} {self.exif_rotation};"
+        return hashlib.sha256(rule.encode() + self._file_facts(dataset)).hexdigest()
+
+    def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
+        """A digest of the names and bytes of all files.
+
+        Times would change in a copy, and other images can have the same sizes. Where names, sizes
+        and times are still those of `known`, the bytes are too, and are not read again.
+        """
+        parts = (self.train_images, self.held_out_images)
+        facts = b"".join(self._file_facts(part) for part in parts)
+        times = hashlib.sha256(facts).hexdigest()[:16]
+        if times == known.get("times") and IMAGES_DIGEST in known:
+            return {IMAGES_DIGEST: known[IMAGES_DIGEST], "times": times}
+        paths = [path for part in parts for path in part.paths]  # type: ignore[attr-defined]
+        names = b"".join(os.fsencode(path.relative_to(self.root)) + b"\0" for path in paths)
+        images = hashlib.sha256(names + content_digest(paths).encode()).hexdigest()[:16]
+        if images == known.get(IMAGES_DIGEST):
+            times = known.get("times", times)  # copied or touched, and still the same
+        return {IMAGES_DIGEST: images, "times": times}
 
     def setup(self, stage: str) -> None:
         """Find the images, and leave the class names in the log folder."""
@@ -185,11 +226,11 @@ class ImageFolderData(ImageDataModule):
             write_class_map(Path(folder) / "class_map.json", self.class_names)
 
     def state_dict(self) -> dict[str, Any]:
-        """The class names."""
-        return {"class_names": list(self.class_names)}
+        """The class names, and the settings that decide the images."""
+        return {**super().state_dict(), "class_names": list(self.class_names)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose numbers mean other classes."""
+        """Refuse a checkpoint whose numbers mean other classes, and say what else differs."""
         saved = state_dict["class_names"]
         if saved != self.class_names:
             raise ConfigError(
@@ -197,6 +238,18 @@ class ImageFolderData(ImageDataModule):
                 f"{_summary(self.class_names)}; give the checkpoint's class_map.json as "
                 "data.class_map"
             )
+        # Version 0.1 kept no settings, and turned no photo.
+        super().load_state_dict({"settings": {"exif_rotation": False}, **state_dict})
+
+    def _file_facts(self, dataset: ImageDataset) -> bytes:
+        """Names, sizes and times; the last change of the inode cannot be set by who unpacks."""
+        facts = []
+        for path in dataset.paths:  # type: ignore[attr-defined]
+            found = path.stat()
+            name = os.fsencode(path.relative_to(self.root))  # need not be UTF-8
+            times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+            facts.append(name + f"\0{times};".encode())
+        return b"".join(facts)
 
     def _number_classes(self, found: list[str]) -> None:
         """Class names in the order of their numbers."""

@@ -12,12 +12,15 @@ import numpy as np
 
 from ant_lightning.data.latent_space import LatentSpace
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files import map_npy, read_json
+from ant_lightning.files import differences, map_npy, read_json, write_atomically
 
 __all__ = [
+    "IDENTITY_NAME",
     "CacheIndex",
     "Split",
     "check_first_stage",
+    "check_index",
+    "read_identity",
     "read_index",
     "save_array",
     "shard_array",
@@ -27,6 +30,7 @@ __all__ = [
 
 Split = Literal["train", "held_out"]
 FORMAT_VERSION = 1
+IDENTITY_NAME = "identity.json"  # of the images; the index says all else
 _NAME = "index.json"
 _MAX_SIDE = 2**16
 _MAX_IMAGES = 2**40
@@ -100,30 +104,37 @@ def save_array(path: Path, array: np.ndarray) -> None:
     partial.replace(path)
 
 
-def write_index(folder: Path, index: CacheIndex) -> None:
-    """Write the index of a cache, or check the one that is there.
+def check_index(folder: Path, index: CacheIndex) -> bool:
+    """Compare with the index that a folder has; returns whether it has one.
 
     Raises:
         ConfigError: If the folder has a cache of something else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / _NAME).exists():
-        found = read_index(folder)
-        check_first_stage(found.space, index.space, folder)
-        # The fingerprints agree; the path by which a first stage was named may differ.
-        found = replace(found, space=index.space)
-        if found != index:
-            ours, theirs = asdict(index), asdict(found)
-            name = next(name for name in ours if ours[name] != theirs[name])
-            raise ConfigError(
-                f"output: {folder} has a cache whose {name} is {theirs[name]}, found "
-                f"{ours[name]}; use another folder"
-            )
-        return
+    if not (folder / _NAME).exists():
+        return False
+    found = read_index(folder)
+    check_first_stage(found.space, index.space, folder)
+    # The fingerprints agree; the path by which a first stage was named may differ.
+    other = differences(asdict(replace(found, space=index.space)), asdict(index))
+    if other:
+        name, (theirs, ours) = next(iter(other.items()))
+        raise ConfigError(
+            f"cache.output: {folder} has a cache whose {name} is {theirs}, found {ours}; use "
+            "another folder"
+        )
+    return True
+
+
+def write_index(folder: Path, index: CacheIndex) -> None:
+    """Write the index of a cache; it appears whole or not at all."""
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(index)}, indent=1)
-    partial = folder / f"{_NAME}.{os.getpid()}.part"
-    partial.write_text(text)
-    partial.replace(folder / _NAME)
+    write_atomically(folder / _NAME, lambda file: file.write(text.encode()))
+
+
+def read_identity(folder: Path) -> dict[str, Any] | None:
+    """What the images of a cache were; None if its writer, of version 0.1, did not say."""
+    path = folder / IDENTITY_NAME
+    return read_json(path, kind=dict, setting="latent cache") if path.exists() else None
 
 
 def read_index(folder: Path) -> CacheIndex:

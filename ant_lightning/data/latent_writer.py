@@ -9,14 +9,18 @@ import numpy as np
 import torch
 
 from ant_lightning.data.latent_cache import (
+    IDENTITY_NAME,
     CacheIndex,
     Split,
+    check_index,
+    read_identity,
     save_array,
     shard_array,
     shard_path,
     write_index,
 )
 from ant_lightning.errors import ConfigError
+from ant_lightning.files import check_identity, write_identity
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +53,8 @@ class LatentWriter:
 
     Shards are dealt out to the ranks in turn and need no communication. A shard appears whole or
     not at all; those that are there already are kept, so an interrupted command goes on where it
-    was. A folder with the cache of another first stage or other images is refused.
+    was. A folder with the cache of another first stage, of other images (their bytes are compared,
+    as times change in a copy), of another split, crop or size is refused.
 
     Args:
         output: Folder of the cache.
@@ -103,7 +108,20 @@ class LatentWriter:
             num_images={split: len(images[split]) for split in _SPLITS},
             shard_size=self.shard_size,
         )
-        write_index(self.output, index)
+        begun = check_index(self.output, index)
+        known = read_identity(self.output)
+        if begun and known is None:
+            raise ConfigError(
+                f"cache.output: {self.output} does not say which images it was made of (no "
+                f"{IDENTITY_NAME}, as in 0.1), so it cannot be continued; use another folder"
+            )
+        identity = data.identity(known)
+        path = self.output / IDENTITY_NAME
+        if not check_identity(path, identity, setting="cache.output"):
+            write_identity(path, identity)
+        # The index last: a cache that has one says what its images were.
+        if not begun:
+            write_index(self.output, index)
         every = [(split, i) for split in _SPLITS for i in range(len(index.shards(split)))]
         missing = [each for each in every[rank::world_size] if not self._is_done(index, *each)]
         for split, shard in missing:

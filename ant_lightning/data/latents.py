@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.image_folder import is_flipped
-from ant_lightning.data.latent_cache import CacheIndex, Split, read_index, shard_array
+from ant_lightning.data.latent_cache import (
+    IDENTITY_NAME,
+    CacheIndex,
+    Split,
+    read_identity,
+    read_index,
+    shard_array,
+)
 from ant_lightning.data.loader import ImageDataset
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import ConfigError
+from ant_lightning.files import differences
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,8 +83,10 @@ class LatentsData(ImageDataModule):
         moments_shape: `(c, h, w)` of the moments.
 
     Raises:
-        ConfigError: If the cache is incomplete or damaged.
+        ConfigError: If the cache is incomplete or damaged, or of other images than `images`.
     """
+
+    settings_suffice = True
 
     def __init__(
         self,
@@ -96,20 +107,21 @@ class LatentsData(ImageDataModule):
         self.latent_space: LatentSpace = self.index.space
         self.flip = flip
         self.images = images
+        self._identity = read_identity(self.cache)
 
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Map the shards of both splits."""
         seed = self.seed if self.flip and self.index.views == 2 else None
         train = _CachedMoments(self.cache, self.index, "train", flip_seed=seed)
         held_out = _CachedMoments(self.cache, self.index, "held_out", flip_seed=None)
+        if self._identity is None:
+            rank_zero_warn(
+                f"data.cache: {self.cache} does not say which images it was made of (no "
+                f"{IDENTITY_NAME}, as in 0.1), so nothing can be compared with it; encode again "
+                "into another folder"
+            )
         if self.images is not None:
-            parts = (self.images.train_images, self.images.held_out_images)
-            found = [len(part) for part in parts]
-            if found != [len(train), len(held_out)]:
-                raise ConfigError(
-                    f"data.images: must be the {len(train)} training and {len(held_out)} held-out "
-                    f"images of the cache {self.cache}, found {found[0]} and {found[1]}"
-                )
+            self._check_images(self.images, [len(train), len(held_out)])
         return train, held_out
 
     def pixels(
@@ -128,6 +140,31 @@ class LatentsData(ImageDataModule):
         """That of the real images of a split."""
         images, real = self._real(dataset)
         return images.fingerprint(real)
+
+    def settings(self) -> dict[str, Any]:
+        """The first stage and the images that the cache was made of."""
+        images = {f"images.{name}": value for name, value in (self._identity or {}).items()}
+        images.pop("images.times", None)  # another copy has others
+        return {**super().settings(), "first_stage": self.latent_space.fingerprint, **images}
+
+    def _check_images(self, images: ImageDataModule, wanted: list[int]) -> None:
+        """Refuse images that the cache was not made of, or another split of them.
+
+        Of another split, training images would be among the held-out ones.
+        """
+        found = [len(images.train_images), len(images.held_out_images)]
+        if found != wanted:
+            raise ConfigError(
+                f"data.images: must be the {wanted[0]} training and {wanted[1]} held-out "
+                f"images of the cache {self.cache}, found {found[0]} and {found[1]}"
+            )
+        stored = self._identity
+        other = {} if stored is None else differences(stored, images.identity(stored))
+        for name, (then, now) in other.items():
+            raise ConfigError(
+                f"data.images: must be the images of the cache {self.cache}, which was made with "
+                f"{name} {str(then)[:100]}, found {str(now)[:100]}"
+            )
 
     def _real(self, dataset: ImageDataset) -> tuple[ImageDataModule, ImageDataset]:
         """The data module that has the pixels, and its counterpart of a split of the cache."""

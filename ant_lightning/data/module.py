@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from ant_lightning.data.loader import ImageDataset, RankKeys, ShuffledLoader, evaluation_loader
 from ant_lightning.errors import ConfigError
+from ant_lightning.files import differences, tensors_digest
 from ant_lightning.randomness import run_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-__all__ = ["ImageDataModule"]
+__all__ = ["IMAGES_DIGEST", "ImageDataModule"]
+
+IMAGES_DIGEST = "digest of the images"  # a name in `identity`, as a message says it
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -30,6 +34,8 @@ class ImageDataModule(L.LightningDataModule):
     Attributes:
         image_shape: `(c, h, w)` of what the network sees.
         num_classes: 0 for data without labels.
+        deciding: Names of the further settings that decide what the images are.
+        settings_suffice: Whether they decide every pixel, as for images that are drawn.
 
     Args:
         batch_size: Images of one optimizer step, over all ranks.
@@ -39,6 +45,8 @@ class ImageDataModule(L.LightningDataModule):
 
     image_shape: tuple[int, int, int]
     num_classes: int = 0
+    deciding: ClassVar[tuple[str, ...]] = ()
+    settings_suffice: ClassVar[bool] = False
 
     def __init__(self, *, batch_size: int, num_workers: int, seed: int | None) -> None:
         super().__init__()
@@ -139,6 +147,51 @@ class ImageDataModule(L.LightningDataModule):
             digest.update(f"{tuple(batch.shape[1:])};".encode())
             digest.update(batch.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that decide what the images are, by name."""
+        names = ("image_shape", "num_classes", *self.deciding)
+        return {name: getattr(self, name) for name in names}
+
+    def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
+        """What tells other images of the same settings; here the pixels and labels themselves.
+
+        Args:
+            known: An earlier `identity`, from which a subclass may see that it need not read.
+        """
+        del known
+        if self.settings_suffice:
+            return {}
+        return {IMAGES_DIGEST: tensors_digest(self._tensors())}
+
+    def identity(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What decides the images and their split, to be kept with what is made of them."""
+        self._prepared()  # which finds classes
+        return {"data": type(self).__name__, **self.settings(), **self.digests(known or {})}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings that decide what the images are."""
+        return {"settings": self.settings()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say which of them are no longer those of the checkpoint."""
+        stored, current = state_dict.get("settings", {}), self.settings()
+        found = differences(stored, {name: current.get(name) for name in stored})
+        for name, (then, now) in found.items():
+            rank_zero_warn(
+                f"data.{name}: the checkpoint has {then}, this run {now}: images may not be those "
+                "it was trained on, and held-out ones may be among those"
+            )
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """Pixels and labels of both parts."""
+        for part in (self.train_images, self.held_out_images):
+            yield torch.tensor(len(part))
+            for start in range(0, len(part), 256):
+                rows = list(range(start, min(start + 256, len(part))))
+                batch = part.load(rows, epoch=None)
+                yield to_uint8(batch.images)
+                yield batch.labels
 
     def _prepared(self) -> tuple[ImageDataset, ImageDataset]:
         if self._datasets is None:

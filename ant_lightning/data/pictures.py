@@ -1,4 +1,4 @@
-"""One image file as pixels: decoding, channels, and ADM's crop."""
+"""One image file as pixels: decoding, rotation, channels, and ADM's crop."""
 
 from __future__ import annotations
 
@@ -6,19 +6,44 @@ import struct
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from ant_lightning.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["FORMATS", "SUFFIXES", "UNREADABLE", "Crop", "open_picture", "read_picture"]
+__all__ = ["SUFFIXES", "UNREADABLE", "Crop", "is_grey", "open_picture", "read_picture"]
 
 Crop = Literal["center_adm", "resize"]
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 # Whatever a file is called, only these decoders see it: others run programs (PostScript).
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
+_FORMATS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "GIF": (".gif",),
+    "TGA": (".tga",),
+}
+# Optional parts of Pillow: without one, its files count as files of a kind that is not read.
+if features.check("avif"):
+    _FORMATS["AVIF"] = (".avif",)
+if features.check("jpg_2000"):
+    _FORMATS["JPEG2000"] = (".jp2", ".j2k")
+SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
+_GREY = frozenset({"1", "L", "LA", "I", "I;16", "I;16B"})
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # Pillow reports damage as any of these, or does not look, so that Python finds a number where an
 # offset should be; OSError covers truncated files, DecompressionBombError images of more than 179
 # million pixels.
@@ -37,7 +62,9 @@ UNREADABLE = (
 )
 
 
-def read_picture(path: Path, *, image_size: int, channels: int, crop: Crop) -> np.ndarray:
+def read_picture(
+    path: Path, *, image_size: int, channels: int, crop: Crop, exif_rotation: bool = True
+) -> np.ndarray:
     """Pixels of a file as uint8 `[image_size, image_size, channels]`.
 
     Args:
@@ -47,11 +74,12 @@ def read_picture(path: Path, *, image_size: int, channels: int, crop: Crop) -> n
         crop: `center_adm` scales the shorter side to `image_size` and cuts the middle out, as ADM
             and DiT do: halving with a box filter while the side is at least twice as long, then
             bicubic. `resize` scales both sides, which changes the proportions.
+        exif_rotation: See `open_picture`.
 
     Raises:
         FileError: Naming the file, if it cannot be decoded.
     """
-    picture = open_picture(path, channels=channels)
+    picture = open_picture(path, channels=channels, exif_rotation=exif_rotation)
     if crop == "resize":
         if picture.size != (image_size, image_size):
             picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
@@ -69,29 +97,26 @@ def read_picture(path: Path, *, image_size: int, channels: int, crop: Crop) -> n
     return pixels.reshape(image_size, image_size, channels)
 
 
-def open_picture(path: Path, *, channels: int) -> Image.Image:
-    """A decoded file as 8-bit grey or RGB; alpha is composited on white, EXIF is not looked at.
+def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Image.Image:
+    """A decoded file as 8-bit grey or RGB; alpha is composited on white.
 
-    16-bit greys are scaled to 8 bits.
+    16-bit greys are scaled to 8 bits. Of an animation it is the first frame.
+
+    Args:
+        path: The file.
+        channels: 3 for colour, 1 for grey.
+        exif_rotation: Whether to turn or mirror the image as its EXIF data say, which is how
+            viewers show it. TIFF has a tag of its own, which is always obeyed.
 
     Raises:
         FileError: If the file is damaged, truncated, no image, or of floats or 32-bit integers.
     """
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(path, formats=_formats(path)) as file:
             file.load()
-            picture: Image.Image = file
-            if file.mode.startswith("I"):
-                return _from_integers(np.asarray(file), path).convert(_mode(channels))
-            if file.mode == "F":
-                raise FileError(f"image {path}: must have 8 or 16 bits, found floats")
-            if file.has_transparency_data:
-                colour = file.convert("RGBA")
-                white = Image.new("RGBA", file.size, "white")
-                picture = Image.alpha_composite(white, colour)
-            elif file.mode not in {"L", "RGB"}:
-                picture = file.convert("RGB")
-            return picture.convert(_mode(channels))
+            picture = _in_8_bits(file, path, channels)
+            turn = _turn(file) if exif_rotation else None
+            return picture if turn is None else picture.transpose(turn)
     except UNREADABLE as error:
         if isinstance(error, ConfigError):
             raise
@@ -100,8 +125,46 @@ def open_picture(path: Path, *, channels: int) -> Image.Image:
         ) from error
 
 
-def _mode(channels: int) -> str:
-    return "RGB" if channels == 3 else "L"
+def is_grey(path: Path) -> bool:
+    """Whether a file holds greys, from its header alone.
+
+    Raises:
+        FileError: Naming the file, if it has no header of an image.
+    """
+    try:
+        with Image.open(path, formats=_formats(path)) as file:
+            return file.mode in _GREY
+    except UNREADABLE as error:
+        raise FileError(f"image {path}: cannot be decoded ({error})") from error
+
+
+def _formats(path: Path) -> list[str]:
+    """The decoders that see a file: TGA has no signature, so only where the name says so."""
+    return [name for name in _FORMATS if name != "TGA" or path.suffix.lower() == ".tga"]
+
+
+def _turn(file: Image.Image) -> Image.Transpose | None:
+    """What EXIF data say; damaged ones turn nothing, as in viewers."""
+    try:
+        return _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    except UNREADABLE:
+        return None
+
+
+def _in_8_bits(file: Image.Image, path: Path, channels: int) -> Image.Image:
+    mode = "RGB" if channels == 3 else "L"
+    if file.mode.startswith("I"):
+        return _from_integers(np.asarray(file), path).convert(mode)
+    if file.mode == "F":
+        raise FileError(f"image {path}: must have 8 or 16 bits, found floats")
+    picture: Image.Image = file
+    if file.has_transparency_data:
+        colour = file.convert("RGBA")
+        white = Image.new("RGBA", file.size, "white")
+        picture = Image.alpha_composite(white, colour)
+    elif file.mode not in {"L", "RGB"}:
+        picture = file.convert("RGB")
+    return picture.convert(mode)
 
 
 def _from_integers(values: np.ndarray, path: Path) -> Image.Image:

@@ -92,6 +92,9 @@ class ShapesData(ImageDataModule):
         ConfigError: If a number is out of its range.
     """
 
+    deciding = ("num_images", "num_held_out", "shapes_seed")
+    settings_suffice = True
+
     def __init__(
         self,
         *,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image
 
 from ant_lightning.data.image_files import find_images
-from ant_lightning.data.pictures import FORMATS, UNREADABLE, open_picture
-from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.data.pictures import is_grey, open_picture
+from ant_lightning.errors import ConfigError
 from ant_lightning.metrics.image_files import image_batches, num_images
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class StoredImages(L.LightningModule):
 
         Trainer(callbacks=[GenerationMetrics(extractor)]).test(StoredImages("samples"), data)
 
-    The images of a folder are taken in the order of their paths and must be of one size; the
-    first says whether they are grey or colour.
+    The images of a folder are taken in the order of their paths and must be of one size; they are
+    grey only if all are.
 
     Args:
         path: The folder, or a file with `arr_0 [n, h, w, c]` uint8.
@@ -51,7 +51,7 @@ class StoredImages(L.LightningModule):
             raise ConfigError(f"images: must be a folder or an npz file, found {self.path}")
         self._files: list[Path] = []
         if self.path.is_dir():
-            self._files = find_images(self.path, labels="none").paths
+            self._files = find_images(self.path, labels="none", setting="images").paths
             self.num_images = len(self._files)
         else:
             self.num_images = num_images(self.path)
@@ -83,10 +83,10 @@ class StoredImages(L.LightningModule):
         """There is no loss."""
 
     def _read(self, indices: range) -> Tensor:
-        size, grey = _size_and_kind(self._files[0])
+        channels, size = self._channels_and_size
         pictures = []
         for index in indices:
-            picture = open_picture(self._files[index], channels=1 if grey else 3)
+            picture = open_picture(self._files[index], channels=channels)
             if picture.size != size:
                 raise ConfigError(
                     f"images: {self._files[index]} must be {size[0]} x {size[1]} as "
@@ -95,11 +95,8 @@ class StoredImages(L.LightningModule):
             pictures.append(np.asarray(picture).reshape(size[1], size[0], -1).transpose(2, 0, 1))
         return torch.from_numpy(np.stack(pictures))
 
-
-def _size_and_kind(path: Path) -> tuple[tuple[int, int], bool]:
-    """Width and height, and whether it is grey, from the header alone."""
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            return file.size, file.mode in _GREY
-    except UNREADABLE as error:
-        raise FileError(f"images: {path} cannot be decoded ({error})") from error
+    @cached_property
+    def _channels_and_size(self) -> tuple[int, tuple[int, int]]:
+        """1 if every file is grey, as the headers say, else 3; width and height of the first."""
+        channels = 1 if all(is_grey(path) for path in self._files) else 3
+        return channels, open_picture(self._files[0], channels=channels).size

@@ -1,0 +1,137 @@
+"""A walk through a folder of images: each real image once, and what was passed over."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ant_lightning.data.pictures import SUFFIXES
+from ant_lightning.errors import ConfigError
+
+__all__ = ["FolderContent", "search_images"]
+
+# Folders that file servers and systems put beside a user's own; in lower case.
+_SYSTEM = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "@recently-snapshot",
+        "@recycle",
+        "@tmp",
+        "@__thumb",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "lost+found",
+        "system volume information",
+        "desktop.ini",
+        "ehthumbs.db",
+        "icon\r",
+        "thumbs.db",
+    }
+)
+# Captions, lists and licences beside images are no images that somebody may miss.
+_TEXT = frozenset(
+    {".csv", ".html", ".json", ".jsonl", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
+)
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """What lies below a folder.
+
+    Attributes:
+        images: Sorted; a file that links lead to as well is there once, under its own path if that
+            is below the folder.
+        others: Files of kinds that are not read; not those of text.
+        repeats: Links to files and folders that are there already, or that lead upwards.
+        folders: Names of the folders directly below, of systems and repeats not.
+    """
+
+    images: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    repeats: list[Path] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+    def passed_over(self, below: Path | None = None) -> str:
+        """How many files and links were passed over, with an example; empty if none were."""
+        others, repeats = (
+            [path for path in paths if below is None or path.is_relative_to(below)]
+            for paths in (self.others, self.repeats)
+        )
+        parts = []
+        if others:
+            kinds = Counter(path.suffix.lower() or "no ending" for path in others).most_common(5)
+            listed = ", ".join(f"{kind} {count}" for kind, count in kinds)
+            parts.append(
+                f"files of kinds that are not read: {len(others)} ({listed}), such as {others[0]}"
+            )
+        if repeats:
+            parts.append(f"links to what is there already: {len(repeats)}, such as {repeats[0]}")
+        return "; ".join(parts)
+
+
+def search_images(root: Path, *, setting: str) -> FolderContent:
+    """Find the images below `root`.
+
+    Links to files and folders elsewhere are followed. What is hidden (`.name`) or of a system
+    (`@eaDir`, `__MACOSX`, ...) is passed over without a word.
+
+    Raises:
+        ConfigError: If a folder cannot be read.
+    """
+    content = FolderContent()
+    top = os.path.realpath(root)
+    images: dict[str, Path] = {}  # by the real path
+    seen: set[str] = set()
+    # Links come last, so that what is in the tree keeps the path, and the class, it has there.
+    folders = [root]
+    folder_links: list[Path] = []
+    file_links: list[Path] = []
+    while folders or folder_links:
+        is_link = not folders
+        folder = folder_links.pop(0) if is_link else folders.pop()
+        real = os.path.realpath(folder)
+        above = (top, os.path.realpath(folder.parent)) if is_link else ()
+        if real in seen or any(Path(each).is_relative_to(real) for each in above):
+            content.repeats.append(folder)
+            continue
+        seen.add(real)
+        if folder is not root and folder.parent == root:
+            content.folders.append(folder.name)
+        for entry in _entries(folder, setting):
+            path = folder / entry.name
+            is_image = path.suffix.lower() in SUFFIXES
+            if entry.is_symlink():
+                if os.path.isdir(path):
+                    folder_links.append(path)
+                    continue
+                # A link to nothing stays, to be reported as a broken image.
+                if is_image and (os.path.isfile(path) or not os.path.exists(path)):
+                    file_links.append(path)
+                    continue
+            elif entry.is_dir():
+                folders.append(path)
+                continue
+            elif is_image and entry.is_file():  # and no pipe, which would be waited for
+                images[os.path.join(real, entry.name)] = path
+                continue
+            if path.suffix.lower() not in _TEXT:
+                content.others.append(path)
+    for path in file_links:
+        if images.setdefault(os.path.realpath(path), path) is not path:
+            content.repeats.append(path)
+    content.images.extend(sorted(images.values()))
+    return content
+
+
+def _entries(folder: Path, setting: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder, in the order of names, but for what is hidden or of a system."""
+    try:
+        with os.scandir(folder) as entries:
+            every = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ConfigError(f"{setting}: cannot read {folder} ({error.strerror})") from error
+    return [e for e in every if not e.name.startswith(".") and e.name.lower() not in _SYSTEM]
