@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import get_loader
 
-from ant_lightning.errors import FileError
+from ant_lightning.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -87,7 +87,13 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is
 
     Raises:
         yaml.YAMLError: If it is no YAML, or an `UnsafeYAMLError`.
+        ConfigError: If it holds bytes that are not UTF-8, as a path on a command line can.
     """
+    if not text.isascii() and "\\udc" in ascii(text):
+        raise ConfigError(
+            f"a setting must be UTF-8, so that the run's config.yaml can hold them, found "
+            f"{text!a}; give the path of a link to it whose name is"
+        )
     if len(text) > 200 or "*" in text:  # a short text without an alias unfolds to itself
         _checked(text)
     return _load(text)

@@ -177,10 +177,14 @@ class ImageDataModule(L.LightningDataModule):
         """Say which of them are no longer those of the checkpoint."""
         stored, current = state_dict.get("settings", {}), self.settings()
         found = differences(stored, {name: current.get(name) for name in stored})
-        for name, (then, now) in found.items():
+        if found:
+            each = "; ".join(
+                f"data.{name}: the checkpoint has {then}, this run {now}"
+                for name, (then, now) in found.items()
+            )
             rank_zero_warn(
-                f"data.{name}: the checkpoint has {then}, this run {now}: images may not be those "
-                "it was trained on, and held-out ones may be among those"
+                f"{each}: images may not be those it was trained on, and held-out ones may be "
+                "among those"
             )
 
     def _tensors(self) -> Iterator[Tensor]:

@@ -134,7 +134,9 @@ class Corrupt(L.Callback):
             self.path.write_bytes(b"no longer an image")
 
 
-def train_on_folder(folder, images, *callbacks, resume=None, validate_images="raise", steps=9):
+def train_on_folder(
+    folder, images, *callbacks, resume=None, validate_images="raise", steps=9, labels="none"
+):
     data = ImageFolderData(
         str(images),
         image_size=8,
@@ -143,7 +145,7 @@ def train_on_folder(folder, images, *callbacks, resume=None, validate_images="ra
         num_held_out=2,
         num_workers=1,
         validate_images=validate_images,
-        labels="none",
+        labels=labels,
         seed=0,
     )
     checkpoints = Checkpoints(dirpath=folder, every_n_train_steps=1, save_last=True)
@@ -158,7 +160,7 @@ def train_on_folder(folder, images, *callbacks, resume=None, validate_images="ra
         accelerator="cpu",
     )
     # Without labels all images are of class 0.
-    trainer.fit(module(num_classes=1), data, ckpt_path=resume)
+    trainer.fit(module(num_classes=1 if labels == "none" else 2), data, ckpt_path=resume)
     return data
 
 
@@ -194,6 +196,19 @@ def test_an_image_that_breaks_meanwhile_is_named_and_nothing_is_lost(tmp_path, i
     path.write_bytes(content)
     train_on_folder(tmp_path / "run", images, resume=last)
     assert_same(tmp_path / "whole" / "last.ckpt", last)
+
+
+def test_a_run_on_names_that_are_not_utf8_resumes(tmp_path, images):
+    latin = os.fsdecode(b"caf\xe9")
+    for i, path in enumerate(sorted(images.iterdir())):
+        folder = images / ["b", latin][i % 2]
+        folder.mkdir(exist_ok=True)
+        path.rename(folder / f"{latin}{i}.png")
+    run = {"labels": "folders"}
+    train_on_folder(tmp_path / "whole", images, **run)
+    train_on_folder(tmp_path / "run", images, steps=4, **run)
+    train_on_folder(tmp_path / "run", images, resume=tmp_path / "run" / "last.ckpt", **run)
+    assert_same(tmp_path / "whole" / "last.ckpt", tmp_path / "run" / "last.ckpt")
 
 
 def test_the_message_of_an_error_in_a_worker_has_no_traceback():

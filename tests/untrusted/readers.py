@@ -5,7 +5,7 @@ import json
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
 from ant_lightning.analysis import AffinityResult, GapEstimate, IntervalGap, TransferGapResult
@@ -17,12 +17,18 @@ from ant_lightning.callbacks.sample_files import NpzSamples
 from ant_lightning.clustering import SNRClustering
 from ant_lightning.clustering.affinity_file import read_affinity
 from ant_lightning.data.class_map import read_class_map
-from ant_lightning.data.latent_cache import CacheIndex, read_index, shard_array, write_index
+from ant_lightning.data.latent_cache import (
+    CacheIndex,
+    read_identity,
+    read_index,
+    shard_array,
+    write_index,
+)
 from ant_lightning.data.latent_space import LatentSpace
 from ant_lightning.data.pictures import open_picture
 from ant_lightning.diffusion import CosineSchedule
 from ant_lightning.errors import FileError
-from ant_lightning.files import read_torch
+from ant_lightning.files import read_torch, write_identity
 from ant_lightning.metrics import DigitsFeatures, load_reference
 from ant_lightning.metrics.image_files import image_batches
 from ant_lightning.metrics.inception import _check_weights
@@ -104,6 +110,16 @@ def config(path):
 def picture(path, mode="RGB", **options):
     size = (5, 4)
     Image.effect_noise(size, 60).convert(mode).save(path, **options)
+
+
+def photo(path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(path, exif=exif)
+
+
+def identity(path):
+    write_identity(path, IDENTITY)
 
 
 def legacy(path):
@@ -215,4 +231,8 @@ READERS = {
     "bmp": ("p.bmp", picture, lambda p: open_picture(p, channels=3)),
     "tiff": ("p.tiff", picture, lambda p: open_picture(p, channels=3)),
     "ppm": ("p.ppm", picture, lambda p: open_picture(p, channels=3)),
+    "gif": ("p.gif", picture, lambda p: open_picture(p, channels=3)),
+    "tga": ("p.tga", picture, lambda p: open_picture(p, channels=3)),
+    "jpeg with EXIF": ("p.jpg", photo, lambda p: open_picture(p, channels=3)),
+    "latent identity": ("identity.json", identity, lambda p: read_identity(p.parent)),
 }
