@@ -13,7 +13,7 @@ from ant_lightning.errors import ConfigError, FileError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["SUFFIXES", "UNREADABLE", "Crop", "is_grey", "open_picture", "read_picture"]
+__all__ = ["SUFFIXES", "Crop", "is_grey", "open_picture", "read_picture"]
 
 Crop = Literal["center_adm", "resize"]
 # Whatever a file is called, only these decoders see it: others run programs (PostScript).
@@ -47,7 +47,7 @@ _TURNS = {
 # Pillow reports damage as any of these, or does not look, so that Python finds a number where an
 # offset should be; OSError covers truncated files, DecompressionBombError images of more than 179
 # million pixels.
-UNREADABLE = (
+_UNREADABLE = (
     OSError,
     EOFError,
     SyntaxError,
@@ -56,6 +56,7 @@ UNREADABLE = (
     AttributeError,
     LookupError,
     ArithmeticError,
+    RuntimeError,  # of AVIF
     struct.error,
     UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -117,7 +118,7 @@ def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Im
             picture = _in_8_bits(file, path, channels)
             turn = _turn(file) if exif_rotation else None
             return picture if turn is None else picture.transpose(turn)
-    except UNREADABLE as error:
+    except _UNREADABLE as error:
         if isinstance(error, ConfigError):
             raise
         raise FileError(
@@ -134,7 +135,7 @@ def is_grey(path: Path) -> bool:
     try:
         with Image.open(path, formats=_formats(path)) as file:
             return file.mode in _GREY
-    except UNREADABLE as error:
+    except _UNREADABLE as error:
         raise FileError(f"image {path}: cannot be decoded ({error})") from error
 
 
@@ -147,7 +148,7 @@ def _turn(file: Image.Image) -> Image.Transpose | None:
     """What EXIF data say; damaged ones turn nothing, as in viewers."""
     try:
         return _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-    except UNREADABLE:
+    except _UNREADABLE:
         return None
 
 

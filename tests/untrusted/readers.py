@@ -25,7 +25,7 @@ from ant_lightning.data.latent_cache import (
     write_index,
 )
 from ant_lightning.data.latent_space import LatentSpace
-from ant_lightning.data.pictures import open_picture
+from ant_lightning.data.pictures import SUFFIXES, open_picture
 from ant_lightning.diffusion import CosineSchedule
 from ant_lightning.errors import FileError
 from ant_lightning.files import read_torch, write_identity
@@ -233,6 +233,11 @@ READERS = {
     "ppm": ("p.ppm", picture, lambda p: open_picture(p, channels=3)),
     "gif": ("p.gif", picture, lambda p: open_picture(p, channels=3)),
     "tga": ("p.tga", picture, lambda p: open_picture(p, channels=3)),
+    **{
+        kind: (f"p.{kind}", picture, lambda p: open_picture(p, channels=3))
+        for kind in ("avif", "jp2")  # optional parts of Pillow
+        if f".{kind}" in SUFFIXES
+    },
     "jpeg with EXIF": ("p.jpg", photo, lambda p: open_picture(p, channels=3)),
     "latent identity": ("identity.json", identity, lambda p: read_identity(p.parent)),
 }
