@@ -23,7 +23,7 @@ from ant_lightning.data.image_files import (
 from ant_lightning.data.loader import ImageDataset
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
 from ant_lightning.data.pictures import Crop, read_picture
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.randomness import keyed_generator, keyed_seed
 
 if TYPE_CHECKING:
@@ -216,14 +216,23 @@ class ImageFolderData(ImageDataModule):
         return {IMAGES_DIGEST: images, "times": times}
 
     def setup(self, stage: str) -> None:
-        """Find the images, and leave the class names in the log folder."""
+        """Find the images, and leave the class names in the log folder, over no other file."""
         super().setup(stage)
         trainer = self.trainer
         if stage != "fit" or not self.class_names or trainer is None:
             return
         folder = trainer.log_dir or trainer.default_root_dir  # a broadcast, so on every rank
-        if trainer.is_global_zero:
-            write_class_map(Path(folder) / "class_map.json", self.class_names)
+        path = Path(folder) / "class_map.json"
+        if not trainer.is_global_zero or _holds(path, self.class_names):
+            return
+        if path.exists():  # without a logger's own folder it may be anybody's
+            warnings.warn(
+                f"data.root: {path} has other classes and is kept; those of this run are in its "
+                "checkpoints",
+                stacklevel=2,
+            )
+        else:
+            write_class_map(path, self.class_names)
 
     def state_dict(self) -> dict[str, Any]:
         """The class names, and the settings that decide the images."""
@@ -267,6 +276,14 @@ class ImageFolderData(ImageDataModule):
             write_class_map(self.class_map, names)
         self.class_names = names
         self.num_classes = len(names)
+
+
+def _holds(path: Path, names: list[str]) -> bool:
+    """Whether a file is the class map of these names."""
+    try:
+        return read_class_map(path) == names
+    except FileError:
+        return False
 
 
 def _summary(names: list[str]) -> str:

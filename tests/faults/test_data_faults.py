@@ -150,6 +150,7 @@ def train_on_folder(
     )
     checkpoints = Checkpoints(dirpath=folder, every_n_train_steps=1, save_last=True)
     trainer = L.Trainer(
+        default_root_dir=folder,
         max_steps=steps,
         max_epochs=-1,
         callbacks=[EMA(decay=0.9), *callbacks, checkpoints],

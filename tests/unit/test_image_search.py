@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from PIL import Image
 
 from ant_lightning.__main__ import _fail
@@ -343,6 +344,22 @@ def test_names_that_are_not_utf8_work(tmp_path):
     write_class_map(class_map, data.class_names)
     assert read_class_map(class_map) == data.class_names
     assert folder_data(root, class_map=str(class_map)).identity() == data.identity()
+
+
+def test_a_class_map_of_somebody_else_is_kept(tmp_path):
+    root, path = tmp_path / "images", tmp_path / "class_map.json"
+    fill(root / "ant")
+    fill(root / "bee")
+    data = folder_data(root)
+    data.trainer = Trainer(logger=False, default_root_dir=tmp_path, accelerator="cpu")
+    for _ in range(2):  # the second time it is there
+        data.setup("fit")
+        assert read_class_map(path) == ["ant", "bee"]
+    for content in ('{"cat": 0, "dog": 1}', "notes of mine"):
+        path.write_text(content)
+        with pytest.warns(UserWarning, match=r"class_map\.json has other classes and is kept"):
+            data.setup("fit")
+        assert path.read_text() == content
 
 
 def test_messages_about_names_that_are_not_utf8_can_be_shown(tmp_path, capsys):
