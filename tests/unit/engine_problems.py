@@ -1,5 +1,6 @@
 """Networks and problems on which the engines are compared with the loop."""
 
+import timestep_features
 import torch
 from torch import nn
 
@@ -35,12 +36,13 @@ class Everything(nn.Module):
 
 
 def dit(**settings):
-    return DiT(input_size=8, in_channels=4, hidden_size=8, depth=2, num_heads=2, **settings)
+    network = DiT(input_size=8, in_channels=4, hidden_size=8, depth=2, num_heads=2, **settings)
+    return timestep_features.exact(network)
 
 
 def unet():
     sizes = {"model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 2}
-    return UNet(
+    network = UNet(
         input_size=8,
         in_channels=4,
         out_channels=4,
@@ -48,6 +50,7 @@ def unet():
         num_classes=5,
         **sizes,
     )
+    return timestep_features.exact(network)
 
 
 class OnePosition(nn.Module):
