@@ -53,11 +53,15 @@ def module(method="pcgrad", kind=DiT, num_classes=10, **settings):
     return DiTModule(
         kind(**SIZE, depth=1, num_heads=1, num_classes=num_classes, class_dropout_prob=0.1),
         schedule=CosineSchedule(100),
-        clustering=SNRClustering(3),
         balancer=BALANCERS[method](),
         class_dropout=0.1 if num_classes > 1 else 0.0,
         seed=0,
-        **{"optimizer": adamw, "warmup_steps": 7, **settings},
+        **{
+            "clustering": SNRClustering(3),
+            "optimizer": adamw,
+            "warmup_steps": 7,
+            **settings,
+        },
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ant_lightning.clustering.affinity_file import measured_model, read_affinity
 from ant_lightning.clustering.clusters import TimestepClusters
-from ant_lightning.clustering.costs import affinity_costs, snr_costs, timestep_costs
+from ant_lightning.clustering.costs import affinity_costs, snr_costs
 from ant_lightning.clustering.partition import partition
 from ant_lightning.errors import ConfigError
 
@@ -40,18 +40,33 @@ class Clustering(ABC):
 
 
 class TimestepClustering(Clustering):
-    """Clusters of equal size (up to one timestep): the optimum of `timestep_costs`.
+    """Clusters of equal size (up to one timestep), with the boundaries `floor(i T / k)`.
+
+    They are one of the optima of `timestep_costs`, which are many where k does not divide T: the
+    one that the official uniform clusters are.
 
     Args:
-        num_tasks: Number of clusters.
+        num_tasks: Number of clusters `k`.
+
+    Reference:
+        Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
     """
 
     def __init__(self, num_tasks: int = 5) -> None:
         self.num_tasks = _at_least_one(num_tasks)
 
     def __call__(self, log_snr: Float[Tensor, " T"]) -> TimestepClusters:
-        """Cluster by the distance of timesteps; only the length of `log_snr` matters."""
-        return TimestepClusters(partition(timestep_costs(len(log_snr)), self.num_tasks))
+        """Cluster by the distance of timesteps; only the length of `log_snr` matters.
+
+        Raises:
+            ConfigError: If there are fewer timesteps than clusters.
+        """
+        k, num_timesteps = self.num_tasks, len(log_snr)
+        if k > num_timesteps:
+            raise ConfigError(
+                f"num_tasks: {k} clusters need as many timesteps, found {num_timesteps}"
+            )
+        return TimestepClusters(tuple(i * num_timesteps // k for i in range(k + 1)))
 
 
 class SNRClustering(Clustering):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,23 +62,35 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     return timesteps
 
 
-def latent_ddim_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
+def latent_ddim_timesteps(
+    num_timesteps: int, num_steps: int, *, quadratic: bool = False
+) -> list[int]:
     """Choose timesteps as latent diffusion's DDIM does: 1, 1 + c, ..., with c = T // num_steps.
 
     There are more than `num_steps` of them where that does not divide T. The official code runs
     past its tables for `num_steps` near T; here that is an error.
+
+    If `quadratic`, they are `1 + floor(x^2)` at `num_steps` evenly spaced x from 0 to
+    `sqrt(0.8 T)`: dense near 0, where some fall together. Each is given once, so there may be
+    fewer than `num_steps`; the official code has the others again, as steps that leave x as it is.
 
     Raises:
         ConfigError: the last timestep would not be below T.
 
     Reference: Rombach et al., arXiv 2112.10752, `make_ddim_timesteps` of its code.
     """
-    stride = num_timesteps // num_steps if num_steps > 0 else 0
-    timesteps = [t + 1 for t in range(0, num_timesteps, stride)] if stride else []
+    if quadratic and num_steps > 0:
+        squares = np.linspace(0, np.sqrt(num_timesteps * 0.8), num_steps) ** 2
+        timesteps = sorted({int(square) + 1 for square in squares})
+        rule = "1 + 0.8 T below"
+    else:
+        stride = num_timesteps // num_steps if num_steps > 0 else 0
+        timesteps = [t + 1 for t in range(0, num_timesteps, stride)] if stride else []
+        rule = "1 + k (T // num_steps) below"
     if not timesteps or timesteps[-1] >= num_timesteps:
         raise ConfigError(
-            f"num_steps must be at least 1 and leave 1 + k (T // num_steps) below T = "
-            f"{num_timesteps} for spacing = ldm, found {num_steps}"
+            f"num_steps must be at least 1 and leave {rule} T = {num_timesteps} for spacing = "
+            f"{'ldm_quadratic' if quadratic else 'ldm'}, found {num_steps}"
         )
     return timesteps
 

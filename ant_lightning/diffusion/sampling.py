@@ -56,7 +56,8 @@ class DDIM(TableSampler):
         eta: 0 is deterministic, 1 as random as ancestral sampling.
         spacing: "ddim" is guided diffusion's whole stride from timestep 0; "even" has the first
             and the last timestep; "ldm" is latent diffusion's 1, 1 + c, ..., which may make more
-            calls than `num_steps` and stops at timestep 0 without denoising it.
+            calls than `num_steps` and stops at timestep 0 without denoising it; "ldm_quadratic"
+            is its `quad`, dense near 0, which may make fewer: see `latent_ddim_timesteps`.
 
     Raises:
         ConfigError: `num_steps` below 1, `eta` outside [0, 1] or, once a process is known,
@@ -70,9 +71,10 @@ class DDIM(TableSampler):
         num_steps: int = 50,
         *,
         eta: float = 0.0,
-        spacing: Literal["ddim", "even", "ldm"] = "ddim",
+        spacing: Literal["ddim", "even", "ldm", "ldm_quadratic"] = "ddim",
     ) -> None:
-        super().__init__(num_steps=num_steps, spacing=spacing, spacings=("ddim", "even", "ldm"))
+        spacings = ("ddim", "even", "ldm", "ldm_quadratic")
+        super().__init__(num_steps=num_steps, spacing=spacing, spacings=spacings)
         if not 0 <= eta <= 1:
             raise ConfigError(f"DDIM: eta must be in [0, 1], found {eta}")
         self.eta = eta

@@ -44,20 +44,22 @@ class TableSampler(Sampler):
             raise ConfigError(
                 f"num_steps must not exceed the process' {total} timesteps, found {self.num_steps}"
             )
-        if self.spacing == "ldm":
-            return process.respace([0, *latent_ddim_timesteps(total, self.num_steps)])
+        if self._stops_at_zero:
+            quadratic = self.spacing == "ldm_quadratic"
+            path = latent_ddim_timesteps(total, self.num_steps, quadratic=quadratic)
+            return process.respace([0, *path])
         counts = f"ddim{self.num_steps}" if self.spacing == "ddim" else [self.num_steps]
         return process.respace(space_timesteps(total, counts))
 
     @property
-    def _last(self) -> int:
+    def _stops_at_zero(self) -> bool:
         # Latent diffusion stops at timestep 0 without denoising it: its last step leads to
         # abar_0, not to 1. So 0 is on the table, but no step starts there.
-        return 1 if self.spacing == "ldm" else 0
+        return self.spacing in {"ldm", "ldm_quadratic"}
 
     def num_calls(self, process: DiffusionProcess) -> int:
         """How many times a whole path calls the network."""
-        return self.respaced(process).num_timesteps - self._last
+        return self.respaced(process).num_timesteps - self._stops_at_zero
 
     @property
     @abstractmethod
@@ -97,7 +99,7 @@ class TableSampler(Sampler):
         first_step: int,
     ) -> Iterator[SampleStep]:
         x = x.to(at_least_float32(x))
-        path = list(range(process.num_timesteps - 1, self._last - 1, -1))
+        path = list(range(process.num_timesteps - 1, self._stops_at_zero - 1, -1))
         for index in range(first_step, len(path)):
             model, t = denoise_at(process, denoiser, x, path[index], clip_denoised)
             # The step from timestep 0 adds no noise, so none is drawn for it.

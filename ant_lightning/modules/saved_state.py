@@ -110,7 +110,7 @@ def _compared(
     ours: dict[str, tuple[Any, Any]] = {
         "model.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
         "model.backbone": (backbone_name(module.backbone), saved["backbone"]),
-        "model.clustering (its boundaries)": (
+        "model.clustering (its boundaries; to keep the checkpoint's, use FixedClustering)": (
             list(module.cluster_history[0][1]),
             list(boundaries),
         ),

@@ -15,6 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 from tiny_fit import fit
 
 from ant_lightning.callbacks import EMA
+from ant_lightning.clustering import (
+    FixedClustering,
+    TimestepClustering,
+    partition,
+    timestep_costs,
+)
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.saved_state import FORMAT_VERSION
 
@@ -47,6 +53,24 @@ def test_a_checkpoint_of_a_later_version_is_refused(tmp_path):
     torch.save(later, tmp_path / "later.ckpt")
     with pytest.raises(ConfigError, match=r"format version 2, written by a newer ant_lightning"):
         fit(tmp_path, method="uw", resume=tmp_path / "later.ckpt")
+
+
+def test_timestep_clusters_of_0_1_are_refused_by_name_and_can_be_kept(tmp_path):
+    """Where clusters cannot be equal, version 0.1 made others than the official ones."""
+    old = partition(timestep_costs(100), 7)
+    new = TimestepClustering(7)(torch.zeros(100)).boundaries
+    assert old != new
+    settings = {"method": "vanilla"}
+    fit(tmp_path, steps=1, model={"clustering": FixedClustering(old)}, **settings)
+    resumed = {"steps": 2, "resume": tmp_path / "step=1.ckpt", **settings}
+    with pytest.raises(ConfigError, match=r"model\.clustering .*use FixedClustering") as error:
+        fit(tmp_path / "new", model={"clustering": TimestepClustering(7)}, **resumed)
+    assert str(list(old)) in str(error.value)
+    assert str(list(new)) in str(error.value)
+    assert "\n" not in str(error.value)
+    run = fit(tmp_path / "on", model={"clustering": FixedClustering(old)}, **resumed)
+    assert run.global_step == 2
+    assert run.lightning_module.clusters.boundaries == old
 
 
 if __name__ == "__main__":

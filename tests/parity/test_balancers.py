@@ -44,14 +44,15 @@ def test_defect_4_pcgrad_never_projects_a_gradient_on_itself():
     np.testing.assert_allclose(found.numpy(), golden["sum_skip_self"], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("solver", ["newton", "cvxpy"])
 @pytest.mark.parametrize("case", _cases("nash"), ids=lambda c: c["key"])
-def test_nash_equals_the_exact_solution(case):
+def test_nash_equals_the_exact_solution(case, solver):
     golden = _load("nash", case["key"])
     for gramian, exact in zip(golden["gram"], golden["exact_alpha_gram"], strict=True):
         if case["update_weights_every"] == 1:
-            alpha = nash_weights(torch.from_numpy(gramian))
+            alpha = nash_weights(torch.from_numpy(gramian), solver=solver)
             np.testing.assert_allclose(alpha.numpy(), exact, rtol=1e-5)
-            alpha = nash_weights(torch.from_numpy(gramian).float())
+            alpha = nash_weights(torch.from_numpy(gramian).float(), solver=solver)
             np.testing.assert_allclose(alpha.numpy(), exact, rtol=1e-3)
 
 

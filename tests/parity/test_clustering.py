@@ -1,6 +1,7 @@
 """Clustering against exhaustive search and the stored optima and intervals (golden/F, golden/D)."""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ant_lightning.clustering import (
     affinity_costs,
     partition,
     snr_costs,
+    timestep_costs,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -92,6 +94,20 @@ def test_timestep_clusters_are_the_official_uniform_ones(index):
     case = json.loads((GOLDEN / "D_mtl" / "uniform_clusters.json").read_text())["cases"][index]
     clusters = TimestepClustering(case["k"])(torch.zeros(case["T"]))
     assert [list(i) for i in pairwise(clusters.boundaries)] == case["half_open_intervals"]
+
+
+@pytest.mark.parametrize("num_timesteps", [1000, 41])
+def test_timestep_clusters_break_ties_as_the_official_ones(num_timesteps):
+    costs = timestep_costs(num_timesteps)
+    for k in range(1, 41):
+        boundaries = TimestepClustering(k)(torch.zeros(num_timesteps)).boundaries
+        assert boundaries == tuple(math.floor(i * num_timesteps / k) for i in range(k + 1))
+        if num_timesteps == 41:  # whole numbers: the cost is exactly that of the best partition
+            assert _total(costs, boundaries) == _total(costs, partition(costs, k))
+
+
+def _total(costs, boundaries):
+    return sum(costs[start, stop - 1].item() for start, stop in pairwise(boundaries))
 
 
 def test_timestep_clusters_are_optimal_for_the_exact_middle_too():

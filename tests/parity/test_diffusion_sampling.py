@@ -140,3 +140,29 @@ def test_latent_diffusion_ddim_loop(name):
     assert drawn == (10 if facts["eta"] else 0)
     np.testing.assert_allclose(x, golden["x"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(x_start, golden["pred_x0"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_latent_diffusion_quadratic_loop(eta):
+    """The official loop, with the timestep that it has twice, in float64."""
+    process = DiffusionProcess(ScaledLinearSchedule())
+    abar = process.alphas_cumprod.numpy()
+    facts, golden = load("ldm_ddim_S10_eta0")
+    timesteps = (np.linspace(0, np.sqrt(1000 * 0.8), 50) ** 2).astype(int) + 1
+    assert timesteps[:3].tolist() == [1, 1, 2]
+    draws = np.random.default_rng(0).normal(size=(50, *golden["x_T"].shape))
+    x = golden["x_T"].astype(np.float64)
+    for i in range(49, -1, -1):
+        a, previous = abar[timesteps[i]], abar[timesteps[i - 1] if i else 0]
+        sigma = eta * np.sqrt((1 - previous) / (1 - a) * (1 - a / previous))
+        eps = facts["stub"]["a"] * x + facts["stub"]["b"] * timesteps[i] / 1000
+        x_start = (x - np.sqrt(1 - a) * eps) / np.sqrt(a)
+        direction = np.sqrt(1 - previous - sigma**2) * eps
+        x = np.sqrt(previous) * x_start + direction + sigma * draws[i]
+    kept = np.unique(timesteps, return_index=True)[1][::-1]
+    given = {"x_T": golden["x_T"], "noise": draws[kept]}
+    sampler = DDIM(50, eta=eta, spacing="ldm_quadratic")
+    states, _, seen, drawn = run(sampler, process, facts, given, dtype=torch.float64, clip=False)
+    assert seen == sorted(set(timesteps.tolist()), reverse=True)
+    assert drawn == (49 if eta else 0)
+    np.testing.assert_allclose(states[-1], x, rtol=1e-10, atol=1e-10)

@@ -82,24 +82,23 @@ def test_latent_diffusion_ddim_timesteps(case):
         with pytest.raises(ConfigError, match=r"num_steps .* found 1000"):
             latent_ddim_timesteps(1000, case["S"])
         return
-    if case["method"] == "uniform":
-        sampler = DDIM(case["S"], eta=case["eta"], spacing="ldm")
-        assert latent_ddim_timesteps(1000, case["S"]) == case["timesteps"]
-        assert sampler.num_calls(process) == len(case["timesteps"])
-        path = sampler.respaced(process)
-        assert path.timestep_map.tolist() == [0, *case["timesteps"]]
-        abar, previous = path.alphas_cumprod[1:], path.alphas_cumprod[:-1]
-    else:
-        # No sampler has the quadratic spacing (it repeats a timestep); its table still has the
-        # same marginals.
-        abar = process.alphas_cumprod[case["timesteps"]]
-        previous = torch.cat([process.alphas_cumprod[:1], abar[:-1]])
-    golden = np.load(GOLDEN / "ldm_schedule_0.0015_0.0195.npz")
-    assert_close(abar, golden[f"{case['key']}/alphas"])
-    assert_close(previous, golden[f"{case['key']}/alphas_prev"])
-    if case["method"] == "uniform":
-        sigma = case["eta"] * path.tables(torch.device("cpu")).posterior_variance[1:].sqrt()
-        assert_close(sigma, golden[f"{case['key']}/sigmas"], rtol=1e-9)
+    quadratic = case["method"] == "quad"
+    sampler = DDIM(case["S"], eta=case["eta"], spacing="ldm_quadratic" if quadratic else "ldm")
+    # The quadratic spacing has a timestep twice: a step from there to itself, which we leave out.
+    timesteps, kept = np.unique(case["timesteps"], return_index=True)
+    assert latent_ddim_timesteps(1000, case["S"], quadratic=quadratic) == timesteps.tolist()
+    assert len(timesteps) == len(case["timesteps"]) - quadratic
+    assert sampler.num_calls(process) == len(timesteps)
+    path = sampler.respaced(process)
+    assert path.timestep_map.tolist() == [0, *timesteps]
+    golden = {
+        name: np.load(GOLDEN / "ldm_schedule_0.0015_0.0195.npz")[f"{case['key']}/{name}"][kept]
+        for name in ("alphas", "alphas_prev", "sigmas")
+    }
+    assert_close(path.alphas_cumprod[1:], golden["alphas"])
+    assert_close(path.alphas_cumprod[:-1], golden["alphas_prev"])
+    sigma = case["eta"] * path.tables(torch.device("cpu")).posterior_variance[1:].sqrt()
+    assert_close(sigma, golden["sigmas"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("case", SPACINGS, ids=lambda case: str(case["section_counts"]))

@@ -99,7 +99,7 @@ def test_ddpm_draws_what_its_chain_says(variance_type):
     assert float(found.std()) == pytest.approx(ddpm_std(process, steps, variance_type), abs=0.012)
 
 
-@pytest.mark.parametrize("spacing", ["ddim", "even", "ldm"])
+@pytest.mark.parametrize("spacing", ["ddim", "even", "ldm", "ldm_quadratic"])
 def test_inversion_and_sampling_undo_each_other(spacing):
     process = DiffusionProcess(CosineSchedule(), prediction_type="v")
     x_start = MEAN + STD * normal(2, 1, 4, 4)
@@ -117,7 +117,13 @@ def test_inversion_and_sampling_undo_each_other(spacing):
 
 def test_a_path_can_be_entered_in_the_middle():
     process = DiffusionProcess(LinearSchedule())
-    for sampler in (DDPM(7), DDIM(10, eta=0.5), DDIM(10), DDIM(7, spacing="ldm")):
+    for sampler in (
+        DDPM(7),
+        DDIM(10, eta=0.5),
+        DDIM(10),
+        DDIM(7, spacing="ldm"),
+        DDIM(9, spacing="ldm_quadratic"),
+    ):
         draws = list(normal(20, 2, 1, 4, 4, seed=4))
         calls = []
         denoiser = gaussian_denoiser(process, calls=calls)
@@ -177,6 +183,12 @@ def test_a_respaced_process_still_tells_original_timesteps():
         (lambda p: DDPM(101).num_calls(p), "num_steps must not exceed .*100 .*found 101"),
         (lambda p: DDIM(30).num_calls(p), "no whole stride visits exactly 30 of 100"),
         (lambda p: DDIM(100, spacing="ldm").num_calls(p), "num_steps .*found 100"),
+        (
+            lambda p: DDIM(3, spacing="ldm_quadratic").num_calls(
+                DiffusionProcess(CosineSchedule(5))
+            ),
+            r"1 \+ 0.8 T below T = 5 for spacing = ldm_quadratic, found 3",
+        ),
         (lambda p: DDPM(5).trajectory(p, None, normal(1, 1, 2, 2)), "DDPM is random: noise"),
         (lambda p: DDIM(5).trajectory(p, None, normal(1, 1, 2, 2), first_step=5), "first_step .*5"),
         (lambda p: DDIM(5).trajectory(p, None, normal(1, 1, 2, 2), first_step=-1), "found -1"),
