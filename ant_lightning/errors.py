@@ -25,7 +25,10 @@ class FileError(ConfigError):
 
 
 class NonFiniteError(RuntimeError):
-    """Too many training steps in a row had a NaN or an infinity in a loss or a gradient."""
+    """Training has diverged: what should be kept or shown has a NaN or an infinity.
+
+    Too many steps in a row had one in a loss or a gradient, or the weights or images have one.
+    """
 
 
 class DivergedRanksError(RuntimeError):

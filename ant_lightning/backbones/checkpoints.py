@@ -18,6 +18,7 @@ from ant_lightning.backbones.checkpoint_layouts import (
     nested_tensors,
 )
 from ant_lightning.errors import ConfigError
+from ant_lightning.files import not_finite
 
 __all__ = [
     "CheckpointReport",
@@ -154,7 +155,7 @@ def _class_problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -
 
 
 def _entry_problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """List missing, extra and misshapen entries."""
+    """List missing, extra and misshapen entries, and those with a NaN or an infinity."""
     misshapen = [
         f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
         for name, value in target.items()
@@ -164,6 +165,7 @@ def _entry_problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -
         "missing": [name for name in target if name not in found],
         "extra": sorted(name for name in found if name not in target),
         "misshapen": misshapen,
+        "not finite": not_finite({name: found[name] for name in target if name in found}),
     }
     return [f"{len(names)} {kind}: {_listed(names)}" for kind, names in groups.items() if names]
 

@@ -149,11 +149,16 @@ class LatentWriter:
             pixels = batch.images.to(device)
             views = [pixels, pixels.flip(-1)] if self.flip else [pixels]
             parts = [encoder.encode_moments(view).float().cpu() for view in views]
-            moments.append(torch.stack(parts, dim=1).numpy().astype(self.dtype))
+            # Cast by torch: numpy warns of an overflow, which is an error of one line below.
+            moments.append(torch.stack(parts, dim=1).to(getattr(torch, self.dtype)).numpy())
             labels.append(batch.labels.numpy())
         result = np.concatenate(moments)
-        if not np.isfinite(result).all():
-            raise ConfigError(f"encode.dtype: the moments exceed the range of {self.dtype}")
+        bad = ~np.isfinite(result).reshape(len(result), -1).all(1)
+        if bad.any():
+            raise ConfigError(
+                f"cache.dtype: the moments must be finite in {self.dtype}, but image "
+                f"{start + int(bad.argmax())} of this split has a NaN or an infinity"
+            )
         return result, np.concatenate(labels)
 
     def _is_done(self, index: CacheIndex, split: Split, shard: int) -> bool:

@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from ant_lightning.data.loader import ImageDataset, RankKeys, ShuffledLoader, evaluation_loader
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.files import differences, tensors_digest
 from ant_lightning.randomness import run_seed
 
@@ -209,5 +209,15 @@ class ImageDataModule(L.LightningDataModule):
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as 0 .. 255."""
+    """Images in [-1, 1] as 0 .. 255.
+
+    Raises:
+        NonFiniteError: An image has a NaN or an infinity, which would turn into black or white.
+    """
+    bad = ~images.flatten(1).isfinite().all(1)
+    if bool(bad.any()):
+        raise NonFiniteError(
+            f"{int(bad.sum())} of {len(images)} images have a NaN or an infinity, so there is "
+            "nothing to show, store or score: the network that drew them has diverged"
+        )
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -6,6 +6,7 @@ file.
 """
 
 from ant_lightning.files.atomic import write_atomically
+from ant_lightning.files.finite import not_finite
 from ant_lightning.files.identity import (
     check_identity,
     differences,
@@ -24,6 +25,7 @@ __all__ = [
     "check_identity",
     "differences",
     "map_npy",
+    "not_finite",
     "open_npz",
     "read_json",
     "read_safetensors",

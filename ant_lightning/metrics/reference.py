@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files import open_npz
+from ant_lightning.files import not_finite, open_npz
 from ant_lightning.metrics.moments import GaussianStatistics
 
 __all__ = ["ReferenceStatistics", "load_reference", "save_reference"]
@@ -84,7 +84,15 @@ def save_reference(path: str | Path, reference: ReferenceStatistics) -> None:
     """Write an npz with the ADM evaluator's ``mu`` and ``sigma``, and fields of our own.
 
     The file is complete or absent: it is written beside its place and then renamed.
+
+    Raises:
+        ConfigError: The statistics have a NaN or an infinity; a file that is there stays.
     """
+    numbers = {"mu": reference.gaussian.mean, "sigma": reference.gaussian.covariance}
+    if reference.features is not None:
+        numbers["features"] = reference.features
+    if bad := not_finite(numbers):
+        raise ConfigError(f"{bad[0]} of the reference for {path} must be finite, got a NaN or inf")
     arrays = {
         "mu": reference.gaussian.mean.double().cpu().numpy(),
         "sigma": reference.gaussian.covariance.double().cpu().numpy(),

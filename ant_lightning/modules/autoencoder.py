@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -12,7 +14,8 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.of_trainer import image_data
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.files import not_finite
 from ant_lightning.modules.checkpoint_content import check_weights, use_names_of
 from ant_lightning.modules.csv_rows import keep_csv_rows
 from ant_lightning.modules.draws import step_noise
@@ -22,7 +25,7 @@ from ant_lightning.modules.peers import PeerWatch
 from ant_lightning.modules.resume import optimization_settings, resume_with_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -45,7 +48,8 @@ class AutoencoderModule(LoadableModule):
 
     Both terms are means: over the numbers of an image, and over those of a latent. When `fit`
     ends, the averaged weights are written to `export` as a folder that `FirstStage` and diffusers
-    load, with the scale `1 / std(z)` and the shift `mean(z)` of the held-out images' latents.
+    load, with the scale `1 / std(z)` and the shift `mean(z)` of the held-out images' latents. An
+    earlier export is only replaced by a finite one, and not by that of `fast_dev_run`.
 
     Args:
         in_channels: Channels of the images.
@@ -62,6 +66,7 @@ class AutoencoderModule(LoadableModule):
 
     Raises:
         ConfigError: If a setting is out of range, or the images do not fit.
+        NonFiniteError: If a logged loss is not finite, or what would be exported is not.
 
     Reference:
         Rombach et al., arXiv 2112.10752, section 3.1, without its perceptual and adversarial
@@ -230,6 +235,13 @@ class AutoencoderModule(LoadableModule):
         loss = error + self.kl_weight * divergence
         self.log_dict({"train/reconstruction": error, "train/kl": divergence})
         self.log("train/loss", loss, prog_bar=True)
+        # One such loss makes every weight a NaN: no later step mends that. Looking costs a wait
+        # for the device, so it is done when a log waits for it anyway.
+        if self.log_due and not bool(loss.isfinite()):
+            raise NonFiniteError(
+                f"the loss of step {self.global_step} is {loss.item()}, so the autoencoder has "
+                "diverged; a lower learning rate or model.clip_grad_norm may help"
+            )
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -249,7 +261,8 @@ class AutoencoderModule(LoadableModule):
         """Measure the latents and write the folder that `FirstStage` loads."""
         trainer = self.trainer
         data = image_data(trainer)
-        if data is None or not trainer.is_global_zero:
+        dry_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if data is None or not trainer.is_global_zero or dry_run:
             return
         folder = Path(
             self.export or Path(trainer.log_dir or trainer.default_root_dir) / "first_stage"
@@ -258,8 +271,14 @@ class AutoencoderModule(LoadableModule):
         ema = next((c for c in callbacks if isinstance(c, _Averages)), None)
         with nullcontext() if ema is None else ema.averaged(self):
             scale, shift = self.latent_scale(data.held_out_images.load, len(data.held_out_images))
+            numbers = {**self.backbone.state_dict(), "its scale": torch.tensor([scale, shift])}
+            if bad := not_finite(numbers):
+                raise NonFiniteError(
+                    f"model.export: {folder} stays as it was, as the autoencoder has diverged: "
+                    f"{len(bad)} of its tensors are not finite, the first is {bad[0]}"
+                )
             self.backbone.register_to_config(scaling_factor=scale, shift_factor=shift)
-            self.backbone.save_pretrained(folder)
+            _replace_folder(folder, self.backbone.save_pretrained)
         print(f"first stage {folder}: scale {scale:.4f}, shift {shift:.4f}")
 
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
@@ -282,3 +301,20 @@ class AutoencoderModule(LoadableModule):
             parts.append(self.backbone.encode(images).latent_dist.mean.double().flatten())
         z = torch.cat(parts)
         return float(1 / z.std()), float(z.mean())
+
+
+def _replace_folder(folder: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write files beside a folder, then move them in, `config.json` last.
+
+    Without it the folder is no first stage: whenever the process is killed, the folder has the old
+    one, none, or the new one, and never the weights of one with the scale of the other.
+    """
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        save(unfinished)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

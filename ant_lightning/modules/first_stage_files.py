@@ -11,7 +11,7 @@ import torch
 from ant_lightning.backbones.checkpoint_files import read_checkpoint
 from ant_lightning.backbones.checkpoint_layouts import FIRST_STAGE_PREFIX, nested_tensors
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files import read_json
+from ant_lightning.files import not_finite, read_json
 from ant_lightning.modules.first_stage_names import (
     diffusers_config,
     diffusers_names,
@@ -101,6 +101,11 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> nn
             f"first_stage.source: the weights of {path} do not fit its architecture: {first} must "
             f"have shape {list(shapes[first])}, found "
             f"{list(tensors[first].shape) if first in tensors else 'nothing'}"
+        )
+    if bad := not_finite({name: tensors[name] for name in shapes}):
+        raise FileError(
+            f"first_stage.source: the weights of {path} must be finite, but {bad[0]} has a NaN or "
+            "an infinity"
         )
     autoencoder: nn.Module = make(config)
     try:
