@@ -5,7 +5,7 @@ MODEL ?= dit
 DATASET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare ntg evidence tables test test-faults soak check bench clean
+.PHONY: help install demo compare ntg evidence tables test test-cpu test-faults soak check bench clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with
 
 test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-cpu: .venv/installed  ## parity and engines again, with the arithmetic of another CPU
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n 2 tests/parity \
+	  $(addprefix tests/unit/,test_engines.py test_engine_one_pass.py test_engine_auto.py)
 
 test-faults: .venv/installed  ## break runs on purpose: kills, full disks, damaged files (at most 20 minutes)
 	$(BIN)/python -m pytest -m slow tests/faults tests/untrusted

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rank_processes import run_ranks
 from tiny_fit import assert_same
-from tiny_runs import PartlyUsed, TinyData, module, trainer
+from tiny_runs import ROUNDING, PartlyUsed, TinyData, module, trainer
 from torch import nn
 
 from ant_lightning.callbacks import EMA, Checkpoints, Reclustering
@@ -136,7 +136,7 @@ def assert_close(path, other):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         if value.is_floating_point():
-            torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+            torch.testing.assert_close(value, theirs[name], rtol=0, atol=ROUNDING, msg=name)
 
 
 @pytest.mark.parametrize("method", CHANGED)
