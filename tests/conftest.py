@@ -1,4 +1,7 @@
-"""What every test has: one thread, so that parallel workers do not wait for each other."""
+"""What every test has: one thread, so that parallel workers do not wait for each other.
+
+And the same examples of hypothesis in every run: a change is to blame for a failure, not luck.
+"""
 
 import os
 
@@ -6,5 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LightningCLI's calls
 
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("same examples", derandomize=True)
+settings.load_profile("same examples")

@@ -70,7 +70,9 @@ def weights(folder):
 @pytest.mark.timeout(400)
 def test_torchrun_restarts_after_a_rank_is_killed_and_goes_on(tmp_path):
     mark, folder = tmp_path / "mark", tmp_path / "run"
-    args = [*arguments(folder, steps=11), callbacks("KillOnce", mark=str(mark))]
+    # AdamW makes lr / eps = 2 times as much of a gradient's rounding, and no whole step of it.
+    eps = "--model.optimizer.init_args.eps=1e-3"
+    args = [*arguments(folder, steps=11), eps, callbacks("KillOnce", mark=str(mark))]
     command = recipe("torchrun", args, nproc_per_node=(8, 2)).replace("devices 8", "devices 2")
     run = subprocess.run(
         ["bash", "-c", command],
@@ -86,7 +88,7 @@ def test_torchrun_restarts_after_a_rank_is_killed_and_goes_on(tmp_path):
     assert mark.read_text() == "killed"
     assert "Restoring states from the checkpoint path" in run.stderr
     assert [path.name for path in (folder / "digits_dit").iterdir()] == ["version_0"]
-    assert main(arguments(tmp_path / "whole", steps=11)) == 0
+    assert main([*arguments(tmp_path / "whole", steps=11), eps]) == 0
     ours, theirs = weights(folder), weights(tmp_path / "whole")
     for name, value in theirs.items():
         if value.is_floating_point():

@@ -230,19 +230,27 @@ def test_damaged_caches_are_refused_and_the_file_named(cache, name):
 
 
 def test_training_on_the_cache_is_training_on_the_images(cache, stage, tmp_path):
+    def sgd(groups):
+        return torch.optim.SGD(groups, lr=0.1)
+
     weights = []
     for data in (shapes(), LatentsData(str(cache), batch_size=4, flip=False)):
-        module = unet_module(stage)
+        module = unet_module(stage, optimizer=sgd)
+        start = torch.cat([p.detach().flatten() for p in module.backbone.parameters()])
         fit = trainer(tmp_path)
         fit.fit(module, datamodule=data)
         weights.append(torch.cat([p.detach().flatten() for p in module.backbone.parameters()]))
         state = module.state_dict()
         assert all(name.startswith("backbone.") for name in state)
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
-    without = unet_module(None)
+    without = unet_module(None, optimizer=sgd)
     trainer(tmp_path).fit(without, datamodule=LatentsData(str(cache), batch_size=4, flip=False))
     found = torch.cat([p.detach().flatten() for p in without.backbone.parameters()])
-    torch.testing.assert_close(found, weights[1], rtol=1e-4, atol=1e-5)
+    # The encoder rounds by batch, to 1e-6 of a moment or so. SGD makes no more of it; Adam makes
+    # whole steps of a gradient that is 0 but for rounding.
+    update = (weights[1] - start).norm()
+    assert update > 1e-3
+    for other in (weights[0], found):
+        assert (other - weights[1]).norm() < 1e-4 * update
     assert without.sample([0, 1]).shape == (2, 4, 8, 8)
     assert not without.clip_denoised
 
