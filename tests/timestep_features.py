@@ -19,9 +19,9 @@ def exact(network):
 
     def features(timesteps, own):
         half = own.shape[1] // 2
-        index = torch.arange(half, dtype=torch.float64)
+        index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
         angles = timesteps.double()[:, None] * torch.exp(-math.log(10000) * index / half)
-        return torch.cat([angles.cos(), angles.sin()], dim=1).to(own)
+        return torch.cat([angles.cos(), angles.sin()], dim=1).to(own.dtype)
 
     return _with_features(network, features)
 

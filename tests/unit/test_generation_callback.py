@@ -56,7 +56,7 @@ def test_folder_and_npz_score_as_the_metrics_themselves(tmp_path, images, extrac
         scores = scored(tmp_path, where, extractor, batch_size=17)
         assert scores.keys() == expected.keys()
         assert {"kid", "inception_score", "fid_train"} <= scores.keys()
-        assert scores == {k: pytest.approx(v, rel=1e-5, abs=1e-7) for k, v in expected.items()}
+        assert scores == {k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in expected.items()}
     row = json.loads((tmp_path / "generation_metrics.jsonl").read_text().splitlines()[-1])
     assert row["images"] == str(npz)
     assert row["scores"]["num_images"] == 60
@@ -71,7 +71,7 @@ def test_training_images_may_be_the_reference(tmp_path, images, extractor):
     npz = tmp_path / "all.npz"
     np.savez(npz, arr_0=images.permute(0, 2, 3, 1).numpy())
     scores = scored(tmp_path, npz, extractor, reference="train", with_train=False)
-    assert scores == {k: pytest.approx(v, rel=1e-5, abs=1e-7) for k, v in expected.items()}
+    assert scores == {k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in expected.items()}
     assert json.loads((tmp_path / "generation_metrics.jsonl").read_text())["reference"] == "train"
     with pytest.raises(ConfigError, match="with_train: must be false where training images are"):
         GenerationMetrics(extractor, reference="train")

@@ -243,12 +243,14 @@ def test_a_shape_is_a_function_of_seed_and_index(seed, size, classes):
     data = ShapesData(image_size=size, num_images=40, num_classes=classes, shapes_seed=seed)
     batch = data.train_images.load([7, 31], epoch=0)
     alone = data.train_images.load([31], epoch=5)
-    assert torch.equal(batch.images[1], alone.images[0])
+    # But for the last bits, which depend on the place in a batch on some CPUs.
+    torch.testing.assert_close(batch.images[1], alone.images[0], rtol=0, atol=1e-5)
     assert batch.images.abs().max() <= 1
     assert batch.labels.tolist() == [7 % classes, 31 % classes]
     assert batch.images.flatten(1).std(1).min() > 0.03  # something is drawn
     behind = ShapesData(image_size=size, num_images=7, num_classes=classes, shapes_seed=seed)
-    assert torch.equal(behind.held_out_images.load([0], epoch=None).images[0], batch.images[0])
+    held_out = behind.held_out_images.load([0], epoch=None).images[0]
+    torch.testing.assert_close(held_out, batch.images[0], rtol=0, atol=1e-5)
 
 
 def test_shapes_are_the_same_picture_at_every_size():
