@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 import warnings
 from contextlib import contextmanager
@@ -73,7 +74,8 @@ class Checkpoints(ModelCheckpoint):
         at_steps: Optimizer steps after which a checkpoint `step_N.ckpt` is kept besides.
         keep_last: Without `monitor`, how many of the newest checkpoints stay beside `last.ckpt`:
             one that turns out to be damaged has a predecessor.
-        settings: Everything that `ModelCheckpoint` takes.
+        settings: Everything that `ModelCheckpoint` takes. A `filename` that spells out the name of a
+            value, such as `step_{step}`, gives `step_800.ckpt`, not `step_step=800.ckpt`.
 
     Raises:
         ConfigError: If `keep_last` is below 1.
@@ -89,9 +91,12 @@ class Checkpoints(ModelCheckpoint):
             raise ConfigError(f"checkpoint.at_steps: must each be at least 1, found {at_steps}")
         _check_filename(settings.get("filename"))
         super().__init__(**settings)
+        if self.filename and re.search(r"(\w+)[_=]\{\1[}:]", self.filename):
+            self.auto_insert_metric_name = False  # the pattern says the name: step_{step}
         self.at_steps = at_steps or []
         self.keep_last = keep_last
         self._recent: list[str] = []
+        self._kept_now = ""  # the last file of `at_steps`
         self._failed: CheckpointWriteError | None = None
         self._signal = StopSignal()
         self._found_dirpath: object = None  # where a run's folder was, if none was given
@@ -147,6 +152,7 @@ class Checkpoints(ModelCheckpoint):
             self._last_time_checked = time.monotonic()
         if trainer.global_step in self.at_steps and not _is_trial(trainer):
             path = Path(str(self.dirpath)) / f"step_{trainer.global_step}.ckpt"
+            self._kept_now = str(path)
             with self._failure_survived(trainer):
                 self._on_all_ranks(trainer, lambda: trainer.save_checkpoint(path))
         self._signal.check(trainer)
@@ -258,6 +264,16 @@ class Checkpoints(ModelCheckpoint):
         self._save_checkpoint(trainer, path)
         while len(self._recent) > self.keep_last:
             self._remove_checkpoint(trainer, self._recent.pop(0))
+
+    def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
+        """Whether a save would replace another state: that of `at_steps` at this step is the same."""
+        return super().file_exists(filepath, trainer) and str(filepath) != self._kept_now
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Keep what `at_steps` asked for, which may be one of the newest or of the best."""
+        kept = {f"step_{step}{self.FILE_EXTENSION}" for step in self.at_steps}
+        if Path(filepath).name not in kept:
+            super()._remove_checkpoint(trainer, filepath)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         write = super()._save_checkpoint

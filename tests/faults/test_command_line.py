@@ -56,7 +56,7 @@ def test_stopped_damaged_and_gone_on_with(tmp_path, capsys):
         if path.stat().st_mtime_ns == max(p.stat().st_mtime_ns for p in folder.iterdir()):
             path.write_bytes(path.read_bytes()[:5000])
             damaged = path.name
-    steps = max(int(path.stem.split("=")[1]) for path in folder.glob("step*")) + 4
+    steps = max(int(path.stem.split("_")[1]) for path in folder.glob("step*")) + 4
     with pytest.warns(UserWarning, match=f"passed over .*{damaged}"):
         assert main([*arguments(tmp_path / "run", steps=steps), "--ckpt_path=last"]) == 0
     # The same folder, so that curves and the files that are kept go on.
