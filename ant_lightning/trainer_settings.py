@@ -54,12 +54,6 @@ def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - the parser'
                 f"trainer.{name}: the step of every method is made by the module, so use "
                 f"{replacement} in its place, found {value}"
             )
-    if settings.get("overfit_batches"):
-        raise ConfigError(
-            "trainer.overfit_batches: would replace the order in which images are drawn, so it "
-            "must be 0; use trainer.limit_train_batches in its place, found "
-            f"{settings.get('overfit_batches')}"
-        )
     for name in _NEVER_NULL:
         if settings.get(name, 0) is None:
             raise ConfigError(f"trainer.{name}: must have a value or be left out, found null")

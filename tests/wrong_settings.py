@@ -129,9 +129,9 @@ SETTINGS = {
         ["--trainer.accumulate_grad_batches=4"],
         ["trainer.accumulate_grad_batches", "use model.accumulate_grad_batches", "4"],
     ),
-    "overfitting": (
-        ["--trainer.overfit_batches=0.5"],
-        ["trainer.overfit_batches: would replace", "use trainer.limit_train_batches", "0.5"],
+    "less than a batch": (
+        ["--trainer.overfit_batches=0.001"],
+        ["trainer.overfit_batches", "at least one of the 71 batches", "0.001"],
     ),
     "accumulation by a callback": (
         [callback("GradientAccumulationScheduler", LIGHTNING, scheduling={0: 2})],

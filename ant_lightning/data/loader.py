@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import randperm
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from ant_lightning.data.workers import dead_worker, worker_settings
 from ant_lightning.errors import ConfigError
@@ -75,6 +75,8 @@ class ShuffledLoader:
         rank: Number of this rank.
         world_size: Number of ranks; must divide `batch_size`.
         num_workers: Processes that load; 0 loads in this one.
+        overfit_batches: Give only the first so many batches of the first epoch, over and over;
+            None for all. Whoever iterates takes that many in an epoch.
 
     Raises:
         ConfigError: If `batch_size` does not fit the data or the ranks.
@@ -90,6 +92,7 @@ class ShuffledLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        overfit_batches: int | None = None,
     ) -> None:
         if not 1 <= batch_size <= len(dataset):
             raise ConfigError(
@@ -108,6 +111,7 @@ class ShuffledLoader:
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
+        self._overfit_batches = overfit_batches
         # Lightning finds it by this name at the end of a run. Its processes must end while their
         # queues work: the garbage collector would wait 5 s for each.
         self._iterator: Iterator[Batch] | None = None
@@ -161,15 +165,23 @@ class ShuffledLoader:
         )
         return iter(loader)
 
+    @property
+    def _epoch_batches(self) -> int:
+        """Batches that are taken in an epoch."""
+        return self._overfit_batches or len(self)
+
     def _permutation(self, epoch: int) -> Tensor:
+        if self._overfit_batches:
+            epoch = 0
         generator = keyed_generator(self._seed, "order", epoch)
         return randperm(len(self.dataset), generator=generator)
 
 
-class RankKeys(DistributedSampler[Any]):
+class RankKeys(DistributedSampler[Any], SequentialSampler):
     """Keys of one rank, in order.
 
-    Lightning shares the keys of every other sampler among the ranks, here for a second time.
+    Lightning shares the keys of every sampler but a `DistributedSampler` among the ranks, here for
+    a second time, and with `overfit_batches` replaces every one but a `SequentialSampler`.
 
     Args:
         keys: What the data set is asked for.
@@ -195,10 +207,10 @@ class _Keys:
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         loader = self._loader
         size = loader.batch_size // loader._world_size
-        epoch, first = divmod(self._position, len(loader))
+        epoch, first = divmod(self._position, loader._epoch_batches)
         while True:
             order = loader._permutation(epoch)
-            for batch in range(first, len(loader)):
+            for batch in range(first, loader._epoch_batches):
                 start = batch * loader.batch_size + loader._rank * size
                 yield epoch, order[start : start + size].tolist()
             epoch, first = epoch + 1, 0

@@ -88,6 +88,7 @@ class ImageDataModule(L.LightningDataModule):
             rank=rank,
             world_size=world_size,
             num_workers=self.num_workers,
+            overfit_batches=self._overfit_batches(),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -201,6 +202,20 @@ class ImageDataModule(L.LightningDataModule):
         if self._datasets is None:
             self._datasets = self.prepare()
         return self._datasets
+
+    def _overfit_batches(self) -> int | None:
+        """`trainer.overfit_batches`, if that is set; a share of the batches of an epoch as well."""
+        wanted = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
+        batches = len(self.train_images) // self.batch_size
+        if not wanted or not batches:  # with less than one batch the loader says what is wrong
+            return None
+        number = int(wanted * batches) if isinstance(wanted, float) else min(wanted, batches)
+        if number < 1:
+            raise ConfigError(
+                f"trainer.overfit_batches: must be at least one of the {batches} batches of an "
+                f"epoch, found {wanted}"
+            )
+        return number
 
     def _ranks(self) -> tuple[int, int]:
         if self.trainer is None:
