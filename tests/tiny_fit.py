@@ -87,9 +87,9 @@ def fit(
         validation = {"val_check_interval": val_interval, "check_val_every_n_epoch": None}
     trainer = L.Trainer(
         max_steps=steps,
-        max_epochs=-1,
         callbacks=[EMA(decay=0.9), *callbacks, Checkpoints(dirpath=folder, **when, **saves)],
         **{
+            "max_epochs": -1,
             "logger": False,
             "num_sanity_val_steps": 0,
             "enable_progress_bar": False,

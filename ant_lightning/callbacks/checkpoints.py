@@ -74,8 +74,8 @@ class Checkpoints(ModelCheckpoint):
         at_steps: Optimizer steps after which a checkpoint `step_N.ckpt` is kept besides.
         keep_last: Without `monitor`, how many of the newest checkpoints stay beside `last.ckpt`:
             one that turns out to be damaged has a predecessor.
-        settings: Everything that `ModelCheckpoint` takes. A `filename` that spells out the name of a
-            value, such as `step_{step}`, gives `step_800.ckpt`, not `step_step=800.ckpt`.
+        settings: Everything that `ModelCheckpoint` takes. A `filename` that spells out a value's
+            name, such as `step_{step}`, gives `step_800.ckpt`, not `step_step=800.ckpt`.
 
     Raises:
         ConfigError: If `keep_last` is below 1.
@@ -266,7 +266,7 @@ class Checkpoints(ModelCheckpoint):
             self._remove_checkpoint(trainer, self._recent.pop(0))
 
     def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
-        """Whether a save would replace another state: that of `at_steps` at this step is the same."""
+        """Whether a save would replace another state; a file of `at_steps` holds the same one."""
         return super().file_exists(filepath, trainer) and str(filepath) != self._kept_now
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:

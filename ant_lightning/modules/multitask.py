@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ant_lightning.balancing import (
     BackwardReport,
@@ -43,7 +45,13 @@ from ant_lightning.modules.evaluation import DiffusionModule, Draws
 from ant_lightning.modules.first_stage import FirstStage
 from ant_lightning.modules.freezing import TrainedParameters
 from ant_lightning.modules.latents import bind_data, load_initial_weights, restore_latent_space
-from ant_lightning.modules.optimizers import make_optimizer, make_scheduler
+from ant_lightning.modules.optimizers import (
+    forget_balancers_schedule,
+    make_optimizer,
+    make_scheduler,
+    planned_steps,
+    step_scheduler,
+)
 from ant_lightning.modules.protocol import check_backbone
 from ant_lightning.modules.ranks import check_ranks_agree
 from ant_lightning.modules.resume import optimization_settings, resume_with_settings
@@ -54,7 +62,7 @@ from ant_lightning.modules.scaling import back_off, gradient_scaler, loss_scale
 from ant_lightning.randomness import keyed_generator, keyed_seed, run_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import lightning as L
     from torch import Tensor
@@ -227,14 +235,13 @@ class MultiTaskDiffusion(DiffusionModule):
         if len(groups) > 1:
             groups[1] |= {"lr": self.balancer.lr, "weight_decay": 0.0}  # type: ignore[union-attr]
         optimizer = make_optimizer(self.optimizer, groups)
-        if self.lr_scheduler is not None:
-            return optimizer, make_scheduler(self.lr_scheduler, optimizer, self.optimizer)
-        if not self.warmup_steps:
+        factory, steps = self.lr_scheduler, self.warmup_steps
+        if steps:
+            factory = partial(LambdaLR, lr_lambda=lambda step: min(1.0, (step + 1) / steps))
+        if factory is None:
             return optimizer, None
-        steps = self.warmup_steps
-        lambdas: list[Callable[[int], float]] = [lambda step: min(1.0, (step + 1) / steps)]
-        lambdas += [_constant] * (len(groups) - 1)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambdas)
+        num_steps = None if self._trainer is None else planned_steps(self._trainer)
+        return optimizer, make_scheduler(factory, optimizer, self.optimizer, num_steps=num_steps)
 
     @property
     def _own_parameters(self) -> list[nn.Parameter]:
@@ -409,6 +416,7 @@ class MultiTaskDiffusion(DiffusionModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with the settings and name what differs."""
         use_names_of(self, checkpoint)
+        forget_balancers_schedule(checkpoint)
         restore_state(self, checkpoint)
         restore_latent_space(self, checkpoint["ant_lightning"].get("latent_space"))
         self.init_due = False
@@ -450,7 +458,7 @@ class MultiTaskDiffusion(DiffusionModule):
         optimizer.step()  # type: ignore[union-attr]
         scheduler = self.lr_schedulers()
         if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr,call-arg]
+            step_scheduler(scheduler)
 
     def _skip_step(self, report: BackwardReport) -> None:
         """Count a step that is not made; give up after too many in a row."""
@@ -471,8 +479,3 @@ class MultiTaskDiffusion(DiffusionModule):
         if self.balancer is None or self.task_weighting == "equal":
             return None
         return self.clusters.sizes.double() / self.clusters.num_timesteps
-
-
-def _constant(step: int) -> float:
-    """The balancer's own learning rate has no warm-up."""
-    return 1.0

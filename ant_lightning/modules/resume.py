@@ -14,6 +14,7 @@ from torch import Tensor
 from ant_lightning.balancing import Balancer, LinearScalarization
 from ant_lightning.errors import ConfigError
 from ant_lightning.files import differences
+from ant_lightning.modules.optimizers import step_scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,7 +151,7 @@ def _step(scheduler: Any, num_steps: int) -> None:  # noqa: ANN401 - of torch
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
             for _ in range(num_steps):
-                scheduler.step()
+                step_scheduler(scheduler)
     except Exception as error:  # one that is over, for instance
         raise ConfigError(
             f"model.lr_scheduler: must last longer than the {num_steps} steps of the checkpoint, "
