@@ -9,7 +9,7 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from jsonargparse import ArgumentError, Namespace, set_loader
+from jsonargparse import ArgumentError, Namespace, set_dumper, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ProgressBar
@@ -30,7 +30,7 @@ from ant_lightning.callbacks import (
 )
 from ant_lightning.callbacks.checkpoint_files import read_whole_checkpoint
 from ant_lightning.callbacks.run_record import RunRecord, remove_empty_run
-from ant_lightning.config_files import check_config_file, config_paths, load_yaml
+from ant_lightning.config_files import check_config_file, config_paths, dump_yaml, load_yaml
 from ant_lightning.data import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
 from ant_lightning.messages import first_config_error, one_line
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["AntCLI", "run"]
 
 set_loader("yaml", load_yaml, exceptions=(YAMLError,))
+set_dumper("yaml", dump_yaml)
 
 
 class AntCLI(LightningCLI):

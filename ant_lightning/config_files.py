@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,7 +15,7 @@ from ant_lightning.errors import ConfigError, FileError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-__all__ = ["UnsafeYAMLError", "check_config_file", "config_paths", "load_yaml"]
+__all__ = ["UnsafeYAMLError", "check_config_file", "config_paths", "dump_yaml", "load_yaml"]
 
 _MAX_BYTES = 2**20  # configs have kilobytes
 _MAX_NODES = 50_000  # counted with every alias written out
@@ -27,6 +28,21 @@ _PLAIN = {
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _load = get_loader("yaml")  # the parser's own, for which 1e-3 is a number
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Writes the members of an enum, paths and numbers of NumPy as the plain values they are."""
+
+
+_Dumper.add_multi_representer(Enum, lambda dumper, each: dumper.represent_data(each.value))
+_Dumper.add_multi_representer(PurePath, lambda dumper, each: dumper.represent_str(str(each)))
+for _kind in (str, int, float):  # `bool` has no subclasses
+    _Dumper.add_multi_representer(
+        _kind,
+        lambda dumper, each, kind=_kind: dumper.represent_data(
+            each.value if isinstance(each, Enum) else kind(each)
+        ),
+    )
 
 
 class UnsafeYAMLError(yaml.YAMLError):  # type: ignore[misc]
@@ -97,6 +113,17 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is
     if len(text) > 200 or "*" in text:  # a short text without an alias unfolds to itself
         _checked(text)
     return _load(text)
+
+
+def dump_yaml(data: Any) -> str:  # noqa: ANN401 - whatever the settings are
+    """Write settings as the parser does, the defaults of third parties' classes included.
+
+    The parser's own refuses subclasses of plain types, as `Timer` has one for its default.
+    """
+    dumped: str = yaml.dump(
+        data, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
+    )
+    return dumped
 
 
 def _checked(text: str) -> yaml.Node | None:
