@@ -15,6 +15,7 @@ from ant_lightning.errors import (
     NonFiniteError,
     message_of,
 )
+from ant_lightning.first_look import first_look
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,6 +63,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
+    try:
+        if arguments[0] != "report":
+            first_look(arguments)
+    except ConfigError as error:
+        return _fail(message_of(error), 2)
     return _run(arguments)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 from traceback import walk_tb
@@ -25,6 +24,7 @@ from ant_lightning.callbacks import (
     Checkpoints,
     Dashboard,
     GenerationMetrics,
+    RunLines,
     SampleWriter,
     TrainingProgress,
 )
@@ -33,12 +33,17 @@ from ant_lightning.callbacks.run_record import RunRecord, remove_empty_run
 from ant_lightning.config_files import check_config_file, config_paths, dump_yaml, load_yaml
 from ant_lightning.data import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
-from ant_lightning.messages import first_config_error, one_line
+from ant_lightning.messages import first_config_error, no_such_option, one_line
 from ant_lightning.modules import StoredImages
 from ant_lightning.modules.resume import say_changed
+from ant_lightning.quiet import keep_quiet
 from ant_lightning.run_folder import RunFolder, check_writable, choose_run_folder, stored_settings
 from ant_lightning.settings import changed_settings, trained_settings
-from ant_lightning.trainer_settings import check_trainer_settings, trainer_error
+from ant_lightning.trainer_settings import (
+    check_run_settings,
+    check_trainer_settings,
+    trainer_error,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,6 +76,8 @@ class AntCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}"})
+        # Its table has what a first line says, and FLOPs that manual optimization leaves at 0.
+        parser.set_defaults({"trainer.enable_model_summary": False})
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -120,17 +127,15 @@ class AntCLI(LightningCLI):
         for name in ("trainer", "ema", "checkpoint", "samples"):
             if not isinstance(config.get(name), Namespace):
                 raise ConfigError(f"{name}: must hold settings by name, found {config.get(name)!r}")
-        seed = config.seed_everything
-        if not isinstance(seed, bool) and not (isinstance(seed, int) and 0 <= seed < 2**32):
-            raise ConfigError(
-                f"seed_everything: must be from 0 to {2**32 - 1}, or true or false, found {seed}"
-            )
+        check_run_settings(config)
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint never overrides a setting; the modules compare and report instead."""
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Put our progress bar where Lightning's would be, and the page of TensorBoard."""
+        listed = self._get(self.config_init, "trainer").callbacks or []
+        own_bar = any(isinstance(each, ProgressBar) for each in listed)
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except ConfigError:
@@ -140,9 +145,9 @@ class AntCLI(LightningCLI):
             raise trainer_error(error, settings) from error
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for i, callback in enumerate(callbacks):
-            if isinstance(callback, ProgressBar):
+            if isinstance(callback, ProgressBar) and not own_bar:
                 callbacks[i] = TrainingProgress()
-        callbacks.append(Dashboard())
+        callbacks += [Dashboard(), RunLines()]
         if self.run_folder is not None:
             record = RunRecord(
                 self.run_folder.path,
@@ -186,7 +191,7 @@ def _config_files(args: Sequence[str]) -> list[str]:
 
 
 def _read_checkpoint(config: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a namespace of the parser
-    """Refuse a checkpoint that is not there, is damaged or would run code, before anything starts.
+    """Refuse a checkpoint that is damaged or would run code, before anything starts.
 
     Returns:
         Its content, or None if no local file is named.
@@ -194,17 +199,9 @@ def _read_checkpoint(config: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a 
     Raises:
         ConfigError: Naming the setting or the file.
     """
-    if config.get("weights_only") is not True:
-        raise ConfigError(
-            "weights_only: must be true, as a checkpoint of ours needs no code to be read, found "
-            f"{config.get('weights_only')}; for other files use model.init_from"
-        )
     path = config.get("ckpt_path")
     if not path or path == "last" or "://" in path:
         return None
-    if not Path(path).is_file():
-        found = "a folder, " if Path(path).is_dir() else ""
-        raise ConfigError(f"ckpt_path: must be a file that exists, or last, found {found}{path}")
     return read_whole_checkpoint(Path(path))
 
 
@@ -240,13 +237,7 @@ def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) ->
 def _with_hint(message: str, parser: LightningArgumentParser) -> str:
     """Say which option an unknown one may have been meant for."""
     unknown = message.removeprefix("unrecognized arguments: ")
-    if unknown == message:
-        return message
-    name = unknown.split("=")[0].split()[0]
-    options = ["--model.optimizer", "--model.lr_scheduler", *parser._option_string_actions]
-    close = get_close_matches(name, options, n=1, cutoff=0.7)
-    hint = f"; did you mean {close[0]}?" if close else "; see --help"
-    return f"{unknown}: the command has no such option{hint}"
+    return message if unknown == message else no_such_option(unknown, parser._option_string_actions)
 
 
 def _restoring(error: BaseException) -> bool:
@@ -264,6 +255,7 @@ def run(args: Sequence[str]) -> AntCLI:
     Raises:
         ConfigError: For anything wrong with the arguments or the files they name.
     """
+    keep_quiet(args[0])
     for path in _config_files(args):  # before the parser is made, which takes longer
         check_config_file(path)
     try:

@@ -14,6 +14,7 @@ from ant_lightning.data import ImageDataModule, LatentWriter
 from ant_lightning.errors import ConfigError
 from ant_lightning.messages import first_config_error
 from ant_lightning.modules import FirstStage
+from ant_lightning.quiet import keep_quiet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,6 +33,7 @@ def run_encode(args: Sequence[str]) -> int:
     Raises:
         ConfigError: For anything wrong with the arguments or the files they name.
     """
+    keep_quiet("encode")
     parser = ArgumentParser(prog="ant-lightning encode", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="file of the settings below")
     parser.add_subclass_arguments(ImageDataModule, "data", required=True)

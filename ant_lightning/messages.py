@@ -5,12 +5,26 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.source_names import exported_names
 
-__all__ = ["first_config_error", "one_line"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
-_PACKAGES = ("backbones", "balancing", "callbacks", "clustering", "data", "diffusion", "metrics")
+__all__ = ["first_config_error", "no_such_option", "one_line", "suggestion", "unknown_class"]
+
+_PACKAGES = (
+    "backbones",
+    "balancing",
+    "callbacks",
+    "clustering",
+    "data",
+    "diffusion",
+    "metrics",
+    "modules",
+)
 
 
 def one_line(message: str) -> str:
@@ -40,12 +54,32 @@ def first_config_error(error: BaseException) -> ConfigError:
     return ConfigError(one_line(str(error)))
 
 
+def no_such_option(unknown: str, options: Iterable[str]) -> str:
+    """What to say of an option that a command does not have, with the one it may be meant for."""
+    name = re.split(r"[=\s]", unknown, maxsplit=1)[0]
+    known = ["--model.optimizer", "--model.lr_scheduler", *options]
+    close = get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"; did you mean {close[0]}?" if close else "; see --help"
+    return f"{unknown}: the command has no such option{hint}"
+
+
+def unknown_class(setting: str, found: str) -> str:
+    """What to say of a class that does not exist."""
+    return f"{setting}: no class is called {found!r}{_other_class(found)}"
+
+
+def suggestion(name: str, candidates: Iterable[str]) -> str:
+    """The name that another one may be meant for."""
+    close = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def _unknown_option(text: str, setting: str) -> str | None:
     option = re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text)
     if option is None:
         return None
     owner, name = option.groups()
-    hint = _suggestion(name.rsplit(".", maxsplit=1)[-1], _parameters(owner))
+    hint = suggestion(name.rsplit(".", maxsplit=1)[-1], _parameters(owner))
     return f"{setting}.{name}: {_last(owner)} has no such option{hint}"
 
 
@@ -59,7 +93,7 @@ def _unknown_class(text: str, setting: str) -> str | None:
     if unknown is None or re.search(r"<class '(?:float|int)'>", " ".join(_innermost(text)[0])):
         return None
     found = unknown.group(1) or unknown.group(2)
-    return f"{setting}: no class is called {found!r}{_other_class(found)}"
+    return unknown_class(setting, found)
 
 
 def _missing_argument(text: str, setting: str) -> str | None:
@@ -118,9 +152,9 @@ def _innermost(text: str) -> tuple[list[str], str]:
 
 def _other_class(found: str) -> str:
     """A class of ours with a similar name; none of exactly this name, which does not fit there."""
-    known = [name for package in _PACKAGES for name in _names(package)]
+    known = [name for package in _PACKAGES for name in exported_names(package)]
     name = found.rsplit(".", maxsplit=1)[-1]
-    return " that fits here" if name in known else _suggestion(name, known)
+    return " that fits here" if name in known else suggestion(name, known)
 
 
 def _settings(text: str) -> list[str]:
@@ -140,16 +174,6 @@ def _plain(kind: str) -> str:
     return {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(
         name, name.rsplit(".", maxsplit=1)[-1]
     )
-
-
-def _suggestion(name: str, candidates: list[str]) -> str:
-    close = get_close_matches(name, candidates, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _names(package: str) -> list[str]:
-    exported: list[str] = import_module(f"ant_lightning.{package}").__all__
-    return exported
 
 
 def _parameters(owner: str) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from ant_lightning.errors import ConfigError
 
-__all__ = ["check_trainer_settings", "trainer_error"]
+__all__ = ["check_run_settings", "check_trainer_settings", "trainer_error"]
 
 _OURS = {
     "gradient_clip_val": (None, "model.clip_grad_norm"),
@@ -41,6 +42,28 @@ _LEAST = {
 _NEVER_NULL = ("detect_anomaly", "max_steps", "overfit_batches")
 
 
+def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - the parser's namespace
+    """Refuse what is beside the trainer and the model: a seed, a checkpoint that is not there.
+
+    Raises:
+        ConfigError: Naming the setting, the rule and the value found.
+    """
+    seed = settings.get("seed_everything", True)
+    if not isinstance(seed, bool) and not (isinstance(seed, int) and 0 <= seed < 2**32):
+        raise ConfigError(
+            f"seed_everything: must be from 0 to {2**32 - 1}, or true or false, found {seed}"
+        )
+    if settings.get("weights_only", True) is not True:
+        raise ConfigError(
+            "weights_only: must be true, as a checkpoint of ours needs no code to be read, found "
+            f"{settings.get('weights_only')}; for other files use model.init_from"
+        )
+    path = settings.get("ckpt_path")
+    if path and path != "last" and "://" not in path and not Path(path).is_file():
+        found = "a folder, " if Path(path).is_dir() else ""
+        raise ConfigError(f"ckpt_path: must be a file that exists, or last, found {found}{path}")
+
+
 def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - the parser's namespace
     """Refuse flags that manual optimization cannot honour, naming ours, and impossible numbers.
 
@@ -63,7 +86,8 @@ def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - the parser'
             raise ConfigError(f"trainer.{name}: must be at least {least}, found {value}")
     callbacks = settings.get("callbacks") or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        kind = str(getattr(callback, "class_path", "")).rpartition(".")[-1]
+        path = callback.get("class_path") if hasattr(callback, "get") else ""
+        kind = str(path).rpartition(".")[-1]
         if kind in _REPLACED:
             raise ConfigError(
                 f"trainer.callbacks: must not have what every run has or cannot have, found {kind};"

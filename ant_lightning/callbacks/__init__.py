@@ -11,6 +11,7 @@ from ant_lightning.callbacks.layout import Dashboard
 from ant_lightning.callbacks.negative_transfer import NegativeTransferGap
 from ant_lightning.callbacks.progress import TrainingProgress
 from ant_lightning.callbacks.reclustering import Reclustering
+from ant_lightning.callbacks.run_lines import RunLines
 from ant_lightning.callbacks.samples import SampleGrid, SampleWriter
 from ant_lightning.callbacks.transfer import TransferMatrix
 
@@ -23,6 +24,7 @@ __all__ = [
     "GenerationMetrics",
     "NegativeTransferGap",
     "Reclustering",
+    "RunLines",
     "SampleGrid",
     "SampleWriter",
     "StepCost",

@@ -144,7 +144,9 @@ class TaskAffinity(ValidationProbe):
         hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
         with (
             self.probing(trainer, pl_module) as probe,
-            tqdm(desc="task affinity", unit=" timesteps", leave=False, disable=hidden) as bar,
+            tqdm(
+                desc="task affinity", unit=" timesteps", leave=False, disable=hidden or None
+            ) as bar,
         ):
 
             def show(done: int, total: int) -> None:

@@ -148,7 +148,7 @@ class NegativeTransferGap(RunCallback):
         total = len(self._specialists) + 1
         with (
             averaged_weights(trainer, pl_module),
-            tqdm(desc="negative transfer", total=total, leave=False, disable=hidden) as bar,
+            tqdm(desc="negative transfer", total=total, leave=False, disable=hidden or None) as bar,
         ):
             self.result = measure_gaps(
                 pl_module,

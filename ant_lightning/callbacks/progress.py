@@ -1,11 +1,14 @@
-"""The progress bar of training: loss, images per second, weights of the tasks."""
+"""The progress of a run: one bar over all its steps, or lines where the output is no terminal."""
 
 from __future__ import annotations
 
+import sys
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 if TYPE_CHECKING:
     import lightning as L
@@ -16,21 +19,73 @@ __all__ = ["TrainingProgress"]
 
 
 class TrainingProgress(TQDMProgressBar):
-    """Lightning's bar with images/s and the share of each task in the weights, in per cent.
+    """Steps made, steps of the run, the time left; loss, images/s and the weights of the tasks.
+
+    The bar goes from the first optimizer step of a run to its last (`max_steps`, or `max_epochs`)
+    and starts at the step that a run is resumed at. With `max_time` it has the time left besides.
+    Where the output is no terminal, a line is printed every 30 seconds, after each validation and
+    at the end.
 
     Images/s is over all ranks and since the last logged step; validation does not count. It is
-    also logged as `train/images_per_second`.
+    also logged as `train/images_per_second`. The weights of the tasks are in per cent.
 
     Args:
-        refresh_rate: Steps between two drawings.
+        refresh_rate: Steps between two drawings, which are at most a second apart as well.
+        line_interval: Seconds between two lines.
     """
 
-    def __init__(self, *, refresh_rate: int = 20) -> None:
+    def __init__(self, *, refresh_rate: int = 20, line_interval: float = 30.0) -> None:
         super().__init__(refresh_rate=refresh_rate)
+        self.line_interval = line_interval
         self.images_per_second = 0.0
         self._images = 0
         self._seconds = 0.0
         self._start = 0.0
+        self._total: int | None = None
+        self._first_step = 0
+        self._begun = 0.0
+        self._drawn = 0.0
+        self._printed = 0.0
+        self._printed_step = -1
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether bars are drawn, which only a terminal can overwrite."""
+        return super().is_enabled and sys.stdout.isatty()
+
+    def init_train_tqdm(self) -> Tqdm:
+        """One bar for the run."""
+        return Tqdm(
+            desc=self.train_description,
+            initial=self._first_step,
+            total=self._total,
+            unit=" steps",
+            disable=self.is_disabled,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            smoothing=0,
+            bar_format=self.BAR_FORMAT,
+        )
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """While training, the bar of the run says that it is validating."""
+        return (
+            Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
+        )
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:  # type: ignore[override]
+        """Start at the step that the run starts at."""
+        total = trainer.estimated_stepping_batches
+        self._total = int(total) if total < float("inf") else None
+        self._first_step = trainer.global_step
+        self._begun = self._printed = time.perf_counter()
+        super().on_train_start(trainer)
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """The bar goes on: an epoch may have as few as one step."""
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """As for its start."""
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -46,13 +101,53 @@ class TrainingProgress(TQDMProgressBar):
         batch_idx: int,
     ) -> None:
         """Stop the clock; log and start a new mean at every logged step."""
-        self._seconds += time.perf_counter() - self._start
+        now = time.perf_counter()
+        self._seconds += now - self._start
         self._images += len(batch.images) * trainer.world_size
         self.images_per_second = self._images / self._seconds
         if pl_module.log_due:
             pl_module.log_now({"train/images_per_second": self.images_per_second})
             self._images, self._seconds = 0, 0.0
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        step, every = trainer.global_step, max(1, self.refresh_rate)
+        if step % every == 0 or step == self._total or now - self._drawn > 1:
+            self._drawn = now
+            self._draw(trainer, pl_module)
+            if now - self._printed >= self.line_interval:
+                self._print(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+        """Say so."""
+        super().on_validation_start(trainer, pl_module)
+        if trainer.state.fn == "fit":
+            self.train_progress_bar.set_description(self.validation_description)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+        """Show what was measured."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.train_progress_bar.set_description(self.train_description)
+            self._print(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+        """Show the last step."""
+        self._draw(trainer, pl_module)
+        super().on_train_end(trainer, pl_module)
+        if self._printed_step != trainer.global_step:
+            self._print(trainer, pl_module)
+
+    def on_predict_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Drawing many images takes hours: a line for it too."""
+        super().on_predict_batch_end(trainer, *args, **kwargs)
+        now = time.perf_counter()
+        if now - self._printed >= self.line_interval:
+            self._printed = now
+            done = trainer.predict_loop.batch_progress.current.completed + 1
+            self._line(f"predict: batch {done}/{self.total_predict_batches_current_dataloader}")
+
+    def on_predict_start(self, *args: Any, **kwargs: Any) -> None:
+        """Start the clock of the lines."""
+        super().on_predict_start(*args, **kwargs)
+        self._printed = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """The last speed, for reports."""
@@ -64,9 +159,50 @@ class TrainingProgress(TQDMProgressBar):
         """What stands behind the bar."""
         items: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
+        fid = trainer.callback_metrics.get("val/fid")
+        if fid is not None:
+            items["val/fid"] = float(fid)
         items["images/s"] = f"{self.images_per_second:.0f}"
         report = getattr(pl_module, "last_report", None)
         if report is not None and pl_module.balancer is not None:
             shares = 100 * report.task_weights / report.task_weights.sum()
             items["weights %"] = "/".join(f"{share:.0f}" for share in shares.tolist())
+        limit = _time_left(trainer)
+        if limit:
+            items["max_time in"] = _clock(limit)
         return items
+
+    def _draw(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        if not self.train_progress_bar.disable:
+            self.train_progress_bar.n = trainer.global_step
+            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    def _print(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        """A line with what the bar would show."""
+        self._printed = time.perf_counter()
+        self._printed_step = step = trainer.global_step
+        parts = [f"step {step}"]
+        made, seconds = step - self._first_step, self._printed - self._begun
+        if self._total is not None:
+            parts = [f"step {step}/{self._total}"]
+            if made > 0 and step < self._total:
+                parts.append(f"{_clock(seconds / made * (self._total - step))} left")
+        for name, value in self.get_metrics(trainer, pl_module).items():
+            parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+        self._line(", ".join(parts))
+
+    def _line(self, text: str) -> None:
+        if super().is_enabled and not self.is_enabled:
+            print(text, flush=True)
+
+
+def _time_left(trainer: L.Trainer) -> float | None:
+    """Seconds until `max_time`, if that is set."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    left = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
+    return min((max(0.0, seconds) for seconds in left if seconds is not None), default=None)
+
+
+def _clock(seconds: float) -> str:
+    """As h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,95 @@
+"""A run says in one line each what it starts from and where its files are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+
+from ant_lightning.callbacks.checkpoints import Checkpoints
+from ant_lightning.callbacks.ema import EMA
+
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["RunLines"]
+
+
+class RunLines(L.Callback):
+    """Prints where a run and its checkpoint are, and which weights an evaluation uses."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The network, the steps and the folder."""
+        backbone = pl_module.backbone
+        count = sum(p.numel() for p in backbone.parameters() if p.requires_grad)  # type: ignore[union-attr,misc]
+        start = f"step {trainer.global_step}"
+        if trainer.ckpt_path:
+            start += f" of {trainer.ckpt_path}"
+        steps = trainer.estimated_stepping_batches
+        end = f" to {steps:.0f}" if steps < float("inf") else ""
+        _say(
+            trainer,
+            f"fit: {type(backbone).__name__} with {_count(count)} parameters on "
+            f"{_devices(trainer)}, from {start}{end}, in {_folder(trainer)}",
+        )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The last checkpoint."""
+        if stage != "fit":
+            return
+        saved = next((each for each in _callbacks(trainer) if isinstance(each, Checkpoints)), None)
+        path = saved and (saved.last_model_path or saved.best_model_path)
+        where = f"checkpoint {path}" if path else "no checkpoint was written"
+        _say(trainer, f"fit: ended at step {trainer.global_step}, {where}")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The weights, unless they are in training."""
+        command = trainer.state.fn
+        if command is not None and command != "fit":
+            _say(trainer, f"{command.value}: {_weights(trainer, pl_module)}")
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+
+def _weights(trainer: L.Trainer, pl_module: Any) -> str:  # noqa: ANN401 - each module has its own
+    """Where the weights come from."""
+    initial = getattr(pl_module, "init_from", None)
+    if not trainer.ckpt_path:
+        return f"weights of {initial}" if initial else "untrained weights, as there is no ckpt_path"
+    averages = any(isinstance(each, EMA) and each.num_updates for each in _callbacks(trainer))
+    steps = getattr(pl_module, "trained_steps", 0)
+    at = f" at step {steps}" if steps else ""
+    return f"{'averaged (EMA) ' if averages else ''}weights of {trainer.ckpt_path}{at}"
+
+
+def _folder(trainer: L.Trainer) -> Path:
+    """The run's own folder: that of its checkpoints, or else of its logs."""
+    for each in _callbacks(trainer):
+        if isinstance(each, Checkpoints) and Path(str(each.dirpath)).name == "checkpoints":
+            return Path(str(each.dirpath)).parent
+    return Path(str(trainer.log_dir or trainer.default_root_dir))
+
+
+def _devices(trainer: L.Trainer) -> str:
+    kind = trainer.strategy.root_device.type
+    return kind if trainer.world_size == 1 else f"{trainer.world_size} x {kind}"
+
+
+def _count(number: int) -> str:
+    """With three digits: 330 K, 1.23 M."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _say(trainer: L.Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        print(line, flush=True)

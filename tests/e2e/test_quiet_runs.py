@@ -1,0 +1,64 @@
+"""What a new user reads: every line of a run is one of ours and says something."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from wrong_settings import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = "runs/digits_dit/version_0"
+CKPT = f"{RUN}/checkpoints/last.ckpt"
+NUMBER = r"\d[\d.e+-]*"
+# Three commands in one process: each start would cost seconds.
+CODE = """
+import sys
+from ant_lightning.__main__ import main
+base = sys.argv[1].split()
+fit = [*base, "--trainer.max_steps=25", "--trainer.val_check_interval=25"]
+assert main(["fit", *fit]) == 0
+assert main(["validate", *base, "--ckpt_path", sys.argv[2], "--trainer.callbacks=[]"]) == 0
+for _ in range(2):
+    samples = ["--samples.num_images=3", "--samples.folder=images"]
+    assert main(["predict", *base, "--ckpt_path", sys.argv[2], *samples]) == 0
+"""
+EXPECTED = [
+    rf"fit: DiT with 10\.\d K parameters on cpu, from step 0 to 25, in {RUN}",
+    rf"step 25/25, train/loss {NUMBER}, val/loss {NUMBER}, val/fid {NUMBER}, images/s \d+, "
+    r"weights % [\d/]+",
+    rf"fit: ended at step 25, checkpoint {CKPT}",
+    rf"validate: averaged \(EMA\) weights of {CKPT} at step 25",
+    rf"predict: averaged \(EMA\) weights of {CKPT} at step 25",
+    r"3 images are in images",
+    r"3 images are in images",
+]
+
+
+def test_fit_validate_and_predict_print_expected_lines_and_no_others(tmp_path):
+    files = [CONFIGS / "digits" / "dit.yaml", CONFIGS / "balancer" / "uw.yaml"]
+    base = [x for file in files for x in ("--config", str(file))]
+    base += ["--trainer.accelerator=cpu", "--model.sampler.num_steps=2", "--data.batch_size=20"]
+    base += [f"--model.backbone.{x}" for x in ("hidden_size=16", "depth=1", "num_heads=2")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONWARNINGS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, " ".join(base), CKPT],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    # The table of results has the width of the terminal.
+    lines = [line for line in done.stdout.splitlines() if not re.match(r"[┏┃┡│└─]| {4,}", line)]
+    assert len(lines) == len(EXPECTED), done.stdout
+    for line, expected in zip(lines, EXPECTED, strict=True):
+        assert re.fullmatch(expected, line), line
+    assert sorted(path.name for path in (tmp_path / RUN / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step_25.ckpt",
+    ]
