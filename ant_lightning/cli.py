@@ -134,8 +134,8 @@ class AntCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Put our progress bar where Lightning's would be, and the page of TensorBoard."""
-        listed = self._get(self.config_init, "trainer").callbacks or []
-        own_bar = any(isinstance(each, ProgressBar) for each in listed)
+        chosen = self._get(self.config_init, "trainer").callbacks
+        chosen = list(chosen) if isinstance(chosen, list) else [chosen]  # the Trainer adds to it
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except ConfigError:
@@ -145,9 +145,10 @@ class AntCLI(LightningCLI):
             raise trainer_error(error, settings) from error
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for i, callback in enumerate(callbacks):
-            if isinstance(callback, ProgressBar) and not own_bar:
+            if isinstance(callback, ProgressBar) and callback not in chosen:
                 callbacks[i] = TrainingProgress()
-        callbacks += [Dashboard(), RunLines()]
+        callbacks.insert(0, RunLines())  # before a bar is drawn
+        callbacks.append(Dashboard())
         if self.run_folder is not None:
             record = RunRecord(
                 self.run_folder.path,

@@ -118,7 +118,8 @@ class TrainingProgress(TQDMProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
         """Say so."""
         super().on_validation_start(trainer, pl_module)
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._draw(trainer, pl_module)
             self.train_progress_bar.set_description(self.validation_description)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
@@ -159,9 +160,6 @@ class TrainingProgress(TQDMProgressBar):
         """What stands behind the bar."""
         items: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
-        fid = trainer.callback_metrics.get("val/fid")
-        if fid is not None:
-            items["val/fid"] = float(fid)
         items["images/s"] = f"{self.images_per_second:.0f}"
         report = getattr(pl_module, "last_report", None)
         if report is not None and pl_module.balancer is not None:
@@ -187,7 +185,9 @@ class TrainingProgress(TQDMProgressBar):
             parts = [f"step {step}/{self._total}"]
             if made > 0 and step < self._total:
                 parts.append(f"{_clock(seconds / made * (self._total - step))} left")
-        for name, value in self.get_metrics(trainer, pl_module).items():
+        fid = trainer.callback_metrics.get("val/fid")
+        measured = {} if fid is None else {"val/fid": float(fid)}
+        for name, value in (self.get_metrics(trainer, pl_module) | measured).items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         self._line(", ".join(parts))
 

@@ -1,17 +1,33 @@
 """What a new user reads: every line of a run is one of ours and says something."""
 
+import enum
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from wrong_settings import CONFIGS
+import numpy as np
+import pytest
+import yaml
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, Timer
+from lightning.pytorch.callbacks.timer import Interval
+from wrong_settings import CONFIGS, arguments
+
+from ant_lightning.cli import run
+from ant_lightning.config_files import dump_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "runs/digits_dit/version_0"
 CKPT = f"{RUN}/checkpoints/last.ckpt"
 NUMBER = r"\d[\d.e+-]*"
+
+
+class Whole(enum.IntEnum):
+    three = 3
+
+
 # Three commands in one process: each start would cost seconds.
 CODE = """
 import sys
@@ -26,14 +42,53 @@ for _ in range(2):
 """
 EXPECTED = [
     rf"fit: DiT with 10\.\d K parameters on cpu, from step 0 to 25, in {RUN}",
-    rf"step 25/25, train/loss {NUMBER}, val/loss {NUMBER}, val/fid {NUMBER}, images/s \d+, "
-    r"weights % [\d/]+",
+    rf"step 25/25, train/loss {NUMBER}, val/loss {NUMBER}, images/s \d+, weights % [\d/]+, "
+    rf"val/fid {NUMBER}",
     rf"fit: ended at step 25, checkpoint {CKPT}",
     rf"validate: averaged \(EMA\) weights of {CKPT} at step 25",
     rf"predict: averaged \(EMA\) weights of {CKPT} at step 25",
     r"3 images are in images",
     r"3 images are in images",
 ]
+
+
+def test_a_progress_bar_that_the_user_lists_is_kept(tmp_path):
+    bar = {"class_path": "RichProgressBar", "init_args": {"refresh_rate": 3}}
+    args = arguments(tmp_path, f"--trainer.callbacks={json.dumps([bar])}")
+    cli = run([arg for arg in args if arg != "--trainer.enable_progress_bar=false"])
+    (found,) = (each for each in cli.trainer.callbacks if isinstance(each, ProgressBar))
+    assert type(found) is RichProgressBar
+    assert found.refresh_rate == 3
+
+
+def test_a_timer_among_the_callbacks_is_written_down_and_stops_the_run(tmp_path):
+    timer = {"class_path": "Timer", "init_args": {"duration": "00:00:00:00"}}
+    cli = run(arguments(tmp_path, f"--trainer.callbacks={json.dumps([timer])}"))
+    (config,) = tmp_path.rglob("config.yaml")
+    (saved,) = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+    assert saved["class_path"] == "lightning.pytorch.callbacks.Timer"
+    assert saved["init_args"]["interval"] == "step"
+    assert sum(isinstance(each, Timer) for each in cli.trainer.callbacks) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (Interval.step, "step"),
+        (Whole.three, 3),
+        (np.float64(0.5), 0.5),
+        (Path("a/b"), "a/b"),
+        ({"a": [Interval.epoch, (1, 2)]}, {"a": ["epoch", [1, 2]]}),
+        ("1e-3", "1e-3"),
+        (1e-3, 1e-3),
+        (True, True),
+        (None, None),
+    ],
+)
+def test_settings_are_written_as_plain_values(value, plain):
+    found = yaml.safe_load(dump_yaml({"x": value}))["x"]
+    assert found == plain
+    assert type(found) is type(plain)
 
 
 def test_fit_validate_and_predict_print_expected_lines_and_no_others(tmp_path):
