@@ -64,8 +64,7 @@ def main(args: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
     try:
-        if arguments[0] != "report":
-            first_look(arguments)
+        first_look(arguments)
     except ConfigError as error:
         return _fail(message_of(error), 2)
     return _run(arguments)

@@ -15,7 +15,13 @@ from ant_lightning.errors import ConfigError, FileError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-__all__ = ["UnsafeYAMLError", "check_config_file", "config_paths", "dump_yaml", "load_yaml"]
+__all__ = [
+    "UnsafeYAMLError",
+    "check_config_file",
+    "config_paths",
+    "dump_yaml",
+    "load_yaml",
+]
 
 _MAX_BYTES = 2**20  # configs have kilobytes
 _MAX_NODES = 50_000  # counted with every alias written out

@@ -11,9 +11,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ant_lightning.config_files import check_config_file, config_paths, load_yaml
+from ant_lightning.config_files import (
+    check_config_file,
+    config_paths,
+    load_yaml,
+)
 from ant_lightning.errors import ConfigError
-from ant_lightning.messages import no_such_option, suggestion, unknown_class
+from ant_lightning.messages import needed, no_such_option, suggestion, unknown_class
 from ant_lightning.source_names import arguments_of, class_names, lightning_arguments
 from ant_lightning.trainer_settings import check_run_settings, check_trainer_settings
 
@@ -22,7 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["first_look", "top_settings"]
 
-_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
+# Groups of settings whose class is always the same.
+_RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
+_ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter"}
+_GROUPS = _RUN_GROUPS | _ENCODE_GROUPS
 _FLAGS = ("-h", "--help", "--print_config")
 # Settings whose classes are ours, if the user has none of their own.
 _OURS = {
@@ -33,18 +40,23 @@ _KNOWN_PACKAGES = {"ant_lightning", "lightning", "torch", "torchvision", "torchj
 
 
 def first_look(arguments: Sequence[str]) -> None:
-    """Look for mistakes in the arguments of `fit`, `validate`, `test`, `predict` or `encode`.
+    """Look for mistakes in the arguments of a command.
 
     Raises:
         ConfigError: Naming the setting or the file, the rule and the value found.
     """
     command, *args = arguments
+    if command == "report":
+        for folder in args:
+            if not folder.startswith("-") and not Path(folder).is_dir():
+                raise ConfigError(f"report: must be the log folder of a run: {folder}")
+        return
     known = top_settings(command)
     for path in config_paths(args):
         if not path.lstrip().startswith("{"):
             check_config_file(path, known=known)
     options = _options(args)
-    if command == "encode" or known is None or options is None:
+    if known is None or options is None:
         return
     unknown = [text for name, _, text in options if not _is_option(name, known)]
     if unknown:
@@ -59,17 +71,20 @@ def first_look(arguments: Sequence[str]) -> None:
     _check_trainer(settings.get("trainer"))
     _check_groups(settings)
     _check_classes(settings)
+    missing = [name for name in ("data", "model") if settings.get(name) is None]
+    if missing and command != "encode":
+        raise ConfigError(needed(", ".join(missing)))
 
 
 def top_settings(command: str) -> list[str] | None:
     """Names that may stand at the top of a config of a command; None if that is not known."""
     if command == "encode":
-        return None
+        return sorted({"config", "print_config", "data", "device", *_ENCODE_GROUPS})
     method = lightning_arguments("trainer/trainer.py", "Trainer", command)
     if method is None:
         return None
     handed_over = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-    own = {"config", "print_config", "seed_everything", "trainer", "model", "data", *_GROUPS}
+    own = {"config", "print_config", "seed_everything", "trainer", "model", "data", *_RUN_GROUPS}
     return sorted(own | (method - handed_over) | ({"images"} if command == "test" else set()))
 
 
@@ -110,6 +125,7 @@ def _option_names(known: Sequence[str]) -> list[str]:
     nested = [
         f"--{group}.{name}"
         for group in ("trainer", *_GROUPS)
+        if group in known
         for name in sorted(_group_arguments(group) or ())
     ]
     return [*nested, *(f"--{name}" for name in known)]

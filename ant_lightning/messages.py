@@ -13,7 +13,14 @@ from ant_lightning.source_names import exported_names
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["first_config_error", "no_such_option", "one_line", "suggestion", "unknown_class"]
+__all__ = [
+    "first_config_error",
+    "needed",
+    "no_such_option",
+    "one_line",
+    "suggestion",
+    "unknown_class",
+]
 
 _PACKAGES = (
     "backbones",
@@ -52,6 +59,11 @@ def first_config_error(error: BaseException) -> ConfigError:
             return seen
         seen = seen.__cause__ or seen.__context__
     return ConfigError(one_line(str(error)))
+
+
+def needed(settings: str) -> str:
+    """What to say of settings that have no default and are not given."""
+    return f"{settings}: needed, found nothing; give a --config FILE that sets them"
 
 
 def no_such_option(unknown: str, options: Iterable[str]) -> str:
@@ -100,8 +112,7 @@ def _missing_argument(text: str, setting: str) -> str | None:
     names = r"the following arguments are required: (?P<names>[\w., ]+?)"
     top = re.fullmatch(names, text)
     if top:
-        settings = re.sub(r"\b(?:fit|validate|test|predict)\.", "", top.group("names"))
-        return f"{settings}: needed, found nothing; give a --config FILE that sets them"
+        return needed(re.sub(r"\b(?:fit|validate|test|predict)\.", "", top.group("names")))
     missing = re.search(rf"class_path '(?P<owner>[\w.]+)': {names} - ", text) or re.search(
         rf"a callable class: {names} - .*?class_path='(?P<owner>[\w.]+)'", text
     )

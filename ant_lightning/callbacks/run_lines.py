@@ -9,6 +9,7 @@ import lightning as L
 
 from ant_lightning.callbacks.checkpoints import Checkpoints
 from ant_lightning.callbacks.ema import EMA
+from ant_lightning.callbacks.run_record import RunRecord
 
 if TYPE_CHECKING:
     from typing import Any
@@ -65,11 +66,11 @@ def _weights(trainer: L.Trainer, pl_module: Any) -> str:  # noqa: ANN401 - each 
 
 
 def _folder(trainer: L.Trainer) -> Path:
-    """The run's own folder: that of its checkpoints, or else of its logs."""
-    for each in _callbacks(trainer):
-        if isinstance(each, Checkpoints) and Path(str(each.dirpath)).name == "checkpoints":
-            return Path(str(each.dirpath)).parent
-    return Path(str(trainer.log_dir or trainer.default_root_dir))
+    """The run's own folder."""
+    record = next((each for each in _callbacks(trainer) if isinstance(each, RunRecord)), None)
+    return (
+        Path(str(trainer.log_dir or trainer.default_root_dir)) if record is None else record.folder
+    )
 
 
 def _devices(trainer: L.Trainer) -> str:

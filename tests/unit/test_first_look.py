@@ -39,6 +39,7 @@ SEEN = [
     "folder as checkpoint",
     "a word as checkpoint",
     "checkpoint that runs code",
+    "no data",
     "config that is not there",
     "folder as config",
 ]
@@ -66,6 +67,12 @@ MORE = {
     "callback": (["fit", callback("ConflictMonitr")], ["trainer.callbacks", "ConflictMonitor"]),
     "images": (["predict", "--samples.num_images=0"], ["samples.num_images: must be at least 1"]),
     "batch of images": (["predict", "--samples.batch_size=-1"], ["samples.batch_size", "-1"]),
+    "nothing": (["fit"], ["data, model: needed, found nothing; give a --config FILE"]),
+    "no model": (["test", "--data=DigitsData"], ["model: needed, found nothing"]),
+    "option of encode": (["encode", "--cache.shard=3"], ["--cache.shard=3", "--cache.shard_size"]),
+    "option of another command": (["encode", "--ema.decay=0.9"], ["--ema.decay=0.9", "no such"]),
+    "data of encode": (["encode", "--data=ant_lightning.data.DigitData"], ["DigitsData"]),
+    "report": (["report", "/nope"], ["report: must be the log folder of a run", "/nope"]),
     "encode without its config": (["encode", "--config=/nope"], ["config", "found nothing"]),
 }
 FILES = {
@@ -156,9 +163,10 @@ def configs():
 
 @pytest.mark.parametrize("path", configs(), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_config_passes(path):
-    base = [] if path.parent.name not in {"balancer", "clustering"} else ["--config", str(DIT)]
-    command = "encode" if path.stem == "encode" else "fit"
-    assert looked([command, *base, "--config", str(path)]) is None
+    args = ["fit", "--config", str(DIT), "--config", str(path)]
+    if path.stem == "encode":
+        args = ["encode", "--config", str(path)]
+    assert looked(args) is None
 
 
 @pytest.mark.parametrize("name", VALID)
@@ -200,8 +208,8 @@ def test_a_checkpoint_that_is_there_passes(tmp_path):
     path = tmp_path / "a.ckpt"
     path.write_bytes(b"")
     for each in (str(path), "last", "s3://bucket/a.ckpt"):
-        assert looked(["validate", f"--ckpt_path={each}"]) is None
-        assert looked(["validate", "--ckpt_path", each]) is None
+        assert looked(["validate", "--config", str(DIT), f"--ckpt_path={each}"]) is None
+        assert looked(["validate", "--config", str(DIT), "--ckpt_path", each]) is None
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
