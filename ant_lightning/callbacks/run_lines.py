@@ -26,13 +26,13 @@ class RunLines(L.Callback):
         count = sum(p.numel() for p in backbone.parameters() if p.requires_grad)  # type: ignore[union-attr,misc]
         start = f"step {trainer.global_step}"
         if trainer.ckpt_path:
-            start += f" of {trainer.ckpt_path}"
+            start += f" of {_shown(trainer.ckpt_path)}"
         steps = trainer.estimated_stepping_batches
         end = f" to {steps:.0f}" if steps < float("inf") else ""
         _say(
             trainer,
             f"fit: {type(backbone).__name__} with {_count(count)} parameters on "
-            f"{_devices(trainer)}, from {start}{end}, in {_folder(trainer)}",
+            f"{_devices(trainer)}, from {start}{end}, in {_shown(_folder(trainer))}",
         )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -41,7 +41,7 @@ class RunLines(L.Callback):
             return
         saved = next((each for each in _callbacks(trainer) if isinstance(each, Checkpoints)), None)
         path = saved and (saved.last_model_path or saved.best_model_path)
-        where = f"checkpoint {path}" if path else "no checkpoint was written"
+        where = f"checkpoint {_shown(path)}" if path else "no checkpoint was written"
         _say(trainer, f"fit: ended at step {trainer.global_step}, {where}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -62,7 +62,7 @@ def _weights(trainer: L.Trainer, pl_module: Any) -> str:  # noqa: ANN401 - each 
     averages = any(isinstance(each, EMA) and each.num_updates for each in _callbacks(trainer))
     steps = getattr(pl_module, "trained_steps", 0)
     at = f" at step {steps}" if steps else ""
-    return f"{'averaged (EMA) ' if averages else ''}weights of {trainer.ckpt_path}{at}"
+    return f"{'averaged (EMA) ' if averages else ''}weights of {_shown(trainer.ckpt_path)}{at}"
 
 
 def _folder(trainer: L.Trainer) -> Path:
@@ -71,6 +71,14 @@ def _folder(trainer: L.Trainer) -> Path:
     return (
         Path(str(trainer.log_dir or trainer.default_root_dir)) if record is None else record.folder
     )
+
+
+def _shown(path: str | Path) -> str:
+    """A path as the user would type it: relative if it is below the working folder."""
+    here, local = Path.cwd(), "://" not in str(path)
+    if local and Path(path).is_absolute() and Path(path).is_relative_to(here):
+        return str(Path(path).relative_to(here))
+    return str(path)
 
 
 def _devices(trainer: L.Trainer) -> str:

@@ -105,7 +105,7 @@ def step_scheduler(scheduler: Any) -> None:  # noqa: ANN401 - Lightning's own lo
 
 
 def forget_balancers_schedule(checkpoint: dict[str, Any]) -> None:
-    """Give the balancer its own learning rate in a checkpoint of version 0.1, which scheduled it."""
+    """Undo what schedulers of version 0.1 did to the balancer's learning rate in a checkpoint."""
     for state in checkpoint.get("lr_schedulers") or []:
         for each in (state, *state.get("_schedulers", [])):
             for name in _BY_GROUP:
