@@ -127,9 +127,9 @@ def planned_steps(trainer: L.Trainer) -> float | None:
     epochs, limit = trainer.max_epochs, trainer.limit_train_batches
     if epochs in (-1, None):
         return by_steps
-    data = getattr(trainer, "datamodule", None)
-    if data is None:
-        return None if by_steps == float("inf") else by_steps
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "train_images"):  # loaders, or a module of the user's own
+        return None
     batches = len(data.train_images) // data.batch_size
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     return min(by_steps, epochs * batches)

@@ -2,12 +2,14 @@
 
 import inspect
 
+import lightning as L
 import pytest
 import torch
 from tiny_fit import BATCHES, fit, module
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
+from ant_lightning.data import DigitsData
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.optimizers import forget_balancers_schedule, step_scheduler
 
@@ -131,6 +133,27 @@ def test_a_cycle_that_ends_before_the_run_is_refused_before_it_starts(
     with pytest.raises(ConfigError, match=rf"model\.lr_scheduler\.total_steps: .* {found}"):
         fit(tmp_path, model=model, method="uw", **limits)
     assert not list(tmp_path.iterdir())
+
+
+def test_with_loaders_the_epochs_are_not_counted_beforehand(tmp_path):
+    one_cycle = {
+        "lr_scheduler": lambda o: schedulers.OneCycleLR(o, 0.5, total_steps=BATCHES),
+        "warmup_steps": 0,
+    }
+    data = DigitsData(batch_size=300)
+    trainer = L.Trainer(
+        max_epochs=1,
+        max_steps=100,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        limit_val_batches=0,
+    )
+    trainer.fit(module("vanilla", **one_cycle), data.train_dataloader())
+    assert trainer.global_step == BATCHES
 
 
 @pytest.mark.parametrize("total", [1, 2, 4])
