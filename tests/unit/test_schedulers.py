@@ -152,7 +152,8 @@ def test_with_loaders_the_epochs_are_not_counted_beforehand(tmp_path):
         accelerator="cpu",
         limit_val_batches=0,
     )
-    trainer.fit(module("vanilla", **one_cycle), data.train_dataloader())
+    loaders = data.train_dataloader(), data.val_dataloader()
+    trainer.fit(module("vanilla", **one_cycle), *loaders)
     assert trainer.global_step == BATCHES
 
 
