@@ -34,8 +34,6 @@ _WARNINGS = (
     r"TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled",
     # Every image of the loaders of this package is on one rank.
     r"Using `DistributedSampler` with the dataloaders",
-    # `predict` finds all of its images drawn.
-    r"Total length of `DataLoader` across ranks is zero",
     # A run that is resumed goes on in its own folder, or was asked for another.
     r"Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed from",

@@ -41,7 +41,7 @@ _BOOKKEEPING = (
     "last_model_path",
     "_recent",
 )
-_OF_RUN = (*_BOOKKEEPING, "_last_checkpoint_saved", "_last_global_step_saved")
+_OF_RUN = (*_BOOKKEEPING, "_kept_now", "_last_checkpoint_saved", "_last_global_step_saved")
 
 
 def _check_filename(name: str | None) -> None:

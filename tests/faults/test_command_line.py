@@ -51,7 +51,8 @@ def test_stopped_damaged_and_gone_on_with(tmp_path, capsys):
         "ant-lightning: error: told to stop; go on with --ckpt_path last"
     )
     folder = next((tmp_path / "run").rglob("checkpoints"))
-    assert len(list(folder.iterdir())) == 3
+    # At step 3 and at the last one, which it may be itself.
+    assert len(list(folder.iterdir())) in {2, 3}
     for path in folder.glob("*.ckpt"):
         if path.stat().st_mtime_ns == max(p.stat().st_mtime_ns for p in folder.iterdir()):
             path.write_bytes(path.read_bytes()[:5000])
