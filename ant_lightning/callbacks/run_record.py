@@ -87,6 +87,8 @@ class RunRecord(L.Callback):
     ) -> None:
         """Leave no folder of a run that never began."""
         if not self._started:
+            for logger in trainer.loggers:  # a thread of TensorBoard's may still be writing
+                logger.finalize("failed")
             self.discard()
 
     def discard(self) -> None:
