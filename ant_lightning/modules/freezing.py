@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from lightning.pytorch.utilities.types import LRSchedulerConfig
     from torch import nn
     from torch.optim import Optimizer
 
@@ -19,9 +16,10 @@ __all__ = ["TrainedParameters"]
 class TrainedParameters:
     """Which parameters of a network need a gradient: at the start of a run, and in this step.
 
-    What is thawed joins the optimizer's first group, unless somebody gave it to the optimizer: the
-    scheduler of learning rates was made for the groups there were. A checkpoint written after a
-    change says so, and a run that starts as the first one did goes on with it.
+    What is thawed joins the optimizer's first group, which the scheduler of learning rates knows,
+    unless somebody gave it to the optimizer in a group of its own, with its own learning rate. A
+    checkpoint written after a change says so, and a run that starts as the first one did goes on
+    with it.
     """
 
     def __init__(self) -> None:
@@ -54,26 +52,12 @@ class TrainedParameters:
         self._last = {id(p) for _, p in named if p.requires_grad}
         return [p for name, p in named if name in self._optimized]
 
-    def follow(
-        self, network: nn.Module, optimizer: Optimizer, schedulers: Iterable[LRSchedulerConfig]
-    ) -> list[nn.Parameter]:
-        """Give the optimizer what was thawed since the last step; all parameters of the network.
-
-        Raises:
-            ConfigError: If it was given a group that a scheduler of learning rates does not know.
-        """
+    def follow(self, network: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+        """Give the optimizer what was thawed since the last step; all parameters of the network."""
         parameters = list(network.parameters())
         trained = {id(p) for p in parameters if p.requires_grad}
         if self._start is not None and not trained <= self._last:
             first, *others = optimizer.param_groups
-            for each in schedulers:
-                known = len(getattr(each.scheduler, "base_lrs", optimizer.param_groups))
-                if known != 1 + len(others):
-                    raise ConfigError(
-                        f"optimizer: must keep the {known} parameter groups that its scheduler was "
-                        f"made for, found {1 + len(others)}: thawed parameters need no group of "
-                        "their own, they join the first"
-                    )
             elsewhere = {id(p) for group in others for p in group["params"]}
             own = {id(p) for p in first["params"]} | (trained - self._last - elsewhere)
             # In the network's order: a checkpoint's moments are told apart by their places.

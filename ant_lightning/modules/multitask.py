@@ -179,7 +179,8 @@ class MultiTaskDiffusion(DiffusionModule):
             schedule, prediction_type=prediction_type, variance_type=variance_type
         )
         warn_of_other_model(clustering, backbone)
-        self.clusters: TimestepClusters = clustering(self.process.log_snr)
+        self.first_clusters: TimestepClusters = clustering(self.process.log_snr)
+        self.clusters = self.first_clusters
         self.cluster_history = [(0, self.clusters.boundaries)]  # by the steps that were made before
         self.balancer = balancer
         self.timestep_sampling = timestep_sampling or ("stratified" if balancer else "uniform")
@@ -323,9 +324,7 @@ class MultiTaskDiffusion(DiffusionModule):
         report = multitask_backward(
             statistics.once(self.losses(x_start, draws, unweighted=unweighted)),
             draws.tasks,
-            self._trained.follow(
-                self.backbone, self.trainer.optimizers[0], self.trainer.lr_scheduler_configs
-            ),
+            self._trained.follow(self.backbone, self.trainer.optimizers[0]),
             self.balancer,
             num_tasks=self.num_tasks,
             priors=self._priors(),

@@ -77,11 +77,12 @@ def test_thawed_parameters_may_have_a_group_of_their_own(tmp_path, balancer):
     assert len(held) == len(set(held))
 
 
-def test_a_group_that_the_scheduler_does_not_know_is_refused(tmp_path):
-    with pytest.raises(ConfigError) as error:
-        train(tmp_path, Switch(thaw=True, own_group=True), PCGrad(3), warmup_steps=3)
-    assert "must keep the 1 parameter groups" in str(error.value)
-    assert "found 2: thawed parameters need no group" in str(error.value)
+def test_a_group_of_their_own_keeps_its_learning_rate_under_a_scheduler(tmp_path):
+    switch = Switch(thaw=True, own_group=True)
+    model = train(tmp_path, switch, UncertaintyWeighting(3), warmup_steps=10)
+    assert switch.moved == [False, False, True, True, True]
+    rates = [group["lr"] for group in model.optimizers().param_groups]
+    assert rates == [pytest.approx(0.6e-4), 0.025, 1e-4]
 
 
 @pytest.mark.parametrize("thaw", [True, False], ids=["thaw", "freeze"])
