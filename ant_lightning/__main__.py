@@ -112,7 +112,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    """One line on standard error, whatever characters file names have and it can show."""
+    """Print one line on standard error, escaping characters that its encoding lacks."""
     line = "ant-lightning: error: " + " ".join(message.split())
     encoding = sys.stderr.encoding or "ascii"
     print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)

@@ -76,7 +76,7 @@ class AntCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}"})
-        # Its table has what a first line says, and FLOPs that manual optimization leaves at 0.
+        # `RunLines` replaces its table, whose FLOPs are 0 under manual optimization.
         parser.set_defaults({"trainer.enable_model_summary": False})
 
     def _prepare_subcommand_parser(
@@ -176,7 +176,7 @@ class AntCLI(LightningCLI):
         config = self.config[self.command]
         content = _read_checkpoint(config)
         check_trainer_settings(config.trainer)
-        # As the user gave it: the record must start a run of its own, in a folder of its own.
+        # As the user gave it: starting from the record must create a new run in a new folder.
         self._dump_config()
         given = config.clone()
         if content is not None and self.command == "fit":
@@ -206,7 +206,7 @@ def _read_checkpoint(config: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a 
     return read_whole_checkpoint(Path(path))
 
 
-# The module compares these itself, because it has to act: `resume_with_settings`.
+# The module compares and applies these itself, in `resume_with_settings`.
 _MODULES_OWN = (
     "model.optimizer",
     "model.lr_scheduler",
@@ -214,7 +214,7 @@ _MODULES_OWN = (
     "model.balancer.lr",
     "model.balancer.weights",
 )
-# A checkpoint brings what these were used for: weights, and PCGrad's random state.
+# These only matter at the start of a run: a checkpoint holds weights and PCGrad's random state.
 _START_ONLY = ("model.init_from", "model.init_weights")
 
 
@@ -224,14 +224,14 @@ def _has_pcgrad(config: dict[str, Any]) -> bool:
 
 
 def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) -> None:
-    """One line for each setting that this run does not share with the one it resumes."""
+    """Print one line for each setting that differs from the resumed run's."""
     stored = stored_settings(content, path)
     if stored is None or getattr(rank_zero_only, "rank", None):
         return
     for name, pair in changed_settings(stored, config).items():
         if not name.startswith(_MODULES_OWN):
             kept = name in _START_ONLY or (name == "model.balancer.seed" and _has_pcgrad(config))
-            effect = "has no effect any more" if kept else "from here on"
+            effect = "has no effect in a resumed run" if kept else "from now on"
             say_changed({name: pair}, effect=effect)
 
 

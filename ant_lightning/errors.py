@@ -25,7 +25,7 @@ class FileError(ConfigError):
 
 
 class NonFiniteError(RuntimeError):
-    """Training has diverged: what should be kept or shown has a NaN or an infinity.
+    """Training has diverged: a result to be stored or shown has a NaN or an infinity.
 
     Too many steps in a row had one in a loss or a gradient, or the weights or images have one.
     """

@@ -1,8 +1,7 @@
-"""Mistakes that can be seen in a command line and its files alone, before anything is imported.
+"""Finds mistakes in a command line and its files before PyTorch and Lightning are imported.
 
-To import PyTorch and Lightning takes many times longer than to say that a file is missing. Only
-what the parser and the modules refuse as well is refused here; what this look does not understand
-it leaves to them.
+Importing them takes many times longer than noticing a missing file. Everything refused here is
+also refused by the parser or the modules; what this check does not understand is left to them.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ _RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWrit
 _ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter"}
 _GROUPS = _RUN_GROUPS | _ENCODE_GROUPS
 _FLAGS = ("-h", "--help", "--print_config")
-# Settings whose classes are ours, if the user has none of their own.
+# Settings whose short names mean our classes, unless the user brings their own.
 _OURS = {
     f"model.{name}" for name in ("balancer", "clustering", "schedule", "sampler", "loss_weighting")
 }
-# A class of somebody else may bring more classes with it, which then have short names too.
+# Importing another package may add classes, which then have short names too.
 _KNOWN_PACKAGES = {"ant_lightning", "lightning", "torch", "torchvision", "torchjd", "diffusers"}
 
 
@@ -43,7 +42,7 @@ def first_look(arguments: Sequence[str]) -> None:
     """Look for mistakes in the arguments of a command.
 
     Raises:
-        ConfigError: Naming the setting or the file, the rule and the value found.
+        ConfigError: If there is one; names the setting or file, the rule and the value found.
     """
     command, *args = arguments
     if command == "report":
@@ -77,7 +76,7 @@ def first_look(arguments: Sequence[str]) -> None:
 
 
 def top_settings(command: str) -> list[str] | None:
-    """Names that may stand at the top of a config of a command; None if that is not known."""
+    """Top-level names allowed in a command's config; None if unknown."""
     if command == "encode":
         return sorted({"config", "print_config", "data", "device", *_ENCODE_GROUPS})
     method = lightning_arguments("trainer/trainer.py", "Trainer", command)
@@ -89,7 +88,7 @@ def top_settings(command: str) -> list[str] | None:
 
 
 def _options(args: Sequence[str]) -> list[tuple[str, str, str]] | None:
-    """Name, value and text of each option; None for a command line of another kind."""
+    """Name, value and text of each option; None if the command line has any other form."""
     found, rest = [], list(args)
     while rest:
         text = rest.pop(0)
@@ -139,12 +138,12 @@ def _loaded_file(value: str) -> Any:  # noqa: ANN401 - whatever it holds
 def _loaded(text: str) -> Any:  # noqa: ANN401
     try:
         return load_yaml(text)
-    except Exception:  # it may be a text that is no YAML, as the parser knows
+    except Exception:  # not YAML: the parser decides whether a string is valid here
         return text
 
 
 def _nested(name: str, value: str) -> dict[str, Any]:
-    """An option as a config would have it; one that adds to a list hides the list."""
+    """An option as a nested config; a `+` option becomes an opaque value that no check inspects."""
     inner: Any = object() if name.endswith("+") else _loaded(value)
     for part in reversed(name.removesuffix("+").split(".")):
         inner = {part: inner}
@@ -152,7 +151,7 @@ def _nested(name: str, value: str) -> dict[str, Any]:
 
 
 def _merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
-    """Later settings replace earlier ones; `init_args` stand beside their `class_path`."""
+    """Merge settings, later ones first; `init_args` are moved up beside their `class_path`."""
     if not isinstance(settings, dict):
         return
     for name, value in settings.items():
@@ -161,7 +160,7 @@ def _merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
             continue
         before = into.get(name)
         if name == "class_path" and before not in (None, value):
-            into.clear()  # another class: the parser keeps of the old settings what fits
+            into.clear()  # another class: the parser keeps those old settings that still fit
         if isinstance(value, dict):
             if isinstance(before, str):
                 before = {"class_path": before}
@@ -185,7 +184,7 @@ def _check_run(settings: dict[str, Any]) -> None:
 
 
 def _check_trainer(trainer: Any) -> None:  # noqa: ANN401
-    """The flags with values that need no class; a word may yet be no number to the parser."""
+    """Check flags with plain values; strings are left to the parser, which may convert them."""
     if isinstance(trainer, dict):
         plain = {
             name: value
@@ -199,10 +198,10 @@ def _check_trainer(trainer: Any) -> None:  # noqa: ANN401
 
 
 def _check_groups(settings: dict[str, Any]) -> None:
-    """Names inside the groups of settings that every run has."""
+    """Check the names of settings inside groups whose class is fixed."""
     for group in ("trainer", *_GROUPS):
         known, inner = _group_arguments(group), settings.get(group)
-        if known is None or not isinstance(inner, dict) or "class_path" in inner:  # a file's name
+        if known is None or not isinstance(inner, dict) or "class_path" in inner:  # a file name
             continue
         for name in inner:
             if name not in known:
@@ -211,7 +210,7 @@ def _check_groups(settings: dict[str, Any]) -> None:
 
 
 def _check_classes(settings: dict[str, Any]) -> None:
-    """Names of classes that are ours, and of their arguments."""
+    """Check the names of our classes and of their arguments."""
     places = list(_class_paths(settings, ""))
     if any("." in found and found.split(".")[0] not in _KNOWN_PACKAGES for _, found, _ in places):
         return
@@ -231,7 +230,7 @@ def _check_classes(settings: dict[str, Any]) -> None:
 
 
 def _class_paths(value: Any, setting: str) -> Iterator[tuple[str, str, dict[str, Any]]]:  # noqa: ANN401
-    """Setting, class and settings of each class that is named."""
+    """The setting, class and inner settings of each class that is named."""
     if isinstance(value, dict):
         if isinstance(value.get("class_path"), str):
             yield setting, value["class_path"], value
@@ -245,7 +244,7 @@ def _class_paths(value: Any, setting: str) -> Iterator[tuple[str, str, dict[str,
 
 
 def _flat(entry: Any) -> Any:  # noqa: ANN401
-    """An entry of a list with its `init_args` beside its `class_path`."""
+    """A list entry with its `init_args` moved up beside its `class_path`."""
     flat: dict[str, Any] = {}
     _merge(flat, entry)
     return flat

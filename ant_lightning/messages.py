@@ -62,12 +62,12 @@ def first_config_error(error: BaseException) -> ConfigError:
 
 
 def needed(settings: str) -> str:
-    """What to say of settings that have no default and are not given."""
+    """Message for required settings that are not given."""
     return f"{settings}: needed, found nothing; give a --config FILE that sets them"
 
 
 def no_such_option(unknown: str, options: Iterable[str]) -> str:
-    """What to say of an option that a command does not have, with the one it may be meant for."""
+    """Message for an unknown option, with the closest known one."""
     name = re.split(r"[=\s]", unknown, maxsplit=1)[0]
     known = ["--model.optimizer", "--model.lr_scheduler", *options]
     close = get_close_matches(name, known, n=1, cutoff=0.7)
@@ -76,12 +76,12 @@ def no_such_option(unknown: str, options: Iterable[str]) -> str:
 
 
 def unknown_class(setting: str, found: str) -> str:
-    """What to say of a class that does not exist."""
+    """Message for a class that does not exist."""
     return f"{setting}: no class is called {found!r}{_other_class(found)}"
 
 
 def suggestion(name: str, candidates: Iterable[str]) -> str:
-    """The name that another one may be meant for."""
+    """A hint with the candidate closest to `name`; empty if none is close."""
     close = get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -1,4 +1,4 @@
-"""Which parameters are differentiated, and what they must be, in training and in analyses."""
+"""Selects and checks the parameters that training and analyses differentiate."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def trained_parameters(parameters: Iterable[P]) -> list[P]:
-    """Those that need a gradient, each once, in the order of their first mention.
+    """The parameters that need a gradient, each once, in order of first appearance.
 
-    They may be of different dtypes, empty, transposed, or slices of larger tensors. Call it anew
-    for every step: parameters may be frozen, thawed or cast in between.
+    They may have different dtypes, be empty or transposed, or be slices of larger tensors. Call
+    this again for every step: parameters may be frozen, thawed or cast in between.
 
     Raises:
-        ConfigError: If there are none, or one is complex, sparse, not yet initialised, no leaf of
-            the graph, or has several elements in one place of memory.
+        ConfigError: If there are none, or one is complex, sparse, not yet initialised, not a leaf
+            of the graph, or has several elements sharing one memory location.
     """
     found: dict[int, P] = {}
     for index, p in enumerate(parameters):
@@ -42,12 +42,12 @@ def trained_parameters(parameters: Iterable[P]) -> list[P]:
 
 
 def same_tensors(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
-    """Whether both have the same tensors, as objects, in the same order."""
+    """Whether both hold the same tensor objects in the same order."""
     return [id(each) for each in left] == [id(each) for each in right]
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether its elements fill one stretch of memory, in whatever order of dimensions."""
+    """Whether the elements fill one contiguous block of memory, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -82,7 +82,7 @@ def _check(p: Tensor, index: int) -> None:
             "parameters: each must be a leaf, not the result of an operation, "
             f"found {_described(p, index)} made by {type(p.grad_fn).__name__}"
         )
-    # No step in place can be right for them; PyTorch's optimizers refuse some and not others.
+    # No in-place step is correct for these; PyTorch's optimizers refuse only some of them.
     if not p.is_contiguous() and _overlaps(p):
         raise ConfigError(
             "parameters: each element must have its own place in memory, "
@@ -91,7 +91,7 @@ def _check(p: Tensor, index: int) -> None:
 
 
 def _steps(tensor: Tensor) -> list[tuple[int, int]]:
-    """Stride and size of each dimension with more than one element, by stride."""
+    """Stride and size of each dimension with more than one element, sorted by stride."""
     if not tensor.numel():
         return []
     steps = zip(tensor.stride(), tensor.shape, strict=True)
@@ -99,8 +99,8 @@ def _steps(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory, or dimensions are interleaved so that they might."""
-    reach = 0  # of the dimensions with smaller strides
+    """Whether elements share memory, or might because dimensions are interleaved."""
+    reach = 0  # largest offset in the dimensions with smaller strides
     for stride, size in _steps(tensor):
         if stride <= reach:
             return True

@@ -1,4 +1,4 @@
-"""What Lightning and PyTorch print on every run and nobody can act on is left out."""
+"""Hides what Lightning and PyTorch print on every run although nobody can act on it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 __all__ = ["keep_quiet"]
 
-# Advertisements, facts that hold on every machine of a kind, and what our own lines say better.
+# Advertisements, facts about the machine, and what our own lines say better.
 _LINES = (
     "Tip: For seamless cloud",
     "Seed set to ",
@@ -25,16 +25,16 @@ _LINES = (
     "batch per epoch will be used.",
 )
 _WARNINGS = (
-    # The images of small data sets are in memory: processes that load would only cost.
+    # Small data sets are in memory: loading processes would only add overhead.
     r"The '.*_dataloader' does not have many workers",
-    # Logging goes by the steps of the run, not by those of an epoch.
+    # Logging intervals count steps of the run, not of an epoch.
     r"The number of training batches .* is smaller than the logging interval",
-    # It was chosen.
+    # The user chose so.
     r"GPU available but not used",
     r"TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled",
-    # Every image of the loaders of this package is on one rank.
+    # Our loaders give each image to exactly one rank.
     r"Using `DistributedSampler` with the dataloaders",
-    # A run that is resumed goes on in its own folder, or was asked for another.
+    # A resumed run continues in its own folder, or the user chose another one.
     r"Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed from",
 )
@@ -43,13 +43,13 @@ _FEWER_CALLBACKS = r"Be aware that when using `ckpt_path`, callbacks used to cre
 
 
 def keep_quiet(command: str) -> None:
-    """Leave out known lines and warnings, and the deprecations of third parties."""
+    """Hide known lines and warnings, and third-party deprecation warnings."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_wanted)
     for pattern in _WARNINGS if command == "fit" else (*_WARNINGS, _FEWER_CALLBACKS):
         warnings.filterwarnings("ignore", pattern)
-    # Of their callers among each other, as this package raises none.
+    # All of these come from third parties: this package raises none.
     for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category)
 

@@ -1,7 +1,7 @@
 """Which folder a command works in, and which checkpoint `--ckpt_path last` means.
 
-A run has a folder of its own, `<save_dir>/<name>/<version>`, whatever logs it: `checkpoints`, the
-settings (`config.yaml`), pictures and tables lie there.
+Every run has its own folder, `<save_dir>/<name>/<version>`, with any logger or none. It holds the
+checkpoints, the settings (`config.yaml`), pictures and tables.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["RunFolder", "check_writable", "choose_run_folder", "stored_settings"]
 
-_FILE_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # they have a folder for each version
+_FILE_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # one folder per version
 _DEFAULT_LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"
 _DEFAULT_NAME = "lightning_logs"
-_NAMES = ("project", "experiment_name", "name")  # of a run's group, for other loggers
+_NAMES = ("project", "experiment_name", "name")  # how other loggers name a group of runs
 _VERSIONS = ("version", "id", "run_id", "experiment_key")
 
 
@@ -56,19 +56,20 @@ def choose_run_folder(
     """Choose the folder, and set loggers, checkpoints and `ckpt_path` in `config` accordingly.
 
     - `ckpt_path: last` is replaced by the checkpoint with the most steps in this run's own folder:
-      that of the logger's `version`, or without one, any version that has the same settings. If
-      there is none, `fit` starts from the beginning: a scheduler repeats one command.
-    - Other commands work in the folder of their checkpoint's run.
-    - A `fit` that does not resume gets a new folder; `fast_dev_run` needs none.
+      the folder of the logger's `version` or, without one, any version with the same settings. If
+      there is no checkpoint, `fit` starts from the beginning, because a cluster's scheduler repeats
+      the same command for every start.
+    - Other commands work in the run folder of their checkpoint.
+    - A `fit` that does not resume gets a new folder; `fast_dev_run` gets none.
 
     Args:
         config: The parser's namespace of the command.
-        command: Its name.
+        command: The name of the command.
         settings: The configuration as plain values.
 
     Raises:
         ConfigError: If `last` finds only runs with other settings, or no checkpoint (for commands
-            that need one), or a new run would write into the folder of another.
+            that need one), or a new run would write into another run's folder.
     """
     place = _Place.of(config)
     dirpath = config.checkpoint.get("dirpath")
@@ -96,9 +97,9 @@ def choose_run_folder(
 
 
 def stored_settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    """The settings of the run that wrote a checkpoint; None if they are not known.
+    """The settings of the run that wrote a checkpoint; None if unknown.
 
-    Runs of version 0.1 have them in the `config.yaml` of their folder only.
+    Runs of version 0.1 store them only in the `config.yaml` of their folder.
     """
     found = (checkpoint.get("ant_lightning") or {}).get("settings")
     if isinstance(found, dict):
@@ -114,10 +115,10 @@ def stored_settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]
 
 
 def check_writable(trainer: L.Trainer, folders: Mapping[str, str | Path | None]) -> None:
-    """Try, before anything is trained, to write where logs and checkpoints will go.
+    """Check, before training starts, that logs and checkpoints can be written.
 
     Raises:
-        ConfigError: Naming the folder and the reason.
+        ConfigError: If a folder is not writable; names the folder and the reason.
     """
     places = [("trainer.logger.save_dir", logger.save_dir) for logger in trainer.loggers]
     for setting, folder in [*places, *folders.items()]:
@@ -149,7 +150,7 @@ class _Place:
         trainer = config.trainer
         default = Path(trainer.get("default_root_dir") or ".")
         given = trainer.get("logger")
-        if given in (None, True):  # Lightning would make the same one
+        if given in (None, True):  # the logger that Lightning would create
             init = Namespace(save_dir=str(default), name=_DEFAULT_NAME, version=_slurm_job())
             trainer.logger = given = Namespace(class_path=_DEFAULT_LOGGER, init_args=init)
         loggers = [each for each in _as_list(given) if hasattr(each, "class_path")]
@@ -166,18 +167,18 @@ class _Place:
         return cls(loggers, root, _version(init))
 
     def runs(self) -> list[Path]:
-        """The folders that may be this run's."""
+        """The folders that may belong to this run."""
         if self.version is not None:
             return [self.root / self.version]
         return [each.parent for each in sorted(self.root.glob("*/checkpoints"))]
 
     def reserve(self) -> Path:
-        """Make the next free `version_N`; two runs that start at once get two folders."""
+        """Create the next free `version_N`; runs that start at once get different folders."""
         taken = [re.fullmatch(r"version_(\d+)", path.name) for path in self.root.glob("version_*")]
         number = max((int(match.group(1)) + 1 for match in taken if match), default=0)
         while True:
             folder = self.root / f"version_{number}"
-            if not _is_first_rank():  # told the folder by the first, later
+            if not _is_first_rank():  # `RunRecord` broadcasts the first rank's folder later
                 return folder
             try:
                 folder.mkdir(parents=True)
@@ -192,7 +193,7 @@ class _Place:
                 return folder
 
     def bind(self, folder: Path) -> None:
-        """Let every logger without a version log into `folder`, as the run there did."""
+        """Make every logger without a version log into `folder`, as the run in it did."""
         versions = logger_versions(folder)
         for logger in self.loggers:
             kind = str(logger.class_path).rpartition(".")[-1]
@@ -232,8 +233,8 @@ def _last(folders: list[Path], settings: Mapping[str, Any], *, needed: bool) -> 
         then, now = ("null" if each is None else each for each in pair)
         raise ConfigError(
             f"ckpt_path: 'last' must be of a run with the same {name}, found {then} in {path} and "
-            f"{now} here; to go on with a changed setting give the path of the checkpoint, to "
-            "train a run beside it give another trainer.logger.version"
+            f"{now} here; to resume with a changed setting give the path of the checkpoint, to "
+            "train a separate run give another trainer.logger.version"
         )
     places = ", ".join(str(folder) for folder in folders)
     if needed:
@@ -245,7 +246,7 @@ def _last(folders: list[Path], settings: Mapping[str, Any], *, needed: bool) -> 
 
 
 def _check_free(config: Any, place: _Place, dirpath: str | None) -> None:  # noqa: ANN401
-    """Refuse to begin a run where another has its checkpoints."""
+    """Refuse to start a run where another run keeps its checkpoints."""
     if dirpath:
         setting, folder = "checkpoint.dirpath", Path(dirpath)
     elif place.version is not None:
@@ -264,7 +265,7 @@ def _check_free(config: Any, place: _Place, dirpath: str | None) -> None:  # noq
 
 
 def _run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that wrote a checkpoint, if it lies where runs keep them."""
+    """The folder of the run that wrote a checkpoint, if the checkpoint is in a run folder."""
     folder = checkpoint.parent
     return folder.parent if folder.name == "checkpoints" else None
 
@@ -283,7 +284,7 @@ def _version(init: Any) -> str | None:  # noqa: ANN401
 
 
 def _version_argument(class_path: str) -> str:
-    """The argument by which a logger goes on with an earlier run of its service."""
+    """The constructor argument with which a logger continues an earlier run of its service."""
     module, _, name = class_path.rpartition(".")
     known = inspect.signature(getattr(import_module(module), name)).parameters
     return next((each for each in _VERSIONS if each in known), "version")

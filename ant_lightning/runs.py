@@ -1,4 +1,4 @@
-"""A ready module from what a run left on the disk: its checkpoint and its settings."""
+"""Loads a trained module from a run's checkpoint and settings."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ def load_run(
     config: str | Path | None = None,
     trust: Sequence[str] = (),
 ) -> L.LightningModule:
-    """The module of a run with the weights that it trained, in evaluation mode on the CPU.
+    """The module of a run with its trained weights, in evaluation mode on the CPU.
 
         module = load_run("runs/digits/version_0")
         images = module.sample(16)
 
-    Its settings are those that the checkpoint holds, or else `config.yaml` in the run's folder.
-    Nothing in the checkpoint can run, and the settings can make classes of ant_lightning, torch,
-    lightning and diffusers alone.
+    The settings come from the checkpoint, or else from `config.yaml` in the run's folder. Nothing
+    in the checkpoint can run, and the settings may only name classes of ant_lightning, torch,
+    lightning and diffusers.
 
     Args:
-        path: The folder of a run, whose checkpoint with the most steps is taken, or a checkpoint.
-        weights: `ema` for the averages, `model` for the live weights.
-        config: The settings of the run, where they are not stored with it.
+        path: A checkpoint, or the folder of a run, whose checkpoint with the most steps is loaded.
+        weights: `ema` for the averaged weights, `model` for the live ones.
+        config: The settings of the run, if they are not stored with it.
         trust: Other packages, modules or classes that the settings may name.
 
     Raises:
         ConfigError: If there is no checkpoint or no settings, the settings name a class that is not
-            trusted, or they are those of another model.
+            trusted, or they do not fit the checkpoint.
         FileError: If the checkpoint is damaged, or would run code.
     """
     if weights not in {"ema", "model"}:
@@ -69,7 +69,7 @@ def load_run(
 
 
 def _checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The file, or the one with the most steps of a run's folder, and its content."""
+    """The checkpoint at `path`, or the one with the most steps in a run folder; its content."""
     if not path.is_dir():
         return path, read_whole_checkpoint(path, setting="path")
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -80,7 +80,7 @@ def _checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _settings(path: Path, content: dict[str, Any], config: str | Path | None) -> dict[str, Any]:
-    """What the run was started with: as given, as in its checkpoint, or as in its folder."""
+    """The settings of the run: from `config`, its checkpoint or its folder, in this order."""
     stored, source = content.get("ant_lightning", {}).get("settings"), path
     folder = path.resolve().parent.parent
     record = config if config is not None or stored is not None else newest_record(folder)
@@ -91,7 +91,7 @@ def _settings(path: Path, content: dict[str, Any], config: str | Path | None) ->
     if stored is None:
         raise ConfigError(
             f"config: needed, as {path} holds no settings and there is no config.yaml in {folder}; "
-            "give that of its run, or use load_from_checkpoint with the arguments of the module"
+            "give the run's config.yaml, or use load_from_checkpoint with the module's arguments"
         )
     if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
         raise FileError(f"config: {source} must hold the settings of a model, found none")
@@ -99,10 +99,10 @@ def _settings(path: Path, content: dict[str, Any], config: str | Path | None) ->
 
 
 def _made(settings: dict[str, Any], name: str, trust: Sequence[str]) -> Any:  # noqa: ANN401
-    """The model or the data that the settings describe."""
+    """Construct the model or the data that the settings describe."""
     kinds = {"model": L.LightningModule, "data": L.LightningDataModule}
     chosen = {**settings[name], "init_args": dict(settings[name].get("init_args") or {})}
-    chosen["init_args"].pop("init_from", None)  # the checkpoint has what was made of it
+    chosen["init_args"].pop("init_from", None)  # the checkpoint's weights replace it
     seed = settings.get("seed_everything")
     if chosen["init_args"].get("seed", 0) is None and type(seed) is int:
         chosen["init_args"]["seed"] = seed
@@ -111,24 +111,24 @@ def _made(settings: dict[str, Any], name: str, trust: Sequence[str]) -> Any:  # 
     parser.add_subclass_arguments(kinds[name], name, required=True)
     try:
         parsed = parser.parse_object({name: chosen})
-        _check_trusted(parsed.as_dict(), trust)  # short names are known by now
+        _check_trusted(parsed.as_dict(), trust)  # the parser has expanded short names
         return parser.instantiate_classes(parsed)[name]
-    except Exception as error:  # constructors of what the settings name
+    except Exception as error:  # constructors may raise anything
         raise first_config_error(error) from error
 
 
 def _check_trusted(settings: object, trust: Sequence[str]) -> None:
-    """Refuse settings that name code of a package that is not trusted, before it is imported."""
+    """Refuse settings that name code from an untrusted package, before it is imported."""
     for name in _imports(settings):
         if not any(name == each or name.startswith(f"{each}.") for each in (*_TRUSTED, *trust)):
             raise ConfigError(
-                f"trust: the settings name {name}, which is not of {', '.join(_TRUSTED)}; if you "
+                f"trust: the settings name {name}, which is not in {', '.join(_TRUSTED)}; if you "
                 f"trust that code, pass trust=[{name.rpartition('.')[0]!r}]"
             )
 
 
 def _imports(value: object) -> Iterator[str]:
-    """Every text that stands for a class, or could: the parser takes a bare path for one too."""
+    """Every string that names a class, or could: the parser also accepts a bare import path."""
     if isinstance(value, dict):
         for key, each in value.items():
             if key == "class_path" and isinstance(each, str) and "." in each:
@@ -139,7 +139,7 @@ def _imports(value: object) -> Iterator[str]:
         for each in value:
             yield from _imports(each)
     elif isinstance(value, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", value):
-        # Nothing is imported by this; a text such as `weights.pt` names no package.
+        # `find_spec` of a top-level name imports nothing; `weights.pt` names no package.
         yield from [value] if find_spec(value.partition(".")[0]) else []
 
 
@@ -148,7 +148,7 @@ def _take_latent_space(
     settings: dict[str, Any],
     trust: Sequence[str],
 ) -> None:
-    """What latents mean, from the cache that was trained on: older checkpoints do not say it."""
+    """Take the meaning of latents from the training cache; older checkpoints do not store it."""
     data = settings.get("data")
     cached = isinstance(data, dict) and str(data.get("class_path")).endswith(LatentsData.__name__)
     if cached and getattr(module, "latent_space", 0) is None:

@@ -1,4 +1,4 @@
-"""The settings of a run by name, and how those of two runs differ."""
+"""The settings of a run by name, and how the settings of two runs differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["changed_settings", "trained_settings"]
 
 _GROUPS = ("seed_everything", "ema", "data", "model")
-# These change how fast, where or how images are drawn, and not what is trained.
+# These change speed, files or how images are drawn, but not what is trained.
 _NEUTRAL = (
     "data.num_workers",
     "model.accumulate_grad_batches",
@@ -34,10 +34,9 @@ def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def changed_settings(
     stored: Mapping[str, Any], current: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ and decide what is trained, with both values.
+    """The settings that decide what is trained and differ, each with both values.
 
-    Settings that one side does not know, because it is of another version of this package, do not
-    differ.
+    Settings that only one side has, because another version of this package wrote it, are ignored.
     """
     then, now = _flat(trained_settings(stored)), _flat(trained_settings(current))
     both = then.keys() & now.keys()
@@ -53,7 +52,7 @@ def _is_neutral(name: str) -> bool:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 - whatever YAML holds
-    """`model.optimizer.lr: 0.1` for nested settings; a class stands under the name it has."""
+    """Flatten nested settings to `model.optimizer.lr: 0.1`; `model.optimizer` holds the class."""
     if not isinstance(value, dict):
         return {name: value}
     inner = dict(value)

@@ -1,4 +1,4 @@
-"""Names of classes and of their arguments, read from source files without importing them."""
+"""Names of classes and their arguments, read from source files without importing them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEFINED = re.compile(r"^(?:(?:class|def) )?(\w+)(?=[(:]| = )", re.MULTILINE)
 
 @cache
 def class_names() -> dict[str, Path]:
-    """The classes of this package, and what else makes objects, with the file that defines it."""
+    """Top-level names of this package (classes, functions, variables), each with its file."""
     found = {}
     for path in sorted(_PACKAGE.rglob("*.py")):
         for name in _DEFINED.findall(path.read_text(encoding="utf8")):
@@ -25,7 +25,7 @@ def class_names() -> dict[str, Path]:
 
 
 def exported_names(package: str) -> list[str]:
-    """What `__all__` of a package of ours lists."""
+    """The `__all__` of one of our packages."""
     for node in _tree(_PACKAGE / package / "__init__.py").body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
             names: list[str] = ast.literal_eval(node.value)
@@ -34,23 +34,23 @@ def exported_names(package: str) -> list[str]:
 
 
 def arguments_of(name: str) -> set[str] | None:
-    """Arguments of the constructor of a class of ours; None if its source does not say.
+    """Constructor arguments of one of our classes; None if its source does not tell.
 
-    Those that it hands on with `**` are its base's.
+    A constructor that takes `**kwargs` also has the arguments of its bases.
     """
     path = class_names().get(name)
     return None if path is None else _constructor(path, name)
 
 
 def lightning_arguments(path: str, name: str, method: str = "__init__") -> set[str] | None:
-    """Arguments of a method of the Lightning that is installed; None if that is not found.
+    """Arguments of a method of the installed Lightning; None if it is not found.
 
     Args:
-        path: The file, below `lightning/pytorch`.
+        path: The file, relative to `lightning/pytorch`.
         name: The class.
-        method: Its method.
+        method: The method of the class.
     """
-    spec = find_spec("lightning")  # the name of a package: it is found and not imported
+    spec = find_spec("lightning")  # a top-level package is found without importing it
     places = list(spec.submodule_search_locations or []) if spec else []
     file = Path(places[0], "pytorch", path) if places else None
     if file is None or not file.is_file():
@@ -77,7 +77,7 @@ def _constructor(path: Path, name: str, method: str = "__init__") -> set[str] | 
 
 
 def _inherited(bases: list[str]) -> set[str] | None:
-    """Arguments that the constructor of one of the bases takes; None if one of them is unknown."""
+    """Constructor arguments of all bases together; None if any base is unknown."""
     found: set[str] = set()
     for base in bases:
         known = (
@@ -92,7 +92,7 @@ def _inherited(bases: list[str]) -> set[str] | None:
 
 
 def _last(base: ast.expr) -> str:
-    """The name of a base class, without its module and its type arguments."""
+    """The name of a base class, without module and type arguments."""
     if isinstance(base, ast.Subscript):
         base = base.value
     return base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")

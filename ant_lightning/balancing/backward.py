@@ -95,8 +95,8 @@ def multitask_backward(
             and `LowMemory` ask for two of them before that as well, in their first calls).
         tasks: Task of each sample of this rank's batch, `[b]` in `0 .. k-1`; on the CPU it costs
             no synchronisation.
-        parameters: What to differentiate; those that need no gradient are passed over, those
-            given twice count once. Slices and transposed tensors, and different dtypes are fine.
+        parameters: Parameters to differentiate; those that need no gradient are ignored, those
+            given twice count once. Slices, transposed tensors and different dtypes are fine.
         balancer: How to weight the tasks; None for the plain mean.
         num_tasks: `k` if `balancer` is None (default: the largest task + 1).
         priors: `pi [k]`, positive with sum 1: 1/k each by default, `|I_i| / T` to weight tasks by
@@ -115,7 +115,7 @@ def multitask_backward(
 
     Raises:
         ConfigError: If a task number, a prior or a size is out of its range, or a parameter is
-            complex, sparse, or has several elements in one place of memory.
+            complex, sparse, or has several elements sharing one memory location.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
@@ -134,8 +134,8 @@ def multitask_backward(
         loss_scale=loss_scale,
     )
     scaled_priors = _scaled_priors(priors, batch)
-    # Of frozen ones as well: the optimizer would go on with what the last step left. And it may be
-    # a part of the last rows, which need not wait for the next.
+    # Frozen ones too: otherwise the optimizer would reuse the last step's gradient. This also frees
+    # the last rows, of which `.grad` may be a view.
     for p in every:
         p.grad = None
     if gradients is not None:

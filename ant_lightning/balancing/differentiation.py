@@ -51,7 +51,7 @@ class Differentiation:
         found = torch.autograd.grad(
             loss, self.parameters, allow_unused=True, materialize_grads=True
         )
-        # Of an embedding with `sparse=True`: rows and sums over ranks are dense.
+        # An embedding with `sparse=True` has sparse gradients; rows and sums over ranks are dense.
         return [g.to_dense() if g.is_sparse else g for g in found]
 
     def finish(self, gradients: Sequence[Tensor]) -> Tensor:

@@ -66,8 +66,8 @@ class DenseTaskGradients(TaskGradients):
     Args:
         num_tasks: `k`.
         parameters: The shared parameters, `p` numbers in all. The object can be filled again every
-            step without a new allocation, until it is bound to other parameters; the first comes
-            when it is filled.
+            step without a new allocation, until it is bound to other parameters; memory is first
+            allocated when it is filled.
         reduction: How sums over ranks are made.
         num_full: Whole rows that a rank of several holds at a time: with two, one crosses the
             network while the next is made.
@@ -96,7 +96,7 @@ class DenseTaskGradients(TaskGradients):
         self.bind(parameters)
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Be for these parameters from the next rows on: some may have been frozen or thawed."""
+        """Use these parameters for the next rows: some may have been frozen or thawed."""
         if not parameters:
             raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
         dtype = _sums_dtype(parameters)
@@ -104,7 +104,7 @@ class DenseTaskGradients(TaskGradients):
             return
         self.parameters = list(parameters)
         self._empty = torch.empty(0, dtype=dtype, device=self.parameters[0].device)
-        self._held: list[nn.Parameter] = []  # those that there are rows of
+        self._held: list[nn.Parameter] = []  # parameters of the current rows
         self._drop()
 
     def _drop(self) -> None:
@@ -262,7 +262,7 @@ class ShardedTaskGradients(DenseTaskGradients):
         self._ranks = reduction
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Be for the parts of these parameters from the next rows on."""
+        """Use this rank's parts of these parameters for the next rows."""
         if not same_tensors(parameters, self._sharded):
             self._sharded = list(parameters)
             super().bind([local_part(p) for p in parameters])  # type: ignore[misc]
@@ -307,13 +307,13 @@ def _nothing() -> None:
 
 
 def _sums_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    """Of sums of all gradients together: float64 if one parameter is, else float32."""
+    """Dtype for sums over all gradients: float64 if any parameter is, else float32."""
     double = any(p.dtype == torch.float64 for p in parameters)
     return torch.float64 if double else torch.float32
 
 
 def _stride(p: Tensor) -> tuple[int, ...]:
-    """Of a parameter's gradient, as autograd has it: its own, or of rows if that has gaps."""
+    """Strides of a parameter's gradient in autograd: its own, or row-major if it is not dense."""
     if is_dense(p):  # channels-last, transposed: copies and the optimizer stay contiguous
         return p.stride()
     return torch.empty(p.shape, device="meta").stride()

@@ -108,7 +108,7 @@ def _cvxpy(C: Array) -> Array:
     tight = {"tol_gap_abs": 1e-13, "tol_gap_rel": 1e-13, "tol_feas": 1e-13}
     try:
         with warnings.catch_warnings():
-            # That the tolerances were not quite reached; Newton's residual is what counts.
+            # Warns that tolerances were not quite reached; only Newton's residual matters.
             warnings.filterwarnings("ignore", message="Solution may be inaccurate")
             problem.solve(solver=cp.CLARABEL, **tight)
     except cp.error.SolverError as error:

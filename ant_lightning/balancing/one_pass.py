@@ -144,7 +144,7 @@ class OnePass(Engine):
     """
 
     def __init__(self) -> None:
-        self._parameters: Sequence[nn.Parameter] = ()  # for which layers were proven
+        self._parameters: Sequence[nn.Parameter] = ()  # the parameters whose layers are proven
         self._proven: set[int] = set()
         self._all_proven = False
         self._num_proofs = 0

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Vmap", "note"]
 
-# What PyTorch says of layers that vmap cannot run, or not differentiate.
+# PyTorch's messages for layers that vmap cannot run or differentiate.
 _NO_RULE = (
     "Batch norm got a batched",
     "Batching rule not implemented",
@@ -45,7 +45,7 @@ class Vmap(Engine):
         """All rows together.
 
         Raises:
-            UnsupportedError: If a parameter is used out of reach, or vmap cannot run a layer.
+            UnsupportedError: If vmap cannot reach a use of a parameter, or cannot run a layer.
             ConfigError: If the batch is to be computed in parts.
         """
         check_whole(batch, "Vmap")

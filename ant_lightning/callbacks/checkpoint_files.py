@@ -64,9 +64,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def furthest_whole(paths: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
-    """The whole checkpoint with the most steps and its content; damaged ones are named.
+    """The intact checkpoint with the most steps, and its content; warns of damaged ones.
 
-    Copying a folder changes the times of its files, so steps decide and not times.
+    Steps decide, not file times: copying a folder changes the times.
     """
     ranked = sorted(((_steps(path), path) for path in paths), reverse=True)
     for _, path in ranked:
@@ -74,19 +74,19 @@ def furthest_whole(paths: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
             return path, read_whole_checkpoint(path)
         except FileError as error:
             fault = str(error).removeprefix("ckpt_path: ")
-            warnings.warn(f"ckpt_path: passed over {fault}", stacklevel=2)
+            warnings.warn(f"ckpt_path: skipped {fault}", stacklevel=2)
     return None
 
 
 def _steps(path: Path) -> int:
-    """The steps that a checkpoint says it has; as many as can be if it cannot be read.
+    """The step count stored in a checkpoint; the largest integer if it cannot be read.
 
-    Its other bytes are not looked at yet. What is damaged is found, and named, when its turn comes.
+    The other bytes are not checked here: a damaged file sorts first, so it is read and reported.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return int(content["global_step"])
-    except Exception:  # whatever a damaged file makes of the reader
+    except Exception:  # reading a damaged file may raise anything
         return sys.maxsize
 
 

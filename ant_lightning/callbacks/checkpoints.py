@@ -99,12 +99,12 @@ class Checkpoints(ModelCheckpoint):
         self._kept_now = ""  # the last file of `at_steps`
         self._failed: CheckpointWriteError | None = None
         self._signal = StopSignal()
-        self._found_dirpath: object = None  # where a run's folder was, if none was given
+        self._found_dirpath: object = None  # the last run's folder, if `dirpath` was not given
         self._first = copy.deepcopy({name: getattr(self, name) for name in _OF_RUN})
 
     @property
     def state_key(self) -> str:
-        """By what is monitored alone: a run that saves at other times goes on with its files."""
+        """Depends on the monitor only, so that a change of saving intervals keeps the state."""
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -201,15 +201,15 @@ class Checkpoints(ModelCheckpoint):
             self._recent = list(state_dict.get("recent", []))
 
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
-        """In a child process: which files it wrote, of which Lightning names the best alone."""
+        """In a child process: the files it wrote; Lightning itself returns only the best one."""
         return {name: getattr(self, name) for name in ("dirpath", *_OF_RUN)}
 
     def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
-        """In the parent: know the files."""
+        """In the parent: take over the child's list of files."""
         vars(self).update(state)
 
     def _begin_run(self) -> None:
-        """Leave the files of an earlier training alone: neither count, replace nor remove them."""
+        """Forget an earlier run's files, so that they are not counted, replaced or removed."""
         vars(self).update(copy.deepcopy(self._first))
         if self.dirpath == self._found_dirpath:
             self.dirpath = None
@@ -266,11 +266,11 @@ class Checkpoints(ModelCheckpoint):
             self._remove_checkpoint(trainer, self._recent.pop(0))
 
     def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
-        """Whether a save would replace another state; a file of `at_steps` holds the same one."""
+        """Whether a save would overwrite another state; a file of `at_steps` holds this one."""
         return super().file_exists(filepath, trainer) and str(filepath) != self._kept_now
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Keep what `at_steps` asked for, which may be one of the newest or of the best."""
+        """Never remove files of `at_steps`, even if they are also among the newest or best."""
         kept = {f"step_{step}{self.FILE_EXTENSION}" for step in self.at_steps}
         if Path(filepath).name not in kept:
             super()._remove_checkpoint(trainer, filepath)
@@ -312,5 +312,5 @@ class Checkpoints(ModelCheckpoint):
 
 
 def _is_trial(trainer: L.Trainer) -> bool:
-    """Whether this is `fast_dev_run`, of which nothing is kept; Lightning saves at its end."""
+    """Whether this is `fast_dev_run`, which must leave no files; Lightning saves at its end."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -36,10 +36,10 @@ class EMA(RunCallback):
     A skipped step does not move the averages. The state is a dict of float32 tensors in the
     callback's part of the checkpoint, not a second copy of the model in its `state_dict`.
 
-    The averages belong to the live weights that they were last seen with. Where a later call finds
-    other weights (another module, or others loaded by hand), it starts anew from those. Averages
-    are kept of all parameters that train or once did: one that is frozen is followed further, one
-    that begins to train starts at its value.
+    The averages belong to the live weights at the end of the last call. If a later call finds other
+    weights (another module, or weights loaded by hand), the averages restart from them. Every
+    parameter that is or was trained has an average: a frozen parameter is still averaged, a thawed
+    one starts at its current value.
 
     Args:
         decay: `d`, from 0 (no averaging) up to but not 1.
@@ -64,11 +64,11 @@ class EMA(RunCallback):
         self._last_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget nothing yet: the weights decide, and a checkpoint may bring others."""
+        """Reset nothing yet: that depends on the weights, which a checkpoint may still replace."""
 
     # Not earlier: a strategy that shards the model loads the checkpoint after `on_fit_start`.
     def on_train_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
-        """Start from the weights, unless these weights have averages already."""
+        """Start from the weights, unless they already have averages."""
         self._bind(pl_module)
         self._add_trainable(pl_module)
         self._made_of = None
@@ -77,7 +77,7 @@ class EMA(RunCallback):
     def on_before_optimizer_step(  # type: ignore[override]
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, optimizer: Optimizer
     ) -> None:
-        """Begin with parameters that were unfrozen, before their first step moves them."""
+        """Start averaging thawed parameters before their first step changes them."""
         self._add_trainable(pl_module)
 
     def on_train_batch_end(  # type: ignore[override]
@@ -136,7 +136,7 @@ class EMA(RunCallback):
     on_predict_end = on_validation_end  # type: ignore[assignment]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Note which weights the averages belong to."""
+        """Record which weights the averages belong to."""
         self._note_weights(pl_module)
 
     def on_exception(  # type: ignore[override]
@@ -149,7 +149,7 @@ class EMA(RunCallback):
         self._swap_out(pl_module)
         try:
             self._note_weights(pl_module)
-        except RuntimeError:  # the device failed, and its weights cannot be read
+        except RuntimeError:  # the device failed, so its weights cannot be read
             self.forget()
 
     def on_save_checkpoint(  # type: ignore[override]
@@ -168,19 +168,19 @@ class EMA(RunCallback):
         return {"averages": averages, "num_updates": self.num_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the averages of a checkpoint, whose weights the model has by now."""
+        """Load the averages of a checkpoint, whose weights the model already has."""
         self._averages = {name: value.clone() for name, value in state_dict["averages"].items()}
         self.num_updates = int(state_dict["num_updates"])
         self._made_of = None
 
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
-        """In a child process: the averages, if the parent gets their weights too."""
+        """In a child process: the averages, if the parent gets the weights too."""
         return super().hand_back(trainer) if trainer.state.fn == "fit" else {}
 
     def _bind(self, pl_module: MultiTaskDiffusion) -> None:
-        """Have the averages beside the weights that they belong to, or none."""
+        """Drop the averages if they belong to other weights."""
         if self._made_of not in (None, _digest(pl_module)):
-            rank_zero_info("ema: the weights are not those of the averages, which start anew")
+            rank_zero_info("ema: the averages belong to other weights, so they restart from these")
             self.forget()
         weights = dict(pl_module.backbone.named_parameters())
         for name, average in self._averages.items():
@@ -192,13 +192,13 @@ class EMA(RunCallback):
         }
 
     def _add_trainable(self, pl_module: MultiTaskDiffusion) -> None:
-        """Average every parameter that trains, from its value on."""
+        """Start averages of trained parameters that have none, at their current values."""
         for name, weight in pl_module.backbone.named_parameters():
             if weight.requires_grad and name not in self._averages:
                 self._averages[name] = weight.detach().to(_dtype(weight), copy=True)
 
     def _weights(self, pl_module: MultiTaskDiffusion) -> dict[str, Tensor]:
-        """The parameters that averages are kept of, by name."""
+        """The parameters that have averages, by name."""
         named = pl_module.backbone.named_parameters()
         return {name: p for name, p in named if name in self._averages}
 
@@ -233,12 +233,12 @@ def averaged_weights(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Itera
 
 
 def _digest(pl_module: L.LightningModule) -> str:
-    """Of every byte of the backbone's weights; where they are sharded, of this rank's part."""
+    """Digest of every byte of the backbone's weights; of this rank's part if they are sharded."""
     return tensors_digest(local_part(p) for p in pl_module.backbone.parameters())  # type: ignore[union-attr]
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
-    """Of its average: small steps of one in half precision would be rounded away."""
+    """Dtype of the average: half precision would round small updates away."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 

@@ -66,7 +66,7 @@ class ExcessRisk(L.Callback):
         self._draws: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Draw anew: the data and the process may be others than in the call before."""
+        """Draw again: the data and the process may differ from the last call."""
         self._draws = None
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
 
 
 def log_folder(trainer: L.Trainer) -> Path:
-    """The run's folder, made if it does not exist; for rank 0.
+    """The run's folder, created if it does not exist; for rank 0.
 
     That of the `RunRecord` if the command line made one. Otherwise what `Trainer.log_dir` gives,
     which is a broadcast and hangs if one rank asks alone.

@@ -105,7 +105,7 @@ class GenerationMetrics(RunCallback):
         self._real: tuple[ReferenceStatistics, Tensor | None] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Look at the real images again: they may be others than in the call before."""
+        """Reset the real images: they may differ from the last call."""
         super().setup(trainer, pl_module, stage)
         self._real = None
 

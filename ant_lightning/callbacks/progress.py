@@ -1,4 +1,4 @@
-"""The progress of a run: one bar over all its steps, or lines where the output is no terminal."""
+"""The progress of a run: one bar over all its steps, or lines if the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["TrainingProgress"]
 
 
 class TrainingProgress(TQDMProgressBar):
-    """Steps made, steps of the run, the time left; loss, images/s and the weights of the tasks.
+    """Shows steps done and planned, time left, loss, images/s and the weights of the tasks.
 
-    The bar goes from the first optimizer step of a run to its last (`max_steps`, or `max_epochs`)
-    and starts at the step that a run is resumed at. With `max_time` it has the time left besides.
-    Where the output is no terminal, a line is printed every 30 seconds, after each validation and
+    The bar goes from the first optimizer step of a run to its last (`max_steps`, or `max_epochs`);
+    a resumed run starts at its step. With `max_time`, the bar also shows the time until then.
+    If the output is not a terminal, a line is printed every 30 seconds, after each validation and
     at the end.
 
     Images/s is over all ranks and since the last logged step; validation does not count. It is
     also logged as `train/images_per_second`. The weights of the tasks are in per cent.
 
     Args:
-        refresh_rate: Steps between two drawings, which are at most a second apart as well.
+        refresh_rate: Steps between redraws; the bar is also redrawn when a second has passed.
         line_interval: Seconds between two lines.
     """
 
@@ -50,7 +50,7 @@ class TrainingProgress(TQDMProgressBar):
 
     @property
     def is_enabled(self) -> bool:
-        """Whether bars are drawn, which only a terminal can overwrite."""
+        """Whether bars are drawn: only a terminal can redraw them."""
         return super().is_enabled and sys.stdout.isatty()
 
     def init_train_tqdm(self) -> Tqdm:
@@ -68,13 +68,13 @@ class TrainingProgress(TQDMProgressBar):
         )
 
     def init_validation_tqdm(self) -> Tqdm:
-        """While training, the bar of the run says that it is validating."""
+        """Without a bar of its own during training: the run's bar says that it is validating."""
         return (
             Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
         )
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:  # type: ignore[override]
-        """Start at the step that the run starts at."""
+        """Start the bar at the run's first step."""
         total = trainer.estimated_stepping_batches
         self._total = int(total) if total < float("inf") else None
         self._first_step = trainer.global_step
@@ -82,10 +82,10 @@ class TrainingProgress(TQDMProgressBar):
         super().on_train_start(trainer)
 
     def on_train_epoch_start(self, *_: Any) -> None:
-        """The bar goes on: an epoch may have as few as one step."""
+        """Keep the run's bar: an epoch may be a single step."""
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        """As for its start."""
+        """Keep the run's bar."""
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -116,14 +116,14 @@ class TrainingProgress(TQDMProgressBar):
                 self._print(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
-        """Say so."""
+        """Show on the bar that the run is validating."""
         super().on_validation_start(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._draw(trainer, pl_module)
             self.train_progress_bar.set_description(self.validation_description)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
-        """Show what was measured."""
+        """Print the measured values."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.train_progress_bar.set_description(self.train_description)
@@ -137,7 +137,7 @@ class TrainingProgress(TQDMProgressBar):
             self._print(trainer, pl_module)
 
     def on_predict_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Drawing many images takes hours: a line for it too."""
+        """Print progress of `predict` too: drawing many images takes hours."""
         super().on_predict_batch_end(trainer, *args, **kwargs)
         now = time.perf_counter()
         if now - self._printed >= self.line_interval:
@@ -146,7 +146,7 @@ class TrainingProgress(TQDMProgressBar):
             self._line(f"predict: batch {done}/{self.total_predict_batches_current_dataloader}")
 
     def on_predict_start(self, *args: Any, **kwargs: Any) -> None:
-        """Start the clock of the lines."""
+        """Start the timer of the printed lines."""
         super().on_predict_start(*args, **kwargs)
         self._printed = time.perf_counter()
 
@@ -176,7 +176,7 @@ class TrainingProgress(TQDMProgressBar):
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
     def _print(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """A line with what the bar would show."""
+        """Print a line with what the bar would show."""
         self._printed = time.perf_counter()
         self._printed_step = step = trainer.global_step
         parts = [f"step {step}"]
@@ -197,12 +197,12 @@ class TrainingProgress(TQDMProgressBar):
 
 
 def _time_left(trainer: L.Trainer) -> float | None:
-    """Seconds until `max_time`, if that is set."""
+    """Seconds until `max_time`; None if it is not set."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     left = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
     return min((max(0.0, seconds) for seconds in left if seconds is not None), default=None)
 
 
 def _clock(seconds: float) -> str:
-    """As h:mm:ss."""
+    """Seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))

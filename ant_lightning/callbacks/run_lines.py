@@ -1,4 +1,4 @@
-"""A run says in one line each what it starts from and where its files are."""
+"""Lines that tell the user what a run starts from and where its files are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RunLines(L.Callback):
     """Prints where a run and its checkpoint are, and which weights an evaluation uses."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The network, the steps and the folder."""
+        """Print the network, the steps and the folder."""
         backbone = pl_module.backbone
         count = sum(p.numel() for p in backbone.parameters() if p.requires_grad)  # type: ignore[union-attr,misc]
         start = f"step {trainer.global_step}"
@@ -36,7 +36,7 @@ class RunLines(L.Callback):
         )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The last checkpoint."""
+        """Print the last checkpoint."""
         if stage != "fit":
             return
         saved = next((each for each in _callbacks(trainer) if isinstance(each, Checkpoints)), None)
@@ -45,7 +45,7 @@ class RunLines(L.Callback):
         _say(trainer, f"fit: ended at step {trainer.global_step}, {where}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The weights, unless they are in training."""
+        """Print which weights an evaluation uses; validations of `fit` print nothing."""
         command = trainer.state.fn
         if command is not None and command != "fit":
             _say(trainer, f"{command.value}: {_weights(trainer, pl_module)}")
@@ -74,7 +74,7 @@ def _folder(trainer: L.Trainer) -> Path:
 
 
 def _shown(path: str | Path) -> str:
-    """A path as the user would type it: relative if it is below the working folder."""
+    """The path as the user would type it: relative if it is below the working directory."""
     here, local = Path.cwd(), "://" not in str(path)
     if local and Path(path).is_absolute() and Path(path).is_relative_to(here):
         return str(Path(path).relative_to(here))
@@ -87,7 +87,7 @@ def _devices(trainer: L.Trainer) -> str:
 
 
 def _count(number: int) -> str:
-    """With three digits: 330 K, 1.23 M."""
+    """The number with three digits: 330 K, 1.23 M."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

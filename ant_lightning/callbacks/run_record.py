@@ -1,4 +1,4 @@
-"""What a run leaves of itself: its settings as YAML, and where its loggers log."""
+"""What a run records in its folder: its settings as YAML, and the versions of its loggers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RunRecord", "newest_record"]
 
-# What loggers write before the first step. A folder with nothing else holds no run.
+# What loggers write before the first step; a folder with only these files holds no run.
 _OF_LOGGERS = ("events.out.tfevents*", "hparams.yaml")
 _LOGGERS = "loggers.json"
 
@@ -25,16 +25,18 @@ _LOGGERS = "loggers.json"
 class RunRecord(L.Callback):
     """Writes the settings of a command into the run's folder.
 
-    Training writes `config.yaml` before its first step, when every check has passed. Other commands
-    write beside it, as `validate.yaml` and so on. A file with other content is never replaced: the
-    new one gets a number (`config_1.yaml`). A run that fails before its first step leaves nothing.
+    Training writes `config.yaml` once every check has passed, before its first step. Other commands
+    write `validate.yaml` and so on beside it. A file with different content is never overwritten:
+    the new one gets a number (`config_1.yaml`). A run that fails before its first step leaves
+    nothing.
 
     Args:
         folder: The run's folder.
         command: `fit`, `validate`, `test` or `predict`.
         text: The settings as YAML.
-        settings: Those that decide what is trained, as plain values; every checkpoint holds them.
-        is_new: Whether the folder was made for this run.
+        settings: The settings that decide what is trained, as plain values; stored in every
+            checkpoint.
+        is_new: Whether the folder was created for this run.
     """
 
     def __init__(
@@ -54,11 +56,11 @@ class RunRecord(L.Callback):
         self._started = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Agree on the folder: ranks that started later may have found another number free."""
+        """Use the first rank's folder: ranks that started later may have found another number."""
         self.folder = trainer.strategy.broadcast(self.folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write `config.yaml`, and the version of each logger for a later resume."""
+        """Write `config.yaml` and, for a later resume, the version of each logger."""
         self._started = True
         if trainer.is_global_zero:
             self._write("config")
@@ -67,7 +69,7 @@ class RunRecord(L.Callback):
             write_atomically(self.folder / _LOGGERS, lambda file: file.write(text.encode()))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the settings of an evaluation; validations of `fit` are part of its own."""
+        """Write the settings of an evaluation; `config.yaml` covers the validations of `fit`."""
         if trainer.state.fn != "fit":
             self._started = True
             if trainer.is_global_zero:
@@ -79,20 +81,20 @@ class RunRecord(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the settings in the checkpoint, which may outlive its folder."""
+        """Store the settings in the checkpoint, which may outlive its folder."""
         checkpoint.setdefault("ant_lightning", {})["settings"] = self.settings
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Leave no folder of a run that never began."""
+        """Remove the folder of a run that never started."""
         if not self._started:
-            for logger in trainer.loggers:  # a thread of TensorBoard's may still be writing
+            for logger in trainer.loggers:  # a TensorBoard thread may still be writing
                 logger.finalize("failed")
             self.discard()
 
     def discard(self) -> None:
-        """Remove the folder if it was made for this run and holds nothing but logger headers."""
+        """Remove the folder if it was created for this run and holds only logger headers."""
         if self._is_new and not getattr(rank_zero_only, "rank", 0):
             remove_empty_run(self.folder)
 
@@ -107,7 +109,7 @@ class RunRecord(L.Callback):
 
 
 def newest_record(folder: Path) -> Path | None:
-    """The settings with which the run was last started; of an evaluation if it never trained."""
+    """The settings file of the run's last start; an evaluation's file if the run never trained."""
     for name in ("config", "validate", "test", "predict"):
         path, number = folder / f"{name}.yaml", 0
         while (later := folder / f"{name}_{number + 1}.yaml").is_file():
@@ -127,7 +129,7 @@ def logger_versions(folder: Path) -> dict[str, str]:
 
 
 def remove_empty_run(folder: Path) -> None:
-    """Remove the folder of a run that never began."""
+    """Remove the folder of a run if it holds only logger headers."""
     if not folder.is_dir():
         return
     inside = [path for path in folder.rglob("*") if path.is_file()]

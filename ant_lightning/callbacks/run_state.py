@@ -1,4 +1,7 @@
-"""What a callback keeps of a run: forgotten when another run begins, handed back by a child."""
+"""State of a callback that belongs to one run.
+
+It is reset when another run starts, and returned to the parent by a child process.
+"""
 
 from __future__ import annotations
 
@@ -14,41 +17,42 @@ __all__ = ["RunCallback", "steps_of"]
 
 
 class RunCallback(L.Callback):
-    """A callback whose state belongs to one run, although the object may serve several.
+    """A callback whose state belongs to one run, although several runs may use the object.
 
-    A run is a training of one module, with the evaluations of that module. Another module, or a
-    training that starts at step 0, begins another run and finds the state as it was made; a
-    checkpoint that is resumed fills it afterwards.
+    A run is the training of one module and the evaluations of that module. Another module, or
+    training that starts at step 0, is another run: the state is reset to its initial values, and
+    when a run is resumed its checkpoint then fills it.
 
     Attributes:
-        of_run: The attributes that hold the state, each with what makes its first value.
+        of_run: Names of the attributes that hold the state, each with a factory of its initial
+            value.
     """
 
     of_run: ClassVar[Mapping[str, Callable[[], Any]]] = {}
 
     def __init__(self) -> None:
-        # Weak, or a callback would keep a module and its GPU memory alive.
+        # Weak: otherwise the callback would keep the module and its GPU memory alive.
         self._module: weakref.ref[L.LightningModule] | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Have nothing of any run."""
+        """Reset the state to its initial values."""
         for name, make in self.of_run.items():
             setattr(self, name, make())
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget another run; this comes before a checkpoint is loaded."""
+        """Reset the state if another run starts; runs before a checkpoint is loaded."""
         same = self._module is not None and self._module() is pl_module
         if not same or (stage == "fit" and trainer.global_step == 0):
             self.forget()
         self._module = weakref.ref(pl_module)
 
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
-        """In a child process: the state, for the object of the parent."""
+        """In a child process: the state, for the parent's copy of this object."""
         return {name: getattr(self, name) for name in self.of_run}
 
     def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
-        """In the parent: go on with the state of the child's copy of this object."""
+        """In the parent: take over the state of the child's copy of this object."""
         vars(self).update(state)
         self._module = weakref.ref(pl_module)
 
@@ -57,9 +61,10 @@ class RunCallback(L.Callback):
 
 
 def steps_of(trainer: L.Trainer, pl_module: Any) -> int:  # noqa: ANN401 - also an autoencoder
-    """Optimizer steps behind the weights.
+    """Number of optimizer steps that trained the weights.
 
-    In an evaluation the module counts: the trainer may have trained another one before.
+    In an evaluation the module's own count is used: the trainer may have trained another module
+    before.
     """
     if trainer.state.fn == "fit":
         return trainer.global_step

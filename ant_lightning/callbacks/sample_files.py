@@ -31,12 +31,12 @@ _NUMBER = re.compile(r"[0-9]{6,}")
 
 
 class SampleFiles(ABC):
-    """Images by index, from several ranks and perhaps several runs, all of one identity.
+    """Images by index, from several ranks and perhaps several runs, all with the same identity.
 
     Args:
         path: The folder or the file.
-        note: Where the identity is kept.
-        setting: What names `path`, for messages.
+        note: The file that stores the identity.
+        setting: The setting that gives `path`, for messages.
     """
 
     def __init__(self, path: Path, *, note: Path, setting: str) -> None:
@@ -45,10 +45,10 @@ class SampleFiles(ABC):
         self.setting = setting
 
     def claim(self, identity: Mapping[str, Any], *, write: bool) -> None:
-        """Compare `identity` with that of the images that are there, or store it.
+        """Compare `identity` with that of the existing images, or store it if there are none.
 
         Raises:
-            FileError: If there are images of another identity, or of none that is known.
+            FileError: If existing images have another identity, or none is stored.
         """
         stored = read_json(self.note, kind=dict, setting=self.setting) if self.note.exists() else {}
         if self.note.exists() and "format" in stored:
@@ -56,8 +56,8 @@ class SampleFiles(ABC):
             return
         if self.note.exists() or self.holds_images():
             raise FileError(
-                f"{self.setting}: {self.path} holds images, or a note of ant_lightning 0.1, and no "
-                f"{self.note.name} that says what every image was made with; choose another place, "
+                f"{self.setting}: {self.path} holds images, or a note of ant_lightning 0.1, but no "
+                f"{self.note.name} that says how every image was made; choose another place, "
                 "or delete what is there"
             )
         if write:
@@ -65,7 +65,7 @@ class SampleFiles(ABC):
 
     @abstractmethod
     def holds_images(self) -> bool:
-        """Whether any images are there, whoever made them."""
+        """Whether there are any images, from any source."""
 
     @abstractmethod
     def present(self) -> set[int]:
@@ -87,12 +87,12 @@ class PngSamples(SampleFiles):
         folder.mkdir(parents=True, exist_ok=True)
 
     def holds_images(self) -> bool:
-        """Pictures of any kind: whoever scores the folder would take them for generated ones."""
+        """Whether there are pictures of any format: scoring would count them as generated."""
         known = Image.registered_extensions()
         return any(path.suffix.lower() in known for path in self.path.rglob("*"))
 
     def present(self) -> set[int]:
-        """By the names of the files, as they are written here."""
+        """The indices in the file names, if they have the form that `write` gives them."""
         numbers = [int(p.stem) for p in self.path.glob("*.png") if _NUMBER.fullmatch(p.stem)]
         return {number for number in numbers if self._file(number).exists()}
 
@@ -141,7 +141,7 @@ class NpzSamples(SampleFiles):
                 )
 
     def holds_images(self) -> bool:
-        """The file, or parts of it."""
+        """Whether the file or parts of it exist."""
         return self._finished or self._parts.exists()
 
     def present(self) -> set[int]:

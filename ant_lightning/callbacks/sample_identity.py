@@ -1,4 +1,4 @@
-"""What decides the pixels of a drawn image beside its index."""
+"""What determines the pixels of a generated image, besides its index."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMAT", "sample_identity"]
 
-FORMAT = 2  # 1 saw 64 numbers of each weight; a change of how images are drawn counts it up
+FORMAT = 2  # increase when images are drawn differently; format 1 hashed 64 numbers per weight
 _PLAIN = (bool, int, float, str)
 _MAX_DEPTH = 4
 
 
 def sample_identity(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> dict[str, Any]:
-    """Everything that the images of `predict` depend on, by name; every rank must ask together.
+    """Everything that the images of `predict` depend on, by name. Collective: call it on all ranks.
 
-    Weights count with every byte, the network by its classes and their settings (two networks may
-    have the same weights and other heads), the schedule to six digits, so that a processor that
-    rounds otherwise goes on with the images of another.
+    Every byte of the weights counts. The network is identified by its classes and their settings,
+    because networks with the same weights may differ in their heads. The schedule is compared to
+    six digits, so that a processor with different rounding can continue another one's images.
     """
     backbone, process = pl_module.backbone, pl_module.process
     with averaged_weights(trainer, pl_module):
-        # What is not in the state, such as tables of sines, follows from the settings; processors
-        # round it differently.
+        # Tensors outside the state dict, such as sine tables, follow from the settings, and their
+        # rounding depends on the processor.
         state = backbone.state_dict().values()
         weights = tensors_digest(full_tensor(v) for v in state if isinstance(v, torch.Tensor))
     first_stage = pl_module.first_stage
@@ -62,7 +62,7 @@ def sample_identity(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> dict[s
 
 
 def _described(value: Any, depth: int = 0) -> Any:  # noqa: ANN401 - whatever a class keeps
-    """A setting, or the class and the settings of an object, without addresses in memory."""
+    """A setting as it is; an object as its class and settings, without memory addresses."""
     if value is None or isinstance(value, _PLAIN):
         return value
     if isinstance(value, list | tuple):
@@ -71,13 +71,13 @@ def _described(value: Any, depth: int = 0) -> Any:  # noqa: ANN401 - whatever a 
         return tensors_digest([value])
     if isinstance(value, Mapping):
         return {str(name): _described(each, depth) for name, each in value.items()}
-    config = getattr(value, "config", None)  # where diffusers keeps settings, beside its tables
+    config = getattr(value, "config", None)  # diffusers keeps settings here, apart from its tables
     settings: Mapping[Any, Any] = (
         config if isinstance(config, Mapping) else getattr(value, "__dict__", {})
     )
     if depth == _MAX_DEPTH:
         settings = {}
-    if isinstance(value, nn.Module):  # its tensors and parts are looked at by themselves
+    if isinstance(value, nn.Module):  # its tensors and submodules are described separately
         kept = (*_PLAIN, list, tuple)
         settings = {n: v for n, v in settings.items() if n != "training" and isinstance(v, kept)}
     public = {str(n): v for n, v in settings.items() if not str(n).startswith("_")}
@@ -88,7 +88,7 @@ def _described(value: Any, depth: int = 0) -> Any:  # noqa: ANN401 - whatever a 
 
 
 def _name(value: object) -> str:
-    """Of the class, or of a function; FSDP2 puts a class of its own in front."""
+    """Name of a function or of an object's class, without the class that FSDP2 puts in front."""
     if hasattr(value, "__qualname__"):
         return str(value.__qualname__)
     kinds = type(value).__mro__

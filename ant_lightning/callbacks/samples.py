@@ -138,7 +138,7 @@ class SampleWriter(L.Callback):
         self._begun = False
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]
-        """Find the place; what is missing there is known once the weights are."""
+        """Prepare the target; which images are missing is known once the weights are loaded."""
         if stage != "predict":
             return
         self._begun = False
@@ -155,9 +155,9 @@ class SampleWriter(L.Callback):
         data.predict_indices = lambda: self._begin(trainer, pl_module)
 
     def _begin(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> list[list[int]]:
-        """The batches of this rank, once the images that are there are known to be of this run.
+        """The batches of this rank, after checking that existing images have the same identity.
 
-        Lightning asks for them after it has loaded a checkpoint, also if none is missing.
+        Lightning calls this after it has loaded a checkpoint, even if no image is missing.
         """
         files = self._files
         assert files is not None
@@ -166,7 +166,7 @@ class SampleWriter(L.Callback):
         latents = pl_module.latent_space or getattr(data, "latent_space", None)
         if latents is not None and pl_module.first_stage is None:
             raise ConfigError(
-                "model.first_stage: needed to make images of the latents that are drawn, found null"
+                "model.first_stage: needed to decode the sampled latents into images, found null"
             )
         identity = sample_identity(trainer, pl_module)
         with _refused(self._setting, files.path):
@@ -213,7 +213,7 @@ class SampleWriter(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Leave nothing in the data that a later call could take for its own."""
+        """Reset the data module, so that a later call does not use these indices."""
         data = getattr(trainer, "datamodule", None)
         if data is not None:
             data.predict_indices = None
@@ -225,10 +225,10 @@ class SampleWriter(L.Callback):
 
 @contextmanager
 def _refused(setting: str, target: Path) -> Iterator[None]:
-    """Name the setting where the system does not let files be written."""
+    """Turn an `OSError` into an error that names the setting."""
     try:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{setting}: must be where files can be written, found {target} ({error.strerror})"
+            f"{setting}: must be writable, found {target} ({error.strerror})"
         ) from error

@@ -42,8 +42,8 @@ class Clustering(ABC):
 class TimestepClustering(Clustering):
     """Clusters of equal size (up to one timestep), with the boundaries `floor(i T / k)`.
 
-    They are one of the optima of `timestep_costs`, which are many where k does not divide T: the
-    one that the official uniform clusters are.
+    These are one of the optima of `timestep_costs`. If k does not divide T there are several; this
+    is the one that the official uniform clusters use.
 
     Args:
         num_tasks: Number of clusters `k`.

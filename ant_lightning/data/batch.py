@@ -26,10 +26,10 @@ class Batch(NamedTuple):
 
 
 def check_batch(batch: object) -> None:
-    """Check what a loader yields; nothing is read back from an accelerator.
+    """Check what a loader yields, without reading values back from an accelerator.
 
     Raises:
-        ConfigError: Naming what is wrong: another class, or kinds of numbers.
+        ConfigError: If it is not a `Batch`, or a dtype or shape is wrong.
     """
     if not isinstance(batch, Batch):
         raise ConfigError(

@@ -35,18 +35,18 @@ def find_images(
 ) -> ImageFiles:
     """The images below `root`, sorted by path, each once: see `search_images`.
 
-    What is passed over is said in one warning.
+    One warning reports what was skipped.
 
     Args:
         root: The folder.
         labels: `folders`: the first folder below `root` is an image's class. `none`: no classes,
             whatever the folders. `auto`: `none` if the images lie in `root` itself, else
             `folders`.
-        setting: What a message begins with.
+        setting: The setting to name in messages.
 
     Raises:
         ConfigError: If there is no such folder, no image in it, a class without images, or images
-            lie both in `root` and in folders below it, so that `auto` cannot tell.
+            are both in `root` and in folders below it, so that `auto` cannot decide.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -58,7 +58,7 @@ def find_images(
         others = f", but {passed_over}" if passed_over else ""
         raise ConfigError(f"{setting}: must hold images ({kinds}), found none in {folder}{others}")
     if passed_over:
-        rank_zero_warn(f"{setting}: passed over {passed_over}")
+        rank_zero_warn(f"{setting}: skipped {passed_over}")
     nested = [path for path in paths if path.parent != folder]
     if labels == "auto" and nested and len(nested) < len(paths):
         flat = next(path for path in paths if path.parent == folder)
@@ -106,7 +106,7 @@ def broken_images(paths: list[Path]) -> dict[Path, str]:
 
 
 def content_digest(paths: list[Path]) -> str:
-    """A digest of every byte of the files, in their order."""
+    """A digest of every byte of the files, in the given order."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the GIL
         return hashlib.sha256(b"".join(pool.map(_file_digest, paths))).hexdigest()
 

@@ -92,7 +92,7 @@ class ImageFolderData(ImageDataModule):
         class_map: JSON file of class names and numbers; made if it does not exist.
         channels: 3 for colour, 1 for grey.
         crop: `center_adm` as ADM and DiT crop, or `resize`.
-        exif_rotation: Whether photos are turned as their EXIF data say, as viewers show them.
+        exif_rotation: Whether to apply the EXIF orientation of photos, as viewers do.
         flip: Whether training images are mirrored in half of the epochs.
         validate_images: Decode every image before training and `raise` at broken ones, or `skip`
             and count them; `off` finds them only when their turn comes.
@@ -190,7 +190,7 @@ class ImageFolderData(ImageDataModule):
         )
 
     def fingerprint(self, dataset: ImageDataset) -> str:
-        """A hash of names, sizes and times of the files and of how they are turned and cropped.
+        """A hash of the files' names, sizes and times and of how they are rotated and cropped.
 
         Decoding a large folder to hash its pixels would take as long as what is to be saved.
         """
@@ -200,8 +200,8 @@ class ImageFolderData(ImageDataModule):
     def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
         """A digest of the names and bytes of all files.
 
-        Times would change in a copy, and other images can have the same sizes. Where names, sizes
-        and times are still those of `known`, the bytes are too, and are not read again.
+        Bytes are compared because times change in a copy and other images can have the same sizes.
+        If names, sizes and times still match `known`, so do the bytes, and they are not read again.
         """
         parts = (self.train_images, self.held_out_images)
         facts = b"".join(self._file_facts(part) for part in parts)
@@ -212,11 +212,11 @@ class ImageFolderData(ImageDataModule):
         names = b"".join(os.fsencode(path.relative_to(self.root)) + b"\0" for path in paths)
         images = hashlib.sha256(names + content_digest(paths).encode()).hexdigest()[:16]
         if images == known.get(IMAGES_DIGEST):
-            times = known.get("times", times)  # copied or touched, and still the same
+            times = known.get("times", times)  # copied or touched, but unchanged
         return {IMAGES_DIGEST: images, "times": times}
 
     def setup(self, stage: str) -> None:
-        """Find the images, and leave the class names in the log folder, over no other file."""
+        """Find the images and write the class names to the log folder, unless a file is there."""
         super().setup(stage)
         trainer = self.trainer
         if stage != "fit" or not self.class_names or trainer is None:
@@ -225,21 +225,21 @@ class ImageFolderData(ImageDataModule):
         path = Path(folder) / "class_map.json"
         if not trainer.is_global_zero or _holds(path, self.class_names):
             return
-        if path.exists():  # without a logger's own folder it may be anybody's
+        if path.exists():  # without a folder of the logger's own, it may belong to anybody
             warnings.warn(
-                f"data.root: {path} has other classes and is kept; those of this run are in its "
-                "checkpoints",
+                f"data.root: {path} has other classes and is not overwritten; this run's classes "
+                "are in its checkpoints",
                 stacklevel=2,
             )
         else:
             write_class_map(path, self.class_names)
 
     def state_dict(self) -> dict[str, Any]:
-        """The class names, and the settings that decide the images."""
+        """The class names, and the settings that determine the images."""
         return {**super().state_dict(), "class_names": list(self.class_names)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint whose numbers mean other classes, and say what else differs."""
+        """Refuse a checkpoint with other class names, and report what else differs."""
         saved = state_dict["class_names"]
         if saved != self.class_names:
             raise ConfigError(
@@ -247,11 +247,11 @@ class ImageFolderData(ImageDataModule):
                 f"{_summary(self.class_names)}; give the checkpoint's class_map.json as "
                 "data.class_map"
             )
-        # Version 0.1 kept no settings, and turned no photo.
+        # Version 0.1 stored no settings and ignored EXIF orientation.
         super().load_state_dict({"settings": {"exif_rotation": False}, **state_dict})
 
     def _file_facts(self, dataset: ImageDataset) -> bytes:
-        """Names, sizes and times; the last change of the inode cannot be set by who unpacks."""
+        """Names, sizes and times, including the inode change time, which unpacking cannot set."""
         facts = []
         for path in dataset.paths:  # type: ignore[attr-defined]
             found = path.stat()
@@ -279,7 +279,7 @@ class ImageFolderData(ImageDataModule):
 
 
 def _holds(path: Path, names: list[str]) -> bool:
-    """Whether a file is the class map of these names."""
+    """Whether a file is a class map with these names."""
     try:
         return read_class_map(path) == names
     except FileError:

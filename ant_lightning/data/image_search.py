@@ -1,4 +1,4 @@
-"""A walk through a folder of images: each real image once, and what was passed over."""
+"""Searches a folder for images: finds each real image once and reports what was skipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ant_lightning.errors import ConfigError
 
 __all__ = ["FolderContent", "search_images"]
 
-# Folders that file servers and systems put beside a user's own; in lower case.
+# Names, in lower case, that file servers and operating systems create beside the user's.
 _SYSTEM = frozenset(
     {
         "__macosx",
@@ -32,7 +32,7 @@ _SYSTEM = frozenset(
         "thumbs.db",
     }
 )
-# Captions, lists and licences beside images are no images that somebody may miss.
+# Captions, lists and licences: nobody expects these to be read as images.
 _TEXT = frozenset(
     {".csv", ".html", ".json", ".jsonl", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
 )
@@ -43,11 +43,11 @@ class FolderContent:
     """What lies below a folder.
 
     Attributes:
-        images: Sorted; a file that links lead to as well is there once, under its own path if that
-            is below the folder.
-        others: Files of kinds that are not read; not those of text.
-        repeats: Links to files and folders that are there already, or that lead upwards.
-        folders: Names of the folders directly below, of systems and repeats not.
+        images: Sorted. A file that links also lead to appears once, under its own path if that is
+            below the folder.
+        others: Files in formats that are not read, except text files.
+        repeats: Links to files and folders already found, or to a parent folder.
+        folders: Names of the folders directly below, without system folders and repeats.
     """
 
     images: list[Path] = field(default_factory=list)
@@ -56,7 +56,7 @@ class FolderContent:
     folders: list[str] = field(default_factory=list)
 
     def passed_over(self, below: Path | None = None) -> str:
-        """How many files and links were passed over, with an example; empty if none were."""
+        """How many files and links were skipped, with an example; empty if none were."""
         others, repeats = (
             [path for path in paths if below is None or path.is_relative_to(below)]
             for paths in (self.others, self.repeats)
@@ -66,27 +66,27 @@ class FolderContent:
             kinds = Counter(path.suffix.lower() or "no ending" for path in others).most_common(5)
             listed = ", ".join(f"{kind} {count}" for kind, count in kinds)
             parts.append(
-                f"files of kinds that are not read: {len(others)} ({listed}), such as {others[0]}"
+                f"files in formats that are not read: {len(others)} ({listed}), such as {others[0]}"
             )
         if repeats:
-            parts.append(f"links to what is there already: {len(repeats)}, such as {repeats[0]}")
+            parts.append(f"links to what was found already: {len(repeats)}, such as {repeats[0]}")
         return "; ".join(parts)
 
 
 def search_images(root: Path, *, setting: str) -> FolderContent:
     """Find the images below `root`.
 
-    Links to files and folders elsewhere are followed. What is hidden (`.name`) or of a system
-    (`@eaDir`, `__MACOSX`, ...) is passed over without a word.
+    Links to files and folders elsewhere are followed. Hidden (`.name`) and system entries
+    (`@eaDir`, `__MACOSX`, ...) are skipped without being reported.
 
     Raises:
         ConfigError: If a folder cannot be read.
     """
     content = FolderContent()
     top = os.path.realpath(root)
-    images: dict[str, Path] = {}  # by the real path
+    images: dict[str, Path] = {}  # keyed by real path
     seen: set[str] = set()
-    # Links come last, so that what is in the tree keeps the path, and the class, it has there.
+    # Links come last, so that files in the tree keep their own path and class.
     folders = [root]
     folder_links: list[Path] = []
     file_links: list[Path] = []
@@ -108,14 +108,14 @@ def search_images(root: Path, *, setting: str) -> FolderContent:
                 if os.path.isdir(path):
                     folder_links.append(path)
                     continue
-                # A link to nothing stays, to be reported as a broken image.
+                # A dangling link is kept, to be reported as a broken image.
                 if is_image and (os.path.isfile(path) or not os.path.exists(path)):
                     file_links.append(path)
                     continue
             elif entry.is_dir():
                 folders.append(path)
                 continue
-            elif is_image and entry.is_file():  # and no pipe, which would be waited for
+            elif is_image and entry.is_file():  # not a pipe: reading one would block
                 images[os.path.join(real, entry.name)] = path
                 continue
             if path.suffix.lower() not in _TEXT:
@@ -128,7 +128,7 @@ def search_images(root: Path, *, setting: str) -> FolderContent:
 
 
 def _entries(folder: Path, setting: str) -> list[os.DirEntry[str]]:
-    """What lies in a folder, in the order of names, but for what is hidden or of a system."""
+    """The entries of a folder sorted by name, without hidden and system ones."""
     try:
         with os.scandir(folder) as entries:
             every = sorted(entries, key=lambda entry: entry.name)

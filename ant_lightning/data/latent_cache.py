@@ -30,7 +30,7 @@ __all__ = [
 
 Split = Literal["train", "held_out"]
 FORMAT_VERSION = 1
-IDENTITY_NAME = "identity.json"  # of the images; the index says all else
+IDENTITY_NAME = "identity.json"  # identity of the images; everything else is in the index
 _NAME = "index.json"
 _MAX_SIDE = 2**16
 _MAX_IMAGES = 2**40
@@ -105,7 +105,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def check_index(folder: Path, index: CacheIndex) -> bool:
-    """Compare with the index that a folder has; returns whether it has one.
+    """Compare with the folder's index; returns whether it has one.
 
     Raises:
         ConfigError: If the folder has a cache of something else.
@@ -114,7 +114,7 @@ def check_index(folder: Path, index: CacheIndex) -> bool:
         return False
     found = read_index(folder)
     check_first_stage(found.space, index.space, folder)
-    # The fingerprints agree; the path by which a first stage was named may differ.
+    # The fingerprints agree; the path of the first stage may differ.
     other = differences(asdict(replace(found, space=index.space)), asdict(index))
     if other:
         name, (theirs, ours) = next(iter(other.items()))
@@ -126,13 +126,13 @@ def check_index(folder: Path, index: CacheIndex) -> bool:
 
 
 def write_index(folder: Path, index: CacheIndex) -> None:
-    """Write the index of a cache; it appears whole or not at all."""
+    """Write the index of a cache atomically."""
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(index)}, indent=1)
     write_atomically(folder / _NAME, lambda file: file.write(text.encode()))
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """What the images of a cache were; None if its writer, of version 0.1, did not say."""
+    """The identity of a cache's images; None for a cache of version 0.1, which has none."""
     path = folder / IDENTITY_NAME
     return read_json(path, kind=dict, setting="latent cache") if path.exists() else None
 

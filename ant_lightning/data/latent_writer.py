@@ -119,7 +119,7 @@ class LatentWriter:
         path = self.output / IDENTITY_NAME
         if not check_identity(path, identity, setting="cache.output"):
             write_identity(path, identity)
-        # The index last: a cache that has one says what its images were.
+        # The index last, so that every cache with an index has an identity.
         if not begun:
             write_index(self.output, index)
         every = [(split, i) for split in _SPLITS for i in range(len(index.shards(split)))]
@@ -149,7 +149,7 @@ class LatentWriter:
             pixels = batch.images.to(device)
             views = [pixels, pixels.flip(-1)] if self.flip else [pixels]
             parts = [encoder.encode_moments(view).float().cpu() for view in views]
-            # Cast by torch: numpy warns of an overflow, which is an error of one line below.
+            # Cast in torch: numpy would warn of an overflow, which is reported below.
             moments.append(torch.stack(parts, dim=1).to(getattr(torch, self.dtype)).numpy())
             labels.append(batch.labels.numpy())
         result = np.concatenate(moments)

@@ -117,8 +117,8 @@ class LatentsData(ImageDataModule):
         if self._identity is None:
             rank_zero_warn(
                 f"data.cache: {self.cache} does not say which images it was made of (no "
-                f"{IDENTITY_NAME}, as in 0.1), so nothing can be compared with it; encode again "
-                "into another folder"
+                f"{IDENTITY_NAME}, as in 0.1), so they cannot be compared; encode again into "
+                "another folder"
             )
         if self.images is not None:
             self._check_images(self.images, [len(train), len(held_out)])
@@ -144,13 +144,13 @@ class LatentsData(ImageDataModule):
     def settings(self) -> dict[str, Any]:
         """The first stage and the images that the cache was made of."""
         images = {f"images.{name}": value for name, value in (self._identity or {}).items()}
-        images.pop("images.times", None)  # another copy has others
+        images.pop("images.times", None)  # times differ between copies
         return {**super().settings(), "first_stage": self.latent_space.fingerprint, **images}
 
     def _check_images(self, images: ImageDataModule, wanted: list[int]) -> None:
         """Refuse images that the cache was not made of, or another split of them.
 
-        Of another split, training images would be among the held-out ones.
+        With another split, training images would be among the held-out ones.
         """
         found = [len(images.train_images), len(images.held_out_images)]
         if found != wanted:

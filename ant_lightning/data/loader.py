@@ -31,13 +31,13 @@ _CONSEQUENCES = {
     ),
     "batch_size": (
         "data.batch_size",
-        "as many images count as seen, but steps have others from here on",
+        "the number of images seen is kept, but each step gets other images from now on",
     ),
     "num_images": (
         "number of training images",
-        "as many steps count as made, but images come in another order from here on",
+        "the number of steps done is kept, but images come in another order from now on",
     ),
-    "seed": ("data.seed", "images come in another order from here on"),
+    "seed": ("data.seed", "images come in another order from now on"),
 }
 
 
@@ -76,7 +76,7 @@ class ShuffledLoader:
         world_size: Number of ranks; must divide `batch_size`.
         num_workers: Processes that load; 0 loads in this one.
         overfit_batches: Give only the first so many batches of the first epoch, over and over;
-            None for all. Whoever iterates takes that many in an epoch.
+            None for all. Each epoch then has that many batches.
 
     Raises:
         ConfigError: If `batch_size` does not fit the data or the ranks.
@@ -167,7 +167,7 @@ class ShuffledLoader:
 
     @property
     def _epoch_batches(self) -> int:
-        """Batches that are taken in an epoch."""
+        """Number of batches in an epoch."""
         return self._overfit_batches or len(self)
 
     def _permutation(self, epoch: int) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["IMAGES_DIGEST", "ImageDataModule"]
 
-IMAGES_DIGEST = "digest of the images"  # a name in `identity`, as a message says it
+IMAGES_DIGEST = "digest of the images"  # a name in `identity`, worded for messages
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -34,8 +34,8 @@ class ImageDataModule(L.LightningDataModule):
     Attributes:
         image_shape: `(c, h, w)` of what the network sees.
         num_classes: 0 for data without labels.
-        deciding: Names of the further settings that decide what the images are.
-        settings_suffice: Whether they decide every pixel, as for images that are drawn.
+        deciding: Names of further settings that determine the images.
+        settings_suffice: Whether these determine every pixel, as for images that are drawn.
 
     Args:
         batch_size: Images of one optimizer step, over all ranks.
@@ -150,15 +150,15 @@ class ImageDataModule(L.LightningDataModule):
         return digest.hexdigest()
 
     def settings(self) -> dict[str, Any]:
-        """The settings that decide what the images are, by name."""
+        """The settings that determine the images, by name."""
         names = ("image_shape", "num_classes", *self.deciding)
         return {name: getattr(self, name) for name in names}
 
     def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
-        """What tells other images of the same settings; here the pixels and labels themselves.
+        """Digests that distinguish images with the same settings; here of all pixels and labels.
 
         Args:
-            known: An earlier `identity`, from which a subclass may see that it need not read.
+            known: An earlier `identity`, which may tell a subclass that it need not read the files.
         """
         del known
         if self.settings_suffice:
@@ -166,16 +166,16 @@ class ImageDataModule(L.LightningDataModule):
         return {IMAGES_DIGEST: tensors_digest(self._tensors())}
 
     def identity(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What decides the images and their split, to be kept with what is made of them."""
-        self._prepared()  # which finds classes
+        """What determines the images and their split, to be stored with results made from them."""
+        self._prepared()  # finds the classes
         return {"data": type(self).__name__, **self.settings(), **self.digests(known or {})}
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings that decide what the images are."""
+        """The settings that determine the images."""
         return {"settings": self.settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Say which of them are no longer those of the checkpoint."""
+        """Warn if the settings differ from those in the checkpoint."""
         stored, current = state_dict.get("settings", {}), self.settings()
         found = differences(stored, {name: current.get(name) for name in stored})
         if found:
@@ -184,8 +184,8 @@ class ImageDataModule(L.LightningDataModule):
                 for name, (then, now) in found.items()
             )
             rank_zero_warn(
-                f"{each}: images may not be those it was trained on, and held-out ones may be "
-                "among those"
+                f"{each}: the training images may have changed, and held-out images may have been "
+                "trained on"
             )
 
     def _tensors(self) -> Iterator[Tensor]:
@@ -204,10 +204,10 @@ class ImageDataModule(L.LightningDataModule):
         return self._datasets
 
     def _overfit_batches(self) -> int | None:
-        """`trainer.overfit_batches`, if that is set; a share of the batches of an epoch as well."""
+        """`trainer.overfit_batches` as a number of batches; None if it is not set."""
         wanted = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
         batches = len(self.train_images) // self.batch_size
-        if not wanted or not batches:  # with less than one batch the loader says what is wrong
+        if not wanted or not batches:  # the loader reports a data set smaller than a batch
             return None
         number = int(wanted * batches) if isinstance(wanted, float) else min(wanted, batches)
         if number < 1:
@@ -227,7 +227,7 @@ def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] as 0 .. 255.
 
     Raises:
-        NonFiniteError: An image has a NaN or an infinity, which would turn into black or white.
+        NonFiniteError: If an image has a NaN or an infinity, which would become black or white.
     """
     bad = ~images.flatten(1).isfinite().all(1)
     if bool(bad.any()):

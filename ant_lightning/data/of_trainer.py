@@ -1,4 +1,4 @@
-"""The data module of a trainer, if it is one that can be asked for its images."""
+"""The data module of a trainer, if it is one of ours, which callbacks can ask for images."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["image_data", "needed_image_data"]
 
 
 def image_data(trainer: L.Trainer) -> ImageDataModule | None:
-    """None where a trainer was given loaders, or a data module of another kind."""
+    """The trainer's data module; None if it has only loaders, or a data module of another kind."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, ImageDataModule) else None
 
 
 def needed_image_data(trainer: L.Trainer, who: str) -> ImageDataModule:
-    """For a callback that asks for images of its own.
+    """The trainer's data module, for a callback that needs one.
 
     Raises:
-        ConfigError: Naming the callback, if there is no such data module.
+        ConfigError: If there is none of our kind; names the callback `who`.
     """
     data = image_data(trainer)
     if data is None:

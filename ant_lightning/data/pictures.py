@@ -1,4 +1,4 @@
-"""One image file as pixels: decoding, rotation, channels, and ADM's crop."""
+"""Reads an image file as pixels: decoding, rotation, channels, and ADM's crop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FORMATS = {
     "GIF": (".gif",),
     "TGA": (".tga",),
 }
-# Optional parts of Pillow: without one, its files count as files of a kind that is not read.
+# Optional parts of Pillow: without one, its files count as unsupported.
 if features.check("avif"):
     _FORMATS["AVIF"] = (".avif",)
 if features.check("jpg_2000"):
@@ -106,8 +106,8 @@ def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Im
     Args:
         path: The file.
         channels: 3 for colour, 1 for grey.
-        exif_rotation: Whether to turn or mirror the image as its EXIF data say, which is how
-            viewers show it. TIFF has a tag of its own, which is always obeyed.
+        exif_rotation: Whether to apply the EXIF orientation, as viewers do. TIFF has its own
+            orientation tag, which is always applied.
 
     Raises:
         FileError: If the file is damaged, truncated, no image, or of floats or 32-bit integers.
@@ -127,10 +127,10 @@ def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Im
 
 
 def is_grey(path: Path) -> bool:
-    """Whether a file holds greys, from its header alone.
+    """Whether an image is greyscale, from its header alone.
 
     Raises:
-        FileError: Naming the file, if it has no header of an image.
+        FileError: If the file has no image header; names the file.
     """
     try:
         with Image.open(path, formats=_formats(path)) as file:
@@ -140,12 +140,12 @@ def is_grey(path: Path) -> bool:
 
 
 def _formats(path: Path) -> list[str]:
-    """The decoders that see a file: TGA has no signature, so only where the name says so."""
+    """The decoders to try: TGA has no signature, so only if the suffix says so."""
     return [name for name in _FORMATS if name != "TGA" or path.suffix.lower() == ".tga"]
 
 
 def _turn(file: Image.Image) -> Image.Transpose | None:
-    """What EXIF data say; damaged ones turn nothing, as in viewers."""
+    """The transpose for the EXIF orientation; damaged EXIF data are ignored, as in viewers."""
     try:
         return _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     except _UNREADABLE:

@@ -1,4 +1,4 @@
-"""Whether the numbers of a file, or of one to be written, are numbers."""
+"""Checks for NaN and infinities in what is read from or written to files."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ __all__ = ["not_finite"]
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that have a NaN or an infinity, in their order."""
+    """Names of the tensors that contain a NaN or an infinity, in order."""
     return [name for name, value in tensors.items() if not bool(value.isfinite().all())]

@@ -1,7 +1,7 @@
-"""What decides the content of a stored file: kept beside it, compared before it is used again.
+"""Records what determines the content of a stored file, and compares it before the file is reused.
 
-An identity is a flat mapping of names to plain values: settings by their names, and digests of
-what is too large to write down (images, weights). A reader that finds another value names it.
+An identity is a flat mapping of names to plain values: settings by name, and digests of what is
+too large to store (images, weights). If a value differs, the error names it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def differences(
 ) -> dict[str, tuple[Any, Any]]:
     """The names whose values differ, each with the stored and the current value.
 
-    Values are compared as JSON holds them: a tuple equals a list. A name that is missing on one
-    side has the value "nothing" there. Below a name that differs (another class, say) nothing is
-    listed: `model.optimizer.lr` belongs to `model.optimizer`.
+    Values are compared as JSON, so a tuple equals a list. A name that is missing on one side has
+    the value "nothing" there. If a name differs (another class, say), names below it are not
+    listed: `model.optimizer` stands for `model.optimizer.lr`.
     """
     stored, current = _as_json(stored), _as_json(current)
     names = [*current, *(name for name in stored if name not in current)]
@@ -50,15 +50,15 @@ def check_identity(
 
     Args:
         path: The JSON file.
-        current: The identity that this run would give the content.
-        setting: What the user can change, for the message.
-        content: What the identity is of; by default the folder of `path`.
+        current: The identity of the content that this run would write.
+        setting: The setting to name in the message, which the user can change.
+        content: The file or folder that the identity describes; by default the folder of `path`.
 
     Returns:
-        Whether there is an identity at `path`; False if nothing was stored yet.
+        Whether an identity is stored at `path`.
 
     Raises:
-        FileError: If the stored identity differs; the message names the first value that does.
+        FileError: If the stored identity differs; names the first value that does.
     """
     if not path.exists():
         return False

@@ -152,12 +152,12 @@ class AutoencoderModule(LoadableModule):
         return make_optimizer(self.optimizer, groups), None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the optimizer's settings, to compare them at a resume."""
+        """Store the optimizer's settings, to compare them when the run is resumed."""
         state = {"optimization": optimization_settings(self.make_optimization, 1)}
         checkpoint.setdefault("ant_lightning", {}).update(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another model; go on with the settings of this run."""
+        """Refuse the weights of another model; apply the settings of this run."""
         use_names_of(self, checkpoint)
         check_weights(self, checkpoint)
         if self._trainer is not None and self.trainer.state.fn == "fit":
@@ -170,15 +170,15 @@ class AutoencoderModule(LoadableModule):
             torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), self.clip_grad_norm)
 
     def setup(self, stage: str) -> None:
-        """Refuse images that do not fit, and what Lightning would do in another way or not at all.
+        """Refuse images that do not fit, and Trainer settings that would be ignored or misapplied.
 
         Raises:
-            ConfigError: Naming the setting, the rule and the value found.
+            ConfigError: Names the setting, the rule and the value found.
         """
         trainer: Any = self.trainer
         if stage == "predict":
             raise ConfigError(
-                "predict: an AutoencoderModule draws no images; what it exports is the "
+                "predict: an AutoencoderModule draws no images; use its export as the "
                 "model.first_stage of a model that does"
             )
         if stage == "fit" and trainer.accumulate_grad_batches != 1:
@@ -235,8 +235,8 @@ class AutoencoderModule(LoadableModule):
         loss = error + self.kl_weight * divergence
         self.log_dict({"train/reconstruction": error, "train/kl": divergence})
         self.log("train/loss", loss, prog_bar=True)
-        # One such loss makes every weight a NaN: no later step mends that. Looking costs a wait
-        # for the device, so it is done when a log waits for it anyway.
+        # One such loss turns every weight into NaN for good. Checking waits for the device, so it
+        # is done only when logging waits for it anyway.
         if self.log_due and not bool(loss.isfinite()):
             raise NonFiniteError(
                 f"the loss of step {self.global_step} is {loss.item()}, so the autoencoder has "
@@ -255,7 +255,7 @@ class AutoencoderModule(LoadableModule):
     test_step = validation_step
 
     def predict_step(self, batch: object, batch_idx: int) -> None:
-        """Refused in `setup`; without this Lightning refuses for want of a `forward`."""
+        """Refused in `setup`; without this method Lightning would report a missing `forward`."""
 
     def on_fit_end(self) -> None:
         """Measure the latents and write the folder that `FirstStage` loads."""
@@ -282,12 +282,12 @@ class AutoencoderModule(LoadableModule):
         print(f"first stage {folder}: scale {scale:.4f}, shift {shift:.4f}")
 
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
-        """In a child process: the scale of the latents that it measured."""
+        """In a child process: the measured scale of the latents."""
         config = self.backbone.config
         return {name: config[name] for name in ("scaling_factor", "shift_factor")}
 
     def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
-        """In the parent: have the scale that belongs to the weights."""
+        """In the parent: take over the scale that belongs to the weights."""
         self.backbone.register_to_config(**state)
 
     @torch.no_grad()
@@ -306,8 +306,8 @@ class AutoencoderModule(LoadableModule):
 def _replace_folder(folder: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write files beside a folder, then move them in, `config.json` last.
 
-    Without it the folder is no first stage: whenever the process is killed, the folder has the old
-    one, none, or the new one, and never the weights of one with the scale of the other.
+    Without `config.json` the folder is not a valid first stage. So whenever the process is killed,
+    the folder holds the old one, none or the new one, never weights and scale of different ones.
     """
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:

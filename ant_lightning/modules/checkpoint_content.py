@@ -51,16 +51,16 @@ def content_fault(content: object) -> str | None:
 
 
 def read_whole_checkpoint(path: Path, *, setting: str = "ckpt_path") -> dict[str, Any]:
-    """The content of a checkpoint all of whose parts match their checksums.
+    """The content of a checkpoint, after checking that all its parts match their checksums.
 
     Every byte is read once; no code of the file is run, and no tensor is copied.
 
     Args:
         path: The file.
-        setting: What a message begins with.
+        setting: The setting to name in messages.
 
     Raises:
-        FileError: If it is missing or damaged, would run code, or is no checkpoint of Lightning.
+        FileError: If it is missing or damaged, would run code, or is not a Lightning checkpoint.
     """
     try:
         content = read_torch(path, setting=setting)
@@ -73,9 +73,9 @@ def read_whole_checkpoint(path: Path, *, setting: str = "ckpt_path") -> dict[str
 
 
 def use_names_of(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Give the weights of a checkpoint, and their averages, the names that they have in `module`.
+    """Rename the weights of a checkpoint, and their averages, to the names in `module`.
 
-    The two differ where one of them ran in a wrapper of torch (`torch.compile`, DDP).
+    The names differ if only one of them was wrapped by torch (`torch.compile`, DDP).
     """
     saved = checkpoint.get("ant_lightning", {})
     if saved.get("backbone") == "OptimizedModule":  # what 0.1 called every compiled network

@@ -141,8 +141,8 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
     synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in module.backbone.modules())
     if synchronised and isinstance(module.balancer, GradientBalancer):
         raise ConfigError(
-            "trainer.sync_batchnorm: with a gradient balancer a rank runs the network as often as "
-            "its tasks need, and would wait for others in vain, so it must be false, found true"
+            "trainer.sync_batchnorm: with a gradient balancer, ranks run the network a different "
+            "number of times and would wait for each other forever, so it must be false, found true"
         )
     data = image_data(trainer)
     if data is None:
@@ -184,7 +184,7 @@ def _check_engine(module: MultiTaskDiffusion) -> None:
 
 
 def _check_batch_norm(module: MultiTaskDiffusion) -> None:
-    """It mixes the samples of a pass: refuse engines that need one pass, warn of many."""
+    """Batch norm mixes samples of a pass: refuse engines with one pass, warn of several passes."""
     named = module.backbone.named_modules()
     found = [(n, m) for n, m in named if isinstance(m, _BatchNorm) and m.training]
     by_task = isinstance(module.balancer, GradientBalancer)

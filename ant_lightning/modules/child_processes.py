@@ -1,7 +1,7 @@
-"""State of a run that was made in child processes: `ddp_notebook`, `ddp_fork`, `ddp_spawn`.
+"""Returns state from child processes to their parent: `ddp_notebook`, `ddp_fork`, `ddp_spawn`.
 
-Lightning hands the weights and the logged numbers back to the parent process, and nothing else
-that the children hold: averages, counts, clusters, results.
+Lightning itself returns only the weights and the logged numbers. Averages, counts, clusters and
+results would be lost with the children.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ _KEY = "ant_lightning"
 
 @runtime_checkable
 class HandsBack(Protocol):
-    """A module or a callback with state that outlives the process that made it."""
+    """A module or callback whose state must outlive the child process."""
 
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
-        """In a child: state for the object of the parent; its weights change after `fit` alone."""
+        """In a child: state for the parent's copy, whose weights change only after `fit`."""
 
     def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
-        """In the parent: go on with the state of the child's copy of this object."""
+        """In the parent: take over the state of the child's copy of this object."""
 
 
 def take_state_along() -> None:
-    """Have Lightning's launcher of child processes hand our state back too.
+    """Patch Lightning's launcher of child processes so that it returns our state too.
 
-    The parent makes the launcher before it knows the module, and calls neither module nor callbacks
-    afterwards: there is no place but the launcher's class.
+    The parent creates the launcher before it knows the module, and calls neither module nor
+    callbacks afterwards, so the launcher's class is the only place to hook in.
     """
     collect = _MultiProcessingLauncher.get_extra_results
     update = _MultiProcessingLauncher.update_main_process_results
 
     def get_extra_results(self: _MultiProcessingLauncher, trainer: L.Trainer) -> dict[str, Any]:
         states = [(name, each.hand_back(trainer)) for name, each in _holders(trainer)]
-        buffer = io.BytesIO()  # the memory of a child's tensors cannot be shared
+        buffer = io.BytesIO()  # tensors in a child's memory cannot be shared
         torch.save(states, buffer)
         return {**collect(self, trainer), _KEY: buffer.getvalue()}
 
@@ -52,7 +52,7 @@ def take_state_along() -> None:
         self: _MultiProcessingLauncher, trainer: L.Trainer, extra: dict[str, Any]
     ) -> None:
         update(self, trainer, extra)
-        # Written by our own child a moment ago, so it may hold any object.
+        # Safe to unpickle: our own child has just written it.
         file = io.BytesIO(extra[_KEY])
         states = torch.load(file, map_location="cpu", weights_only=False)
         for name, each in _holders(trainer):
@@ -65,7 +65,7 @@ def take_state_along() -> None:
 
 
 def _holders(trainer: L.Trainer) -> Iterator[tuple[str, HandsBack]]:
-    """Module and callbacks of ours by name; the lists of parent and child need not be equal."""
+    """Our module and callbacks by name; the parent's and the child's lists may differ."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     named = [("module", trainer.lightning_module), *((c.state_key, c) for c in callbacks)]
     for name, each in named:

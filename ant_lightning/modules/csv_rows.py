@@ -20,7 +20,7 @@ __all__ = ["keep_csv_rows"]
 
 
 def keep_csv_rows(trainer: L.Trainer) -> None:
-    """Let each `CSVLogger` add to the `metrics.csv` in its folder, which Lightning deletes."""
+    """Make each `CSVLogger` append to an existing `metrics.csv`, which Lightning would delete."""
     if getattr(rank_zero_only, "rank", None):
         return
     for logger in trainer.loggers:
@@ -29,7 +29,7 @@ def keep_csv_rows(trainer: L.Trainer) -> None:
 
 
 class _AddingWriter(ExperimentWriter):
-    """Lightning's writer, which goes on with a file that is there."""
+    """Lightning's writer, but it appends to an existing file."""
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir=log_dir)
@@ -37,12 +37,12 @@ class _AddingWriter(ExperimentWriter):
         if path.is_file():
             text = path.read_text(encoding="utf8")
             self.metrics_keys = next(csv.reader(io.StringIO(text)), [])
-            if text and not text.endswith("\n"):  # a killed run's last row
+            if text and not text.endswith("\n"):  # a kill cut off the last row
                 with path.open("a", encoding="utf8") as file:
                     file.write("\n")
 
     def _check_log_dir_exists(self) -> None:
-        """Keep what is there."""
+        """Keep existing files."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         path = Path(self.metrics_file_path)
@@ -52,5 +52,5 @@ class _AddingWriter(ExperimentWriter):
         writer = csv.DictWriter(text, fieldnames=fieldnames, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-        # Whole or absent: a kill in the middle must not lose the rows so far.
+        # Atomic: a kill in the middle must not lose the rows written so far.
         write_atomically(path, lambda file: file.write(text.getvalue().encode()))

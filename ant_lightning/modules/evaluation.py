@@ -225,8 +225,8 @@ class DiffusionModule(LoadableModule):
         # Ranks agree already; Lightning wants to be told to average all the same.
         loss = (sums[0].sum() / sums[1].sum()).float()
         self.log("val/loss", loss, prog_bar=True, sync_dist=True)
-        # Lightning takes this as the step of all that is logged here. The count of an evaluating
-        # trainer is 0, or that of another module.
+        # Lightning uses this as the step of everything logged here. In an evaluation the trainer's
+        # own count is 0 or belongs to another module.
         fitting = self.trainer.state.fn == "fit"
         step = self.global_step if fitting else self.trained_steps
         self.log("step", float(step), sync_dist=True)
@@ -253,8 +253,8 @@ class DiffusionModule(LoadableModule):
         """Draw one image for each index, `[n, c, h, w]` in [-1, 1], with the weights as they are.
 
         The same index gives the same image whatever the batch it is drawn in, and whether the
-        module is in training mode or not. Averaged weights are drawn with where `EMA` is the
-        trainer's callback (`predict`), inside its `averaged`, or from `load_run`.
+        module is in training mode or not. Averaged weights are used if `EMA` is a callback of the
+        trainer (`predict`), inside its `averaged`, or after `load_run`.
 
         Args:
             indices: Which images; a number `n` stands for the first `n`.
@@ -323,10 +323,10 @@ class DiffusionModule(LoadableModule):
         )
 
     def predict_step(self, batch: list[int] | Tensor, batch_idx: int) -> Tensor:
-        """Draw the images of these indices, of which a rank may have none.
+        """Draw the images with these indices; a rank may have none.
 
         Raises:
-            ConfigError: If the batch is something else.
+            ConfigError: If the batch is not a list of indices.
         """
         if isinstance(batch, int):  # which `sample` would take for a number of images
             raise ConfigError(f"predict: each batch must be a list of indices, found {batch}")
@@ -337,7 +337,7 @@ class DiffusionModule(LoadableModule):
 
 @contextmanager
 def _evaluating(module: L.LightningModule) -> Iterator[None]:
-    """Inside, dropout draws no masks and statistics do not move."""
+    """Context in which the module is in evaluation mode; restores the modes afterwards."""
     training = [each for each in module.modules() if each.training]
     module.eval()
     try:

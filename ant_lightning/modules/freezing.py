@@ -1,4 +1,4 @@
-"""Parameters that are frozen or thawed while a run trains, and how a resumed run goes on."""
+"""Parameters that are frozen or thawed during training, and how a resumed run restores them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ __all__ = ["TrainedParameters"]
 
 
 class TrainedParameters:
-    """Which parameters of a network need a gradient: at the start of a run, and in this step.
+    """Which parameters of a network need a gradient, at the start of a run and at each step.
 
-    What is thawed joins the optimizer's first group, which the scheduler of learning rates knows,
-    unless somebody gave it to the optimizer in a group of its own, with its own learning rate. A
-    checkpoint written after a change says so, and a run that starts as the first one did goes on
-    with it.
+    Thawed parameters join the optimizer's first group and follow its learning-rate schedule, unless
+    the user already added them to another group with its own learning rate. Checkpoints store a
+    change, and a resumed run that starts with the original parameters restores it.
     """
 
     def __init__(self) -> None:
@@ -32,7 +31,8 @@ class TrainedParameters:
         """The parameters of the optimizer's first group, in the network's order.
 
         Raises:
-            ConfigError: If other parameters are trained than at the start of the checkpoint's run.
+            ConfigError: If the trained parameters are neither those at the start of the
+                checkpoint's run nor those when it was written.
         """
         start = optimized = _trained(network)
         if self._loaded is not None:
@@ -40,8 +40,8 @@ class TrainedParameters:
             if start not in (began, now):
                 odd = sorted(set(start) ^ set(began))
                 raise ConfigError(
-                    "model.backbone: a run must go on with the trained parameters that it began "
-                    f"with, found {len(odd)} others, {odd[0]!r} among them"
+                    "model.backbone: a resumed run must train the same parameters as at its start, "
+                    f"found {len(odd)} that differ, such as {odd[0]!r}"
                 )
             for name, p in network.named_parameters():
                 p.requires_grad_(name in now)
@@ -53,31 +53,35 @@ class TrainedParameters:
         return [p for name, p in named if name in self._optimized]
 
     def follow(self, network: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-        """Give the optimizer what was thawed since the last step; all parameters of the network."""
+        """Add parameters thawed since the last step to the optimizer.
+
+        Returns:
+            All parameters of the network.
+        """
         parameters = list(network.parameters())
         trained = {id(p) for p in parameters if p.requires_grad}
         if self._start is not None and not trained <= self._last:
             first, *others = optimizer.param_groups
             elsewhere = {id(p) for group in others for p in group["params"]}
             own = {id(p) for p in first["params"]} | (trained - self._last - elsewhere)
-            # In the network's order: a checkpoint's moments are told apart by their places.
+            # In the network's order, because a checkpoint identifies moments by their position.
             first["params"] = [p for p in parameters if id(p) in own]
             self._optimized = {n for n, p in network.named_parameters() if id(p) in own}
         self._last = trained
         return parameters
 
     def state(self, network: nn.Module) -> dict[str, list[str]] | None:
-        """For a checkpoint: None if nothing was frozen or thawed since the start."""
+        """State for a checkpoint; None if nothing was frozen or thawed since the start."""
         now = _trained(network)
         if self._start is None or now == self._start:
             return None
         return {"start": self._start, "now": now, "optimized": sorted(self._optimized)}
 
     def load(self, state: Any) -> None:  # noqa: ANN401 - of a file
-        """Take what `state` gave, for `begin`.
+        """Keep what `state` returned, for `begin`.
 
         Raises:
-            ConfigError: If it is something else.
+            ConfigError: If `state` has another form.
         """
         if state is not None:
             names = ("start", "now", "optimized")

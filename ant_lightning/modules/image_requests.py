@@ -1,4 +1,4 @@
-"""Which images are asked for: their indices and labels, in any form that says them."""
+"""Converts requested image indices and labels, given in any of several forms."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_indices(indices: int | Iterable[int] | Tensor) -> list[int]:
     """The indices of images; a number `n` stands for the first `n`.
 
     Raises:
-        ConfigError: If they are no whole numbers of at least 0, or there are none.
+        ConfigError: If there are none, or they are not whole numbers of at least 0.
     """
     try:
         every = range(indices) if isinstance(indices, int) else indices
@@ -48,13 +48,13 @@ def as_labels(
     """One label for each image, `[n]`; None for a network without classes.
 
     Args:
-        labels: One for all, or one for each.
+        labels: One label for all images, or one for each.
         num_images: `n`.
-        num_classes: Of the network.
-        null_class: Is allowed as a label too.
+        num_classes: Number of classes of the network.
+        null_class: The network's null class, also valid as a label.
 
     Raises:
-        ConfigError: If there are more or fewer, or classes that the network does not have.
+        ConfigError: If the number of labels is wrong, or the network lacks one of the classes.
     """
     if labels is None:
         return None

@@ -70,7 +70,8 @@ def bind_data(module: MultiTaskDiffusion) -> None:
 def load_initial_weights(module: MultiTaskDiffusion) -> None:
     """Fill the backbone from `init_from`, once, unless a checkpoint was loaded.
 
-    That is when the module is made; where the file is missing, when its weights are needed.
+    This happens when the module is constructed or, if the file is missing then, when the weights
+    are needed.
 
     Raises:
         ConfigError: If the file does not fit.
@@ -88,19 +89,19 @@ def load_initial_weights(module: MultiTaskDiffusion) -> None:
 
 
 def restore_latent_space(module: MultiTaskDiffusion, saved: dict[str, Any] | None) -> None:
-    """Take what latents mean from a checkpoint, where neither first stage nor data say it.
+    """Restore the meaning of latents from a checkpoint, if neither first stage nor data give it.
 
-    Without it latents would be taken for pixels, and be clipped while sampling.
+    Without it, latents would be treated as pixels and clipped during sampling.
 
     Raises:
-        ConfigError: If it is not all there.
+        ConfigError: If the stored `latent_space` is incomplete.
     """
     if saved is None or module.latent_space is not None:  # of pixels, or of an older version
         return
     try:
         module.latent_space = LatentSpace(**saved)
     except TypeError as error:
-        raise ConfigError(f"ckpt_path: its latent_space must be whole, found {saved}") from error
+        raise ConfigError(f"ckpt_path: its latent_space must be complete, found {saved}") from error
 
 
 def holds_moments(module: DiffusionModule, batch: Batch) -> bool:

@@ -1,4 +1,4 @@
-"""`load_from_checkpoint` for every module: of a file that runs no code, into given arguments."""
+"""`load_from_checkpoint` for every module, without running code from the file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ __all__ = ["LoadableModule", "fill_module"]
 
 
 class LoadableModule(L.LightningModule):
-    """A module that can be made from a checkpoint and its own arguments."""
+    """A module that can be constructed from a checkpoint and its own arguments."""
 
-    @_restricted_classmethod  # a result that is not used would go unnoticed on an instance
+    @_restricted_classmethod  # called on an instance, it would leave the instance unchanged
     def load_from_checkpoint(  # type: ignore[override]
         cls,  # noqa: N805
         checkpoint_path: str | Path,
@@ -32,20 +32,20 @@ class LoadableModule(L.LightningModule):
         weights_only: bool | None = True,
         **arguments: Any,
     ) -> Self:
-        """Make the module from its arguments, and give it the weights that were trained.
+        """Construct the module from its arguments and load the live weights of a checkpoint.
 
-        These are the live ones; `ant_lightning.load_run` needs no arguments and gives the averages.
+        `ant_lightning.load_run` needs no arguments and loads the averaged weights.
 
         Args:
-            checkpoint_path: The file.
+            checkpoint_path: The checkpoint.
             map_location: The module's device; by default the CPU.
-            hparams_file: Not used: no file of settings overrides the arguments.
-            strict: Whether the names must agree, which is checked in any case.
-            weights_only: Always true: nothing in the file can run.
-            arguments: All that the class is made with, as for training.
+            hparams_file: Must be None: the settings are `arguments`.
+            strict: Passed to `load_state_dict`; the weights' names are checked in any case.
+            weights_only: Must not be False: nothing in the file may run.
+            arguments: All constructor arguments, as for training.
 
         Raises:
-            ConfigError: If an argument is missing, or the checkpoint is that of another model.
+            ConfigError: If an argument is missing, or the checkpoint belongs to another model.
             FileError: If the file is damaged, or would run code.
         """
         if hparams_file is not None or weights_only is False:
@@ -67,10 +67,10 @@ class LoadableModule(L.LightningModule):
 
 
 def fill_module(module: L.LightningModule, content: dict[str, Any], *, strict: bool = True) -> None:
-    """Give a module the state and the live weights of a checkpoint.
+    """Load the state and the live weights of a checkpoint into a module.
 
     Raises:
-        ConfigError: If it is that of another model.
+        ConfigError: If the checkpoint belongs to another model.
     """
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=strict)

@@ -72,7 +72,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MultiTaskDiffusion"]
 
-# What a training changes beside the weights.
+# State that training changes besides the weights.
 _OF_RUN = (
     "clusters",
     "cluster_history",
@@ -213,7 +213,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.last_step_skipped = False
         self.num_skipped_steps = 0
         self.num_skipped_in_a_row = 0
-        self.trained_steps = 0  # behind the weights: an evaluation has no count of its own
+        self.trained_steps = 0  # steps that trained the weights, for evaluations
         self._engine: Engine | None = None
         self._row_buffers: DenseTaskGradients | None = None
         self._trained = TrainedParameters()
@@ -232,7 +232,7 @@ class MultiTaskDiffusion(DiffusionModule):
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def make_optimization(self, groups: list[dict[str, Any]]) -> tuple[Optimizer, Any]:
-        """Optimizer and scheduler (or None) of one group for the backbone, one for the balancer."""
+        """Optimizer and scheduler (or None) of a backbone group and, if given, a balancer group."""
         if len(groups) > 1:
             groups[1] |= {"lr": self.balancer.lr, "weight_decay": 0.0}  # type: ignore[union-attr]
         optimizer = make_optimizer(self.optimizer, groups)
@@ -255,7 +255,7 @@ class MultiTaskDiffusion(DiffusionModule):
         )
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        """As for any model, but never with weights that `init_from` should have replaced."""
+        """As in the base class, but load `init_from` first if that is still due."""
         load_initial_weights(self)
         return super().denoise(x_t, timesteps, labels)
 
@@ -395,7 +395,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.cluster_history.append((self.global_step, clusters.boundaries))
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Count the step for evaluations of these weights."""
+        """Update `trained_steps`."""
         self.trained_steps = self.global_step
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -424,17 +424,17 @@ class MultiTaskDiffusion(DiffusionModule):
             self._trained.load(checkpoint["ant_lightning"].get("trained"))
 
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
-        """In a child process: what a training changed beside the weights."""
-        fitted = trainer.state.fn == "fit"  # else the parent keeps the weights that it has
+        """In a child process: the state that training changed besides the weights."""
+        fitted = trainer.state.fn == "fit"  # otherwise the parent's weights are unchanged
         return {name: getattr(self, name) for name in _OF_RUN if fitted}
 
     def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
-        """In the parent: have what the training of the children changed."""
+        """In the parent: take over the state that training in the child changed."""
         vars(self).update(state)
 
     def _begin_run(self) -> None:
-        """Forget the counts of an earlier training, whose weights and clusters go on."""
-        first = self.cluster_history[0]  # that of the settings, which a checkpoint must agree with
+        """Reset the counts of an earlier run, but keep its weights and clusters."""
+        first = self.cluster_history[0]  # from the settings: checkpoints must agree with it
         now = (0, self.clusters.boundaries)
         self.cluster_history = [first] if now == first else [first, now]
         self.num_skipped_steps = 0
@@ -450,7 +450,7 @@ class MultiTaskDiffusion(DiffusionModule):
         if self.clip_grad_norm is not None:
             grads = [local_part(p.grad) for p in self.backbone.parameters() if p.grad is not None]
             factor = (self.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
-            # In float32 at least: the first parameter may be bfloat16 and others not.
+            # At least float32: the first parameter may be bfloat16 and others not.
             dtype = torch.promote_types(grads[0].dtype, torch.float32)
             torch._foreach_mul_(grads, factor.to(dtype))
         optimizer = self.optimizers()

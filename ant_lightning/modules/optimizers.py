@@ -26,7 +26,7 @@ __all__ = [
 
 Made = TypeVar("Made")
 
-# What schedulers keep for each group of parameters.
+# Attributes in which schedulers keep one value per parameter group.
 _BY_GROUP = (
     "base_lrs",
     "_last_lr",
@@ -60,9 +60,9 @@ def make_scheduler(
     *,
     num_steps: float | None = None,
 ) -> Any:  # noqa: ANN401 - Lightning's own loose type
-    """The scheduler of the backbone's learning rate, tried on numbers of its own first.
+    """The scheduler of the backbone's learning rate, tried out on a throwaway optimizer first.
 
-    Step it with `step_scheduler`: it knows the first group of the optimizer alone.
+    Step it with `step_scheduler`: it only knows the optimizer's first group.
 
     Args:
         factory: Makes it.
@@ -81,8 +81,8 @@ def make_scheduler(
             "without trainer.max_steps" if num_steps == float("inf") else f"of {num_steps} steps"
         )
         raise ConfigError(
-            "model.lr_scheduler.total_steps: there is no learning rate after the last of them, so "
-            f"they must be at least the steps of the run, found {total} in a run {steps}"
+            "model.lr_scheduler.total_steps: must be at least the steps of the run, as there is no "
+            f"learning rate after them, found {total} in a run {steps}"
         )
     for _ in range(2 if total is None else min(2, total)):
         trial.optimizer.step()
@@ -94,7 +94,7 @@ def make_scheduler(
 def step_scheduler(scheduler: Any) -> None:  # noqa: ANN401 - Lightning's own loose type
     """Set the backbone's learning rate for the next step.
 
-    The balancer's own parameters keep `model.balancer.lr` under any scheduler: its peak, floor or
+    The balancer's parameters keep `model.balancer.lr` under any scheduler, whose peak, floor or
     decay are meant for the network.
 
     Raises:
@@ -105,7 +105,7 @@ def step_scheduler(scheduler: Any) -> None:  # noqa: ANN401 - Lightning's own lo
 
 
 def forget_balancers_schedule(checkpoint: dict[str, Any]) -> None:
-    """Undo what schedulers of version 0.1 did to the balancer's learning rate in a checkpoint."""
+    """Undo, in a checkpoint of version 0.1, the scheduler's changes to the balancer's rate."""
     for state in checkpoint.get("lr_schedulers") or []:
         for each in (state, *state.get("_schedulers", [])):
             for name in _BY_GROUP:
@@ -118,17 +118,17 @@ def forget_balancers_schedule(checkpoint: dict[str, Any]) -> None:
 
 
 def planned_steps(trainer: L.Trainer) -> float | None:
-    """Optimizer steps after which a run ends; infinity without a limit, None if not known.
+    """Optimizer steps after which a run ends; infinity without a limit, None if unknown.
 
-    `Trainer.estimated_stepping_batches` would set up the loader before a checkpoint can tell it
-    where to go on.
+    `Trainer.estimated_stepping_batches` would set up the loader before a checkpoint restores its
+    position.
     """
     by_steps = float("inf") if trainer.max_steps in (-1, None) else trainer.max_steps
     epochs, limit = trainer.max_epochs, trainer.limit_train_batches
     if epochs in (-1, None):
         return by_steps
     data: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "train_images"):  # loaders, or a module of the user's own
+    if not hasattr(data, "train_images"):  # loaders, or the user's own data module
         return None
     batches = len(data.train_images) // data.batch_size
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -137,7 +137,7 @@ def planned_steps(trainer: L.Trainer) -> float | None:
 
 @contextmanager
 def _backbone_only(optimizer: Optimizer) -> Iterator[None]:
-    """Inside, the optimizer shows its first group alone: schedulers change every one they see."""
+    """Context that hides all but the optimizer's first group: schedulers change all they see."""
     groups = optimizer.param_groups
     optimizer.param_groups = groups[:1]
     try:

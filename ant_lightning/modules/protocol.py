@@ -1,4 +1,4 @@
-"""What a module asks of its network, and the line that says what is missing."""
+"""What a module requires of its network, and the errors that name what is missing."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ant_lightning.errors import ConfigError
 
 __all__ = ["backbone_name", "check_backbone", "check_output"]
 
-# Attributes of a network, and the least that each can be.
+# Attributes of a network, each with its smallest valid value.
 _SIZES = {"input_size": 1, "in_channels": 1, "out_channels": 1, "num_classes": 0}
 
 
 def backbone_name(backbone: nn.Module) -> str:
-    """The network's own class; `torch.compile` and FSDP2 put another one in front of it."""
+    """Name of the network's own class, without the one that `torch.compile` or FSDP2 adds."""
     bare = getattr(backbone, "_orig_mod", backbone)
     kind = type(bare)
     return (kind.__bases__[-1] if is_sharded(bare.parameters()) else kind).__name__
 
 
 def check_backbone(backbone: nn.Module) -> None:
-    """Check that a network says its sizes and can be called as `backbone(x_t, timesteps, labels)`.
+    """Check that a network has its sizes and can be called as `backbone(x_t, timesteps, labels)`.
 
     Raises:
-        ConfigError: Naming what is missing.
+        ConfigError: If an attribute is missing or invalid, or the call signature does not fit.
     """
     if not isinstance(backbone, nn.Module) or next(backbone.parameters(), None) is None:
         raise ConfigError(
@@ -36,7 +36,7 @@ def check_backbone(backbone: nn.Module) -> None:
         )
     name = backbone_name(backbone)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of third parties' classes that forward old attributes
+        warnings.simplefilter("ignore")  # third-party classes may warn of deprecated attributes
         missing = [each for each in _SIZES if not hasattr(backbone, each)]
     if missing:
         raise ConfigError(
@@ -60,10 +60,10 @@ def check_backbone(backbone: nn.Module) -> None:
 
 
 def check_output(backbone: nn.Module, output: object, x_t: Tensor) -> Tensor:
-    """The output of a network, if it is one tensor of the right shape.
+    """Return a network's output if it is one tensor of the right shape.
 
     Raises:
-        ConfigError: Otherwise, with what was found.
+        ConfigError: If it is not; says what was found.
     """
     wanted = (len(x_t), int(backbone.out_channels), *x_t.shape[2:])  # type: ignore[arg-type]
     if isinstance(output, Tensor) and output.shape == wanted:

@@ -1,4 +1,4 @@
-"""Settings of the optimization that changed between a checkpoint and the run that resumes it."""
+"""Optimizer and scheduler settings that changed between a checkpoint and the run resuming it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["optimization_settings", "resume_with_settings", "say_changed"]
 
-# What a scheduler counts, or derives from the optimizer's settings, is none of its own settings.
+# In a scheduler's state but not settings: its counts, and what it derives from the optimizer.
 _NOT_SETTINGS = {
     "_get_lr_called_within_step",
     "_is_initial",
@@ -48,8 +48,9 @@ def optimization_settings(
 
     Args:
         make: Makes both from parameter groups; the scheduler may be None.
-        num_groups: Parameter groups: the network's, and the balancer's if it has parameters.
-        warmup_steps: The module's own.
+        num_groups: Number of parameter groups: the network's, and the balancer's if it has
+            parameters.
+        warmup_steps: The module's `warmup_steps`.
     """
     optimizer, scheduler = _trial(make, num_groups)
     found = _of_groups(optimizer.state_dict()["param_groups"])
@@ -66,19 +67,19 @@ def resume_with_settings(
     checkpoint: dict[str, Any],
     current: dict[str, Any],
 ) -> None:
-    """Let the settings of this run win over those in a checkpoint, and say what changed.
+    """Make the settings of this run override those in a checkpoint, and report what changed.
 
     The optimizer keeps its moments. The learning rates are those that a run with the current
-    settings would have after as many steps. Without a change the checkpoint is left as it is, so
-    that a resumed run equals one never stopped.
+    settings would have after the same number of steps. If nothing changed, the checkpoint is left
+    untouched, so that a resumed run equals an uninterrupted one.
 
     Args:
-        module: Whose run resumes.
+        module: The module whose run resumes.
         checkpoint: As Lightning loaded it; its optimizer and scheduler states are replaced.
-        current: `optimization_settings` of this run.
+        current: The `optimization_settings` of this run.
     """
     states = checkpoint.get("callbacks") or {}
-    for key in list(states):  # version 0.1 had the times of saving in its name
+    for key in list(states):  # version 0.1 put the saving intervals into the key
         old = re.match(r"(Checkpoints\{'monitor': .*?, 'mode': '\w+'), ", key)
         if old:
             states[old.group(1) + "}"] = states.pop(key)
@@ -89,8 +90,8 @@ def resume_with_settings(
         say_changed(changed)
 
 
-def say_changed(changed: dict[str, tuple[Any, Any]], *, effect: str = "from here on") -> None:
-    """One line for each setting that differs from the checkpoint's."""
+def say_changed(changed: dict[str, tuple[Any, Any]], *, effect: str = "from now on") -> None:
+    """Print one line for each setting that differs from the checkpoint's."""
     for name, pair in changed.items():
         then, now = ("null" if each is None else each for each in pair)
         print(f"{name}: {now} {effect}, the checkpoint has {then}", flush=True)
@@ -102,15 +103,16 @@ def _apply(
     current: dict[str, Any],
     make: Callable[[list[dict[str, Any]]], tuple[Optimizer, Any]],
 ) -> dict[str, tuple[Any, Any]]:
-    """Replace the states of optimizer and scheduler if their settings changed."""
+    """Update the states of optimizer and scheduler in `checkpoint` if their settings changed."""
     states = checkpoint.get("optimizer_states") or []
-    if len(states) != 1:  # a sharded strategy keeps them elsewhere; weights alone have none
+    if len(states) != 1:  # sharded strategies keep them elsewhere; weights-only files have none
         return {}
     groups = states[0]["param_groups"]
     schedulers = checkpoint.get("lr_schedulers") or []
     if stored is None:
         stored = _of_groups(groups) | (_of_scheduler(schedulers[0]) if schedulers else {})
-        # What 0.1 did not write down is taken for unchanged, but for whether there was a schedule.
+        # Settings that 0.1 did not store are assumed unchanged; whether there was a scheduler shows
+        # in the checkpoint.
         scheduled = current["model.lr_scheduler"] or current["model.warmup_steps"]
         if bool(scheduled) != bool(schedulers):
             stored |= {"model.lr_scheduler": "one" if schedulers else None}
@@ -135,7 +137,7 @@ def _apply(
 def _keep_fixed_weights(
     balancer: Balancer | None, checkpoint: dict[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """Let the weights that the settings give win over the stored ones; returns what changed."""
+    """Make the weights in the settings override the stored ones; returns what changed."""
     name = "balancer.weights"
     stored = (checkpoint.get("state_dict") or {}).get(name)
     if not isinstance(balancer, LinearScalarization) or stored is None:
@@ -146,13 +148,13 @@ def _keep_fixed_weights(
 
 
 def _step(scheduler: Any, num_steps: int) -> None:  # noqa: ANN401 - of torch
-    """Take a new scheduler to where it would be after as many steps."""
+    """Advance a new scheduler by `num_steps`."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
             for _ in range(num_steps):
                 step_scheduler(scheduler)
-    except Exception as error:  # one that is over, for instance
+    except Exception as error:  # for instance a schedule that is over
         raise ConfigError(
             f"model.lr_scheduler: must last longer than the {num_steps} steps of the checkpoint, "
             f"found: {error}"
@@ -164,7 +166,7 @@ def _check_state(
     optimizer: Optimizer,
     changed: dict[str, tuple[Any, Any]],
 ) -> None:
-    """Refuse settings that need a state which the checkpoint does not have, as AMSGrad does."""
+    """Refuse settings whose optimizer state is not in the checkpoint, such as `amsgrad`."""
     trial = deepcopy(optimizer)
     parts = next(iter(stored.values()), {})
     small = {
@@ -177,7 +179,7 @@ def _check_state(
         trial.state[parameter] = deepcopy(small)
     try:
         trial.step()
-    except Exception as error:  # whatever an optimizer does without its state
+    except Exception as error:  # what an optimizer raises without its state is up to it
         name, (then, now) = next(
             (item for item in changed.items() if item[0].startswith("model.optimizer.")),
             ("model.optimizer", ("another", "this one")),
@@ -191,12 +193,12 @@ def _check_state(
 def _trial(
     make: Callable[[list[dict[str, Any]]], tuple[Optimizer, Any]], num_groups: int
 ) -> tuple[Optimizer, Any]:
-    """Optimizer and scheduler of numbers of their own, in as many groups."""
+    """Optimizer and scheduler of throwaway parameters, one per group."""
     return make([{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(num_groups)])
 
 
 def _of_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The network's settings, and the learning rate of the balancer's group."""
+    """The optimizer settings of the network's group, and the learning rate of the balancer's."""
     found = {
         f"model.optimizer.{name}": value
         for name, value in groups[0].items()

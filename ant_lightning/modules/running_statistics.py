@@ -1,4 +1,4 @@
-"""Running statistics of batch and instance norm: one update a step, whatever number of passes."""
+"""Running statistics of batch and instance norm: one update per step, for any number of passes."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ __all__ = ["RunningStatistics"]
 
 
 class RunningStatistics:
-    """Has the running statistics of a network's layers move as in one pass over the whole batch.
+    """Updates the running statistics of a network once per step, as one pass over the batch would.
 
-    A step runs the network once for each task or part of the batch. Here every pass starts from the
-    statistics before the step, and what it makes of them is averaged over all passes and ranks,
-    weighted by samples. (An engine that tries two samples first has them in that average.)
+    A step runs the network once for each task or part of the batch. Every pass starts from the
+    statistics before the step; their changes are averaged over all passes and ranks, weighted by
+    the number of samples. (If an engine first runs a trial on two samples, the average includes
+    them.)
 
     Args:
-        network: In training. Without such layers, nothing is done.
+        network: The network in training. Nothing is done if it has no such layers.
     """
 
     def __init__(self, network: nn.Module) -> None:
         norms = [m for m in network.modules() if isinstance(m, _NormBase)]
         self._layers = [m for m in norms if m.track_running_stats]
         self._before: list[Tensor] = []
-        self._changes: list[Tensor] = []  # times samples, summed over passes
+        self._changes: list[Tensor] = []  # change times number of samples, summed over passes
         self._num_samples = 0
 
     def once(self, losses: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """`losses` of a new step; `keep` or `restore` ends it."""
+        """Start a step and wrap its `losses`; end the step with `keep` or `restore`."""
         if not self._layers:
             return losses
         self._before = [b.clone() for b in self._buffers()]
@@ -46,7 +47,7 @@ class RunningStatistics:
         def one_pass(rows: Tensor) -> Tensor:
             self.restore()
             values = losses(rows)
-            if torch.is_grad_enabled():  # else it is none of training
+            if torch.is_grad_enabled():  # passes without gradients are not training
                 for change, after, before in self._zipped():
                     change.add_(after - before, alpha=len(rows))
                 self._num_samples += len(rows)
@@ -55,7 +56,7 @@ class RunningStatistics:
         return one_pass
 
     def keep(self) -> None:
-        """Set the statistics to the average of what the passes would have left."""
+        """Set the statistics to the average of those that each pass would have left."""
         if not self._layers:
             return
         count = self._changes[0].new_tensor([self._num_samples], dtype=torch.float64)
@@ -66,9 +67,9 @@ class RunningStatistics:
             buffer.data.copy_(before + mean.view(before.shape))
 
     def restore(self) -> None:
-        """Leave the statistics as they were before the step."""
+        """Reset the statistics to their values before the step."""
         for _, buffer, before in self._zipped():
-            # `data`: autograd need not know, as no backward pass of training uses them.
+            # `data` hides the write from autograd: no backward pass in training uses them.
             buffer.data.copy_(before)
 
     def _buffers(self) -> list[Tensor]:

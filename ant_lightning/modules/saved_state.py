@@ -95,7 +95,7 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         )
     check_weights(module, checkpoint)
     module.cluster_history = history
-    first = module.first_clusters  # perhaps a placebo, which its boundaries do not tell
+    first = module.first_clusters  # may be a placebo, which boundaries alone do not show
     module.clusters = first if first.boundaries == last.boundaries else last
     module.num_skipped_steps = skipped
     module.num_skipped_in_a_row = in_a_row

@@ -194,7 +194,7 @@ def test_weights_of_a_network_are_refused_by_an_autoencoder(tmp_path, trained, c
 def test_images_that_cannot_be_written_are_refused(tmp_path, trained, capsys):
     target = ["--samples.npz=/proc/x.npz", f"--ckpt_path={trained}"]
     line = refused(arguments(tmp_path, *target, command="predict"), capsys)
-    assert "samples.npz: must be where files can be written, found /proc/x.npz" in line
+    assert "samples.npz: must be writable, found /proc/x.npz" in line
 
 
 def test_the_process_ends_with_2_and_shows_no_traceback(tmp_path):

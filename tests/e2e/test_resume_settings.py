@@ -139,9 +139,7 @@ def test_weights_of_linear_scalarization_are_those_of_the_settings(tmp_path, cap
     path = tmp_path / "first" / "last.ckpt"
     trainer = fit(tmp_path / "second", method="linear", steps=4, resume=path, model=NONE)
     assert trainer.lightning_module.balancer.weights.tolist() == [5, 1, 1]
-    said = (
-        "model.balancer.weights: [5.0, 1.0, 1.0] from here on, the checkpoint has [0.2, 0.3, 0.5]"
-    )
+    said = "model.balancer.weights: [5.0, 1.0, 1.0] from now on, the checkpoint has [0.2, 0.3, 0.5]"
     assert said in capsys.readouterr().out
 
 
@@ -151,9 +149,7 @@ def test_learning_rate_of_uncertainty_weighting(tmp_path, capsys, monkeypatch):
     path = tmp_path / "first" / "last.ckpt"
     trainer = fit(tmp_path / "second", method="uw", steps=4, resume=path, model=NONE)
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.01, 0.5]
-    assert (
-        "model.balancer.lr: 0.5 from here on, the checkpoint has 0.025" in capsys.readouterr().out
-    )
+    assert "model.balancer.lr: 0.5 from now on, the checkpoint has 0.025" in capsys.readouterr().out
 
 
 def test_the_autoencoder_takes_its_settings_too(tmp_path, capsys):
@@ -180,7 +176,7 @@ def test_the_autoencoder_takes_its_settings_too(tmp_path, capsys):
 
     run(0.001, 2)
     assert run(0.5, 3, resume=tmp_path / "ckpt" / "last.ckpt") == 0.5
-    assert "model.optimizer.lr: 0.5 from here on" in capsys.readouterr().out
+    assert "model.optimizer.lr: 0.5 from now on" in capsys.readouterr().out
 
 
 def test_another_optimizer_is_refused(tmp_path):
@@ -207,12 +203,12 @@ def test_an_old_checkpoint_says_what_it_knows(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--ema.decay=0.5", "ema.decay: 0.5 from here on, the checkpoint has 0.999"),
-        ("--model.init_args.class_dropout=0.3", "model.class_dropout: 0.3 from here on"),
-        ("--model.init_args.loss_weighting=MinSNR", "model.loss_weighting: MinSNR from here on"),
-        ("--model.init_args.clip_grad_norm=0.5", "model.clip_grad_norm: 0.5 from here on"),
-        ("--data.init_args.batch_size=30", "data.batch_size: 30 from here on"),
-        ("--seed_everything=7", "seed_everything: 7 from here on, the checkpoint has 0"),
+        ("--ema.decay=0.5", "ema.decay: 0.5 from now on, the checkpoint has 0.999"),
+        ("--model.init_args.class_dropout=0.3", "model.class_dropout: 0.3 from now on"),
+        ("--model.init_args.loss_weighting=MinSNR", "model.loss_weighting: MinSNR from now on"),
+        ("--model.init_args.clip_grad_norm=0.5", "model.clip_grad_norm: 0.5 from now on"),
+        ("--data.init_args.batch_size=30", "data.batch_size: 30 from now on"),
+        ("--seed_everything=7", "seed_everything: 7 from now on, the checkpoint has 0"),
     ],
 )
 def test_other_settings_are_said_on_the_command_line(tmp_path, capsys, recwarn, option, said):
@@ -233,7 +229,7 @@ def test_what_a_checkpoint_brings_is_said(tmp_path, capsys):
     capsys.readouterr()
     more = [*pcgrad, "--model.init_args.balancer.seed=3", f"--ckpt_path={last}"]
     assert main(arguments(tmp_path, *more, steps=3)) == 0
-    said = "model.balancer.seed: 3 has no effect any more, the checkpoint has 0"
+    said = "model.balancer.seed: 3 has no effect in a resumed run, the checkpoint has 0"
     assert said in capsys.readouterr().out
 
 

@@ -100,7 +100,7 @@ def test_damaged_files_are_passed_over_by_name(tmp_path, damage):
     damaged = {"empty": b"", "cut off": content[:-1], "not a checkpoint": b"x" * 3000}
     path.write_bytes(damaged.get(damage, content))
     os.utime(path, (9, 9))
-    with pytest.warns(UserWarning, match=r"passed over .*/2\.ckpt: (truncated|damaged)"):
+    with pytest.warns(UserWarning, match=r"skipped .*/2\.ckpt: (truncated|damaged)"):
         found, _ = furthest_whole(tmp_path.glob("*.ckpt"))
     assert found == tmp_path / "1.ckpt"
     with pytest.raises(ConfigError, match=r"ckpt_path: .*2\.ckpt: (truncated|damaged)"):

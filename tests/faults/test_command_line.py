@@ -58,7 +58,7 @@ def test_stopped_damaged_and_gone_on_with(tmp_path, capsys):
             path.write_bytes(path.read_bytes()[:5000])
             damaged = path.name
     steps = max(int(path.stem.split("_")[1]) for path in folder.glob("step*")) + 4
-    with pytest.warns(UserWarning, match=f"passed over .*{damaged}"):
+    with pytest.warns(UserWarning, match=f"skipped .*{damaged}"):
         assert main([*arguments(tmp_path / "run", steps=steps), "--ckpt_path=last"]) == 0
     # The same folder, so that curves and the files that are kept go on.
     assert [path.name for path in (tmp_path / "run" / "digits_dit").iterdir()] == ["version_0"]

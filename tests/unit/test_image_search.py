@@ -152,7 +152,7 @@ def test_each_image_counts_once_whatever_links_lead_to_it(tmp_path, link, labels
     fill(root / "b", 2)
     fill(outside, 2)
     link(root, outside)
-    with pytest.warns(UserWarning, match=r"data\.root: passed over links to what is there already"):
+    with pytest.warns(UserWarning, match=r"data\.root: skipped links to what was found already"):
         data = folder_data(root, labels=labels)
     assert names(data) == ["a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png"]
     assert data.class_names == (["a", "b"] if labels == "folders" else [])
@@ -242,7 +242,7 @@ def test_files_of_kinds_that_are_not_read_are_counted_and_named(tmp_path):
     for name in ("a.heic", "b.HEIC", "c.mp4", "d"):
         (tmp_path / name).write_bytes(b"1")
     (tmp_path / "captions.txt").write_text("0: a cat")
-    with pytest.warns(UserWarning, match="passed over") as caught:
+    with pytest.warns(UserWarning, match="skipped") as caught:
         folder_data(tmp_path)
     (message,) = {str(each.message) for each in caught}
     for word in ("not read: 4", ".heic 2", ".mp4 1", "no ending 1", "a.heic"):
@@ -282,7 +282,7 @@ def of_links(folder, other):
         (of_links, r"already: 1, such as .*0\.png"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:data.root. passed over")
+@pytest.mark.filterwarnings("ignore:data.root. skipped")
 def test_a_class_that_would_vanish_is_an_error_that_names_it(tmp_path, vanish, why):
     fill(tmp_path / "cat")
     fill(tmp_path / "dog")
@@ -309,7 +309,7 @@ def test_folders_without_any_image_say_what_is_there(tmp_path):
         folder_data(tmp_path)
     save(tmp_path / "only.png")
     with (
-        pytest.warns(UserWarning, match="passed over"),
+        pytest.warns(UserWarning, match="skipped"),
         pytest.raises(ConfigError, match=r"data\.root: .* one to hold out, found 1"),
     ):
         folder_data(tmp_path)
@@ -357,7 +357,7 @@ def test_a_class_map_of_somebody_else_is_kept(tmp_path):
         assert read_class_map(path) == ["ant", "bee"]
     for content in ('{"cat": 0, "dog": 1}', "notes of mine"):
         path.write_text(content)
-        with pytest.warns(UserWarning, match=r"class_map\.json has other classes and is kept"):
+        with pytest.warns(UserWarning, match=r"class_map\.json has other classes and is not"):
             data.setup("fit")
         assert path.read_text() == content
 

@@ -241,6 +241,6 @@ def test_a_data_module_forgets_what_was_to_be_drawn(tmp_path):
 def test_latents_are_not_written_as_pictures(tmp_path):
     model = module()
     model.latent_space = LatentSpace(kind="kl", scale=1.0, shift=0.0, fingerprint="", source="")
-    with pytest.raises(ConfigError, match=r"model\.first_stage: needed to make images"):
+    with pytest.raises(ConfigError, match=r"model\.first_stage: needed to decode"):
         predict(tmp_path, model, num_images=2, folder=str(tmp_path / "images"))
     assert not list((tmp_path / "images").iterdir())
