@@ -65,9 +65,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
     try:
         first_look(arguments)
+        return _run(arguments)
     except ConfigError as error:
         return _fail(message_of(error), 2)
-    return _run(arguments)
+    except KeyboardInterrupt:  # before training or outside of it: nothing is lost
+        return _fail("interrupted", 130)
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -90,13 +92,11 @@ def _run(arguments: Sequence[str]) -> int:
             run_encode(arguments[1:])
         else:
             run(arguments)
-    except ConfigError as error:
-        return _fail(message_of(error), 2)
     except (CheckpointWriteError, DataLoadingError, DivergedRanksError, NonFiniteError) as error:
         return _fail(str(error), 1)
     except SIGTERMException as error:
         by_hand = error.args == (signal.SIGINT,)
-        return _fail("told to stop; go on with --ckpt_path last", 130 if by_hand else 143)
+        return _fail("told to stop; resume with --ckpt_path last", 130 if by_hand else 143)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -64,7 +64,12 @@ class AntCLI(LightningCLI):
     def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
         self.command = command
         self.run_folder: RunFolder | None = None
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:  # also Ctrl-C between choosing the folder and the first step
+            if self.run_folder is not None and self.run_folder.is_new:
+                remove_empty_run(self.run_folder.path)
+            raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The one that was asked for: to make a parser takes longer than to parse."""
@@ -167,8 +172,6 @@ class AntCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:  # constructors of what the settings name
-            if self.run_folder is not None and self.run_folder.is_new:
-                remove_empty_run(self.run_folder.path)
             raise first_config_error(error) from error
 
     def before_instantiate_classes(self) -> None:
@@ -181,8 +184,10 @@ class AntCLI(LightningCLI):
         given = config.clone()
         if content is not None and self.command == "fit":
             _say_changes(content, Path(config.ckpt_path), self.config_dump)
-        self.run_folder = choose_run_folder(config, self.command, self.config_dump)
-        given.ckpt_path = None if self.command == "fit" else config.ckpt_path
+        self.run_folder = choose_run_folder(config, self.command, self.config_dump, content)
+        local = config.ckpt_path and "://" not in config.ckpt_path
+        evaluated = str(Path(config.ckpt_path).absolute()) if local else config.ckpt_path
+        given.ckpt_path = None if self.command == "fit" else evaluated
         self._record = self._parser(self.command).dump(given, skip_none=False)
 
 

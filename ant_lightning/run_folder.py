@@ -22,7 +22,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ant_lightning.callbacks.checkpoint_files import furthest_whole
-from ant_lightning.callbacks.run_record import logger_versions, newest_record
+from ant_lightning.callbacks.run_record import RUN_MARK, logger_versions, newest_record
 from ant_lightning.errors import ConfigError
 from ant_lightning.settings import changed_settings
 
@@ -52,6 +52,7 @@ def choose_run_folder(
     config: Any,  # noqa: ANN401 - the parser's namespace
     command: str,
     settings: Mapping[str, Any],
+    content: Mapping[str, Any] | None = None,
 ) -> RunFolder | None:
     """Choose the folder, and set loggers, checkpoints and `ckpt_path` in `config` accordingly.
 
@@ -59,13 +60,15 @@ def choose_run_folder(
       the folder of the logger's `version` or, without one, any version with the same settings. If
       there is no checkpoint, `fit` starts from the beginning, because a cluster's scheduler repeats
       the same command for every start.
-    - Other commands work in the run folder of their checkpoint.
+    - Other commands work in the run folder of their checkpoint, and a run that `last` resumes stays
+      in its own, also with a `checkpoint.dirpath` elsewhere.
     - A `fit` that does not resume gets a new folder; `fast_dev_run` gets none.
 
     Args:
         config: The parser's namespace of the command.
         command: The name of the command.
         settings: The configuration as plain values.
+        content: What the checkpoint holds that `ckpt_path` names, if it names one.
 
     Raises:
         ConfigError: If `last` finds only runs with other settings, or no checkpoint (for commands
@@ -73,18 +76,18 @@ def choose_run_folder(
     """
     place = _Place.of(config)
     dirpath = config.checkpoint.get("dirpath")
-    resumed = None
-    if config.ckpt_path == "last":
+    is_last = config.ckpt_path == "last"
+    if is_last:
         folders = [Path(dirpath)] if dirpath else [each / "checkpoints" for each in place.runs()]
-        resumed = _last(folders or [place.root], settings, needed=command != "fit")
-        config.ckpt_path = None if resumed is None else str(resumed)
-    elif command == "fit":
-        _check_free(config, place, dirpath)
-    elif config.ckpt_path and "://" not in str(config.ckpt_path):
-        resumed = Path(config.ckpt_path)
+        found = _last(folders or [place.root], settings, needed=command != "fit")
+        path, content = found or (None, None)
+        config.ckpt_path = path and str(path)
+    own = _run_of(Path(config.ckpt_path), content) if content is not None else None
     if config.trainer.get("fast_dev_run"):
         return None
-    own = None if resumed is None else _run_of(resumed)
+    if command == "fit" and not is_last:
+        _check_free(place, dirpath, own, config.ckpt_path)
+        own = None  # a run with changed settings is another run
     is_new = False
     if place.version is not None:
         own = place.root / place.version
@@ -101,7 +104,8 @@ def stored_settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]
 
     Runs of version 0.1 store them only in the `config.yaml` of their folder.
     """
-    found = (checkpoint.get("ant_lightning") or {}).get("settings")
+    saved = checkpoint.get("ant_lightning")
+    found = saved.get("settings") if isinstance(saved, dict) else None
     if isinstance(found, dict):
         return found
     record = newest_record(path.parent.parent)
@@ -142,7 +146,7 @@ class _Place:
     """Where the loggers' settings put runs: `root / version`."""
 
     loggers: list[Any]
-    root: Path
+    roots: list[Path]  # of all file loggers without a version; the first is the run's
     version: str | None
 
     @classmethod
@@ -154,17 +158,21 @@ class _Place:
             init = Namespace(save_dir=str(default), name=_DEFAULT_NAME, version=_slurm_job())
             trainer.logger = given = Namespace(class_path=_DEFAULT_LOGGER, init_args=init)
         loggers = [each for each in _as_list(given) if hasattr(each, "class_path")]
-        primary = next((each for each in loggers if _writes_files(each)), None)
-        primary = primary or next(iter(loggers), None)
-        if primary is None:
-            return cls(loggers, default / _DEFAULT_NAME, None)
-        init = primary.get("init_args") or Namespace()
-        names = ("name",) if _writes_files(primary) else _NAMES
-        name = next((init.get(each) for each in names if init.get(each)), None)
-        if name is None and not (_writes_files(primary) and "name" in init):
-            name = _DEFAULT_NAME
-        root = Path(init.get("save_dir") or default) / (name or "")
-        return cls(loggers, root, _version(init))
+        loggers.sort(key=_writes_files, reverse=True)  # the first decides
+        if not loggers:
+            return cls([], [default / _DEFAULT_NAME], None)
+        roots = {
+            _root(each, default): None
+            for each in loggers
+            if each is loggers[0]
+            or (_writes_files(each) and _version(each.get("init_args") or {}) is None)
+        }
+        return cls(loggers, list(roots), _version(loggers[0].get("init_args") or {}))
+
+    @property
+    def root(self) -> Path:
+        """The folder of the run's folder."""
+        return self.roots[0]
 
     def runs(self) -> list[Path]:
         """The folders that may belong to this run."""
@@ -173,8 +181,12 @@ class _Place:
         return [each.parent for each in sorted(self.root.glob("*/checkpoints"))]
 
     def reserve(self) -> Path:
-        """Create the next free `version_N`; runs that start at once get different folders."""
-        taken = [re.fullmatch(r"version_(\d+)", path.name) for path in self.root.glob("version_*")]
+        """Create the next free `version_N`; runs that start at once get different folders.
+
+        It is free for every logger that is going to write into a folder of that name.
+        """
+        there = [path.name for root in self.roots for path in root.glob("version_*")]
+        taken = [re.fullmatch(r"version_(\d+)", name) for name in there]
         number = max((int(match.group(1)) + 1 for match in taken if match), default=0)
         while True:
             folder = self.root / f"version_{number}"
@@ -210,23 +222,23 @@ class _Place:
                 setattr(init, _version_argument(logger.class_path), versions[kind])
 
 
-def _last(folders: list[Path], settings: Mapping[str, Any], *, needed: bool) -> Path | None:
-    """The checkpoint with the most steps among runs with these settings."""
-    found: list[tuple[int, Path]] = []
+def _last(
+    folders: list[Path], settings: Mapping[str, Any], *, needed: bool
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint with the most steps among those of these settings, and its content."""
     others: list[tuple[dict[str, tuple[Any, Any]], Path]] = []
-    for folder in folders:
-        whole = furthest_whole(folder.glob("*.ckpt"))
-        if whole is None:
-            continue
-        path, content = whole
+
+    def has_same_settings(path: Path, content: Mapping[str, Any]) -> bool:
         stored = stored_settings(content, path)
         changed = {} if stored is None else changed_settings(stored, settings)
         if changed:
             others.append((changed, path))
-        else:
-            found.append((int(content["global_step"]), path))
-    if found:
-        return max(found, key=lambda each: each[0])[1]
+        return not changed
+
+    paths = [path for folder in folders for path in folder.glob("*.ckpt")]
+    found = furthest_whole(paths, accept=has_same_settings)
+    if found is not None:
+        return found
     if others:
         changed, path = min(others, key=lambda each: len(each[0]))
         name, pair = next(iter(changed.items()))
@@ -245,33 +257,61 @@ def _last(folders: list[Path], settings: Mapping[str, Any], *, needed: bool) -> 
     return None
 
 
-def _check_free(config: Any, place: _Place, dirpath: str | None) -> None:  # noqa: ANN401
-    """Refuse to start a run where another run keeps its checkpoints."""
-    if dirpath:
-        setting, folder = "checkpoint.dirpath", Path(dirpath)
-    elif place.version is not None:
-        setting, folder = "trainer.logger.version", place.root / place.version / "checkpoints"
-    else:
-        return
-    if config.trainer.get("fast_dev_run") or "://" in str(folder):
-        return
-    resumed = config.ckpt_path and Path(config.ckpt_path).resolve().parent == folder.resolve()
-    there = next(iter(sorted(folder.glob("*.ckpt"))), None)
-    if there is not None and not resumed:
-        raise ConfigError(
-            f"{setting}: must be free for a new run, found {there}; resume that run with "
-            f"--ckpt_path last, or choose another {setting.rpartition('.')[-1]}"
-        )
+def _check_free(
+    place: _Place, dirpath: str | None, resumed: Path | None, checkpoint: str | None
+) -> None:
+    """Refuse to start a run in the folder of another, or where another keeps its checkpoints."""
+    folders: dict[str, Path] = {}
+    if place.version is not None:
+        folders["trainer.logger.version"] = place.root / place.version
+    if dirpath and "://" not in str(dirpath):
+        folders["checkpoint.dirpath"] = Path(dirpath)
+    for setting, folder in folders.items():
+        files = [*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")]
+        files += [] if setting == "checkpoint.dirpath" else folder.glob(RUN_MARK)
+        inside = [each for each in (resumed, checkpoint and Path(checkpoint).parent) if each]
+        if files and folder.resolve() not in [each.resolve() for each in inside]:
+            raise ConfigError(
+                f"{setting}: must be free for a new run, found {min(files)}; resume that run with "
+                f"--ckpt_path last, or choose another {setting.rpartition('.')[-1]}"
+            )
 
 
-def _run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that wrote a checkpoint, if the checkpoint is in a run folder."""
-    folder = checkpoint.parent
-    return folder.parent if folder.name == "checkpoints" else None
+def _run_of(checkpoint: Path, content: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that wrote a checkpoint, if it is still there.
+
+    It must hold what only runs write: a folder called `checkpoints` may lie anywhere.
+    """
+    saved = content.get("ant_lightning")
+    stored = saved.get("run_folder") if isinstance(saved, dict) else None
+    if isinstance(stored, str):  # as seen from the checkpoint: a run may have been moved
+        folder = Path(os.path.normpath(checkpoint.absolute().parent / stored))
+        return _shortened(folder) if (folder / RUN_MARK).is_file() else None
+    folder = checkpoint.absolute().parent.parent  # of version 0.1
+    logs = any(next(folder.glob(each), None) for each in ("events.out.tfevents*", "metrics.csv"))
+    is_run = checkpoint.absolute().parent.name == "checkpoints" and logs
+    return _shortened(folder) if is_run and newest_record(folder) else None
+
+
+def _shortened(folder: Path) -> Path:
+    """Relative to the working folder if it lies below, as settings name it."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _as_list(value: Any) -> list[Any]:  # noqa: ANN401
     return value if isinstance(value, list) else [value]
+
+
+def _root(logger: Any, default: Path) -> Path:  # noqa: ANN401
+    """Where a logger puts its versions; for one without folders, where its runs get theirs."""
+    init = logger.get("init_args") or Namespace()
+    files = _writes_files(logger)
+    names = [init.get(each) for each in (("name",) if files else _NAMES)]
+    name = next((each for each in names if each), None)
+    if name is None and not (files and "name" in init):
+        name = _DEFAULT_NAME
+    return Path(init.get("save_dir") or default) / (name or "")
 
 
 def _writes_files(logger: Any) -> bool:  # noqa: ANN401

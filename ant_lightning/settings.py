@@ -58,8 +58,14 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 - whate
     inner = dict(value)
     found: dict[str, Any] = {}
     if "class_path" in inner:
-        found[name] = str(inner.pop("class_path")).rpartition(".")[-1]
+        found[name] = _class(str(inner.pop("class_path")))
         inner = {**(inner.get("init_args") or {}), **(inner.get("dict_kwargs") or {})}
     for key, each in inner.items():
         found |= _flat(each, f"{name}.{key}" if name else str(key))
     return found
+
+
+def _class(path: str) -> str:
+    """A class's name; of another package's with the package, which may have one of that name."""
+    package, name = path.partition(".")[0], path.rpartition(".")[-1]
+    return name if package in ("ant_lightning", "torch", "lightning", "diffusers") else path

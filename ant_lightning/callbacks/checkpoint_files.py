@@ -13,10 +13,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from ant_lightning.errors import CheckpointWriteError, FileError
 from ant_lightning.files.atomic import write_atomically
-from ant_lightning.modules.checkpoint_content import read_whole_checkpoint
+from ant_lightning.modules.checkpoint_content import content_fault, read_whole_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["AtomicCheckpointIO", "furthest_whole", "read_whole_checkpoint", "remove_unfinished"]
 
@@ -63,13 +63,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **{**kwargs, "weights_only": True})
 
 
-def furthest_whole(paths: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
+def furthest_whole(
+    paths: Iterable[Path],
+    *,
+    accept: Callable[[Path, dict[str, Any]], bool] = lambda path, content: True,
+) -> tuple[Path, dict[str, Any]] | None:
     """The intact checkpoint with the most steps, and its content; warns of damaged ones.
 
     Steps decide, not file times: copying a folder changes the times.
+
+    Args:
+        paths: The files.
+        accept: Called with a file and its content, before all of its bytes are checked; False for
+            a file that is not meant.
     """
-    ranked = sorted(((_steps(path), path) for path in paths), reverse=True)
-    for _, path in ranked:
+    found = [(path, _peek(path)) for path in paths]
+    # What cannot be read comes first, so that it is reported.
+    steps = {
+        path: sys.maxsize if content is None else content["global_step"] for path, content in found
+    }
+    for path, content in sorted(found, key=lambda each: (steps[each[0]], each[0]), reverse=True):
+        if content is not None and not accept(path, content):
+            continue
         try:
             return path, read_whole_checkpoint(path)
         except FileError as error:
@@ -78,16 +93,13 @@ def furthest_whole(paths: Iterable[Path]) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def _steps(path: Path) -> int:
-    """The step count stored in a checkpoint; the largest integer if it cannot be read.
-
-    The other bytes are not checked here: a damaged file sorts first, so it is read and reported.
-    """
+def _peek(path: Path) -> dict[str, Any] | None:
+    """What a checkpoint holds, without comparing its bytes with their checksums."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return int(content["global_step"])
     except Exception:  # reading a damaged file may raise anything
-        return sys.maxsize
+        return None
+    return content if content_fault(content) is None else None
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -54,7 +54,7 @@ def log_folder(trainer: L.Trainer) -> Path:
     record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined]
     folder: str | Path | None = trainer.default_root_dir
     if record is not None:
-        folder = record.folder
+        folder = record.run_folder
     elif trainer.loggers:
         logger = trainer.loggers[0]
         with_versions = isinstance(logger, TensorBoardLogger | CSVLogger)

@@ -9,7 +9,7 @@ import lightning as L
 
 from ant_lightning.callbacks.checkpoints import Checkpoints
 from ant_lightning.callbacks.ema import EMA
-from ant_lightning.callbacks.run_record import RunRecord
+from ant_lightning.data.of_trainer import run_folder
 
 if TYPE_CHECKING:
     from typing import Any
@@ -20,8 +20,12 @@ __all__ = ["RunLines"]
 class RunLines(L.Callback):
     """Prints where a run and its checkpoint are, and which weights an evaluation uses."""
 
+    def __init__(self) -> None:
+        self._trained = False
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the network, the steps and the folder."""
+        self._trained = True
         backbone = pl_module.backbone
         count = sum(p.numel() for p in backbone.parameters() if p.requires_grad)  # type: ignore[union-attr,misc]
         start = f"step {trainer.global_step}"
@@ -32,7 +36,7 @@ class RunLines(L.Callback):
         _say(
             trainer,
             f"fit: {type(backbone).__name__} with {_count(count)} parameters on "
-            f"{_devices(trainer)}, from {start}{end}, in {_shown(_folder(trainer))}",
+            f"{_devices(trainer)}, from {start}{end}, in {_shown(run_folder(trainer))}",
         )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -42,7 +46,8 @@ class RunLines(L.Callback):
         saved = next((each for each in _callbacks(trainer) if isinstance(each, Checkpoints)), None)
         path = saved and (saved.last_model_path or saved.best_model_path)
         where = f"checkpoint {_shown(path)}" if path else "no checkpoint was written"
-        _say(trainer, f"fit: ended at step {trainer.global_step}, {where}")
+        ended = "ended" if self._trained else "nothing left to train, the checkpoint is"
+        _say(trainer, f"fit: {ended} at step {trainer.global_step}, {where}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print which weights an evaluation uses; validations of `fit` print nothing."""
@@ -63,14 +68,6 @@ def _weights(trainer: L.Trainer, pl_module: Any) -> str:  # noqa: ANN401 - each 
     steps = getattr(pl_module, "trained_steps", 0)
     at = f" at step {steps}" if steps else ""
     return f"{'averaged (EMA) ' if averages else ''}weights of {_shown(trainer.ckpt_path)}{at}"
-
-
-def _folder(trainer: L.Trainer) -> Path:
-    """The run's own folder."""
-    record = next((each for each in _callbacks(trainer) if isinstance(each, RunRecord)), None)
-    return (
-        Path(str(trainer.log_dir or trainer.default_root_dir)) if record is None else record.folder
-    )
 
 
 def _shown(path: str | Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ from ant_lightning.files import write_atomically
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["RunRecord", "newest_record"]
+__all__ = ["RUN_MARK", "RunRecord", "logger_versions", "newest_record", "remove_empty_run"]
 
 # What loggers write before the first step; a folder with only these files holds no run.
-_OF_LOGGERS = ("events.out.tfevents*", "hparams.yaml")
-_LOGGERS = "loggers.json"
+_BEFORE_STEP_1 = ("events.out.tfevents*", "hparams.yaml", "class_map.json")
+RUN_MARK = "loggers.json"  # only runs that trained have it
 
 
 class RunRecord(L.Callback):
@@ -48,7 +49,7 @@ class RunRecord(L.Callback):
         settings: Mapping[str, Any],
         is_new: bool,
     ) -> None:
-        self.folder = folder
+        self.run_folder = folder
         self.settings = dict(settings)
         self._command = command
         self._text = text
@@ -57,7 +58,7 @@ class RunRecord(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Use the first rank's folder: ranks that started later may have found another number."""
-        self.folder = trainer.strategy.broadcast(self.folder)
+        self.run_folder = trainer.strategy.broadcast(self.run_folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write `config.yaml` and, for a later resume, the version of each logger."""
@@ -66,7 +67,7 @@ class RunRecord(L.Callback):
             self._write("config")
             versions = {type(logger).__name__: logger.version for logger in trainer.loggers}
             text = json.dumps(versions, default=str) + "\n"
-            write_atomically(self.folder / _LOGGERS, lambda file: file.write(text.encode()))
+            write_atomically(self.run_folder / RUN_MARK, lambda file: file.write(text.encode()))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the settings of an evaluation; `config.yaml` covers the validations of `fit`."""
@@ -81,8 +82,12 @@ class RunRecord(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the settings in the checkpoint, which may outlive its folder."""
-        checkpoint.setdefault("ant_lightning", {})["settings"] = self.settings
+        """Store the settings in the checkpoint, and the way from it to the run's folder."""
+        state = checkpoint.setdefault("ant_lightning", {})
+        state["settings"] = self.settings
+        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if beside is not None and "://" not in str(beside):
+            state["run_folder"] = os.path.relpath(self.run_folder, beside)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
@@ -96,33 +101,36 @@ class RunRecord(L.Callback):
     def discard(self) -> None:
         """Remove the folder if it was created for this run and holds only logger headers."""
         if self._is_new and not getattr(rank_zero_only, "rank", 0):
-            remove_empty_run(self.folder)
+            remove_empty_run(self.run_folder)
 
     def _write(self, name: str) -> None:
-        path, number = self.folder / f"{name}.yaml", 0
-        while path.exists():
-            if path.read_bytes() == self._text.encode():
-                return
-            number += 1
-            path = self.folder / f"{name}_{number}.yaml"
-        write_atomically(path, lambda file: file.write(self._text.encode()))
+        newest, free = _numbered(self.run_folder, name)
+        if newest is None or newest.read_bytes() != self._text.encode():
+            write_atomically(free, lambda file: file.write(self._text.encode()))
 
 
 def newest_record(folder: Path) -> Path | None:
     """The settings file of the run's last start; an evaluation's file if the run never trained."""
     for name in ("config", "validate", "test", "predict"):
-        path, number = folder / f"{name}.yaml", 0
-        while (later := folder / f"{name}_{number + 1}.yaml").is_file():
-            path, number = later, number + 1
-        if path.is_file():
-            return path
+        newest, _ = _numbered(folder, name)
+        if newest is not None:
+            return newest
     return None
+
+
+def _numbered(folder: Path, name: str) -> tuple[Path | None, Path]:
+    """The newest of `name.yaml`, `name_1.yaml`, ..., and the next name that is free."""
+    newest, path, number = None, folder / f"{name}.yaml", 0
+    while path.exists():
+        number += 1
+        newest, path = path, folder / f"{name}_{number}.yaml"
+    return newest, path
 
 
 def logger_versions(folder: Path) -> dict[str, str]:
     """The version of each logger class that the run in `folder` used."""
     try:
-        found = json.loads((folder / _LOGGERS).read_text(encoding="utf8"))
+        found = json.loads((folder / RUN_MARK).read_text(encoding="utf8"))
     except (OSError, ValueError):  # an older run has none
         return {}
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
@@ -133,5 +141,5 @@ def remove_empty_run(folder: Path) -> None:
     if not folder.is_dir():
         return
     inside = [path for path in folder.rglob("*") if path.is_file()]
-    if all(any(path.match(pattern) for pattern in _OF_LOGGERS) for path in inside):
+    if all(any(path.match(pattern) for pattern in _BEFORE_STEP_1) for path in inside):
         shutil.rmtree(folder, ignore_errors=True)

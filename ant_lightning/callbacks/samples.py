@@ -15,7 +15,7 @@ from ant_lightning.callbacks.run_state import RunCallback, steps_of
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples, SampleFiles
 from ant_lightning.callbacks.sample_identity import sample_identity
 from ant_lightning.data.module import to_uint8
-from ant_lightning.data.of_trainer import needed_image_data
+from ant_lightning.data.of_trainer import needed_image_data, run_folder
 from ant_lightning.errors import ConfigError
 from ant_lightning.modules.latents import load_initial_weights
 from ant_lightning.plotting import sample_grid
@@ -143,8 +143,7 @@ class SampleWriter(L.Callback):
             return
         self._begun = False
         data = needed_image_data(trainer, "SampleWriter")
-        log_dir = trainer.log_dir or trainer.default_root_dir
-        target = Path(self.npz or self.folder or Path(log_dir) / "samples")
+        target = Path(self.npz or self.folder or run_folder(trainer) / "samples")
         with _refused(self._setting, target):
             target.parent.mkdir(parents=True, exist_ok=True)
             self._files = (

@@ -22,6 +22,7 @@ from ant_lightning.data.image_files import (
 )
 from ant_lightning.data.loader import ImageDataset
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
+from ant_lightning.data.of_trainer import run_folder
 from ant_lightning.data.pictures import Crop, read_picture
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.randomness import keyed_generator, keyed_seed
@@ -221,8 +222,7 @@ class ImageFolderData(ImageDataModule):
         trainer = self.trainer
         if stage != "fit" or not self.class_names or trainer is None:
             return
-        folder = trainer.log_dir or trainer.default_root_dir  # a broadcast, so on every rank
-        path = Path(folder) / "class_map.json"
+        path = run_folder(trainer) / "class_map.json"
         if not trainer.is_global_zero or _holds(path, self.class_names):
             return
         if path.exists():  # without a folder of the logger's own, it may belong to anybody

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.data.batch import check_batch
-from ant_lightning.data.of_trainer import image_data
+from ant_lightning.data.of_trainer import image_data, run_folder
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.files import not_finite
 from ant_lightning.modules.checkpoint_content import check_weights, use_names_of
@@ -262,11 +262,9 @@ class AutoencoderModule(LoadableModule):
         trainer = self.trainer
         data = image_data(trainer)
         dry_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        folder = Path(self.export or run_folder(trainer) / "first_stage")
         if data is None or not trainer.is_global_zero or dry_run:
             return
-        folder = Path(
-            self.export or Path(trainer.log_dir or trainer.default_root_dir) / "first_stage"
-        )
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         ema = next((c for c in callbacks if isinstance(c, _Averages)), None)
         with nullcontext() if ema is None else ema.averaged(self):

@@ -1,5 +1,6 @@
 """What a run leaves of itself, and which run `--ckpt_path last` means."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -285,11 +286,83 @@ class TestOldRuns:
         run = logs / "run" / "version_0"
         for path in (run / "checkpoints").iterdir():
             content = torch.load(path, weights_only=True)
-            del content["ant_lightning"]["settings"]
-            del content["ant_lightning"]["optimization"]
+            for name in ("settings", "optimization", "run_folder"):
+                del content["ant_lightning"][name]
             torch.save(content, path)
         (run / "loggers.json").unlink()
         line = refused(capsys, arguments(logs, "--ckpt_path=last", "--ema.decay=0.5", steps=4))
         assert "the same ema.decay, found 0.999 in " in line
         assert main(arguments(logs, "--ckpt_path=last", steps=4)) == 0
         assert steps_of(run) == 4
+
+
+class TestFolders:
+    """A folder belongs to one run, wherever its checkpoints and its loggers are."""
+
+    def test_checkpoints_beside_the_users_files_do_not_make_them_a_run(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        shutil.copy(CONFIG, "config.yaml")
+        Path("metrics.csv").write_text("my,own\n1,2\n")
+        before = {name: Path(name).read_bytes() for name in ("config.yaml", "metrics.csv")}
+        args = arguments("logs", "--checkpoint.dirpath=checkpoints")
+        assert main(args) == 0
+        assert main([*args, "--ckpt_path=last", "--trainer.max_steps=4"]) == 0
+        validate = arguments("logs", "--ckpt_path=checkpoints/last.ckpt", command="validate")
+        assert main(validate) == 0
+        assert {name: Path(name).read_bytes() for name in before} == before
+        assert sorted(path.name for path in Path().iterdir()) == [
+            "checkpoints",
+            "config.yaml",
+            "logs",
+            "metrics.csv",
+        ]
+        assert [path.name for path in Path("logs/run").iterdir()] == ["version_0"]
+        assert Path("logs/run/version_0/validate.yaml").is_file()
+        rows = Path("logs/run/version_0/metrics.csv").read_text().splitlines()
+        column = rows[0].split(",").index("step")
+        assert "4" in [row.split(",")[column] for row in rows]
+
+    def test_a_number_is_free_for_every_logger(self, logs, tmp_path):
+        loggers = [
+            {"class_path": CSV, "init_args": {"save_dir": str(tmp_path / "other"), "name": "x"}},
+            {"class_path": CSV, "init_args": {"save_dir": str(logs), "name": "run"}},
+        ]
+        before = (logs / "run" / "version_0" / "metrics.csv").read_bytes()
+        args = [each for each in arguments(logs) if "logger" not in each]
+        assert main([*args, f"--trainer.logger={json.dumps(loggers)}"]) == 0
+        assert (logs / "run" / "version_0" / "metrics.csv").read_bytes() == before
+        assert (logs / "run" / "version_1" / "metrics.csv").is_file()
+        assert (tmp_path / "other" / "x" / "version_1" / "config.yaml").is_file()
+
+    def test_checkpoints_elsewhere_do_not_free_a_version(self, logs, tmp_path, capsys):
+        more = ["--trainer.logger.init_args.version=0", f"--checkpoint.dirpath={tmp_path / 'ck'}"]
+        line = refused(capsys, arguments(logs, *more))
+        assert line.startswith("trainer.logger.version: must be free for a new run, found ")
+
+    def test_an_explicit_checkpoint_goes_on_in_its_own_version(self, logs):
+        last = logs / "run" / "version_0" / "checkpoints" / "last.ckpt"
+        more = ["--trainer.logger.init_args.version=0", f"--ckpt_path={last}", "--ema.decay=0.5"]
+        assert main(arguments(logs, *more, steps=4)) == 0
+        run = logs / "run" / "version_0"
+        assert newest_record(run) == run / "config_1.yaml"
+        # The old settings again: the furthest checkpoint with them is that of step 2.
+        assert main(arguments(logs, "--ckpt_path=last", steps=3)) == 0
+        assert newest_record(run) == run / "config_2.yaml"
+
+    def test_a_moved_run_is_found_from_within(self, logs, tmp_path, monkeypatch):
+        moved = Path(shutil.move(logs, tmp_path / "moved")) / "run" / "version_0"
+        monkeypatch.chdir(moved / "checkpoints")
+        assert main(arguments("elsewhere", "--ckpt_path=last.ckpt", command="validate")) == 0
+        assert (moved / "validate.yaml").is_file()
+        assert not Path("elsewhere").exists()
+
+    def test_nothing_left_to_train_is_said(self, logs, capsys):
+        assert main(arguments(logs, "--ckpt_path=last", steps=2)) == 0
+        assert "nothing left to train, the checkpoint is at step 2" in capsys.readouterr().out
+
+    def test_images_of_a_checkpoint_lie_in_its_run_without_a_logger_too(self, logs):
+        run = logs / "run" / "version_0"
+        args = [each for each in arguments(logs, command="predict") if "logger" not in each]
+        args += ["--trainer.logger=false", f"--ckpt_path={run}/checkpoints/last.ckpt"]
+        assert main([*args, "--samples.num_images=2"]) == 0
+        assert len(list((run / "samples").glob("*.png"))) == 2

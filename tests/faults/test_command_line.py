@@ -48,7 +48,7 @@ def test_stopped_damaged_and_gone_on_with(tmp_path, capsys):
         killer.join()
     assert code == 143
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "ant-lightning: error: told to stop; go on with --ckpt_path last"
+        "ant-lightning: error: told to stop; resume with --ckpt_path last"
     )
     folder = next((tmp_path / "run").rglob("checkpoints"))
     # At step 3 and at the last one, which it may be itself.

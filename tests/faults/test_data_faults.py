@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -21,13 +22,15 @@ from ant_lightning.data.digits import TensorImages
 from ant_lightning.data.workers import dead_worker
 from ant_lightning.errors import DataLoadingError, FileError, message_of
 
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits" / "dit.yaml"
+
 
 def command_line(run, stderr, *args):
     """A process that ends as the command line would after `run`."""
     torch.set_num_threads(1)
     cli.run = lambda arguments: run(*args)
     sys.stderr = stderr.open("w")
-    sys.exit(__main__.main(["fit"]))
+    sys.exit(__main__.main(["fit", f"--config={CONFIG}"]))  # what it holds is not run
 
 
 class KillWorker(L.Callback):

@@ -111,7 +111,8 @@ def test_a_run_resumed_with_other_parts_frozen_is_refused(tmp_path):
     part.trainer.save_checkpoint(tmp_path / "part.ckpt")
     other = tiny_digits.TinyDiT()
     other.final_layer.requires_grad_(False)
-    with pytest.raises(ConfigError, match=r"model\.backbone: a resumed .*'final_layer\.") as error:
+    rule = r"model\.backbone: a resumed run must .*'final_layer\."
+    with pytest.raises(ConfigError, match=rule) as error:
         train(tmp_path, Switch(thaw=True), backbone=other, resume=tmp_path / "part.ckpt")
     assert "found 4 that differ" in str(error.value)
 
