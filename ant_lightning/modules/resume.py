@@ -86,6 +86,13 @@ def resume_with_settings(
     stored = (checkpoint.get("ant_lightning") or {}).get("optimization")
     changed = _keep_fixed_weights(getattr(module, "balancer", None), checkpoint)
     changed |= _apply(checkpoint, stored, current, module.make_optimization)
+    if changed:
+        # A sharded strategy has loaded the optimizer already; others load it from `checkpoint`.
+        for optimizer, state in zip(
+            module.trainer.optimizers, checkpoint["optimizer_states"], strict=False
+        ):
+            for group, now in zip(optimizer.param_groups, state["param_groups"], strict=False):
+                group.update({name: now[name] for name in now if name != "params"})
     if module.trainer.is_global_zero:
         say_changed(changed)
 
@@ -105,7 +112,7 @@ def _apply(
 ) -> dict[str, tuple[Any, Any]]:
     """Update the states of optimizer and scheduler in `checkpoint` if their settings changed."""
     states = checkpoint.get("optimizer_states") or []
-    if len(states) != 1:  # sharded strategies keep them elsewhere; weights-only files have none
+    if len(states) != 1:  # files of weights alone have none
         return {}
     groups = states[0]["param_groups"]
     schedulers = checkpoint.get("lr_schedulers") or []

@@ -40,6 +40,7 @@ def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **set
         "grad_norm": float(model.last_report.grad_norm),
         "val/loss": float(fit.callback_metrics["val/loss"]),
         "step": fit.global_step,
+        "lr": fit.optimizers[0].param_groups[0]["lr"],
     }
 
 
@@ -52,7 +53,12 @@ def every_method(rank, folder):
     whole = run(2, "nash", folder / "whole", steps=6)
     run(2, "nash", folder / "parts", steps=3)
     last = next((folder / "parts").glob("last.ckpt"))
-    return exact, low, whole, run(2, "nash", resume=last, steps=6)
+    slow = run(2, "nash", resume=last, steps=6, optimizer=slow_adamw)
+    return exact, low, slow["lr"], whole, run(2, "nash", resume=last, steps=6)
+
+
+def slow_adamw(groups):
+    return torch.optim.AdamW(groups, lr=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,11 @@ def test_in_bf16_mixed(two_ranks, method):
 
 
 @needs_unused_shards
+def test_a_sharded_run_resumes_with_a_changed_learning_rate(two_ranks):
+    assert [lr for *_, lr, _, _ in two_ranks] == [1e-5, 1e-5]
+
+
+@needs_unused_shards
 def test_a_sharded_run_resumes_to_the_last_bit(two_ranks):
     for *_, whole, resumed in two_ranks:
         assert resumed["step"] == whole["step"] == 6
@@ -107,7 +118,7 @@ def test_one_process_goes_on_from_a_sharded_checkpoint(two_ranks, folder):
     last = next((folder / "parts").glob("last.ckpt"))
     with pytest.warns(UserWarning, match="number of ranks: the checkpoint has 2, this run 1"):
         one = run(1, "nash", folder / "one", resume=last, steps=6, sharded=False)
-    whole = two_ranks[0][2]
+    whole = two_ranks[0][-2]
     assert largest_difference(one["weights"], whole["weights"]) < ROUNDING
     assert largest_difference(one["averages"], whole["averages"]) < ROUNDING
 
