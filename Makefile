@@ -23,26 +23,26 @@ demo: .venv/installed  ## train with ANT-UW on real digits, at most 3 minutes; M
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
 compare: .venv/installed  ## all methods at the same budget, 3 seeds, paired with vanilla (half an hour)
-	$(BIN)/python -m ant_lightning.studies configs/studies/compare.yaml --jobs 2
-	$(BIN)/python -m ant_lightning.studies.compare
+	$(BIN)/python -m studies configs/studies/compare.yaml --jobs 2
+	$(BIN)/python -m studies.compare
 
 ntg: .venv/installed  ## the negative-transfer gap of five methods on the digits (half an hour)
-	$(BIN)/python -m ant_lightning.studies configs/studies/ntg.yaml --jobs 2
-	$(BIN)/python -m ant_lightning.studies.ntg runs/ntg
+	$(BIN)/python -m studies configs/studies/ntg.yaml --jobs 2
+	$(BIN)/python -m studies.ntg runs/ntg
 
 evidence: .venv/installed  ## excess risk over the exact denoiser, 9 methods, 8 paired seeds (4 hours)
-	$(BIN)/python -m ant_lightning.studies configs/studies/evidence.yaml --jobs 2
-	$(BIN)/python -m ant_lightning.studies.evidence
+	$(BIN)/python -m studies configs/studies/evidence.yaml --jobs 2
+	$(BIN)/python -m studies.evidence
 
 tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with ROOT=its folder
-	$(BIN)/python -m ant_lightning.studies.tables --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --jobs 2
+	$(BIN)/python -m studies.tables --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --jobs 2
 
 test: .venv/installed  ## the whole test suite
 	$(BIN)/python -m pytest -n 2
 
 test-cpu: .venv/installed  ## parity and engines again, with the arithmetic of another CPU
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n 2 tests/parity \
-	  $(addprefix tests/unit/,test_engines.py test_engine_one_pass.py test_engine_auto.py)
+	  $(addprefix tests/balancing/,test_engines.py test_engine_one_pass.py test_engine_auto.py)
 
 test-faults: .venv/installed  ## break runs on purpose: kills, full disks, damaged files (at most 20 minutes)
 	$(BIN)/python -m pytest -m slow tests/faults tests/untrusted

@@ -19,11 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ant_lightning.analysis import HadamardSketch, plain_affinity, task_affinity
-from ant_lightning.backbones import DiT
-from ant_lightning.diffusion import CosineSchedule, DiffusionProcess
-from ant_lightning.metrics import GaussianStatistics, frechet_distance, precision_recall
-from ant_lightning.studies.provenance import commit, machine
+from ant_lightning import (
+    CosineSchedule,
+    DiffusionProcess,
+    DiT,
+    frechet_distance,
+    plain_affinity,
+    precision_recall,
+    task_affinity,
+)
+from ant_lightning.affinity.sketch import HadamardSketch
+from ant_lightning.generation.moments import GaussianStatistics
+from studies.provenance import commit, machine
 
 GIB = 2**20  # of ru_maxrss, which is in KiB
 

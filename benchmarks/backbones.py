@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ant_lightning.studies.provenance import commit, machine
 from benchmarks.memory import added_memory
 from benchmarks.networks import PAIRS, Network, build, check_same_unet
+from studies.provenance import commit, machine
 
 
 def prepare(name: str, settings: dict[str, Any]) -> None:

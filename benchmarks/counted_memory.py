@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ant_lightning.backbones import unet_blocks
 from ant_lightning.balancing import auto, taps
-from ant_lightning.studies.provenance import commit
 from benchmarks.memory import LiveBytes
 from benchmarks.methods import memory_lines
 from benchmarks.steps import Cell, Stepper
+from studies.provenance import commit
 
 __all__ = ["CountedGPU", "counted_memory"]
 

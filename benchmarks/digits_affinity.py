@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from ant_lightning.analysis import AffinityResult, distance_correlation
-from ant_lightning.studies.provenance import commit, config_hash, machine
+from ant_lightning import AffinityResult, distance_correlation
+from studies.provenance import commit, config_hash, machine
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-CALLBACK = "ant_lightning.callbacks.TaskAffinity"
+CALLBACK = "ant_lightning.TaskAffinity"
 
 
 def command_line(*args: str) -> None:

@@ -24,17 +24,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ant_lightning.data import (
+from ant_lightning import (
     Batch,
+    FirstStage,
     ImageDataModule,
     ImageFolderData,
     LatentsData,
     LatentSpace,
     LatentWriter,
 )
-from ant_lightning.modules import FirstStage
-from ant_lightning.studies.provenance import commit, machine
 from benchmarks.networks import build
+from studies.provenance import commit, machine
 
 # Kind -> width, height, suffix, options of the file.
 FILES: dict[str, tuple[int, int, str, dict[str, int]]] = {

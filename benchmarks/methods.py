@@ -26,12 +26,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from ant_lightning.balancing import NashMTL, PCGrad, nash_weights
-from ant_lightning.clustering import SNRClustering, TimestepClustering
-from ant_lightning.diffusion import CosineSchedule, DiffusionProcess
-from ant_lightning.studies.provenance import commit, machine
+from ant_lightning import (
+    CosineSchedule,
+    DiffusionProcess,
+    NashMTL,
+    PCGrad,
+    SNRClustering,
+    TimestepClustering,
+    nash_weights,
+)
 from benchmarks.memory import added_memory
 from benchmarks.steps import ENGINES, METHODS, TORCHJD, Cell, K, Stepper
+from studies.provenance import commit, machine
 
 Row = dict[str, Any]
 NASH_EVERY = 25

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ant_lightning.backbones import UNet, adm_p2_light, dit_s_2
+from ant_lightning import UNet, adm_p2_light, dit_s_2
 from ant_lightning.backbones.unet_blocks import AttentionBlock
 
 __all__ = ["PAIRS", "Network", "build", "check_same_unet"]

@@ -16,8 +16,8 @@ from statistics import median
 import lightning as L
 import numpy as np
 
-from ant_lightning.cli import run
-from ant_lightning.studies.provenance import commit, config_hash, machine
+from ant_lightning.cli.parser import run
+from studies.provenance import commit, config_hash, machine
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -17,27 +17,32 @@ from torch import Tensor, nn
 from torchjd import aggregation, autojac
 from torchjd.autogram import Engine as Autogram
 
-from ant_lightning.backbones import DiT, adm_p2_light, dit_b_2, dit_s_2, ldm_ffhq256
-from ant_lightning.balancing import (
-    Auto,
+from ant_lightning import (
     Balancer,
     ContinuousUncertainty,
-    DenseTaskGradients,
-    Engine,
+    CosineSchedule,
+    DiffusionProcess,
+    DiT,
     GradientBalancer,
     LinearScalarization,
-    Loop,
-    LowMemory,
     NashMTL,
-    OnePass,
     PCGrad,
-    Reduction,
+    SNRClustering,
     UncertaintyWeighting,
-    Vmap,
+    adm_p2_light,
+    denoising_loss,
+    dit_b_2,
+    dit_s_2,
+    ldm_ffhq256,
     multitask_backward,
 )
-from ant_lightning.clustering import SNRClustering
-from ant_lightning.diffusion import CosineSchedule, DiffusionProcess, denoising_loss
+from ant_lightning.balancing.auto import Auto
+from ant_lightning.balancing.engines import Engine, Loop
+from ant_lightning.balancing.gradients import DenseTaskGradients
+from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.reduction import Reduction
+from ant_lightning.balancing.vmap import Vmap
 
 __all__ = ["ENGINES", "METHODS", "TORCHJD", "Cell", "K", "Stepper"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ant_lightning.__main__ import main as ant_lightning
-from ant_lightning.cli import AntCLI, run
+from ant_lightning.cli.main import main as ant_lightning
+from ant_lightning.cli.parser import AntCLI, run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 METHOD = ["balancer/uw.yaml", "clustering/snr.yaml"]

@@ -7,9 +7,13 @@ where `loss.backward()` would.
 import torch
 from torch import nn
 
-from ant_lightning.balancing import PCGrad, multitask_backward
-from ant_lightning.clustering import SNRClustering
-from ant_lightning.diffusion import CosineSchedule, DiffusionProcess
+from ant_lightning import (
+    CosineSchedule,
+    DiffusionProcess,
+    PCGrad,
+    SNRClustering,
+    multitask_backward,
+)
 
 
 class Denoiser(nn.Module):

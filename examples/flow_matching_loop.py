@@ -8,8 +8,7 @@ inside its grid cell.
 import torch
 from eps_loop import Denoiser, two_moons
 
-from ant_lightning.balancing import UncertaintyWeighting, multitask_backward
-from ant_lightning.clustering import SNRClustering
+from ant_lightning import SNRClustering, UncertaintyWeighting, multitask_backward
 
 NUM_CELLS = 200
 

@@ -3,8 +3,11 @@
 import torch
 from torch import nn
 
-from ant_lightning.balancing import LowMemory, OnePass, PCGrad, UncertaintyWeighting, Vmap
-from ant_lightning.parameters import is_dense
+from ant_lightning import PCGrad, UncertaintyWeighting
+from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.parameters import is_dense
+from ant_lightning.balancing.vmap import Vmap
 
 K, B = 3, 12
 TASKS = torch.tensor([0, 1, 2, 2, 1, 0, 2, 0, 2, 1, 0, 2])

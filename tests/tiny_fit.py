@@ -5,20 +5,21 @@ import torch
 from torch import nn
 from torchjd.aggregation import UPGradWeighting
 
-from ant_lightning.backbones import DiT
-from ant_lightning.balancing import (
+from ant_lightning import (
+    EMA,
+    Checkpoints,
     ContinuousUncertainty,
+    CosineSchedule,
+    DigitsData,
+    DiT,
+    DiTModule,
     LinearScalarization,
     NashMTL,
     PCGrad,
+    SNRClustering,
     TorchJDBalancer,
     UncertaintyWeighting,
 )
-from ant_lightning.callbacks import EMA, Checkpoints
-from ant_lightning.clustering import SNRClustering
-from ant_lightning.data import DigitsData
-from ant_lightning.diffusion import CosineSchedule
-from ant_lightning.modules import DiTModule
 
 BALANCERS = {
     "vanilla": lambda: None,

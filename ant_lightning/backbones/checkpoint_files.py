@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ant_lightning.errors import FileError
-from ant_lightning.files import read_safetensors, read_torch
+from ant_lightning.files.safetensors_file import read_safetensors
+from ant_lightning.files.torch_file import read_torch
 
 __all__ = ["read_checkpoint"]
 

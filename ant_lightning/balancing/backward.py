@@ -11,9 +11,9 @@ from ant_lightning.balancing.base import GradientBalancer, LossBalancer, SampleB
 from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import assign_gradients, reduce_gradients_
+from ant_lightning.balancing.parameters import trained_parameters
 from ant_lightning.balancing.reduction import Reduction, default_reduction
 from ant_lightning.errors import ConfigError
-from ant_lightning.parameters import trained_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

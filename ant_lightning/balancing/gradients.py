@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ant_lightning.balancing.parameters import is_dense, same_tensors
 from ant_lightning.balancing.reduction import Reduction, padded_length
 from ant_lightning.balancing.shards import from_local, local_part
 from ant_lightning.errors import ConfigError
-from ant_lightning.parameters import is_dense, same_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

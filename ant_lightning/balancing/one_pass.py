@@ -10,8 +10,8 @@ from torch.utils.checkpoint import CheckpointError
 from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whole, new_rows
 from ant_lightning.balancing.factors import FactoredTaskGradients, Factors, layers_to_factor
 from ant_lightning.balancing.groups import Groups
+from ant_lightning.balancing.parameters import same_tensors
 from ant_lightning.balancing.taps import Taps
-from ant_lightning.parameters import same_tensors
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ant_lightning.data import ImageDataModule
     from ant_lightning.data.loader import ImageDataset
+    from ant_lightning.data.module import ImageDataModule
 
 __all__ = ["EmptyClassWarning", "images_by_class", "warn_of_empty_classes"]
 

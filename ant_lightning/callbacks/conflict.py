@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.figures import save_figure
-from ant_lightning.callbacks.run_state import RunCallback, steps_of
+from ant_lightning.callbacks.task_figures import cosine_heat_map, task_history
 from ant_lightning.errors import ConfigError
-from ant_lightning.plotting import cosine_heat_map, task_history
 
 if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
-    from ant_lightning.modules import MultiTaskDiffusion
+    from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["ConflictMonitor"]
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ant_lightning.callbacks.base import RunCallback
 from ant_lightning.callbacks.figures import log_folder
-from ant_lightning.callbacks.run_state import RunCallback
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from ant_lightning.modules import MultiTaskDiffusion
+    from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["StepCost"]
 

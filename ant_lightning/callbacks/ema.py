@@ -11,10 +11,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from ant_lightning.balancing.shards import from_full, full_tensor, local_part
-from ant_lightning.callbacks.run_state import RunCallback
+from ant_lightning.callbacks.base import RunCallback
 from ant_lightning.errors import ConfigError
-from ant_lightning.files import tensors_digest
-from ant_lightning.modules.sharding import reshard
+from ant_lightning.files.identity import tensors_digest
+from ant_lightning.runtime.sharding import reshard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from ant_lightning.modules import MultiTaskDiffusion
+    from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["EMA", "averaged_weights"]
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
+from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import log_folder
-from ant_lightning.callbacks.run_state import steps_of
-from ant_lightning.clustering import Clustering, SNRClustering
-from ant_lightning.data import DigitsMixtureData
+from ant_lightning.data.digits_mixture import DigitsMixtureData
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
+from ant_lightning.tasks.clusterings import Clustering, SNRClustering
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ant_lightning.modules import MultiTaskDiffusion
+    from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["ExcessRisk"]
 

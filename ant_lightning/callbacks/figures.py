@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from ant_lightning.callbacks.run_record import RunRecord
-from ant_lightning.callbacks.run_state import steps_of
+from ant_lightning.callbacks.base import steps_of
+from ant_lightning.runtime.run_record import RunRecord
 
 if TYPE_CHECKING:
     import lightning as L

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files import check_identity, read_json, write_identity
-from ant_lightning.metrics.image_files import num_images as stored_images
+from ant_lightning.files.identity import check_identity, write_identity
+from ant_lightning.files.json_file import read_json
+from ant_lightning.generation.image_files import num_images as stored_images
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -12,12 +12,12 @@ from torch import nn
 
 from ant_lightning.balancing.shards import full_tensor
 from ant_lightning.callbacks.ema import averaged_weights
-from ant_lightning.files import tensors_digest
+from ant_lightning.files.identity import tensors_digest
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from ant_lightning.modules import MultiTaskDiffusion
+    from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["FORMAT", "sample_identity"]
 

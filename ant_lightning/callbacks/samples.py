@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 
+from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import images_by_class
 from ant_lightning.callbacks.figures import save_figure
-from ant_lightning.callbacks.run_state import RunCallback, steps_of
+from ant_lightning.callbacks.image_figures import sample_grid
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples, SampleFiles
 from ant_lightning.callbacks.sample_identity import sample_identity
 from ant_lightning.data.module import to_uint8
 from ant_lightning.data.of_trainer import needed_image_data, run_folder
 from ant_lightning.errors import ConfigError
-from ant_lightning.modules.latents import load_initial_weights
-from ant_lightning.plotting import sample_grid
+from ant_lightning.models.latents import load_initial_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from ant_lightning.modules import MultiTaskDiffusion
+    from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["SampleGrid", "SampleWriter"]
 

@@ -33,7 +33,7 @@ def check_batch(batch: object) -> None:
     """
     if not isinstance(batch, Batch):
         raise ConfigError(
-            "batch: must be an ant_lightning.data.Batch, so let the data set return "
+            "batch: must be an ant_lightning.Batch, so let the data set return "
             f"Batch(image, label, index), found a {type(batch).__name__} {_inside(batch)}".rstrip()
         )
     images, labels, indices = batch

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from ant_lightning.errors import FileError
-from ant_lightning.files import read_json
+from ant_lightning.files.json_file import read_json
 
 __all__ = ["read_class_map", "write_class_map"]
 

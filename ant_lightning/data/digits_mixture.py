@@ -10,7 +10,7 @@ from ant_lightning.data.batch import Batch
 from ant_lightning.data.digits import load_digits
 from ant_lightning.data.loader import ImageDataset
 from ant_lightning.data.module import ImageDataModule
-from ant_lightning.diffusion import GaussianMixture
+from ant_lightning.diffusion.mixture import GaussianMixture
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 

@@ -13,13 +13,7 @@ import torch
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.class_map import read_class_map, write_class_map
-from ant_lightning.data.image_files import (
-    broken_images,
-    content_digest,
-    find_images,
-    report,
-    split,
-)
+from ant_lightning.data.image_files import broken_images, content_digest, find_images, report, split
 from ant_lightning.data.loader import ImageDataset
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
 from ant_lightning.data.of_trainer import run_folder

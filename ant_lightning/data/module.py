@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ant_lightning.data.loader import ImageDataset, RankKeys, ShuffledLoader, evaluation_loader
 from ant_lightning.errors import ConfigError, NonFiniteError
-from ant_lightning.files import differences, tensors_digest
+from ant_lightning.files.identity import differences, tensors_digest
 from ant_lightning.randomness import run_seed
 
 if TYPE_CHECKING:

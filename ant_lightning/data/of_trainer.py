@@ -31,7 +31,7 @@ def needed_image_data(trainer: L.Trainer, who: str) -> ImageDataModule:
         found = getattr(trainer, "datamodule", None)
         raise ConfigError(
             f"{who}: asks the data module for images, so the trainer needs an "
-            "ant_lightning.data.ImageDataModule, found "
+            "ant_lightning.ImageDataModule, found "
             + ("loaders alone" if found is None else type(found).__name__)
         )
     return data

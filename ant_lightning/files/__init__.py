@@ -7,12 +7,7 @@ file.
 
 from ant_lightning.files.atomic import write_atomically
 from ant_lightning.files.finite import not_finite
-from ant_lightning.files.identity import (
-    check_identity,
-    differences,
-    tensors_digest,
-    write_identity,
-)
+from ant_lightning.files.identity import check_identity, differences, tensors_digest, write_identity
 from ant_lightning.files.json_file import read_json
 from ant_lightning.files.npy import ArrayHeader, map_npy
 from ant_lightning.files.npz import NpzFile, open_npz

@@ -17,7 +17,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports these once; every rank is a fork of it and starts in a fraction of a second.
 _CONTEXT.set_forkserver_preload(
     [
-        "ant_lightning.modules",
+        "ant_lightning.models",
         "ant_lightning.callbacks",
         "ant_lightning.data.digits",
         "torch.distributed.fsdp",

@@ -7,7 +7,9 @@ import torch
 from rank_processes import run_ranks
 from tiny_runs import ROUNDING, PartlyUsed, TinyData, module, trainer
 
-from ant_lightning.callbacks import (
+from ant_lightning import (
+    DDIM,
+    FeatureExtractor,
     GenerationMetrics,
     NegativeTransferGap,
     Reclustering,
@@ -15,8 +17,7 @@ from ant_lightning.callbacks import (
     TaskAffinity,
     TransferMatrix,
 )
-from ant_lightning.diffusion import DDIM
-from ant_lightning.metrics import FeatureExtractor, Features
+from ant_lightning.generation.extractors.features import Features
 
 INTERVAL = (0, 300)
 

@@ -6,8 +6,8 @@ import torch
 from rank_processes import _CONTEXT
 from tiny_runs import TinyData, module, trainer
 
-from ant_lightning.callbacks import EMA, GenerationMetrics, Reclustering
-from ant_lightning.metrics import FeatureExtractor, Features
+from ant_lightning import EMA, FeatureExtractor, GenerationMetrics, Reclustering
+from ant_lightning.generation.extractors.features import Features
 
 
 class Corner(FeatureExtractor):

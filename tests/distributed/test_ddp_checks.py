@@ -13,10 +13,9 @@ from rank_processes import run_ranks
 from tiny_runs import ROUNDING, K, TinyData, fit, module, trainer
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 
-from ant_lightning.balancing import PCGrad, multitask_backward
-from ant_lightning.callbacks import EMA
-from ant_lightning.errors import ConfigError, DivergedRanksError
-from ant_lightning.modules.checks import check_strategy
+from ant_lightning import EMA, ConfigError, PCGrad, multitask_backward
+from ant_lightning.errors import DivergedRanksError
+from ant_lightning.models.checks import check_strategy
 
 
 def validated(rank, ranks=2):

@@ -5,10 +5,8 @@ import torch
 from rank_processes import needs_unused_shards, run_ranks
 from tiny_runs import METHODS, ROUNDING, TinyData, module, sgd, trainer
 
+from ant_lightning import EMA, Checkpoints, ConfigError, ShardedStrategy
 from ant_lightning.balancing.shards import full_tensor, is_sharded
-from ant_lightning.callbacks import EMA, Checkpoints
-from ant_lightning.errors import ConfigError
-from ant_lightning.modules import ShardedStrategy
 
 
 def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **settings):

@@ -20,20 +20,15 @@ from rank_processes import needs_unused_shards, run_ranks
 from tiny_runs import PartlyUsed, TinyData, module, trainer
 from torch import nn
 
-from ant_lightning.balancing import (
-    DenseTaskGradients,
-    Loop,
-    LowMemory,
-    OnePass,
-    PlacedTaskGradients,
-    Vmap,
-    default_reduction,
-    multitask_backward,
-)
-from ant_lightning.balancing.engines import UnsupportedError
+from ant_lightning import ConfigError, ShardedStrategy, multitask_backward
+from ant_lightning.balancing.engines import Loop, UnsupportedError
+from ant_lightning.balancing.gradients import DenseTaskGradients
+from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.placed import PlacedTaskGradients
+from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.shards import full_tensor
-from ant_lightning.errors import ConfigError
-from ant_lightning.modules import ShardedStrategy
+from ant_lightning.balancing.vmap import Vmap
 
 METHODS = {
     "none": ("none", Loop, None),

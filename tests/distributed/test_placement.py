@@ -6,16 +6,10 @@ from rank_processes import run_ranks
 from test_ranks_backward import Counted, K, Network
 from tiny_runs import TinyData, module, trainer
 
-from ant_lightning.balancing import (
-    DenseTaskGradients,
-    NashMTL,
-    PCGrad,
-    PlacedTaskGradients,
-    Reduction,
-    multitask_backward,
-)
-from ant_lightning.clustering import TimestepClusters
-from ant_lightning.errors import ConfigError
+from ant_lightning import ConfigError, NashMTL, PCGrad, TimestepClusters, multitask_backward
+from ant_lightning.balancing.gradients import DenseTaskGradients
+from ant_lightning.balancing.placed import PlacedTaskGradients
+from ant_lightning.balancing.reduction import Reduction
 
 B = 24
 TASKS = torch.tensor([0] * 5 + [1] * 5 + [2] * 5 + [3] * 4 + [4] * 5)

@@ -5,8 +5,7 @@ import pytest
 from rank_processes import run_ranks
 from tiny_runs import TinyData, module, trainer
 
-from ant_lightning.callbacks import SampleWriter
-from ant_lightning.diffusion import DDIM
+from ant_lightning import DDIM, SampleWriter
 from ant_lightning.errors import FileError
 
 

@@ -12,11 +12,9 @@ from rank_processes import run_ranks
 from test_callbacks_on_ranks import Projection
 from tiny_runs import TinyData, module, trainer
 
-from ant_lightning.callbacks import Checkpoints, GenerationMetrics, TaskAffinity
+from ant_lightning import DDIM, Checkpoints, DiTModule, GenerationMetrics, TaskAffinity
 from ant_lightning.data.digits import TensorImages
-from ant_lightning.diffusion import DDIM
-from ant_lightning.modules import DiTModule
-from ant_lightning.modules.peers import PeerWatch, first_failure, warn_of_shared_store
+from ant_lightning.runtime.peers import PeerWatch, first_failure, warn_of_shared_store
 
 ERROR = "ValueError: the disk of rank 1 is full"
 

@@ -6,23 +6,21 @@ from rank_processes import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ant_lightning.balancing import (
-    Auto,
+from ant_lightning import (
     ContinuousUncertainty,
-    GroupReduction,
     LinearScalarization,
-    Loop,
-    LowMemory,
     NashMTL,
-    OnePass,
     PCGrad,
-    PlacedTaskGradients,
-    Reduction,
     UncertaintyWeighting,
-    Vmap,
-    default_reduction,
     multitask_backward,
 )
+from ant_lightning.balancing.auto import Auto
+from ant_lightning.balancing.engines import Loop
+from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.placed import PlacedTaskGradients
+from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
+from ant_lightning.balancing.vmap import Vmap
 
 K = 5
 TASKS = torch.tensor([0, 0, 1, 3, 3, 3, 4, 0, 1, 2, 2, 3, 4, 4, 2, 1, 3, 3, 4, 3, 4, 3])

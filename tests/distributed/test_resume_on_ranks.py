@@ -14,7 +14,7 @@ from tiny_fit import assert_same
 from tiny_runs import ROUNDING, PartlyUsed, TinyData, module, trainer
 from torch import nn
 
-from ant_lightning.callbacks import EMA, Checkpoints, Reclustering
+from ant_lightning import EMA, Checkpoints, Reclustering
 
 STEPS = 7  # 5 in an epoch
 STOPS = [2, 5]

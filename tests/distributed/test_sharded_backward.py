@@ -7,8 +7,8 @@ from test_ranks_backward import METHODS, PARTS, TASKS, Counted, K, Network
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from ant_lightning.balancing import Reduction, default_reduction, multitask_backward
-from ant_lightning.errors import ConfigError
+from ant_lightning import ConfigError, multitask_backward
+from ant_lightning.balancing.reduction import Reduction, default_reduction
 
 
 def sharded(ranks):

@@ -8,21 +8,21 @@ import torch
 from torch import nn
 from torchjd.aggregation import UPGradWeighting
 
-from ant_lightning.backbones import DiT
-from ant_lightning.balancing import (
+from ant_lightning import (
+    EMA,
     ContinuousUncertainty,
+    CosineSchedule,
+    DiT,
+    DiTModule,
+    FixedClustering,
+    ImageDataModule,
     LinearScalarization,
     NashMTL,
     PCGrad,
     TorchJDBalancer,
     UncertaintyWeighting,
 )
-from ant_lightning.callbacks import EMA
-from ant_lightning.clustering import FixedClustering
-from ant_lightning.data import ImageDataModule
 from ant_lightning.data.digits import TensorImages
-from ant_lightning.diffusion import CosineSchedule
-from ant_lightning.modules import DiTModule
 
 K = 3
 METHODS = {

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from wrong_settings import CONFIGS, SETTINGS, arguments
 
-from ant_lightning.__main__ import main
-from ant_lightning.errors import ConfigError
-from ant_lightning.trainer_settings import check_trainer_settings
+from ant_lightning import ConfigError
+from ant_lightning.cli.main import main
+from ant_lightning.cli.trainer_settings import check_trainer_settings
 
 
 @pytest.fixture(autouse=True)
@@ -234,8 +234,8 @@ def test_a_folder_of_something_else_is_not_reported(tmp_path, capsys, text):
 
 
 def test_a_device_that_is_not_there_is_refused():
-    from ant_lightning.encode import _checked
-    from ant_lightning.errors import ConfigError
+    from ant_lightning import ConfigError
+    from ant_lightning.cli.encode import _checked
 
     with pytest.raises(ConfigError, match=r"device: must be auto, cpu, cuda .* found 'foo'"):
         _checked("foo")
@@ -243,8 +243,7 @@ def test_a_device_that_is_not_there_is_refused():
 
 @pytest.mark.parametrize("name", ["num_res_blocks", "transformer_depth"])
 def test_networks_of_absurd_depth_are_refused_before_they_are_made(name):
-    from ant_lightning.backbones import UNet
-    from ant_lightning.errors import ConfigError
+    from ant_lightning import ConfigError, UNet
 
     size = {"input_size": 8, "in_channels": 1, "out_channels": 1, "model_channels": 32}
     with pytest.raises(ConfigError, match=f"{name}: must be from 1 to 100, found 10"):
@@ -252,8 +251,7 @@ def test_networks_of_absurd_depth_are_refused_before_they_are_made(name):
 
 
 def test_autoencoders_of_absurd_depth_are_refused_before_they_are_made():
-    from ant_lightning.errors import ConfigError
-    from ant_lightning.modules import AutoencoderModule
+    from ant_lightning import AutoencoderModule, ConfigError
 
     with pytest.raises(ConfigError, match="layers_per_block: must be from 1 to 64, found 10"):
         AutoencoderModule(layers_per_block=10**12)

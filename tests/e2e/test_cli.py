@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from ant_lightning.__main__ import main
-from ant_lightning.callbacks import EMA, ConflictMonitor, GenerationMetrics, SampleGrid
-from ant_lightning.cli import run
+from ant_lightning import EMA, ConflictMonitor, GenerationMetrics, SampleGrid
+from ant_lightning.cli.main import main
+from ant_lightning.cli.parser import run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASE = CONFIGS / "digits" / "dit.yaml"
@@ -102,7 +102,7 @@ def test_help_names_every_command_and_needs_no_torch(capsys):
     out = capsys.readouterr().out
     assert all(command in out for command in ("fit", "validate", "test", "predict"))
     code = (
-        "import sys; from ant_lightning.__main__ import main; main(['--help']); "
+        "import sys; from ant_lightning.cli.main import main; main(['--help']); "
         "sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -113,8 +113,8 @@ def test_balancing_clustering_diffusion_and_analysis_do_not_import_lightning():
     import sys
 
     code = (
-        "import sys, ant_lightning.balancing, ant_lightning.clustering, ant_lightning.diffusion, "
-        "ant_lightning.analysis, ant_lightning.backbones\n"
+        "import sys, ant_lightning.balancing, ant_lightning.tasks, ant_lightning.diffusion, "
+        "ant_lightning.affinity, ant_lightning.backbones\n"
         "bad = {'lightning', 'torchmetrics', 'torchvision', 'diffusers', 'jsonargparse', "
         "'matplotlib', 'cvxpy'} & set(sys.modules)\n"
         "assert not bad, bad"

@@ -6,11 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ant_lightning.__main__ import main
-from ant_lightning.callbacks import GenerationMetrics
-from ant_lightning.cli import run
-from ant_lightning.data import DigitsData
-from ant_lightning.metrics import GenerationScores
+from ant_lightning import DigitsData, GenerationMetrics, GenerationScores
+from ant_lightning.cli.main import main
+from ant_lightning.cli.parser import run
 
 BASE = Path(__file__).resolve().parents[2] / "configs" / "digits" / "dit.yaml"
 

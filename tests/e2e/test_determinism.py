@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_fit import everything
 
-from ant_lightning.cli import run
+from ant_lightning.cli.parser import run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TINY = {

@@ -7,12 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from ant_lightning.__main__ import main
-from ant_lightning.callbacks import EMA
-from ant_lightning.cli import run
+from ant_lightning import EMA, AutoencoderModule, ConfigError, FirstStage
+from ant_lightning.cli.main import main
+from ant_lightning.cli.parser import run
 from ant_lightning.data.digits import load_digits
-from ant_lightning.errors import ConfigError
-from ant_lightning.modules import AutoencoderModule, FirstStage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUICK = [

@@ -10,15 +10,13 @@ import torch
 import yaml
 from PIL import Image
 
-from ant_lightning import load_run
-from ant_lightning.__main__ import main
-from ant_lightning.backbones import DiT
-from ant_lightning.data import to_uint8
-from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.modules import AutoencoderModule, DiTModule
+from ant_lightning import AutoencoderModule, ConfigError, DiT, DiTModule, load_run
+from ant_lightning.cli.main import main
+from ant_lightning.data.module import to_uint8
+from ant_lightning.errors import FileError
 
 BACKBONE = {
-    "class_path": "ant_lightning.backbones.DiT",
+    "class_path": "ant_lightning.DiT",
     "init_args": {
         "input_size": 8,
         "patch_size": 4,
@@ -30,20 +28,20 @@ BACKBONE = {
     },
 }
 MODEL = {
-    "class_path": "ant_lightning.modules.DiTModule",
+    "class_path": "ant_lightning.DiTModule",
     "init_args": {
         "backbone": BACKBONE,
-        "schedule": {"class_path": "ant_lightning.diffusion.CosineSchedule"},
+        "schedule": {"class_path": "ant_lightning.CosineSchedule"},
         "clustering": {
-            "class_path": "ant_lightning.clustering.SNRClustering",
+            "class_path": "ant_lightning.SNRClustering",
             "init_args": {"num_tasks": 3},
         },
         "balancer": {
-            "class_path": "ant_lightning.balancing.UncertaintyWeighting",
+            "class_path": "ant_lightning.UncertaintyWeighting",
             "init_args": {"num_tasks": 3},
         },
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        "sampler": {"class_path": "ant_lightning.diffusion.DDIM", "init_args": {"num_steps": 2}},
+        "sampler": {"class_path": "ant_lightning.DDIM", "init_args": {"num_steps": 2}},
     },
 }
 QUIET = {
@@ -63,7 +61,7 @@ def fit(folder, model, *, seed=7):
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(folder), "name": "tiny"},
     }
-    data = {"class_path": "ant_lightning.data.DigitsData", "init_args": {"batch_size": 20}}
+    data = {"class_path": "ant_lightning.DigitsData", "init_args": {"batch_size": 20}}
     settings = {
         "seed_everything": seed,
         "trainer": {**QUIET, "logger": logger},
@@ -245,7 +243,7 @@ def own(tmp_path, monkeypatch):
         (
             "clustering",
             {
-                "class_path": "ant_lightning.clustering.ShuffledClustering",
+                "class_path": "ant_lightning.ShuffledClustering",
                 "init_args": {"clustering": {"class_path": "own_net.Own"}},
             },
             "own_net.Own",
@@ -304,7 +302,7 @@ def test_settings_of_another_model_are_refused(run, tmp_path):
 
 def test_an_autoencoder_is_loaded_too(tmp_path):
     model = {
-        "class_path": "ant_lightning.modules.AutoencoderModule",
+        "class_path": "ant_lightning.AutoencoderModule",
         "init_args": {"in_channels": 1, "widths": [16, 16], "latent_channels": 1},
     }
     run = fit(tmp_path, model)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ant_lightning.callbacks import ExcessRisk, GenerationMetrics
-from ant_lightning.cli import run
-from ant_lightning.clustering import ShuffledClusters
-from ant_lightning.studies import Study
+from ant_lightning import ExcessRisk, GenerationMetrics
+from ant_lightning.cli.parser import run
+from ant_lightning.tasks.shuffled import ShuffledClusters
+from studies.study import Study
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TINY = [

@@ -6,14 +6,17 @@ import lightning as L
 import pytest
 import torch
 
-from ant_lightning.backbones import DiT
-from ant_lightning.balancing import PCGrad
-from ant_lightning.callbacks import EMA, Checkpoints
-from ant_lightning.clustering import SNRClustering
-from ant_lightning.data import DigitsData
-from ant_lightning.diffusion import CosineSchedule
+from ant_lightning import (
+    EMA,
+    Checkpoints,
+    CosineSchedule,
+    DigitsData,
+    DiT,
+    DiTModule,
+    PCGrad,
+    SNRClustering,
+)
 from ant_lightning.errors import NonFiniteError
-from ant_lightning.modules import DiTModule
 
 
 class Breaks(L.Callback):

@@ -12,22 +12,21 @@ import yaml
 from first_stages import save_first_stages
 from jsonargparse import ArgumentParser
 
-from ant_lightning.cli import run
-from ant_lightning.data import ImageDataModule, ImageFolderData, LatentsData, ShapesData
-from ant_lightning.modules import FirstStage
+from ant_lightning import FirstStage, ImageDataModule, ImageFolderData, LatentsData, ShapesData
+from ant_lightning.cli.parser import run
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 # Model -> manifest, and what makes it small enough for two steps.
 UNET = [
-    "--model.backbone=ant_lightning.backbones.UNet",
+    "--model.backbone=ant_lightning.UNet",
     "--model.backbone.input_size=8",
     "--model.backbone.model_channels=32",
     "--model.backbone.channel_mult=[1]",
     "--model.backbone.num_res_blocks=1",
 ]
 DIT = [
-    "--model.backbone=ant_lightning.backbones.DiT",
+    "--model.backbone=ant_lightning.DiT",
     "--model.backbone.input_size=8",
     "--model.backbone.hidden_size=32",
     "--model.backbone.depth=1",

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, Timer
 from lightning.pytorch.callbacks.timer import Interval
 from wrong_settings import CONFIGS, arguments
 
-from ant_lightning.cli import run
-from ant_lightning.config_files import dump_yaml
+from ant_lightning.cli.config_files import dump_yaml
+from ant_lightning.cli.parser import run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "runs/digits_dit/version_0"
@@ -31,7 +31,7 @@ class Whole(enum.IntEnum):
 # Three commands in one process: each start would cost seconds.
 CODE = """
 import sys
-from ant_lightning.__main__ import main
+from ant_lightning.cli.main import main
 base = sys.argv[1].split()
 fit = [*base, "--trainer.max_steps=25", "--trainer.val_check_interval=25"]
 assert main(["fit", *fit]) == 0

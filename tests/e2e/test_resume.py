@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from tiny_fit import BALANCERS, BATCHES, Forgetful, assert_same, fit
 
-from ant_lightning.callbacks import Reclustering
+from ant_lightning import Reclustering
 
 STOPS = [1, BATCHES, BATCHES + 1, 2 * BATCHES - 1]
 

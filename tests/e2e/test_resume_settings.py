@@ -7,14 +7,17 @@ import torch
 from test_run_records import arguments
 from tiny_fit import BALANCERS, fit, module
 
-from ant_lightning.__main__ import main
-from ant_lightning.balancing import LinearScalarization, UncertaintyWeighting
-from ant_lightning.callbacks import Checkpoints
-from ant_lightning.data import DigitsData
-from ant_lightning.data.latent_space import LatentSpace
-from ant_lightning.errors import ConfigError
-from ant_lightning.modules import AutoencoderModule
-from ant_lightning.modules.saved_state import restore_state
+from ant_lightning import (
+    AutoencoderModule,
+    Checkpoints,
+    ConfigError,
+    DigitsData,
+    LatentSpace,
+    LinearScalarization,
+    UncertaintyWeighting,
+)
+from ant_lightning.cli.main import main
+from ant_lightning.models.saved_state import restore_state
 
 NONE = {"warmup_steps": 0}
 schedulers = torch.optim.lr_scheduler

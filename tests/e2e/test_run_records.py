@@ -11,9 +11,9 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
-from ant_lightning.__main__ import main
-from ant_lightning.callbacks.run_record import newest_record
-from ant_lightning.modules.csv_rows import _AddingWriter
+from ant_lightning.cli.main import main
+from ant_lightning.runtime.csv_rows import _AddingWriter
+from ant_lightning.runtime.run_record import newest_record
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits" / "dit.yaml"
 CSV = "lightning.pytorch.loggers.CSVLogger"
@@ -224,7 +224,7 @@ class TestLast:
     def test_another_data_set_of_the_same_size_is_named(self, logs, capsys):
         record = logs / "run" / "version_0" / "checkpoints" / "last.ckpt"
         content = torch.load(record, weights_only=True)
-        content["ant_lightning"]["settings"]["data"]["class_path"] = "ant_lightning.data.ShapesData"
+        content["ant_lightning"]["settings"]["data"]["class_path"] = "ant_lightning.ShapesData"
         for path in record.parent.iterdir():
             torch.save(content, path)
         line = refused(capsys, arguments(logs, "--ckpt_path=last", steps=4))

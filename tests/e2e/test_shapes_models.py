@@ -7,12 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ant_lightning.cli import run
-from ant_lightning.data import ShapesData
-from ant_lightning.errors import ConfigError
-from ant_lightning.metrics import ShapesFeatures, collect_features
-from ant_lightning.metrics.shapes_features import SHAPES_WEIGHTS
-from ant_lightning.metrics.shapes_network import main
+from ant_lightning import ConfigError, ShapesData, ShapesFeatures
+from ant_lightning.cli.parser import run
+from ant_lightning.generation.collect import collect_features
+from ant_lightning.generation.extractors.shapes import SHAPES_WEIGHTS
+from ant_lightning.generation.extractors.shapes_network import main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUICK = [
@@ -34,7 +33,7 @@ def fit(folder, *files, options=()):
     return run(["fit", *configs, *QUICK, f"--trainer.logger.save_dir={folder}", *options])
 
 
-@pytest.mark.filterwarnings("ignore::ant_lightning.metrics.RankDeficientWarning")
+@pytest.mark.filterwarnings("ignore::ant_lightning.generation.frechet.RankDeficientWarning")
 def test_every_config_of_shapes_trains_and_is_scored(tmp_path):
     export = tmp_path / "export"
     fit(tmp_path, "shapes/autoencoder", options=[f"--model.export={export}"])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from tiny_fit import assert_same, fit
 
-from ant_lightning.callbacks import Checkpoints
-from ant_lightning.callbacks.checkpoint_files import (
+from ant_lightning import Checkpoints, ConfigError
+from ant_lightning.errors import CheckpointWriteError, FileError
+from ant_lightning.runtime.checkpoint_files import (
     AtomicCheckpointIO,
     furthest_whole,
     read_whole_checkpoint,
 )
-from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
 
 
 @contextmanager

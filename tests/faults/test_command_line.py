@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_fit import assert_same
 
-from ant_lightning.__main__ import main
-from ant_lightning.callbacks import Dashboard
+from ant_lightning import Dashboard
+from ant_lightning.cli.main import main
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits" / "dit.yaml"
 

@@ -15,10 +15,10 @@ from PIL import Image
 from test_killed_runs import process
 from tiny_fit import assert_same, fit, module
 
-from ant_lightning import __main__, cli
-from ant_lightning.callbacks import EMA, Checkpoints
-from ant_lightning.data import DigitsData, ImageFolderData, ShuffledLoader
+from ant_lightning import EMA, Checkpoints, DigitsData, ImageFolderData, __main__
+from ant_lightning.cli import parser as cli
 from ant_lightning.data.digits import TensorImages
+from ant_lightning.data.loader import ShuffledLoader
 from ant_lightning.data.workers import dead_worker
 from ant_lightning.errors import DataLoadingError, FileError, message_of
 

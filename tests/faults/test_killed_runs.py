@@ -12,13 +12,13 @@ import pytest
 import torch
 from tiny_fit import assert_same, fit
 
-from ant_lightning.callbacks.checkpoint_files import furthest_whole
+from ant_lightning.runtime.checkpoint_files import furthest_whole
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The server does not know this folder; what it imports is what takes time.
 _CONTEXT.set_forkserver_preload(
     [
-        "ant_lightning.modules",
+        "ant_lightning.models",
         "ant_lightning.callbacks",
         "ant_lightning.data",
         "torchjd.aggregation",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_command_line import arguments
 
-from ant_lightning.__main__ import main
+from ant_lightning.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 

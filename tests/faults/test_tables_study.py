@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ant_lightning.studies import read_rows
+from studies.results import read_rows
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ def tiny_study(folder, dataset):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dataset", ["digits", "shapes"])
 def test_every_kind_of_cell_runs_and_a_killed_study_goes_on(tmp_path, dataset):
-    command = [sys.executable, "-m", "ant_lightning.studies.tables", "--dataset", dataset]
+    command = [sys.executable, "-m", "studies.tables", "--dataset", dataset]
     command += ["--study", str(tiny_study(tmp_path, dataset)), "--folder", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     rows = tmp_path / "out" / "results.jsonl"

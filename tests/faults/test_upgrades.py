@@ -14,15 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a script
 
 from tiny_fit import fit
 
-from ant_lightning.callbacks import EMA
-from ant_lightning.clustering import (
+from ant_lightning import (
+    EMA,
+    ConfigError,
     FixedClustering,
     TimestepClustering,
     partition,
     timestep_costs,
 )
-from ant_lightning.errors import ConfigError
-from ant_lightning.modules.saved_state import FORMAT_VERSION
+from ant_lightning.models.saved_state import FORMAT_VERSION
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "H_checkpoints"
 METHODS = ["uw", "nash"]

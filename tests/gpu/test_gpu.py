@@ -9,20 +9,15 @@ import tiny_fit
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from ant_lightning.backbones import DiT, UNet
-from ant_lightning.balancing import (
-    Auto,
-    Loop,
-    LowMemory,
-    OnePass,
-    PCGrad,
-    Vmap,
-    multitask_backward,
-)
-from ant_lightning.cli import run
-from ant_lightning.diffusion import DDIM
-from ant_lightning.modules import multitask
-from ant_lightning.modules.draws import step_noise
+from ant_lightning import DDIM, DiT, PCGrad, UNet, multitask_backward
+from ant_lightning.balancing.auto import Auto
+from ant_lightning.balancing.engines import Loop
+from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.vmap import Vmap
+from ant_lightning.cli.parser import run
+from ant_lightning.models import module as multitask
+from ant_lightning.models.draws import step_noise
 
 pytestmark = [
     pytest.mark.gpu,
@@ -218,10 +213,10 @@ def test_the_digits_train_and_are_measured_from_the_command_line(
         "--trainer.log_every_n_steps=10",
         "--model.sampler.num_steps=4",
         "--data.batch_size=50",
-        "--trainer.callbacks+=ant_lightning.callbacks.TaskAffinity",
+        "--trainer.callbacks+=ant_lightning.TaskAffinity",
         "--trainer.callbacks.init_args.num_points=5",
         "--trainer.callbacks.init_args.num_images=50",
-        "--trainer.callbacks+=ant_lightning.callbacks.StepCost",
+        "--trainer.callbacks+=ant_lightning.StepCost",
     ]
     cli = run(["fit", *arguments])
     assert cli.model.num_skipped_steps <= 2  # float16 starts with a scale that is too large

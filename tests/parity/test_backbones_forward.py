@@ -9,7 +9,7 @@ import pytest
 import timestep_features
 import torch
 
-from ant_lightning.backbones import DiT, UNet
+from ant_lightning import DiT, UNet
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "B_forward"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))

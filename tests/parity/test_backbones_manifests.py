@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ant_lightning.backbones import (
+from ant_lightning import (
     adm_imagenet64,
     adm_imagenet256,
     adm_p2_light,

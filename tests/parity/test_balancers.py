@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ant_lightning.balancing import NashMTL, UncertaintyWeighting, nash_weights, pcgrad_weights
+from ant_lightning import NashMTL, UncertaintyWeighting, nash_weights, pcgrad_weights
 
 FOLDER = Path(__file__).parents[1] / "golden" / "D_mtl"
 

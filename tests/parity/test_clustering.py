@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ant_lightning.clustering import (
+from ant_lightning import (
     GradientClustering,
     SNRClustering,
     TimestepClustering,

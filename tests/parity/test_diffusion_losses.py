@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from ant_lightning.diffusion import (
+from ant_lightning import (
     P2,
     CosineSchedule,
     DiffusionProcess,
     LinearSchedule,
     MinSNR,
     denoising_loss,
-    space_timesteps,
     variational_bound,
 )
+from ant_lightning.diffusion.samplers.respacing import space_timesteps
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}

@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from ant_lightning.diffusion import (
+from ant_lightning import (
     DDIM,
     DDPM,
     CosineSchedule,
     DiffusionProcess,
     LinearSchedule,
     ScaledLinearSchedule,
-    ancestral_step,
-    ddim_inverse_step,
-    ddim_step,
-    space_timesteps,
 )
+from ant_lightning.diffusion.samplers.respacing import space_timesteps
+from ant_lightning.diffusion.samplers.steps import ancestral_step, ddim_inverse_step, ddim_step
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "C_diffusion"
 SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from ant_lightning.diffusion import (
+from ant_lightning import (
     DDIM,
+    ConfigError,
     CosineSchedule,
     DiffusionProcess,
     LinearSchedule,
     ScaledLinearSchedule,
-    latent_ddim_timesteps,
-    space_timesteps,
 )
-from ant_lightning.errors import ConfigError
+from ant_lightning.diffusion.samplers.respacing import latent_ddim_timesteps, space_timesteps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "C_diffusion"
 SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}

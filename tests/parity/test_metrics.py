@@ -8,20 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from ant_lightning.metrics import (
+from ant_lightning import (
     DigitsFeatures,
-    FeatureMoments,
-    GaussianStatistics,
     GenerationScores,
     ReferenceStatistics,
-    collect_features,
     frechet_distance,
     inception_score,
     kernel_distance,
-    manifold_membership,
-    neighbour_radii,
     precision_recall,
 )
+from ant_lightning.generation.collect import collect_features
+from ant_lightning.generation.moments import FeatureMoments, GaussianStatistics
+from ant_lightning.generation.precision_recall import manifold_membership, neighbour_radii
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "G_metrics"
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import lightning as L
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from mutations import EDITS, edited, replaced
 
-from ant_lightning.__main__ import main
+from ant_lightning.cli.main import main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "digits" / "dit.yaml"
 # No large number that could be allocated or trained for: they are 0 to 7, or beyond any memory.
@@ -23,7 +22,7 @@ _VALUES += [[], {}, [[]], [0, 1], {"x": 1}, {"class_path": "x"}, {"init_args": {
 _VALUES += [{"class_path": name} for name in ("torch.nn.Linear", "os.system", "DiT", "Balancer")]
 _VALUES += [{"class_path": f"ant_lightning.balancing.{n}"} for n in ("PCGrad", "NashMTL", "Engine")]
 _VALUES += [
-    {"class_path": "ant_lightning.diffusion.LinearSchedule", "init_args": {"num_timesteps": 3}},
+    {"class_path": "ant_lightning.LinearSchedule", "init_args": {"num_timesteps": 3}},
     {"class_path": "SNRClustering", "init_args": {"num_tasks": 7}},
 ]
 CHANGES = st.one_of(

@@ -6,12 +6,11 @@ import warnings
 from collections import Counter
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from mutations import EDITS, HEADERS, VALUES, edited, json_text, npy, repacked, replaced
 from readers import READERS
 
-from ant_lightning.errors import ConfigError
+from ant_lightning import ConfigError
 
 WRONG = st.one_of(
     st.tuples(st.just("bytes"), EDITS),

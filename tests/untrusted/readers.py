@@ -8,34 +8,42 @@ import torch
 from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
-from ant_lightning.analysis import AffinityResult, GapEstimate, IntervalGap, TransferGapResult
-from ant_lightning.analysis.rows import FolderRows
-from ant_lightning.analysis.state import claim_folder
-from ant_lightning.backbones import DiT, load_official_checkpoint
+from ant_lightning import (
+    AffinityResult,
+    CosineSchedule,
+    DigitsFeatures,
+    DiT,
+    DiTModule,
+    LatentSpace,
+    SNRClustering,
+    TransferGapResult,
+    load_official_checkpoint,
+    load_reference,
+)
+from ant_lightning.affinity.rows import FolderRows
+from ant_lightning.affinity.state import claim_folder
 from ant_lightning.backbones.checkpoint_files import read_checkpoint
 from ant_lightning.callbacks.sample_files import NpzSamples
-from ant_lightning.clustering import SNRClustering
-from ant_lightning.clustering.affinity_file import read_affinity
 from ant_lightning.data.class_map import read_class_map
-from ant_lightning.data.latent_cache import (
+from ant_lightning.data.latents.cache import (
     CacheIndex,
     read_identity,
     read_index,
     shard_array,
     write_index,
 )
-from ant_lightning.data.latent_space import LatentSpace
 from ant_lightning.data.pictures import SUFFIXES, open_picture
-from ant_lightning.diffusion import CosineSchedule
 from ant_lightning.errors import FileError
-from ant_lightning.files import read_torch, write_identity
-from ant_lightning.metrics import DigitsFeatures, load_reference
-from ant_lightning.metrics.image_files import image_batches
-from ant_lightning.metrics.inception import _check_weights
-from ant_lightning.modules import DiTModule
-from ant_lightning.modules.checkpoint_content import content_fault
-from ant_lightning.modules.first_stage_files import _check_numbers, _read_config
-from ant_lightning.modules.saved_state import restore_state, saved_state
+from ant_lightning.files.identity import write_identity
+from ant_lightning.files.torch_file import read_torch
+from ant_lightning.generation.extractors.inception import _check_weights
+from ant_lightning.generation.image_files import image_batches
+from ant_lightning.models.checkpoint_content import content_fault
+from ant_lightning.models.first_stage.files import _check_numbers, _read_config
+from ant_lightning.models.saved_state import restore_state, saved_state
+from ant_lightning.tasks.affinity_file import read_affinity
+from ant_lightning.transfer.gap import GapEstimate
+from ant_lightning.transfer.result import IntervalGap
 
 INDEX = CacheIndex(
     space=LatentSpace(kind="kl", scale=0.5, shift=0.0, fingerprint="f", source="s"),

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ant_lightning.__main__ import main
-from ant_lightning.cli import run
+from ant_lightning.cli.main import main
+from ant_lightning.cli.parser import run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 TINY = [

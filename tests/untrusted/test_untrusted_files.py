@@ -15,7 +15,8 @@ import torch
 from readers import READERS, TENSORS
 
 from ant_lightning.errors import FileError
-from ant_lightning.files import open_npz, read_torch
+from ant_lightning.files.npz import open_npz
+from ant_lightning.files.torch_file import read_torch
 
 
 class Harmful:

@@ -1,0 +1,287 @@
+"""The names of `ant_lightning`, for type checkers; `__init__.py` reads them from here."""
+
+from ant_lightning.affinity.callback import (
+    TaskAffinity as TaskAffinity,
+)
+from ant_lightning.affinity.curves import (
+    affinity_by_distance as affinity_by_distance,
+    distance_correlation as distance_correlation,
+)
+from ant_lightning.affinity.estimate import (
+    task_affinity as task_affinity,
+)
+from ant_lightning.affinity.estimators import (
+    corrected_affinity as corrected_affinity,
+    plain_affinity as plain_affinity,
+)
+from ant_lightning.affinity.grid import (
+    timestep_grid as timestep_grid,
+)
+from ant_lightning.affinity.reclustering import (
+    Reclustering as Reclustering,
+)
+from ant_lightning.affinity.reliability import (
+    split_half_reliability as split_half_reliability,
+)
+from ant_lightning.affinity.result import (
+    AffinityResult as AffinityResult,
+)
+from ant_lightning.backbones.checkpoints import (
+    load_official_checkpoint as load_official_checkpoint,
+)
+from ant_lightning.backbones.dit import (
+    DiT as DiT,
+)
+from ant_lightning.backbones.dit_presets import (
+    dit_b_2 as dit_b_2,
+    dit_b_4 as dit_b_4,
+    dit_b_8 as dit_b_8,
+    dit_l_2 as dit_l_2,
+    dit_l_4 as dit_l_4,
+    dit_l_8 as dit_l_8,
+    dit_s_2 as dit_s_2,
+    dit_s_4 as dit_s_4,
+    dit_s_8 as dit_s_8,
+    dit_xl_2 as dit_xl_2,
+    dit_xl_4 as dit_xl_4,
+    dit_xl_8 as dit_xl_8,
+)
+from ant_lightning.backbones.unet import (
+    UNet as UNet,
+)
+from ant_lightning.backbones.unet_presets import (
+    adm_imagenet64 as adm_imagenet64,
+    adm_imagenet256 as adm_imagenet256,
+    adm_p2_light as adm_p2_light,
+    ldm_cin256 as ldm_cin256,
+    ldm_ffhq256 as ldm_ffhq256,
+)
+from ant_lightning.balancing.backward import (
+    BackwardReport as BackwardReport,
+    multitask_backward as multitask_backward,
+    task_gradients as task_gradients,
+)
+from ant_lightning.balancing.base import (
+    Balancer as Balancer,
+    GradientBalancer as GradientBalancer,
+    LossBalancer as LossBalancer,
+    SampleBalancer as SampleBalancer,
+)
+from ant_lightning.balancing.continuous import (
+    ContinuousUncertainty as ContinuousUncertainty,
+)
+from ant_lightning.balancing.linear import (
+    LinearScalarization as LinearScalarization,
+)
+from ant_lightning.balancing.nash import (
+    NashMTL as NashMTL,
+    nash_weights as nash_weights,
+)
+from ant_lightning.balancing.pcgrad import (
+    PCGrad as PCGrad,
+    pcgrad_weights as pcgrad_weights,
+)
+from ant_lightning.balancing.torchjd import (
+    TorchJDBalancer as TorchJDBalancer,
+)
+from ant_lightning.balancing.uncertainty import (
+    UncertaintyWeighting as UncertaintyWeighting,
+)
+from ant_lightning.callbacks.conflict import (
+    ConflictMonitor as ConflictMonitor,
+)
+from ant_lightning.callbacks.cost import (
+    StepCost as StepCost,
+)
+from ant_lightning.callbacks.dashboard import (
+    Dashboard as Dashboard,
+)
+from ant_lightning.callbacks.ema import (
+    EMA as EMA,
+    averaged_weights as averaged_weights,
+)
+from ant_lightning.callbacks.excess_risk import (
+    ExcessRisk as ExcessRisk,
+)
+from ant_lightning.callbacks.progress import (
+    TrainingProgress as TrainingProgress,
+)
+from ant_lightning.callbacks.samples import (
+    SampleGrid as SampleGrid,
+    SampleWriter as SampleWriter,
+)
+from ant_lightning.cli.load_run import (
+    load_run as load_run,
+)
+from ant_lightning.data.batch import (
+    Batch as Batch,
+)
+from ant_lightning.data.digits import (
+    DigitsData as DigitsData,
+)
+from ant_lightning.data.digits_mixture import (
+    DigitsMixtureData as DigitsMixtureData,
+)
+from ant_lightning.data.image_folder import (
+    ImageFolderData as ImageFolderData,
+)
+from ant_lightning.data.latents.module import (
+    LatentsData as LatentsData,
+)
+from ant_lightning.data.latents.space import (
+    LatentSpace as LatentSpace,
+)
+from ant_lightning.data.latents.writer import (
+    LatentWriter as LatentWriter,
+)
+from ant_lightning.data.module import (
+    ImageDataModule as ImageDataModule,
+)
+from ant_lightning.data.shapes import (
+    ShapesData as ShapesData,
+)
+from ant_lightning.diffusion.guidance import (
+    GuidedDenoiser as GuidedDenoiser,
+)
+from ant_lightning.diffusion.losses import (
+    denoising_loss as denoising_loss,
+    variational_bound as variational_bound,
+)
+from ant_lightning.diffusion.mixture import (
+    GaussianMixture as GaussianMixture,
+)
+from ant_lightning.diffusion.process import (
+    DiffusionProcess as DiffusionProcess,
+)
+from ant_lightning.diffusion.samplers.diffusers import (
+    DiffusersSampler as DiffusersSampler,
+)
+from ant_lightning.diffusion.samplers.sampler import (
+    Sampler as Sampler,
+)
+from ant_lightning.diffusion.samplers.sampling import (
+    DDIM as DDIM,
+    DDPM as DDPM,
+)
+from ant_lightning.diffusion.schedules import (
+    CosineSchedule as CosineSchedule,
+    LinearSchedule as LinearSchedule,
+    NoiseSchedule as NoiseSchedule,
+    ScaledLinearSchedule as ScaledLinearSchedule,
+    TableSchedule as TableSchedule,
+)
+from ant_lightning.diffusion.weighting import (
+    P2 as P2,
+    LossWeighting as LossWeighting,
+    MinSNR as MinSNR,
+)
+from ant_lightning.errors import (
+    ConfigError as ConfigError,
+)
+from ant_lightning.generation.callback import (
+    GenerationMetrics as GenerationMetrics,
+)
+from ant_lightning.generation.extractors.digits import (
+    DigitsFeatures as DigitsFeatures,
+)
+from ant_lightning.generation.extractors.features import (
+    FeatureExtractor as FeatureExtractor,
+    ModuleFeatures as ModuleFeatures,
+)
+from ant_lightning.generation.extractors.inception import (
+    InceptionFeatures as InceptionFeatures,
+)
+from ant_lightning.generation.extractors.shapes import (
+    ShapesFeatures as ShapesFeatures,
+)
+from ant_lightning.generation.frechet import (
+    frechet_distance as frechet_distance,
+)
+from ant_lightning.generation.inception_score import (
+    inception_score as inception_score,
+)
+from ant_lightning.generation.kid import (
+    kernel_distance as kernel_distance,
+)
+from ant_lightning.generation.nearest import (
+    nearest_distance as nearest_distance,
+)
+from ant_lightning.generation.precision_recall import (
+    precision_recall as precision_recall,
+)
+from ant_lightning.generation.reference import (
+    ReferenceStatistics as ReferenceStatistics,
+    load_reference as load_reference,
+    save_reference as save_reference,
+)
+from ant_lightning.generation.scores import (
+    GenerationScores as GenerationScores,
+)
+from ant_lightning.generation.stored_images import (
+    StoredImages as StoredImages,
+)
+from ant_lightning.models.adm import (
+    ADMModule as ADMModule,
+)
+from ant_lightning.models.autoencoder import (
+    AutoencoderModule as AutoencoderModule,
+)
+from ant_lightning.models.dit import (
+    DiTModule as DiTModule,
+)
+from ant_lightning.models.first_stage.first_stage import (
+    FirstStage as FirstStage,
+)
+from ant_lightning.models.ldm import (
+    LDMModule as LDMModule,
+)
+from ant_lightning.models.module import (
+    MultiTaskDiffusion as MultiTaskDiffusion,
+)
+from ant_lightning.runtime.checkpoints import (
+    Checkpoints as Checkpoints,
+)
+from ant_lightning.runtime.sharded_strategy import (
+    ShardedStrategy as ShardedStrategy,
+)
+from ant_lightning.tasks.affinity_file import (
+    spread_affinity as spread_affinity,
+)
+from ant_lightning.tasks.clusterings import (
+    Clustering as Clustering,
+    FixedClustering as FixedClustering,
+    GradientClustering as GradientClustering,
+    SNRClustering as SNRClustering,
+    TimestepClustering as TimestepClustering,
+)
+from ant_lightning.tasks.clusters import (
+    TimestepClusters as TimestepClusters,
+)
+from ant_lightning.tasks.costs import (
+    affinity_costs as affinity_costs,
+    snr_costs as snr_costs,
+    timestep_costs as timestep_costs,
+)
+from ant_lightning.tasks.partition import (
+    partition as partition,
+)
+from ant_lightning.tasks.shuffled import (
+    ShuffledClustering as ShuffledClustering,
+)
+from ant_lightning.transfer.callback import (
+    NegativeTransferGap as NegativeTransferGap,
+)
+from ant_lightning.transfer.gap import (
+    negative_transfer_gap as negative_transfer_gap,
+)
+from ant_lightning.transfer.matrix import (
+    transfer_matrix as transfer_matrix,
+)
+from ant_lightning.transfer.matrix_callback import (
+    TransferMatrix as TransferMatrix,
+)
+from ant_lightning.transfer.result import (
+    TransferGapResult as TransferGapResult,
+)
+
+__version__: str

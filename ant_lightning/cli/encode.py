@@ -1,0 +1,85 @@
+"""`ant-lightning encode`: write the latents of a data set once; training then needs no encoder."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from jsonargparse import ArgumentParser, set_loader
+from yaml import YAMLError
+
+from ant_lightning.cli.config_files import check_config_file, config_paths, load_yaml
+from ant_lightning.cli.messages import first_config_error
+from ant_lightning.data.latents.writer import LatentWriter
+from ant_lightning.data.module import ImageDataModule
+from ant_lightning.errors import ConfigError
+from ant_lightning.models.first_stage.first_stage import FirstStage
+from ant_lightning.runtime.quiet import keep_quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["run_encode"]
+
+set_loader("yaml", load_yaml, exceptions=(YAMLError,))
+
+
+def run_encode(args: Sequence[str]) -> int:
+    """Encode the data of `args` (without the command's name); returns the shards that were written.
+
+    Several processes share the work if a launcher such as `torchrun` sets `RANK`, `WORLD_SIZE` and
+    `LOCAL_RANK`; they need not be able to talk to each other.
+
+    Raises:
+        ConfigError: For anything wrong with the arguments or the files they name.
+    """
+    keep_quiet("encode")
+    parser = ArgumentParser(prog="ant-lightning encode", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="file of the settings below")
+    parser.add_subclass_arguments(ImageDataModule, "data", required=True)
+    parser.add_class_arguments(FirstStage, "first_stage")
+    parser.add_class_arguments(LatentWriter, "cache")
+    parser.add_argument(
+        "--device", type=str, default="auto", help="cpu, cuda, cuda:1, ..; auto takes a GPU"
+    )
+    for path in config_paths(args):
+        check_config_file(path)
+    try:
+        # Renamed in jsonargparse 4.49.
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        settings = instantiate(parser.parse_args(list(args)))
+    except Exception as error:  # the parser, and constructors of what the settings name
+        raise first_config_error(error) from error
+    rank, world_size = (int(os.environ.get(name, value)) for name, value in _RANKS)
+    device = _checked(_device() if settings.device == "auto" else settings.device)
+    settings.data.setup("predict")
+    writer: LatentWriter = settings.cache
+    count = writer.write(
+        settings.data,
+        settings.first_stage.to(device),
+        rank=rank,
+        world_size=world_size,
+        device=device,
+    )
+    print(f"rank {rank} of {world_size}: wrote {count} shards to {writer.output}")
+    return count
+
+
+_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"))
+
+
+def _checked(name: str) -> torch.device:
+    """A device that is there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"device: must be auto, cpu, cuda or cuda:1, .. of this machine, found {name!r} "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _device() -> str:
+    """This process's GPU, if there is one."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

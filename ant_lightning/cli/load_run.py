@@ -1,0 +1,155 @@
+"""Loads a trained module from a run's checkpoint and settings."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+from jsonargparse import ArgumentParser
+
+from ant_lightning.backbones.checkpoints import fill_backbone
+from ant_lightning.cli.config_files import check_config_file, load_yaml
+from ant_lightning.cli.messages import first_config_error
+from ant_lightning.data.latents.module import LatentsData
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.models.checkpoint_content import read_whole_checkpoint
+from ant_lightning.models.loadable import fill_module
+from ant_lightning.runtime.checkpoint_files import furthest_whole
+from ant_lightning.runtime.run_record import newest_record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["load_run"]
+
+_TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
+
+
+def load_run(
+    path: str | Path,
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    config: str | Path | None = None,
+    trust: Sequence[str] = (),
+) -> L.LightningModule:
+    """The module of a run with its trained weights, in evaluation mode on the CPU.
+
+        module = load_run("runs/digits/version_0")
+        images = module.sample(16)
+
+    The settings come from the checkpoint, or else from `config.yaml` in the run's folder. Nothing
+    in the checkpoint can run, and the settings may only name classes of ant_lightning, torch,
+    lightning and diffusers.
+
+    Args:
+        path: A checkpoint, or the folder of a run, whose checkpoint with the most steps is loaded.
+        weights: `ema` for the averaged weights, `model` for the live ones.
+        config: The settings of the run, if they are not stored with it.
+        trust: Other packages, modules or classes that the settings may name.
+
+    Raises:
+        ConfigError: If there is no checkpoint or no settings, the settings name a class that is not
+            trusted, or they do not fit the checkpoint.
+        FileError: If the checkpoint is damaged, or would run code.
+    """
+    if weights not in {"ema", "model"}:
+        raise ConfigError(f"weights: must be 'ema' or 'model', found {weights!r}")
+    path, content = _checkpoint(Path(path))
+    settings = _settings(path, content, config)
+    module: L.LightningModule = _made(settings, "model", trust)
+    fill_module(module, content)
+    if weights == "ema":
+        fill_backbone(module.backbone, content, path=path, weights="ema")  # type: ignore[arg-type]
+    if "latent_space" not in content.get("ant_lightning", {}):
+        _take_latent_space(module, settings, trust)
+    return module.eval()
+
+
+def _checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint at `path`, or the one with the most steps in a run folder; its content."""
+    if not path.is_dir():
+        return path, read_whole_checkpoint(path, setting="path")
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = furthest_whole(folder.glob("*.ckpt"))
+    if found is None:
+        raise ConfigError(f"load_run: needs a checkpoint, found none in {folder}")
+    return found
+
+
+def _settings(path: Path, content: dict[str, Any], config: str | Path | None) -> dict[str, Any]:
+    """The settings of the run: from `config`, its checkpoint or its folder, in this order."""
+    stored, source = content.get("ant_lightning", {}).get("settings"), path
+    folder = path.resolve().parent.parent
+    record = config if config is not None or stored is not None else newest_record(folder)
+    if record is not None:
+        source = Path(record)
+        check_config_file(source)
+        stored = load_yaml(source.read_text(encoding="utf8"))
+    if stored is None:
+        raise ConfigError(
+            f"config: needed, as {path} holds no settings and there is no config.yaml in {folder}; "
+            "give the run's config.yaml, or use load_from_checkpoint with the module's arguments"
+        )
+    if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
+        raise FileError(f"config: {source} must hold the settings of a model, found none")
+    return stored
+
+
+def _made(settings: dict[str, Any], name: str, trust: Sequence[str]) -> Any:  # noqa: ANN401
+    """Construct the model or the data that the settings describe."""
+    kinds = {"model": L.LightningModule, "data": L.LightningDataModule}
+    chosen = {**settings[name], "init_args": dict(settings[name].get("init_args") or {})}
+    chosen["init_args"].pop("init_from", None)  # the checkpoint's weights replace it
+    seed = settings.get("seed_everything")
+    if chosen["init_args"].get("seed", 0) is None and type(seed) is int:
+        chosen["init_args"]["seed"] = seed
+    _check_trusted(chosen, trust)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kinds[name], name, required=True)
+    try:
+        parsed = parser.parse_object({name: chosen})
+        _check_trusted(parsed.as_dict(), trust)  # the parser has expanded short names
+        return parser.instantiate_classes(parsed)[name]
+    except Exception as error:  # constructors may raise anything
+        raise first_config_error(error) from error
+
+
+def _check_trusted(settings: object, trust: Sequence[str]) -> None:
+    """Refuse settings that name code from an untrusted package, before it is imported."""
+    for name in _imports(settings):
+        if not any(name == each or name.startswith(f"{each}.") for each in (*_TRUSTED, *trust)):
+            raise ConfigError(
+                f"trust: the settings name {name}, which is not in {', '.join(_TRUSTED)}; if you "
+                f"trust that code, pass trust=[{name.rpartition('.')[0]!r}]"
+            )
+
+
+def _imports(value: object) -> Iterator[str]:
+    """Every string that names a class, or could: the parser also accepts a bare import path."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if key == "class_path" and isinstance(each, str) and "." in each:
+                yield each
+            else:
+                yield from _imports(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _imports(each)
+    elif isinstance(value, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", value):
+        # `find_spec` of a top-level name imports nothing; `weights.pt` names no package.
+        yield from [value] if find_spec(value.partition(".")[0]) else []
+
+
+def _take_latent_space(
+    module: Any,  # noqa: ANN401
+    settings: dict[str, Any],
+    trust: Sequence[str],
+) -> None:
+    """Take the meaning of latents from the training cache; older checkpoints do not store it."""
+    data = settings.get("data")
+    cached = isinstance(data, dict) and str(data.get("class_path")).endswith(LatentsData.__name__)
+    if cached and getattr(module, "latent_space", 0) is None:
+        module.latent_space = _made(settings, "data", trust).latent_space

@@ -1,0 +1,119 @@
+"""The console script `ant-lightning`; help and mistakes are answered without loading the rest."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from ant_lightning.cli.first_look import first_look
+from ant_lightning.errors import (
+    CheckpointWriteError,
+    ConfigError,
+    DataLoadingError,
+    DivergedRanksError,
+    NonFiniteError,
+    message_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["main"]
+
+HELP = """\
+usage: ant-lightning {fit,validate,test,predict,encode} --config FILE [--config FILE ...] [options]
+       ant-lightning report RUN_FOLDER
+
+Diffusion training as multi-task learning over clusters of timesteps.
+
+  fit        train                         --ckpt_path last resumes
+  validate   loss, FID and its companions  --ckpt_path FILE
+  test       the same, logged as test/...  --ckpt_path FILE, or --images FOLDER or FILE.npz
+  predict    write images                  --ckpt_path FILE --samples.num_images 1000
+                                           (PNG files; --samples.npz FILE.npz for one file)
+  encode     write a cache of latents      --config configs/imagenet/encode.yaml
+  report     write report.md into the log folder of a run
+
+Configs are merged from left to right: a base, then one fragment for each choice, then options:
+
+  ant-lightning fit --config configs/digits/dit.yaml \\
+      --config configs/balancer/uw.yaml --config configs/clustering/snr.yaml \\
+      --trainer.max_steps 2000
+
+  ant-lightning fit --help                             all options of fit (takes some seconds)
+  ant-lightning fit --model.help DiTModule             the options of a class
+  ant-lightning fit --config ... --print_config        the merged config, without running it
+"""
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+COMMANDS = ("fit", "validate", "test", "predict", "encode", "report")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 1 for a run that failed; 2 for bad input; 143 (128 + SIGTERM) for a run
+        that was told to stop and left a checkpoint to resume from (130 for Ctrl-C).
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(HELP)
+        return 0
+    if arguments[0] not in COMMANDS:
+        return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
+    try:
+        first_look(arguments)
+        return _run(arguments)
+    except ConfigError as error:
+        return _fail(message_of(error), 2)
+    except KeyboardInterrupt:  # before training or outside of it: nothing is lost
+        return _fail("interrupted", 130)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a known command."""
+    if "" not in sys.path:  # a class of one's own in the working folder, as `python -m` has it
+        sys.path.append("")
+    # Imported here: 6 s that help must not wait for.
+    from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: PLC0415
+
+    from ant_lightning.cli.encode import run_encode  # noqa: PLC0415
+    from ant_lightning.cli.parser import run  # noqa: PLC0415
+    from ant_lightning.cli.report import run_report  # noqa: PLC0415
+    from ant_lightning.data.workers import dead_worker  # noqa: PLC0415
+    from ant_lightning.runtime.peers import first_failure  # noqa: PLC0415
+
+    try:
+        if arguments[0] == "report":
+            run_report(arguments[1:])
+        elif arguments[0] == "encode":
+            run_encode(arguments[1:])
+        else:
+            run(arguments)
+    except (CheckpointWriteError, DataLoadingError, DivergedRanksError, NonFiniteError) as error:
+        return _fail(str(error), 1)
+    except SIGTERMException as error:
+        by_hand = error.args == (signal.SIGINT,)
+        return _fail("told to stop; resume with --ckpt_path last", 130 if by_hand else 143)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = error.filename or "trainer.logger.save_dir"
+        return _fail(f"{where}: could not be written: {error.strerror}", 1)
+    except RuntimeError as error:
+        died = dead_worker(error)
+        first = str(died) if died else first_failure(error)
+        if first is None:
+            raise
+        return _fail(first, 1)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    """Print one line on standard error, escaping characters that its encoding lacks."""
+    line = "ant-lightning: error: " + " ".join(message.split())
+    encoding = sys.stderr.encoding or "ascii"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+    return code

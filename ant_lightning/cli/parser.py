@@ -1,0 +1,296 @@
+"""LightningCLI with what every run of this package has: EMA, checkpoints, one-line errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pickle import UnpicklingError
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from jsonargparse import ArgumentError, Namespace, set_dumper, set_loader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from yaml import YAMLError
+
+from ant_lightning.callbacks.dashboard import Dashboard
+from ant_lightning.callbacks.ema import EMA
+from ant_lightning.callbacks.progress import TrainingProgress
+from ant_lightning.callbacks.samples import SampleWriter
+from ant_lightning.cli.config_files import check_config_file, config_paths, dump_yaml, load_yaml
+from ant_lightning.cli.messages import first_config_error, no_such_option, one_line
+from ant_lightning.cli.run_folder import (
+    RunFolder,
+    check_writable,
+    choose_run_folder,
+    stored_settings,
+)
+from ant_lightning.cli.trainer_settings import (
+    check_run_settings,
+    check_trainer_settings,
+    trainer_error,
+)
+from ant_lightning.data.module import ImageDataModule
+from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
+from ant_lightning.generation.callback import GenerationMetrics
+from ant_lightning.generation.stored_images import StoredImages
+from ant_lightning.models.resume import say_changed
+from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
+from ant_lightning.runtime.checkpoints import Checkpoints
+from ant_lightning.runtime.quiet import keep_quiet
+from ant_lightning.runtime.run_lines import RunLines
+from ant_lightning.runtime.run_record import RunRecord, remove_empty_run
+from ant_lightning.runtime.settings import changed_settings, trained_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["AntCLI", "run"]
+
+set_loader("yaml", load_yaml, exceptions=(YAMLError,))
+set_dumper("yaml", dump_yaml)
+
+
+class AntCLI(LightningCLI):
+    """The command line.
+
+    `ema`, `checkpoint` and `samples` are settings of their own and not entries of
+    `trainer.callbacks`: a later `--config` may replace that list and cannot lose them.
+    """
+
+    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
+        self.command = command
+        self.run_folder: RunFolder | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:  # also Ctrl-C between choosing the folder and the first step
+            if self.run_folder is not None and self.run_folder.is_new:
+                remove_empty_run(self.run_folder.path)
+            raise
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The one that was asked for: to make a parser takes longer than to parse."""
+        return {self.command: LightningCLI.subcommands()[self.command]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The callbacks that every run has."""
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(SampleWriter, "samples")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}"})
+        # `RunLines` replaces its table, whose FLOPs are 0 under manual optimization.
+        parser.set_defaults({"trainer.enable_model_summary": False})
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Checkpoints cannot run code; `test` can score images that were drawn before."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})
+        if subcommand == "test":
+            text = "score this folder or npz file of images in place of a checkpoint's"
+            parser.add_argument("--images", type=str | None, default=None, help=text)
+        return parser
+
+    def before_test(self) -> None:
+        """With `--images`, put the stored images where the model is."""
+        path = self.config.test.images
+        if path is None:
+            return
+        if self.config.test.ckpt_path is not None:
+            raise ConfigError(
+                f"images: must not be given with ckpt_path, found {path} and "
+                f"{self.config.test.ckpt_path}"
+            )
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(each, GenerationMetrics) for each in callbacks):
+            raise ConfigError(
+                f"images: trainer.callbacks needs GenerationMetrics to score {path}, found none"
+            )
+        # The others want a backbone.
+        kept = (GenerationMetrics, ProgressBar)
+        callbacks[:] = [each for each in callbacks if isinstance(each, kept)]
+        self.model = StoredImages(path)
+        self.trainer.limit_test_batches = 1
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
+        """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""
+        subparser = self._subcommand_parsers[args[0]]
+        known = sorted({action.dest.split(".")[0] for action in subparser._actions} - {"help"})
+        for path in _config_files(args):
+            check_config_file(path, known=known)
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            raise ConfigError(_with_hint(one_line(str(error)), subparser)) from error
+        except Exception as error:  # only the parser runs here, so it is the arguments
+            raise first_config_error(error) from error
+        config = self.config[args[0]]
+        for name in ("trainer", "ema", "checkpoint", "samples"):
+            if not isinstance(config.get(name), Namespace):
+                raise ConfigError(f"{name}: must hold settings by name, found {config.get(name)!r}")
+        check_run_settings(config)
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint never overrides a setting; the modules compare and report instead."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Put our progress bar where Lightning's would be, and the page of TensorBoard."""
+        chosen = self._get(self.config_init, "trainer").callbacks
+        chosen = list(chosen) if isinstance(chosen, list) else [chosen]  # the Trainer adds to it
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except ConfigError:
+            raise
+        except Exception as error:  # its arguments are the settings, whatever is raised
+            settings = self._get(self.config, "trainer")
+            raise trainer_error(error, settings) from error
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        for i, callback in enumerate(callbacks):
+            if isinstance(callback, ProgressBar) and callback not in chosen:
+                callbacks[i] = TrainingProgress()
+        callbacks.insert(0, RunLines())  # before a bar is drawn
+        callbacks.append(Dashboard())
+        if self.run_folder is not None:
+            record = RunRecord(
+                self.run_folder.path,
+                command=self.command,
+                text=self._record,
+                settings=trained_settings(self.config_dump),
+                is_new=self.run_folder.is_new,
+            )
+            callbacks.insert(0, record)  # others ask it for the folder
+        dirpath = self._get(self.config_init, "checkpoint").dirpath
+        check_writable(trainer, {"checkpoint.dirpath": dirpath})
+        return trainer
+
+    def instantiate_classes(self) -> None:
+        """Make the objects; a setting that one of them refuses is reported in its own words."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:  # constructors of what the settings name
+            raise first_config_error(error) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
+        config = self.config[self.command]
+        content = _read_checkpoint(config)
+        check_trainer_settings(config.trainer)
+        # As the user gave it: starting from the record must create a new run in a new folder.
+        self._dump_config()
+        given = config.clone()
+        if content is not None and self.command == "fit":
+            _say_changes(content, Path(config.ckpt_path), self.config_dump)
+        self.run_folder = choose_run_folder(config, self.command, self.config_dump, content)
+        local = config.ckpt_path and "://" not in config.ckpt_path
+        evaluated = str(Path(config.ckpt_path).absolute()) if local else config.ckpt_path
+        given.ckpt_path = None if self.command == "fit" else evaluated
+        self._record = self._parser(self.command).dump(given, skip_none=False)
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    """The config files of a command line, without settings that stand in place of one."""
+    return [path for path in config_paths(args) if not path.lstrip().startswith("{")]
+
+
+def _read_checkpoint(config: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a namespace of the parser
+    """Refuse a checkpoint that is damaged or would run code, before anything starts.
+
+    Returns:
+        Its content, or None if no local file is named.
+
+    Raises:
+        ConfigError: Naming the setting or the file.
+    """
+    path = config.get("ckpt_path")
+    if not path or path == "last" or "://" in path:
+        return None
+    return read_whole_checkpoint(Path(path))
+
+
+# The module compares and applies these itself, in `resume_with_settings`.
+_MODULES_OWN = (
+    "model.optimizer",
+    "model.lr_scheduler",
+    "model.warmup_steps",
+    "model.balancer.lr",
+    "model.balancer.weights",
+)
+# These only matter at the start of a run: a checkpoint holds weights and PCGrad's random state.
+_START_ONLY = ("model.init_from", "model.init_weights")
+
+
+def _has_pcgrad(config: dict[str, Any]) -> bool:
+    balancer = config["model"].get("init_args", {}).get("balancer") or {}
+    return str(balancer.get("class_path")).endswith(".PCGrad")
+
+
+def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) -> None:
+    """Print one line for each setting that differs from the resumed run's."""
+    stored = stored_settings(content, path)
+    if stored is None or getattr(rank_zero_only, "rank", None):
+        return
+    for name, pair in changed_settings(stored, config).items():
+        if not name.startswith(_MODULES_OWN):
+            kept = name in _START_ONLY or (name == "model.balancer.seed" and _has_pcgrad(config))
+            effect = "has no effect in a resumed run" if kept else "from now on"
+            say_changed({name: pair}, effect=effect)
+
+
+def _with_hint(message: str, parser: LightningArgumentParser) -> str:
+    """Say which option an unknown one may have been meant for."""
+    unknown = message.removeprefix("unrecognized arguments: ")
+    return message if unknown == message else no_such_option(unknown, parser._option_string_actions)
+
+
+def _restoring(error: BaseException) -> bool:
+    """Whether Lightning was giving the parts of a checkpoint to those they belong to."""
+    frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+    return any(
+        code.co_filename.endswith("checkpoint_connector.py") and "restore" in code.co_name
+        for code in frames
+    )
+
+
+def run(args: Sequence[str]) -> AntCLI:
+    """Parse `args` and run the command.
+
+    Raises:
+        ConfigError: For anything wrong with the arguments or the files they name.
+    """
+    keep_quiet(args[0])
+    for path in _config_files(args):  # before the parser is made, which takes longer
+        check_config_file(path)
+    try:
+        return AntCLI(
+            L.LightningModule,
+            ImageDataModule,
+            command=args[0],
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # `RunRecord` keeps the settings
+            auto_configure_optimizers=False,  # an optimizer is a setting of the model
+            seed_everything_default=0,
+            # A name cut short is a mistake and not another way to say it.
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
+            args=list(args),
+        )
+    except (ArgumentError, MisconfigurationException) as error:
+        raise ConfigError(one_line(str(error))) from error
+    except UnpicklingError as error:  # of `last`: a file that is named was looked at before
+        raise FileError(
+            "ckpt_path: refused, reading the last checkpoint would run code, or it is damaged; "
+            "delete it and resume from the one before"
+        ) from error
+    except (ConfigError, CheckpointWriteError):
+        raise
+    except Exception as error:
+        if not _restoring(error):
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            "ckpt_path: must be a whole checkpoint of a run with these settings, found one that "
+            f"cannot be gone on with ({type(error).__name__}: {said})"
+        ) from error

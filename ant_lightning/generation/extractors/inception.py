@@ -1,0 +1,94 @@
+"""The field's feature extractor: torch-fidelity's InceptionV3, its weights checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files.torch_file import read_torch
+from ant_lightning.generation.extractors.features import FeatureExtractor, Features
+
+__all__ = ["InceptionFeatures"]
+
+
+class InceptionFeatures(FeatureExtractor):
+    """InceptionV3 of the FID papers, as torch-fidelity ported it from TensorFlow.
+
+    Features are the 2048 values after the last pooling; logits are the 1008 class scores without
+    the bias, from which torch-fidelity and the ADM evaluator compute the Inception score. Grey
+    images are repeated to RGB; torch-fidelity resizes to 299 x 299 as TensorFlow 1 did.
+
+    The weights come from ``weights``, or else from torch hub's checkpoint folder, where they are
+    downloaded to when missing. The file is read with ``weights_only=True`` first, because
+    torch-fidelity itself unpickles it without that protection.
+
+    Args:
+        weights: A file with torch-fidelity's state dict; null takes torch hub's folder.
+
+    Raises:
+        ConfigError: The file is missing and cannot be downloaded (the message says which file to
+            put where), or it is no state dict of this network.
+
+    Reference:
+        Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+        Equilibrium", arXiv 1706.08500; Obukhov et al., torch-fidelity.
+    """
+
+    def __init__(self, weights: str | Path | None = None) -> None:
+        path = _downloaded_weights() if weights is None else Path(weights)
+        _check_weights(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+        super().__init__(num_features=2048, name=f"inception-v3-2048-{digest}")
+        from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: PLC0415
+            FeatureExtractorInceptionV3,
+        )
+
+        try:
+            self.network = FeatureExtractorInceptionV3(
+                name="inception-v3-compat",
+                features_list=["2048", "logits_unbiased"],
+                feature_extractor_weights_path=str(path),
+            )
+        except RuntimeError as error:  # load_state_dict lists the entries that do not fit
+            raise ConfigError(
+                f"weights must be a state dict of torch-fidelity's InceptionV3; {path} does not "
+                f"fit: {str(error).splitlines()[-1].strip()[:200]}"
+            ) from error
+
+    def extract(self, images: Tensor) -> Features:
+        """Features ``[n, 2048]`` and unbiased logits ``[n, 1008]`` of uint8 ``[n, c, h, w]``."""
+        features, logits = self.network(images.expand(-1, 3, -1, -1))
+        return Features(features, logits)
+
+
+def _downloaded_weights() -> Path:
+    """The file in torch hub's checkpoint folder, downloaded when it is not there."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3  # noqa: PLC0415
+
+    url: str = URL_INCEPTION_V3
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:  # urllib's URLError is one: a bare one says nothing of the file
+            raise ConfigError(
+                f"weights of InceptionV3 are not on this machine and could not be downloaded "
+                f"({error}): put {path.name} from {url} into {path.parent}, or give "
+                f"its path as weights"
+            ) from error
+    return path
+
+
+def _check_weights(path: Path) -> None:
+    """Refuse a file that holds anything but named tensors, without running what it may contain."""
+    content = read_torch(path, setting="weights")
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise FileError(f"weights must be a dict of named tensors, {path} holds something else")

@@ -1,0 +1,318 @@
+"""A small KL autoencoder on a user's own images, so that latent diffusion works from nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from ant_lightning.data.batch import check_batch
+from ant_lightning.data.of_trainer import image_data, run_folder
+from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.files.finite import not_finite
+from ant_lightning.models.checkpoint_content import check_weights, use_names_of
+from ant_lightning.models.draws import step_noise
+from ant_lightning.models.loadable import LoadableModule
+from ant_lightning.models.optimizers import make_optimizer
+from ant_lightning.models.resume import optimization_settings, resume_with_settings
+from ant_lightning.runtime.csv_rows import keep_csv_rows
+from ant_lightning.runtime.peers import PeerWatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from ant_lightning.data.batch import Batch
+
+__all__ = ["AutoencoderModule"]
+
+
+@runtime_checkable
+class _Averages(Protocol):
+    """A callback that can lend the averaged weights: `EMA`, which this layer may not import."""
+
+    def averaged(self, pl_module: L.LightningModule) -> AbstractContextManager[None]: ...
+
+
+class AutoencoderModule(LoadableModule):
+    """Trains an `AutoencoderKL` of diffusers on `E|x - D(z)|^p + w KL(q(z|x) || N(0, 1))`.
+
+    Both terms are means: over the numbers of an image, and over those of a latent. When `fit`
+    ends, the averaged weights are written to `export` as a folder that `FirstStage` and diffusers
+    load, with the scale `1 / std(z)` and the shift `mean(z)` of the held-out images' latents. An
+    earlier export is only replaced by a finite one, and not by that of `fast_dev_run`.
+
+    Args:
+        in_channels: Channels of the images.
+        latent_channels: Channels of the latents.
+        widths: Channels of each resolution, highest first; each further one halves the size.
+        layers_per_block: Residual blocks of a resolution.
+        norm_num_groups: Groups of the group norms; must divide every width.
+        reconstruction: `l1` or `l2`.
+        kl_weight: `w`.
+        optimizer: Made with the parameters; AdamW with learning rate 1e-3 by default.
+        clip_grad_norm: Largest norm of the gradient; None for no clipping.
+        export: Folder that `fit` writes; by default `first_stage` in the log folder.
+        seed: Of the posterior's noise.
+
+    Raises:
+        ConfigError: If a setting is out of range, or the images do not fit.
+        NonFiniteError: If a logged loss is not finite, or what would be exported is not.
+
+    Reference:
+        Rombach et al., arXiv 2112.10752, section 3.1, without its perceptual and adversarial
+        losses, which need a network trained elsewhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        latent_channels: int = 4,
+        widths: tuple[int, ...] = (32, 64),
+        layers_per_block: int = 1,
+        norm_num_groups: int = 16,
+        reconstruction: Literal["l1", "l2"] = "l1",
+        kl_weight: float = 1e-4,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
+            parameters, lr=1e-3, weight_decay=0.0
+        ),
+        clip_grad_norm: float | None = 1.0,
+        export: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2:
+            raise ConfigError(f"model.widths: needs two resolutions or more, found {list(widths)}")
+        if any(width < 1 or width % norm_num_groups for width in widths):
+            raise ConfigError(
+                f"model.widths: each must be a multiple of norm_num_groups = {norm_num_groups}, "
+                f"found {list(widths)}"
+            )
+        if not 1 <= layers_per_block <= 64:
+            raise ConfigError(
+                f"model.layers_per_block: must be from 1 to 64, found {layers_per_block}"
+            )
+        if kl_weight < 0:
+            raise ConfigError(f"model.kl_weight: must be 0 or more, found {kl_weight}")
+        from diffusers import AutoencoderKL  # noqa: PLC0415 - 5 s that only first stages need
+
+        levels = len(widths)
+        # Called `backbone` as in the other modules: EMA averages it, checkpoints hold it.
+        self.backbone: Any = AutoencoderKL(
+            in_channels=in_channels,
+            out_channels=in_channels,
+            latent_channels=latent_channels,
+            block_out_channels=widths,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+        )
+        self.reconstruction = reconstruction
+        self.kl_weight = kl_weight
+        self.optimizer = optimizer
+        self.clip_grad_norm = clip_grad_norm
+        self.export = export
+        self.seed = seed
+        self.factor = 2 ** (levels - 1)
+        self.last_step_skipped = False  # what EMA asks every module
+
+    @property
+    def log_due(self) -> bool:
+        """Whether the step just made is one of every `trainer.log_every_n_steps`."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.global_step % max(1, every) == 0
+
+    def log_now(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Send numbers to the loggers at this step."""
+        for logger in self.loggers:
+            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.global_step)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What every run has, also without the command line."""
+        keep_csv_rows(self.trainer)  # the last hook before Lightning makes the writer
+        return [PeerWatch()]
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
+        """All parameters in one group."""
+        return make_optimizer(self.optimizer, self.backbone.parameters())
+
+    def make_optimization(self, groups: Any) -> tuple[Optimizer, None]:  # noqa: ANN401
+        """The optimizer of one group; there is no scheduler."""
+        return make_optimizer(self.optimizer, groups), None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the optimizer's settings, to compare them when the run is resumed."""
+        state = {"optimization": optimization_settings(self.make_optimization, 1)}
+        checkpoint.setdefault("ant_lightning", {}).update(state)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another model; apply the settings of this run."""
+        use_names_of(self, checkpoint)
+        check_weights(self, checkpoint)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            current = optimization_settings(self.make_optimization, 1)
+            resume_with_settings(self, checkpoint, current)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Clip as the module says, whatever the Trainer's flag."""
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), self.clip_grad_norm)
+
+    def setup(self, stage: str) -> None:
+        """Refuse images that do not fit, and Trainer settings that would be ignored or misapplied.
+
+        Raises:
+            ConfigError: Names the setting, the rule and the value found.
+        """
+        trainer: Any = self.trainer
+        if stage == "predict":
+            raise ConfigError(
+                "predict: an AutoencoderModule draws no images; use its export as the "
+                "model.first_stage of a model that does"
+            )
+        if stage == "fit" and trainer.accumulate_grad_batches != 1:
+            raise ConfigError(
+                "trainer.accumulate_grad_batches: the noise of a step is that of one batch, so it "
+                "must be 1; use a larger data.batch_size, found "
+                f"{trainer.accumulate_grad_batches}"
+            )
+        if stage == "fit" and trainer.gradient_clip_val is not None:
+            raise ConfigError(
+                "trainer.gradient_clip_val: must be left out; use model.clip_grad_norm in its "
+                f"place, found {trainer.gradient_clip_val}"
+            )
+        data = image_data(trainer)
+        if data is None:
+            if stage == "fit" and self.export is not None:
+                raise ConfigError(
+                    "model.export: the scale of the latents is measured on held-out images, so "
+                    "the trainer needs an ant_lightning.ImageDataModule, found none"
+                )
+            return
+        channels, height, width = data.image_shape
+        ours = self.backbone.config.in_channels
+        if channels != ours or height % self.factor or width % self.factor:
+            raise ConfigError(
+                f"model.in_channels: the autoencoder takes {ours} channels and sides that are "
+                f"multiples of {self.factor}, found images of {tuple(data.image_shape)}"
+            )
+
+    def losses(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean reconstruction error and mean KL divergence; without noise, from the means."""
+        posterior = self.backbone.encode(images).latent_dist
+        z = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        error = self.backbone.decode(z).sample - images
+        size = error.abs() if self.reconstruction == "l1" else error.square()
+        divergence = posterior.mean.square() + posterior.var - 1 - posterior.logvar
+        return size.mean(), 0.5 * divergence.mean()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted sum of the two terms, with noise of (seed, step, position in the batch)."""
+        check_batch(batch)
+        b, _, height, width = batch.images.shape
+        shape = (
+            self.backbone.config.latent_channels,
+            height // self.factor,
+            width // self.factor,
+        )
+        rank = self.trainer.global_rank
+        mine = slice(rank * b, (rank + 1) * b)
+        noise = step_noise(
+            mine, shape, self.seed, self.global_step, self.device, stream="posterior"
+        )
+        error, divergence = self.losses(batch.images, noise)
+        loss = error + self.kl_weight * divergence
+        self.log_dict({"train/reconstruction": error, "train/kl": divergence})
+        self.log("train/loss", loss, prog_bar=True)
+        # One such loss turns every weight into NaN for good. Checking waits for the device, so it
+        # is done only when logging waits for it anyway.
+        if self.log_due and not bool(loss.isfinite()):
+            raise NonFiniteError(
+                f"the loss of step {self.global_step} is {loss.item()}, so the autoencoder has "
+                "diverged; a lower learning rate or model.clip_grad_norm may help"
+            )
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same, from the posterior's means."""
+        check_batch(batch)
+        error, divergence = self.losses(batch.images, None)
+        size = len(batch.images)
+        self.log("val/reconstruction", error, batch_size=size, sync_dist=True, prog_bar=True)
+        self.log("val/kl", divergence, batch_size=size, sync_dist=True)
+
+    test_step = validation_step
+
+    def predict_step(self, batch: object, batch_idx: int) -> None:
+        """Refused in `setup`; without this method Lightning would report a missing `forward`."""
+
+    def on_fit_end(self) -> None:
+        """Measure the latents and write the folder that `FirstStage` loads."""
+        trainer = self.trainer
+        data = image_data(trainer)
+        dry_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
+        folder = Path(self.export or run_folder(trainer) / "first_stage")
+        if data is None or not trainer.is_global_zero or dry_run:
+            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        ema = next((c for c in callbacks if isinstance(c, _Averages)), None)
+        with nullcontext() if ema is None else ema.averaged(self):
+            scale, shift = self.latent_scale(data.held_out_images.load, len(data.held_out_images))
+            numbers = {**self.backbone.state_dict(), "its scale": torch.tensor([scale, shift])}
+            if bad := not_finite(numbers):
+                raise NonFiniteError(
+                    f"model.export: {folder} stays as it was, as the autoencoder has diverged: "
+                    f"{len(bad)} of its tensors are not finite, the first is {bad[0]}"
+                )
+            self.backbone.register_to_config(scaling_factor=scale, shift_factor=shift)
+            _replace_folder(folder, self.backbone.save_pretrained)
+        print(f"first stage {folder}: scale {scale:.4f}, shift {shift:.4f}")
+
+    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+        """In a child process: the measured scale of the latents."""
+        config = self.backbone.config
+        return {name: config[name] for name in ("scaling_factor", "shift_factor")}
+
+    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+        """In the parent: take over the scale that belongs to the weights."""
+        self.backbone.register_to_config(**state)
+
+    @torch.no_grad()
+    def latent_scale(self, load: Any, count: int) -> tuple[float, float]:  # noqa: ANN401
+        """`1 / std(z)` and `mean(z)` over the numbers of at most 1,024 images' latents."""
+        rows = range(min(count, 1024))
+        batches = [list(rows[i : i + 64]) for i in range(0, len(rows), 64)]
+        parts = []
+        for batch in batches:
+            images = load(batch, epoch=None).images.to(self.device, self.dtype)
+            parts.append(self.backbone.encode(images).latent_dist.mean.double().flatten())
+        z = torch.cat(parts)
+        return float(1 / z.std()), float(z.mean())
+
+
+def _replace_folder(folder: Path, save: Callable[[Path], object]) -> None:
+    """Let `save` write files beside a folder, then move them in, `config.json` last.
+
+    Without `config.json` the folder is not a valid first stage. So whenever the process is killed,
+    the folder holds the old one, none or the new one, never weights and scale of different ones.
+    """
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        save(unfinished)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,123 @@
+"""Whether what a checkpoint holds is a checkpoint, and one of the model that is to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import InvalidVersion, Version
+from torch import Tensor
+
+from ant_lightning.backbones.checkpoint_layouts import bare_names
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files.torch_file import read_torch
+from ant_lightning.models.protocol import backbone_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import lightning as L
+
+__all__ = ["check_weights", "content_fault", "read_whole_checkpoint", "use_names_of"]
+
+_NEEDED = {"pytorch-lightning_version": str, "state_dict": Mapping, "global_step": int}
+_POSSIBLE = {
+    "epoch": int,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "ant_lightning": Mapping,
+}
+_WORDS = {str: "a text", int: "a whole number", Mapping: "a dictionary", list: "a list"}
+
+
+def content_fault(content: object) -> str | None:
+    """What no checkpoint of Lightning can hold, in words; None if it could be one."""
+    if not isinstance(content, Mapping):
+        return f"must hold a dictionary, found {type(content).__name__}"
+    for name, kind in {**_NEEDED, **_POSSIBLE}.items():
+        if name not in content:
+            if name in _NEEDED:
+                return f"must hold {name} as Lightning writes it, found {sorted(map(str, content))}"
+        elif not isinstance(content[name], kind):
+            return f"must hold {_WORDS[kind]} as {name}, found {type(content[name]).__name__}"
+    try:
+        Version(content["pytorch-lightning_version"])
+    except InvalidVersion:
+        found = content["pytorch-lightning_version"]
+        return f"must hold a version as pytorch-lightning_version, found {found!r}"
+    return None
+
+
+def read_whole_checkpoint(path: Path, *, setting: str = "ckpt_path") -> dict[str, Any]:
+    """The content of a checkpoint, after checking that all its parts match their checksums.
+
+    Every byte is read once; no code of the file is run, and no tensor is copied.
+
+    Args:
+        path: The file.
+        setting: The setting to name in messages.
+
+    Raises:
+        FileError: If it is missing or damaged, would run code, or is not a Lightning checkpoint.
+    """
+    try:
+        content = read_torch(path, setting=setting)
+        fault = content_fault(content)
+    except FileError as error:
+        fault = str(error).removeprefix(f"{setting} {path}: ").removeprefix(f"{setting}: ")
+    if fault is not None:
+        raise FileError(f"{setting}: {path}: {fault}")
+    return content  # type: ignore[return-value] # a mapping, or there were a fault
+
+
+def use_names_of(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Rename the weights of a checkpoint, and their averages, to the names in `module`.
+
+    The names differ if only one of them was wrapped by torch (`torch.compile`, DDP).
+    """
+    saved = checkpoint.get("ant_lightning", {})
+    if saved.get("backbone") == "OptimizedModule":  # what 0.1 called every compiled network
+        saved["backbone"] = backbone_name(module.backbone)  # type: ignore[arg-type]
+    weights = checkpoint.get("state_dict")
+    if weights is not None:
+        checkpoint["state_dict"] = _renamed(weights, module.state_dict())
+    own = dict(module.backbone.named_parameters())  # type: ignore[operator,union-attr]
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, dict) and isinstance(state.get("averages"), Mapping):
+            state["averages"] = _renamed(state["averages"], own)
+
+
+def _renamed(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    if tensors.keys() == own.keys():
+        return tensors
+    names = bare_names(own)
+    return {names.get(bare, name): tensors[name] for bare, name in bare_names(tensors).items()}
+
+
+def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Compare names and shapes of a checkpoint's weights with those of the module.
+
+    Raises:
+        ConfigError: Naming the part that differs, and the first weight that does, both ways.
+    """
+    theirs = checkpoint.get("state_dict")
+    if theirs is None:  # a strategy that shards the model has loaded it
+        return
+    ours = {name: _shape(value) for name, value in module.state_dict().items()}
+    saved = {str(name): _shape(value) for name, value in theirs.items()}
+    different = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
+    if not different:
+        return
+    name = different[0]
+    part, _, rest = name.partition(".")
+    raise ConfigError(
+        f"model.{part}: must be that of the checkpoint in ckpt_path, which has "
+        f"{saved.get(name, 'no')} {rest}, found {ours.get(name, 'no')} {rest}; "
+        f"{len(different)} of its weights differ"
+    )
+
+
+def _shape(value: object) -> str:
+    return f"{list(value.shape)} as" if isinstance(value, Tensor) else "values as"

@@ -1,0 +1,1 @@
+"""First stages: autoencoders whose latents are denoised."""

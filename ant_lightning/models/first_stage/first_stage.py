@@ -1,0 +1,166 @@
+"""The frozen autoencoder between images and the latents that are denoised."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from ant_lightning.data.latents.space import LatentSpace
+from ant_lightning.errors import ConfigError
+from ant_lightning.models.first_stage.files import load_autoencoder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+__all__ = ["FirstStage"]
+
+# Published scales where a file says none: KL of Stable Diffusion and DiT; VQ of LDM is unscaled.
+_SCALES = {"kl": 0.18215, "vq": 1.0}
+_KINDS: dict[str, Literal["kl", "vq"]] = {"AutoencoderKL": "kl", "VQModel": "vq"}
+
+
+class FirstStage(nn.Module):
+    """A trained `AutoencoderKL` or `VQModel` of diffusers: frozen, and in no checkpoint.
+
+    Its weights follow the module to its device but are neither parameters nor part of a state
+    dict: a checkpoint names the first stage by its fingerprint only.
+
+    Args:
+        source: A local folder of diffusers, a single file (also of latent-diffusion), or
+            `owner/name` on the hub: see `load_autoencoder`.
+        kind: `kl` or `vq`; by default what the source is, and else it must agree.
+        scale: Of the latents; by default the source's `scaling_factor`, or the published 0.18215
+            (KL) or 1 (VQ).
+        shift: Of the latents; by default the source's `shift_factor`, or 0.
+        batch_size: Images that are encoded or decoded at once.
+        local_files_only: Whether nothing is downloaded.
+
+    Raises:
+        ConfigError: If the source cannot be used.
+
+    Reference:
+        Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
+        arXiv 2112.10752.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        kind: Literal["kl", "vq"] | None = None,
+        scale: float | None = None,
+        shift: float | None = None,
+        batch_size: int = 32,
+        local_files_only: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ConfigError(f"first_stage.batch_size: must be at least 1, found {batch_size}")
+        autoencoder, config = load_autoencoder(source, local_files_only=local_files_only)
+        found = _KINDS[config["_class_name"]]
+        if kind not in {None, found}:
+            raise ConfigError(
+                f"first_stage.kind: must be {found!r}, as {source} is {config['_class_name']}, "
+                f"found {kind!r}"
+            )
+        autoencoder.eval().requires_grad_(False)
+        # In a list, so that torch does not see a child: then no state dict holds its weights, no
+        # optimizer its parameters, and `train()` does not reach it. `_apply` moves it.
+        self._held = [autoencoder]
+        settings: Any = autoencoder.config
+        self.in_channels = int(settings.in_channels)
+        self.latent_channels = int(settings.latent_channels)
+        if found == "vq":
+            self.latent_channels = int(settings.vq_embed_dim or settings.latent_channels)
+        self.factor = 2 ** (len(settings.block_out_channels) - 1)
+        if self.factor < 2:
+            raise ConfigError(
+                f"first_stage.source: must reduce the size of images, {source} does not"
+            )
+        self.batch_size = batch_size
+        scale = config.get("scaling_factor") if scale is None else scale
+        shift = config.get("shift_factor") if shift is None else shift
+        scale = _SCALES[found] if scale is None else scale
+        shift = 0.0 if shift is None else shift
+        self.space = LatentSpace(
+            kind=found,
+            scale=scale,
+            shift=shift,
+            fingerprint=_fingerprint(autoencoder, scale, shift),
+            source=source,
+        )
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """`(c, h, w)` of the latents of an image of `image_shape`.
+
+        Raises:
+            ConfigError: If the encoder does not take such images.
+        """
+        channels, height, width = image_shape
+        if channels != self.in_channels or height % self.factor or width % self.factor:
+            raise ConfigError(
+                f"first_stage.source: {self.space.source} takes images of {self.in_channels} "
+                f"channels and sides that are multiples of {self.factor}, found {image_shape}"
+            )
+        return self.latent_channels, height // self.factor, width // self.factor
+
+    def moments_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """`(c, h, w)` of the moments of an image of `image_shape`."""
+        return self.space.moments_shape(self.latent_shape(image_shape))
+
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """Moments `[b, 2c, h, w]` (KL: mean and log-variance) or `[b, c, h, w]` of images."""
+        self.latent_shape(tuple(images.shape[1:]))  # type: ignore[arg-type]
+
+        def encode(part: Tensor) -> Tensor:
+            found = self._autoencoder.encode(part)
+            moments: Tensor = (
+                found.latent_dist.parameters if self.space.kind == "kl" else found.latents
+            )
+            return moments
+
+        return self._in_parts(encode, images)
+
+    def decode(self, x_start: Tensor) -> Tensor:
+        """Images in [-1, 1] of latents `[b, c, h, w]`; VQ latents are quantised first."""
+
+        def decode(part: Tensor) -> Tensor:
+            images: Tensor = self._autoencoder.decode(part).sample
+            return images
+
+        z = x_start / self.space.scale + self.space.shift
+        return self._in_parts(decode, z).clamp(-1, 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights, the scale and the shift."""
+        return self.space.fingerprint
+
+    @property
+    def _autoencoder(self) -> Any:  # noqa: ANN401 - either class of diffusers
+        return self._held[0]
+
+    @torch.no_grad()
+    def _in_parts(self, function: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        weight = next(self._autoencoder.parameters())
+        parts = batch.to(weight.device, weight.dtype).split(self.batch_size)
+        return torch.cat([function(part) for part in parts]).float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FirstStage:
+        super()._apply(fn, recurse)
+        self._autoencoder._apply(fn)
+        return self
+
+
+def _fingerprint(autoencoder: nn.Module, scale: float, shift: float) -> str:
+    """Hexadecimal hash of 64 bits."""
+    digest = hashlib.blake2b(f"{scale!r}/{shift!r}".encode(), digest_size=8)
+    for name, value in sorted(autoencoder.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

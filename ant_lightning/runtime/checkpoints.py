@@ -1,0 +1,316 @@
+"""Lightning's checkpoints under manual optimization, and what they need to survive faults."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from ant_lightning.errors import CheckpointWriteError, ConfigError
+from ant_lightning.runtime.checkpoint_files import AtomicCheckpointIO, remove_unfinished
+from ant_lightning.runtime.stop_signal import StopSignal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import lightning as L
+    from torch import Tensor
+
+__all__ = ["Checkpoints"]
+
+# What `ModelCheckpoint` changes before it knows that a file was written.
+_BOOKKEEPING = (
+    "best_k_models",
+    "best_model_path",
+    "best_model_score",
+    "current_score",
+    "kth_best_model_path",
+    "kth_value",
+    "last_model_path",
+    "_recent",
+)
+_OF_RUN = (*_BOOKKEEPING, "_kept_now", "_last_checkpoint_saved", "_last_global_step_saved")
+
+
+def _check_filename(name: str | None) -> None:
+    """Refuse a pattern that is found to be wrong only when the first checkpoint is due."""
+    if name is None:
+        return
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(name) if field is not None]
+    except ValueError as error:
+        raise ConfigError(
+            f"checkpoint.filename: must have names in pairs of braces, found {name!r} ({error})"
+        ) from error
+    if "" in fields or ".." in Path(name).parts or Path(name).is_absolute():
+        raise ConfigError(
+            "checkpoint.filename: must name a file below checkpoint.dirpath, as step_{step} does, "
+            f"found {name!r}"
+        )
+
+
+class Checkpoints(ModelCheckpoint):
+    """`ModelCheckpoint` that loses nothing but the steps since the last checkpoint.
+
+    It also saves when training ends, wherever that is, and when SIGTERM, SIGUSR1 or Ctrl-C ask the
+    run to stop (see `StopSignal`). A file replaces another only when it is whole and on the disk. A
+    save that fails is reported, leaves the earlier checkpoints where they are, and is made up for
+    by the next one; if it was the last save of the run, the run fails. A checkpoint holds the
+    weights after the optimizer step.
+
+    Args:
+        at_steps: Optimizer steps after which a checkpoint `step_N.ckpt` is kept besides.
+        keep_last: Without `monitor`, how many of the newest checkpoints stay beside `last.ckpt`:
+            one that turns out to be damaged has a predecessor.
+        settings: Everything that `ModelCheckpoint` takes. A `filename` that spells out a value's
+            name, such as `step_{step}`, gives `step_800.ckpt`, not `step_step=800.ckpt`.
+
+    Raises:
+        ConfigError: If `keep_last` is below 1.
+        CheckpointWriteError: When training ends and its last checkpoint cannot be written.
+    """
+
+    def __init__(
+        self, *, at_steps: list[int] | None = None, keep_last: int = 2, **settings: Any
+    ) -> None:
+        if keep_last < 1:
+            raise ConfigError(f"checkpoint.keep_last: must be at least 1, found {keep_last}")
+        if any(step < 1 for step in at_steps or []):
+            raise ConfigError(f"checkpoint.at_steps: must each be at least 1, found {at_steps}")
+        _check_filename(settings.get("filename"))
+        super().__init__(**settings)
+        if self.filename and re.search(r"(\w+)[_=]\{\1[}:]", self.filename):
+            self.auto_insert_metric_name = False  # the pattern says the name: step_{step}
+        self.at_steps = at_steps or []
+        self.keep_last = keep_last
+        self._recent: list[str] = []
+        self._kept_now = ""  # the last file of `at_steps`
+        self._failed: CheckpointWriteError | None = None
+        self._signal = StopSignal()
+        self._found_dirpath: object = None  # the last run's folder, if `dirpath` was not given
+        self._first = copy.deepcopy({name: getattr(self, name) for name in _OF_RUN})
+
+    @property
+    def state_key(self) -> str:
+        """Depends on the monitor only, so that a change of saving intervals keeps the state."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write whole files only, and clear away what a killed run left half written."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._begin_run()
+        found = self.dirpath is None
+        super().setup(trainer, pl_module, stage)
+        if found:
+            self._found_dirpath = self.dirpath
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        cluster = trainer._accelerator_connector.cluster_environment
+        if isinstance(cluster, SLURMEnvironment):
+            cluster.auto_requeue = False  # it would save in the middle of a step, to another place
+        if stage == "fit" and trainer.is_global_zero and Path(str(self.dirpath)).is_dir():
+            remove_unfinished(Path(str(self.dirpath)))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen for signals; go on with the files of the run that is resumed."""
+        super().on_train_start(trainer, pl_module)
+        self._signal.listen(trainer)
+        self._take_over_last(trainer)
+        # Of a checkpoint made at the last step of an epoch Lightning counts the epoch as ended and
+        # as still going on: its start would be neither counted nor told to the callbacks.
+        loop = trainer.fit_loop
+        if loop.restarted_mid_epoch and loop.epoch_progress.current.completed == (
+            loop.epoch_progress.current.ready
+        ):
+            loop.reset_restart_stage()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Save when it is due by steps or by time; stop if a signal asked for it."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        if self._due_by_time(trainer):
+            self._save(trainer)
+            self._last_time_checked = time.monotonic()
+        if trainer.global_step in self.at_steps and not _is_trial(trainer):
+            path = Path(str(self.dirpath)) / f"step_{trainer.global_step}.ckpt"
+            self._kept_now = str(path)
+            with self._failure_survived(trainer):
+                self._on_all_ranks(trainer, lambda: trainer.save_checkpoint(path))
+        self._signal.check(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the steps since the last checkpoint, for instance when the time is up."""
+        self._save(trainer)
+        super().on_train_end(trainer, pl_module)
+        self._signal.ignore()
+        if self._failed is not None:
+            raise self._failed
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bring `last.ckpt` up to date if the run was killed before that, with no step left."""
+        super().on_fit_end(trainer, pl_module)
+        last = self._take_over_last(trainer)
+        if self.save_last and last is not None and Path(str(trainer.ckpt_path)).name != last.name:
+            self._save(trainer)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Keep the steps since the last checkpoint if a signal ends the run between two steps."""
+        self._signal.ignore()
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, SIGTERMException):
+            self._save(trainer)
+
+    def _take_over_last(self, trainer: L.Trainer) -> Path | None:
+        """`last.ckpt` of the run that is resumed, if its files are in this folder."""
+        last = Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        resumed = trainer.ckpt_path
+        if resumed is None or Path(resumed).resolve().parent != last.parent.resolve():
+            return None
+        self.last_model_path = self.last_model_path or str(last)
+        return last
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of `ModelCheckpoint`, and the newest files."""
+        return {**super().state_dict(), "recent": list(self._recent)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the files of that run if they are in the same folder."""
+        super().load_state_dict(state_dict)
+        if self.dirpath == state_dict.get("dirpath"):
+            self._recent = list(state_dict.get("recent", []))
+
+    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+        """In a child process: the files it wrote; Lightning itself returns only the best one."""
+        return {name: getattr(self, name) for name in ("dirpath", *_OF_RUN)}
+
+    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+        """In the parent: take over the child's list of files."""
+        vars(self).update(state)
+
+    def _begin_run(self) -> None:
+        """Forget an earlier run's files, so that they are not counted, replaced or removed."""
+        vars(self).update(copy.deepcopy(self._first))
+        if self.dirpath == self._found_dirpath:
+            self.dirpath = None
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Save now, unless there is nothing new."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is None or self.monitor in candidates:
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        """With the step that it is now: what an evaluation logged as `step` is from then."""
+        candidates = super()._monitor_candidates(trainer)
+        return {**candidates, "step": torch.tensor(trainer.global_step)}
+
+    def _due_by_time(self, trainer: L.Trainer) -> bool:
+        """Whether `train_time_interval` has passed; rank 0 decides for all."""
+        if self._train_time_interval is None or self._last_time_checked is None:
+            return False
+        passed = time.monotonic() - self._last_time_checked
+        due = passed >= self._train_time_interval.total_seconds()
+        return bool(trainer.strategy.broadcast(due))
+
+    def _save_topk_checkpoint(
+        self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        if not _is_trial(trainer):
+            with self._failure_survived(trainer):
+                super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def _save_last_checkpoint(
+        self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        if not _is_trial(trainer):
+            with self._failure_survived(trainer):
+                super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    def _save_none_monitor_checkpoint(
+        self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        """Keep the newest `keep_last`, where Lightning keeps one; -1 still keeps all."""
+        path = self._get_metric_interpolated_filepath_name(
+            monitor_candidates, trainer, self.best_model_path
+        )
+        # Before the file is written, because they are part of what it holds.
+        self.best_model_path = path
+        if self.save_top_k == 1:
+            self._recent = [*(each for each in self._recent if each != path), path]
+        self._save_checkpoint(trainer, path)
+        while len(self._recent) > self.keep_last:
+            self._remove_checkpoint(trainer, self._recent.pop(0))
+
+    def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
+        """Whether a save would overwrite another state; a file of `at_steps` holds this one."""
+        return super().file_exists(filepath, trainer) and str(filepath) != self._kept_now
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Never remove files of `at_steps`, even if they are also among the newest or best."""
+        kept = {f"step_{step}{self.FILE_EXTENSION}" for step in self.at_steps}
+        if Path(filepath).name not in kept:
+            super()._remove_checkpoint(trainer, filepath)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        write = super()._save_checkpoint
+        self._on_all_ranks(trainer, lambda: write(trainer, filepath))
+
+    def _on_all_ranks(self, trainer: L.Trainer, write: Callable[[], None]) -> None:
+        """Write a file; if that fails, it fails on every rank."""
+        error: CheckpointWriteError | None = None
+        with self._signal.held():
+            try:
+                write()
+            except CheckpointWriteError as failed:  # on rank 0, while the others wait at a barrier
+                trainer.strategy.barrier("Trainer.save_checkpoint")
+                error = failed
+            if trainer.world_size > 1:
+                message = trainer.strategy.broadcast(str(error) if error else None)
+                error = error or (CheckpointWriteError(message) if message else None)
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def _failure_survived(self, trainer: L.Trainer) -> Iterator[None]:
+        """Inside, a file that cannot be written costs a warning and nothing else."""
+        before = {name: getattr(self, name) for name in _BOOKKEEPING}
+        before |= {"best_k_models": dict(self.best_k_models), "_recent": list(self._recent)}
+        try:
+            yield
+            self._failed = None
+        except CheckpointWriteError as error:
+            vars(self).update(before)
+            self._failed = error
+            rank_zero_warn(
+                f"checkpoint: {error}; training goes on, the earlier checkpoints are kept, and "
+                "the next save tries again"
+            )
+
+
+def _is_trial(trainer: L.Trainer) -> bool:
+    """Whether this is `fast_dev_run`, which must leave no files; Lightning saves at its end."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

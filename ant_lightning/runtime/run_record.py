@@ -1,0 +1,145 @@
+"""What a run records in its folder: its settings as YAML, and the versions of its loggers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+from ant_lightning.files.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["RUN_MARK", "RunRecord", "logger_versions", "newest_record", "remove_empty_run"]
+
+# What loggers write before the first step; a folder with only these files holds no run.
+_BEFORE_STEP_1 = ("events.out.tfevents*", "hparams.yaml", "class_map.json")
+RUN_MARK = "loggers.json"  # only runs that trained have it
+
+
+class RunRecord(L.Callback):
+    """Writes the settings of a command into the run's folder.
+
+    Training writes `config.yaml` once every check has passed, before its first step. Other commands
+    write `validate.yaml` and so on beside it. A file with different content is never overwritten:
+    the new one gets a number (`config_1.yaml`). A run that fails before its first step leaves
+    nothing.
+
+    Args:
+        folder: The run's folder.
+        command: `fit`, `validate`, `test` or `predict`.
+        text: The settings as YAML.
+        settings: The settings that decide what is trained, as plain values; stored in every
+            checkpoint.
+        is_new: Whether the folder was created for this run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        command: str,
+        text: str,
+        settings: Mapping[str, Any],
+        is_new: bool,
+    ) -> None:
+        self.run_folder = folder
+        self.settings = dict(settings)
+        self._command = command
+        self._text = text
+        self._is_new = is_new
+        self._started = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Use the first rank's folder: ranks that started later may have found another number."""
+        self.run_folder = trainer.strategy.broadcast(self.run_folder)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write `config.yaml` and, for a later resume, the version of each logger."""
+        self._started = True
+        if trainer.is_global_zero:
+            self._write("config")
+            versions = {type(logger).__name__: logger.version for logger in trainer.loggers}
+            text = json.dumps(versions, default=str) + "\n"
+            write_atomically(self.run_folder / RUN_MARK, lambda file: file.write(text.encode()))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the settings of an evaluation; `config.yaml` covers the validations of `fit`."""
+        if trainer.state.fn != "fit":
+            self._started = True
+            if trainer.is_global_zero:
+                self._write(self._command)
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the settings in the checkpoint, and the way from it to the run's folder."""
+        state = checkpoint.setdefault("ant_lightning", {})
+        state["settings"] = self.settings
+        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if beside is not None and "://" not in str(beside):
+            state["run_folder"] = os.path.relpath(self.run_folder, beside)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Remove the folder of a run that never started."""
+        if not self._started:
+            for logger in trainer.loggers:  # a TensorBoard thread may still be writing
+                logger.finalize("failed")
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder if it was created for this run and holds only logger headers."""
+        if self._is_new and not getattr(rank_zero_only, "rank", 0):
+            remove_empty_run(self.run_folder)
+
+    def _write(self, name: str) -> None:
+        newest, free = _numbered(self.run_folder, name)
+        if newest is None or newest.read_bytes() != self._text.encode():
+            write_atomically(free, lambda file: file.write(self._text.encode()))
+
+
+def newest_record(folder: Path) -> Path | None:
+    """The settings file of the run's last start; an evaluation's file if the run never trained."""
+    for name in ("config", "validate", "test", "predict"):
+        newest, _ = _numbered(folder, name)
+        if newest is not None:
+            return newest
+    return None
+
+
+def _numbered(folder: Path, name: str) -> tuple[Path | None, Path]:
+    """The newest of `name.yaml`, `name_1.yaml`, ..., and the next name that is free."""
+    newest, path, number = None, folder / f"{name}.yaml", 0
+    while path.exists():
+        number += 1
+        newest, path = path, folder / f"{name}_{number}.yaml"
+    return newest, path
+
+
+def logger_versions(folder: Path) -> dict[str, str]:
+    """The version of each logger class that the run in `folder` used."""
+    try:
+        found = json.loads((folder / RUN_MARK).read_text(encoding="utf8"))
+    except (OSError, ValueError):  # an older run has none
+        return {}
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def remove_empty_run(folder: Path) -> None:
+    """Remove the folder of a run if it holds only logger headers."""
+    if not folder.is_dir():
+        return
+    inside = [path for path in folder.rglob("*") if path.is_file()]
+    if all(any(path.match(pattern) for pattern in _BEFORE_STEP_1) for path in inside):
+        shutil.rmtree(folder, ignore_errors=True)

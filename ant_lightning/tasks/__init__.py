@@ -1,0 +1,30 @@
+"""Tasks: clusters of timesteps, and how they are found."""
+
+from ant_lightning.tasks.affinity_file import spread_affinity
+from ant_lightning.tasks.clusterings import (
+    Clustering,
+    FixedClustering,
+    GradientClustering,
+    SNRClustering,
+    TimestepClustering,
+)
+from ant_lightning.tasks.clusters import TimestepClusters
+from ant_lightning.tasks.costs import affinity_costs, snr_costs, timestep_costs
+from ant_lightning.tasks.partition import partition
+from ant_lightning.tasks.shuffled import ShuffledClustering, ShuffledClusters
+
+__all__ = [
+    "Clustering",
+    "FixedClustering",
+    "GradientClustering",
+    "SNRClustering",
+    "ShuffledClustering",
+    "ShuffledClusters",
+    "TimestepClustering",
+    "TimestepClusters",
+    "affinity_costs",
+    "partition",
+    "snr_costs",
+    "spread_affinity",
+    "timestep_costs",
+]

@@ -1,0 +1,100 @@
+"""How a gradient step on one task changes the loss of every other, during training."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import NoneType
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from ant_lightning.affinity.probing import ValidationProbe
+from ant_lightning.callbacks.base import steps_of
+from ant_lightning.callbacks.figures import save_figure
+from ant_lightning.callbacks.task_figures import transfer_heat_map
+from ant_lightning.errors import ConfigError
+from ant_lightning.transfer.matrix import transfer_matrix
+
+if TYPE_CHECKING:
+    import lightning as L
+    from torch import Tensor
+
+    from ant_lightning.models.module import MultiTaskDiffusion
+
+__all__ = ["TransferMatrix"]
+
+
+class TransferMatrix(ValidationProbe):
+    """Draws, at the end of a validation, the share of task j's loss that a step on task i takes.
+
+    It is measured by making the step and undoing it: see `transfer_matrix`. `k (k + 2)` passes over
+    `num_images` images; every rank makes them all.
+
+    Args:
+        lr: Length of the plain gradient step that is tried.
+        num_images: Images of each task's loss.
+        batch_size: Most images in one forward pass.
+        images: Whose loss: of images that are trained on (`train`) or `held_out`.
+        weights: Of which weights: `ema` or `live`.
+        every_n_epochs: Validations of `fit` between two measurements.
+        seed: Of images and noise; by default that of the module.
+
+    Raises:
+        ConfigError: If a number is out of range.
+
+    Reference:
+        Fifty et al., "Efficiently Identifying Task Groupings for Multi-Task Learning",
+        arXiv 2109.04617.
+    """
+
+    matrix: Tensor | None
+    of_run: ClassVar = {"matrix": NoneType}
+
+    def __init__(
+        self,
+        *,
+        lr: float = 1e-2,
+        num_images: int = 512,
+        batch_size: int = 512,
+        images: Literal["train", "held_out"] = "held_out",
+        weights: Literal["ema", "live"] = "ema",
+        every_n_epochs: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            every_n_epochs=every_n_epochs,
+            num_images=num_images,
+            batch_size=batch_size,
+            images=images,
+            weights=weights,
+            seed=seed,
+        )
+        if not lr > 0:
+            raise ConfigError(f"TransferMatrix.lr: must be above 0, found {lr}")
+        self.lr = lr
+
+    def measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        """Try a step on every task; log, and draw on rank 0."""
+        with self.probing(trainer, pl_module) as probe:
+            self.matrix = transfer_matrix(
+                probe.of_task,
+                parameters=pl_module.backbone.parameters(),
+                lr=self.lr,
+                num_tasks=pl_module.num_tasks,
+            )
+        harmful = (self.matrix < 0) & ~torch.eye(len(self.matrix), dtype=torch.bool)
+        pl_module.log("transfer/harmful_pairs", float(harmful.sum()), rank_zero_only=True)
+        if not trainer.is_global_zero:
+            return
+        title = f"share of task j's loss that one step on task i removes (lr {self.lr:g})"
+        figure = transfer_heat_map(
+            self.matrix.numpy(),
+            labels=[f"{a}-{b - 1}" for a, b in pairwise(pl_module.clusters.boundaries)],
+            title=f"{title}\nat training step {steps_of(trainer, pl_module)}",
+        )
+        save_figure(
+            trainer,
+            figure,
+            tag="6_transfer/lookahead",
+            explain="Red: a step on task i lowers task j's loss by so much. Blue: raises it.",
+        )

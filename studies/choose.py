@@ -1,0 +1,53 @@
+"""A command of a study: choose the best of several runs and write its setting as a config.
+
+`[studies.choose, --output, "<>", --yaml, "model: {...: VALUE}", "0.001=<a>", ...]`
+reads the excess risk of each run's folder, and writes `chosen.yaml` (the text with the best value)
+and `choice.json` (all scores). A run's score is the mean over clusters of the log excess risk at
+its end, so that no cluster counts more because its loss is large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ant_lightning.errors import ConfigError
+from studies.results import read_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["log_excess", "main"]
+
+
+def log_excess(folder: Path) -> float:
+    """Mean over clusters of the log of the last excess risk measured in a run.
+
+    Raises:
+        ConfigError: If none was measured.
+    """
+    rows = read_rows(folder / "excess_risk.jsonl")
+    if not rows:
+        raise ConfigError(f"choose: {folder} must hold an excess_risk.jsonl, found none")
+    values = rows[-1]["tasks"]["excess"]
+    return sum(math.log(value) for value in values) / len(values)
+
+
+def main(args: Sequence[str]) -> int:
+    """Write `chosen.yaml` and `choice.json`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--yaml", required=True)
+    parser.add_argument("candidates", nargs="+", help="VALUE=FOLDER")
+    settings = parser.parse_args(args)
+    pairs = [candidate.split("=", 1) for candidate in settings.candidates]
+    scores = {value: log_excess(Path(folder)) for value, folder in pairs}
+    best = min(scores, key=lambda value: scores[value])
+    choice = {"chosen": float(best), "log_excess": scores}
+    (settings.output / "chosen.yaml").write_text(settings.yaml.replace("VALUE", best) + "\n")
+    (settings.output / "choice.json").write_text(json.dumps(choice))
+    print(f"chosen: {best} of {scores}")
+    return 0

@@ -1,0 +1,121 @@
+"""Rows of a study: one line of JSON for each finished cell, appended and never rewritten."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from studies.study import Cell, Study
+
+__all__ = ["append_row", "collected", "finished_rows", "only_user", "read_rows", "restore_files"]
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row and wait until it is on the disk.
+
+    A row that a killed process left half written is closed with a new line first; `read_rows`
+    passes over it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        whole = True
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            whole = file.read(1) == b"\n"
+        line = json.dumps(row) + "\n"
+        file.write((line if whole else "\n" + line).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a file; none if there is no file."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # half written when its process was killed: its cell is run again
+    return rows
+
+
+def finished_rows(study: Study, path: Path) -> dict[str, dict[str, Any]]:
+    """The latest row of each cell of the study that was run with the settings it has now.
+
+    Each row has `cell`, `axes` (level of each axis), `hash`, `commit`, `machine`, `finished` (Unix
+    time), `seconds` (of each command) and `files`: for every collected file its content, of a
+    `.jsonl` file the list of its lines, of one that is not JSON the text.
+    """
+    rows = {}
+    for row in read_rows(path):
+        cell = study.cells.get(row["cell"])
+        if cell is not None and cell.hash == row["hash"]:
+            rows[cell.name] = row
+    return rows
+
+
+def collected(cell: Cell, folder: Path) -> dict[str, Any]:
+    """What the files of a finished cell hold.
+
+    Raises:
+        ConfigError: If one of them was not written.
+    """
+    files: dict[str, Any] = {}
+    for name in cell.collect:
+        path = folder / name
+        if not path.is_file():
+            raise ConfigError(f"study: cell {cell.name} collects {name}, which was not written")
+        if name.endswith(".jsonl"):
+            files[name] = read_rows(path)
+        elif name.endswith(".json"):
+            files[name] = json.loads(path.read_text())
+        else:
+            files[name] = path.read_text()
+    return files
+
+
+def restore_files(row: dict[str, Any], folder: Path) -> None:
+    """Write the files that a row keeps into its cell's folder, if that is gone.
+
+    So a study goes on elsewhere from its `results.jsonl` alone, as long as the cells that are left
+    read nothing else of those that are done.
+    """
+    if folder.exists():
+        return
+    folder.mkdir(parents=True)
+    for name, content in row["files"].items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".jsonl"):
+            path.write_text("".join(json.dumps(line) + "\n" for line in content))
+        else:
+            path.write_text(json.dumps(content) if name.endswith(".json") else content)
+
+
+@contextmanager
+def only_user(folder: Path) -> Iterator[None]:
+    """Hold a study's folder alone; the lock goes with the process, however it ends.
+
+    Raises:
+        ConfigError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"study: must be run by one process at a time, found another at work in {folder}"
+            ) from None
+        yield

@@ -1,0 +1,106 @@
+"""Figures: the numbers behind them, and that they can be drawn from anything they may be given."""
+
+import io
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from ant_lightning import (
+    AffinityResult,
+    ConfigError,
+    CosineSchedule,
+    DiffusionProcess,
+    SNRClustering,
+    TimestepClustering,
+    TimestepClusters,
+)
+from ant_lightning.affinity.figure import affinity_curves, affinity_heat_maps, cell_edges
+from ant_lightning.callbacks.task_figures import transfer_heat_map
+from ant_lightning.tasks.figure import boundaries_figure, clusterings_figure, importance_density
+from studies.arrows_figure import gradient_arrows
+from studies.quality_figure import quality_history
+
+
+def result(timesteps=(0, 10, 60), *, log_snr=True):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, len(timesteps), 30, generator=generator, dtype=torch.float64)
+    return AffinityResult(
+        timesteps=timesteps,
+        num_timesteps=100,
+        half_dots=torch.einsum("gip,hjp->ghij", rows, rows)[None],
+        log_snr=DiffusionProcess(CosineSchedule(100)).log_snr if log_snr else None,
+    )
+
+
+def pixels(figure):
+    file = io.BytesIO()
+    figure.savefig(file, dpi=30)
+    return imread(io.BytesIO(file.getvalue()))
+
+
+def test_importance_is_the_sampling_probability_of_each_timestep():
+    clusters = TimestepClusters((0, 2, 10, 100))
+    generator = torch.Generator().manual_seed(0)
+    timesteps, _ = clusters.sample(300_000, generator=generator)
+    drawn = np.bincount(timesteps, minlength=100) / 300_000 * 100
+    density = importance_density(clusters)
+    assert density.mean() == pytest.approx(1)
+    np.testing.assert_allclose(density, drawn, rtol=0.1)
+
+
+def test_cells_lie_around_their_positions_and_share_edges():
+    for positions in (np.array([0.0, 1.0, 5.0, 6.0]), np.array([9.0, 2.0, -30.0]), np.array([4.0])):
+        edges = cell_edges(positions)
+        assert len(edges) == len(positions) + 1
+        cells = zip(positions, pairwise(edges), strict=True)
+        assert all(min(cell) < position < max(cell) for position, cell in cells)
+
+
+def test_heat_map_shows_the_matrix_and_greys_what_is_unknown():
+    measured = result()
+    figure = affinity_heat_maps(measured)
+    for panel, values in zip(figure.axes[:2], (measured.plain, measured.corrected), strict=True):
+        shown = np.ma.filled(panel.collections[0].get_array(), np.nan).reshape(3, 3)
+        np.testing.assert_array_equal(shown, values.numpy())
+    assert measured.corrected.isnan().any()  # noise alone has no estimate
+    assert figure.axes[0].get_xlim() == (0, 85)
+    with pytest.raises(ConfigError, match="log_snr"):
+        affinity_heat_maps(result(log_snr=False), axis="log_snr")
+
+
+FIGURES = {
+    "log-SNR axis": lambda: affinity_heat_maps(result(), axis="log_snr"),
+    "one timestep": lambda: affinity_heat_maps(result((5,))),
+    "curves": lambda: affinity_curves(result(tuple(range(0, 100, 9)))),
+    "curves of steps alone": lambda: affinity_curves(result(log_snr=False)),
+    "clusterings": lambda: clusterings_figure(
+        {
+            name: kind(3)(DiffusionProcess(CosineSchedule(100)).log_snr)
+            for name, kind in (("timestep", TimestepClustering), ("SNR", SNRClustering))
+        },
+        DiffusionProcess(CosineSchedule(100)).log_snr,
+    ),
+    "boundaries over time": lambda: boundaries_figure(
+        [(0, (0, 20, 70, 100)), (50, (0, 30, 60, 100))],
+        DiffusionProcess(CosineSchedule(100)).log_snr,
+        last_step=100,
+    ),
+    "one measurement": lambda: quality_history([7], [{"fid": 3.0, "fid_real": 1.0}]),
+    "a value that came later": lambda: quality_history(
+        [7, 9], [{"fid": 300.0}, {"fid": 2.0, "precision": 0.0}]
+    ),
+    "transfer of 0": lambda: transfer_heat_map(np.zeros((2, 2)), labels=["a", "b"], title="t"),
+    "arrows": lambda: gradient_arrows(
+        np.array([[1.0, 0.2], [-1.0, 0.5]]), {"mean": np.array([0.0, 0.35])}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_it_can_be_drawn(name):
+    picture = pixels(FIGURES[name]())
+    assert np.isfinite(picture).all()
+    assert (picture[..., :3].min(-1) < 0.5).any()

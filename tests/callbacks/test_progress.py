@@ -1,0 +1,97 @@
+"""One bar for all steps of a run, or lines where the output is no terminal."""
+
+import io
+import re
+
+import pytest
+from tiny_fit import BATCHES, fit
+
+from ant_lightning import TrainingProgress
+
+
+class Terminal(io.StringIO):
+    """Keeps what a terminal would show."""
+
+    def isatty(self):
+        return True
+
+
+def progress(folder, monkeypatch, *, terminal, **settings):
+    """The lines, or the states of the bar, of a run of one rank."""
+    out = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    callback = TrainingProgress(refresh_rate=1, line_interval=settings.pop("line_interval", 0.0))
+    fit(folder, callbacks=[callback], enable_progress_bar=True, **settings)
+    monkeypatch.undo()
+    return [line.strip() for line in re.split(r"[\r\n]", out.getvalue()) if line.strip()]
+
+
+def test_lines_count_the_steps_of_the_run_across_epochs(tmp_path, monkeypatch):
+    steps = 2 * BATCHES + 2
+    lines = progress(tmp_path, monkeypatch, terminal=False, steps=steps)
+    assert len(lines) == steps
+    for step, line in enumerate(lines, start=1):
+        assert line.startswith(f"step {step}/{steps}, ")
+        assert bool(re.search(r"\d:\d\d:\d\d left", line)) == (step < steps)
+        assert "images/s" in line
+
+
+def test_a_short_run_prints_one_line_and_a_validation_another(tmp_path, monkeypatch):
+    settings = {"terminal": False, "steps": 6, "line_interval": 1e9}
+    (line,) = progress(tmp_path, monkeypatch, **settings)
+    assert line.startswith("step 6/6, ")
+    lines = progress(tmp_path, monkeypatch, **settings, val_interval=4)
+    assert [line.split(",")[0] for line in lines] == ["step 4/6", "step 6/6"]
+    assert all("val/loss" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("limits", "total"),
+    [
+        ({"steps": -1, "max_epochs": 2}, f"/{2 * BATCHES}"),
+        ({"steps": 5, "max_epochs": 2}, "/5"),
+        ({"steps": -1, "max_epochs": 1, "limit_train_batches": 3}, "/3"),
+        ({"steps": -1, "max_time": {"seconds": 0.2}}, ""),
+    ],
+)
+def test_the_total_is_whatever_ends_the_run(tmp_path, monkeypatch, limits, total):
+    lines = progress(tmp_path, monkeypatch, terminal=False, **limits)
+    assert lines[0].startswith(f"step 1{total}, ")
+    if total:
+        assert lines[-1].startswith(f"step {total[1:]}{total}, ")
+
+
+def test_with_a_limit_of_time_the_time_left_is_shown(tmp_path, monkeypatch):
+    limits = {"steps": 3, "max_time": {"hours": 2}}
+    lines = progress(tmp_path, monkeypatch, terminal=False, **limits)
+    assert all(re.search(r"max_time in (2:00:00|1:5\d:\d\d)", line) for line in lines)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_that_is_resumed_starts_at_its_step(tmp_path, monkeypatch, terminal):
+    fit(tmp_path, steps=6)
+    resume = tmp_path / "step=6.ckpt"
+    shown = progress(tmp_path, monkeypatch, terminal=terminal, steps=9, resume=resume)
+    text = "\n".join(shown)
+    assert "6/9" in shown[0] if terminal else shown[0].startswith("step 7/9")
+    assert "9/9" in shown[-1]
+    assert not re.search(r"\b[1-5]/9", text)
+
+
+def test_a_terminal_has_one_bar_that_never_goes_back(tmp_path, monkeypatch):
+    steps = 2 * BATCHES + 1
+    shown = progress(tmp_path, monkeypatch, terminal=True, steps=steps, val_interval=BATCHES)
+    counts = [int(n) for line in shown for n in re.findall(rf"(\d+)/{steps} \[", line)]
+    assert counts == sorted(counts)
+    assert set(counts) == set(range(steps + 1))
+    assert any(line.startswith("Validation") for line in shown)
+    assert shown[-1].startswith("Training: 100%")
+    assert "images/s" in shown[-1]
+    assert not any(line.startswith("step ") for line in shown)
+
+
+def test_no_bar_and_no_line_if_it_is_switched_off(tmp_path, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    fit(tmp_path, callbacks=[TrainingProgress(refresh_rate=0)], enable_progress_bar=True, steps=2)
+    assert out.getvalue() == ""

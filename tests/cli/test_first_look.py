@@ -1,0 +1,271 @@
+"""Mistakes that need no import are answered without one, and nothing else is refused there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from wrong_settings import CONFIGS, SETTINGS, arguments, callback
+
+from ant_lightning import ConfigError
+from ant_lightning.cli.first_look import first_look, top_settings
+from ant_lightning.cli.main import main
+from ant_lightning.cli.parser import AntCLI
+from ant_lightning.cli.source_names import arguments_of, class_names
+
+DIT = CONFIGS / "digits" / "dit.yaml"
+# Rows of the table of wrong settings that can be seen without an import.
+SEEN = [
+    "misspelt option",
+    "option cut short",
+    "unknown weighting",
+    "unknown callback",
+    "option of a callback",
+    "optimizer beside the model",
+    "seed below 0",
+    "seed too large",
+    "log never",
+    "sanity steps",
+    "epochs of checks",
+    "interval of checks",
+    "clip by the Trainer",
+    "accumulation by the Trainer",
+    "accumulation by a callback",
+    "averages twice",
+    "averages of Lightning",
+    "search for a rate",
+    "no checkpoint",
+    "folder as checkpoint",
+    "a word as checkpoint",
+    "checkpoint that runs code",
+    "no data",
+    "config that is not there",
+    "folder as config",
+]
+MORE = {
+    "unknown command": (["train"], ["command: must be one of fit", "'train'"]),
+    "group": (["fit", "--trainr.max_steps=3"], ["--trainr.max_steps", "--trainer.max_steps"]),
+    "flag": (["fit", "--trainer.max_stepz", "3"], ["max_stepz 3", "--trainer.max_steps"]),
+    "flag without its group": (["fit", "--max_steps=3"], ["--max_steps=3", "--trainer.max_steps"]),
+    "images of fit": (["fit", "--images=x"], ["--images=x: the command has no such option"]),
+    "balancer": (["fit", "--model.balancer=PCGrat"], ["model.balancer", "did you mean 'PCGrad'"]),
+    "balancer by its module": (
+        ["fit", "--model.balancer.class_path=ant_lightning.balancing.Nash"],
+        ["model.balancer", "'ant_lightning.balancing.Nash'"],
+    ),
+    "clustering": (
+        ["fit", "--model.init_args.clustering=SNRClusterin"],
+        ["model.clustering", "did you mean 'SNRClustering'"],
+    ),
+    "model": (["fit", "--model=ant_lightning.modules.DiTModul"], ["model: no class", "DiTModule"]),
+    "data": (["fit", "--data=ant_lightning.data.DigitData"], ["data: no class", "DigitsData"]),
+    "option of a balancer": (
+        ["fit", "--model.balancer=UncertaintyWeighting", "--model.balancer.min_los=1"],
+        ["model.balancer.min_los: UncertaintyWeighting has no such option", "'min_loss'"],
+    ),
+    "callback": (["fit", callback("ConflictMonitr")], ["trainer.callbacks", "ConflictMonitor"]),
+    "images": (["predict", "--samples.num_images=0"], ["samples.num_images: must be at least 1"]),
+    "batch of images": (["predict", "--samples.batch_size=-1"], ["samples.batch_size", "-1"]),
+    "nothing": (["fit"], ["data, model: needed, found nothing; give a --config FILE"]),
+    "no model": (["test", "--data=DigitsData"], ["model: needed, found nothing"]),
+    "option of encode": (["encode", "--cache.shard=3"], ["--cache.shard=3", "--cache.shard_size"]),
+    "option of another command": (["encode", "--ema.decay=0.9"], ["--ema.decay=0.9", "no such"]),
+    "data of encode": (["encode", "--data=ant_lightning.data.DigitData"], ["DigitsData"]),
+    "report": (["report", "/nope"], ["report: must be the log folder of a run", "/nope"]),
+    "encode without its config": (["encode", "--config=/nope"], ["config", "found nothing"]),
+}
+FILES = {
+    "no YAML": ("trainer: {max_steps: 3", ["must be YAML, found in line"]),
+    "misspelt group": ("trainr: {max_steps: 3}", ["'trainr'", "did you mean 'trainer'"]),
+    "misspelt setting": ("ema: {deacy: 0.9}", ["ema.deacy", "did you mean 'decay'"]),
+    "misspelt flag": ("trainer: {max_stepz: 3}", ["trainer.max_stepz", "'max_steps'"]),
+    "clip": ("trainer: {gradient_clip_val: 1.0}", ["use model.clip_grad_norm", "1.0"]),
+    "seed": ("seed_everything: -1", ["seed_everything: must be from 0", "-1"]),
+    "balancer": (
+        "model: {init_args: {balancer: {class_path: NashMTLL}}}",
+        ["model.balancer", "'NashMTL'"],
+    ),
+    "option of the model": (
+        "model: {class_path: ant_lightning.DiTModule, init_args: {clip_norm: 3}}",
+        ["model.clip_norm: DiTModule has no such option"],
+    ),
+}
+# What the parser takes, in spite of how it looks.
+VALID = {
+    "flags of neutral value": [
+        "--trainer.gradient_clip_val=null",
+        "--trainer.accumulate_grad_batches=1",
+    ],
+    "a later flag": ["--trainer.gradient_clip_val=3", "--trainer.gradient_clip_val=null"],
+    "seed true": ["--seed_everything=true"],
+    "a later seed": ["--seed_everything", "-1", "--seed_everything", "7"],
+    "a later list": [callback("EMA"), "--trainer.callbacks=[]"],
+    "a later class": [
+        "--model.balancer=UncertaintyWeighting",
+        "--model.balancer.min_loss=0.1",
+        "--model.balancer=PCGrad",
+    ],
+    "a later list of others": [callback("EMA"), callback("ConflictMonitor")],
+    "an appended callback": [
+        "--trainer.callbacks+=ConflictMonitor",
+        "--trainer.callbacks.log_every_n_steps=3",
+    ],
+    "a dictionary": [
+        '--model.balancer={"class_path":"UncertaintyWeighting","init_args":{"lr":0.1}}'
+    ],
+    "no balancer": ["--model.balancer=null"],
+    "another optimizer": ["--model.optimizer=SGD", "--model.optimizer.lr=1e-3"],
+    "a config in place": ["--config", '{"trainer": {"max_steps": 3}}'],
+    "numbers as words": ["--trainer.limit_val_batches=0.5", "--trainer.val_check_interval=00:01"],
+}
+
+
+def looked(args):
+    """The message of the first look, if it has one."""
+    try:
+        first_look(args)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_of_wrong_settings_it_says_what_the_parser_says_or_nothing(tmp_path, name):
+    options, words = SETTINGS[name]
+    message = looked(arguments(tmp_path, *options))
+    assert message is None or all(word in message for word in words), message
+    assert (message is not None) == (name in SEEN)
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_mistakes_are_seen(capsys, name):
+    args, words = MORE[name]
+    assert main(args) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_mistakes_in_a_file_are_seen(tmp_path, name, command):
+    text, words = FILES[name]
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    message = looked([command, "--config", str(DIT), f"--config={path}"])
+    assert message is not None
+    assert all(word in message for word in words), message
+
+
+def configs():
+    return sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name not in {"studies"})
+
+
+@pytest.mark.parametrize("path", configs(), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_shipped_config_passes(path):
+    args = ["fit", "--config", str(DIT), "--config", str(path)]
+    if path.stem == "encode":
+        args = ["encode", "--config", str(path)]
+    assert looked(args) is None
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_what_the_parser_accepts_is_never_refused(tmp_path, name):
+    assert looked(arguments(tmp_path, *VALID[name])) is None
+
+
+def test_the_parser_accepts_all_of_it(tmp_path):
+    options = [option for each in VALID.values() for option in each]
+    args = arguments(tmp_path, *options)
+    assert looked(args) is None
+    parsed(args)
+
+
+def parsed(args):
+    """Raises what the whole parser says."""
+
+    class Parsed(AntCLI):
+        def before_instantiate_classes(self):
+            super().before_instantiate_classes()
+            raise KeyboardInterrupt  # far enough
+
+    from ant_lightning.cli import parser as cli
+
+    kept, cli.AntCLI = cli.AntCLI, Parsed
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cli.run(args)
+    finally:
+        cli.AntCLI = kept
+
+
+def test_a_class_of_somebody_else_may_bring_others_with_short_names(tmp_path):
+    own = ["--data=mine.Data", "--model.balancer=MyBalancer", "--model.balancer.strength=3"]
+    assert looked(arguments(tmp_path, *own)) is None
+
+
+def test_a_checkpoint_that_is_there_passes(tmp_path):
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(b"")
+    for each in (str(path), "last", "s3://bucket/a.ckpt"):
+        assert looked(["validate", "--config", str(DIT), f"--ckpt_path={each}"]) is None
+        assert looked(["validate", "--config", str(DIT), "--ckpt_path", each]) is None
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_the_names_at_the_top_are_the_parsers(command, monkeypatch):
+    found = {}
+
+    class Names(AntCLI):
+        def parse_arguments(self, parser, args):
+            actions = self._subcommand_parsers[args[0]]._actions
+            found.update(dict.fromkeys(a.dest.split(".")[0] for a in actions))
+            raise KeyboardInterrupt
+
+    from ant_lightning.cli import parser as cli
+
+    monkeypatch.setattr(cli, "AntCLI", Names)
+    with pytest.raises(KeyboardInterrupt):
+        cli.run([command])
+    assert top_settings(command) == sorted(found.keys() - {"help"})
+
+
+def test_arguments_that_are_handed_on_are_known():
+    assert {"backbone", "balancer", "class_dropout", "warmup_steps"} <= arguments_of("DiTModule")
+    assert {"at_steps", "monitor", "save_top_k"} <= arguments_of("Checkpoints")
+    assert arguments_of("NoSuchClass") is None
+    assert class_names()["PCGrad"].name == "pcgrad.py"
+
+
+BLOCKED = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name in {"torch", "lightning.pytorch", "lightning.fabric"}:
+            raise ImportError(name + " was imported")
+sys.meta_path.insert(0, Blocked())
+import json
+from ant_lightning.cli.main import main
+for args in json.loads(sys.argv[1]):
+    assert main(args) == 2, args
+"""
+
+
+def test_mistakes_are_answered_where_torch_and_lightning_cannot_be_imported(tmp_path):
+    commands = [args for args, _ in MORE.values()]
+    for name, (text, _) in FILES.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text)
+        commands.append(["fit", "--config", str(DIT), "--config", str(path)])
+    commands += [arguments(tmp_path, *SETTINGS[name][0]) for name in SEEN]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(commands)
+    assert all(line.startswith("ant-lightning: error: ") for line in lines)

@@ -1,0 +1,50 @@
+"""Parser messages as a user should read them."""
+
+import pytest
+
+from ant_lightning.cli.messages import one_line
+
+NESTED = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'ant_lightning.MultiTaskDiffusion'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'ant_lightning.DiTModule':
+        {inner}
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'jsonargparse._util.NestedArg'>
+  Given value: NestedArg(key='x', val='y')"""
+
+
+@pytest.mark.parametrize(
+    ("inner", "expected"),
+    [
+        (
+            "Option 'clip_norm' is not accepted",
+            "model.clip_norm: DiTModule has no such option; did you mean 'clip_grad_norm'?",
+        ),
+        (
+            'Parser key "balancer":\n Expected a dot import path string: PCGrat',
+            "model.balancer: no class is called 'PCGrat'; did you mean 'PCGrad'?",
+        ),
+        (
+            "Parser key \"clip_grad_norm\":\n - Expected a <class 'float'>\n"
+            " - Expected a <class 'NoneType'>\n Given value type: <class 'str'>\n"
+            " Given value: abc",
+            "model.clip_grad_norm: must be a number, found abc",
+        ),
+        (
+            "Parser key \"balancer\":\n - Problem with given class_path 'ant_lightning.PCGrad':\n"
+            " the following arguments are required: num_tasks",
+            "model.balancer: PCGrad needs num_tasks, found nothing",
+        ),
+    ],
+)
+def test_the_innermost_mistake_is_what_is_said(inner, expected):
+    assert one_line(NESTED.format(inner=inner)) == expected
+
+
+def test_other_messages_keep_their_words_on_one_line():
+    assert one_line("unrecognized\n  arguments: --x") == "unrecognized arguments: --x"
+    assert one_line('Parser key "config": File does not exist: a.yaml') == (
+        "config: File does not exist: a.yaml"
+    )
