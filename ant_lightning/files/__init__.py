@@ -11,7 +11,7 @@ from ant_lightning.files.identity import check_identity, differences, tensors_di
 from ant_lightning.files.json_file import read_json
 from ant_lightning.files.npy import ArrayHeader, map_npy
 from ant_lightning.files.npz import NpzFile, open_npz
-from ant_lightning.files.safetensors_file import read_safetensors
+from ant_lightning.files.safetensors_file import read_safetensors, read_tensors, write_tensors
 from ant_lightning.files.torch_file import read_torch
 
 __all__ = [
@@ -24,8 +24,10 @@ __all__ = [
     "open_npz",
     "read_json",
     "read_safetensors",
+    "read_tensors",
     "read_torch",
     "tensors_digest",
     "write_atomically",
     "write_identity",
+    "write_tensors",
 ]

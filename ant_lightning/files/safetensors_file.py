@@ -1,34 +1,94 @@
-"""Tensors in safetensors files."""
+"""Tensors in safetensors files: reading one runs nothing and copies nothing."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ant_lightning.errors import FileError
+from ant_lightning.files.atomic import write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
     from torch import Tensor
 
-__all__ = ["read_safetensors"]
+__all__ = ["read_safetensors", "read_tensors", "write_tensors"]
+
+# One entry for all metadata: safetensors would write several in a random order.
+_KEY = "ant_lightning"
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
+    """Write tensors and JSON metadata to a safetensors file, whole or not at all."""
+    from safetensors.torch import save  # noqa: PLC0415 - other formats do without
+
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save(on_cpu, metadata={_KEY: json.dumps(metadata)})
+    write_atomically(Path(path), lambda file: file.write(content))
+
+
+def read_tensors(
+    path: str | Path,
+    expected: Mapping[str, tuple[torch.dtype, tuple[int | str, ...]]],
+    metadata: Mapping[str, object] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Map the tensors of a file that `write_tensors` wrote into memory, and read its metadata.
+
+    Args:
+        path: The file.
+        expected: Dtype and shape of each tensor by name. A text stands for any length that is the
+            same wherever the text occurs. Other tensors in the file are ignored.
+        metadata: For each entry that must be there, its type or its value.
+
+    Raises:
+        FileError: If the file is missing or damaged, or a tensor or an entry is not as expected.
+    """
+    tensors, texts = read_safetensors(path)
+    lengths: dict[int | str, int] = {}
+    for name, (dtype, shape) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise FileError(f"{path}: must hold the tensor {name}, found {sorted(tensors)[:20]}")
+        fits = tensor.dtype == dtype and tensor.dim() == len(shape)
+        if not fits or any(
+            length != (side if isinstance(side, int) else lengths.setdefault(side, length))
+            for side, length in zip(shape, tensor.shape, strict=True)
+        ):
+            wanted = ", ".join(str(lengths.get(side, side)) for side in shape)
+            raise FileError(
+                f"{path}: must hold {name} as {dtype} of shape [{wanted}], found {tensor.dtype} of "
+                f"shape {list(tensor.shape)}"
+            )
+    entries = _entries(path, texts.get(_KEY, "{}"))
+    for name, rule in (metadata or {}).items():
+        found = entries.get(name)
+        if not (type(found) is rule if isinstance(rule, type) else found == rule):
+            wanted = f"of type {rule.__name__}" if isinstance(rule, type) else repr(rule)
+            raise FileError(f"{path}: its metadata {name} must be {wanted}, found {found!r:.100}")
+    return {name: tensors[name] for name in expected}, entries
 
 
 def read_safetensors(
     path: str | Path, *, setting: str = "checkpoint"
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file by name, mapped into memory, and the text in its header.
+    """The tensors of any safetensors file by name, mapped into memory, and the text in its header.
 
-    The format runs nothing, and its reader compares the header with the length of the file before
-    any tensor is made.
+    The reader of safetensors compares the header with the length of the file before any tensor is
+    made.
 
     Raises:
-        FileError: If the file is missing, truncated, or none of safetensors.
+        FileError: If the file is missing, truncated, or not a safetensors file.
     """
     from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - other formats do without
 
     path = Path(path)
     if not path.is_file():
-        raise FileError(f"{setting}: must be an existing file, got {path}")
+        raise FileError(f"{setting}: must be an existing file, found {path}")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -37,3 +97,13 @@ def read_safetensors(
         raise FileError(
             f"{setting} {path}: truncated or not a safetensors file ({error})"
         ) from error
+
+
+def _entries(path: str | Path, text: str) -> dict[str, Any]:
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: its metadata must be JSON, found {text[:100]!r}") from error
+    if not isinstance(entries, dict):
+        raise FileError(f"{path}: its metadata must be a JSON object, found {text[:100]!r}")
+    return entries
