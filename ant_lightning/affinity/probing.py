@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 from ant_lightning.affinity.probe import LossProbe
-from ant_lightning.callbacks.base import RunCallback
+from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
@@ -93,8 +93,7 @@ class ProbingCallback(RunCallback):
     ) -> AbstractContextManager[None]:
         if self.weights == "ema":
             return averaged_weights(trainer, pl_module)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        callback = next((each for each in callbacks if isinstance(each, EMA)), None)
+        callback = callback_of(trainer, EMA)
         return nullcontext() if callback is None else callback.live(pl_module)
 
 
@@ -132,9 +131,7 @@ class ValidationProbe(ProbingCallback, ABC):
             )
         self.every_n_epochs = every_n_epochs
 
-    def on_validation_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure, unless this is the sanity check or not yet due."""
         fitting = trainer.state.fn == "fit"
         due = not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0

@@ -73,7 +73,7 @@ class Reclustering(ProbingCallback):
         self.recluster_every = recluster_every
         self.num_points = num_points
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Log what the run starts with."""
         if min(self.num_points, pl_module.process.num_timesteps) < pl_module.num_tasks:
             raise ConfigError(
@@ -82,7 +82,7 @@ class Reclustering(ProbingCallback):
             )
         pl_module.log_now(_boundaries(pl_module))
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any, **kwargs: Any
     ) -> None:
         """Measure and recluster when it is due; a skipped step is not counted."""

@@ -51,7 +51,7 @@ class ConflictMonitor(RunCallback):
         self.log_every_n_steps = log_every_n_steps
         self.probe_every_n_steps = probe_every_n_steps
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: MultiTaskDiffusion,
@@ -86,7 +86,7 @@ class ConflictMonitor(RunCallback):
         if logs:
             pl_module.log_now(logs)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Draw what was seen since the start, and the cosines since the last validation."""
         boundaries = pl_module.clusters.boundaries
         labels = [f"{a}-{b - 1}" for a, b in pairwise(boundaries)]

@@ -9,6 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import lightning as L
 import torch
 
 from ant_lightning.callbacks.base import RunCallback
@@ -16,8 +17,6 @@ from ant_lightning.callbacks.figures import log_folder
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    import lightning as L
-
     from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["StepCost"]
@@ -40,6 +39,7 @@ class StepCost(RunCallback):
     """
 
     _seconds: list[float]
+    module_type = L.LightningModule
     of_run: ClassVar = {"_seconds": list}
 
     def __init__(self, *, skip_steps: int = 10) -> None:
@@ -59,7 +59,7 @@ class StepCost(RunCallback):
         _wait(trainer)
         self._seconds.append(time.perf_counter() - self._start)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Write what was seen."""
         if not trainer.is_global_zero:
             return

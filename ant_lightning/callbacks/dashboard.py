@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
@@ -13,8 +14,6 @@ from ant_lightning.callbacks.page_figure import stacked_page
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import lightning as L
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
@@ -90,9 +89,10 @@ class Dashboard(RunCallback):
     """
 
     pictures: dict[str, Path]
+    module_type = L.LightningModule
     of_run: ClassVar = {"pictures": dict}
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Put what is drawn so far on one page; the other callbacks come first in the list."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -108,7 +108,7 @@ class Dashboard(RunCallback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("0_page/overview", page, step, dataformats="HWC")
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_fit_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Write both, once; an autoencoder has no tasks to chart."""
         if not trainer.is_global_zero or not hasattr(pl_module, "num_tasks"):
             return

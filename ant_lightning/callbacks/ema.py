@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from ant_lightning.balancing.shards import from_full, full_tensor, local_part
-from ant_lightning.callbacks.base import RunCallback
+from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.identity import tensors_digest
 from ant_lightning.runtime.sharding import reshard
@@ -49,6 +49,7 @@ class EMA(RunCallback):
         ConfigError: If `decay` is out of range.
     """
 
+    module_type = L.LightningModule  # also an autoencoder
     num_updates: int
     _averages: dict[str, Tensor]
     _made_of: str | None  # digest of the live weights; None while they change, or were just loaded
@@ -67,20 +68,20 @@ class EMA(RunCallback):
         """Reset nothing yet: that depends on the weights, which a checkpoint may still replace."""
 
     # Not earlier: a strategy that shards the model loads the checkpoint after `on_fit_start`.
-    def on_train_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Start from the weights, unless they already have averages."""
         self._bind(pl_module)
         self._add_trainable(pl_module)
         self._made_of = None
         self._last_step = trainer.global_step
 
-    def on_before_optimizer_step(  # type: ignore[override]
+    def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, optimizer: Optimizer
     ) -> None:
         """Start averaging thawed parameters before their first step changes them."""
         self._add_trainable(pl_module)
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any, **kwargs: Any
     ) -> None:
         """Follow the step that was made, if one was made."""
@@ -122,24 +123,24 @@ class EMA(RunCallback):
             if swapped:
                 self._swap_in(pl_module)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Evaluate the averages."""
         self._swap_in(pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Go on training the live weights."""
         self._swap_out(pl_module)
 
-    on_test_start = on_validation_start  # type: ignore[assignment]
-    on_test_end = on_validation_end  # type: ignore[assignment]
-    on_predict_start = on_validation_start  # type: ignore[assignment]
-    on_predict_end = on_validation_end  # type: ignore[assignment]
+    on_test_start = on_validation_start
+    on_test_end = on_validation_end
+    on_predict_start = on_validation_start
+    on_predict_end = on_validation_end
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Record which weights the averages belong to."""
         self._note_weights(pl_module)
 
-    def on_exception(  # type: ignore[override]
+    def on_exception(
         self,
         trainer: L.Trainer,
         pl_module: MultiTaskDiffusion,
@@ -150,9 +151,9 @@ class EMA(RunCallback):
         try:
             self._note_weights(pl_module)
         except RuntimeError:  # the device failed, so its weights cannot be read
-            self.forget()
+            self.reset()
 
-    def on_save_checkpoint(  # type: ignore[override]
+    def on_save_checkpoint(
         self,
         trainer: L.Trainer,
         pl_module: MultiTaskDiffusion,
@@ -181,7 +182,7 @@ class EMA(RunCallback):
         """Drop the averages if they belong to other weights."""
         if self._made_of not in (None, _digest(pl_module)):
             rank_zero_info("ema: the averages belong to other weights, so they restart from these")
-            self.forget()
+            self.reset()
         weights = dict(pl_module.backbone.named_parameters())
         for name, average in self._averages.items():
             if name not in weights or weights[name].shape != average.shape:
@@ -224,7 +225,7 @@ class EMA(RunCallback):
 @contextmanager
 def averaged_weights(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Iterator[None]:
     """Inside, `pl_module` has its EMA weights if the trainer keeps them."""
-    callback = next((c for c in trainer.callbacks if isinstance(c, EMA)), None)  # type: ignore[attr-defined]
+    callback = callback_of(trainer, EMA)
     if callback is None:
         yield
         return

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 
-from ant_lightning.callbacks.base import steps_of
+from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.figures import log_folder
 from ant_lightning.data.digits_mixture import DigitsMixtureData
 from ant_lightning.errors import ConfigError
@@ -16,6 +15,7 @@ from ant_lightning.randomness import keyed_generator
 from ant_lightning.tasks.clusterings import Clustering, SNRClustering
 
 if TYPE_CHECKING:
+    import lightning as L
     from torch import Tensor
 
     from ant_lightning.models.module import MultiTaskDiffusion
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ExcessRisk"]
 
 
-class ExcessRisk(L.Callback):
+class ExcessRisk(RunCallback):
     """Measures `E|eps_theta(x_t, t) - E[eps | x_t]|²` of each cluster, per pixel, in validation.
 
     The mean squared error of the noise, the risk, is the excess risk plus the Bayes risk
@@ -59,6 +59,7 @@ class ExcessRisk(L.Callback):
                 "ExcessRisk: images_per_timestep and batch_size must be at least 1, found "
                 f"{images_per_timestep} and {batch_size}"
             )
+        super().__init__()
         self.images_per_timestep = images_per_timestep
         self.clustering = clustering or SNRClustering()
         self.batch_size = batch_size
@@ -67,20 +68,17 @@ class ExcessRisk(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Draw again: the data and the process may differ from the last call."""
+        super().setup(trainer, pl_module, stage)
         self._draws = None
 
     @torch.no_grad()
-    def on_validation_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure the weights that are validated: the averages."""
         if not trainer.sanity_checking:
             self._measure(trainer, pl_module, "val")
 
     @torch.no_grad()
-    def on_test_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> None:
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """As in validation."""
         self._measure(trainer, pl_module, "test")
 

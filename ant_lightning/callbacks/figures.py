@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from ant_lightning.callbacks.base import steps_of
+from ant_lightning.callbacks.base import callback_of, steps_of
 from ant_lightning.runtime.run_record import RunRecord
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def log_folder(trainer: L.Trainer) -> Path:
     That of the `RunRecord` if the command line made one. Otherwise what `Trainer.log_dir` gives,
     which is a broadcast and hangs if one rank asks alone.
     """
-    record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)  # type: ignore[attr-defined]
+    record = callback_of(trainer, RunRecord)
     folder: str | Path | None = trainer.default_root_dir
     if record is not None:
         folder = record.run_folder

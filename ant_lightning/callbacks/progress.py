@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 if TYPE_CHECKING:
     import lightning as L
 
-    from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["TrainingProgress"]
 
@@ -73,7 +72,7 @@ class TrainingProgress(TQDMProgressBar):
             Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
         )
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Start the bar at the run's first step."""
         total = trainer.estimated_stepping_batches
         self._total = int(total) if total < float("inf") else None
@@ -92,10 +91,10 @@ class TrainingProgress(TQDMProgressBar):
         super().on_train_batch_start(*args, **kwargs)
         self._start = time.perf_counter()
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: MultiTaskDiffusion,
+        pl_module: L.LightningModule,
         outputs: Any,  # noqa: ANN401
         batch: Any,  # noqa: ANN401
         batch_idx: int,
@@ -105,8 +104,9 @@ class TrainingProgress(TQDMProgressBar):
         self._seconds += now - self._start
         self._images += len(batch.images) * trainer.world_size
         self.images_per_second = self._images / self._seconds
-        if pl_module.log_due:
-            pl_module.log_now({"train/images_per_second": self.images_per_second})
+        module: Any = pl_module  # ours, or an autoencoder
+        if module.log_due:
+            module.log_now({"train/images_per_second": self.images_per_second})
             self._images, self._seconds = 0, 0.0
         step, every = trainer.global_step, max(1, self.refresh_rate)
         if step % every == 0 or step == self._total or now - self._drawn > 1:
@@ -115,28 +115,28 @@ class TrainingProgress(TQDMProgressBar):
             if now - self._printed >= self.line_interval:
                 self._print(trainer, pl_module)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show on the bar that the run is validating."""
         super().on_validation_start(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._draw(trainer, pl_module)
             self.train_progress_bar.set_description(self.validation_description)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the measured values."""
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.train_progress_bar.set_description(self.train_description)
             self._print(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show the last step."""
         self._draw(trainer, pl_module)
         super().on_train_end(trainer, pl_module)
         if self._printed_step != trainer.global_step:
             self._print(trainer, pl_module)
 
-    def on_predict_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def on_predict_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Print progress of `predict` too: drawing many images takes hours."""
         super().on_predict_batch_end(trainer, *args, **kwargs)
         now = time.perf_counter()
@@ -154,15 +154,13 @@ class TrainingProgress(TQDMProgressBar):
         """The last speed, for reports."""
         return {"images_per_second": self.images_per_second}
 
-    def get_metrics(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> dict[str, Any]:
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""
         items: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
         items["images/s"] = f"{self.images_per_second:.0f}"
         report = getattr(pl_module, "last_report", None)
-        if report is not None and pl_module.balancer is not None:
+        if report is not None and getattr(pl_module, "balancer", None) is not None:
             shares = 100 * report.task_weights / report.task_weights.sum()
             items["weights %"] = "/".join(f"{share:.0f}" for share in shares.tolist())
         limit = _time_left(trainer)
@@ -170,12 +168,12 @@ class TrainingProgress(TQDMProgressBar):
             items["max_time in"] = _clock(limit)
         return items
 
-    def _draw(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.train_progress_bar.disable:
             self.train_progress_bar.n = trainer.global_step
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
-    def _print(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+    def _print(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print a line with what the bar would show."""
         self._printed = time.perf_counter()
         self._printed_step = step = trainer.global_step

@@ -7,8 +7,6 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import lightning as L
-
 from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import images_by_class
 from ant_lightning.callbacks.figures import save_figure
@@ -23,6 +21,7 @@ from ant_lightning.models.latents import load_initial_weights
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import lightning as L
     from torch import Tensor
 
     from ant_lightning.models.module import MultiTaskDiffusion
@@ -59,9 +58,7 @@ class SampleGrid(RunCallback):
         self.columns = columns
         self.every_n_epochs = every_n_epochs
 
-    def on_validation_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Draw on rank 0; no collective is involved."""
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if trainer.sanity_checking or not due or not trainer.is_global_zero:
@@ -95,7 +92,7 @@ class SampleGrid(RunCallback):
         return grid
 
 
-class SampleWriter(L.Callback):
+class SampleWriter(RunCallback):
     """Writes the images of `predict` into a folder, or into one npz file for ADM's evaluator.
 
     An image is a function of its index and of what `sample_identity` names, so that what is
@@ -130,6 +127,7 @@ class SampleWriter(L.Callback):
             raise ConfigError(f"samples: give folder or npz, not both, found {folder} and {npz}")
         if npz is not None and not npz.endswith(".npz"):
             raise ConfigError(f"samples.npz: must end in .npz, found {npz}")
+        super().__init__()
         self.num_images = num_images
         self.batch_size = batch_size
         self.folder = folder
@@ -137,8 +135,9 @@ class SampleWriter(L.Callback):
         self._files: SampleFiles | None = None
         self._begun = False
 
-    def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]
+    def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
         """Prepare the target; which images are missing is known once the weights are loaded."""
+        super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
         self._begun = False
@@ -179,7 +178,7 @@ class SampleWriter(L.Callback):
         # Lightning refuses a rank without a batch while others have one, and warns if none has.
         return [mine[i : i + size] for i in range(0, len(mine), size)] or [[]]
 
-    def on_predict_batch_end(  # type: ignore[override]
+    def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: MultiTaskDiffusion,
@@ -192,7 +191,7 @@ class SampleWriter(L.Callback):
         if self._files is not None and batch:
             self._files.write(batch, to_uint8(outputs).cpu())
 
-    def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:  # type: ignore[override]
+    def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
         """Join the ranks' parts, also when nothing was missing; say where the images are."""
         if stage != "predict":
             return

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import lightning as L
+
 from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import log_folder, save_figure
@@ -20,7 +22,6 @@ from ant_lightning.generation.stored_images import StoredImages
 from studies.quality_figure import quality_history
 
 if TYPE_CHECKING:
-    import lightning as L
     from torch import Tensor
 
     from ant_lightning.data.module import ImageDataModule
@@ -59,6 +60,7 @@ class GenerationMetrics(RunCallback):
     """
 
     last_scores: dict[str, float]
+    module_type = L.LightningModule  # also stored images
     _history: dict[int, dict[str, float]]
     of_run: ClassVar = {"last_scores": dict, "_history": dict}
 
@@ -106,16 +108,14 @@ class GenerationMetrics(RunCallback):
         super().setup(trainer, pl_module, stage)
         self._real = None
 
-    def on_validation_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure, unless this is the sanity check or not yet due."""
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         fitting = trainer.state.fn == "fit"
         if not trainer.sanity_checking and (due or not fitting):
             self._measure(trainer, pl_module, prefix="val")
 
-    def on_test_epoch_end(  # type: ignore[override]
+    def on_test_epoch_end(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion | StoredImages
     ) -> None:
         """Measure."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tqdm import tqdm
 
-from ant_lightning.callbacks.base import RunCallback
+from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.figures import log_folder, save_figure
 from ant_lightning.data.of_trainer import needed_image_data
@@ -121,7 +121,7 @@ class NegativeTransferGap(RunCallback):
         self.seed = seed
         self._specialists: list[Specialist] = []
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:  # type: ignore[override]
+    def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Look at the specialists before anything is computed."""
         if trainer.state.fn != "validate":
             return
@@ -136,15 +136,12 @@ class NegativeTransferGap(RunCallback):
             for specialist in find_specialists(pl_module, paths, intervals, budget=budget)
         ]
 
-    def on_validation_epoch_end(  # type: ignore[override]
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure."""
         if trainer.state.fn != "validate":
             return
         data = needed_image_data(trainer, "NegativeTransferGap")
         settings = self._settings(trainer, pl_module, data)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
         hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
         total = len(self._specialists) + 1
         with (
@@ -156,7 +153,7 @@ class NegativeTransferGap(RunCallback):
                 data.held_out_images,
                 self._specialists,
                 settings,
-                averaged=any(isinstance(each, EMA) for each in callbacks),
+                averaged=callback_of(trainer, EMA) is not None,
                 on_progress=bar.update,
             )
         self._publish(trainer, pl_module, self.result)

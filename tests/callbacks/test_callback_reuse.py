@@ -2,12 +2,15 @@
 
 import json
 
+import lightning as L
 import pytest
 import torch
 from tiny_digits import T, TinyDiT, module, trainer
 
+import ant_lightning
 from ant_lightning import (
     Checkpoints,
+    ConfigError,
     ConflictMonitor,
     Dashboard,
     DigitsData,
@@ -24,7 +27,6 @@ from ant_lightning import (
     TaskAffinity,
     TimestepClustering,
     TransferMatrix,
-    callbacks,
 )
 from ant_lightning.callbacks.base import RunCallback
 from ant_lightning.generation.extractors.features import Features
@@ -58,9 +60,17 @@ OTHERS = {"EMA", "NegativeTransferGap"}
 
 
 def test_every_callback_with_state_is_tried_here():
-    kinds = [getattr(callbacks, name) for name in callbacks.__all__]
-    kept = {k.__name__ for k in kinds if isinstance(k, type) and issubclass(k, RunCallback)}
-    assert {name for name in kept if getattr(callbacks, name).of_run} == {*MAKERS, *OTHERS}
+    public = [getattr(ant_lightning, name) for name in ant_lightning.__all__]
+    callbacks = [
+        each for each in public if isinstance(each, type) and issubclass(each, RunCallback)
+    ]
+    assert {each.__name__ for each in callbacks if each.of_run} == {*MAKERS, *OTHERS}
+
+
+def test_a_callback_refuses_modules_that_are_not_ours():
+    error = "ConflictMonitor: needs a MultiTaskDiffusion, found LightningModule"
+    with pytest.raises(ConfigError, match=error):
+        ConflictMonitor().setup(L.Trainer(logger=False), L.LightningModule(), "fit")
 
 
 def run(folder, callback, model, data, *, steps, valid=True):
