@@ -1,0 +1,188 @@
+"""Every public name has an example in its docstring that shows a value, and every example runs.
+
+An example imports what it uses, so that it can be copied into a Python shell as it stands.
+"""
+
+import doctest
+import pkgutil
+from importlib import import_module
+
+import pytest
+import torch
+
+import ant_lightning
+
+# Public names whose example is still to be written. Take a name out together with writing it.
+WITHOUT_EXAMPLE_YET = {
+    "ADMModule",
+    "AffinityResult",
+    "AutoencoderModule",
+    "BackwardReport",
+    "Balancer",
+    "Batch",
+    "Checkpoints",
+    "Clustering",
+    "ConfigError",
+    "ConflictMonitor",
+    "ContinuousUncertainty",
+    "CosineSchedule",
+    "DDIM",
+    "DDPM",
+    "Dashboard",
+    "DiT",
+    "DiTModule",
+    "DiffusersSampler",
+    "DiffusionProcess",
+    "DigitsData",
+    "DigitsFeatures",
+    "DigitsMixtureData",
+    "EMA",
+    "ExcessRisk",
+    "FeatureExtractor",
+    "FirstStage",
+    "FixedClustering",
+    "GaussianMixture",
+    "GenerationMetrics",
+    "GenerationScores",
+    "GradientBalancer",
+    "GradientClustering",
+    "GuidedDenoiser",
+    "ImageDataModule",
+    "ImageFolderData",
+    "InceptionFeatures",
+    "LDMModule",
+    "LatentSpace",
+    "LatentWriter",
+    "LatentsData",
+    "LinearScalarization",
+    "LinearSchedule",
+    "LossBalancer",
+    "LossWeighting",
+    "MinSNR",
+    "ModuleFeatures",
+    "MultiTaskDiffusion",
+    "NashMTL",
+    "NegativeTransferGap",
+    "NoiseSchedule",
+    "P2",
+    "PCGrad",
+    "Reclustering",
+    "ReferenceStatistics",
+    "SNRClustering",
+    "SampleBalancer",
+    "SampleGrid",
+    "SampleWriter",
+    "Sampler",
+    "ScaledLinearSchedule",
+    "ShapesData",
+    "ShapesFeatures",
+    "ShardedStrategy",
+    "ShuffledClustering",
+    "StepCost",
+    "StoredImages",
+    "TableSchedule",
+    "TaskAffinity",
+    "TimestepClustering",
+    "TimestepClusters",
+    "TorchJDBalancer",
+    "TrainingProgress",
+    "TransferGapResult",
+    "TransferMatrix",
+    "UNet",
+    "UncertaintyWeighting",
+    "adm_imagenet256",
+    "adm_imagenet64",
+    "adm_p2_light",
+    "affinity_by_distance",
+    "affinity_costs",
+    "averaged_weights",
+    "corrected_affinity",
+    "denoising_loss",
+    "distance_correlation",
+    "dit_b_2",
+    "dit_b_4",
+    "dit_b_8",
+    "dit_l_2",
+    "dit_l_4",
+    "dit_l_8",
+    "dit_s_2",
+    "dit_s_4",
+    "dit_s_8",
+    "dit_xl_2",
+    "dit_xl_4",
+    "dit_xl_8",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "ldm_cin256",
+    "ldm_ffhq256",
+    "load_official_checkpoint",
+    "load_reference",
+    "load_run",
+    "multitask_backward",
+    "nash_weights",
+    "nearest_distance",
+    "negative_transfer_gap",
+    "partition",
+    "pcgrad_weights",
+    "plain_affinity",
+    "precision_recall",
+    "save_reference",
+    "snr_costs",
+    "split_half_reliability",
+    "spread_affinity",
+    "task_affinity",
+    "task_gradients",
+    "timestep_costs",
+    "timestep_grid",
+    "transfer_matrix",
+    "variational_bound",
+}
+
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def examples(docstring):
+    return doctest.DocTestParser().get_examples(docstring or "")
+
+
+def run_examples(docstring, name, folder):
+    found = doctest.DocTest(examples(docstring), {}, name, None, 0, docstring)
+    output = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        result = doctest.DocTestRunner(optionflags=FLAGS).run(found, out=output.append)
+    assert result.failed == 0, "".join(output)
+    assert list(folder.iterdir()) == [], f"{name}: its example leaves files behind"
+
+
+def documented_elsewhere():
+    """Modules, classes, methods and functions with an example that are no public name."""
+    public = {id(getattr(ant_lightning, name)) for name in ant_lightning.__all__}
+    modules = pkgutil.walk_packages(ant_lightning.__path__, "ant_lightning.")
+    for module in modules:
+        if module.name.endswith("__main__"):
+            continue
+        for found in doctest.DocTestFinder().find(import_module(module.name), module.name):
+            owner = import_module(module.name)
+            for part in found.name.removeprefix(module.name).split(".")[1:]:
+                owner = vars(owner).get(part) if owner is not None else None
+            if found.examples and id(owner) not in public:
+                yield found.name, found.docstring
+
+
+@pytest.mark.parametrize("name", ant_lightning.__all__)
+def test_a_public_name_has_an_example_that_shows_a_value(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    docstring = getattr(ant_lightning, name).__doc__
+    shows_a_value = any(example.want for example in examples(docstring))
+    assert shows_a_value == (name not in WITHOUT_EXAMPLE_YET), (
+        f"{name}: take it out of WITHOUT_EXAMPLE_YET" if shows_a_value else f"{name}: no example"
+    )
+    run_examples(docstring, name, tmp_path)
+
+
+def test_examples_of_what_is_not_public_run_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, docstring in documented_elsewhere():
+        run_examples(docstring, name, tmp_path)
