@@ -285,3 +285,4 @@ from ant_lightning.transfer.result import (
 )
 
 __version__: str
+__all__: list[str]

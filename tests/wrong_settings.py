@@ -26,11 +26,11 @@ def arguments(folder, *options, command="fit", balancer="uw"):
 
 
 def callback(kind, package="ant_lightning", **settings):
-    entry = {"class_path": f"{package}.callbacks.{kind}", "init_args": settings}
+    entry = {"class_path": f"{package}.{kind}", "init_args": settings}
     return f"--trainer.callbacks={json.dumps([entry])}"
 
 
-LIGHTNING = "lightning.pytorch"
+LIGHTNING = "lightning.pytorch.callbacks"
 STEPS = ["--model.warmup_steps=0", "--model.lr_scheduler=StepLR"]
 DDP = "--trainer.strategy=DDPStrategy"
 

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from ant_lightning.cli.source_names import exported_names
+import ant_lightning
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,17 +21,6 @@ __all__ = [
     "suggestion",
     "unknown_class",
 ]
-
-_PACKAGES = (
-    "backbones",
-    "balancing",
-    "callbacks",
-    "clustering",
-    "data",
-    "diffusion",
-    "metrics",
-    "modules",
-)
 
 
 def one_line(message: str) -> str:
@@ -163,7 +152,7 @@ def _innermost(text: str) -> tuple[list[str], str]:
 
 def _other_class(found: str) -> str:
     """A class of ours with a similar name; none of exactly this name, which does not fit there."""
-    known = [name for package in _PACKAGES for name in exported_names(package)]
+    known = ant_lightning.__all__
     name = found.rsplit(".", maxsplit=1)[-1]
     return " that fits here" if name in known else suggestion(name, known)
 

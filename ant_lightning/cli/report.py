@@ -233,7 +233,7 @@ def _log_snr(setting: dict[str, Any] | None) -> torch.Tensor | None:
     kind = getattr(diffusion, name, None)
     if (
         setting is None
-        or setting["class_path"] != f"ant_lightning.diffusion.{name}"
+        or setting["class_path"] not in {f"ant_lightning.{name}", f"ant_lightning.diffusion.{name}"}
         or kind is None
     ):
         return None

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-__all__ = ["arguments_of", "class_names", "exported_names", "lightning_arguments"]
+__all__ = ["arguments_of", "class_names", "lightning_arguments"]
 
 _PACKAGE = Path(__file__).parent.parent
 _DEFINED = re.compile(r"^(?:(?:class|def) )?(\w+)(?=[(:]| = )", re.MULTILINE)
@@ -22,15 +22,6 @@ def class_names() -> dict[str, Path]:
         for name in _DEFINED.findall(path.read_text(encoding="utf8")):
             found[name] = path
     return found
-
-
-def exported_names(package: str) -> list[str]:
-    """The `__all__` of one of our packages."""
-    for node in _tree(_PACKAGE / package / "__init__.py").body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "__all__":
-            names: list[str] = ast.literal_eval(node.value)
-            return names
-    return []
 
 
 def arguments_of(name: str) -> set[str] | None:

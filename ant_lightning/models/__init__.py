@@ -7,6 +7,7 @@ from ant_lightning.models.dit import DiTModule
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.ldm import LDMModule
 from ant_lightning.models.module import MultiTaskDiffusion
+from ant_lightning.runtime.child_processes import take_state_along
 
 __all__ = [
     "ADMModule",
@@ -18,3 +19,5 @@ __all__ = [
     "LDMModule",
     "MultiTaskDiffusion",
 ]
+
+take_state_along()

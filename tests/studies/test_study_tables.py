@@ -153,7 +153,7 @@ def test_the_panel_has_table_2s_cells_at_the_guidance_they_were_measured_with():
 
 
 def test_published_values_are_those_of_the_poster():
-    published = json.loads((ROOT / "ant_lightning/studies/published.json").read_text())
+    published = json.loads((ROOT / "studies/published.json").read_text())
     assert {name: len(published[name]) for name in ("ffhq", "celebahq", "imagenet")} == {
         "ffhq": 20, "celebahq": 20, "imagenet": 3
     }  # fmt: skip
