@@ -32,7 +32,10 @@ from ant_lightning.backbones.checkpoints import (
 from ant_lightning.backbones.dit import (
     DiT as DiT,
 )
-from ant_lightning.backbones.dit_presets import (
+from ant_lightning.backbones.presets import (
+    adm_imagenet64 as adm_imagenet64,
+    adm_imagenet256 as adm_imagenet256,
+    adm_p2_light as adm_p2_light,
     dit_b_2 as dit_b_2,
     dit_b_4 as dit_b_4,
     dit_b_8 as dit_b_8,
@@ -45,16 +48,11 @@ from ant_lightning.backbones.dit_presets import (
     dit_xl_2 as dit_xl_2,
     dit_xl_4 as dit_xl_4,
     dit_xl_8 as dit_xl_8,
+    ldm_cin256 as ldm_cin256,
+    ldm_ffhq256 as ldm_ffhq256,
 )
 from ant_lightning.backbones.unet import (
     UNet as UNet,
-)
-from ant_lightning.backbones.unet_presets import (
-    adm_imagenet64 as adm_imagenet64,
-    adm_imagenet256 as adm_imagenet256,
-    adm_p2_light as adm_p2_light,
-    ldm_cin256 as ldm_cin256,
-    ldm_ffhq256 as ldm_ffhq256,
 )
 from ant_lightning.balancing.backward import (
     BackwardReport as BackwardReport,

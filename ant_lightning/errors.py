@@ -9,6 +9,7 @@ __all__ = [
     "DivergedRanksError",
     "FileError",
     "NonFiniteError",
+    "check_at_least",
     "message_of",
 ]
 
@@ -41,6 +42,17 @@ class CheckpointWriteError(RuntimeError):
 
 class DataLoadingError(RuntimeError):
     """A process that loads data has died."""
+
+
+def check_at_least(minimum: float, **values: float | None) -> None:
+    """Check numbers by the names of their arguments; `None` is no number and passes.
+
+    Raises:
+        ConfigError: If one is below the minimum, or NaN.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= minimum:
+            raise ConfigError(f"{name}: must be at least {minimum}, found {value}")
 
 
 def message_of(error: BaseException) -> str:

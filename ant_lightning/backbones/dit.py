@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,27 +10,33 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ant_lightning.backbones.layers import arrange, check_images, run_block, timestep_embedding
-from ant_lightning.errors import ConfigError
+from ant_lightning.backbones.layers import (
+    arrange,
+    check_classes,
+    check_images,
+    run_block,
+    timestep_embedding,
+)
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 __all__ = ["DiT"]
 
-_MAX_DEPTH = 1000  # more would be made until no memory is left
+_MAX_DEPTH = 1000  # a typing error must not fill the memory
 _TIMESTEP_FEATURES = 256
 
 
 def _axis_features(positions: Tensor, dim: int) -> Tensor:
-    """Sines, then cosines, of ``positions`` [n] at ``dim / 2`` frequencies: [n dim] float64."""
+    """Sines, then cosines, of `positions` `[n]` at `dim / 2` frequencies: `[n, dim]` float64."""
     exponents = torch.arange(dim // 2, dtype=torch.float64) / (dim / 2)
     angles = positions[:, None] * (10000.0**-exponents)[None]
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _position_embedding(dim: int, grid_size: int) -> Tensor:
-    """Fixed features of every patch, [1 grid_size**2 dim] float32: column half, then row half."""
+    """Fixed features of each patch, `[1, grid_size**2, dim]` float32: first columns, then rows."""
     axis = _axis_features(torch.arange(grid_size, dtype=torch.float64), dim // 2)
     columns = axis[None].expand(grid_size, -1, -1)
     rows = axis[:, None].expand(-1, grid_size, -1)
@@ -37,7 +44,7 @@ def _position_embedding(dim: int, grid_size: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens: [b c h w] -> [b n d]."""
+    """Map patches to tokens: `[b, c, h, w]` -> `[b, n, d]`."""
 
     def __init__(self, *, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
@@ -45,15 +52,15 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        # The convolution is held for its parameter shapes; as a matrix product on patches it
-        # leaves tokens contiguous, which every following layer norm would otherwise copy for.
+        # A convolution for the sake of the official parameter shapes. It runs as a matrix product:
+        # the tokens are contiguous then, and no layer norm has to copy them.
         p = self.patch_size
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [b], integer or fractional, to vectors [b d]."""
+    """Map timesteps `[b]`, integer or fractional, to vectors `[b, d]`."""
 
     def __init__(self, *, hidden_size: int) -> None:
         super().__init__()
@@ -70,7 +77,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels [b] to vectors [b d]; dropping labels is the training step's business."""
+    """Map class labels `[b]` to vectors `[b, d]`; the training step drops labels."""
 
     def __init__(self, *, num_embeddings: int, hidden_size: int) -> None:
         super().__init__()
@@ -82,7 +89,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection, [b n d] -> [b n d]."""
+    """Multi-head self-attention with one fused projection, `[b, n, d]` -> `[b, n, d]`."""
 
     def __init__(self, *, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -97,31 +104,17 @@ class Attention(nn.Module):
         return output
 
 
-class Mlp(nn.Module):
-    """Two linear layers around a tanh-approximated GELU."""
-
-    def __init__(self, *, hidden_size: int, mlp_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(hidden_size, mlp_size)
-        self.fc2 = nn.Linear(mlp_size, hidden_size)
-
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        output: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return output
-
-
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """``x (1 + scale) + shift`` for tokens [b n d] and per-image vectors [b 1 d]."""
-    # Not addcmul: its backward pass multiplies all tokens by 1 once more.
+    """`x (1 + scale) + shift` for tokens `[b, n, d]` and vectors `[b, 1, d]` of each image."""
+    # Not addcmul: its backward pass multiplies all tokens by 1 as well.
     return (x * (1 + scale)).add_(shift)
 
 
 class DiTBlock(nn.Module):
-    """A transformer block whose norms and residual gates are set by the conditioning vector.
+    """A transformer block whose norms and residual branches the conditioning vector scales.
 
-    ``x += gate * f(norm(x) * (1 + scale) + shift)`` for attention, then for the MLP; the six
-    vectors are a linear map of ``silu(conditioning)`` that starts at zero, so that every block
-    starts as the identity.
+    `x += gate * f(norm(x) * (1 + scale) + shift)` for attention, then for the MLP. The six vectors
+    are a linear map of `silu(conditioning)` that starts at zero: each block starts as the identity.
     """
 
     def __init__(self, *, hidden_size: int, num_heads: int, mlp_size: int) -> None:
@@ -129,7 +122,12 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size=hidden_size, num_heads=num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size=hidden_size, mlp_size=mlp_size)
+        layers = {
+            "fc1": nn.Linear(hidden_size, mlp_size),
+            "act": nn.GELU("tanh"),
+            "fc2": nn.Linear(mlp_size, hidden_size),
+        }
+        self.mlp = nn.Sequential(OrderedDict(layers))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(
@@ -160,38 +158,46 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer, parameter for parameter the official one.
+    """Diffusion transformer with the layers and parameter names of the official one.
 
-    Called as ``dit(x, timesteps, labels)`` with x [b c s s], timesteps [b] (integer or
-    fractional, in steps) and labels [b]; returns [b out_channels s s]. The network is
-    deterministic: classifier-free dropout of labels happens outside, by passing ``null_class``.
+    Called as `dit(x, timesteps, labels)` with `x` `[b, c, s, s]`, `timesteps` `[b]` (integer or
+    fractional, in steps) and `labels` `[b]`; returns `[b, out_channels, s, s]`. The network is
+    deterministic: for classifier-free guidance the training step replaces labels by `null_class`.
 
     Args:
-        input_size: height and width of x (latents: 32 for 256 px images).
-        patch_size: side of a patch; divides ``input_size``.
-        in_channels: channels of x.
-        hidden_size: width of the tokens; a multiple of 4 and of ``num_heads``.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: width of a block's MLP over ``hidden_size``.
-        class_dropout_prob: above 0, the label table has one row more, the null class at index
-            ``num_classes``. The probability itself is for the training step to use.
-        num_classes: number of classes; 0 builds no label table. 1 is the unconditional variant
-            of the ANT repository: one row, no null class whatever ``class_dropout_prob`` is,
-            and ``labels`` may be left out.
-        learn_sigma: the output has twice the channels, the second half for the variance.
-        gradient_checkpointing: recompute each block in the backward pass.
-        compiled: run through ``torch.compile``, which compiles at the first call.
+        input_size: Height and width of `x` (latents: 32 for 256 px images).
+        patch_size: Side of a patch; divides `input_size`.
+        in_channels: Channels of `x`.
+        hidden_size: Width of the tokens; a multiple of 4 and of `num_heads`.
+        depth: Number of blocks.
+        num_heads: Attention heads.
+        mlp_ratio: Width of a block's MLP over `hidden_size`.
+        class_dropout_prob: Above 0, the label table has one more row, the null class at index
+            `num_classes`. The training step uses the probability itself.
+        num_classes: Number of classes; 0 builds no label table. 1 is the unconditional variant
+            of the ANT repository: one row, no null class whatever `class_dropout_prob` is,
+            and `labels` may be left out.
+        learn_sigma: Whether the output has twice the channels, the second half for the variance.
+        gradient_checkpointing: Whether to recompute each block in the backward pass.
+        compiled: Whether to run through `torch.compile`, which compiles at the first call.
 
     Attributes:
-        out_channels: channels of the output.
-        null_class: index of the null class, or None if there is none.
+        out_channels: Channels of the output.
+        null_class: Index of the null class, or `None` if there is none.
 
     Raises:
-        ConfigError: a size breaks one of the rules above.
+        ConfigError: If a size breaks one of the rules above.
 
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
+
+    Example:
+        >>> dit = DiT(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10)
+        >>> x, timesteps, labels = torch.zeros(3, 4, 8, 8), torch.arange(3), torch.arange(3)
+        >>> dit(x, timesteps, labels).shape
+        torch.Size([3, 8, 8, 8])
+        >>> dit.null_class
+        10
     """
 
     def __init__(
@@ -211,28 +217,22 @@ class DiT(nn.Module):
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        if patch_size < 1 or input_size < 1 or input_size % patch_size:
+        check_at_least(1, patch_size=patch_size, input_size=input_size, in_channels=in_channels)
+        check_at_least(1, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
+        check_classes(num_classes, class_dropout_prob)
+        if input_size % patch_size:
             raise ConfigError(
-                f"patch_size: must be positive and divide input_size {input_size}, "
-                f"found {patch_size}"
+                f"patch_size: must divide input_size {input_size}, found {patch_size}"
             )
-        if hidden_size < 1 or depth < 1 or in_channels < 1 or not mlp_ratio > 0:
-            raise ConfigError(
-                "hidden_size, depth, in_channels, mlp_ratio: must each be above 0, found "
-                f"{hidden_size}, {depth}, {in_channels}, {mlp_ratio}"
-            )
-        if depth > _MAX_DEPTH:
-            raise ConfigError(f"depth: must be at most {_MAX_DEPTH}, found {depth}")
-        if num_heads < 1 or hidden_size % num_heads or hidden_size % 4:
+        if hidden_size % num_heads or hidden_size % 4:
             raise ConfigError(
                 f"hidden_size: must be a multiple of 4 and of num_heads {num_heads}, "
                 f"found {hidden_size}"
             )
-        if num_classes < 0 or not 0 <= class_dropout_prob <= 1:
-            raise ConfigError(
-                "num_classes: at least 0, with class_dropout_prob in [0, 1], "
-                f"found {num_classes} and {class_dropout_prob}"
-            )
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"depth: must be at most {_MAX_DEPTH}, found {depth}")
+        if not mlp_ratio > 0:
+            raise ConfigError(f"mlp_ratio: must be above 0, found {mlp_ratio}")
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
@@ -243,7 +243,7 @@ class DiT(nn.Module):
         self.learn_sigma = learn_sigma
         self.gradient_checkpointing = gradient_checkpointing
 
-        # A frozen parameter and not a buffer: official state dicts and optimizers count it.
+        # A frozen parameter, not a buffer: official optimizers count it.
         num_patches = (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, hidden_size), requires_grad=False)
         self.x_embedder = PatchEmbed(
@@ -268,7 +268,7 @@ class DiT(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier-uniform linear maps, normal embeddings, zero modulation and output (adaLN-Zero).
 
-        With the zeros, the network starts at output 0 and each block at the identity.
+        The zeros make each block start as the identity, and the network with output 0.
         """
         for name, parameter in self.named_parameters():
             value = parameter.detach()
@@ -280,7 +280,7 @@ class DiT(nn.Module):
             elif name.startswith(("t_embedder", "y_embedder")):
                 nn.init.normal_(value, std=0.02)
             else:
-                # Flat, so that the patch convolution counts as the linear map that it is.
+                # Flat: the fan-in of the patch convolution is that of a linear map.
                 nn.init.xavier_uniform_(value.flatten(1))
 
     def forward(
@@ -289,42 +289,36 @@ class DiT(nn.Module):
         timesteps: Float[Tensor, " b"] | Int[Tensor, " b"],
         labels: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b out_channels s s"]:
-        """Predict the noise (or x_0, v) and, if learned, the variance's interpolation.
+        """Predict the noise (or x_0, v) and, if learned, the interpolation of the variance.
 
         Raises:
-            ConfigError: x, timesteps or labels do not fit the network.
+            ConfigError: If `x`, `timesteps` or `labels` do not fit the network.
         """
         check_images(x, timesteps, in_channels=self.in_channels)
-        if x.shape[2] != self.input_size or x.shape[3] != self.input_size:
-            raise ConfigError(
-                f"input_size: the network takes {self.input_size} x {self.input_size}, "
-                f"found {x.shape[2]} x {x.shape[3]}"
-            )
+        size = self.input_size
+        if x.shape[2:] != (size, size):
+            raise ConfigError(f"x: must be {size} x {size}, found {x.shape[2]} x {x.shape[3]}")
         tokens = self.x_embedder(x) + self.pos_embed
         conditioning = self.t_embedder(timesteps)
         if self.y_embedder is not None:
-            conditioning = conditioning + self.y_embedder(self._complete(labels, timesteps))
+            conditioning = conditioning + self.y_embedder(self._check_labels(labels, timesteps))
         for block in self.blocks:
             tokens = run_block(
                 block, tokens, conditioning, checkpointing=self.gradient_checkpointing
             )
         patches = self.final_layer(tokens, conditioning)
-        grid, p = self.input_size // self.patch_size, self.patch_size
+        grid, p = size // self.patch_size, self.patch_size
         output: Tensor = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p)
         return output
 
-    def _complete(self, labels: Tensor | None, timesteps: Tensor) -> Tensor:
-        """The labels, or zeros for the network with a single class."""
-        if labels is not None:
-            if labels.shape != timesteps.shape:
-                raise ConfigError(
-                    f"labels: one per image, shape {list(timesteps.shape)}, "
-                    f"found {list(labels.shape)}"
-                )
-            return labels
-        if self.num_classes > 1:
+    def _check_labels(self, labels: Tensor | None, timesteps: Tensor) -> Tensor:
+        """The labels; zeros for a network with a single class."""
+        if labels is None and self.num_classes == 1:
+            return torch.zeros_like(timesteps, dtype=torch.long)
+        if labels is None or labels.shape != timesteps.shape:
+            found = None if labels is None else list(labels.shape)
             raise ConfigError(
-                f"labels: a network of {self.num_classes} classes needs one per image "
-                f"(null_class is {self.null_class}), found None"
+                f"labels: must have the shape {list(timesteps.shape)}, one for each image (the "
+                f"null class is {self.null_class}), found {found}"
             )
-        return torch.zeros_like(timesteps, dtype=torch.long)
+        return labels

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["arrange", "check_images", "run_block", "timestep_embedding", "zeroed"]
+__all__ = ["arrange", "check_classes", "check_images", "run_block", "timestep_embedding", "zeroed"]
 
 Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
 
@@ -24,17 +24,17 @@ def timestep_embedding(
 ) -> Float[Tensor, "b dim"]:
     """Sinusoidal features of the timestep, cosines first.
 
-    ``[cos(t w_0), .., cos(t w_{h-1}), sin(t w_0), .., sin(t w_{h-1})]`` with
-    ``w_i = max_period ** (-i / h)`` and ``h = dim // 2``; an odd ``dim`` ends in a zero.
+    `[cos(t w_0), .., cos(t w_{h-1}), sin(t w_0), .., sin(t w_{h-1})]` with
+    `w_i = max_period ** (-i / h)` and `h = dim // 2`; an odd `dim` ends in a zero.
 
     Args:
-        timesteps: timesteps in steps (0 .. 999), integer or fractional.
-        dim: number of features.
-        max_period: longest period over 2 pi, in steps.
+        timesteps: Timesteps `[b]` in steps (0 .. 999), integer or fractional.
+        dim: Number of features.
+        max_period: Longest period over 2 pi, in steps.
 
     Returns:
-        Features in float32, whatever the default dtype is, as in the official networks. The
-        last bit of `exp`, `cos` and `sin` depends on the device: outputs of a DiT differ by up
+        Features `[b, dim]` in float32, whatever the default dtype is, as in the official networks.
+        The last bit of `exp`, `cos` and `sin` depends on the device: outputs of a DiT differ by up
         to 1.1e-5 between two CPUs.
 
     Reference:
@@ -50,49 +50,59 @@ def timestep_embedding(
     return torch.cat(features, dim=-1)
 
 
-def check_images(x: Tensor, timesteps: Tensor, *, in_channels: int) -> None:
-    """Check that a batch can enter a backbone: ``x`` [b c h w] and ``timesteps`` [b].
+def check_classes(num_classes: int, class_dropout_prob: float) -> None:
+    """Check the two settings of a network's class conditioning.
 
     Raises:
-        ConfigError: ``x`` has another rank or channel count, or ``timesteps`` another length.
+        ConfigError: If one of them is out of its range.
+    """
+    check_at_least(0, num_classes=num_classes)
+    if not 0 <= class_dropout_prob <= 1:
+        raise ConfigError(f"class_dropout_prob: must be from 0 to 1, found {class_dropout_prob}")
+
+
+def check_images(x: Tensor, timesteps: Tensor, *, in_channels: int) -> None:
+    """Check that a batch can enter a backbone: `x` `[b, c, h, w]` and `timesteps` `[b]`.
+
+    Raises:
+        ConfigError: If `x` has another rank or channel count, or `timesteps` another length.
     """
     if x.ndim != 4 or x.shape[1] != in_channels:
+        raise ConfigError(f"x: must have the shape [b, {in_channels}, h, w], found {list(x.shape)}")
+    if timesteps.shape != x.shape[:1]:
         raise ConfigError(
-            f"in_channels: the backbone takes x of shape [b, {in_channels}, h, w], "
-            f"found {list(x.shape)}"
-        )
-    if timesteps.ndim != 1 or timesteps.shape[0] != x.shape[0]:
-        raise ConfigError(
-            f"timesteps: one per image, shape [{x.shape[0]}], found {list(timesteps.shape)}"
+            f"timesteps: must have the shape [{x.shape[0]}], one for each image, "
+            f"found {list(timesteps.shape)}"
         )
 
 
 def run_block(
     block: nn.Module, *args: Tensor | None, checkpointing: bool, preserve_rng: bool = False
 ) -> Tensor:
-    """Run ``block(*args)``, and forget its activations until the backward pass if asked to.
+    """Run `block(*args)`; with checkpointing, its activations are not kept.
 
     Args:
-        block: a module that returns one tensor.
-        *args: its inputs.
-        checkpointing: recompute the block in the backward pass (about a third more compute).
-        preserve_rng: replay the random state; needed only where the block drops units.
+        block: A module that returns one tensor.
+        *args: Its inputs.
+        checkpointing: Whether to recompute the block in the backward pass (about a third more
+            compute).
+        preserve_rng: Whether to replay the random state: only needed if the block has dropout.
     """
     if not (checkpointing and torch.is_grad_enabled()):
         output: Tensor = block(*args)
         return output
-    # Non-reentrant: the only form that works with torch.autograd.grad, which ANT's step calls.
+    # Non-reentrant: the only form that works with torch.autograd.grad.
     output = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=preserve_rng)
     return output
 
 
 def arrange(network: nn.Module, *, channels_last: bool = False, compiled: bool) -> None:
-    """Set how a finished network runs, in place: names and state dict stay.
+    """Set in place how a network runs; its names and its state dict stay.
 
     Args:
-        network: the network.
-        channels_last: give convolutions that layout; they hand it on to feature maps.
-        compiled: run through ``torch.compile``.
+        network: The network.
+        channels_last: Whether convolutions, and so their outputs, have that memory format.
+        compiled: Whether to run through `torch.compile`.
     """
     if channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -101,7 +111,7 @@ def arrange(network: nn.Module, *, channels_last: bool = False, compiled: bool) 
 
 
 def zeroed(layer: Convolution) -> Convolution:
-    """Set a convolution to zero, so that the residual branch it ends starts as nothing."""
+    """Set a convolution to zero, so that its residual branch adds nothing at the start."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -17,7 +17,7 @@ __all__ = ["SpatialTransformer"]
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens [b n d] to a context [b m c], or to themselves."""
+    """Attention of tokens `[b, n, d]` to a context `[b, m, c]`, or to themselves."""
 
     def __init__(self, *, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
-        # One-element: official files name this layer "to_out.0".
+        # A sequence of one: official files name this layer "to_out.0".
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(
@@ -41,7 +41,7 @@ class CrossAttention(nn.Module):
 
 
 class GatedGELU(nn.Module):
-    """``a * gelu(b)`` with ``a, b`` the halves of one linear map."""
+    """`a * gelu(b)`, where `a` and `b` are the halves of the output of one linear map."""
 
     def __init__(self, *, dim: int, inner_dim: int) -> None:
         super().__init__()
@@ -54,11 +54,11 @@ class GatedGELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Gated two-layer network, four times as wide inside."""
+    """Two layers with a gate, four times as wide inside."""
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()
-        # The identity holds the place of the official dropout (always 0), for its names.
+        # The identity stands for the official dropout (always 0): names contain the position.
         self.net = nn.Sequential(
             GatedGELU(dim=dim, inner_dim=4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)
         )
@@ -69,7 +69,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the context, feed-forward: each on a norm, each added."""
+    """Self-attention, attention to the context and feed-forward: residual, on normed input."""
 
     def __init__(self, *, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -94,17 +94,17 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, added to it.
 
     Args:
-        channels: channels of the feature map.
-        num_heads: attention heads; divides ``channels``.
-        depth: number of transformer blocks.
-        context_dim: features of a context token.
+        channels: Channels of the feature map.
+        num_heads: Attention heads; divides `channels`.
+        depth: Number of transformer blocks.
+        context_dim: Features of a context token.
 
     Reference:
         Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
         section 3.3, arXiv 2112.10752.
     """
 
-    def __init__(self, *, channels: int, num_heads: int, depth: int, context_dim: int) -> None:
+    def __init__(self, channels: int, *, num_heads: int, depth: int, context_dim: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
@@ -117,8 +117,8 @@ class SpatialTransformer(nn.Module):
     def forward(
         self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "b m k"]
     ) -> Float[Tensor, "b c h w"]:
-        """Add what the transformer makes of the positions and the context."""
-        # The 1x1 convolutions run as linear maps on tokens: one copy fewer on each side.
+        """Add the output of the transformer to `x`."""
+        # The 1x1 convolutions run as linear maps on tokens, which saves two copies.
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,13 +11,20 @@ from torch import Tensor, nn
 
 from ant_lightning.backbones.layers import (
     arrange,
+    check_classes,
     check_images,
     run_block,
     timestep_embedding,
     zeroed,
 )
-from ant_lightning.backbones.unet_blocks import Downsample, Stage, Upsample
-from ant_lightning.backbones.unet_factory import LayerFactory
+from ant_lightning.backbones.spatial_transformer import SpatialTransformer
+from ant_lightning.backbones.unet_blocks import (
+    AttentionBlock,
+    Downsample,
+    ResBlock,
+    Stage,
+    Upsample,
+)
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,11 +32,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassEmbedder", "UNet"]
 
-_MAX_BLOCKS = 100  # of a level; more would be made until no memory is left
+_MAX_BLOCKS = 100  # a typing error must not fill the memory
 
 
 class ClassEmbedder(nn.Module):
-    """Class labels [b] to a context of one token, [b 1 d]: LDM's class conditioning."""
+    """Map class labels `[b]` to a context of one token, `[b, 1, d]`: LDM's class conditioning."""
 
     def __init__(self, *, num_embeddings: int, context_dim: int) -> None:
         super().__init__()
@@ -41,59 +49,65 @@ class ClassEmbedder(nn.Module):
 
 
 class UNet(nn.Module):
-    """One UNet for ADM, P2 and LDM, parameter for parameter the official ones.
+    """One UNet for ADM, P2 and LDM, with the layers and parameter names of the official ones.
 
-    Called as ``unet(x, timesteps, labels)`` with x [b c h w], timesteps [b] (integer or
-    fractional, in steps) and labels [b]; returns [b out_channels h w]. The height and width may
-    differ from ``input_size`` as long as every down-sampling divides them.
+    Called as `unet(x, timesteps, labels)` with `x` `[b, c, h, w]`, `timesteps` `[b]` (integer or
+    fractional, in steps) and `labels` `[b]`; returns `[b, out_channels, h, w]`. Height and width
+    may differ from `input_size` as long as every down-sampling divides them.
 
     Classes enter in one of two ways. Without the spatial transformer, a label embedding is added
     to the time embedding (ADM). With it, the label becomes the one context token (LDM's
-    class-conditional model); the table is ``class_embedder``, which official LDM files hold
-    outside the UNet as ``cond_stage_model``. With ``num_classes=0`` the caller passes
-    ``context`` [b m context_dim] instead.
+    class-conditional model); the table is `class_embedder`, which official LDM files hold
+    outside the UNet as `cond_stage_model`. With `num_classes=0` the caller passes
+    `context` `[b, m, context_dim]` instead.
 
     Args:
-        input_size: height and width of x at training time.
-        in_channels: channels of x.
-        out_channels: channels of the output: ``in_channels``, or twice as many when the
-            variance is learned.
-        model_channels: channels at the highest resolution, a multiple of 32.
-        channel_mult: channels of each level over ``model_channels``, highest resolution first;
+        input_size: Height and width of `x` at training time.
+        in_channels: Channels of `x`.
+        out_channels: Channels of the output: `in_channels`, or twice as many if the variance is
+            learned.
+        model_channels: Channels at the highest resolution, a multiple of 32.
+        channel_mult: Channels of each level over `model_channels`, highest resolution first;
             each further level halves the resolution.
-        num_res_blocks: residual blocks of a level on the way down (one more on the way up).
-        attention_resolutions: levels with attention, as *down-sampling factors* (1, 2, 4, ..),
+        num_res_blocks: Residual blocks of a level on the way down (one more on the way up).
+        attention_resolutions: Levels with attention as *down-sampling factors* (1, 2, 4, ..),
             as in LDM's configurations and in the official class. The flag of the same name in
-            guided-diffusion's scripts lists resolutions instead: ``factor = input_size /
-            resolution``. The bottom of the UNet always has attention.
-        num_heads: attention heads, where ``num_head_channels`` is -1.
-        num_head_channels: channels of one head; sets the number of heads of each level.
-        use_new_attention_order: order of the rows of ``qkv``: as in ADM's 64 px model (True) or
-            as in all others (False).
-        use_scale_shift_norm: the time embedding scales and shifts norms (ADM) instead of being
-            added (LDM).
-        resblock_updown: change resolution inside residual blocks (ADM).
-        conv_resample: else, change it with a convolution (True) or without parameters (False).
-        num_classes: number of classes; 0 is unconditional.
-        class_dropout_prob: above 0, the label table has one row more, the null class at index
-            ``num_classes``. The probability itself is for the training step to use.
-        use_spatial_transformer: attention is a transformer with cross-attention to a context.
-        transformer_depth: blocks of each transformer.
-        context_dim: features of a context token; needed with the spatial transformer.
-        dropout: probability of dropping a unit inside residual blocks.
-        gradient_checkpointing: recompute each block in the backward pass.
-        channels_last: keep feature maps with the channels innermost, as GPUs convolve fastest.
-        compiled: run through ``torch.compile``, which compiles at the first call.
+            guided-diffusion's scripts lists resolutions instead: `factor = input_size /
+            resolution`. The bottom of the UNet always has attention.
+        num_heads: Attention heads, where `num_head_channels` is -1.
+        num_head_channels: Channels of one head; sets the number of heads of each level.
+        use_new_attention_order: Order of the rows of `qkv`: as in ADM's 64 px model (true) or
+            as in all others (false).
+        use_scale_shift_norm: Whether the time embedding scales and shifts norms (ADM) or is added
+            (LDM).
+        resblock_updown: Whether to change the resolution inside residual blocks (ADM).
+        conv_resample: Without `resblock_updown`: whether a convolution changes the resolution.
+        num_classes: Number of classes; 0 is unconditional.
+        class_dropout_prob: Above 0, the label table has one more row, the null class at index
+            `num_classes`. The training step uses the probability itself.
+        use_spatial_transformer: Whether attention is a transformer with cross-attention to a
+            context.
+        transformer_depth: Blocks of each transformer.
+        context_dim: Features of a context token; needed with the spatial transformer.
+        dropout: Probability of dropping a unit inside residual blocks.
+        gradient_checkpointing: Whether to recompute each block in the backward pass.
+        channels_last: Whether feature maps have the channels innermost, as GPUs convolve fastest.
+        compiled: Whether to run through `torch.compile`, which compiles at the first call.
 
     Attributes:
-        null_class: index of the null class, or None if there is none.
+        null_class: Index of the null class, or `None` if there is none.
 
     Raises:
-        ConfigError: a setting breaks one of the rules above.
+        ConfigError: If a setting breaks one of the rules above.
 
     Reference:
         Dhariwal and Nichol, arXiv 2105.05233; Choi et al. (P2), arXiv 2204.00227; Rombach et
         al. (LDM), arXiv 2112.10752.
+
+    Example:
+        >>> unet = UNet(input_size=8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1)
+        >>> unet(torch.zeros(2, 3, 8, 8), torch.tensor([0, 999])).shape
+        torch.Size([2, 3, 8, 8])
     """
 
     def __init__(
@@ -131,14 +145,10 @@ class UNet(nn.Module):
             num_res_blocks=num_res_blocks,
             transformer_depth=transformer_depth,
         )
-        if num_classes < 0 or not 0 <= class_dropout_prob <= 1:
-            raise ConfigError(
-                "num_classes: at least 0, with class_dropout_prob in [0, 1], "
-                f"found {num_classes} and {class_dropout_prob}"
-            )
+        check_classes(num_classes, class_dropout_prob)
         if use_spatial_transformer != (context_dim is not None):
             raise ConfigError(
-                "context_dim: set exactly when use_spatial_transformer is, found "
+                "context_dim: must be given with use_spatial_transformer and only then, found "
                 f"{context_dim} with use_spatial_transformer={use_spatial_transformer}"
             )
         self.input_size = input_size
@@ -154,19 +164,23 @@ class UNet(nn.Module):
 
         emb_channels = 4 * model_channels
         num_embeddings = num_classes + (self.null_class is not None)
-        make = LayerFactory(
+        res_block = partial(
+            ResBlock,
             emb_channels=emb_channels,
             dropout=dropout,
             use_scale_shift_norm=use_scale_shift_norm,
-            resblock_updown=resblock_updown,
-            conv_resample=conv_resample,
+        )
+        attention = partial(
+            _attention,
             num_heads=num_heads,
             num_head_channels=num_head_channels,
-            use_new_attention_order=use_new_attention_order,
-            transformer_depth=transformer_depth,
+            new_order=use_new_attention_order,
+            depth=transformer_depth,
             context_dim=context_dim,
         )
-
+        resample = partial(
+            _resample, res_block=res_block if resblock_updown else None, conv=conv_resample
+        )
         self.time_embed = nn.Sequential(
             nn.Linear(model_channels, emb_channels),
             nn.SiLU(),
@@ -181,31 +195,31 @@ class UNet(nn.Module):
         skips = [channels]
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [make.res_block(channels, width)]
+                layers: list[nn.Module] = [res_block(channels, width)]
                 channels = width
                 if 2**level in attention_resolutions:
-                    layers.append(make.attention(channels))
+                    layers.append(attention(channels))
                 self.input_blocks.append(Stage(*layers))
                 skips.append(channels)
             if level < self.num_levels - 1:
-                self.input_blocks.append(Stage(make.resample(channels, Downsample)))
+                self.input_blocks.append(Stage(resample(channels, Downsample)))
                 skips.append(channels)
 
         self.middle_block = Stage(
-            make.res_block(channels, channels),
-            make.attention(channels),
-            make.res_block(channels, channels),
+            res_block(channels, channels),
+            attention(channels),
+            res_block(channels, channels),
         )
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for index in range(num_res_blocks + 1):
-                layers = [make.res_block(channels + skips.pop(), width)]
+                layers = [res_block(channels + skips.pop(), width)]
                 channels = width
                 if 2**level in attention_resolutions:
-                    layers.append(make.attention(channels))
+                    layers.append(attention(channels))
                 if level > 0 and index == num_res_blocks:
-                    layers.append(make.resample(channels, Upsample))
+                    layers.append(resample(channels, Upsample))
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(
@@ -213,7 +227,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
-        # Last, so that all other entries keep the place they have in official state dicts.
+        # Last, so that the other entries have the order of official state dicts.
         self.class_embedder = None
         if num_classes > 0 and context_dim is not None:
             self.class_embedder = ClassEmbedder(
@@ -228,19 +242,19 @@ class UNet(nn.Module):
         labels: Int[Tensor, " b"] | None = None,
         context: Float[Tensor, "b m k"] | None = None,
     ) -> Float[Tensor, "b out_channels h w"]:
-        """Predict the noise (or x_0, v) and, if learned, the variance's interpolation.
+        """Predict the noise (or x_0, v) and, if learned, the interpolation of the variance.
 
         Raises:
-            ConfigError: x, timesteps, labels or context do not fit the network.
+            ConfigError: If `x`, `timesteps`, `labels` or `context` do not fit the network.
         """
         check_images(x, timesteps, in_channels=self.in_channels)
         multiple = 2 ** (self.num_levels - 1)
         if x.shape[2] % multiple or x.shape[3] % multiple:
             raise ConfigError(
-                f"input_size: a UNet of {self.num_levels} levels takes sizes divisible by "
-                f"{multiple}, found {x.shape[2]} x {x.shape[3]}"
+                f"x: its height and width must be divisible by {multiple}, found "
+                f"{x.shape[2]} x {x.shape[3]}"
             )
-        context = self._complete_context(labels, context)
+        context = self._context(labels, context)
         features = timestep_embedding(timesteps, self.model_channels)
         embedding = self.time_embed(features.to(next(self.time_embed.parameters()).dtype))
         if self.label_emb is not None:
@@ -257,29 +271,25 @@ class UNet(nn.Module):
             x = stage(x, embedding, context, checkpointing=checkpointing)
         return run_block(self.out, x, checkpointing=checkpointing)
 
-    def _complete_context(self, labels: Tensor | None, context: Tensor | None) -> Tensor | None:
-        """The context to attend to, once labels and context are what this network takes."""
+    def _context(self, labels: Tensor | None, context: Tensor | None) -> Tensor | None:
+        """The context: the given one, or the one of the labels; checks both."""
         if context is not None:
-            if (
-                self.context_dim is None
-                or context.ndim != 3
-                or context.shape[2] != self.context_dim
-            ):
+            shape = list(context.shape)
+            if self.context_dim is None or len(shape) != 3 or shape[2] != self.context_dim:
                 raise ConfigError(
-                    f"context: shape [b, m, context_dim] with context_dim {self.context_dim}, "
-                    f"found {list(context.shape)}"
+                    f"context: must have the shape [b, m, {self.context_dim}], found {shape}"
                 )
             if labels is not None:
-                raise ConfigError("labels: not beside context, which takes their place")
+                raise ConfigError("labels: must be None beside a context, found both")
             return context
         if self.context_dim is not None and self.class_embedder is None:
             raise ConfigError(
-                f"context: this network needs one, of {self.context_dim} features, found None"
+                f"context: must have the shape [b, m, {self.context_dim}], found None"
             )
         if self.num_classes > 0 and labels is None:
             raise ConfigError(
-                f"labels: a network of {self.num_classes} classes needs one per image "
-                f"(null_class is {self.null_class}), found None"
+                f"labels: must be given for {self.num_classes} classes (the null class is "
+                f"{self.null_class}), found None"
             )
         return None if self.class_embedder is None else self.class_embedder(labels)
 
@@ -298,7 +308,7 @@ def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[in
 def _check_levels(
     input_size: int, num_levels: int, attention_resolutions: Sequence[int], **blocks: int
 ) -> None:
-    """Check that the input can be halved often enough, attention has a level, and blocks an end."""
+    """Check that the input can be halved often enough, that attention has a level, and counts."""
     for name, count in blocks.items():
         if not 1 <= count <= _MAX_BLOCKS:
             raise ConfigError(f"{name}: must be from 1 to {_MAX_BLOCKS}, found {count}")
@@ -311,6 +321,40 @@ def _check_levels(
     factors = [2**level for level in range(num_levels)]
     if not set(attention_resolutions) <= set(factors):
         raise ConfigError(
-            f"attention_resolutions: down-sampling factors out of {factors}, "
+            f"attention_resolutions: must be down-sampling factors out of {factors}, "
             f"found {list(attention_resolutions)}"
         )
+
+
+def _attention(
+    channels: int,
+    *,
+    num_heads: int,
+    num_head_channels: int,
+    new_order: bool,
+    depth: int,
+    context_dim: int | None,
+) -> AttentionBlock | SpatialTransformer:
+    """Attention at a width: to a context if there is one, else of the feature map to itself."""
+    by_width = num_head_channels != -1
+    name = "num_head_channels" if by_width else "num_heads"
+    value = num_head_channels if by_width else num_heads
+    if value < 1 or channels % value:
+        raise ConfigError(f"{name}: must divide the {channels} channels, found {value}")
+    heads = channels // value if by_width else value
+    if context_dim is None:
+        return AttentionBlock(channels, num_heads=heads, new_order=new_order)
+    return SpatialTransformer(channels, num_heads=heads, depth=depth, context_dim=context_dim)
+
+
+def _resample(
+    channels: int,
+    kind: type[Upsample | Downsample],
+    *,
+    res_block: Callable[..., ResBlock] | None,
+    conv: bool,
+) -> nn.Module:
+    """The step between two levels, inside a residual block if there is one."""
+    if res_block is None:
+        return kind(channels, conv=conv)
+    return res_block(channels, channels, resample=kind(channels, conv=False))

@@ -18,9 +18,9 @@ __all__ = ["AttentionBlock", "Downsample", "ResBlock", "Stage", "Upsample"]
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: nearest neighbour, then a 3x3 convolution if ``conv``."""
+    """Twice the height and width: nearest neighbour, then a 3x3 convolution if `conv`."""
 
-    def __init__(self, *, channels: int, conv: bool) -> None:
+    def __init__(self, channels: int, *, conv: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else None
 
@@ -33,21 +33,21 @@ def _enlarged(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-# Positions of the small map from which the one transposed convolution is faster on the CPU: below,
-# rearranging its 16 / 9 as many weights costs more than the saved multiplications.
+# Fewest positions of the small map for which one transposed convolution is faster on the CPU. On
+# smaller maps, rearranging its 16/9 times as many weights costs more than it saves.
 _MIN_FUSED_POSITIONS = 1024
 
 
 def convolved_after_upsampling(
     x: Float[Tensor, "b c h w"], conv: nn.Conv2d
 ) -> Float[Tensor, "b c_out 2*h 2*w"]:
-    """``conv`` (3x3, padding 1) of the twofold nearest-neighbour enlargement of ``x``.
+    """`conv` (3x3, padding 1) of `x` enlarged twofold by nearest neighbour.
 
-    An enlarged map repeats every value 2x2 times, so that a 3x3 window sees at most 2x2 different
-    ones: the two steps together are one transposed convolution of stride 2, whose 4x4 kernel is
-    the 3x3 one summed over the four places of a repeated value. It takes 4/9 of the
+    The enlarged map repeats each value 2x2 times, so a 3x3 window sees at most 2x2 different
+    values. The two steps are therefore one transposed convolution of stride 2; its 4x4 kernel is
+    the sum of the 3x3 kernel at the four places of a repeated value. It takes 4/9 of the
     multiplications, and the enlarged map is neither written nor kept for the backward pass.
-    Elsewhere than on the CPU, where it was not measured, and on small maps the steps stay apart.
+    Used on the CPU, where it was measured, and on large maps.
     """
     if x.device.type != "cpu" or x.shape[2] * x.shape[3] < _MIN_FUSED_POSITIONS:
         enlarged: Tensor = conv(_enlarged(x))
@@ -59,9 +59,9 @@ def convolved_after_upsampling(
 
 
 class Downsample(nn.Module):
-    """Half the height and width: a strided 3x3 convolution if ``conv``, else the mean of 2x2."""
+    """Half the height and width: a strided 3x3 convolution if `conv`, else the mean of 2x2."""
 
-    def __init__(self, *, channels: int, conv: bool) -> None:
+    def __init__(self, channels: int, *, conv: bool) -> None:
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if conv else None
 
@@ -71,18 +71,18 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around the time embedding, added to the (projected) input.
+    """Two 3x3 convolutions with the time embedding in between, added to the (projected) input.
 
-    The embedding either shifts the features, ``h + shift``, or scales and shifts their norm,
-    ``norm(h) (1 + scale) + shift``.
+    The embedding either shifts the features, `h + shift`, or scales and shifts their norm,
+    `norm(h) (1 + scale) + shift`.
 
     Args:
-        channels: channels of the input.
-        out_channels: channels of the output.
-        emb_channels: length of the embedding.
-        dropout: probability of dropping a unit before the second convolution.
-        use_scale_shift_norm: scale and shift instead of shift.
-        resample: half or double the resolution inside the block, without parameters.
+        channels: Channels of the input.
+        out_channels: Channels of the output.
+        emb_channels: Length of the embedding.
+        dropout: Probability of dropping a unit before the second convolution.
+        use_scale_shift_norm: Whether the embedding scales and shifts, or only shifts.
+        resample: Changes the resolution inside the block, without parameters.
 
     Reference:
         Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", section 3,
@@ -91,9 +91,9 @@ class ResBlock(nn.Module):
 
     def __init__(
         self,
-        *,
         channels: int,
         out_channels: int,
+        *,
         emb_channels: int,
         dropout: float,
         use_scale_shift_norm: bool,
@@ -138,7 +138,7 @@ class ResBlock(nn.Module):
         norm_out, activation, dropout, conv_out = self.out_layers
         if self.use_scale_shift_norm:
             scale, shift = vectors.chunk(2, dim=1)
-            # Not addcmul: its backward pass multiplies the whole map by 1 once more.
+            # Not addcmul: its backward pass multiplies the whole map by 1 as well.
             h = (norm_out(h) * (1 + scale)).add_(shift)
         else:
             h = norm_out(h + vectors)
@@ -150,13 +150,13 @@ class AttentionBlock(nn.Module):
     """Multi-head self-attention over the positions of a feature map, added to it.
 
     Args:
-        channels: channels of the feature map.
-        num_heads: attention heads; divides ``channels``.
-        new_order: the rows of ``qkv`` are (query|key|value, head, channel) and not
+        channels: Channels of the feature map.
+        num_heads: Attention heads; divides `channels`.
+        new_order: Whether the rows of `qkv` are (query|key|value, head, channel) or
             (head, query|key|value, channel). Both exist in published checkpoints.
     """
 
-    def __init__(self, *, channels: int, num_heads: int, new_order: bool) -> None:
+    def __init__(self, channels: int, *, num_heads: int, new_order: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         heads = "(three h d)" if new_order else "(h three d)"
@@ -166,9 +166,9 @@ class AttentionBlock(nn.Module):
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Add what each position gathers from all others."""
-        # Linear maps on tokens instead of 1x1 convolutions: each head's channels end up next
-        # to each other, as fused attention wants them, and channels-last maps need no copy.
+        """Add the attention output to `x`."""
+        # Linear maps on tokens instead of 1x1 convolutions: the channels of a head are then
+        # adjacent, as fused attention needs them, and channels-last maps need no copy.
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         qkv = F.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias)
         query, key, value = rearrange(qkv, self.pattern, three=3, h=self.num_heads)
@@ -179,7 +179,7 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers run in turn, each given what it takes of the embedding and the context."""
+    """Layers in sequence; each is given the inputs that its kind takes."""
 
     def forward(  # type: ignore[override]
         self,
@@ -189,20 +189,19 @@ class Stage(nn.Sequential):
         *,
         checkpointing: bool,
     ) -> Float[Tensor, "b c_out h_out w_out"]:
-        """Run the layers; ``checkpointing`` recomputes all but convolutions."""
+        """Run the layers; `checkpointing` recomputes all but convolutions."""
         for layer in self:
+            inputs: tuple[Tensor | None, ...] = ()
             if isinstance(layer, ResBlock):
-                x = run_block(
-                    layer,
-                    x,
-                    embedding,
-                    checkpointing=checkpointing,
-                    preserve_rng=self.training and layer.dropout > 0,
-                )
+                inputs = (embedding,)
             elif isinstance(layer, SpatialTransformer):
-                x = run_block(layer, x, context, checkpointing=checkpointing)
-            elif isinstance(layer, AttentionBlock):
-                x = run_block(layer, x, checkpointing=checkpointing)
-            else:
-                x = layer(x)
+                inputs = (context,)
+            x = run_block(
+                layer,
+                x,
+                *inputs,
+                checkpointing=checkpointing
+                and isinstance(layer, ResBlock | SpatialTransformer | AttentionBlock),
+                preserve_rng=self.training and getattr(layer, "dropout", 0) > 0,
+            )
         return x

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ant_lightning import ConfigError, DiT, backbones
+import ant_lightning
+from ant_lightning import ConfigError, DiT
 from ant_lightning.backbones.layers import timestep_embedding
 
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
@@ -135,7 +136,7 @@ def test_the_whole_network_compiles_as_one_graph():
 @pytest.mark.parametrize("patch", [2, 4, 8])
 def test_presets_have_the_published_sizes(size, patch):
     with torch.device("meta"):
-        preset = getattr(backbones, f"dit_{size}_{patch}")
+        preset = getattr(ant_lightning, f"dit_{size}_{patch}")
         model = preset(input_size=16, in_channels=3, learn_sigma=False, num_classes=10)
     hidden, depth, heads = SIZES[size]
     assert model.x_embedder.proj.weight.shape == (hidden, 3, patch, patch)
@@ -163,12 +164,12 @@ def test_a_preset_is_named_in_a_configuration_as_a_class_is():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"patch_size": 3}, "patch_size: must be positive and divide input_size 8, found 3"),
-        ({"patch_size": 0}, "patch_size"),
+        ({"patch_size": 3}, "patch_size: must divide input_size 8, found 3"),
+        ({"patch_size": 0}, "patch_size: must be at least 1, found 0"),
         ({"num_heads": 5}, "multiple of 4 and of num_heads 5, found 32"),
         ({"hidden_size": 30, "num_heads": 3}, "found 30"),
-        ({"num_classes": -1}, "num_classes: at least 0"),
-        ({"class_dropout_prob": 1.5}, "1.5"),
+        ({"num_classes": -1}, "num_classes: must be at least 0, found -1"),
+        ({"class_dropout_prob": 1.5}, "class_dropout_prob: must be from 0 to 1, found 1.5"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -179,12 +180,15 @@ def test_bad_settings_are_named(settings, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(2, 3, 8, 8)}, r"in_channels.*\[b, 4, h, w\], found \[2, 3, 8, 8\]"),
+        (
+            {"x": torch.zeros(2, 3, 8, 8)},
+            r"x: must have the shape \[b, 4, h, w\], found \[2, 3, 8, 8\]",
+        ),
         ({"x": torch.zeros(2, 4, 8)}, r"found \[2, 4, 8\]"),
-        ({"x": torch.zeros(2, 4, 8, 16)}, "input_size: the network takes 8 x 8, found 8 x 16"),
-        ({"timesteps": torch.zeros(3)}, r"timesteps: one per image, shape \[2\], found \[3\]"),
+        ({"x": torch.zeros(2, 4, 8, 16)}, "x: must be 8 x 8, found 8 x 16"),
+        ({"timesteps": torch.zeros(3)}, r"timesteps: must have the shape \[2\].*found \[3\]"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels: .*found \[3\]"),
-        ({"labels": None}, "labels: a network of 3 classes needs one per image.*found None"),
+        ({"labels": None}, r"labels: must have the shape \[2\].*found None"),
     ],
 )
 def test_bad_inputs_are_named(change, message):

@@ -1,0 +1,201 @@
+"""The published sizes of DiT, ADM, P2 and LDM as tables.
+
+A preset is a function with the arguments of the network that do not change its structure.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, get_type_hints
+
+from torch import nn
+
+from ant_lightning.backbones.dit import DiT
+from ant_lightning.backbones.unet import UNet
+
+__all__ = [
+    "adm_imagenet64",
+    "adm_imagenet256",
+    "adm_p2_light",
+    "dit_b_2",
+    "dit_b_4",
+    "dit_b_8",
+    "dit_l_2",
+    "dit_l_4",
+    "dit_l_8",
+    "dit_s_2",
+    "dit_s_4",
+    "dit_s_8",
+    "dit_xl_2",
+    "dit_xl_4",
+    "dit_xl_8",
+    "ldm_cin256",
+    "ldm_ffhq256",
+]
+
+P = ParamSpec("P")
+N = TypeVar("N", bound=nn.Module)
+
+# Arguments of the networks that a preset has too; the others are fixed.
+_ARGUMENTS = {
+    "input_size",
+    "in_channels",
+    "out_channels",
+    "model_channels",
+    "num_classes",
+    "class_dropout_prob",
+    "context_dim",
+    "learn_sigma",
+    "dropout",
+    "gradient_checkpointing",
+    "channels_last",
+    "compiled",
+}
+
+
+def _preset(
+    network: Callable[P, N], name: str, summary: str, *, millions: int, **settings: Any
+) -> Callable[P, N]:
+    """A function that builds `network` with `settings` in place of its defaults.
+
+    Args:
+        network: The class.
+        name: Name of the function.
+        summary: First line of its docstring.
+        millions: Number of parameters, in millions.
+        **settings: Defaults of the function's arguments, and what is fixed.
+    """
+    types = get_type_hints(network.__init__)  # type: ignore[misc]
+    signature = inspect.Signature(
+        [
+            each.replace(default=settings.get(each.name, each.default), annotation=types[each.name])
+            for each in inspect.signature(network).parameters.values()
+            if each.name in _ARGUMENTS
+        ],
+        return_annotation=network,
+    )
+
+    def build(*args: P.args, **kwargs: P.kwargs) -> N:
+        signature.bind(*args, **kwargs)  # a TypeError for what is fixed
+        return network(*args, **{**settings, **kwargs})  # type: ignore[arg-type]
+
+    # The command line reads the signature and the docstring, and finds the function by its name.
+    build.__signature__ = signature  # type: ignore[attr-defined]
+    build.__name__ = build.__qualname__ = name
+    described = re.findall(r"^    ((\w+): .+(?:\n     .+)*)", inspect.getdoc(network) or "", re.M)
+    arguments = "\n    ".join(text for text, name in described if name in signature.parameters)
+    build.__doc__ = f"""{summary}
+
+Args:
+    {arguments}
+
+Example:
+    >>> import torch
+    >>> with torch.device("meta"):  # allocates no memory
+    ...     network = {name}()
+    >>> round(sum(p.numel() for p in network.parameters()) / 1e6)
+    {millions}
+"""
+    return build
+
+
+# Width, depth, heads; parameters in millions by patch size: table 1 of arXiv 2212.09748.
+_DIT = {
+    "s": (384, 12, 6, {2: 33, 4: 33, 8: 33}),
+    "b": (768, 12, 12, {2: 131, 4: 130, 8: 131}),
+    "l": (1024, 24, 16, {2: 458, 4: 458, 8: 459}),
+    "xl": (1152, 28, 16, {2: 675, 4: 675, 8: 676}),
+}
+
+
+def _dit(size: str, patch_size: int) -> Callable[..., DiT]:
+    width, depth, num_heads, millions = _DIT[size]
+    return _preset(
+        DiT,
+        f"dit_{size}_{patch_size}",
+        f"DiT-{size.upper()}/{patch_size}: width {width}, depth {depth} (arXiv 2212.09748).",
+        millions=millions[patch_size],
+        patch_size=patch_size,
+        hidden_size=width,
+        depth=depth,
+        num_heads=num_heads,
+    )
+
+
+dit_s_2, dit_s_4, dit_s_8 = (_dit("s", patch_size) for patch_size in (2, 4, 8))
+dit_b_2, dit_b_4, dit_b_8 = (_dit("b", patch_size) for patch_size in (2, 4, 8))
+dit_l_2, dit_l_4, dit_l_8 = (_dit("l", patch_size) for patch_size in (2, 4, 8))
+dit_xl_2, dit_xl_4, dit_xl_8 = (_dit("xl", patch_size) for patch_size in (2, 4, 8))
+
+_ADM: dict[str, Any] = {
+    "out_channels": 6,
+    "num_head_channels": 64,
+    "use_scale_shift_norm": True,
+    "resblock_updown": True,
+}
+
+adm_imagenet256 = _preset(
+    UNet,
+    "adm_imagenet256",
+    "ADM for ImageNet at 256 px; `num_classes=1000` for the conditional one (arXiv 2105.05233).",
+    millions=553,
+    input_size=256,
+    model_channels=256,
+    channel_mult=(1, 1, 2, 2, 4, 4),
+    attention_resolutions=(8, 16, 32),
+    **_ADM,
+)
+adm_imagenet64 = _preset(
+    UNet,
+    "adm_imagenet64",
+    "Class-conditional ADM for ImageNet at 64 px (arXiv 2105.05233).",
+    millions=296,
+    input_size=64,
+    model_channels=192,
+    channel_mult=(1, 2, 3, 4),
+    num_res_blocks=3,
+    attention_resolutions=(2, 4, 8),
+    use_new_attention_order=True,
+    num_classes=1000,
+    dropout=0.1,
+    **_ADM,
+)
+adm_p2_light = _preset(
+    UNet,
+    "adm_p2_light",
+    "The lightweight ADM of P2 for FFHQ and CelebA-HQ at 256 px (arXiv 2204.00227).",
+    millions=94,
+    input_size=256,
+    model_channels=128,
+    channel_mult=(1, 1, 2, 2, 4, 4),
+    num_res_blocks=1,
+    attention_resolutions=(16,),
+    **_ADM,
+)
+ldm_ffhq256 = _preset(
+    UNet,
+    "ldm_ffhq256",
+    "LDM for FFHQ and CelebA-HQ at 256 px, on latents `[3, 64, 64]` (arXiv 2112.10752).",
+    millions=274,
+    input_size=64,
+    model_channels=224,
+    channel_mult=(1, 2, 3, 4),
+    attention_resolutions=(2, 4, 8),
+    num_head_channels=32,
+)
+ldm_cin256 = _preset(
+    UNet,
+    "ldm_cin256",
+    "Class-conditional LDM for ImageNet at 256 px, on latents `[3, 64, 64]` (arXiv 2112.10752).",
+    millions=401,
+    input_size=64,
+    model_channels=192,
+    channel_mult=(1, 2, 3, 5),
+    attention_resolutions=(2, 4, 8),
+    num_classes=1000,
+    class_dropout_prob=0.1,
+    use_spatial_transformer=True,
+    context_dim=512,
+)
