@@ -194,13 +194,12 @@ class UNet(nn.Module):
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, channels, 3, padding=1))])
         skips = [channels]
         for level, width in enumerate(widths):
+            attends = 2**level in attention_resolutions
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(channels, width)]
-                channels = width
-                if 2**level in attention_resolutions:
-                    layers.append(attention(channels))
+                layers = [res_block(channels, width), *([attention(width)] if attends else [])]
                 self.input_blocks.append(Stage(*layers))
-                skips.append(channels)
+                channels = width
+                skips.append(width)
             if level < self.num_levels - 1:
                 self.input_blocks.append(Stage(resample(channels, Downsample)))
                 skips.append(channels)
@@ -213,14 +212,16 @@ class UNet(nn.Module):
 
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
+            attends = 2**level in attention_resolutions
             for index in range(num_res_blocks + 1):
-                layers = [res_block(channels + skips.pop(), width)]
-                channels = width
-                if 2**level in attention_resolutions:
-                    layers.append(attention(channels))
+                layers = [
+                    res_block(channels + skips.pop(), width),
+                    *([attention(width)] if attends else []),
+                ]
                 if level > 0 and index == num_res_blocks:
-                    layers.append(resample(channels, Upsample))
+                    layers.append(resample(width, Upsample))
                 self.output_blocks.append(Stage(*layers))
+                channels = width
 
         self.out = nn.Sequential(
             nn.GroupNorm(32, channels),

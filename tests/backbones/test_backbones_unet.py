@@ -72,7 +72,7 @@ def test_class_labels_enter_by_the_embedding_or_by_the_context(context_dim, drop
     x, timesteps, labels = batch()
     output = model(x, timesteps, labels)
     assert not torch.allclose(model(x, timesteps, labels + 1), output)
-    with pytest.raises(ConfigError, match="labels: must be given for 5 classes.*found None"):
+    with pytest.raises(ConfigError, match=r"labels: must be given for 5 classes.*found None"):
         model(x, timesteps)
 
 
@@ -92,7 +92,7 @@ def test_a_context_takes_the_place_of_labels():
         model(x, timesteps, context=context[..., :3])
     with pytest.raises(ConfigError, match=r"context: must have the shape \[b, m, 16\], found None"):
         tiny(**settings)(x, timesteps)
-    with pytest.raises(ConfigError, match="context: must have the shape .* None"):
+    with pytest.raises(ConfigError, match=r"context: must have the shape .* None"):
         tiny()(x, timesteps, context=context)
 
 
