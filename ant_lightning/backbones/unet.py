@@ -196,7 +196,10 @@ class UNet(nn.Module):
         for level, width in enumerate(widths):
             attends = 2**level in attention_resolutions
             for _ in range(num_res_blocks):
-                layers = [res_block(channels, width), *([attention(width)] if attends else [])]
+                layers: list[nn.Module] = [
+                    res_block(channels, width),
+                    *([attention(width)] if attends else []),
+                ]
                 self.input_blocks.append(Stage(*layers))
                 channels = width
                 skips.append(width)
