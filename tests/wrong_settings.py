@@ -192,7 +192,10 @@ SETTINGS = {
     ),
     # Files.
     "no folder of images": (["--data=ImageFolderData"], ["ImageFolderData needs root"]),
-    "no latents": (["--data=LatentsData", "--data.cache=/nope"], ["latent cache", "/nope"]),
+    "no latents": (
+        ["--data=LatentsData", "--data.cache=/nope"],
+        ["/nope/index.json: must be a JSON file, found: No such file"],
+    ),
     "no affinity": (
         ["--model.clustering=GradientClustering", "--model.clustering.affinity=/nope.npz"],
         ["affinity", "/nope.npz"],

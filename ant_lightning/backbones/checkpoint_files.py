@@ -37,12 +37,10 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileError(f"checkpoint: no such file, found {path}")
+        raise FileError(f"{path}: no such file")
     if path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     content = read_torch(path, allowed=_HARMLESS)
     if not isinstance(content, Mapping):
-        raise FileError(
-            f"checkpoint {path}: must hold a dictionary, found {type(content).__name__}"
-        )
+        raise FileError(f"{path}: must hold a dictionary, found {type(content).__name__}")
     return content

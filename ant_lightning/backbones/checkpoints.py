@@ -18,7 +18,7 @@ from ant_lightning.backbones.checkpoint_layouts import (
     nested_tensors,
 )
 from ant_lightning.errors import ConfigError
-from ant_lightning.files.finite import not_finite
+from ant_lightning.files.torch_file import not_finite
 
 __all__ = [
     "CheckpointReport",

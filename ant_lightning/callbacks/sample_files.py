@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files.identity import check_identity, write_identity
-from ant_lightning.files.json_file import read_json
+from ant_lightning.files.identity import check_identity
+from ant_lightning.files.json_file import read_json, write_json
 from ant_lightning.generation.image_files import num_images as stored_images
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class SampleFiles(ABC):
         Raises:
             FileError: If existing images have another identity, or none is stored.
         """
-        stored = read_json(self.note, kind=dict, setting=self.setting) if self.note.exists() else {}
+        stored = read_json(self.note, kind=dict) if self.note.exists() else {}
         if self.note.exists() and "format" in stored:
             check_identity(self.note, identity, setting=self.setting, content=self.path)
             return
@@ -62,7 +62,7 @@ class SampleFiles(ABC):
                 "or delete what is there"
             )
         if write:
-            write_identity(self.note, identity)
+            write_json(self.note, identity)
 
     @abstractmethod
     def holds_images(self) -> bool:
@@ -194,7 +194,7 @@ class NpzSamples(SampleFiles):
         note = self._parts / "image_shape.json"
         if not note.exists():
             return None
-        sides = read_json(note, kind=list, setting="samples")
+        sides = read_json(note, kind=list)
         if len(sides) != 3 or any(type(each) is not int or each < 1 for each in sides):
             raise FileError(f"samples: {note} must hold the three sides of an image, found {sides}")
         return sides[0], sides[1], sides[2]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 
 from ant_lightning.errors import FileError
-from ant_lightning.files.json_file import read_json
+from ant_lightning.files.json_file import read_json, write_json
 
 __all__ = ["read_class_map", "write_class_map"]
 
@@ -20,29 +18,21 @@ def read_class_map(path: str | Path) -> list[str]:
     Raises:
         FileError: If the file is not such an object.
     """
-    content = read_json(path, kind=dict, setting="data.class_map")
-    if not content:
-        raise FileError(f"data.class_map: {path} must hold an object of names and numbers")
+    content = read_json(path, kind=dict)
     for name in content:
-        if name in {"", ".", ".."} or "\0" in name or set(name) & {"/", "\\", os.sep}:
-            raise FileError(
-                f"data.class_map: a name must be that of a folder, found {name!r} in {path}"
-            )
+        if name in {"", ".", ".."} or set(name) & set("/\\\0"):
+            raise FileError(f"{path}: a class must have the name of a folder, found {name!r}")
     numbers = list(content.values())
     if any(type(number) is not int for number in numbers) or sorted(numbers) != list(
-        range(len(numbers))
+        range(len(numbers) or 1)
     ):
         raise FileError(
-            f"data.class_map: the numbers of {path} must be 0 .. {len(numbers) - 1}, each once, "
-            f"found {numbers[:10]}"
+            f"{path}: the classes must be numbered 0 .. {len(numbers) - 1}, each once, "
+            f"found {str(numbers)[:100]}"
         )
     return sorted(content, key=lambda name: content[name])
 
 
 def write_class_map(path: str | Path, names: list[str]) -> None:
-    """Write what `read_class_map` reads; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    partial.write_text(json.dumps({name: number for number, name in enumerate(names)}, indent=1))
-    partial.replace(path)
+    """Write what `read_class_map` reads."""
+    write_json(Path(path), {name: number for number, name in enumerate(names)})

@@ -1,4 +1,4 @@
-"""Records what determines the content of a stored file, and compares it before the file is reused.
+"""Compares what a stored file was made from with what a run has now, before the file is reused.
 
 An identity is a flat mapping of names to plain values: settings by name, and digests of what is
 too large to store (images, weights). If a value differs, the error names it.
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ant_lightning.errors import FileError
-from ant_lightning.files.atomic import write_atomically
 from ant_lightning.files.json_file import read_json
 
 if TYPE_CHECKING:
@@ -22,9 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["check_identity", "differences", "tensors_digest", "write_identity"]
-
-_ABSENT = "nothing"
+__all__ = ["check_identity", "differences", "tensors_digest"]
 
 
 def differences(
@@ -36,11 +33,15 @@ def differences(
     the value "nothing" there. If a name differs (another class, say), names below it are not
     listed: `model.optimizer` stands for `model.optimizer.lr`.
     """
-    stored, current = _as_json(stored), _as_json(current)
+    stored, current = json.loads(json.dumps(dict(stored))), json.loads(json.dumps(dict(current)))
     names = [*current, *(name for name in stored if name not in current)]
-    pairs = {name: (stored.get(name, _ABSENT), current.get(name, _ABSENT)) for name in names}
+    pairs = {name: (stored.get(name, "nothing"), current.get(name, "nothing")) for name in names}
     different = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-    return {name: pair for name, pair in different.items() if not _is_below(name, different)}
+    return {
+        name: pair
+        for name, pair in different.items()
+        if not any(name.startswith(f"{owner}.") for owner in different)
+    }
 
 
 def check_identity(
@@ -62,20 +63,19 @@ def check_identity(
     """
     if not path.exists():
         return False
-    found = differences(read_json(path, kind=dict, setting=setting), current)
-    if found:
-        name, (then, now) = next(iter(found.items()))
+    for name, (then, now) in differences(read_json(path, kind=dict), current).items():
         raise FileError(
-            f"{setting}: {content or path.parent} holds content made with {name} {_short(then)}, "
-            f"and this run has {_short(now)}; choose another place, or delete what is there"
+            f"{setting}: {content or path.parent} holds content made with {name} "
+            f"{shortened(then)}, and this run has {shortened(now)}; choose another place, or "
+            "delete what is there"
         )
     return True
 
 
-def write_identity(path: Path, identity: Mapping[str, Any]) -> None:
-    """Store an identity as a JSON file, atomically."""
-    text = json.dumps(identity, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+def shortened(value: object) -> str:
+    """A value for a message, at most 100 characters long."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
@@ -87,17 +87,3 @@ def tensors_digest(tensors: Iterable[Tensor]) -> str:
         if whole.numel():
             digest.update(whole.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _is_below(name: str, owners: Iterable[str]) -> bool:
-    return any(name.startswith(f"{owner}.") for owner in owners)
-
-
-def _as_json(identity: Mapping[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(identity))
-    return plain
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,4 +1,4 @@
-"""JSON files: their length is checked before they are read."""
+"""JSON files: their length is checked before they are read, and they are written atomically."""
 
 from __future__ import annotations
 
@@ -7,31 +7,37 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ant_lightning.errors import FileError
+from ant_lightning.files.atomic import write_atomically
 
-__all__ = ["read_json"]
+__all__ = ["read_json", "write_json"]
 
 _MAX_BYTES = 2**24  # class maps, indices and configs have kilobytes
 Content = TypeVar("Content", dict[str, Any], list[Any])
 
 
-def read_json(path: str | Path, *, kind: type[Content], setting: str) -> Content:
+def read_json(path: str | Path, *, kind: type[Content]) -> Content:
     """Read a JSON object (`kind=dict`) or array (`kind=list`) of at most 16 MiB.
 
     Raises:
-        FileError: If the file is missing, longer, no JSON, or holds another kind of value.
+        FileError: If the file is missing, longer, not JSON, or holds another kind of value.
     """
     path = Path(path)
     try:
         size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise FileError(f"{setting}: {path} must have at most {_MAX_BYTES} bytes, found {size}")
-        content = json.loads(path.read_text(encoding="utf8"))
+        content = json.loads(path.read_text(encoding="utf8")) if size <= _MAX_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
-        # ValueError covers bytes that are no text, text that is no JSON, and endless numbers.
-        if isinstance(error, FileError):
-            raise
-        raise FileError(f"{setting}: cannot read {path} ({error})") from error
+        # ValueError: bytes that are not text, text that is not JSON, numbers without end.
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{path}: must be a JSON file, found: {reason}") from error
+    if size > _MAX_BYTES:
+        raise FileError(f"{path}: must have at most {_MAX_BYTES} bytes, found {size}")
     if not isinstance(content, kind):
         wanted = {dict: "an object of names and values", list: "an array"}[kind]
-        raise FileError(f"{setting}: {path} must hold {wanted}, found {type(content).__name__}")
+        raise FileError(f"{path}: must hold {wanted}, found {type(content).__name__}")
     return content
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON, whole or not at all."""
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

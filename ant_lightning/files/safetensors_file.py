@@ -73,9 +73,7 @@ def read_tensors(
     return {name: tensors[name] for name in expected}, entries
 
 
-def read_safetensors(
-    path: str | Path, *, setting: str = "checkpoint"
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of any safetensors file by name, mapped into memory, and the text in its header.
 
     The reader of safetensors compares the header with the length of the file before any tensor is
@@ -88,15 +86,13 @@ def read_safetensors(
 
     path = Path(path)
     if not path.is_file():
-        raise FileError(f"{setting}: must be an existing file, found {path}")
+        raise FileError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
-        raise FileError(
-            f"{setting} {path}: truncated or not a safetensors file ({error})"
-        ) from error
+        raise FileError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
 def _entries(path: str | Path, text: str) -> dict[str, Any]:

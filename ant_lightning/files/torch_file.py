@@ -17,7 +17,7 @@ from ant_lightning.errors import FileError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["read_torch"]
+__all__ = ["not_finite", "read_torch"]
 
 # To be run by the user, on a machine and for a file of their choice: it does unpickle anything.
 _RESAVE = """python -c "import torch; \
@@ -25,9 +25,7 @@ c = torch.load('FILE', map_location='cpu', weights_only=False); \
 torch.save({k: c[k] for k in ('state_dict', 'model', 'ema') if k in c} or c, 'weights.pt')\""""
 
 
-def read_torch(
-    path: str | Path, *, allowed: Sequence[Any] = (), setting: str = "checkpoint"
-) -> object:
+def read_torch(path: str | Path, *, allowed: Sequence[Any] = ()) -> object:
     """What `torch.save` put into a file, on the CPU; large files are mapped, not copied.
 
     Always with `weights_only=True`: tensors, containers and plain values are read, and nothing in
@@ -39,7 +37,6 @@ def read_torch(
         path: The file.
         allowed: Classes, or pairs of a class and the name that it stands in for, beyond tensors
             and containers.
-        setting: What a message begins with.
 
     Raises:
         FileError: If the file is missing, damaged, needs pickled classes or functions, or has a
@@ -47,66 +44,62 @@ def read_torch(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileError(f"{setting}: no such file, found {path}")
+        raise FileError(f"{path}: no such file")
+    size = path.stat().st_size
     try:
         is_zip = zipfile.is_zipfile(path)
-    except zipfile.BadZipFile as error:  # a directory of the archive that contradicts itself
-        raise _damaged(path, setting) from error
-    if is_zip:
-        _check_records(path, setting)
-    try:
+        if is_zip:
+            _check_records(path, size)
         with torch.serialization.safe_globals(list(allowed)):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise _damaged(path, setting) from error
-        raise FileError(
-            f"{setting} {path}: refused, because reading it would call {found.group(1)}; a file "
-            "with such pickles can run any code. Where you trust the file, keep its weights alone "
-            f"with: {_RESAVE.replace('FILE', path.name)} or save them as safetensors"
-        ) from error
-    except Exception as error:
-        # Arbitrary bytes make torch's unpickler fail in any way there is; none of them ran code.
-        raise _damaged(path, setting) from error
-    _check_tensors(content, path, setting)
-    return content
-
-
-def _check_records(path: Path, setting: str) -> None:
-    """Refuse packed records, and compare each with its checksum, which torch does not do."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-            packed = [each.filename for each in records if each.compress_size != each.file_size]
-            packed += [each.filename for each in records if each.compress_type]
-            if packed or sum(each.file_size for each in records) > path.stat().st_size:
-                raise FileError(
-                    f"{setting} {path}: refused, its record {(packed or ['list'])[0]} unpacks to "
-                    "more than the file; torch.save packs none"
-                )
-            # All zero: the writer left the checksums out (an option of torch.save).
-            broken = archive.testzip() if any(record.CRC for record in records) else None
+        _check_tensors(content, path, size)
     except FileError:
         raise
     except Exception as error:
-        raise _damaged(path, setting) from error
-    if broken is not None:
+        # Arbitrary bytes make zipfile and torch fail in any way there is; none of them ran code.
+        called = re.search(r"GLOBAL (\S+)", str(error))
+        if called and isinstance(error, pickle.UnpicklingError):
+            raise FileError(
+                f"{path}: refused, because reading it would call {called.group(1)}; a file with "
+                "such pickles can run any code. Where you trust the file, keep its weights alone "
+                f"with: {_RESAVE.replace('FILE', path.name)} or save them as safetensors"
+            ) from error
         raise FileError(
-            f"{setting} {path}: damaged, the checksum of its record {broken} does not agree"
-        )
+            f"{path}: truncated, damaged, or not written by torch.save ({size} bytes)"
+        ) from error
+    return content
 
 
-def _check_tensors(content: object, path: Path, setting: str) -> None:
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that contain a NaN or an infinity, in order."""
+    return [name for name, value in tensors.items() if not bool(value.isfinite().all())]
+
+
+def _check_records(path: Path, size: int) -> None:
+    """Refuse packed records, and compare each with its checksum, which torch does not do."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        packed = [r.filename for r in records if r.compress_size != r.file_size or r.compress_type]
+        if packed or sum(record.file_size for record in records) > size:
+            raise FileError(
+                f"{path}: refused, its record {(packed or ['list'])[0]} unpacks to more than the "
+                "file; torch.save packs none"
+            )
+        # All zero: the writer left the checksums out (an option of torch.save).
+        broken = archive.testzip() if any(record.CRC for record in records) else None
+    if broken is not None:
+        raise FileError(f"{path}: damaged, the checksum of its record {broken} does not agree")
+
+
+def _check_tensors(content: object, path: Path, size: int) -> None:
     """Refuse a tensor that says more than the file holds: one number repeated 2^60 times, say."""
-    size = path.stat().st_size
     for tensor in _tensors(content):
         if tensor.is_meta or tensor.layout is not torch.strided:
-            raise FileError(f"{setting} {path}: refused, it has a tensor without values")
+            raise FileError(f"{path}: refused, it has a tensor without values")
         if tensor.numel() * tensor.element_size() > size:
             raise FileError(
-                f"{setting} {path}: refused, a tensor says the shape {list(tensor.shape)} in a "
-                f"file of {size} bytes"
+                f"{path}: refused, a tensor says the shape {list(tensor.shape)} in a file of "
+                f"{size} bytes"
             )
 
 
@@ -120,11 +113,3 @@ def _tensors(content: object) -> Iterator[Tensor]:
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             waiting.extend(value.values() if isinstance(value, Mapping) else value)
-
-
-def _damaged(path: Path, setting: str) -> FileError:
-    """The error for a file that cannot be read to its end."""
-    size = path.stat().st_size
-    return FileError(
-        f"{setting} {path}: truncated, damaged, or not written by torch.save ({size} bytes)"
-    )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files.finite import not_finite
 from ant_lightning.files.npz import open_npz
+from ant_lightning.files.torch_file import not_finite
 from ant_lightning.generation.moments import GaussianStatistics
 
 __all__ = ["ReferenceStatistics", "load_reference", "save_reference"]

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.of_trainer import image_data, run_folder
 from ant_lightning.errors import ConfigError, NonFiniteError
-from ant_lightning.files.finite import not_finite
+from ant_lightning.files.torch_file import not_finite
 from ant_lightning.models.checkpoint_content import check_weights, use_names_of
 from ant_lightning.models.draws import step_noise
 from ant_lightning.models.loadable import LoadableModule

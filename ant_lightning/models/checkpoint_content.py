@@ -63,10 +63,10 @@ def read_whole_checkpoint(path: Path, *, setting: str = "ckpt_path") -> dict[str
         FileError: If it is missing or damaged, would run code, or is not a Lightning checkpoint.
     """
     try:
-        content = read_torch(path, setting=setting)
+        content = read_torch(path)
         fault = content_fault(content)
     except FileError as error:
-        fault = str(error).removeprefix(f"{setting} {path}: ").removeprefix(f"{setting}: ")
+        fault = str(error).removeprefix(f"{path}: ")
     if fault is not None:
         raise FileError(f"{setting}: {path}: {fault}")
     return content  # type: ignore[return-value] # a mapping, or there were a fault

@@ -215,7 +215,7 @@ def test_the_class_map_is_written_read_and_keeps_numbers(nested):
         ('{"ant": 0, "bee": 2}', ["0 .. 1", "[0, 2]"]),
         ('{"ant": 0, "bee": true}', ["0 .. 1"]),
         ("[1, 2]", ["object"]),
-        ("{", ["cannot read"]),
+        ("{", ["JSON"]),
         ('{"ant": 0, "bee": 1}', ["no class 'cat'"]),
     ],
 )
@@ -224,7 +224,7 @@ def test_bad_class_maps_are_refused(nested, content, words):
     path.write_text(content)
     with pytest.raises(ConfigError) as error:
         folder_data(nested, class_map=str(path)).setup("fit")
-    assert all(word in str(error.value) for word in ["class_map", *words]), str(error.value)
+    assert all(word in str(error.value) for word in ["map", *words]), str(error.value)
 
 
 def test_a_checkpoint_of_other_classes_is_refused(nested):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from first_stages import save_first_stages
 from PIL import Image
+from safetensors.torch import load_file
 
 from ant_lightning import (
     ConfigError,
@@ -110,10 +111,10 @@ CHANGED_SETTINGS = {
 def test_other_images_are_refused_by_encode_and_as_images_of_the_cache(cache, root, stage, change):
     before = contents(cache)
     change(root)
-    with pytest.raises(ConfigError, match=rf"^cache\.output: .* {CHANGED_FILES[change]} "):
+    with pytest.raises(ConfigError, match=rf"^output: .* images\.{CHANGED_FILES[change]} "):
         encode(root, cache, stage)
     assert contents(cache) == before
-    with pytest.raises(ConfigError, match=rf"^data\.images: .* {CHANGED_FILES[change]} "):
+    with pytest.raises(ConfigError, match=rf"^images: .* {CHANGED_FILES[change]} "):
         LatentsData(str(cache), batch_size=2, images=images(root)).setup("fit")
 
 
@@ -122,10 +123,11 @@ def test_other_settings_are_refused_by_encode_and_as_images_of_the_cache(cache, 
     before, changed = contents(cache), {name: CHANGED_SETTINGS[name]}
     # Without labels there are no classes, which is what the message names.
     words = "num_classes" if name == "labels" else rf"{name} .* {changed[name]}"
-    with pytest.raises(ConfigError, match=rf"^cache\.output: .* {words}".replace("False", "false")):
+    words = words.replace("False", "false")
+    with pytest.raises(ConfigError, match=rf"^output: .* (images\.)?{words}"):
         encode(root, cache, stage, **changed)
     assert contents(cache) == before
-    with pytest.raises(ConfigError, match=rf"^data\.images: .* {words}"):
+    with pytest.raises(ConfigError, match=rf"^images: .* {words}"):
         LatentsData(str(cache), batch_size=2, images=images(root, **changed)).setup("fit")
 
 
@@ -135,7 +137,7 @@ def test_the_settings_in_the_index_are_refused_by_name(cache, root, stage):
         ({"num_held_out": 2}, "num_images"),
         ({"flip": False}, "views"),
     ):
-        with pytest.raises(ConfigError, match=rf"^cache\.output: .* {name} is "):
+        with pytest.raises(ConfigError, match=rf"^output: .* {name} "):
             encode(root, cache, stage, **changed)
 
 
@@ -151,8 +153,7 @@ def test_training_images_are_never_among_the_held_out_of_the_cache(cache, root):
 
 def test_an_interrupted_encode_goes_on_with_a_copy_of_the_images(cache, root, stage, tmp_path):
     whole = contents(cache)
-    (cache / "train_00001_moments.npy").unlink()
-    (cache / "index.json").unlink()  # the last of what is written before the shards
+    (cache / "train_00001.safetensors").unlink()
     shutil.copytree(root, tmp_path / "scratch")
     for path in (tmp_path / "scratch").rglob("*.bmp"):
         os.utime(path)
@@ -171,15 +172,29 @@ def test_bytes_are_not_read_again_while_names_sizes_and_times_are_the_same(root)
     assert images(root).identity(marked)["digest of the images"] == known["digest of the images"]
 
 
-def test_a_cache_without_an_identity_trains_with_a_warning_and_is_not_continued(cache, root, stage):
-    (cache / "identity.json").unlink()
+def as_by_0_1(cache):
+    """The same cache in the files of version 0.1: arrays of numpy, no identity."""
+    content = json.loads((cache / "index.json").read_text())
+    del content["identity"]
+    (cache / "index.json").write_text(json.dumps({**content, "format_version": 1}))
+    for path in cache.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            np.save(cache / f"{path.stem}_{name}.npy", tensor.numpy())
+        path.unlink()
+
+
+def test_a_cache_of_0_1_trains_with_a_warning_and_is_not_continued(cache, root, stage):
+    whole = LatentsData(str(cache), batch_size=2).train_images.load([4, 0], epoch=1)
+    as_by_0_1(cache)
     before = contents(cache)
     data = LatentsData(str(cache), batch_size=2, images=images(root))
-    with pytest.warns(UserWarning, match=r"data\.cache: .* does not say which images"):
+    with pytest.warns(UserWarning, match=r"^cache: .* does not say which images"):
         data.setup("fit")
     data.setup("fit")  # once
     assert len(data.train_images) == 5
-    with pytest.raises(ConfigError, match=r"^cache\.output: .* identity\.json.*another folder"):
+    for found, wanted in zip(data.train_images.load([4, 0], epoch=1), whole, strict=True):
+        assert torch.equal(found, wanted)
+    with pytest.raises(ConfigError, match=r"^output: .* version 0\.1.*another folder"):
         encode(root, cache, stage)
     assert contents(cache) == before
 
@@ -192,7 +207,7 @@ def test_drawn_images_are_told_by_their_settings(stage, tmp_path):
     writer = LatentWriter(str(tmp_path / "cache"))
     assert writer.write(shapes(), stage) == 2
     assert writer.write(shapes(batch_size=1), stage) == 0
-    with pytest.raises(ConfigError, match="shapes_seed 0, and this run has 1"):
+    with pytest.raises(ConfigError, match="shapes_seed 0, found 1"):
         writer.write(shapes(shapes_seed=1), stage)
 
 
@@ -253,4 +268,4 @@ def test_the_command_refuses_another_crop_in_one_line(cache, root, stage, capsys
     assert "wrote 0 shards" in capsys.readouterr().out
     assert command("--data.crop=resize") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "crop center_adm, and this run has resize" in line
+    assert "crop center_adm, found resize" in line

@@ -9,6 +9,7 @@ import torch
 import yaml
 from first_stages import save_first_stages
 from lightning import Trainer
+from safetensors.torch import save_file
 
 from ant_lightning import (
     DDIM,
@@ -27,6 +28,7 @@ from ant_lightning import (
     load_run,
 )
 from ant_lightning.cli.main import main
+from ant_lightning.files.safetensors_file import read_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +141,13 @@ def test_the_cache_holds_the_moments_of_the_images_and_of_their_mirrors(cache, s
 
 
 def test_finished_shards_are_kept_and_missing_ones_written(cache, stage):
-    files = sorted(cache.glob("*.npy"))
-    assert len(files) == 2 * (4 + 2)
+    files = sorted(cache.glob("*.safetensors"))
+    assert len(files) == 4 + 2
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-    (cache / "train_00001_moments.npy").unlink()
-    cut = cache / "held_out_00000_moments.npy"
+    (cache / "train_00001.safetensors").unlink()
+    cut = cache / "held_out_00000.safetensors"
     cut.write_bytes(before[cut][1][:-10])
-    (cache / "train_00003_moments.npy.123.part").write_bytes(b"half")
+    (cache / ".train_00003.safetensors.123.tmp").write_bytes(b"half")
     writer = LatentWriter(str(cache), shard_size=4, batch_size=3)
     assert writer.write(shapes(), stage) == 2
     for path, (time, content) in before.items():
@@ -159,7 +161,7 @@ def test_ranks_write_disjoint_shards_of_the_same_cache(cache, stage, tmp_path):
     writer = LatentWriter(str(tmp_path / "two"), shard_size=4, batch_size=3)
     counts = [writer.write(shapes(), stage, rank=rank, world_size=2) for rank in range(2)]
     assert counts == [3, 3]
-    for path in sorted(cache.glob("*.npy")):
+    for path in sorted(cache.glob("*.safetensors")):
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -180,7 +182,7 @@ def test_a_cache_of_another_first_stage_or_other_images_is_refused(
             assert word in str(error.value)
     with pytest.raises(ConfigError, match=r"num_images.*14"):
         writer.write(shapes(num_images=14), stage)
-    with pytest.raises(ConfigError, match=r"shard_size is 4, found 8"):
+    with pytest.raises(ConfigError, match=r"shard_size 4, found 8"):
         LatentWriter(str(cache), shard_size=8).write(shapes(), stage)
 
 
@@ -193,11 +195,12 @@ def damage(name, change):
 
 
 def resave(path):
-    np.save(path, np.zeros((4, 2, 8, 4, 4), np.float32))
+    tensors, metadata = read_safetensors(path)
+    save_file({**tensors, "moments": torch.zeros(4, 2, 8, 4, 4)}, path, metadata)
 
 
-def pickled(path):
-    np.save(path, np.array([{}], dtype=object), allow_pickle=True)
+def replace_by_another(path):
+    path.write_bytes((path.parent / "train_00001.safetensors").read_bytes())
 
 
 def edit_index(**changes):
@@ -209,19 +212,22 @@ def edit_index(**changes):
 
 BAD = {
     "truncated": (
-        damage("train_00001_moments.npy", lambda p: p.write_bytes(p.read_bytes()[:-8])),
-        ["train_00001_moments", "truncated"],
+        damage("train_00001.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-8])),
+        ["train_00001.safetensors: truncated", "encode again"],
     ),
     "missing": (
-        damage("train_00002_labels.npy", lambda p: p.unlink()),
-        ["train_00002_labels", "missing"],
+        damage("train_00002.safetensors", lambda p: p.unlink()),
+        ["train_00002.safetensors: no such file"],
     ),
     "wrong shape": (
-        damage("train_00000_moments.npy", resave),
+        damage("train_00000.safetensors", resave),
         ["[4, 2, 8, 8, 8]", "[4, 2, 8, 4, 4]"],
     ),
-    "pickle": (damage("train_00000_labels.npy", pickled), ["train_00000_labels"]),
-    "version": (damage("index.json", edit_index(format_version=2)), ["format_version", "2"]),
+    "another shard": (
+        damage("train_00000.safetensors", replace_by_another),
+        ["train_00000.safetensors: its metadata shard must be 0, found 1"],
+    ),
+    "version": (damage("index.json", edit_index(format_version=3)), ["format_version 3"]),
     "dtype": (damage("index.json", edit_index(dtype="int8")), ["int8"]),
     "no index": (damage("index.json", lambda p: p.unlink()), ["index.json"]),
     "no json": (damage("index.json", lambda p: p.write_text("{")), ["index.json"]),
@@ -323,13 +329,13 @@ def test_missing_labels_are_refused_for_a_conditional_model_only(stage, tmp_path
 
 def test_metrics_on_a_cache_need_its_images(cache):
     data = LatentsData(str(cache), batch_size=4)
-    with pytest.raises(ConfigError, match=r"data\.images.*reference"):
+    with pytest.raises(ConfigError, match=r"^images: .*reference"):
         data.pixels(data.held_out_images)
     data = LatentsData(str(cache), batch_size=4, images=shapes())
     (pixels,) = data.pixels(data.held_out_images)
     (wanted,) = shapes().pixels(shapes().held_out_images)
     assert torch.equal(pixels, wanted)
-    with pytest.raises(ConfigError, match=r"data\.images.*13.*5.*14"):
+    with pytest.raises(ConfigError, match=r"^images: .*num_images 13, found 14"):
         LatentsData(str(cache), batch_size=4, images=shapes(num_images=14)).setup("fit")
 
 

@@ -172,7 +172,7 @@ def test_bad_sources_are_named(tiny_first_stages, tmp_path):
     refused(["no such file", "missing/place/x"], "missing/place/x")
     refused(["owner/no-such-name", "hub"], "owner/no-such-name", local_files_only=True)
     refused(["first_stage.kind", "'kl'", "'vq'"], str(kl), kind="vq")
-    refused(["first_stage.scale", "-1"], str(kl), scale=-1.0)
+    refused(["scale", "-1"], str(kl), scale=-1.0)
     refused(["config.json", str(tmp_path)], str(tmp_path))
     weights = (kl / "diffusion_pytorch_model.safetensors").read_bytes()
     cut = tmp_path / "diffusion_pytorch_model.safetensors"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ant_lightning.errors import FileError
-from ant_lightning.files.identity import check_identity, differences, tensors_digest, write_identity
+from ant_lightning.files.identity import check_identity, differences, tensors_digest
+from ant_lightning.files.json_file import write_json
 
 
 def test_differences_name_each_value_once():
@@ -22,7 +23,7 @@ def test_differences_name_each_value_once():
 def test_a_stored_identity_is_compared(tmp_path):
     path = tmp_path / "identity.json"
     assert not check_identity(path, {"seed": 0}, setting="samples.folder")
-    write_identity(path, {"seed": 0, "scale": 0.1})
+    write_json(path, {"seed": 0, "scale": 0.1})
     assert check_identity(path, {"scale": 0.1, "seed": 0}, setting="samples.folder")
     with pytest.raises(FileError, match=r"^samples\.folder: .* seed 0, and this run has 1;"):
         check_identity(path, {"scale": 0.1, "seed": 1}, setting="samples.folder")

@@ -1,6 +1,7 @@
 """Every reader of files from elsewhere: how a good small file is written, and how it is read."""
 
 import json
+from dataclasses import replace
 
 import lightning as L
 import numpy as np
@@ -27,14 +28,15 @@ from ant_lightning.callbacks.sample_files import NpzSamples
 from ant_lightning.data.class_map import read_class_map
 from ant_lightning.data.latents.cache import (
     CacheIndex,
-    read_identity,
     read_index,
-    shard_array,
+    read_shard,
     write_index,
+    write_shard,
 )
 from ant_lightning.data.pictures import SUFFIXES, open_picture
 from ant_lightning.errors import FileError
-from ant_lightning.files.identity import write_identity
+from ant_lightning.files.identity import check_identity
+from ant_lightning.files.json_file import write_json
 from ant_lightning.files.torch_file import read_torch
 from ant_lightning.generation.extractors.inception import _check_weights
 from ant_lightning.generation.image_files import image_batches
@@ -54,7 +56,9 @@ INDEX = CacheIndex(
     num_classes=3,
     num_images={"train": 3, "held_out": 1},
     shard_size=4,
+    identity={"data": "d"},
 )
+INDEX_OF_0_1 = replace(INDEX, format_version=1)
 IDENTITY = {"model": "m", "width": 4, "sides": (1, 2)}
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}
 
@@ -90,7 +94,13 @@ def index(path):
 
 
 def shard(path):
+    moments, labels = torch.zeros(3, 1, 8, 2, 2), torch.zeros(3, dtype=torch.int64)
+    write_shard(path.parent, INDEX, "train", 0, moments=moments, labels=labels)
+
+
+def shard_of_0_1(path):
     np.save(path, np.zeros((3, 1, 8, 2, 2), np.float32))
+    np.save(path.with_name("train_00000_labels.npy"), np.zeros(3, np.int64))
 
 
 def class_map(path):
@@ -127,7 +137,7 @@ def photo(path):
 
 
 def identity(path):
-    write_identity(path, IDENTITY)
+    write_json(path, IDENTITY)
 
 
 def legacy(path):
@@ -183,7 +193,7 @@ def run(path):
 
 def read_run(path):
     """As the command line reads it, and as the module compares it."""
-    content = read_torch(path, setting="ckpt_path")
+    content = read_torch(path)
     fault = content_fault(content)
     if fault is not None:
         raise FileError(f"ckpt_path: {path}: {fault}")
@@ -211,9 +221,14 @@ READERS = {
     ),
     "latent index": ("index.json", index, lambda p: read_index(p.parent)),
     "latent shard": (
-        "train_00000_moments.npy",
+        "train_00000.safetensors",
         shard,
-        lambda p: np.array(shard_array(p.parent, INDEX, "train", 0, "moments")),
+        lambda p: [each.sum() for each in read_shard(p.parent, INDEX, "train", 0)],
+    ),
+    "latent shard of 0.1": (
+        "train_00000_moments.npy",
+        shard_of_0_1,
+        lambda p: [each.sum() for each in read_shard(p.parent, INDEX_OF_0_1, "train", 0)],
     ),
     "class map": ("map.json", class_map, read_class_map),
     "notes of samples": (
@@ -247,5 +262,5 @@ READERS = {
         if f".{kind}" in SUFFIXES
     },
     "jpeg with EXIF": ("p.jpg", photo, lambda p: open_picture(p, channels=3)),
-    "latent identity": ("identity.json", identity, lambda p: read_identity(p.parent)),
+    "identity": ("identity.json", identity, lambda p: check_identity(p, IDENTITY, setting="s")),
 }

@@ -1,44 +1,38 @@
-"""The files of a latent cache: an index, and shards of moments and labels as plain arrays."""
+"""The files of a latent cache: an index, and shards of moments and labels as safetensors."""
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files.atomic import write_atomically
-from ant_lightning.files.identity import differences
-from ant_lightning.files.json_file import read_json
-from ant_lightning.files.npy import map_npy
+from ant_lightning.files.json_file import read_json, write_json
+from ant_lightning.files.safetensors_file import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
-    "IDENTITY_NAME",
+    "INDEX_NAME",
     "CacheIndex",
     "Split",
     "check_first_stage",
-    "check_index",
-    "read_identity",
     "read_index",
-    "save_array",
-    "shard_array",
-    "shard_path",
+    "read_shard",
     "write_index",
+    "write_shard",
 ]
 
 Split = Literal["train", "held_out"]
-FORMAT_VERSION = 1
-IDENTITY_NAME = "identity.json"  # identity of the images; everything else is in the index
-_NAME = "index.json"
-_MAX_SIDE = 2**16
-_MAX_IMAGES = 2**40
+INDEX_NAME = "index.json"
+_VERSION = 2
+_VERSION_OF_0_1 = 1  # moments and labels in npy files of their own, no identity
 _MAX_SHARDS = 2**20
-_MAX_SCALE = 1e30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +48,11 @@ class CacheIndex:
         num_classes: 0 for images without labels.
         num_images: Images of each split.
         shard_size: Images of a shard.
+        identity: What determines the images, see `ImageDataModule.identity`.
+        format_version: 2, or 1 for a cache of version 0.1.
+
+    Raises:
+        ValueError: If a value is one that no cache can have.
     """
 
     space: LatentSpace
@@ -64,80 +63,33 @@ class CacheIndex:
     num_classes: int
     num_images: dict[str, int]
     shard_size: int
+    identity: dict[str, Any] | None = None
+    format_version: int = _VERSION
+
+    def __post_init__(self) -> None:
+        def check(name: str, holds: bool) -> None:
+            if not holds:
+                raise ValueError(f"{name} {str(getattr(self, name))[:100]}")
+
+        # The largest sides and counts keep a damaged index from asking for all memory.
+        check("format_version", self.format_version in (_VERSION_OF_0_1, _VERSION))
+        check("space", isinstance(self.space.fingerprint, str))
+        check("space", isinstance(self.space.source, str))
+        check("image_shape", _are_counts(self.image_shape, 3, least=1, most=2**16))
+        check("moments_shape", _are_counts(self.moments_shape, 3, least=1, most=2**16))
+        check("dtype", self.dtype in ("float32", "float16"))
+        check("views", _are_counts([self.views], 1, least=1, most=2))
+        check("num_classes", _are_counts([self.num_classes], 1, least=0, most=2**40))
+        check("shard_size", _are_counts([self.shard_size], 1, least=1, most=2**40))
+        check("num_images", set(self.num_images) == {"train", "held_out"})
+        counts = list(self.num_images.values())
+        check("num_images", _are_counts(counts, 2, least=0, most=_MAX_SHARDS * self.shard_size))
+        check("identity", self.identity is None or isinstance(self.identity, dict))
 
     def shards(self, split: Split) -> list[tuple[int, int]]:
         """`(start, stop)` of each shard."""
         count, size = self.num_images[split], self.shard_size
         return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def shard_array(folder: Path, index: CacheIndex, split: Split, shard: int, what: str) -> np.ndarray:
-    """One array of a shard, mapped into memory: `moments [n, views, c, h, w]` or `labels [n]`.
-
-    Raises:
-        FileError: Naming the file, if it is missing, truncated or of another shape or type.
-    """
-    start, stop = index.shards(split)[shard]
-    wanted = {
-        "moments": ((stop - start, index.views, *index.moments_shape), np.dtype(index.dtype)),
-        "labels": ((stop - start,), np.dtype(np.int64)),
-    }[what]
-    path = shard_path(folder, split, shard, what)
-    return map_npy(
-        path,
-        shape=wanted[0],
-        dtype=wanted[1],
-        setting="latent cache",
-        hint="encode again, finished shards are kept",
-    )
-
-
-def shard_path(folder: Path, split: Split, shard: int, what: str) -> Path:
-    """Where an array of a shard lies."""
-    return folder / f"{split}_{shard:05d}_{what}.npy"
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array; the file appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with partial.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def check_index(folder: Path, index: CacheIndex) -> bool:
-    """Compare with the folder's index; returns whether it has one.
-
-    Raises:
-        ConfigError: If the folder has a cache of something else.
-    """
-    if not (folder / _NAME).exists():
-        return False
-    found = read_index(folder)
-    check_first_stage(found.space, index.space, folder)
-    # The fingerprints agree; the path of the first stage may differ.
-    other = differences(asdict(replace(found, space=index.space)), asdict(index))
-    if other:
-        name, (theirs, ours) = next(iter(other.items()))
-        raise ConfigError(
-            f"cache.output: {folder} has a cache whose {name} is {theirs}, found {ours}; use "
-            "another folder"
-        )
-    return True
-
-
-def write_index(folder: Path, index: CacheIndex) -> None:
-    """Write the index of a cache atomically."""
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(index)}, indent=1)
-    write_atomically(folder / _NAME, lambda file: file.write(text.encode()))
-
-
-def read_identity(folder: Path) -> dict[str, Any] | None:
-    """The identity of a cache's images; None for a cache of version 0.1, which has none."""
-    path = folder / IDENTITY_NAME
-    return read_json(path, kind=dict, setting="latent cache") if path.exists() else None
 
 
 def read_index(folder: Path) -> CacheIndex:
@@ -146,61 +98,53 @@ def read_index(folder: Path) -> CacheIndex:
     Raises:
         FileError: If the folder has none, or one that is damaged or of another version.
     """
-    path = folder / _NAME
-    content = read_json(path, kind=dict, setting="latent cache")
+    path = folder / INDEX_NAME
+    content = read_json(path, kind=dict)
     try:
-        version = content.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise FileError(
-                f"latent cache: {path} must have format_version {FORMAT_VERSION}, found {version}"
-            )
-        space = LatentSpace(**content.pop("space"))
+        content["space"] = LatentSpace(**content["space"])
         for name in ("image_shape", "moments_shape"):
             content[name] = tuple(content[name])
-        index = CacheIndex(space=space, **content)
+        return CacheIndex(**content)
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise FileError(f"latent cache: cannot read {path} ({error})") from error
-    wrong = _impossible(index)
-    if wrong:
-        raise FileError(
-            f"latent cache: {path} must say {wrong}, found {getattr(index, wrong.split()[0])}"
+        raise FileError(f"{path}: must be the index of a latent cache, found {error}") from error
+
+
+def write_index(folder: Path, index: CacheIndex) -> None:
+    """Write the index of a cache, whole or not at all."""
+    write_json(folder / INDEX_NAME, asdict(index))
+
+
+def read_shard(folder: Path, index: CacheIndex, split: Split, shard: int) -> tuple[Tensor, Tensor]:
+    """`moments [n, views, c, h, w]` and `labels [n]` of a shard, mapped into memory.
+
+    Raises:
+        FileError: If a file is missing, damaged, or of another shape, type or cache.
+    """
+    start, stop = index.shards(split)[shard]
+    moments = getattr(torch, index.dtype), (stop - start, index.views, *index.moments_shape)
+    labels = torch.int64, (stop - start,)
+    path = folder / f"{split}_{shard:05d}"
+    try:
+        if index.format_version == _VERSION_OF_0_1:
+            return _map_npy(f"{path}_moments.npy", *moments), _map_npy(
+                f"{path}_labels.npy", *labels
+            )
+        tensors, _ = read_tensors(
+            path.with_suffix(".safetensors"),
+            {"moments": moments, "labels": labels},
+            _metadata(index, split, shard),
         )
-    return index
+    except FileError as error:
+        raise FileError(f"{error}; encode again, finished shards are kept") from error
+    return tensors["moments"], tensors["labels"]
 
 
-def _impossible(index: CacheIndex) -> str:
-    """What an index says that no cache can have; empty if it could be one."""
-
-    def sizes(values: Any, *, least: int, most: int) -> bool:  # noqa: ANN401 - from a file
-        return all(type(each) is int and least <= each <= most for each in values)
-
-    def is_shape(values: Any) -> bool:  # noqa: ANN401 - from a file
-        return len(values) == 3 and sizes(values, least=1, most=_MAX_SIDE)
-
-    counts = index.num_images
-    counted = isinstance(counts, dict) and set(counts) == {"train", "held_out"}
-    space = index.space
-    texts = isinstance(space.fingerprint, str) and isinstance(space.source, str)
-    # Compared and not converted: a whole number in JSON may be larger than any float.
-    numbers = all(
-        type(x) in {int, float} and abs(x) < _MAX_SCALE for x in (space.scale, space.shift)
-    )
-    whole = sizes([index.shard_size], least=1, most=_MAX_IMAGES)
-    rules = {
-        f"space of kind kl or vq, of texts and of numbers below {_MAX_SCALE:g}": texts
-        and numbers
-        and space.kind in ("kl", "vq"),
-        f"image_shape (c, h, w) of sides 1 .. {_MAX_SIDE}": is_shape(index.image_shape),
-        f"moments_shape (c, h, w) of sides 1 .. {_MAX_SIDE}": is_shape(index.moments_shape),
-        "dtype float32 or float16": index.dtype in ("float32", "float16"),
-        "views 1 or 2": sizes([index.views], least=1, most=2),
-        "num_classes of 0 or more": sizes([index.num_classes], least=0, most=_MAX_IMAGES),
-        "shard_size of 1 or more": whole,
-        f"num_images of train and held_out, in at most {_MAX_SHARDS} shards": counted
-        and whole
-        and sizes(counts.values(), least=0, most=_MAX_SHARDS * index.shard_size),
-    }
-    return next((rule for rule, holds in rules.items() if not holds), "")
+def write_shard(
+    folder: Path, index: CacheIndex, split: Split, shard: int, *, moments: Tensor, labels: Tensor
+) -> None:
+    """Write a shard, whole or not at all."""
+    path = folder / f"{split}_{shard:05d}.safetensors"
+    write_tensors(path, {"moments": moments, "labels": labels}, _metadata(index, split, shard))
 
 
 def check_first_stage(cache: LatentSpace, ours: LatentSpace, folder: Path) -> None:
@@ -216,3 +160,28 @@ def check_first_stage(cache: LatentSpace, ours: LatentSpace, folder: Path) -> No
             f"{ours.source} (scale {ours.scale:g}, shift {ours.shift:g}, fingerprint "
             f"{ours.fingerprint})"
         )
+
+
+def _metadata(index: CacheIndex, split: Split, shard: int) -> dict[str, object]:
+    """Tells a shard from those of another place or another first stage."""
+    fingerprint = index.space.fingerprint
+    return {"format": "latents", "first_stage": fingerprint, "split": split, "shard": shard}
+
+
+def _map_npy(path: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Map an array of a cache of version 0.1 into memory."""
+    try:
+        tensor = torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    except Exception as error:  # numpy fails in many ways on a damaged header; none runs code
+        raise FileError(f"{path}: must be an npy file of plain numbers, found {error}") from error
+    if (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+        raise FileError(
+            f"{path}: must hold {dtype} of shape {list(shape)}, found {tensor.dtype} of shape "
+            f"{list(tensor.shape)}"
+        )
+    return tensor
+
+
+def _are_counts(values: Any, length: int, *, least: int, most: int) -> bool:  # noqa: ANN401
+    """Whether `values`, as read from JSON, are whole numbers of this range."""
+    return len(values) == length and all(type(v) is int and least <= v <= most for v in values)

@@ -5,31 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.image_folder import is_flipped
-from ant_lightning.data.latents.cache import (
-    IDENTITY_NAME,
-    CacheIndex,
-    Split,
-    read_identity,
-    read_index,
-    shard_array,
-)
+from ant_lightning.data.latents.cache import CacheIndex, Split, read_index, read_shard
 from ant_lightning.data.loader import ImageDataset
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import ConfigError
-from ant_lightning.files.identity import differences
+from ant_lightning.files.identity import differences, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
-
-    from ant_lightning.data.latents.space import LatentSpace
 
 __all__ = ["LatentsData"]
 
@@ -40,11 +30,10 @@ class _CachedMoments(ImageDataset):
     def __init__(
         self, folder: Path, index: CacheIndex, split: Split, *, flip_seed: int | None
     ) -> None:
-        count = range(len(index.shards(split)))
         # Opening every shard checks its header and length, so that a fault shows at once.
-        self._moments = [shard_array(folder, index, split, i, "moments") for i in count]
-        labels = [shard_array(folder, index, split, i, "labels") for i in count]
-        self.labels = torch.from_numpy(np.concatenate(labels))
+        shards = [read_shard(folder, index, split, i) for i in range(len(index.shards(split)))]
+        self._moments = [moments for moments, _ in shards]
+        self.labels = torch.cat([labels for _, labels in shards])
         self._index = index
         self._flip_seed = flip_seed
 
@@ -53,22 +42,21 @@ class _CachedMoments(ImageDataset):
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
         """Moments at `indices`, of the mirrored image by the coin of (seed, epoch, index)."""
-        moments = np.empty((len(indices), *self._index.moments_shape), dtype=np.float32)
+        moments = torch.empty(len(indices), *self._index.moments_shape)
         for row, index in enumerate(indices):
             shard, position = divmod(index, self._index.shard_size)
-            view = 0
-            if epoch is not None and self._flip_seed is not None:
-                view = int(is_flipped(self._flip_seed, epoch, index))
+            flip = epoch is not None and self._flip_seed is not None
+            view = int(flip and is_flipped(self._flip_seed, epoch, index))  # type: ignore[arg-type]
             moments[row] = self._moments[shard][position, view]
         rows = torch.tensor(indices)
-        return Batch(torch.from_numpy(moments), self.labels[rows], rows)
+        return Batch(moments, self.labels[rows], rows)
 
 
 class LatentsData(ImageDataModule):
     """Moments of a first stage from a cache that `ant-lightning encode` wrote.
 
     The batches' images are moments, from which the module draws a latent in every step; its first
-    stage, if it has one, must be the one of the cache.
+    stage, if it has one, must be the one of the cache. `LatentWriter` has an example.
 
     Args:
         cache: Folder of the cache.
@@ -104,24 +92,22 @@ class LatentsData(ImageDataModule):
         self.image_shape = self.index.image_shape
         self.num_classes = self.index.num_classes
         self.moments_shape = self.index.moments_shape
-        self.latent_space: LatentSpace = self.index.space
+        self.latent_space = self.index.space
         self.flip = flip
         self.images = images
-        self._identity = read_identity(self.cache)
 
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
-        """Map the shards of both splits."""
+        """Map the shards of both splits, and compare the cache with `images`."""
         seed = self.seed if self.flip and self.index.views == 2 else None
         train = _CachedMoments(self.cache, self.index, "train", flip_seed=seed)
         held_out = _CachedMoments(self.cache, self.index, "held_out", flip_seed=None)
-        if self._identity is None:
+        if self.index.identity is None:
             rank_zero_warn(
-                f"data.cache: {self.cache} does not say which images it was made of (no "
-                f"{IDENTITY_NAME}, as in 0.1), so they cannot be compared; encode again into "
-                "another folder"
+                f"cache: {self.cache} does not say which images it was made of, as caches of "
+                "version 0.1, so they cannot be compared; encode again into another folder"
             )
         if self.images is not None:
-            self._check_images(self.images, [len(train), len(held_out)])
+            self._check_images(self.images)
         return train, held_out
 
     def pixels(
@@ -143,36 +129,38 @@ class LatentsData(ImageDataModule):
 
     def settings(self) -> dict[str, Any]:
         """The first stage and the images that the cache was made of."""
-        images = {f"images.{name}": value for name, value in (self._identity or {}).items()}
+        images = {f"images.{name}": value for name, value in (self.index.identity or {}).items()}
         images.pop("images.times", None)  # times differ between copies
         return {**super().settings(), "first_stage": self.latent_space.fingerprint, **images}
 
-    def _check_images(self, images: ImageDataModule, wanted: list[int]) -> None:
+    def _check_images(self, images: ImageDataModule) -> None:
         """Refuse images that the cache was not made of, or another split of them.
 
         With another split, training images would be among the held-out ones.
         """
-        found = [len(images.train_images), len(images.held_out_images)]
-        if found != wanted:
+        current: dict[str, Any] = {
+            "num_images": {
+                "train": len(images.train_images),
+                "held_out": len(images.held_out_images),
+            }
+        }
+        stored: dict[str, Any] = {"num_images": self.index.num_images}
+        if self.index.identity is not None:
+            stored |= self.index.identity
+            current |= images.identity(self.index.identity)
+        for name, (then, now) in differences(stored, current).items():
             raise ConfigError(
-                f"data.images: must be the {wanted[0]} training and {wanted[1]} held-out "
-                f"images of the cache {self.cache}, found {found[0]} and {found[1]}"
-            )
-        stored = self._identity
-        other = {} if stored is None else differences(stored, images.identity(stored))
-        for name, (then, now) in other.items():
-            raise ConfigError(
-                f"data.images: must be the images of the cache {self.cache}, which was made with "
-                f"{name} {str(then)[:100]}, found {str(now)[:100]}"
+                f"images: must be those of the cache {self.cache}, which was made with {name} "
+                f"{shortened(then)}, found {shortened(now)}"
             )
 
     def _real(self, dataset: ImageDataset) -> tuple[ImageDataModule, ImageDataset]:
         """The data module that has the pixels, and its counterpart of a split of the cache."""
         if self.images is None:
             raise ConfigError(
-                "data.images: real images are needed for metrics, as the latent cache "
+                "images: real images are needed for metrics, as the latent cache "
                 f"{self.cache} has none; or give GenerationMetrics a reference file and "
-                "with_train: false; found null"
+                "with_train: false; found None"
             )
         of_train = dataset is self.train_images
         real = self.images.train_images if of_train else self.images.held_out_images

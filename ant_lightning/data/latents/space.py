@@ -27,6 +27,19 @@ class LatentSpace:
         shift: Is subtracted before.
         fingerprint: Hash of the encoder's and decoder's weights, the scale and the shift.
         source: Where the first stage was loaded from, for messages.
+
+    Raises:
+        ConfigError: If the kind is another, or the scale or the shift is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import LatentSpace
+        >>> space = LatentSpace(kind="kl", scale=0.5, shift=1.0, fingerprint="", source="")
+        >>> space.moments_shape((4, 8, 8))
+        (8, 8, 8)
+        >>> moments = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)  # mean, log-variance
+        >>> space.sample(moments, noise=torch.zeros(1, 1, 1, 1)).item()
+        1.0
     """
 
     kind: Literal["kl", "vq"]
@@ -36,10 +49,12 @@ class LatentSpace:
     source: str
 
     def __post_init__(self) -> None:
-        if not 0 < self.scale < math.inf:
-            raise ConfigError(f"first_stage.scale: must be above 0 and finite, found {self.scale}")
+        if self.kind not in ("kl", "vq"):
+            raise ConfigError(f"kind: must be 'kl' or 'vq', found {self.kind!r}")
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ConfigError(f"scale: must be above 0 and finite, found {self.scale}")
         if not math.isfinite(self.shift):
-            raise ConfigError(f"first_stage.shift: must be finite, found {self.shift}")
+            raise ConfigError(f"shift: must be finite, found {self.shift}")
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Latents `x [b, c, h, w]` from moments `[b, 2c, h, w]` (KL) or `[b, c, h, w]` (VQ).

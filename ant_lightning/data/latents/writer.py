@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
 import torch
 
 from ant_lightning.data.latents.cache import (
-    IDENTITY_NAME,
+    INDEX_NAME,
     CacheIndex,
     Split,
-    check_index,
-    read_identity,
-    save_array,
-    shard_array,
-    shard_path,
+    check_first_stage,
+    read_index,
+    read_shard,
     write_index,
+    write_shard,
 )
-from ant_lightning.errors import ConfigError
-from ant_lightning.files.identity import check_identity, write_identity
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files.identity import differences, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +50,11 @@ class Encoder(Protocol):
 class LatentWriter:
     """Writes the moments of all images, plain and mirrored, so that training needs no encoder.
 
-    Shards are dealt out to the ranks in turn and need no communication. A shard appears whole or
-    not at all; those that are there already are kept, so an interrupted command goes on where it
-    was. A folder with the cache of another first stage, of other images (their bytes are compared,
-    as times change in a copy), of another split, crop or size is refused.
+    Shards are dealt out to the ranks in turn and need no communication; a rank holds one of them in
+    memory. Interrupt it at any time: a shard is written whole or not at all, and the next call
+    writes those that are missing. A folder with the cache of another first stage, of other images
+    (their bytes are compared, as times change in a copy), of another split, crop or size is
+    refused.
 
     Args:
         output: Folder of the cache.
@@ -65,6 +65,21 @@ class LatentWriter:
 
     Raises:
         ConfigError: If a size is below 1.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from ant_lightning import LatentsData, LatentSpace, LatentWriter, ShapesData
+        >>> class Halving:  # stands for a `FirstStage`
+        ...     space = LatentSpace(kind="vq", scale=1.0, shift=0.0, fingerprint="", source="")
+        ...     moments_shape = staticmethod(lambda shape: (shape[0], shape[1] // 2, shape[2] // 2))
+        ...     encode_moments = staticmethod(lambda images: images[:, :, ::2, ::2])
+        >>> images = ShapesData(image_size=8, num_images=5, num_held_out=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     shards = LatentWriter(folder, shard_size=4).write(images, Halving())
+        ...     data = LatentsData(folder, batch_size=5)
+        ...     (batch,) = data.train_dataloader()
+        >>> shards, batch.images.shape
+        (3, torch.Size([5, 3, 4, 4]))
     """
 
     def __init__(
@@ -76,11 +91,9 @@ class LatentWriter:
         dtype: Literal["float32", "float16"] = "float32",
         flip: bool = True,
     ) -> None:
-        if shard_size < 1 or batch_size < 1:
-            raise ConfigError(
-                "encode: shard_size and batch_size must be at least 1, found "
-                f"{shard_size} and {batch_size}"
-            )
+        for name, value in {"shard_size": shard_size, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ConfigError(f"{name}: must be at least 1, found {value}")
         self.output = Path(output)
         self.shard_size = shard_size
         self.batch_size = batch_size
@@ -96,7 +109,17 @@ class LatentWriter:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> int:
-        """Write the missing shards of this rank; returns how many these were."""
+        """Write the missing shards of this rank; returns how many these were.
+
+        Raises:
+            ConfigError: If the folder has the cache of something else, or moments are not finite.
+        """
+        found = read_index(self.output) if (self.output / INDEX_NAME).exists() else None
+        if found is not None and found.identity is None:
+            raise ConfigError(
+                f"output: {self.output} does not say which images it was made of, as caches of "
+                "version 0.1, so it cannot be continued; use another folder"
+            )
         images = {"train": data.train_images, "held_out": data.held_out_images}
         index = CacheIndex(
             space=encoder.space,
@@ -107,31 +130,31 @@ class LatentWriter:
             num_classes=data.num_classes,
             num_images={split: len(images[split]) for split in _SPLITS},
             shard_size=self.shard_size,
+            identity=data.identity(found.identity if found else None),
         )
-        begun = check_index(self.output, index)
-        known = read_identity(self.output)
-        if begun and known is None:
-            raise ConfigError(
-                f"cache.output: {self.output} does not say which images it was made of (no "
-                f"{IDENTITY_NAME}, as in 0.1), so it cannot be continued; use another folder"
-            )
-        identity = data.identity(known)
-        path = self.output / IDENTITY_NAME
-        if not check_identity(path, identity, setting="cache.output"):
-            write_identity(path, identity)
-        # The index last, so that every cache with an index has an identity.
-        if not begun:
+        shards = [(split, i) for split in _SPLITS for i in range(len(index.shards(split)))]
+        shards = shards[rank::world_size]
+        if found is None:
             write_index(self.output, index)
-        every = [(split, i) for split in _SPLITS for i in range(len(index.shards(split)))]
-        missing = [each for each in every[rank::world_size] if not self._is_done(index, *each)]
-        for split, shard in missing:
-            moments, labels = self._encode(
-                images[split], encoder, index.shards(split)[shard], device
+        else:
+            self._check(found, index)
+            shards = [shard for shard in shards if not self._is_whole(index, *shard)]
+        for split, i in shards:
+            interval = index.shards(split)[i]
+            moments, labels = self._encode(images[split], encoder, interval, device)
+            write_shard(self.output, index, split, i, moments=moments, labels=labels)
+        return len(shards)
+
+    def _check(self, found: CacheIndex, index: CacheIndex) -> None:
+        """Refuse to go on with a cache of something else."""
+        check_first_stage(found.space, index.space, self.output)
+        # Equal fingerprints: the path of the first stage may differ.
+        found = replace(found, space=index.space)
+        for name, (then, now) in differences(_settings(found), _settings(index)).items():
+            raise ConfigError(
+                f"output: {self.output} has a cache made with {name} {shortened(then)}, found "
+                f"{shortened(now)}; use another folder"
             )
-            # The moments last: their presence says that the shard is whole.
-            save_array(shard_path(self.output, split, shard, "labels"), labels)
-            save_array(shard_path(self.output, split, shard, "moments"), moments)
-        return len(missing)
 
     def _encode(
         self,
@@ -139,7 +162,7 @@ class LatentWriter:
         encoder: Encoder,
         interval: tuple[int, int],
         device: torch.device | str,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[Tensor, Tensor]:
         """`moments [n, views, c, h, w]` and `labels [n]` of the images start .. stop - 1."""
         moments, labels = [], []
         start, stop = interval
@@ -149,22 +172,25 @@ class LatentWriter:
             pixels = batch.images.to(device)
             views = [pixels, pixels.flip(-1)] if self.flip else [pixels]
             parts = [encoder.encode_moments(view).float().cpu() for view in views]
-            # Cast in torch: numpy would warn of an overflow, which is reported below.
-            moments.append(torch.stack(parts, dim=1).to(getattr(torch, self.dtype)).numpy())
-            labels.append(batch.labels.numpy())
-        result = np.concatenate(moments)
-        bad = ~np.isfinite(result).reshape(len(result), -1).all(1)
-        if bad.any():
+            moments.append(torch.stack(parts, dim=1).to(getattr(torch, self.dtype)))
+            labels.append(batch.labels)
+        result = torch.cat(moments)
+        bad = ~result.flatten(1).isfinite().all(1)
+        if bool(bad.any()):
             raise ConfigError(
-                f"cache.dtype: the moments must be finite in {self.dtype}, but image "
-                f"{start + int(bad.argmax())} of this split has a NaN or an infinity"
+                f"dtype: the moments must be finite in {self.dtype}, but image "
+                f"{start + int(bad.int().argmax())} of this split has a NaN or an infinity"
             )
-        return result, np.concatenate(labels)
+        return result, torch.cat(labels)
 
-    def _is_done(self, index: CacheIndex, split: Split, shard: int) -> bool:
+    def _is_whole(self, index: CacheIndex, split: Split, shard: int) -> bool:
         try:
-            for what in ("labels", "moments"):
-                shard_array(self.output, index, split, shard, what)
-        except ConfigError:
+            read_shard(self.output, index, split, shard)
+        except FileError:
             return False  # missing, or damaged: written again
         return True
+
+
+def _settings(index: CacheIndex) -> dict[str, Any]:
+    settings = asdict(index)
+    return settings | {f"images.{name}": v for name, v in settings.pop("identity").items()}

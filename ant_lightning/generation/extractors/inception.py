@@ -87,7 +87,7 @@ def _downloaded_weights() -> Path:
 
 def _check_weights(path: Path) -> None:
     """Refuse a file that holds anything but named tensors, without running what it may contain."""
-    content = read_torch(path, setting="weights")
+    content = read_torch(path)
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):

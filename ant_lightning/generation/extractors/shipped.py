@@ -37,7 +37,7 @@ class ShippedNetwork(FeatureExtractor):
     def __init__(
         self, trunk: nn.Module, head: nn.Linear, path: Path, *, what: str, name: str
     ) -> None:
-        state, self.metadata = read_safetensors(path, setting=f"weights of the {what}")
+        state, self.metadata = read_safetensors(path)
         super().__init__(num_features=head.in_features, name=name)
         self.trunk, self.head = trunk, head
         try:

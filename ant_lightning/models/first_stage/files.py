@@ -11,8 +11,8 @@ import torch
 from ant_lightning.backbones.checkpoint_files import read_checkpoint
 from ant_lightning.backbones.checkpoint_layouts import FIRST_STAGE_PREFIX, nested_tensors
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files.finite import not_finite
 from ant_lightning.files.json_file import read_json
+from ant_lightning.files.torch_file import not_finite
 from ant_lightning.models.first_stage.names import (
     diffusers_config,
     diffusers_names,
@@ -133,9 +133,10 @@ def _check_numbers(config: dict[str, Any], path: Path) -> None:
 
 def _read_config(config: Path, weights: Path) -> dict[str, Any]:
     """The `config.json` beside a file of weights."""
-    return read_json(
-        config, kind=dict, setting=f"first_stage.source: {weights} needs a config.json beside it"
-    )
+    try:
+        return read_json(config, kind=dict)
+    except FileError as error:
+        raise FileError(f"{weights}: needs a config.json beside it; {error}") from error
 
 
 def _from_hub(name: str, *, local_files_only: bool) -> tuple[nn.Module, dict[str, Any]]:
