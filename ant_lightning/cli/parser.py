@@ -20,13 +20,14 @@ from ant_lightning.callbacks.ema import EMA
 from ant_lightning.callbacks.progress import TrainingProgress
 from ant_lightning.callbacks.samples import SampleWriter
 from ant_lightning.cli.config_files import check_config_file, config_paths, dump_yaml, load_yaml
-from ant_lightning.cli.messages import first_config_error, no_such_option, one_line
+from ant_lightning.cli.messages import first_config_error, one_line
 from ant_lightning.cli.run_folder import (
     RunFolder,
     check_writable,
     choose_run_folder,
     stored_settings,
 )
+from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.cli.trainer_settings import (
     check_run_settings,
     check_trainer_settings,
@@ -63,11 +64,14 @@ class AntCLI(LightningCLI):
     def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
         self.command = command
         self.run_folder: RunFolder | None = None
+        self.paths: SettingPaths | None = None
         try:
             super().__init__(*args, **kwargs)
-        except BaseException:  # also Ctrl-C between choosing the folder and the first step
+        except BaseException as error:  # also Ctrl-C between choosing the folder and the first step
             if self.run_folder is not None and self.run_folder.is_new:
                 remove_empty_run(self.run_folder.path)
+            if self.paths is not None and isinstance(error, ConfigError):
+                self.paths.add_to(error, self.config[command])
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -124,7 +128,8 @@ class AntCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except ArgumentError as error:
-            raise ConfigError(_with_hint(one_line(str(error)), subparser)) from error
+            options = subparser._option_string_actions
+            raise ConfigError(one_line(str(error), options)) from error
         except Exception as error:  # only the parser runs here, so it is the arguments
             raise first_config_error(error) from error
         config = self.config[args[0]]
@@ -166,12 +171,18 @@ class AntCLI(LightningCLI):
         check_writable(trainer, {"checkpoint.dirpath": dirpath})
         return trainer
 
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.paths = SettingPaths(self.parser)
+
     def instantiate_classes(self) -> None:
         """Make the objects; a setting that one of them refuses is reported in its own words."""
         try:
             super().instantiate_classes()
         except Exception as error:  # constructors of what the settings name
             raise first_config_error(error) from error
+        for name, made in {"model": self.model, "data": self.datamodule}.items():
+            self.paths.remember(made, vars(self.config[self.command][name].init_args))
 
     def before_instantiate_classes(self) -> None:
         """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
@@ -237,12 +248,6 @@ def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) ->
             kept = name in _START_ONLY or (name == "model.balancer.seed" and _has_pcgrad(config))
             effect = "has no effect in a resumed run" if kept else "from now on"
             say_changed({name: pair}, effect=effect)
-
-
-def _with_hint(message: str, parser: LightningArgumentParser) -> str:
-    """Say which option an unknown one may have been meant for."""
-    unknown = message.removeprefix("unrecognized arguments: ")
-    return message if unknown == message else no_such_option(unknown, parser._option_string_actions)
 
 
 def _restoring(error: BaseException) -> bool:

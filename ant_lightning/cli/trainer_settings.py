@@ -39,32 +39,35 @@ _LEAST = {
     "min_epochs": 0,
 }
 # Without a value the Trainer fails with an error that names none of these.
-_NEVER_NULL = ("detect_anomaly", "max_steps", "overfit_batches")
+_NEVER_NONE = ("detect_anomaly", "max_steps", "overfit_batches")
 
 
-def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - the parser's namespace
+def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a namespace
     """Refuse what is beside the trainer and the model: a seed, a checkpoint that is not there.
+
+    Values of another type than the setting has are left to the parser.
 
     Raises:
         ConfigError: Naming the setting, the rule and the value found.
     """
-    seed = settings.get("seed_everything", True)
-    if not isinstance(seed, bool) and not (isinstance(seed, int) and 0 <= seed < 2**32):
+    seed = settings.get("seed_everything")
+    if type(seed) is int and not 0 <= seed < 2**32:
         raise ConfigError(
             f"seed_everything: must be from 0 to {2**32 - 1}, or true or false, found {seed}"
         )
-    if settings.get("weights_only", True) is not True:
+    if settings.get("weights_only", True) in (None, False):
         raise ConfigError(
-            "weights_only: must be true, as a checkpoint of ours needs no code to be read, found "
+            "weights_only: must be true, as our checkpoints need no code to be read, found "
             f"{settings.get('weights_only')}; for other files use model.init_from"
         )
     path = settings.get("ckpt_path")
-    if path and path != "last" and "://" not in path and not Path(path).is_file():
+    named = isinstance(path, str) and path not in ("", "last") and "://" not in path
+    if named and not Path(path).is_file():
         found = "a folder, " if Path(path).is_dir() else ""
         raise ConfigError(f"ckpt_path: must be a file that exists, or last, found {found}{path}")
 
 
-def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - the parser's namespace
+def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a namespace
     """Refuse flags that manual optimization cannot honour, naming ours, and impossible numbers.
 
     Raises:
@@ -74,28 +77,25 @@ def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - the parser'
         value = settings.get(name)
         if value not in (None, neutral):
             raise ConfigError(
-                f"trainer.{name}: the step of every method is made by the module, so use "
-                f"{replacement} in its place, found {value}"
+                f"trainer.{name}: must be left out, as the module makes the steps, found {value}; "
+                f"use {replacement}"
             )
-    for name in _NEVER_NULL:
+    for name in _NEVER_NONE:
         if settings.get(name, 0) is None:
-            raise ConfigError(f"trainer.{name}: must have a value or be left out, found null")
+            raise ConfigError(f"trainer.{name}: must have a value or be left out, found None")
     for name, least in _LEAST.items():
         value = settings.get(name)
-        if value is not None and value < least:
+        if type(value) in (int, float) and value < least:
             raise ConfigError(f"trainer.{name}: must be at least {least}, found {value}")
-    callbacks = settings.get("callbacks") or []
+    interval = settings.get("val_check_interval")
+    if type(interval) in (int, float) and not interval > 0:
+        raise ConfigError(f"trainer.val_check_interval: must be above 0, found {interval}")
+    callbacks = settings.get("callbacks")
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        path = callback.get("class_path") if hasattr(callback, "get") else ""
+        path = callback.get("class_path") if hasattr(callback, "get") else callback
         kind = str(path).rpartition(".")[-1]
         if kind in _REPLACED:
-            raise ConfigError(
-                f"trainer.callbacks: must not have what every run has or cannot have, found {kind};"
-                f" use the setting {_REPLACED[kind]} in its place"
-            )
-    interval = settings.get("val_check_interval")
-    if isinstance(interval, int | float) and not interval > 0:
-        raise ConfigError(f"trainer.val_check_interval: must be above 0, found {interval}")
+            raise ConfigError(f"trainer.callbacks: must not have {kind}; use {_REPLACED[kind]}")
 
 
 def trainer_error(error: Exception, settings: Any) -> ConfigError:  # noqa: ANN401

@@ -1,0 +1,86 @@
+"""Puts the path of a setting in front of an error in which an object names its own argument.
+
+`SNRClustering` raises `num_tasks: must be at least 1, found 0`, wherever it is used. Only the
+command line knows which setting made it, and says `model.tasks.clustering.num_tasks: must ...`.
+"""
+
+from __future__ import annotations
+
+import re
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jsonargparse import ArgumentParser
+
+__all__ = ["SettingPaths"]
+
+
+class SettingPaths:
+    """Remembers from which arguments the objects of a configuration were made."""
+
+    def __init__(self, parser: ArgumentParser) -> None:
+        self._made: dict[int, tuple[Any, dict[str, Any]]] = {}
+        parser.add_instantiator(self, object)
+
+    def __call__(self, class_type: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Make an object; the parser calls this in place of `class_type(*args, **kwargs)`."""
+        return self.remember(class_type(*args, **kwargs), kwargs)
+
+    def remember(self, made: Any, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Keep the arguments with the object, whose id must not be used again; returns `made`."""
+        self._made[id(made)] = (made, arguments)
+        return made
+
+    def add_to(self, error: Exception, settings: Namespace) -> None:
+        """Complete the message if its first word is an argument of the object that raised it.
+
+        Args:
+            error: Raised by a constructor, or later by a method; its message is changed in place.
+            settings: The configuration that the objects are made from.
+        """
+        name = re.match(r"\w+(?=[\w.,\[\] ]*:)", str(error))
+        for frame, _ in reversed(list(walk_tb(error.__traceback__)) if name else []):
+            variables = frame.f_locals
+            made, arguments = self._made.get(id(variables.get("self")), (None, {}))
+            kind = type(made)
+            if frame.f_code.co_name == "__call__" and "class_type" in variables:
+                kind, arguments = variables["class_type"], variables["kwargs"]  # in a constructor
+            if name.group() in arguments:
+                path = _path_of(kind, arguments, settings)
+                error.args = (f"{path}.{error}" if path else str(error),)
+                return
+
+
+def _path_of(kind: Any, arguments: dict[str, Any], settings: Namespace) -> str | None:  # noqa: ANN401
+    """The first setting that makes an object of this class from these arguments."""
+    for path, class_path, inner in _objects(settings, ""):
+        fits = class_path is None or class_path.rpartition(".")[-1] == kind.__name__
+        if fits and inner.keys() == arguments.keys():
+            plain = {n: v for n, v in arguments.items() if v is None or type(v) in _PLAIN}
+            if all(inner[name] == value for name, value in plain.items()):
+                return path
+    return None
+
+
+_PLAIN = (bool, float, int, str)
+
+
+def _objects(value: Any, path: str) -> Iterator[tuple[str, str | None, dict[str, Any]]]:  # noqa: ANN401
+    """Path, class (None where the type alone decides it) and arguments of each object."""
+    if isinstance(value, list):
+        for i, each in enumerate(value):
+            yield from _objects(each, f"{path}[{i}]")
+    elif isinstance(value, Namespace):
+        inner = dict(vars(value))
+        class_path = inner.get("class_path")
+        if class_path is not None:
+            init_args = inner.get("init_args") or Namespace()
+            inner = {**vars(init_args), **(inner.get("dict_kwargs") or {})}
+        yield path, class_path, inner
+        for name, each in inner.items():
+            yield from _objects(each, f"{path}.{name}" if path else name)
