@@ -37,8 +37,8 @@ DDP = "--trainer.strategy=DDPStrategy"
 # name -> (options, words that the line must have); the rows of docs/reliability.md
 SETTINGS = {
     # The parser: types, names, classes.
-    "misspelt option": (["--ema.deacy=0.9"], ["--ema.deacy", "did you mean --ema.decay"]),
-    "option cut short": (["--checkpoint.keep=3"], ["--checkpoint.keep", "--checkpoint.keep_last"]),
+    "misspelt option": (["--ema.deacy=0.9"], ["ema.deacy", "did you mean 'ema.decay'"]),
+    "option cut short": (["--checkpoint.keep=3"], ["checkpoint.keep: ", "'checkpoint.keep_last'"]),
     "learning rate in words": (["--model.optimizer.lr=fast"], ["lr: must be a number", "fast"]),
     "learning rate nan": (["--model.optimizer.lr=nan"], ["lr: must be a number", "nan"]),
     "clip nan": (["--model.clip_grad_norm=nan"], ["clip_grad_norm: must be a number", "nan"]),
@@ -59,16 +59,16 @@ SETTINGS = {
     "unknown callback": ([callback("Foo")], ["trainer.callbacks", "no class", "Foo"]),
     "option of a callback": (
         [callback("ConflictMonitor", every_n_steps=0)],
-        ["every_n_steps", "ConflictMonitor", "'log_every_n_steps'"],
+        ["every_n_steps", "ConflictMonitor", "log_every_n_steps'"],
     ),
-    "missing argument": (STEPS, ["model.lr_scheduler", "StepLR needs step_size"]),
-    "no schedule": (["--model.schedule=null"], ["DiTModule needs schedule"]),
+    "missing argument": (STEPS, ["model.lr_scheduler.step_size: needed"]),
+    "no schedule": (["--model.schedule=null"], ["model.schedule: needed"]),
     "no data": (["--data=null"], ["data: needed", "--config"]),
     "seed below 0": (["--seed_everything=-1"], ["seed_everything: must be from 0", "-1"]),
     "seed too large": (["--seed_everything=9999999999"], ["seed_everything", "9999999999"]),
     "optimizer beside the model": (
         ["--optimizer=SGD"],
-        ["--optimizer", "did you mean --model.optimizer"],
+        ["optimizer: the command has no such setting"],
     ),
     # Ranges.
     "learning rate below 0": (["--model.optimizer.lr=-1"], ["model.optimizer", "rate: -1"]),
@@ -80,8 +80,8 @@ SETTINGS = {
         [*STEPS, "--model.lr_scheduler.step_size=0"],
         ["model.lr_scheduler", "zero"],
     ),
-    "balancer's rate": (["--model.balancer.lr=-1"], ["lr: must be above 0", "-1"]),
-    "least loss": (["--model.balancer.min_loss=-1"], ["min_loss: must be at least 0", "-1"]),
+    "balancer's rate": (["--model.balancer.lr=-1"], ["model.balancer.lr: must be above 0", "-1"]),
+    "least loss": (["--model.balancer.min_loss=-1"], ["model.balancer.min_loss: must be", "-1"]),
     "no depth": (["--model.backbone.depth=0"], ["depth", "above 0", "0"]),
     "absurd depth": (["--model.backbone.depth=1000000000"], ["depth", "at most 1000"]),
     "no width": (["--model.backbone.hidden_size=0"], ["hidden_size", "above 0"]),
@@ -137,10 +137,10 @@ SETTINGS = {
         [callback("GradientAccumulationScheduler", LIGHTNING, scheduling={0: 2})],
         ["trainer.callbacks", "GradientAccumulationScheduler", "model.accumulate_grad_batches"],
     ),
-    "averages twice": ([callback("EMA")], ["trainer.callbacks", "EMA", "setting ema"]),
+    "averages twice": ([callback("EMA")], ["trainer.callbacks: must not have EMA", "use ema"]),
     "averages of Lightning": (
         [callback("StochasticWeightAveraging", LIGHTNING, swa_lrs=0.1)],
-        ["trainer.callbacks", "StochasticWeightAveraging", "setting ema"],
+        ["trainer.callbacks", "StochasticWeightAveraging", "use ema"],
     ),
     "search for a rate": (
         [callback("LearningRateFinder", LIGHTNING)],
@@ -153,7 +153,7 @@ SETTINGS = {
     ),
     "a callback that needs a network": (
         [callback("GenerationMetrics")],
-        ["trainer.callbacks", "GenerationMetrics needs extractor"],
+        ["trainer.callbacks.extractor: needed"],
     ),
     "checks past the epoch": (
         ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=100000"],
@@ -191,7 +191,10 @@ SETTINGS = {
         ["every_n_train_steps=2", "exclusive"],
     ),
     # Files.
-    "no folder of images": (["--data=ImageFolderData"], ["ImageFolderData needs root"]),
+    "no folder of images": (
+        ["--data=ImageFolderData"],
+        ["data.root, image_size, num_held_out: needed"],
+    ),
     "no latents": (
         ["--data=LatentsData", "--data.cache=/nope"],
         ["/nope/index.json: must be a JSON file, found: No such file"],

@@ -137,9 +137,9 @@ class SampleWriter(RunCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
         """Prepare the target; which images are missing is known once the weights are loaded."""
-        super().setup(trainer, pl_module, stage)
-        if stage != "predict":
+        if stage != "predict":  # every run has this callback, also that of an autoencoder
             return
+        super().setup(trainer, pl_module, stage)
         self._begun = False
         data = needed_image_data(trainer, "SampleWriter")
         target = Path(self.npz or self.folder or run_folder(trainer) / "samples")

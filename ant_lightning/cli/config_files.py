@@ -56,13 +56,13 @@ class UnsafeYAMLError(yaml.YAMLError):  # type: ignore[misc]
 
 
 def config_paths(args: Sequence[str]) -> list[str]:
-    """The values of `--config` and `-c` in a command line."""
+    """The files that `--config` and `-c` name; settings in place of a file are left out."""
     found = []
     for i, arg in enumerate(args):
         name, sign, value = arg.partition("=")
         if name in {"--config", "-c"}:
             found += [value] if sign else list(args[i + 1 : i + 2])
-    return found
+    return [path for path in found if not path.lstrip().startswith("{")]
 
 
 def check_config_file(path: str | Path, *, known: Collection[str] | None = None) -> None:

@@ -62,6 +62,10 @@ def first_look(arguments: Sequence[str]) -> None:
     check_run_settings(settings)
     if isinstance(settings.get("trainer"), dict):
         check_trainer_settings(settings["trainer"])
+    samples = settings.get("samples")
+    for name in ("num_images", "batch_size") if isinstance(samples, dict) else ():
+        if type(samples.get(name)) is int and samples[name] < 1:
+            raise ConfigError(f"samples.{name}: must be at least 1, found {samples[name]}")
     _check_classes(settings)
     missing = [name for name in ("data", "model") if settings.get(name) is None]
     if missing and command != "encode" and not set(args) & set(_FLAGS):

@@ -76,9 +76,11 @@ def no_such_setting(path: str, known: Iterable[str], owner: str = "the command")
     return f"{path}: {owner} has no such setting{suggestion(path, known)}"
 
 
-def suggestion(name: str, candidates: Iterable[str]) -> str:
-    """A hint with the candidate closest to `name`; empty if none is close."""
-    close = get_close_matches(name, list(candidates), n=1, cutoff=0.7)
+def suggestion(path: str, candidates: Iterable[str]) -> str:
+    """A hint with the candidate of the same last name, or else the closest; empty if none is."""
+    known = list(candidates)
+    same = [each for each in known if each.rpartition(".")[-1] == path]
+    close = same or get_close_matches(path, known, n=1, cutoff=0.7)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -97,7 +99,7 @@ def _innermost(text: str, setting: str) -> str:
     items = [item.strip(" -") for item in re.split(r"(?:^| )- ", inner.partition(". Got value")[0])]
     rules = [_rule(item) for item in items if item and not item.startswith(_NOISE)]
     if not setting or not rules:
-        return text
+        return re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
     unknown = re.search(
         r"Expected a dot import path string: (\S+)|class_path '([\w.]+)': module '[\w.]+' has no",
         text,

@@ -123,7 +123,7 @@ class AntCLI(LightningCLI):
         """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""
         subparser = self._subcommand_parsers[args[0]]
         known = sorted({action.dest.split(".")[0] for action in subparser._actions} - {"help"})
-        for path in _config_files(args):
+        for path in config_paths(args):
             check_config_file(path, known=known)
         try:
             self.config = parser.parse_args(args)
@@ -201,11 +201,6 @@ class AntCLI(LightningCLI):
         self._record = self._parser(self.command).dump(given, skip_none=False)
 
 
-def _config_files(args: Sequence[str]) -> list[str]:
-    """The config files of a command line, without settings that stand in place of one."""
-    return [path for path in config_paths(args) if not path.lstrip().startswith("{")]
-
-
 def _read_checkpoint(config: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a namespace of the parser
     """Refuse a checkpoint that is damaged or would run code, before anything starts.
 
@@ -266,7 +261,7 @@ def run(args: Sequence[str]) -> AntCLI:
         ConfigError: For anything wrong with the arguments or the files they name.
     """
     keep_quiet(args[0])
-    for path in _config_files(args):  # before the parser is made, which takes longer
+    for path in config_paths(args):  # before the parser is made, which takes longer
         check_config_file(path)
     try:
         return AntCLI(

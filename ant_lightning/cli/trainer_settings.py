@@ -50,8 +50,8 @@ def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a 
     Raises:
         ConfigError: Naming the setting, the rule and the value found.
     """
-    seed = settings.get("seed_everything")
-    if type(seed) is int and not 0 <= seed < 2**32:
+    seed = settings.get("seed_everything", True)
+    if seed is None or (type(seed) is int and not 0 <= seed < 2**32):
         raise ConfigError(
             f"seed_everything: must be from 0 to {2**32 - 1}, or true or false, found {seed}"
         )

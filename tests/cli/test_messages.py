@@ -19,8 +19,9 @@ NESTED = """Parser key "model":
     ("inner", "expected"),
     [
         (
-            "Option 'clip_norm' is not accepted",
-            "model.clip_norm: DiTModule has no such option; did you mean 'clip_grad_norm'?",
+            "Option 'class_dropot' is not accepted",
+            "model.class_dropot: DiTModule has no such setting; "
+            "did you mean 'model.class_dropout'?",
         ),
         (
             'Parser key "balancer":\n Expected a dot import path string: PCGrat',
@@ -35,7 +36,7 @@ NESTED = """Parser key "model":
         (
             "Parser key \"balancer\":\n - Problem with given class_path 'ant_lightning.PCGrad':\n"
             " the following arguments are required: num_tasks",
-            "model.balancer: PCGrad needs num_tasks, found nothing",
+            "model.balancer.num_tasks: needed, found nothing",
         ),
     ],
 )
@@ -44,7 +45,9 @@ def test_the_innermost_mistake_is_what_is_said(inner, expected):
 
 
 def test_other_messages_keep_their_words_on_one_line():
-    assert one_line("unrecognized\n  arguments: --x") == "unrecognized arguments: --x"
+    assert one_line("unrecognized\n  arguments: --xyz=3", ["--x.xyz"]) == (
+        "xyz: the command has no such setting; did you mean 'x.xyz'?"
+    )
     assert one_line('Parser key "config": File does not exist: a.yaml') == (
         "config: File does not exist: a.yaml"
     )
