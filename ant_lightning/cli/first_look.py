@@ -54,8 +54,8 @@ def first_look(arguments: Sequence[str]) -> None:
     settings: dict[str, Any] = {}
     for name, value in options:
         if name in {"config", "c"}:
-            path = Path(value)
-            _merge(settings, _loaded(path.read_text(encoding="utf8") if path.is_file() else value))
+            is_file = Path(value).is_file()
+            _merge(settings, _loaded(Path(value).read_text(encoding="utf8") if is_file else value))
         else:
             _merge(settings, _nested(name, value))
     _check_names(settings, known)
@@ -63,9 +63,9 @@ def first_look(arguments: Sequence[str]) -> None:
     if isinstance(settings.get("trainer"), dict):
         check_trainer_settings(settings["trainer"])
     samples = settings.get("samples")
-    for name in ("num_images", "batch_size") if isinstance(samples, dict) else ():
-        if type(samples.get(name)) is int and samples[name] < 1:
-            raise ConfigError(f"samples.{name}: must be at least 1, found {samples[name]}")
+    for name, value in samples.items() if isinstance(samples, dict) else ():
+        if name in {"num_images", "batch_size"} and type(value) is int and value < 1:
+            raise ConfigError(f"samples.{name}: must be at least 1, found {value}")
     _check_classes(settings)
     missing = [name for name in ("data", "model") if settings.get(name) is None]
     if missing and command != "encode" and not set(args) & set(_FLAGS):

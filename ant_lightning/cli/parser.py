@@ -64,13 +64,13 @@ class AntCLI(LightningCLI):
     def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
         self.command = command
         self.run_folder: RunFolder | None = None
-        self.paths: SettingPaths | None = None
+        self.paths = SettingPaths()
         try:
             super().__init__(*args, **kwargs)
         except BaseException as error:  # also Ctrl-C between choosing the folder and the first step
             if self.run_folder is not None and self.run_folder.is_new:
                 remove_empty_run(self.run_folder.path)
-            if self.paths is not None and isinstance(error, ConfigError):
+            if isinstance(error, ConfigError) and hasattr(self, "config"):
                 self.paths.add_to(error, self.config[command])
             raise
 
@@ -173,7 +173,7 @@ class AntCLI(LightningCLI):
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
-        self.paths = SettingPaths(self.parser)
+        self.parser.add_instantiator(self.paths, object)
 
     def instantiate_classes(self) -> None:
         """Make the objects; a setting that one of them refuses is reported in its own words."""

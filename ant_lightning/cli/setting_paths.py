@@ -15,17 +15,17 @@ from jsonargparse import Namespace
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jsonargparse import ArgumentParser
-
 __all__ = ["SettingPaths"]
 
 
 class SettingPaths:
-    """Remembers from which arguments the objects of a configuration were made."""
+    """Remembers from which arguments the objects of a configuration were made.
 
-    def __init__(self, parser: ArgumentParser) -> None:
+    It is an instantiator of jsonargparse: `parser.add_instantiator(paths, object)`.
+    """
+
+    def __init__(self) -> None:
         self._made: dict[int, tuple[Any, dict[str, Any]]] = {}
-        parser.add_instantiator(self, object)
 
     def __call__(self, class_type: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Make an object; the parser calls this in place of `class_type(*args, **kwargs)`."""
@@ -43,14 +43,15 @@ class SettingPaths:
             error: Raised by a constructor, or later by a method; its message is changed in place.
             settings: The configuration that the objects are made from.
         """
-        name = re.match(r"\w+(?=[\w.,\[\] ]*:)", str(error))
-        for frame, _ in reversed(list(walk_tb(error.__traceback__)) if name else []):
+        first = re.match(r"(\w+)[\w.,\[\] ]*:", str(error))
+        name = first.group(1) if first else None
+        for frame, _ in reversed(list(walk_tb(error.__traceback__))):
             variables = frame.f_locals
             made, arguments = self._made.get(id(variables.get("self")), (None, {}))
             kind = type(made)
             if frame.f_code.co_name == "__call__" and "class_type" in variables:
                 kind, arguments = variables["class_type"], variables["kwargs"]  # in a constructor
-            if name.group() in arguments:
+            if name in arguments:
                 path = _path_of(kind, arguments, settings)
                 error.args = (f"{path}.{error}" if path else str(error),)
                 return
