@@ -5,7 +5,7 @@ MODEL ?= dit
 DATASET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare ntg evidence tables test test-cpu test-faults soak check bench clean
+.PHONY: help install demo compare ntg evidence tables test test-cpu test-faults soak check docs bench clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -14,7 +14,7 @@ help:  ## what each target does
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "PYTHON: Python 3.11 or newer is needed, found $$($(PYTHON) --version)"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,notebooks,torchjd]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs,notebooks,torchjd]'
 	@touch $@
 
 install: .venv/installed  ## make .venv and install the package with all its extras
@@ -50,11 +50,14 @@ test-faults: .venv/installed  ## break runs on purpose: kills, full disks, damag
 soak: .venv/installed  ## half an hour of training in which memory, open files and speed must stay flat
 	$(BIN)/python -m benchmarks.soak
 
-check: .venv/installed  ## lint, format, types, layers
+check: .venv/installed docs  ## lint, format, types, layers, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: .venv/installed  ## build the documentation into build/site; a broken link is an error
+	$(BIN)/zensical build --strict --config-file mkdocs.yml
 
 bench: .venv/installed  ## time balancers, every method against vanilla, networks, loaders, metrics, affinity
 	$(BIN)/python -m benchmarks.methods --quick

@@ -1,42 +1,66 @@
-"""The docs say what the code is."""
+"""The docs say what the code is: links, paths, names and examples."""
 
 import re
 from pathlib import Path
 
+import ant_lightning
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+FOLDERS = "ant_lightning|benchmarks|configs|docs|examples|notebooks|studies|tests"
 
 
-def test_every_file_that_the_readme_names_exists():
-    readme = (ROOT / "README.md").read_text()
-    links = re.findall(r"\]\((?!http)([^)#]+)", readme)
-    links += re.findall(r"configs/[\w/]+\.yaml", readme)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def code_blocks(page, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_that_a_page_names_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\((?!http)([^)#]+)", text)
+    paths = re.findall(rf"`((?:{FOLDERS})/[\w/.-]+)(?:::\w+)*`", text)
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_every_test_that_the_page_on_reliability_names_exists():
-    page = (ROOT / "docs" / "reliability.md").read_text()
-    paths = re.findall(r"`((?:tests|benchmarks)/[\w/.]*)`", page)
-    paths += re.findall(r"`(tests/[\w/.]+)::test_\w+`", page)
+    page = (DOCS / "reliability.md").read_text()
     names = re.findall(r"(?<![\w/])(test_\w+(?:\.py)?)", page)
-    assert paths
     assert names
-    assert [path for path in paths if not (ROOT / path).exists()] == []
     files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     sources = "\n".join(files.values())
     missing = [n for n in names if n not in files and f"def {n}(" not in sources]
     assert missing == []
 
 
-def test_the_loop_in_the_readme_runs():
-    readme = (ROOT / "README.md").read_text()
-    loop = next(
-        code for code in re.findall(r"```python\n(.*?)```", readme, re.S) if "def losses" in code
-    )
+def test_the_reference_has_every_public_name_once():
+    pages = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
+    shown = re.findall(r"^::: ant_lightning\.(\w+)$", pages, re.MULTILINE)
+    assert sorted(shown) == sorted(ant_lightning.__all__)
+    overview = (DOCS / "reference" / "index.md").read_text()
+    listed = re.findall(r"\[`(\w+)`\]\[ant_lightning\.\w+\]", overview)
+    assert set(listed) <= set(ant_lightning.__all__)
+
+
+@pytest.mark.parametrize("number", range(len(code_blocks(DOCS / "reference" / "extending.md"))))
+def test_the_classes_on_the_page_about_extending_work(number):
+    exec(code_blocks(DOCS / "reference" / "extending.md")[number], {})
+
+
+def test_every_decision_is_in_the_index():
+    index = (DOCS / "decisions" / "index.md").read_text()
+    files = {path.name for path in (DOCS / "decisions").glob("[0-9]*.md")}
+    assert files == set(re.findall(r"\]\(([\w-]+\.md)\)", index))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "your_model.md"], ids=lambda p: p.name)
+def test_the_loop_in_the_docs_runs(page):
+    loop = next(code for code in code_blocks(page) if "def losses" in code)
     prelude = """
 import torch
-from ant_lightning.diffusion import CosineSchedule, DiffusionProcess
-log_snr = DiffusionProcess(CosineSchedule()).log_snr
+log_snr = torch.linspace(9, -9, 1000)
 x = torch.randn(16, 1, 4, 4)
 x_t, target = torch.randn_like(x), torch.randn_like(x)
 class Net(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""The guide's recipes for SLURM and torchrun, run as they stand there."""
+"""The recipes of docs/runs.md for SLURM and torchrun, run as they stand there."""
 
 import json
 import os
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def recipe(program, args, **sizes):
-    """The guide's shell block that starts `program`, with these arguments and sizes."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "guide.md").read_text(), re.DOTALL)
+    """The shell block of docs/runs.md that starts `program`, with these arguments and sizes."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.DOTALL)
     (block,) = [block for block in blocks if re.search(f"^{program} ", block, re.MULTILINE)]
     for option, (documented, value) in sizes.items():
         words = f"--{option.replace('_', '-')} {documented}"
