@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-import ant_lightning
 import pytest
+
+import ant_lightning
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
