@@ -1,7 +1,8 @@
-"""Official checkpoints into our backbones: all of a file's weights, or an error and none."""
+"""Loading a published checkpoint into a backbone: all of its weights, or an error and none."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,24 +10,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ant_lightning.backbones.checkpoint_files import read_checkpoint
-from ant_lightning.backbones.checkpoint_layouts import (
-    FIRST_STAGE_PREFIX,
-    Weights,
-    bare_names,
-    find_entries,
-    nested_tensors,
-)
-from ant_lightning.errors import ConfigError
-from ant_lightning.files.torch_file import not_finite
+from ant_lightning.backbones.checkpoint_layouts import Weights, bare_names, find_weights
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files.safetensors_file import read_safetensors
+from ant_lightning.files.torch_file import not_finite, read_torch
 
-__all__ = [
-    "CheckpointReport",
-    "fill_backbone",
-    "first_stage_state_dict",
-    "load_official_checkpoint",
+__all__ = ["CheckpointReport", "fill_backbone", "load_official_checkpoint", "read_checkpoint"]
+
+
+class _LightningCallback:
+    """Stands in for a callback class whose name an old Lightning file mentions; does nothing."""
+
+
+# Names a pickle may mention beyond tensors and containers. DiT's training files hold their
+# arguments as a Namespace, a bare bag of values. Lightning up to 1.4 (latent-diffusion's files)
+# has its callback's class as a dictionary key; the empty class above takes its place.
+_HARMLESS: list[Any] = [
+    argparse.Namespace,
+    (_LightningCallback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
 ]
-
 _MAX_LISTED = 10
 _CLASS_TABLES = (
     "y_embedder.embedding_table.weight",
@@ -40,12 +42,12 @@ class CheckpointReport:
     """What was loaded, and what was left in the file.
 
     Attributes:
-        path: the file.
-        layout: "state dict", "training file", "latent-diffusion" or "lightning".
-        weights: "ema" or "model"; None where the file holds just one set.
-        num_tensors: entries loaded.
-        num_parameters: numbers in them.
-        ignored: first part of a name -> entries left out (first stage, optimizer, ..).
+        path: The file.
+        layout: `state dict`, `training file`, `latent-diffusion` or `lightning`.
+        weights: `ema` or `model`; `None` if the file holds one set.
+        num_tensors: Entries loaded.
+        num_parameters: Numbers in them.
+        ignored: Number of entries left out by the first part of their name (`optimizer`, ..).
     """
 
     path: Path
@@ -64,28 +66,58 @@ class CheckpointReport:
         )
 
 
+def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """Read a `.safetensors` file, or any file that `torch.save` wrote, onto the CPU.
+
+    Nothing in the file can run, see `read_torch`. Large files are mapped into memory, not copied.
+
+    Raises:
+        FileError: If the file is missing, damaged, or needs pickled classes or functions.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    content = read_torch(path, allowed=_HARMLESS)
+    if not isinstance(content, Mapping):
+        raise FileError(f"{path}: must hold a dictionary, found {type(content).__name__}")
+    return content
+
+
 def load_official_checkpoint(
     backbone: nn.Module, path: str | Path, *, weights: Weights = "ema"
 ) -> CheckpointReport:
     """Load a published checkpoint into a DiT or UNet of the same architecture, in place.
 
     Known files: raw state dicts (guided-diffusion, P2, released DiT weights), training files of
-    DiT and ANT (``model``/``ema``), latent-diffusion's ``.ckpt``, this package's own Lightning
-    checkpoints, and the same in safetensors. What ``torch.compile``, DDP or FSDP added to names is
-    left out, in the file and in the backbone. Values are cast to the backbone's dtype and moved to
-    its device. The backbone changes only if every entry fits.
+    DiT and ANT (`model`, `ema`), latent-diffusion's `.ckpt`, this package's own Lightning
+    checkpoints, and the same in safetensors. Additions of `torch.compile`, DDP or FSDP to the names
+    are ignored in the file and in the backbone. Values are cast to the backbone's dtype and moved
+    to its device. The backbone changes only if every entry fits.
 
     Args:
-        backbone: the network to fill.
-        path: the file.
-        weights: "ema" or "model", in files that hold both.
+        backbone: The network to fill.
+        path: The file.
+        weights: `ema` or `model`, in files that hold both.
 
     Returns:
         What was loaded and what was left out.
 
     Raises:
-        ConfigError: the file is missing, damaged or would run code, holds no such weights, or
+        ConfigError: If the file is missing, damaged or would run code, holds no such weights, or
             has missing, extra or misshapen entries or another class count.
+
+    Example:
+        >>> import torch
+        >>> from tempfile import NamedTemporaryFile
+        >>> from ant_lightning import DiT
+        >>> dit = DiT(input_size=4, hidden_size=8, depth=1, num_heads=2, num_classes=3)
+        >>> with NamedTemporaryFile(suffix=".pt") as file:
+        ...     torch.save({"ema": dit.state_dict(), "opt": {}}, file.name)
+        ...     report = load_official_checkpoint(dit, file.name)
+        >>> report.layout, report.num_tensors, report.ignored
+        ('training file', 22, {'opt': 1})
     """
     path = Path(path)
     return fill_backbone(backbone, read_checkpoint(path), path=path, weights=weights)
@@ -94,82 +126,50 @@ def load_official_checkpoint(
 def fill_backbone(
     backbone: nn.Module, content: Mapping[str, Any], *, path: Path, weights: Weights
 ) -> CheckpointReport:
-    """`load_official_checkpoint` of a file that was read already.
-
-    Args:
-        backbone: the network to fill.
-        content: what the file holds.
-        path: the file, for messages.
-        weights: "ema" or "model", in files that hold both.
-
-    Raises:
-        ConfigError: as `load_official_checkpoint`, but for reading.
-    """
+    """Load the content of a checkpoint that is read already; see `load_official_checkpoint`."""
     own = backbone.state_dict()
     if any(value.is_meta for value in own.values()):
         raise ConfigError(f"backbone: must have memory to load {path} into, found the meta device")
     own_names = bare_names(own)
     target = {bare: own[name] for bare, name in own_names.items()}
-    entries = find_entries(content, target, weights=weights, path=path)
-    problems = _class_problems(entries.tensors, target) + _entry_problems(entries.tensors, target)
+    stored = find_weights(content, target, weights=weights, path=path)
+    problems = _problems(stored.tensors, target)
     if problems:
-        raise ConfigError(f"checkpoint {path}: does not fit the network; " + "; ".join(problems))
-    backbone.load_state_dict({own_names[name]: t for name, t in entries.tensors.items()})
+        raise ConfigError(f"{path}: must fit the network, found " + "; ".join(problems))
+    backbone.load_state_dict({own_names[name]: t for name, t in stored.tensors.items()})
     return CheckpointReport(
         path=path,
-        layout=entries.layout,
-        weights=entries.weights,
+        layout=stored.layout,
+        weights=stored.weights,
         num_tensors=len(target),
         num_parameters=sum(value.numel() for value in target.values()),
-        ignored=entries.ignored,
+        ignored=stored.ignored,
     )
 
 
-def first_stage_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The autoencoder inside a latent-diffusion checkpoint, in its own names, on the CPU.
-
-    Raises:
-        ConfigError: the file cannot be read, or has no first stage.
-    """
-    prefix = FIRST_STAGE_PREFIX
-    tensors = nested_tensors(read_checkpoint(path))
-    found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    if not found:
-        raise ConfigError(f"checkpoint {path}: holds no first stage (no name starts with {prefix})")
-    return found
-
-
-def _class_problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """Say in terms of classes where the label tables disagree, in a file of such a network."""
-    problems: list[str] = []
-    if not found.keys() & target.keys():
-        return problems
-    for name in _CLASS_TABLES:
+def _problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
+    """Why the entries do not fit: another number of classes; lists of entries that differ."""
+    both = [name for name in target if name in found]
+    problems = []
+    for name in _CLASS_TABLES if both else ():
         rows = [len(side[name]) if name in side else 0 for side in (found, target)]
         if rows[0] != rows[1]:
             problems.append(
                 f"num_classes: the file's class table {name} has {rows[0]} rows, the network's "
                 f"{rows[1]} (a null class counts as one)"
             )
-    return problems
-
-
-def _entry_problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """List missing, extra and misshapen entries, and those with a NaN or an infinity."""
-    misshapen = [
-        f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
-        for name, value in target.items()
-        if name in found and found[name].shape != value.shape
-    ]
-    groups = {
+    kinds = {
         "missing": [name for name in target if name not in found],
         "extra": sorted(name for name in found if name not in target),
-        "misshapen": misshapen,
-        "not finite": not_finite({name: found[name] for name in target if name in found}),
+        "misshapen": [
+            f"{name} {list(found[name].shape)} instead of {list(target[name].shape)}"
+            for name in both
+            if found[name].shape != target[name].shape
+        ],
+        "not finite": not_finite({name: found[name] for name in both}),
     }
-    return [f"{len(names)} {kind}: {_listed(names)}" for kind, names in groups.items() if names]
-
-
-def _listed(names: list[str]) -> str:
-    """The first names, and that there are more."""
-    return ", ".join(names[:_MAX_LISTED]) + (", .." if len(names) > _MAX_LISTED else "")
+    for kind, names in kinds.items():
+        if names:
+            more = ", .." if len(names) > _MAX_LISTED else ""
+            problems.append(f"{len(names)} {kind}: {', '.join(names[:_MAX_LISTED])}{more}")
+    return problems

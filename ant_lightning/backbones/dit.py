@@ -76,18 +76,6 @@ class TimestepEmbedder(nn.Module):
         return embedding
 
 
-class LabelEmbedder(nn.Module):
-    """Map class labels `[b]` to vectors `[b, d]`; the training step drops labels."""
-
-    def __init__(self, *, num_embeddings: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_embeddings, hidden_size)
-
-    def forward(self, labels: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        embedding: Tensor = self.embedding_table(labels)
-        return embedding
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection, `[b, n, d]` -> `[b, n, d]`."""
 
@@ -252,8 +240,9 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size=hidden_size)
         self.y_embedder = None
         if num_classes > 0:
-            num_embeddings = num_classes + (self.null_class is not None)
-            self.y_embedder = LabelEmbedder(num_embeddings=num_embeddings, hidden_size=hidden_size)
+            # A dict, because official files name the table "y_embedder.embedding_table".
+            table = nn.Embedding(num_classes + (self.null_class is not None), hidden_size)
+            self.y_embedder = nn.ModuleDict({"embedding_table": table})
         mlp_size = int(hidden_size * mlp_ratio)
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size=hidden_size, num_heads=num_heads, mlp_size=mlp_size)
@@ -301,7 +290,8 @@ class DiT(nn.Module):
         tokens = self.x_embedder(x) + self.pos_embed
         conditioning = self.t_embedder(timesteps)
         if self.y_embedder is not None:
-            conditioning = conditioning + self.y_embedder(self._check_labels(labels, timesteps))
+            table = self.y_embedder["embedding_table"]
+            conditioning = conditioning + table(self._check_labels(labels, timesteps))
         for block in self.blocks:
             tokens = run_block(
                 block, tokens, conditioning, checkpointing=self.gradient_checkpointing

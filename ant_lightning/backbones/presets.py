@@ -15,26 +15,6 @@ from torch import nn
 from ant_lightning.backbones.dit import DiT
 from ant_lightning.backbones.unet import UNet
 
-__all__ = [
-    "adm_imagenet64",
-    "adm_imagenet256",
-    "adm_p2_light",
-    "dit_b_2",
-    "dit_b_4",
-    "dit_b_8",
-    "dit_l_2",
-    "dit_l_4",
-    "dit_l_8",
-    "dit_s_2",
-    "dit_s_4",
-    "dit_s_8",
-    "dit_xl_2",
-    "dit_xl_4",
-    "dit_xl_8",
-    "ldm_cin256",
-    "ldm_ffhq256",
-]
-
 P = ParamSpec("P")
 N = TypeVar("N", bound=nn.Module)
 
@@ -129,73 +109,55 @@ dit_b_2, dit_b_4, dit_b_8 = (_dit("b", patch_size) for patch_size in (2, 4, 8))
 dit_l_2, dit_l_4, dit_l_8 = (_dit("l", patch_size) for patch_size in (2, 4, 8))
 dit_xl_2, dit_xl_4, dit_xl_8 = (_dit("xl", patch_size) for patch_size in (2, 4, 8))
 
-_ADM: dict[str, Any] = {
+_ADM = {
     "out_channels": 6,
     "num_head_channels": 64,
     "use_scale_shift_norm": True,
     "resblock_updown": True,
 }
+_ADM_64 = {**_ADM, "use_new_attention_order": True, "num_classes": 1000, "dropout": 0.1}
+_CONTEXT = {
+    "use_spatial_transformer": True,
+    "context_dim": 512,
+    "num_classes": 1000,
+    "class_dropout_prob": 0.1,
+}
 
-adm_imagenet256 = _preset(
-    UNet,
-    "adm_imagenet256",
-    "ADM for ImageNet at 256 px; `num_classes=1000` for the conditional one (arXiv 2105.05233).",
-    millions=553,
-    input_size=256,
-    model_channels=256,
-    channel_mult=(1, 1, 2, 2, 4, 4),
-    attention_resolutions=(8, 16, 32),
-    **_ADM,
+_COLUMNS = [
+    "input_size",
+    "model_channels",
+    "channel_mult",
+    "num_res_blocks",
+    "attention_resolutions",
+]
+# Parameters in millions, the columns, and what else differs from the defaults of `UNet`.
+_UNET: dict[str, tuple[Any, ...]] = {
+    "adm_imagenet256": (553, 256, 256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), _ADM),
+    "adm_imagenet64": (296, 64, 192, (1, 2, 3, 4), 3, (2, 4, 8), _ADM_64),
+    "adm_p2_light": (94, 256, 128, (1, 1, 2, 2, 4, 4), 1, (16,), _ADM),
+    "ldm_ffhq256": (274, 64, 224, (1, 2, 3, 4), 2, (2, 4, 8), {"num_head_channels": 32}),
+    "ldm_cin256": (401, 64, 192, (1, 2, 3, 5), 2, (2, 4, 8), _CONTEXT),
+}
+
+
+def _unet(name: str, summary: str) -> Callable[..., UNet]:
+    millions, *values, others = _UNET[name]
+    columns = dict(zip(_COLUMNS, values, strict=True))
+    return _preset(UNet, name, summary, millions=millions, **columns, **others)
+
+
+adm_imagenet256 = _unet(
+    "adm_imagenet256", "ADM for ImageNet at 256 px, without classes by default (arXiv 2105.05233)."
 )
-adm_imagenet64 = _preset(
-    UNet,
-    "adm_imagenet64",
-    "Class-conditional ADM for ImageNet at 64 px (arXiv 2105.05233).",
-    millions=296,
-    input_size=64,
-    model_channels=192,
-    channel_mult=(1, 2, 3, 4),
-    num_res_blocks=3,
-    attention_resolutions=(2, 4, 8),
-    use_new_attention_order=True,
-    num_classes=1000,
-    dropout=0.1,
-    **_ADM,
+adm_imagenet64 = _unet(
+    "adm_imagenet64", "Class-conditional ADM for ImageNet at 64 px (arXiv 2105.05233)."
 )
-adm_p2_light = _preset(
-    UNet,
-    "adm_p2_light",
-    "The lightweight ADM of P2 for FFHQ and CelebA-HQ at 256 px (arXiv 2204.00227).",
-    millions=94,
-    input_size=256,
-    model_channels=128,
-    channel_mult=(1, 1, 2, 2, 4, 4),
-    num_res_blocks=1,
-    attention_resolutions=(16,),
-    **_ADM,
+adm_p2_light = _unet(
+    "adm_p2_light", "The light ADM of P2 for FFHQ and CelebA-HQ at 256 px (arXiv 2204.00227)."
 )
-ldm_ffhq256 = _preset(
-    UNet,
-    "ldm_ffhq256",
-    "LDM for FFHQ and CelebA-HQ at 256 px, on latents `[3, 64, 64]` (arXiv 2112.10752).",
-    millions=274,
-    input_size=64,
-    model_channels=224,
-    channel_mult=(1, 2, 3, 4),
-    attention_resolutions=(2, 4, 8),
-    num_head_channels=32,
+ldm_ffhq256 = _unet(
+    "ldm_ffhq256", "LDM for FFHQ and CelebA-HQ at 256 px: f=4 VQ latents (arXiv 2112.10752)."
 )
-ldm_cin256 = _preset(
-    UNet,
-    "ldm_cin256",
-    "Class-conditional LDM for ImageNet at 256 px, on latents `[3, 64, 64]` (arXiv 2112.10752).",
-    millions=401,
-    input_size=64,
-    model_channels=192,
-    channel_mult=(1, 2, 3, 5),
-    attention_resolutions=(2, 4, 8),
-    num_classes=1000,
-    class_dropout_prob=0.1,
-    use_spatial_transformer=True,
-    context_dim=512,
+ldm_cin256 = _unet(
+    "ldm_cin256", "Class-conditional LDM for ImageNet at 256 px: f=4 VQ latents (arXiv 2112.10752)."
 )

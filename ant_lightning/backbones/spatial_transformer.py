@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
@@ -53,28 +54,16 @@ class GatedGELU(nn.Module):
         return output
 
 
-class FeedForward(nn.Module):
-    """Two layers with a gate, four times as wide inside."""
-
-    def __init__(self, *, dim: int) -> None:
-        super().__init__()
-        # The identity stands for the official dropout (always 0): names contain the position.
-        self.net = nn.Sequential(
-            GatedGELU(dim=dim, inner_dim=4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)
-        )
-
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        output: Tensor = self.net(x)
-        return output
-
-
 class TransformerBlock(nn.Module):
     """Self-attention, attention to the context and feed-forward: residual, on normed input."""
 
     def __init__(self, *, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim=dim, context_dim=dim, num_heads=num_heads)
-        self.ff = FeedForward(dim=dim)
+        # Official files name these layers "ff.net.0.proj" and "ff.net.2"; number 1 is a dropout
+        # that they never use.
+        layers = (GatedGELU(dim=dim, inner_dim=4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.ff = nn.Sequential(OrderedDict(net=nn.Sequential(*layers)))
         self.attn2 = CrossAttention(dim=dim, context_dim=context_dim, num_heads=num_heads)
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)

@@ -30,22 +30,9 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["ClassEmbedder", "UNet"]
+__all__ = ["UNet"]
 
 _MAX_BLOCKS = 100  # a typing error must not fill the memory
-
-
-class ClassEmbedder(nn.Module):
-    """Map class labels `[b]` to a context of one token, `[b, 1, d]`: LDM's class conditioning."""
-
-    def __init__(self, *, num_embeddings: int, context_dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(num_embeddings, context_dim)
-
-    def forward(self, labels: Int[Tensor, " b"]) -> Float[Tensor, "b 1 d"]:
-        """Look the labels up."""
-        context: Tensor = self.embedding(labels)[:, None]
-        return context
 
 
 class UNet(nn.Module):
@@ -234,9 +221,8 @@ class UNet(nn.Module):
         # Last, so that the other entries have the order of official state dicts.
         self.class_embedder = None
         if num_classes > 0 and context_dim is not None:
-            self.class_embedder = ClassEmbedder(
-                num_embeddings=num_embeddings, context_dim=context_dim
-            )
+            table = nn.Embedding(num_embeddings, context_dim)
+            self.class_embedder = nn.ModuleDict({"embedding": table})
         arrange(self, channels_last=channels_last, compiled=compiled)
 
     def forward(
@@ -276,26 +262,21 @@ class UNet(nn.Module):
         return run_block(self.out, x, checkpointing=checkpointing)
 
     def _context(self, labels: Tensor | None, context: Tensor | None) -> Tensor | None:
-        """The context: the given one, or the one of the labels; checks both."""
-        if context is not None:
-            shape = list(context.shape)
-            if self.context_dim is None or len(shape) != 3 or shape[2] != self.context_dim:
-                raise ConfigError(
-                    f"context: must have the shape [b, m, {self.context_dim}], found {shape}"
-                )
-            if labels is not None:
-                raise ConfigError("labels: must be None beside a context, found both")
-            return context
-        if self.context_dim is not None and self.class_embedder is None:
-            raise ConfigError(
-                f"context: must have the shape [b, m, {self.context_dim}], found None"
-            )
-        if self.num_classes > 0 and labels is None:
+        """The context: the given one, or that of the labels; checks both."""
+        if context is not None and labels is not None:
+            raise ConfigError("labels: must be None beside a context, found both")
+        if context is None and labels is None and self.num_classes > 0:
             raise ConfigError(
                 f"labels: must be given for {self.num_classes} classes (the null class is "
                 f"{self.null_class}), found None"
             )
-        return None if self.class_embedder is None else self.class_embedder(labels)
+        if context is None and self.class_embedder is not None:
+            token: Tensor = self.class_embedder["embedding"](labels)[:, None]
+            return token
+        shape, dim = [] if context is None else list(context.shape), self.context_dim
+        if (len(shape) != 3 or shape[2] != dim) if dim is not None else shape:
+            raise ConfigError(f"context: must have the shape [b, m, {dim}], found {shape or None}")
+        return context
 
 
 def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int]:

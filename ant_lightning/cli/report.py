@@ -18,7 +18,7 @@ import yaml
 
 from ant_lightning.affinity.figure import affinity_heat_maps
 from ant_lightning.affinity.result import AffinityResult
-from ant_lightning.backbones.checkpoint_files import read_checkpoint
+from ant_lightning.backbones.checkpoints import read_checkpoint
 from ant_lightning.cli.config_files import check_config_file
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.run_record import newest_record

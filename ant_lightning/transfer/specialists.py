@@ -6,8 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ant_lightning.backbones.checkpoint_files import read_checkpoint
-from ant_lightning.backbones.checkpoints import load_official_checkpoint
+from ant_lightning.backbones.checkpoints import load_official_checkpoint, read_checkpoint
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.protocol import backbone_name
 from ant_lightning.models.saved_state import schedule_summary

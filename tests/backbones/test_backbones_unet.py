@@ -80,7 +80,7 @@ def test_a_context_takes_the_place_of_labels():
     settings = {"use_spatial_transformer": True, "context_dim": 16}
     model = randomised(tiny(num_classes=5, **settings))
     x, timesteps, labels = batch()
-    context = model.class_embedder(labels)
+    context = model.class_embedder.embedding(labels)[:, None]
     torch.testing.assert_close(
         model(x, timesteps, context=context), model(x, timesteps, labels), rtol=0, atol=0
     )
@@ -90,9 +90,9 @@ def test_a_context_takes_the_place_of_labels():
         ConfigError, match=r"context: must have the shape \[b, m, 16\], found \[2, 1, 3\]"
     ):
         model(x, timesteps, context=context[..., :3])
-    with pytest.raises(ConfigError, match=r"context: must have the shape \[b, m, 16\], found None"):
+    with pytest.raises(ConfigError, match=r"context: must have the shape \[.*, 16\], found None"):
         tiny(**settings)(x, timesteps)
-    with pytest.raises(ConfigError, match=r"context: must have the shape .* None"):
+    with pytest.raises(ConfigError, match=r"context: must have the shape .* None\], found"):
         tiny()(x, timesteps, context=context)
 
 

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ant_lightning import ConfigError, DiT, UNet, load_official_checkpoint
-from ant_lightning.backbones.checkpoint_layouts import find_entries
-from ant_lightning.backbones.checkpoints import first_stage_state_dict
+from ant_lightning.backbones.checkpoint_layouts import find_weights
 
 MANIFESTS = Path(__file__).parents[1] / "golden" / "A_manifests"
 
@@ -154,22 +153,8 @@ def test_names_without_dots_stay_distinct_in_the_full_models(name):
     state = {f"model.diffusion_model.{n}": torch.zeros(0) for n in names}
     values = {n: torch.tensor(i) for i, n in enumerate(names)}
     state |= {"model_ema.diffusion_model" + n.replace(".", ""): v for n, v in values.items()}
-    found = find_entries({"state_dict": state}, names, weights="ema", path=Path("x.ckpt"))
+    found = find_weights({"state_dict": state}, names, weights="ema", path=Path("x.ckpt"))
     assert found.tensors == values
-
-
-def test_the_first_stage_is_handed_out_under_its_own_names(tmp_path):
-    model = unet()
-    live = weights_of(model, 0)
-    torch.save(ldm_content(model, live, {}), tmp_path / "model.ckpt")
-    found = first_stage_state_dict(tmp_path / "model.ckpt")
-    assert {name: value.shape for name, value in found.items()} == {
-        "encoder.conv_in.weight": (2, 3),
-        "quantize.embedding.weight": (5, 3),
-    }
-    torch.save(live, tmp_path / "raw.pt")
-    with pytest.raises(ConfigError, match=r"raw\.pt: holds no first stage"):
-        first_stage_state_dict(tmp_path / "raw.pt")
 
 
 @pytest.mark.parametrize("weights", ["ema", "model"])
@@ -199,12 +184,12 @@ def test_weights_that_the_file_does_not_hold(tmp_path):
     model, other = dit(), unet()
     live = weights_of(model, 0)
     torch.save({"model": live, "opt": {}}, tmp_path / "dit.pt")
-    assert_refused(model, tmp_path / "dit.pt", "holds no ema weights, only model")
+    assert_refused(model, tmp_path / "dit.pt", "which holds model, found ema")
     torch.save(ldm_content(other, weights_of(other, 0), {}), tmp_path / "ldm.ckpt")
-    assert_refused(other, tmp_path / "ldm.ckpt", "holds no ema weights, only model")
+    assert_refused(other, tmp_path / "ldm.ckpt", "which holds model, found ema")
     content = {"state_dict": {f"backbone.{n}": v for n, v in live.items()}, "callbacks": {}}
     torch.save(content, tmp_path / "own.ckpt")
-    assert_refused(model, tmp_path / "own.ckpt", "holds no ema weights, only model")
+    assert_refused(model, tmp_path / "own.ckpt", "which holds model, found ema")
     load_official_checkpoint(model, tmp_path / "own.ckpt", weights="model")
     assert_holds(model, live)
 
@@ -219,7 +204,7 @@ def test_missing_extra_and_misshapen_entries_are_listed_and_nothing_is_loaded(tm
     assert_refused(
         model,
         tmp_path / "w.pt",
-        "w.pt: does not fit the network",
+        "w.pt: must fit the network, found ",
         "1 missing: blocks.0.attn.qkv.bias",
         "1 extra: surplus.weight",
         "1 misshapen: blocks.0.mlp.fc1.weight [8, 32] instead of [32, 8]",
@@ -334,8 +319,8 @@ def test_files_without_checksums_still_load(tmp_path):
     ("content", "message"),
     [
         ([torch.zeros(2)], "must hold a dictionary, found list"),
-        ({"epoch": 3, "note": "x"}, "holds no weights"),
-        ({"state_dict": {}}, "holds no weights"),
+        ({"epoch": 3, "note": "x"}, "must hold weights under"),
+        ({"state_dict": {}}, "must hold weights under"),
     ],
 )
 def test_files_without_weights(content, message, tmp_path):

@@ -6,8 +6,8 @@ from tiny_digits import TinyDiT, module, trainer
 from torch import nn
 
 from ant_lightning import EMA, ConfigError, DigitsData, load_official_checkpoint
-from ant_lightning.backbones.checkpoint_layouts import bare_names
-from ant_lightning.backbones.checkpoints import first_stage_state_dict
+from ant_lightning.backbones.checkpoint_layouts import bare_names, nested_tensors
+from ant_lightning.backbones.checkpoints import read_checkpoint
 
 WRAPPERS = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 
@@ -102,7 +102,9 @@ def test_a_compiled_network_takes_the_same_files(tmp_path, prefix, whole):
 
 def test_a_first_stage_is_found_in_a_wrapped_file(tmp_path):
     torch.save({"module.first_stage_model.encoder.w": torch.ones(2)}, tmp_path / "w.ckpt")
-    assert list(first_stage_state_dict(tmp_path / "w.ckpt")) == ["encoder.w"]
+    assert list(nested_tensors(read_checkpoint(tmp_path / "w.ckpt"))) == [
+        "first_stage_model.encoder.w"
+    ]
 
 
 def test_a_network_that_has_a_child_of_that_name_keeps_it(tmp_path):

@@ -189,7 +189,7 @@ def test_a_folder_without_a_checkpoint_and_other_words_are_refused(run, tmp_path
     found = content(run)
     found["callbacks"] = {}
     torch.save(found, tmp_path / "w.ckpt")
-    with pytest.raises(ConfigError, match="holds no ema weights, only model"):
+    with pytest.raises(ConfigError, match="which holds model, found ema"):
         load_run(tmp_path / "w.ckpt", config=run / "config.yaml")
     load_run(tmp_path / "w.ckpt", config=run / "config.yaml", weights="model")
 

@@ -23,7 +23,7 @@ from ant_lightning import (
 )
 from ant_lightning.affinity.rows import FolderRows
 from ant_lightning.affinity.state import claim_folder
-from ant_lightning.backbones.checkpoint_files import read_checkpoint
+from ant_lightning.backbones.checkpoints import read_checkpoint
 from ant_lightning.callbacks.sample_files import NpzSamples
 from ant_lightning.data.class_map import read_class_map
 from ant_lightning.data.latents.cache import (
