@@ -114,6 +114,10 @@ from ant_lightning.cli.load_run import (
 from ant_lightning.data.batch import (
     Batch as Batch,
 )
+from ant_lightning.data.dataset import (
+    ImageDataset as ImageDataset,
+    TensorImages as TensorImages,
+)
 from ant_lightning.data.digits import (
     DigitsData as DigitsData,
 )

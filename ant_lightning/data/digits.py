@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from torch import Tensor
 
-from ant_lightning.data.batch import Batch
-from ant_lightning.data.loader import ImageDataset
+from ant_lightning.data.dataset import ImageDataset, TensorImages
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["DigitsData", "load_digits"]
 
@@ -33,22 +28,6 @@ def load_digits() -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(labels).long()
 
 
-class TensorImages(ImageDataset):
-    """Images that lie in memory."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """The images at `indices`; nothing is augmented."""
-        rows = torch.tensor(indices)
-        return Batch(self.images[rows], self.labels[rows], rows)
-
-
 class DigitsData(ImageDataModule):
     """8x8 grey digits of 10 classes, split at random into training and held-out images.
 
@@ -60,6 +39,14 @@ class DigitsData(ImageDataModule):
 
     Raises:
         ConfigError: If a size does not fit the 1,797 images.
+
+    Example:
+        >>> from ant_lightning import DigitsData
+        >>> data = DigitsData(batch_size=128, seed=0)
+        >>> len(data.train_images), len(data.held_out_images)
+        (1437, 360)
+        >>> next(iter(data.train_dataloader())).images.shape
+        torch.Size([128, 1, 8, 8])
     """
 
     image_shape = (1, 8, 8)
@@ -77,15 +64,16 @@ class DigitsData(ImageDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=0, seed=seed)
         if not 1 <= num_held_out < 1797:
-            raise ConfigError(f"data.num_held_out: must be from 1 to 1796, found {num_held_out}")
+            raise ConfigError(f"num_held_out: must be from 1 to 1796, found {num_held_out}")
         self.num_held_out = num_held_out
         self.split_seed = split_seed
 
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Training and held-out images."""
         images, labels = load_digits()
-        generator = keyed_generator(self.split_seed, "digits split")
-        order = torch.randperm(len(images), generator=generator)
+        order = torch.randperm(
+            len(images), generator=keyed_generator(self.split_seed, "digits split")
+        )
         held_out, train = order[: self.num_held_out], order[self.num_held_out :]
         return (
             TensorImages(images[train], labels[train]),

@@ -7,9 +7,9 @@ from functools import lru_cache
 import torch
 
 from ant_lightning.data.batch import Batch
+from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.digits import load_digits
-from ant_lightning.data.loader import ImageDataset
-from ant_lightning.data.module import ImageDataModule
+from ant_lightning.data.module import ImageDataModule, check_at_least
 from ant_lightning.diffusion.mixture import GaussianMixture
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
@@ -22,14 +22,7 @@ def digits_mixture(num_components: int = 40, regularization: float = 3e-3) -> Ga
     """The mixture that fits all 1,797 real digits, of 64 numbers in about [-1, 1].
 
     Expectation maximisation from a seeded k-means; `regularization` is added to the variances.
-
-    Raises:
-        ConfigError: If a number is out of its range.
     """
-    if not 1 <= num_components <= 400:
-        raise ConfigError(f"data.num_components: must be from 1 to 400, found {num_components}")
-    if not regularization > 0:
-        raise ConfigError(f"data.regularization: must be above 0, found {regularization}")
     from sklearn import mixture  # noqa: PLC0415 - half a second, and only digits need it
 
     images, _ = load_digits()
@@ -40,29 +33,6 @@ def digits_mixture(num_components: int = 40, regularization: float = 3e-3) -> Ga
         torch.from_numpy(each) for each in (fit.weights_, fit.means_, fit.covariances_)
     )
     return GaussianMixture(weights / weights.sum(), means, (covariances + covariances.mT) / 2)
-
-
-class _Samples(ImageDataset):
-    """An image is a function of (seed, epoch, index): every epoch has images of its own."""
-
-    def __init__(self, mixture: GaussianMixture, *, seed: int, stream: str, count: int) -> None:
-        self._mixture, self._seed = mixture, seed
-        self._stream, self._count = stream, count
-        self._epoch: int | None = None
-        self._images = torch.empty(0)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """The images at `indices`; without an epoch those of the first."""
-        epoch = epoch or 0
-        if self._epoch != epoch:  # a whole epoch at once costs a fraction of a second
-            generator = keyed_generator(self._seed, self._stream, epoch)
-            samples, _ = self._mixture.draw(self._count, generator=generator)
-            self._images, self._epoch = samples.float().view(-1, 1, 8, 8), epoch
-        rows = torch.tensor(indices)
-        return Batch(self._images[rows], torch.zeros_like(rows), rows)
 
 
 class DigitsMixtureData(ImageDataModule):
@@ -84,17 +54,20 @@ class DigitsMixtureData(ImageDataModule):
 
     Raises:
         ConfigError: If a number is out of its range.
+
+    Example:
+        >>> from ant_lightning import DigitsMixtureData
+        >>> data = DigitsMixtureData(num_images=100, num_held_out=10, num_components=1, seed=0)
+        >>> first, second = (data.train_images.load([0], epoch=epoch).images for epoch in (0, 1))
+        >>> first.shape, bool((first == second).any())
+        (torch.Size([1, 1, 8, 8]), False)
+        >>> data.mixture.means.shape
+        torch.Size([1, 64])
     """
 
     image_shape = (1, 8, 8)
     num_classes = 0
-    deciding = (
-        "num_images",
-        "num_held_out",
-        "num_components",
-        "regularization",
-        "images_seed",
-    )
+    deciding = ("num_images", "num_held_out", "num_components", "regularization", "images_seed")
     settings_suffice = True
 
     def __init__(
@@ -110,9 +83,11 @@ class DigitsMixtureData(ImageDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        for name, value in {"num_images": num_images, "num_held_out": num_held_out}.items():
-            if value < 1:
-                raise ConfigError(f"data.{name}: must be at least 1, found {value}")
+        check_at_least(1, num_images=num_images, num_held_out=num_held_out)
+        if not 1 <= num_components <= 400:
+            raise ConfigError(f"num_components: must be from 1 to 400, found {num_components}")
+        if not regularization > 0:
+            raise ConfigError(f"regularization: must be above 0, found {regularization}")
         self.num_images = num_images
         self.num_held_out = num_held_out
         self.num_components = num_components
@@ -126,9 +101,30 @@ class DigitsMixtureData(ImageDataModule):
 
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Training images, and others from the same distribution."""
-        counts = {"mixture train": self.num_images, "mixture held out": self.num_held_out}
-        train, held_out = (
-            _Samples(self.mixture, seed=self.images_seed, stream=stream, count=count)
-            for stream, count in counts.items()
+        return (
+            _Draws(self, "mixture train", self.num_images),
+            _Draws(self, "mixture held out", self.num_held_out),
         )
-        return train, held_out
+
+
+class _Draws(ImageDataset):
+    """An image is a function of (seed, epoch, index): every epoch has images of its own."""
+
+    def __init__(self, data: DigitsMixtureData, stream: str, count: int) -> None:
+        self._mixture, self._seed = data.mixture, data.images_seed
+        self._stream, self._count = stream, count
+        self._epoch: int | None = None
+        self._images = torch.empty(0)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
+        """The images at `indices`; without an epoch those of the first."""
+        epoch = epoch or 0
+        if self._epoch != epoch:  # a whole epoch at once costs a fraction of a second
+            generator = keyed_generator(self._seed, self._stream, epoch)
+            samples, _ = self._mixture.draw(self._count, generator=generator)
+            self._images, self._epoch = samples.float().view(-1, 1, 8, 8), epoch
+        rows = torch.tensor(indices)
+        return Batch(self._images[rows], torch.zeros_like(rows), rows)

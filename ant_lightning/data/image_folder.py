@@ -13,13 +13,13 @@ import torch
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.class_map import read_class_map, write_class_map
+from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.image_files import broken_images, content_digest, find_images, report, split
-from ant_lightning.data.loader import ImageDataset
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
-from ant_lightning.data.of_trainer import run_folder
 from ant_lightning.data.pictures import Crop, read_picture
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.randomness import keyed_generator, keyed_seed
+from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

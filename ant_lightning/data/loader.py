@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import randperm
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
+from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.workers import dead_worker, worker_settings
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
@@ -15,49 +16,19 @@ from ant_lightning.randomness import keyed_generator
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
-
     from ant_lightning.data.batch import Batch
 
 __all__ = ["ImageDataset", "RankKeys", "ShuffledLoader", "evaluation_loader"]
 
-# What can no longer be as in the run that was stopped, by what has changed since.
+# What a resumed run no longer has in common with the run that was stopped, by what has changed.
 _CONSEQUENCES = {
-    "num_workers": ("data.num_workers", "batches and results stay the same, bit for bit"),
-    "world_size": (
-        "number of ranks",
-        "the batch of a step has the same images, timesteps and noise, but sums are rounded in "
-        "another order, so results are no longer the same bit for bit",
-    ),
-    "batch_size": (
-        "data.batch_size",
-        "the number of images seen is kept, but each step gets other images from now on",
-    ),
-    "num_images": (
-        "number of training images",
-        "the number of steps done is kept, but images come in another order from now on",
-    ),
-    "seed": ("data.seed", "images come in another order from now on"),
+    "num_workers": "batches and results stay the same, bit for bit",
+    "world_size": "the batch of a step has the same images, timesteps and noise, but sums are "
+    "rounded in another order, so results are no longer the same bit for bit",
+    "batch_size": "the number of images seen is kept, but each step gets other images from now on",
+    "num_images": "the number of steps done is kept, but images come in another order from now on",
+    "seed": "images come in another order from now on",
 }
-
-
-class ImageDataset(Dataset["Batch"]):
-    """Images that are fetched by the batch.
-
-    `load` gets positions and the epoch; an augmentation must be a function of (seed, epoch,
-    position) alone, and is left out for `epoch=None`.
-    """
-
-    def __len__(self) -> int:
-        raise TypeError(f"{type(self).__name__} has no length")
-
-    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """The images at `indices`."""
-        raise TypeError(f"{type(self).__name__} does not say how to load")
-
-    def __getitem__(self, key: tuple[int | None, list[int]]) -> Batch:
-        epoch, indices = key
-        return self.load(indices, epoch=epoch)
 
 
 class ShuffledLoader:
@@ -76,7 +47,7 @@ class ShuffledLoader:
         world_size: Number of ranks; must divide `batch_size`.
         num_workers: Processes that load; 0 loads in this one.
         overfit_batches: Give only the first so many batches of the first epoch, over and over;
-            None for all. Each epoch then has that many batches.
+            `None` for all. Each epoch then has that many batches.
 
     Raises:
         ConfigError: If `batch_size` does not fit the data or the ranks.
@@ -96,12 +67,12 @@ class ShuffledLoader:
     ) -> None:
         if not 1 <= batch_size <= len(dataset):
             raise ConfigError(
-                f"data.batch_size: must be from 1 to the {len(dataset)} training images, "
+                f"batch_size: must be from 1 to the {len(dataset)} training images, "
                 f"found {batch_size}"
             )
         if batch_size % world_size:
             raise ConfigError(
-                f"data.batch_size: counts the images of all ranks and must be a multiple of their "
+                f"batch_size: counts the images of all ranks and must be a multiple of their "
                 f"number {world_size}, found {batch_size}"
             )
         self.dataset = dataset
@@ -123,7 +94,7 @@ class ShuffledLoader:
         for _ in range(len(self)):
             try:
                 if self._iterator is None:
-                    self._iterator = self._from(self.position)
+                    self._iterator = self._stream()
                 batch = next(self._iterator)
             except RuntimeError as error:
                 died = dead_worker(error)
@@ -149,32 +120,37 @@ class ShuffledLoader:
         # With another batch size the epochs have another length: keep the number of images seen.
         self.position = state["position"] * state["batch_size"] // self.batch_size
         self._iterator = None
-        for name, now in self.state_dict().items():
-            then = state.get(name, now)
-            if name != "position" and then != now:
+        current = self.state_dict()
+        for name, consequence in _CONSEQUENCES.items():
+            then, now = state.get(name, current[name]), current[name]
+            if then != now:
                 say = rank_zero_info if name == "num_workers" else rank_zero_warn
-                setting, consequence = _CONSEQUENCES[name]
-                say(f"{setting}: the checkpoint has {then}, this run {now}: {consequence}")
+                say(f"{name}: the checkpoint has {then}, this run {now}: {consequence}")
 
-    def _from(self, position: int) -> Iterator[Batch]:
-        """An endless stream: workers are started once, not every epoch."""
-        keys = _Keys(self, position)
-        settings = worker_settings(self._num_workers)
+    def _stream(self) -> Iterator[Batch]:
+        """Batches without end: workers are started once, not every epoch."""
         loader = DataLoader(
-            self.dataset, batch_size=None, sampler=keys, pin_memory=False, **settings
+            self.dataset,
+            batch_size=None,
+            sampler=self._keys(),
+            pin_memory=False,
+            **worker_settings(self._num_workers),
         )
         return iter(loader)
 
-    @property
-    def _epoch_batches(self) -> int:
-        """Number of batches in an epoch."""
-        return self._overfit_batches or len(self)
-
-    def _permutation(self, epoch: int) -> Tensor:
-        if self._overfit_batches:
-            epoch = 0
-        generator = keyed_generator(self._seed, "order", epoch)
-        return randperm(len(self.dataset), generator=generator)
+    def _keys(self) -> Iterator[tuple[int, list[int]]]:
+        """(epoch, indices) of each batch of this rank from `position` on, without end."""
+        num_batches = self._overfit_batches or len(self)
+        size = self.batch_size // self._world_size
+        epoch, first = divmod(self.position, num_batches)
+        while True:
+            order_of = 0 if self._overfit_batches else epoch
+            generator = keyed_generator(self._seed, "order", order_of)
+            order = randperm(len(self.dataset), generator=generator)
+            for batch in range(first, num_batches):
+                start = batch * self.batch_size + self._rank * size
+                yield epoch, order[start : start + size].tolist()
+            epoch, first = epoch + 1, 0
 
 
 class RankKeys(DistributedSampler[Any], SequentialSampler):
@@ -195,25 +171,6 @@ class RankKeys(DistributedSampler[Any], SequentialSampler):
 
     def __len__(self) -> int:
         return len(self._keys)
-
-
-class _Keys:
-    """(epoch, indices) of each batch of one rank, without end."""
-
-    def __init__(self, loader: ShuffledLoader, position: int) -> None:
-        self._loader = loader
-        self._position = position
-
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        loader = self._loader
-        size = loader.batch_size // loader._world_size
-        epoch, first = divmod(self._position, loader._epoch_batches)
-        while True:
-            order = loader._permutation(epoch)
-            for batch in range(first, loader._epoch_batches):
-                start = batch * loader.batch_size + loader._rank * size
-                yield epoch, order[start : start + size].tolist()
-            epoch, first = epoch + 1, 0
 
 
 def evaluation_loader(

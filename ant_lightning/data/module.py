@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
@@ -11,7 +12,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from ant_lightning.data.loader import ImageDataset, RankKeys, ShuffledLoader, evaluation_loader
+from ant_lightning.data.dataset import ImageDataset
+from ant_lightning.data.loader import RankKeys, ShuffledLoader, evaluation_loader
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.files.identity import differences, tensors_digest
 from ant_lightning.randomness import run_seed
@@ -21,7 +23,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["IMAGES_DIGEST", "ImageDataModule"]
+    from ant_lightning.data.batch import Batch
+
+__all__ = [
+    "IMAGES_DIGEST",
+    "ImageDataModule",
+    "check_at_least",
+    "image_data",
+    "needed_image_data",
+    "to_uint8",
+]
 
 IMAGES_DIGEST = "digest of the images"  # a name in `identity`, worded for messages
 
@@ -41,6 +52,25 @@ class ImageDataModule(L.LightningDataModule):
         batch_size: Images of one optimizer step, over all ranks.
         num_workers: Loading processes of each rank.
         seed: Decides the order of the training images; by default the seed of the run.
+
+    Raises:
+        ConfigError: If a number is out of its range.
+
+    Example:
+        Grey noise, from tensors in memory:
+
+        >>> import torch
+        >>> from ant_lightning import ImageDataModule, TensorImages
+        >>> class Noise(ImageDataModule):
+        ...     image_shape = (1, 8, 8)
+        ...
+        ...     def prepare(self):
+        ...         labels = torch.zeros(20).long()
+        ...         parts = (torch.rand(20, 1, 8, 8) * 2 - 1).split(16)
+        ...         return tuple(TensorImages(part, labels[: len(part)]) for part in parts)
+        >>> data = Noise(batch_size=5, num_workers=0, seed=0)
+        >>> len(data.train_dataloader()), next(iter(data.val_dataloader())).indices.tolist()
+        (3, [0, 1, 2, 3])
     """
 
     image_shape: tuple[int, int, int]
@@ -50,33 +80,34 @@ class ImageDataModule(L.LightningDataModule):
 
     def __init__(self, *, batch_size: int, num_workers: int, seed: int | None) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ConfigError(f"data.batch_size: must be at least 1, found {batch_size}")
-        if num_workers < 0:
-            raise ConfigError(f"data.num_workers: must be 0 or more, found {num_workers}")
+        check_at_least(1, batch_size=batch_size)
+        check_at_least(0, num_workers=num_workers)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = run_seed(seed)
         self.predict_indices: Callable[[], Sequence[list[int]]] | None = None
-        self._datasets: tuple[ImageDataset, ImageDataset] | None = None
 
     @abstractmethod
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Training and held-out images; called once in each process."""
 
+    @cached_property
+    def _parts(self) -> tuple[ImageDataset, ImageDataset]:
+        return self.prepare()
+
     @property
     def train_images(self) -> ImageDataset:
         """What is trained on."""
-        return self._prepared()[0]
+        return self._parts[0]
 
     @property
     def held_out_images(self) -> ImageDataset:
         """What is never trained on."""
-        return self._prepared()[1]
+        return self._parts[1]
 
     def setup(self, stage: str) -> None:
         """Find the images before anything starts, so that a fault is reported at once."""
-        self._prepared()
+        _ = self._parts
 
     def train_dataloader(self) -> ShuffledLoader:
         """Shuffled, endless, resumable."""
@@ -136,10 +167,8 @@ class ImageDataModule(L.LightningDataModule):
             every: Distance to the next.
         """
         count = len(dataset) if limit is None else min(limit, len(dataset))
-        mine = range(first, count, every)
-        for start in range(0, len(mine), 256):
-            indices = list(mine[start : start + 256])
-            yield to_uint8(dataset.load(indices, epoch=None).images)
+        for batch in _loaded(dataset, range(first, count, every)):
+            yield batch.images
 
     def fingerprint(self, dataset: ImageDataset) -> str:
         """A hash of the pixels of `dataset`: what is computed of them may be kept under it."""
@@ -161,13 +190,11 @@ class ImageDataModule(L.LightningDataModule):
             known: An earlier `identity`, which may tell a subclass that it need not read the files.
         """
         del known
-        if self.settings_suffice:
-            return {}
-        return {IMAGES_DIGEST: tensors_digest(self._tensors())}
+        return {} if self.settings_suffice else {IMAGES_DIGEST: tensors_digest(self._tensors())}
 
     def identity(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What determines the images and their split, to be stored with results made from them."""
-        self._prepared()  # finds the classes
+        _ = self._parts  # finds the classes
         return {"data": type(self).__name__, **self.settings(), **self.digests(known or {})}
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,7 +207,7 @@ class ImageDataModule(L.LightningDataModule):
         found = differences(stored, {name: current.get(name) for name in stored})
         if found:
             each = "; ".join(
-                f"data.{name}: the checkpoint has {then}, this run {now}"
+                f"{name}: the checkpoint has {then}, this run {now}"
                 for name, (then, now) in found.items()
             )
             rank_zero_warn(
@@ -190,18 +217,11 @@ class ImageDataModule(L.LightningDataModule):
 
     def _tensors(self) -> Iterator[Tensor]:
         """Pixels and labels of both parts."""
-        for part in (self.train_images, self.held_out_images):
+        for part in self._parts:
             yield torch.tensor(len(part))
-            for start in range(0, len(part), 256):
-                rows = list(range(start, min(start + 256, len(part))))
-                batch = part.load(rows, epoch=None)
-                yield to_uint8(batch.images)
+            for batch in _loaded(part, range(len(part))):
+                yield batch.images
                 yield batch.labels
-
-    def _prepared(self) -> tuple[ImageDataset, ImageDataset]:
-        if self._datasets is None:
-            self._datasets = self.prepare()
-        return self._datasets
 
     def _overfit_batches(self) -> int | None:
         """`trainer.overfit_batches` as a number of batches; None if it is not set."""
@@ -223,6 +243,13 @@ class ImageDataModule(L.LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
 
+def check_at_least(least: int, **settings: int) -> None:
+    """Refuse settings below `least` by name."""
+    for name, value in settings.items():
+        if value < least:
+            raise ConfigError(f"{name}: must be at least {least}, found {value}")
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] as 0 .. 255.
 
@@ -236,3 +263,33 @@ def to_uint8(images: Tensor) -> Tensor:
             "nothing to show, store or score: the network that drew them has diverged"
         )
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def image_data(trainer: L.Trainer) -> ImageDataModule | None:
+    """The trainer's data module; `None` if it has loaders alone, or one that is not of images."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, ImageDataModule) else None
+
+
+def needed_image_data(trainer: L.Trainer, who: str) -> ImageDataModule:
+    """The trainer's data module, for a callback that needs one.
+
+    Raises:
+        ConfigError: If there is none of our kind; names the callback `who`.
+    """
+    data = image_data(trainer)
+    if data is None:
+        found = getattr(trainer, "datamodule", None)
+        raise ConfigError(
+            f"{who}: asks the data module for images, so the trainer needs an "
+            "ant_lightning.ImageDataModule, found "
+            + ("loaders alone" if found is None else type(found).__name__)
+        )
+    return data
+
+
+def _loaded(dataset: ImageDataset, indices: range) -> Iterator[Batch]:
+    """Batches of the images at `indices` as uint8, without augmentation."""
+    for start in range(0, len(indices), 256):
+        batch = dataset.load(list(indices[start : start + 256]), epoch=None)
+        yield batch._replace(images=to_uint8(batch.images))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ant_lightning.data.batch import Batch
-from ant_lightning.data.loader import ImageDataset
-from ant_lightning.data.module import ImageDataModule
+from ant_lightning.data.dataset import ImageDataset
+from ant_lightning.data.module import ImageDataModule, check_at_least
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 
@@ -49,32 +49,6 @@ def draw_shapes(numbers: Tensor, *, labels: Tensor, num_classes: int, image_size
     return images
 
 
-class _Shapes(ImageDataset):
-    """Images that are functions of (seed, index)."""
-
-    def __init__(self, *, seed: int, first: int, count: int, num_classes: int, size: int) -> None:
-        self._seed, self._first, self._count = seed, first, count
-        self._num_classes, self._size = num_classes, size
-
-    def __len__(self) -> int:
-        return self._count
-
-    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """Draw the images at `indices`; nothing is augmented."""
-        rows = torch.tensor(indices)
-        labels = (rows + self._first) % self._num_classes
-        numbers = torch.stack(
-            [
-                torch.rand(8, generator=keyed_generator(self._seed, "shape", self._first + index))
-                for index in indices
-            ]
-        )
-        images = draw_shapes(
-            numbers, labels=labels, num_classes=self._num_classes, image_size=self._size
-        )
-        return Batch(images, labels, rows)
-
-
 class ShapesData(ImageDataModule):
     """Discs, squares, triangles, rings, crosses and stars in colours: labels without a download.
 
@@ -90,6 +64,13 @@ class ShapesData(ImageDataModule):
 
     Raises:
         ConfigError: If a number is out of its range.
+
+    Example:
+        >>> from ant_lightning import ShapesData
+        >>> data = ShapesData(image_size=16, num_classes=12, seed=0)
+        >>> batch = data.train_images.load([0, 13], epoch=None)  # a disc, a square of another hue
+        >>> batch.images.shape, batch.labels.tolist()
+        (torch.Size([2, 3, 16, 16]), [0, 1])
     """
 
     deciding = ("num_images", "num_held_out", "shapes_seed")
@@ -109,15 +90,8 @@ class ShapesData(ImageDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if not 4 <= image_size <= 256:
-            raise ConfigError(f"data.image_size: must be from 4 to 256, found {image_size}")
-        counts = {
-            "num_images": num_images,
-            "num_held_out": num_held_out,
-            "num_classes": num_classes,
-        }
-        for name, value in counts.items():
-            if value < 1:
-                raise ConfigError(f"data.{name}: must be at least 1, found {value}")
+            raise ConfigError(f"image_size: must be from 4 to 256, found {image_size}")
+        check_at_least(1, num_images=num_images, num_held_out=num_held_out, num_classes=num_classes)
         self.image_shape = (3, image_size, image_size)
         self.num_classes = num_classes
         self.num_images = num_images
@@ -126,18 +100,33 @@ class ShapesData(ImageDataModule):
 
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Training images, and others with the numbers behind them."""
-        parts = [(0, self.num_images), (self.num_images, self.num_held_out)]
-        train, held_out = (
-            _Shapes(
-                seed=self.shapes_seed,
-                first=first,
-                count=count,
-                num_classes=self.num_classes,
-                size=self.image_shape[1],
-            )
-            for first, count in parts
+        return (
+            _Shapes(self, first=0, count=self.num_images),
+            _Shapes(self, first=self.num_images, count=self.num_held_out),
         )
-        return train, held_out
+
+
+class _Shapes(ImageDataset):
+    """An image is a function of (seed, index)."""
+
+    def __init__(self, data: ShapesData, *, first: int, count: int) -> None:
+        self._seed, self._num_classes = data.shapes_seed, data.num_classes
+        self._size = data.image_shape[1]
+        self._first, self._count = first, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
+        """Draw the images at `indices`; nothing is augmented."""
+        rows = torch.tensor(indices)
+        labels = (rows + self._first) % self._num_classes
+        generators = (keyed_generator(self._seed, "shape", self._first + i) for i in indices)
+        numbers = torch.stack([torch.rand(8, generator=generator) for generator in generators])
+        images = draw_shapes(
+            numbers, labels=labels, num_classes=self._num_classes, image_size=self._size
+        )
+        return Batch(images, labels, rows)
 
 
 def _distances(u: Tensor, v: Tensor, kinds: Tensor) -> Tensor:

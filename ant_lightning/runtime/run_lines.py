@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import lightning as L
 
 from ant_lightning.callbacks.ema import EMA
-from ant_lightning.data.of_trainer import run_folder
 from ant_lightning.runtime.checkpoints import Checkpoints
+from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:
     from typing import Any

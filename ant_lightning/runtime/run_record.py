@@ -16,7 +16,14 @@ from ant_lightning.files.atomic import write_atomically
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["RUN_MARK", "RunRecord", "logger_versions", "newest_record", "remove_empty_run"]
+__all__ = [
+    "RUN_MARK",
+    "RunRecord",
+    "logger_versions",
+    "newest_record",
+    "remove_empty_run",
+    "run_folder",
+]
 
 # What loggers write before the first step; a folder with only these files holds no run.
 _BEFORE_STEP_1 = ("events.out.tfevents*", "hparams.yaml", "class_map.json")
@@ -107,6 +114,18 @@ class RunRecord(L.Callback):
         newest, free = _numbered(self.run_folder, name)
         if newest is None or newest.read_bytes() != self._text.encode():
             write_atomically(free, lambda file: file.write(self._text.encode()))
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """The folder of this run; to be called on every rank.
+
+    That of `RunRecord` on the command line, which belongs to one run. From Python it is that of the
+    first logger (a broadcast), which several runs may share.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RunRecord):
+            return callback.run_folder
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def newest_record(folder: Path) -> Path | None:

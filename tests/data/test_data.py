@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ant_lightning import ConfigError, DigitsData
-from ant_lightning.data.digits import TensorImages, load_digits
+from ant_lightning.data.dataset import TensorImages
+from ant_lightning.data.digits import load_digits
 from ant_lightning.data.loader import ShuffledLoader
 
 
@@ -88,12 +89,12 @@ def test_what_changed_since_the_checkpoint_is_said(data, caplog):
 
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         loader().load_state_dict(state(loader(num_workers=3), 5))
-    assert "data.num_workers: the checkpoint has 3, this run 0: batches and res" in caplog.text
+    assert "num_workers: the checkpoint has 3, this run 0: batches and res" in caplog.text
     for changed, words in [
-        ({"batch_size": 200}, r"data\.batch_size: the checkpoint has 200, this run 100: the"),
-        ({"num_images": 300}, r"number of training images: the checkpoint has 300, this run 1437"),
-        ({"seed": 3}, r"data\.seed: the checkpoint has 3, this run 1: images come in another"),
-        ({"world_size": 4}, r"number of ranks: the checkpoint has 4, this run 1: the batch of"),
+        ({"batch_size": 200}, r"batch_size: the checkpoint has 200, this run 100: the"),
+        ({"num_images": 300}, r"num_images: the checkpoint has 300, this run 1437"),
+        ({"seed": 3}, r"seed: the checkpoint has 3, this run 1: images come in another"),
+        ({"world_size": 4}, r"world_size: the checkpoint has 4, this run 1: the batch of"),
     ]:
         with pytest.warns(UserWarning, match=words):
             loader().load_state_dict(state(loader(**changed), 5))

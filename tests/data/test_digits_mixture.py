@@ -101,9 +101,9 @@ def test_the_data_are_endless_reproducible_and_look_like_digits():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: DigitsMixtureData(num_images=0), "data.num_images: .* found 0"),
-        (lambda: DigitsMixtureData(num_components=0).mixture, "data.num_components: .* found 0"),
-        (lambda: DigitsMixtureData(regularization=0).mixture, "data.regularization: .* found 0"),
+        (lambda: DigitsMixtureData(num_images=0), "^num_images: .* found 0"),
+        (lambda: DigitsMixtureData(num_components=0).mixture, "^num_components: .* found 0"),
+        (lambda: DigitsMixtureData(regularization=0).mixture, "^regularization: .* found 0"),
         (lambda: GaussianMixture(one(1.0), torch.zeros(1, 2), torch.eye(2)), "mixture: weights"),
         (
             lambda: GaussianMixture(one(0.5), torch.zeros(1, 2), torch.eye(2)[None]),

@@ -274,5 +274,5 @@ def test_classes_beyond_six_are_other_hues():
 )
 def test_bad_shapes_name_the_setting_and_the_value(options):
     ((name, value),) = options.items()
-    with pytest.raises(ConfigError, match=rf"data\.{name}.*found {value}"):
+    with pytest.raises(ConfigError, match=rf"^{name}.*found {value}"):
         ShapesData(**options)

@@ -398,9 +398,7 @@ def test_a_checkpoint_of_other_images_is_said(tmp_path, changed):
     fill(tmp_path)
     state = folder_data(tmp_path).state_dict()
     ((name, value),) = changed.items()
-    with pytest.warns(
-        UserWarning, match=rf"data\.{name}: the checkpoint has .*, this run {value}:"
-    ):
+    with pytest.warns(UserWarning, match=rf"{name}: the checkpoint has .*, this run {value}:"):
         folder_data(tmp_path, **changed).load_state_dict(state)
     folder_data(tmp_path).load_state_dict(state)
 
@@ -408,6 +406,6 @@ def test_a_checkpoint_of_other_images_is_said(tmp_path, changed):
 def test_a_checkpoint_of_0_1_loads_and_says_that_photos_are_turned_now(tmp_path):
     fill(tmp_path)
     state = {"class_names": []}
-    with pytest.warns(UserWarning, match=r"data\.exif_rotation: the checkpoint has False"):
+    with pytest.warns(UserWarning, match=r"exif_rotation: the checkpoint has False"):
         folder_data(tmp_path).load_state_dict(state)
     folder_data(tmp_path, exif_rotation=False).load_state_dict(state)

@@ -21,7 +21,7 @@ from ant_lightning import (
     ShapesData,
 )
 from ant_lightning.cli.main import main
-from ant_lightning.data.digits import TensorImages
+from ant_lightning.data.dataset import TensorImages
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_a_run_resumed_on_another_cache_says_so(cache, root, stage, tmp_path):
     encode(root, tmp_path / "other", stage, split_seed=5)
     state = LatentsData(str(cache), batch_size=2).state_dict()
     assert "times" not in json.dumps(state)
-    with pytest.warns(UserWarning, match=r"data\.images\.split_seed: .* has 0, this run 5"):
+    with pytest.warns(UserWarning, match=r"images\.split_seed: .* has 0, this run 5"):
         LatentsData(str(tmp_path / "other"), batch_size=2).load_state_dict(state)
 
 

@@ -13,7 +13,7 @@ from test_callbacks_on_ranks import Projection
 from tiny_runs import TinyData, module, trainer
 
 from ant_lightning import DDIM, Checkpoints, DiTModule, GenerationMetrics, TaskAffinity
-from ant_lightning.data.digits import TensorImages
+from ant_lightning.data.dataset import TensorImages
 from ant_lightning.runtime.peers import PeerWatch, first_failure, warn_of_shared_store
 
 ERROR = "ValueError: the disk of rank 1 is full"

@@ -22,7 +22,7 @@ from ant_lightning import (
     TorchJDBalancer,
     UncertaintyWeighting,
 )
-from ant_lightning.data.digits import TensorImages
+from ant_lightning.data.dataset import TensorImages
 
 K = 3
 METHODS = {

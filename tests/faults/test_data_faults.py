@@ -17,7 +17,7 @@ from tiny_fit import assert_same, fit, module
 
 from ant_lightning import EMA, Checkpoints, DigitsData, ImageFolderData, __main__
 from ant_lightning.cli import parser as cli
-from ant_lightning.data.digits import TensorImages
+from ant_lightning.data.dataset import TensorImages
 from ant_lightning.data.loader import ShuffledLoader
 from ant_lightning.data.workers import dead_worker
 from ant_lightning.errors import DataLoadingError, FileError, message_of

@@ -292,11 +292,11 @@ LOADERS = {
     "images": (lambda: DataLoader(IMAGES, 8), "found a Tensor"),
     "bytes": (
         lambda: DataLoader(Images(images=IMAGES.byte()), 8),
-        "images: must be floating point in .-1, 1., found uint8",
+        "images: must be floating point in .-1, 1., found torch.uint8",
     ),
     "real labels": (
         lambda: DataLoader(Images(labels=LABELS / 2), 8),
-        "labels: must be one whole number for each of the 8 images, found float32",
+        "labels: must be one whole number for each of the 8 images, found torch.float32",
     ),
     "one-hot labels": (
         lambda: DataLoader(Images(labels=nn.functional.one_hot(LABELS)), 8),

@@ -26,7 +26,7 @@ from ant_lightning import (
 )
 from ant_lightning.balancing.gradients import DenseTaskGradients
 from ant_lightning.balancing.reduction import Reduction
-from ant_lightning.data.digits import TensorImages
+from ant_lightning.data.dataset import TensorImages
 from ant_lightning.errors import NonFiniteError
 from ant_lightning.randomness import ImageNoise
 

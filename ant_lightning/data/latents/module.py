@@ -9,9 +9,9 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ant_lightning.data.batch import Batch
+from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.image_folder import is_flipped
 from ant_lightning.data.latents.cache import CacheIndex, Split, read_index, read_shard
-from ant_lightning.data.loader import ImageDataset
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.identity import differences, shortened

@@ -18,15 +18,15 @@ from ant_lightning.data.latents.cache import (
     write_index,
     write_shard,
 )
+from ant_lightning.data.module import ImageDataModule, check_at_least
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.identity import differences, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.latents.space import LatentSpace
-    from ant_lightning.data.loader import ImageDataset
-    from ant_lightning.data.module import ImageDataModule
 
 __all__ = ["Encoder", "LatentWriter"]
 
@@ -91,9 +91,7 @@ class LatentWriter:
         dtype: Literal["float32", "float16"] = "float32",
         flip: bool = True,
     ) -> None:
-        for name, value in {"shard_size": shard_size, "batch_size": batch_size}.items():
-            if value < 1:
-                raise ConfigError(f"{name}: must be at least 1, found {value}")
+        check_at_least(1, shard_size=shard_size, batch_size=batch_size)
         self.output = Path(output)
         self.shard_size = shard_size
         self.batch_size = batch_size

@@ -1,0 +1,74 @@
+"""Data sets that give images by the batch, at any positions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ant_lightning.data.batch import Batch
+
+__all__ = ["ImageDataset", "TensorImages"]
+
+
+class ImageDataset(Dataset[Batch], ABC):
+    """Images that are fetched by the batch.
+
+    `load` gets positions and the epoch; an augmentation must be a function of (seed, epoch,
+    position) alone, and is left out for `epoch=None`.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import Batch, ImageDataset
+        >>> class Gradients(ImageDataset):
+        ...     def __len__(self):
+        ...         return 10
+        ...
+        ...     def load(self, indices, *, epoch):
+        ...         rows = torch.tensor(indices)
+        ...         images = torch.linspace(-1, 1, 10)[rows].view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+        ...         return Batch(images, torch.zeros_like(rows), rows)
+        >>> Gradients().load([0, 9], epoch=None).images[:, 0, 0, 0].tolist()
+        [-1.0, 1.0]
+    """
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
+        """The images at `indices`."""
+
+    def __getitem__(self, key: tuple[int | None, list[int]]) -> Batch:
+        epoch, indices = key
+        return self.load(indices, epoch=epoch)
+
+
+class TensorImages(ImageDataset):
+    """Images that lie in memory, without augmentation.
+
+    Args:
+        images: `[n, c, h, w]` in [-1, 1].
+        labels: `[n]` int64.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import TensorImages
+        >>> data = TensorImages(torch.zeros(5, 1, 8, 8), torch.arange(5))
+        >>> data.load([3, 1], epoch=None).labels.tolist()
+        [3, 1]
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
+        """The images at `indices`."""
+        rows = torch.tensor(indices)
+        return Batch(self.images[rows], self.labels[rows], rows)
