@@ -3,25 +3,25 @@
 from ant_lightning.affinity.callback import (
     TaskAffinity as TaskAffinity,
 )
-from ant_lightning.affinity.curves import (
+from ant_lightning.affinity.clustering import (
+    GradientClustering as GradientClustering,
+    spread_affinity as spread_affinity,
+)
+from ant_lightning.affinity.distance import (
     affinity_by_distance as affinity_by_distance,
     distance_correlation as distance_correlation,
 )
 from ant_lightning.affinity.estimate import (
-    task_affinity as task_affinity,
-)
-from ant_lightning.affinity.estimators import (
     corrected_affinity as corrected_affinity,
     plain_affinity as plain_affinity,
+    split_half_reliability as split_half_reliability,
 )
-from ant_lightning.affinity.grid import (
+from ant_lightning.affinity.measure import (
+    task_affinity as task_affinity,
     timestep_grid as timestep_grid,
 )
 from ant_lightning.affinity.reclustering import (
     Reclustering as Reclustering,
-)
-from ant_lightning.affinity.reliability import (
-    split_half_reliability as split_half_reliability,
 )
 from ant_lightning.affinity.result import (
     AffinityResult as AffinityResult,
@@ -246,13 +246,9 @@ from ant_lightning.runtime.checkpoints import (
 from ant_lightning.runtime.sharded_strategy import (
     ShardedStrategy as ShardedStrategy,
 )
-from ant_lightning.tasks.affinity_file import (
-    spread_affinity as spread_affinity,
-)
 from ant_lightning.tasks.clusterings import (
     Clustering as Clustering,
     FixedClustering as FixedClustering,
-    GradientClustering as GradientClustering,
     SNRClustering as SNRClustering,
     TimestepClustering as TimestepClustering,
 )

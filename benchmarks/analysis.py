@@ -132,7 +132,7 @@ def affinity(args: argparse.Namespace) -> dict[str, Any]:
         timesteps=range(0, 1000, 1000 // args.points),
         sketch_dim=args.sketch_dim,
         memory_budget_bytes=4 * 2**30,
-        state_path=args.state,
+        resume_dir=args.state,
         warn_below=-1,
         on_progress=seen,
     )

@@ -107,7 +107,11 @@ def measure(
     where = folder / f"{model}_seed{seed}"
     callback = {
         "class_path": CALLBACK,
-        "init_args": {"num_points": points, "num_images": images, "state_dir": f"{where}/rows"},
+        "init_args": {
+            "num_points": points,
+            "num_images": images,
+            "resume_dir": f"{where}/kept",
+        },
     }
     command_line(
         "validate", *common, f"--ckpt_path={checkpoint}", f"--trainer.callbacks+={callback}"
@@ -124,7 +128,7 @@ def measure(
         "commit": commit(),
         "config": config_hash([(CONFIGS / file).read_text() for file in files_of(model)]),
         "machine": machine(1),
-        **correlations(AffinityResult.load(where / "task_affinity.npz")),
+        **correlations(AffinityResult.load(where / "task_affinity.safetensors")),
     }
 
 

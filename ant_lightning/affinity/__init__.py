@@ -1,36 +1,26 @@
-"""Affinity of timesteps: how well their gradients agree."""
+"""Task affinity: how well the gradients at different timesteps agree."""
 
-from ant_lightning.affinity.curves import (
-    BinnedAffinity,
-    Correlation,
-    affinity_by_distance,
-    distance_correlation,
-)
-from ant_lightning.affinity.estimate import AffinityReliabilityWarning, task_affinity
-from ant_lightning.affinity.estimators import (
+from ant_lightning.affinity.clustering import GradientClustering, spread_affinity
+from ant_lightning.affinity.distance import affinity_by_distance, distance_correlation
+from ant_lightning.affinity.estimate import (
     corrected_affinity,
     corrected_standard_error,
     plain_affinity,
+    split_half_reliability,
 )
-from ant_lightning.affinity.grid import timestep_grid
-from ant_lightning.affinity.halves import NonFiniteGradientError
-from ant_lightning.affinity.reliability import split_half_reliability
+from ant_lightning.affinity.measure import task_affinity, timestep_grid
 from ant_lightning.affinity.result import AffinityResult
-from ant_lightning.affinity.sketch import HadamardSketch
 
 __all__ = [
-    "AffinityReliabilityWarning",
     "AffinityResult",
-    "BinnedAffinity",
-    "Correlation",
-    "HadamardSketch",
-    "NonFiniteGradientError",
+    "GradientClustering",
     "affinity_by_distance",
     "corrected_affinity",
     "corrected_standard_error",
     "distance_correlation",
     "plain_affinity",
     "split_half_reliability",
+    "spread_affinity",
     "task_affinity",
     "timestep_grid",
 ]

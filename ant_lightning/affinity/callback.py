@@ -1,4 +1,4 @@
-"""Task affinity of a model while it trains, or of a checkpoint: file, figures, numbers."""
+"""`TaskAffinity`: measures task affinity in validation; writes a file, figures and numbers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from tqdm import tqdm
 
-from ant_lightning.affinity.curves import distance_correlation
-from ant_lightning.affinity.estimate import task_affinity
+from ant_lightning.affinity.distance import distance_correlation
 from ant_lightning.affinity.figure import affinity_curves, affinity_heat_maps
-from ant_lightning.affinity.grid import timestep_grid
-from ant_lightning.affinity.halves import NonFiniteGradientError
-from ant_lightning.affinity.probing import ValidationProbe
+from ant_lightning.affinity.measure import NonFiniteGradientError, task_affinity, timestep_grid
 from ant_lightning.affinity.result import AffinityResult
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import log_folder, save_figure
-from ant_lightning.errors import ConfigError
+from ant_lightning.callbacks.fixed_loss import MeasuringCallback, measurement_bar
+from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.tasks.figure import NOISE_AXES
 
 if TYPE_CHECKING:
     import lightning as L
@@ -34,34 +32,40 @@ __all__ = ["TaskAffinity"]
 _log = logging.getLogger(__name__)
 
 
-class TaskAffinity(ValidationProbe):
+class TaskAffinity(MeasuringCallback):
     """Measures how well the gradients at different timesteps agree, at the end of a validation.
 
-    In `fit` the cosines are averaged over the validations so far (a resumed run goes on with
-    them), in `validate` they are those of the checkpoint. Written to `task_affinity.npz` in the
-    log folder, which `GradientClustering` reads; figures go to TensorBoard and to PNG files.
+    In `validate`, the result describes the checkpoint. In `fit`, cosines are averaged over the
+    validations so far, also across a resume. The result is written to `task_affinity.safetensors`
+    in the run's folder, which `GradientClustering` reads; figures go to the loggers and to PNG
+    files.
 
     Args:
         num_points: Timesteps of the grid, evenly spread.
         timesteps: The grid itself, increasing, in place of `num_points`.
         num_images: Images for each timestep, in two disjoint halves.
         batch_size: Most images in one forward pass.
-        weights: Of which weights: `ema` or `live`.
-        images: From which images: those that are trained on (`train`) or `held_out`.
-        sketch_dim: Keep gradients as projections to so many numbers, a power of two; for models
-            whose gradients fit neither memory nor disk.
-        memory_budget_mb: For gradients in memory on each rank; more than that goes to disk.
-        state_dir: Folder in which finished timesteps are kept until the end, so that a run that
-            was killed goes on from there.
-        average_with: Files of earlier measurements that are averaged in, one per checkpoint.
+        weights: Weights to measure: `ema` or `live`.
+        images: Images to measure on: those that are trained on (`train`), or `held_out`.
+        sketch_dim: Keep gradients as random projections of this length, a power of two. For models
+            whose gradients fit neither in memory nor on disk.
+        memory_budget_mb: Memory of each rank for gradients; what does not fit goes to disk.
+        resume_dir: Folder for finished gradients, from which a killed measurement resumes. It is
+            emptied at the end.
+        average_with: Files of earlier measurements to average with, one for each checkpoint.
         every_n_epochs: Validations of `fit` between two measurements.
-        seed: Of images, noise and sketch; by default that of the module.
+        seed: Seed of images, noise and sketch; by default that of the module.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of its range.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
+
+    Example:
+        >>> from ant_lightning import TaskAffinity
+        >>> TaskAffinity(num_points=50, num_images=256).num_points
+        50
     """
 
     result: AffinityResult | None
@@ -79,37 +83,38 @@ class TaskAffinity(ValidationProbe):
         images: Literal["train", "held_out"] = "train",
         sketch_dim: int | None = None,
         memory_budget_mb: float | None = None,
-        state_dir: str | None = None,
+        resume_dir: str | None = None,
         average_with: list[str] | None = None,
         every_n_epochs: int = 1,
         seed: int | None = None,
     ) -> None:
         super().__init__(
-            every_n_epochs=every_n_epochs,
             num_images=num_images,
             batch_size=batch_size,
             images=images,
             weights=weights,
             seed=seed,
+            every_n_epochs=every_n_epochs,
         )
-        if num_points < 1:
-            raise ConfigError(f"TaskAffinity.num_points: must be at least 1, found {num_points}")
+        check_at_least(1, num_points=num_points)
         self.num_points = num_points
         self.timesteps = timesteps
         self.sketch_dim = sketch_dim
         self.memory_budget_mb = memory_budget_mb
-        self.state_dir = state_dir
+        self.resume_dir = resume_dir
         self._earlier = [AffinityResult.load(path) for path in average_with or []]
 
-    def measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """Measure and publish; what is not finite stops an evaluation, but not a training."""
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        """Measure and publish; a gradient that is not finite stops an evaluation, not training."""
+        if not self.is_due(trainer):
+            return
         try:
-            result = self._measured(trainer, pl_module)
+            result = self._measure(trainer, pl_module)
         except NonFiniteGradientError as error:
             if error.partial is not None and trainer.is_global_zero:
-                path = log_folder(trainer) / "task_affinity_partial.npz"
+                path = log_folder(trainer) / "task_affinity_partial.safetensors"
                 error.partial.save(path)
-                _log.warning("what was measured before is kept in %s", path)
+                _log.warning("the timesteps measured before are in %s", path)
             if trainer.state.fn != "fit":
                 raise
             _log.warning("task affinity is left out at step %d: %s", trainer.global_step, error)
@@ -119,8 +124,8 @@ class TaskAffinity(ValidationProbe):
         for earlier in self._earlier:
             if earlier.model and earlier.model != result.model:
                 raise ConfigError(
-                    "TaskAffinity.average_with: must be of the same model, "
-                    f"{result.model!r}, found {earlier.model!r}"
+                    f"average_with: must be measurements of the same model, {result.model!r}, "
+                    f"found {earlier.model!r}"
                 )
         self.result = AffinityResult.mean([*self._earlier, result])
         self._publish(trainer, pl_module, self.result)
@@ -130,21 +135,17 @@ class TaskAffinity(ValidationProbe):
         return {"half_dots": list(self._half_dots)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on averaging."""
+        """Continue the average."""
         self._half_dots = list(state_dict["half_dots"])
 
-    def _measured(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> AffinityResult:
-        num_timesteps = pl_module.process.num_timesteps
-        state = None
-        if self.state_dir is not None:
-            state = Path(self.state_dir) / f"step_{steps_of(trainer, pl_module)}"
-        budget = None if self.memory_budget_mb is None else int(2**20 * self.memory_budget_mb)
-        hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
+    def _measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> AffinityResult:
+        process, budget = pl_module.process, self.memory_budget_mb
+        folder = None
+        if self.resume_dir is not None:
+            folder = Path(self.resume_dir) / f"step_{steps_of(trainer, pl_module)}"
         with (
-            self.probing(trainer, pl_module) as probe,
-            tqdm(
-                desc="task affinity", unit=" timesteps", leave=False, disable=hidden or None
-            ) as bar,
+            self.fixed_loss(trainer, pl_module) as loss,
+            measurement_bar(trainer, "task affinity", unit=" timesteps") as bar,
         ):
 
             def show(done: int, total: int) -> None:
@@ -152,30 +153,30 @@ class TaskAffinity(ValidationProbe):
                 bar.update(done - bar.n)
 
             result = task_affinity(
-                probe.at_timestep,
+                loss.at_timestep,
                 parameters=pl_module.backbone.parameters(),
-                num_timesteps=num_timesteps,
+                num_timesteps=process.num_timesteps,
                 timesteps=self.timesteps
-                or timestep_grid(num_timesteps, num_points=self.num_points),
-                log_snr=pl_module.process.log_snr,
+                or timestep_grid(process.num_timesteps, num_points=self.num_points),
+                log_snr=process.log_snr,
                 sketch_dim=self.sketch_dim,
-                memory_budget_bytes=budget,
-                state_path=state,
+                memory_budget_bytes=None if budget is None else int(2**20 * budget),
+                resume_dir=folder,
                 seed=self.seed_of(pl_module),
                 model=f"{type(pl_module.backbone).__name__}, {self.weights} weights",
                 warn_below=-1,
                 on_progress=show,
             )
-        trainer.strategy.barrier()
-        if state is not None and trainer.is_global_zero:
-            shutil.rmtree(state)
+        trainer.strategy.barrier()  # other ranks may still read the folder
+        if folder is not None and trainer.is_global_zero:
+            shutil.rmtree(folder)
         return result
 
     def _averaged(self, result: AffinityResult) -> AffinityResult:
-        """The result over all validations of this run."""
+        """The average over all validations of this run."""
         if self._half_dots and self._half_dots[0].shape != result.half_dots.shape:
             raise ConfigError(
-                "TaskAffinity: the grid must be that of the checkpoint, which has "
+                "timesteps: must be the grid of the checkpoint, which has "
                 f"{self._half_dots[0].shape[-1]} timesteps, found {len(result.timesteps)}"
             )
         self._half_dots.append(result.half_dots)
@@ -184,25 +185,25 @@ class TaskAffinity(ValidationProbe):
     def _publish(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, result: AffinityResult
     ) -> None:
-        """File, figures and numbers."""
+        """Write the file, draw the figures and log the numbers."""
         numbers = {"affinity/lowest_reliability": float(result.reliability.min())}
-        steps = torch.tensor(result.timesteps, dtype=torch.float64)
-        for name, positions in (("timestep", steps), ("log_snr", result.grid_log_snr)):
-            if positions is not None and len(result.timesteps) > 2:
-                rank = distance_correlation(result.plain, positions)
-                numbers[f"affinity/spearman_{name}"] = rank.estimate
+        timesteps = torch.tensor(result.timesteps, dtype=torch.float64)
+        for axis, positions in (("timestep", timesteps), ("log_snr", result.grid_log_snr)):
+            if positions is not None and len(timesteps) > 2:
+                correlation = distance_correlation(result.plain, positions)
+                numbers[f"affinity/spearman_{axis}"] = correlation.estimate
         pl_module.log_dict(numbers, rank_zero_only=True)
         if not trainer.is_global_zero:
             return
         message = result.reliability_warning()
         if message is not None:
             _log.warning("task affinity: %s", message)
-        result.save(log_folder(trainer) / "task_affinity.npz")
-        for axis in ("timestep", "log_snr"):
-            figure = affinity_heat_maps(result, axis=axis)  # type: ignore[arg-type]
+        result.save(log_folder(trainer) / "task_affinity.safetensors")
+        for axis in NOISE_AXES:
             explain = "Red: the two timesteps want the same change of the weights. Blue: conflict."
+            figure = affinity_heat_maps(result, axis=axis)
             save_figure(trainer, figure, tag=f"5_affinity/by_{axis}", explain=explain)
-        if len(result.timesteps) > 1:
+        if len(timesteps) > 1:
             explain = "If it falls, tasks should be intervals of neighbouring timesteps."
             figure = affinity_curves(result)
             save_figure(trainer, figure, tag="5_affinity/by_distance", explain=explain)

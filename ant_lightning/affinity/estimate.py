@@ -1,169 +1,138 @@
-"""Task affinity: how well the gradients of a diffusion loss at different timesteps agree."""
+"""Task affinity and its reliability, from dot products of gradients of two halves of the images.
+
+`A_i` and `B_i` are the mean gradients at timestep i of two disjoint halves of images and noise.
+All functions take `half_dots [*c, 2, 2, n, n]` with `half_dots[..., 0, 1, i, j] = A_i · B_j`,
+`half_dots[..., 0, 0, i, j] = A_i · A_j` and so on; `*c` are any leading dimensions.
+"""
 
 from __future__ import annotations
 
-import warnings
-from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.affinity.budget import plan_memory
-from ant_lightning.affinity.gram import Shard, half_dot_products
-from ant_lightning.affinity.grid import check_log_snr, check_timesteps, timestep_grid
-from ant_lightning.affinity.halves import HalfGradients, NonFiniteGradientError
-from ant_lightning.affinity.measurement import Measurement
-from ant_lightning.affinity.result import AffinityResult
-from ant_lightning.affinity.state import claim_folder
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
     from jaxtyping import Float
     from torch import Tensor
 
-    from ant_lightning.affinity.halves import HalfLoss
-    from ant_lightning.affinity.rows import RowStore
-
-__all__ = ["AffinityReliabilityWarning", "task_affinity"]
-
-
-class AffinityReliabilityWarning(UserWarning):
-    """Some gradients are mostly noise, so that their plain affinity is too near 0."""
+__all__ = [
+    "corrected_affinity",
+    "corrected_standard_error",
+    "plain_affinity",
+    "split_half_reliability",
+]
 
 
-def task_affinity(
-    loss: HalfLoss,
-    *,
-    parameters: Iterable[Tensor],
-    num_timesteps: int,
-    timesteps: Sequence[int] | None = None,
-    log_snr: Float[Tensor, " T"] | None = None,
-    sketch_dim: int | None = None,
-    memory_budget_bytes: int | None = None,
-    state_path: str | Path | None = None,
-    seed: int = 0,
-    model: str = "",
-    sharded: bool = True,
-    warn_below: float = 0.8,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> AffinityResult:
-    """Cosines of the gradients of the loss at every two timesteps of a grid.
+def plain_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c n n"]:
+    """Cosine of the mean gradients, `m_i · m_j / (|m_i| |m_j|)` with `m = (A + B) / 2`.
 
-    Two gradients are made for each timestep, of two halves of the images: their mean gives the
-    plain cosine, their differences show how much of it is noise. Gradients are kept
-
-    - whole, in memory: `8 n p` bytes;
-    - whole, on disk, if that is above `memory_budget_bytes`: each number is written once and read
-      once, as products are summed over slices of columns of all rows (blocks of rows would be
-      read, or their gradients made again, once for every other block);
-    - as a sketch (`HadamardSketch`): `4 n m` bytes, standard error `(1 - c²) / sqrt(m)`.
-
-    The noise of `loss` must be independent between timesteps and between halves, and the images
-    of the two halves disjoint: noise that is shared makes gradients agree that have nothing in
-    common. For a call with the same arguments `loss` must give the same value, or a resumed or
-    sharded run differs from one that is neither: key its noise by (seed, timestep, half).
-
-    Args:
-        loss: `loss(timestep, half)`, half 0 or 1: the mean loss over the images of that half, a
-            scalar; or an iterable of scalars that sum to it (micro-batches).
-        parameters: The shared parameters; those that need no gradient are left out.
-        num_timesteps: `T` of the schedule.
-        timesteps: The grid, increasing; 100 evenly spread ones by default.
-        log_snr: Of the schedule, kept with the result for its figures.
-        sketch_dim: `m`, a power of two, to sketch.
-        memory_budget_bytes: For kept gradients and what works on them, on each rank; the model,
-            its activations and the gradients that autograd holds are not in it. What does not
-            fit goes to `state_path`, or to a temporary folder (`TMPDIR` chooses where).
-        state_path: A folder where each finished timestep is kept (`8 p` bytes, or `4 m`), so
-            that a killed run goes on. Delete it afterwards.
-        seed: Kept with the result, and keys the sketch.
-        model: What is measured, in free words; kept with the result.
-        sharded: Share the timesteps among the ranks of `torch.distributed` if it is initialised;
-            every rank must then call this, and gets the same result as one process.
-        warn_below: Warn (on rank 0) of timesteps with a lower reliability; -1 never does.
-        on_progress: Called with the timesteps done and all timesteps of this rank.
-
-    Raises:
-        NonFiniteGradientError: On every rank, if a gradient has a NaN or an infinity; it has the
-            affinity of timesteps finished before, and `state_path` keeps their gradients.
-        ConfigError: If an argument breaks its rule, or `state_path` holds another measurement.
+    This is the official definition. Noise lengthens the gradients without aligning them, so the
+    cosine is too near 0, by the factor `sqrt(reliability_i reliability_j)`. A gradient of exactly
+    0 has cosine 0 with all others and 1 with itself.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import plain_affinity
+        >>> gradients = torch.tensor([[3.0, 0.0], [1.0, 1.0]])  # two timesteps, equal halves
+        >>> half_dots = (gradients @ gradients.T).expand(2, 2, 2, 2)
+        >>> round(float(plain_affinity(half_dots)[0, 1]), 3)
+        0.707
     """
-    grid = timestep_grid(num_timesteps) if timesteps is None else tuple(map(int, timesteps))
-    check_timesteps(grid, num_timesteps=num_timesteps)
-    if log_snr is not None:
-        log_snr = torch.as_tensor(log_snr).detach().cpu().double()
-        check_log_snr(log_snr, num_timesteps=num_timesteps)
-    gradients = HalfGradients(loss, parameters=parameters)
-    shard = Shard(sharded=sharded)
-    own = shard.own(grid)
-    plan = plan_memory(
-        memory_budget_bytes,
-        num_points=len(grid),
-        num_own=len(own),
-        num_parameters=gradients.num_parameters,
-        sketch_dim=sketch_dim,
-    )
-    folder = None if state_path is None else Path(state_path)
-    if folder is not None:
-        identity: dict[str, str | int | tuple[int, ...]] = {
-            "num_timesteps": num_timesteps,
-            "timesteps": grid,
-            "model": model,
-            "seed": seed,
-            "sketch_dim": sketch_dim or 0,
-            "num_parameters": gradients.num_parameters,
-            "weights": gradients.weights_fingerprint(),
-        }
-        claim_folder(folder, identity)
-
-    def result_of(rows: RowStore, points: tuple[int, ...]) -> AffinityResult:
-        half_dots = half_dot_products(
-            rows, points, shard=shard, device=gradients.device, work_bytes=plan.work_bytes
-        )
-        return AffinityResult(
-            timesteps=points,
-            num_timesteps=num_timesteps,
-            half_dots=half_dots.unsqueeze(0),
-            seed=seed,
-            model=model,
-            num_parameters=gradients.num_parameters,
-            sketch_dim=sketch_dim,
-            log_snr=log_snr,
-        )
-
-    with ExitStack() as stack:
-        if folder is None and not plan.in_memory:
-            folder = Path(stack.enter_context(TemporaryDirectory(prefix="affinity-")))
-        measure = Measurement(gradients, sketch_dim=sketch_dim, seed=seed)
-        rows = measure.rows(folder, own)
-        failed = measure.fill(rows, own, on_progress)
-        # All ranks learn of a failure before any of them waits for rows.
-        code = shard.largest(0 if failed is None else 1 + 2 * failed.timestep + failed.half)
-        if code:
-            timestep, half = divmod(code - 1, 2)
-            done = _finished_everywhere(rows, grid, shard=shard)
-            partial = result_of(rows, done) if done else None
-            raise NonFiniteGradientError(timestep, half, partial=partial) from failed
-        result = result_of(rows, grid)
-    message = result.reliability_warning(below=warn_below)
-    if message is not None and shard.rank == 0:
-        warnings.warn(message, AffinityReliabilityWarning, stacklevel=2)
-    return result
+    dots = half_dots.sum(dim=(-4, -3))
+    dots = (dots + dots.mT) / 8  # symmetric to the last bit
+    lengths = _diagonal(dots).clamp(min=0).sqrt()
+    cosine = (dots * _outer(torch.where(lengths > 0, 1 / lengths, 0.0))).clamp(-1, 1)
+    cosine.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return cosine
 
 
-def _finished_everywhere(rows: RowStore, grid: tuple[int, ...], *, shard: Shard) -> tuple[int, ...]:
-    """Timesteps whose rows are kept: on several ranks the beginning of the grid that all have."""
-    own = shard.own(grid)
-    finished = rows.finished(own)
-    if shard.world_size == 1:
-        return tuple(finished)
-    kept = set(finished)
-    num_first = next((i for i, each in enumerate(own) if each not in kept), len(grid))
-    least = -shard.largest(-num_first)
-    return grid[: least * shard.world_size]
+def corrected_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c n n"]:
+    """Estimate of the cosine without noise, `sym(A_i · B_j) / sqrt((A_i · B_i) (A_j · B_j))`.
+
+    The noise of A is independent of that of B, so no squared noise enters. Entries are not clipped
+    to ±1, which would bias averages. They are NaN where `A_i · B_i` or `A_j · B_j` is not
+    positive. The diagonal is 1 by construction.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import corrected_affinity
+        >>> a, b = torch.tensor([[2.0, 1.0], [1.0, 1.0]]), torch.tensor([[2.0, -1.0], [1.0, 1.0]])
+        >>> halves = torch.stack([a, b])
+        >>> half_dots = torch.einsum("gip,hjp->ghij", halves, halves)
+        >>> round(float(corrected_affinity(half_dots)[0, 1]), 3)
+        0.816
+    """
+    cross = _cross(half_dots)
+    signal = _diagonal(cross)
+    return cross * _outer(torch.where(signal > 0, signal, torch.nan).rsqrt())
+
+
+def corrected_standard_error(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c n n"]:
+    """Approximate standard error of `corrected_affinity`, from the data alone.
+
+    `S = A + B` and `D = A - B` have equal and independent noise, and D has no signal. Replacing
+    one S of a product by D therefore shows the product's first-order error:
+
+        e(sym(A_i · B_j)) = (S_i · D_j + D_i · S_j) / 4,     e(A_i · B_i) = S_i · D_i / 2.
+
+    The error of the quotient follows by differentiation. It is one draw for each pair (i, j), and
+    is pooled (root mean square) over the pairs of i and those of j. The result describes new
+    images and noise. It is 0 on the diagonal, and NaN where the estimate is NaN.
+    """
+    corrected = corrected_affinity(half_dots)
+    aa, ab = half_dots[..., 0, 0, :, :], half_dots[..., 0, 1, :, :]
+    ba, bb = half_dots[..., 1, 0, :, :], half_dots[..., 1, 1, :, :]
+    s_dot_d = aa - ab + ba - bb
+    cross_error = (s_dot_d + s_dot_d.mT) / 4
+    signal = _diagonal(_cross(half_dots))
+    signal = torch.where(signal > 0, signal, torch.nan)
+    relative = _diagonal(cross_error) / signal
+    draw = cross_error * _outer(signal.rsqrt())
+    draw = draw - corrected / 2 * (relative.unsqueeze(-1) + relative.unsqueeze(-2))
+    off_diagonal = ~torch.eye(draw.shape[-1], dtype=torch.bool, device=draw.device)
+    pooled = torch.where(off_diagonal, draw, torch.nan).square().nanmean(-1)
+    error = ((pooled.unsqueeze(-1) + pooled.unsqueeze(-2)) / 2).sqrt()
+    error = torch.where(off_diagonal, error, 0.0)
+    return torch.where(corrected.isnan(), torch.nan, error)
+
+
+def split_half_reliability(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c n"]:
+    """Share of the mean gradient's squared length that is signal, `2 r / (1 + r)`.
+
+    `r = A_i · B_i / (|A_i| |B_i|)` is the cosine of the two halves (Spearman-Brown). The result is
+    1 without noise, about 0 if the gradient is only noise, and 0 for a gradient of exactly 0. It
+    is at least -1.
+
+    Reference:
+        Brown, "Some experimental results in the correlation of mental abilities", 1910.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import split_half_reliability
+        >>> halves = torch.tensor([[[2.0, 0.0]], [[1.0, 3**0.5]]])  # the halves have cosine 0.5
+        >>> half_dots = torch.einsum("gip,hjp->ghij", halves, halves)
+        >>> round(float(split_half_reliability(half_dots)[0]), 3)
+        0.667
+    """
+    products = _diagonal(half_dots)
+    lengths = (products[..., 0, 0, :] * products[..., 1, 1, :]).clamp(min=0).sqrt()
+    r = torch.where(lengths > 0, products[..., 0, 1, :] / lengths, 0.0)
+    r = r.clamp(-1 / 3, 1)  # 2 r / (1 + r) is -1 at r = -1/3
+    return 2 * r / (1 + r)
+
+
+def _cross(half_dots: Tensor) -> Tensor:
+    """`sym(A_i · B_j)`."""
+    cross = half_dots[..., 0, 1, :, :]
+    return (cross + cross.mT) / 2
+
+
+def _outer(vector: Tensor) -> Tensor:
+    return vector.unsqueeze(-1) * vector.unsqueeze(-2)
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1)

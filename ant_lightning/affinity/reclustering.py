@@ -1,18 +1,15 @@
-"""Clusters that follow the gradients while a model trains."""
+"""`Reclustering`: clusters that follow the gradients while a model trains."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any, Literal
 
-from ant_lightning.affinity.estimate import task_affinity
-from ant_lightning.affinity.grid import timestep_grid
-from ant_lightning.affinity.halves import NonFiniteGradientError
-from ant_lightning.affinity.probing import ProbingCallback
+from ant_lightning.affinity.clustering import GradientClustering, spread_affinity
+from ant_lightning.affinity.measure import NonFiniteGradientError, task_affinity, timestep_grid
 from ant_lightning.callbacks.figures import save_figure
-from ant_lightning.errors import ConfigError
-from ant_lightning.tasks.affinity_file import spread_affinity
-from ant_lightning.tasks.clusterings import GradientClustering
+from ant_lightning.callbacks.fixed_loss import MeasuringCallback
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.figure import boundaries_figure
 
@@ -26,29 +23,34 @@ __all__ = ["Reclustering"]
 _log = logging.getLogger(__name__)
 
 
-class Reclustering(ProbingCallback):
-    """Measures task affinity every so many steps and makes the clusters anew from it.
+class Reclustering(MeasuringCallback):
+    """Measures task affinity at regular steps and replaces the clusters by the ones it finds.
 
-    `GradientClustering` of the plain affinity, with as many tasks as before: the balancer keeps its
-    k, its weights and its state, by the number of the task. Images and noise of the probe are the
-    same every time, so that clusters change because the weights do. The ranks share the work and
-    get the same clusters. Boundaries are logged as `clusters/boundary_1` .. `boundary_k-1`, drawn
-    over time, and kept in the checkpoint: a resumed run goes on as if it had not been stopped, and
-    an evaluation reports the losses of the clusters that the checkpoint was trained with. Gradients
-    that are not finite are named in a warning, and the clusters stay as they are.
+    The new clusters are `GradientClustering` of the plain affinity, with as many tasks as before:
+    task i keeps its weight and its part of the balancer's state. Images and noise are the same in
+    all measurements, so clusters change only with the weights. Ranks share the work and get the
+    same clusters. Boundaries are logged as `clusters/boundary_1` .. `clusters/boundary_{k-1}`,
+    drawn over time, and kept in the checkpoint. So a resumed run equals one that was never
+    stopped, and an evaluation reports the losses of the checkpoint's clusters. If a gradient is
+    not finite, a warning names its timestep and the clusters stay.
 
     Args:
-        recluster_every: Optimizer steps between two measurements. Each makes the gradients of
+        recluster_every: Optimizer steps between two measurements. Each computes the gradients of
             `num_points * num_images` images.
-        num_points: Timesteps of the grid that is measured, evenly spread.
+        num_points: Timesteps of the measured grid, evenly spread.
         num_images: Images for each timestep, in two disjoint halves.
         batch_size: Most images in one forward pass.
-        images: From which images: those that are trained on (`train`) or `held_out`.
-        weights: Of which weights: those that are trained (`live`), or `ema`.
-        seed: Of images and noise; by default that of the module.
+        images: Images to measure on: those that are trained on (`train`), or `held_out`.
+        weights: Weights to measure: `live` (those that are trained) or `ema`.
+        seed: Seed of images and noise; by default that of the module.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of its range.
+
+    Example:
+        >>> from ant_lightning import Reclustering
+        >>> Reclustering(recluster_every=1000, num_points=20).recluster_every
+        1000
     """
 
     def __init__(
@@ -65,19 +67,16 @@ class Reclustering(ProbingCallback):
         super().__init__(
             num_images=num_images, batch_size=batch_size, images=images, weights=weights, seed=seed
         )
-        if recluster_every < 1 or num_points < 2:
-            raise ConfigError(
-                "Reclustering: recluster_every must be at least 1 and num_points at least 2, found "
-                f"{recluster_every} and {num_points}"
-            )
+        check_at_least(1, recluster_every=recluster_every)
+        check_at_least(2, num_points=num_points)
         self.recluster_every = recluster_every
         self.num_points = num_points
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """Log what the run starts with."""
+        """Log the clusters that the run starts with."""
         if min(self.num_points, pl_module.process.num_timesteps) < pl_module.num_tasks:
             raise ConfigError(
-                f"Reclustering.num_points: {pl_module.num_tasks} tasks need as many timesteps, "
+                f"num_points: must be at least the number of tasks {pl_module.num_tasks}, "
                 f"found {self.num_points}"
             )
         pl_module.log_now(_boundaries(pl_module))
@@ -85,50 +84,40 @@ class Reclustering(ProbingCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any, **kwargs: Any
     ) -> None:
-        """Measure and recluster when it is due; a skipped step is not counted."""
+        """Measure and recluster if it is due; a skipped step does not count."""
         step = trainer.global_step
         if step % self.recluster_every or pl_module.last_step_skipped:
             return
-        clusters = self._clusters(trainer, pl_module)
-        if clusters is None:
+        try:
+            clusters = self._clusters(trainer, pl_module)
+        except NonFiniteGradientError as error:
+            _log.warning("clusters stay as they are at step %d: %s", step, error)
             return
         pl_module.recluster(clusters)
         pl_module.log_now(_boundaries(pl_module))
         if trainer.is_global_zero:
-            history = pl_module.cluster_history
-            save_figure(
-                trainer,
-                boundaries_figure(
-                    history, pl_module.process.log_snr, last_step=step + self.recluster_every
-                ),
-                tag="5_affinity/clusters",
-                explain="Bands that settle: the tasks are stable. Bands that jump: too few images.",
-            )
+            history, log_snr = pl_module.cluster_history, pl_module.process.log_snr
+            figure = boundaries_figure(history, log_snr, last_step=step + self.recluster_every)
+            explain = "Bands that settle: the tasks are stable. Bands that jump: too few images."
+            save_figure(trainer, figure, tag="5_affinity/clusters", explain=explain)
 
-    def _clusters(
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
-    ) -> TimestepClusters | None:
-        """The clusters at these weights, the same on every rank."""
+    def _clusters(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> TimestepClusters:
+        """The clusters at the present weights, the same on every rank."""
         log_snr = pl_module.process.log_snr
-        try:
-            with self.probing(trainer, pl_module) as probe:
-                result = task_affinity(
-                    probe.at_timestep,
-                    parameters=pl_module.backbone.parameters(),
-                    num_timesteps=len(log_snr),
-                    timesteps=timestep_grid(len(log_snr), num_points=self.num_points),
-                    log_snr=log_snr,
-                    seed=self.seed_of(pl_module),
-                    warn_below=-1,
-                )
-        except NonFiniteGradientError as error:
-            _log.warning("clusters stay as they are at step %d: %s", trainer.global_step, error)
-            return None
+        with self.fixed_loss(trainer, pl_module) as loss:
+            result = task_affinity(
+                loss.at_timestep,
+                parameters=pl_module.backbone.parameters(),
+                num_timesteps=len(log_snr),
+                timesteps=timestep_grid(len(log_snr), num_points=self.num_points),
+                seed=self.seed_of(pl_module),
+                warn_below=-1,
+            )
         affinity = spread_affinity(
             result.plain, timesteps=result.timesteps, num_timesteps=len(log_snr)
         )
         clusters = GradientClustering(affinity, pl_module.num_tasks)(log_snr)
-        # Ranks of different processors could round a tie differently.
+        # Ranks with different processors could round a tie differently.
         return trainer.strategy.broadcast(clusters)
 
 

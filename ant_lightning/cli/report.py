@@ -1,8 +1,8 @@
 """`ant-lightning report RUN_FOLDER`: what a run did and found, as `report.md` in its folder.
 
 It reads what is there (the newest `config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
-`task_affinity.npz`, `negative_transfer.npz`, `generation_metrics.jsonl`, `1_samples_grid.png`) and
-leaves out what is not.
+`task_affinity.safetensors`, `negative_transfer.npz`, `generation_metrics.jsonl`,
+`1_samples_grid.png`) and leaves out what is not.
 """
 
 from __future__ import annotations
@@ -241,9 +241,9 @@ def _log_snr(setting: dict[str, Any] | None) -> torch.Tensor | None:
 
 
 def _affinity(folder: Path) -> str:
-    if not (folder / "task_affinity.npz").is_file():
+    if not (folder / "task_affinity.safetensors").is_file():
         return ""
-    result = AffinityResult.load(folder / "task_affinity.npz")
+    result = AffinityResult.load(folder / "task_affinity.safetensors")
     axis = "timestep" if result.log_snr is None else "log_snr"
     figure = affinity_heat_maps(result, axis=axis)  # type: ignore[arg-type]
     return (

@@ -15,7 +15,7 @@ from ant_lightning.data.of_trainer import image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.protocol import backbone_name
 from ant_lightning.runtime.sharded_strategy import ShardedStrategy
-from ant_lightning.tasks.clusterings import Clustering, GradientClustering
+from ant_lightning.tasks.clusterings import Clustering
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -96,12 +96,10 @@ def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
 
     It may be meant (the affinity of a small model for a large one of its kind never warns).
     """
-    if not isinstance(clustering, GradientClustering):
-        return
     measured, ours = clustering.measured_model(), backbone_name(backbone)
     if measured and measured.partition(",")[0] != ours:
         warnings.warn(
-            f"model.clustering.affinity: {clustering.affinity} was measured of {measured!r}, and "
+            f"model.clustering: was measured of {measured!r}, and "
             f"model.backbone is a {ours}: the clusters are those of another network",
             stacklevel=3,
         )

@@ -1,10 +1,8 @@
-"""Tasks: clusters of timesteps, and how they are found."""
+"""Tasks: clusters of timesteps, and the methods that find them."""
 
-from ant_lightning.tasks.affinity_file import spread_affinity
 from ant_lightning.tasks.clusterings import (
     Clustering,
     FixedClustering,
-    GradientClustering,
     SNRClustering,
     TimestepClustering,
 )
@@ -16,7 +14,6 @@ from ant_lightning.tasks.shuffled import ShuffledClustering, ShuffledClusters
 __all__ = [
     "Clustering",
     "FixedClustering",
-    "GradientClustering",
     "SNRClustering",
     "ShuffledClustering",
     "ShuffledClusters",
@@ -25,6 +22,5 @@ __all__ = [
     "affinity_costs",
     "partition",
     "snr_costs",
-    "spread_affinity",
     "timestep_costs",
 ]

@@ -1,4 +1,4 @@
-"""Timesteps `0 .. T-1` cut into half-open intervals, one for each task."""
+"""Clusters of timesteps: `0 .. T-1` cut into half-open intervals, one for each task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -23,28 +23,37 @@ class TimestepClusters:
     """`k` contiguous clusters of the timesteps `0 .. T-1`; cluster i is task i.
 
     Attributes:
-        boundaries: `k + 1` increasing integers, the first 0, the last `T`; task i holds the
-            timesteps of `[boundaries[i], boundaries[i + 1])`. Any sequence is taken and kept as
-            a tuple.
+        boundaries: `k + 1` increasing integers from 0 to `T`; task i has the timesteps of
+            `[boundaries[i], boundaries[i + 1])`. Any sequence is accepted and kept as a tuple.
 
     Raises:
         ConfigError: If the boundaries are not such integers.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import TimestepClusters
+        >>> clusters = TimestepClusters((0, 3, 10))
+        >>> clusters.task_of(torch.tensor([2, 3, 9])).tolist()
+        [0, 1, 1]
+        >>> timesteps, tasks = clusters.sample(4)
+        >>> tasks.tolist()
+        [0, 0, 1, 1]
     """
 
     boundaries: tuple[int, ...]
 
     def __post_init__(self) -> None:
         try:
-            # operator.index refuses floats: a cut boundary would leave a timestep never drawn.
+            # operator.index refuses floats: a rounded boundary would leave a timestep never drawn.
             boundaries = tuple(operator.index(b) for b in self.boundaries)
         except TypeError:
             raise ConfigError(f"boundaries: must be integers, found {self.boundaries}") from None
         if len(boundaries) < 2 or boundaries[0] != 0:
             raise ConfigError(
-                f"boundaries: at least two integers, the first 0, are needed, found {boundaries}"
+                f"boundaries: must be at least two integers, the first 0, found {boundaries}"
             )
         if any(start >= stop for start, stop in pairwise(boundaries)):
             raise ConfigError(f"boundaries: each must be above the one before, found {boundaries}")
@@ -69,8 +78,8 @@ class TimestepClusters:
         """Task of each timestep, same shape and device.
 
         Raises:
-            ConfigError: If the timesteps are not integers, or (checked on the CPU alone, as the
-                check would make an accelerator wait) if one is outside `0 .. T-1`.
+            ConfigError: If the timesteps are not integers, or if one is outside `0 .. T-1`. The
+                latter is checked only on the CPU: it would make an accelerator wait.
         """
         if timesteps.is_floating_point() or timesteps.is_complex():
             raise ConfigError(f"timesteps: must be integers, found {timesteps.dtype}")
@@ -90,7 +99,7 @@ class TimestepClusters:
         generator: torch.Generator | None = None,
         allocation: Literal["equal", "proportional"] = "equal",
     ) -> Int[Tensor, " k"]:
-        """How many samples each task gets in a batch, drawn at random: `[k]` with sum `batch_size`.
+        """Random number of samples of each task in a batch, `[k]` with the sum `batch_size`.
 
         Every count is the floor or the ceiling of its expectation, which is `batch_size / k`
         (`equal`) or `batch_size |I_i| / T` (`proportional`).
@@ -98,13 +107,12 @@ class TimestepClusters:
         Args:
             batch_size: Number of samples, at least 1; it may be smaller than `k`.
             generator: Source of randomness; the result is on its device.
-            allocation: Which expectation.
+            allocation: `equal` or `proportional` expectations.
 
         Raises:
-            ConfigError: If `batch_size` or `allocation` is none of these.
+            ConfigError: If `batch_size` or `allocation` breaks its rule.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size: must be at least 1, found {batch_size}")
+        check_at_least(1, batch_size=batch_size)
         device = generator.device if generator is not None else None
         if allocation == "equal":
             each, rest = divmod(batch_size, self.num_tasks)
@@ -112,7 +120,7 @@ class TimestepClusters:
             counts[torch.randperm(self.num_tasks, generator=generator, device=device)[:rest]] += 1
             return counts
         if allocation == "proportional":
-            # Systematic sampling: one common offset rounds all partial sums, in exact integers.
+            # Systematic sampling: one random offset rounds all partial sums, in exact integers.
             num_timesteps = self.num_timesteps
             offset = torch.randint(num_timesteps, (), generator=generator, device=device)
             ends = batch_size * torch.tensor(self.boundaries, device=device)
@@ -126,11 +134,11 @@ class TimestepClusters:
         generator: torch.Generator | None = None,
         allocation: Literal["equal", "proportional"] = "equal",
     ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-        """Draw timesteps: a number for each task as in `counts`, uniform inside each cluster.
+        """Draw timesteps: `counts` of them for each task, uniform inside its cluster.
 
         Returns:
-            `timesteps [b]` and `task_ids [b]`, int64, on the generator's device (else the CPU),
-            sorted by task: samples of one task lie together.
+            `timesteps [b]` and `task_ids [b]`, int64, sorted by task, on the generator's device
+            (or the CPU).
 
         Raises:
             ConfigError: As `counts`.
@@ -146,10 +154,10 @@ class TimestepClusters:
 
 
 def _numbered(stops: Tensor, length: int) -> Tensor:
-    """For each place `0 .. length-1` the number of the interval it is in: `stops` up to it.
+    """Number of the interval of each place `0 .. length-1`: how many `stops` are up to it.
 
     `repeat_interleave` and `bucketize` start threads for a few hundred numbers, which takes
-    milliseconds where the cores are busy.
+    milliseconds on busy cores.
     """
     marks = torch.zeros(length + 1, dtype=torch.int64, device=stops.device)
     return marks.index_add_(0, stops, torch.ones_like(stops)).cumsum(0)[:length]

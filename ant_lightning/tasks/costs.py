@@ -1,8 +1,8 @@
 """Costs of segments of timesteps, the input of `partition`.
 
-Each function gives `costs [T, T]`, float64 on the CPU: entry `[l, r]` with `l <= r` is the cost of
-the segment `l .. r`, both ends in, whose centre is `c = (l + r + 1) // 2`. There is no segment
-with `l > r`: these entries are infinite.
+Each function returns `costs [T, T]`, float64 on the CPU. Entry `[l, r]` with `l <= r` is the cost
+of the segment `l .. r`, both ends included, with the centre `c = (l + r + 1) // 2`. Entries with
+`l > r` are infinite.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,19 +26,23 @@ __all__ = ["affinity_costs", "snr_costs", "timestep_costs"]
 
 
 def timestep_costs(num_timesteps: int) -> Float[Tensor, "T T"]:
-    """Distance in timesteps: `costs[l, r] = sum_{t=l..r} (t - c)^2`.
+    """Distance in timesteps: `costs[l, r] = sum_{t=l..r} (t - c)²`.
 
-    The cost depends on the length `n = r - l + 1` alone: `n (n^2 - 1) / 12` for odd n and
-    `n (n^2 + 2) / 12` for even n, whole numbers and therefore exact.
+    The cost depends only on the length `n = r - l + 1`: it is `n (n² - 1) / 12` for odd n and
+    `n (n² + 2) / 12` for even n. These are whole numbers, so the costs are exact.
 
     Raises:
         ConfigError: If `num_timesteps` is below 1.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
+
+    Example:
+        >>> from ant_lightning import timestep_costs
+        >>> timestep_costs(4)[0].tolist()
+        [0.0, 1.0, 2.0, 6.0]
     """
-    if num_timesteps < 1:
-        raise ConfigError(f"num_timesteps: must be at least 1, found {num_timesteps}")
+    check_at_least(1, num_timesteps=num_timesteps)
     n = np.arange(1, num_timesteps + 1)
     by_length = n * (n * n + np.where(n % 2, -1, 2)) // 12
     # Row l of this view of `inf .. inf, cost(1) .. cost(T)` begins l places further left.
@@ -52,26 +56,32 @@ def snr_costs(log_snr: Float[Tensor, " T"], *, power: float = 1) -> Float[Tensor
 
     Args:
         log_snr: Log signal-to-noise ratio of each timestep, `[T]`, finite, in any order.
-        power: 1 as the official code has it (our default), 2 as the paper has it.
+        power: 1 as in the official code, 2 as in the paper.
 
     Raises:
         ConfigError: If `log_snr` is not one finite vector or `power` is not above 0.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
-        The official code rounds the centre's half to even; here it always rounds up.
+        The official code rounds half a centre to even; here it is always rounded up.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import snr_costs
+        >>> snr_costs(torch.tensor([9.0, 6.0, 0.0]))[0].tolist()
+        [0.0, 3.0, 9.0]
     """
     if power <= 0:
         raise ConfigError(f"power: must be above 0, found {power}")
     values = _as_array(log_snr)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
         raise ConfigError(
-            f"log_snr: one vector of finite numbers is needed, found shape {values.shape} with "
+            f"log_snr: must be one vector of finite numbers, found shape {values.shape} with "
             f"{int((~np.isfinite(values)).sum())} numbers that are not finite"
         )
 
     def distances(c: int) -> Array:
-        """Of all timesteps from `c`."""
+        """Distance of each timestep from `c`, to the power."""
         away: Array = np.abs(values - values[c])
         if power != 1:
             away **= power
@@ -91,35 +101,42 @@ def affinity_costs(affinity: Float[Tensor, "T T"]) -> Float[Tensor, "T T"]:
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
-        The official code costs a single timestep -1; here it is minus its own affinity.
+        In the official code a single timestep costs -1; here minus its affinity with itself.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import affinity_costs
+        >>> affinity = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 1.0]])
+        >>> [round(cost, 2) for cost in affinity_costs(affinity)[0].tolist()]
+        [-1.0, -1.5, -1.7]
     """
     values = _as_array(affinity)
     square = values.ndim == 2 and values.shape[0] == values.shape[1] and values.size
     if not square or not np.isfinite(values).all():
         raise ConfigError(
-            f"affinity: a square matrix of finite numbers is needed, found shape {values.shape} "
+            f"affinity: must be a square matrix of finite numbers, found shape {values.shape} "
             f"with {int((~np.isfinite(values)).sum())} numbers that are not finite"
         )
     return _sums_from_centre(lambda c: -values[c], len(values))
 
 
 def _as_array(values: Tensor) -> Array:
-    """`values` as float64 numpy array on the host."""
+    """`values` as a float64 numpy array on the CPU."""
     return torch.as_tensor(values).detach().cpu().double().numpy()
 
 
 def _sums_from_centre(pairs: Callable[[int], Array], n: int) -> Tensor:
-    """`costs[l, r] = sum_{t=l..r} pairs(c)[t]`, adding outwards from the centre c.
+    """`costs[l, r] = sum_{t=l..r} pairs(c)[t]`, added outwards from the centre c.
 
-    Differences of sums from 0 would be shorter, but where the numbers span decades they cancel:
-    this way single timesteps and equal values cost exactly 0.
+    Differences of cumulative sums would be shorter, but would cancel where the numbers span
+    decades. This way single timesteps and equal values cost exactly 0.
     """
     costs = np.full((n, n), np.inf)
     flat = costs.reshape(-1)
     for c in range(n):
         row = pairs(c)
-        # Segments c-j .. c+j and c-j .. c+j-1 have their centre at c: two antidiagonals, along
-        # which the flat index falls by n - 1.
+        # The segments c-j .. c+j and c-j .. c+j-1 have their centre at c. They are two
+        # antidiagonals of the matrix, along which the flat index decreases by n - 1.
         num_odd, num_even = min(c, n - 1 - c), min(c, n - c)
         right = np.cumsum(row[c : c + num_odd + 1])
         left = np.cumsum(row[c - num_even : c][::-1])

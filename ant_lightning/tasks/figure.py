@@ -1,15 +1,13 @@
-"""Pictures of clusterings: which timesteps, which noise, and how often each timestep is drawn."""
+"""Figures of clusters: their timesteps and noise levels, and how often each timestep is drawn."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-
-from ant_lightning.affinity.figure import cell_edges
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,43 +18,63 @@ if TYPE_CHECKING:
 
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["boundaries_figure", "clusterings_figure", "importance_density"]
+__all__ = [
+    "NOISE_AXES",
+    "NoiseAxis",
+    "boundaries_figure",
+    "cell_edges",
+    "clusterings_figure",
+    "importance_density",
+]
+
+NoiseAxis = Literal["timestep", "log_snr"]
+NOISE_AXES: dict[NoiseAxis, str] = {"timestep": "timestep", "log_snr": "log-SNR"}  # with labels
 
 
 def importance_density(clusters: TimestepClusters) -> NDArray[np.float64]:
-    """How often each timestep is drawn, over how often uniform sampling draws it, `[T]`.
+    """How often each timestep is drawn, relative to uniform sampling, `[T]`.
 
-    With as many samples from every cluster it is `T / (k |I_i|)` for t in I_i; the mean is 1.
+    With equally many samples for every cluster it is `T / (k |I_i|)` for t in I_i; its mean is 1.
     """
-    sizes = clusters.sizes.numpy().astype(np.float64)
+    sizes = clusters.sizes.numpy()
     density: NDArray[np.float64] = np.repeat(
-        clusters.num_timesteps / (clusters.num_tasks * sizes), clusters.sizes.numpy()
+        clusters.num_timesteps / (clusters.num_tasks * sizes.astype(np.float64)), sizes
     )
     return density
+
+
+def cell_edges(positions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Edges `[n + 1]` of cells around increasing or decreasing positions `[n]`."""
+    if len(positions) == 1:
+        return np.array([positions[0] - 0.5, positions[0] + 0.5])
+    middles = (positions[1:] + positions[:-1]) / 2
+    first, last = 2 * positions[0] - middles[0], 2 * positions[-1] - middles[-1]
+    return np.concatenate([[first], middles, [last]])
 
 
 def clusterings_figure(clusterings: Mapping[str, TimestepClusters], log_snr: Tensor) -> Figure:
     """Clusterings as rows of intervals, and the density of timesteps that each implies.
 
-    Left over timesteps, right over log-SNR, noise growing to the right on both.
+    The left column is over timesteps, the right one over log-SNR; noise grows to the right.
 
     Args:
-        clusterings: By name.
-        log_snr: Of the schedule, `[T]`.
+        clusterings: Clusters by the name of their row.
+        log_snr: Log-SNR of the schedule, `[T]`.
     """
     figure = Figure(figsize=(10, 5), dpi=110, layout="constrained")
     panels = figure.subplots(2, 2, height_ratios=[1, 1.3], sharex="col")
-    steps = np.arange(len(log_snr) + 1, dtype=np.float64)
-    noise = cell_edges(log_snr.double().numpy())
-    for column, (edges, name) in enumerate([(steps, "timestep"), (noise, "log-SNR")]):
-        intervals, densities = panels[:, column]
+    edges_of = {
+        "timestep": np.arange(len(log_snr) + 1, dtype=np.float64),
+        "log_snr": cell_edges(log_snr.double().numpy()),
+    }
+    for (intervals, densities), (axis, label) in zip(panels.T, NOISE_AXES.items(), strict=True):
+        edges = edges_of[axis]
         _intervals(intervals, clusterings, edges)
-        for label, clusters in clusterings.items():
-            densities.stairs(importance_density(clusters), edges, label=label, linewidth=1.6)
+        for name, clusters in clusterings.items():
+            densities.stairs(importance_density(clusters), edges, label=name, linewidth=1.6)
         densities.axhline(1, color="0.4", linestyle="--", linewidth=0.8)
+        densities.set(xlabel=label, xlim=(edges[0], edges[-1]))  # noise grows to the right
         densities.set_ylim(bottom=0)
-        densities.set_xlim(edges[0], edges[-1])  # noise grows to the right on both axes
-        densities.set_xlabel(name)
         densities.grid(alpha=0.3, which="both")
         densities.label_outer()
         intervals.label_outer()
@@ -71,50 +89,45 @@ def boundaries_figure(
     """The intervals of the tasks over a training that changed them.
 
     Args:
-        history: Step from which on, and boundaries `0 .. T`, in the order of time.
-        log_snr: Of the schedule, `[T]`.
-        last_step: Where the last ones end.
+        history: First step and boundaries `0 .. T` of each clustering, in order of time.
+        log_snr: Log-SNR of the schedule, `[T]`.
+        last_step: Step at which the last clustering ends.
     """
     figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2)
     steps = [step for step, _ in history] + [max(last_step, history[-1][0] + 1)]
+    boundaries = np.array([each for _, each in history])
     noise = cell_edges(log_snr.double().numpy())
-    num_tasks = len(history[0][1]) - 1
-    colors = colormaps["viridis"](np.linspace(0.1, 0.95, num_tasks))
-    for axis, name in zip(panels, ("timestep", "log-SNR"), strict=True):
-        for task in range(num_tasks):
-            ends = np.array([each[task : task + 2] for _, each in history]).T
-            low, high = ends if name == "timestep" else noise[ends]
-            axis.fill_between(
-                steps, [*low, low[-1]], [*high, high[-1]], step="post", color=colors[task]
-            )
+    colors = _task_colors(boundaries.shape[1] - 1)
+    for panel, axis in zip(panels, NOISE_AXES, strict=True):
+        values = boundaries if axis == "timestep" else noise[boundaries]
+        values = np.concatenate([values, values[-1:]])  # the last one lasts until `last_step`
+        for task, color in enumerate(colors):
+            low, high = values[:, task], values[:, task + 1]
+            panel.fill_between(steps, low, high, step="post", color=color)
             middle = (low[-1] + high[-1]) / 2
-            axis.annotate(f" task {task}", (steps[-1], middle), fontsize=8, va="center")
-        axis.set(xlabel="training step", ylabel=name, xlim=(steps[0], steps[-1]))
-        axis.set_ylim(
-            *((0, len(log_snr)) if name == "timestep" else noise[[0, -1]])
-        )  # noise upwards
+            panel.annotate(f" task {task}", (steps[-1], middle), fontsize=8, va="center")
+        panel.set(xlabel="training step", ylabel=NOISE_AXES[axis], xlim=(steps[0], steps[-1]))
+        panel.set_ylim(values[0, 0], values[0, -1])  # noise grows upwards
     return figure
 
 
 def _intervals(
-    axis: Axes, clusterings: Mapping[str, TimestepClusters], edges: NDArray[np.float64]
+    panel: Axes, clusterings: Mapping[str, TimestepClusters], edges: NDArray[np.float64]
 ) -> None:
     for row, clusters in enumerate(clusterings.values()):
-        colors = colormaps["viridis"](np.linspace(0.1, 0.95, clusters.num_tasks))
+        colors = _task_colors(clusters.num_tasks)
         for task, (start, stop) in enumerate(pairwise(clusters.boundaries)):
             width = edges[stop] - edges[start]
-            axis.barh(row, width, left=edges[start], color=colors[task], edgecolor="white")
-            middle = edges[start] + width / 2
-            if abs(width) > 0.04 * abs(edges[-1] - edges[0]):
-                axis.text(
-                    middle,
-                    row,
-                    str(task),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="0.1" if task > clusters.num_tasks / 2 else "white",
-                )
-    axis.set_yticks(range(len(clusterings)), list(clusterings))
-    axis.invert_yaxis()
+            panel.barh(row, width, left=edges[start], color=colors[task], edgecolor="white")
+            if abs(width) > 0.04 * abs(edges[-1] - edges[0]):  # room for its number
+                dark = "0.1" if task > clusters.num_tasks / 2 else "white"
+                at = (edges[start] + width / 2, row)
+                panel.text(*at, str(task), ha="center", va="center", fontsize=8, color=dark)
+    panel.set_yticks(range(len(clusterings)), list(clusterings))
+    panel.invert_yaxis()
+
+
+def _task_colors(num_tasks: int) -> NDArray[np.float64]:
+    colors: NDArray[np.float64] = colormaps["viridis"](np.linspace(0.1, 0.95, num_tasks))
+    return colors

@@ -1,4 +1,4 @@
-"""The best cut of a line of timesteps into contiguous segments, by dynamic programming."""
+"""The partition of timesteps into contiguous segments with the smallest cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 __all__ = ["partition"]
 
-_BLOCK = 128  # starts that are done at a time, so that their sums stay in the cache
+_BLOCK = 128  # starts computed at a time, so that their sums stay in the cache
 
 
 def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1) -> tuple[int, ...]:
     """Boundaries of the `k` contiguous segments with the smallest sum of costs, exactly.
 
-    With `F_m(i)` the smallest cost of `m` segments that tile `[i, T)`:
-    `F_m(i) = min_j costs[i, j - 1] + F_{m-1}(j)`, in `O(k T^2)`.
+    Dynamic programming in `O(k T²)`: the smallest cost of `m` segments that tile `[i, T)` is
 
-    Of several optima, the one whose sizes have the smallest sum of squares is taken (the most
-    even one), and of these the one that is lexicographically first. Costs count as equal if
-    their float64 sums are.
+        F_m(i) = min_j costs[i, j - 1] + F_{m-1}(j).
+
+    If several partitions have the smallest cost (as a float64 sum), the one with the smallest sum
+    of squared sizes is taken, which is the most even one, and then the lexicographically first.
 
     Args:
         costs: `costs[l, r]` is the cost of the segment `l .. r`, both ends in; it may be
             negative. Entries with `l > r` are ignored.
         num_tasks: Number of segments `k`.
-        min_size: Fewest timesteps in a segment.
+        min_size: Smallest number of timesteps in a segment.
 
     Returns:
         `k + 1` increasing integers from 0 to `T`; segment i is `[boundaries[i],
@@ -45,30 +45,34 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import partition, snr_costs
+        >>> partition(snr_costs(torch.tensor([9.0, 8.0, 1.0, 0.0, -1.0])), num_tasks=2)
+        (0, 2, 5)
     """
     table = torch.as_tensor(costs).detach().cpu().double().numpy()
     if table.ndim != 2 or table.shape[0] != table.shape[1] or not table.size:
-        raise ConfigError(f"costs: a square matrix is needed, found shape {table.shape}")
+        raise ConfigError(f"costs: must be a square matrix, found shape {table.shape}")
     num_timesteps = len(table)
-    if num_tasks < 1 or min_size < 1:
-        raise ConfigError(
-            f"num_tasks and min_size: must be at least 1, found {num_tasks} and {min_size}"
-        )
+    check_at_least(1, num_tasks=num_tasks, min_size=min_size)
     if num_tasks * min_size > num_timesteps:
+        most = num_timesteps // min_size
         raise ConfigError(
-            f"num_tasks: {num_tasks} clusters of at least {min_size} timesteps need as many "
-            f"timesteps, found {num_timesteps}"
+            f"num_tasks: must be at most {most} with {num_timesteps} timesteps and segments of "
+            f"{min_size} or more, found {num_tasks}"
         )
     steps = np.arange(num_timesteps)
     upper = steps[:, None] <= steps
-    # Column j - 1 of `segments` is the stop j; too short segments are out of the question.
+    # Column j - 1 of `segments` is the stop j; segments that are too short have infinite cost.
     segments = np.where(upper, table, np.inf)
     if np.count_nonzero(np.isfinite(segments)) != num_timesteps * (num_timesteps + 1) // 2:
         raise ConfigError("costs: must be finite where l <= r, found a NaN or an infinity")
     if min_size > 1:
         segments[steps[:, None] > steps + 1 - min_size] = np.inf
 
-    # Both of F_m(i), for every start i that has room for m segments.
+    # Of the optimum F_m(i): its cost and its sum of squared sizes, by start i.
     best = segments[:, -1].copy()
     squares = (num_timesteps - steps.astype(np.float64)) ** 2
     choices = []
@@ -79,7 +83,7 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
         choice = np.empty(high + 1 - low, dtype=np.intp)
         new_best, new_squares = np.empty(len(choice)), np.empty(len(choice))
         for start in range(low, high + 1, _BLOCK):
-            # Stops at or before the first start of the block are left out.
+            # No segment of the block stops before this.
             after = max(first, start + min_size)
             block = slice(start - low, min(start + _BLOCK, high + 1) - low)
             sums = segments[low:][block, after - 1 : last] + best[after : last + 1]
@@ -98,10 +102,10 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
 def _minimum(
     sums: Array, squares: Array, low: int, first: int
 ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.intp]], Array, Array]:
-    """Smallest sum of each row: its stop, itself, and the squared sizes that go with it.
+    """Stop, cost and sum of squared sizes of the optimum for each row of `sums`.
 
-    Row a is the start `low + a`, column b the stop `first + b` of a segment, `squares[b]` the
-    squared sizes of those after it.
+    Row a is the start `low + a` of a segment and column b its stop `first + b`; `squares[b]` is
+    the sum of squared sizes of the segments after it.
     """
     rows = np.arange(len(sums))
     choice = sums.argmin(axis=1)
@@ -112,6 +116,6 @@ def _minimum(
         evenness = squares[columns] + (first + columns - low - tied_rows).astype(np.float64) ** 2
         most_even = np.minimum.reduceat(evenness, np.searchsorted(tied_rows, rows))
         winners = np.flatnonzero(evenness == most_even[tied_rows])[::-1]
-        choice[tied_rows[winners]] = columns[winners]  # backwards: the first is written last
+        choice[tied_rows[winners]] = columns[winners]  # reversed: the first is written last
     lengths = (first + choice - low - rows).astype(np.float64)
     return first + choice, best, squares[choice] + lengths**2

@@ -1,4 +1,4 @@
-"""A placebo: tasks of the same sizes as real clusters, of timesteps that have nothing in common."""
+"""A placebo: tasks with the sizes of real clusters, but with timesteps dealt out at random."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["ShuffledClustering", "ShuffledClusters"]
 
 @dataclass(frozen=True)
 class ShuffledClusters(TimestepClusters):
-    """Clusters of a permutation of the timesteps: task i holds `order[start_i:stop_i]`.
+    """Clusters of a permutation of the timesteps: task i has the timesteps `order[start_i:stop_i]`.
 
-    `boundaries` and `sizes` are those of places in the permutation; `task_of` and `sample` are of
-    timesteps, as ever.
+    `boundaries` and `sizes` count places in the permutation; `task_of` and `sample` take and give
+    timesteps, as for contiguous clusters.
 
     Attributes:
-        order: Each of `0 .. T-1` once.
+        order: A permutation of `0 .. T-1`.
 
     Raises:
-        ConfigError: If it is not such a permutation.
+        ConfigError: If `order` is not a permutation.
     """
 
     order: tuple[int, ...] = field(default=(), repr=False)
@@ -39,13 +39,13 @@ class ShuffledClusters(TimestepClusters):
         super().__post_init__()
         if sorted(self.order) != list(range(self.num_timesteps)):
             raise ConfigError(
-                f"order: must be a permutation of 0 .. {self.num_timesteps - 1}, found "
-                f"{len(self.order)} numbers"
+                f"order: must be a permutation of 0 .. {self.num_timesteps - 1}, "
+                f"found {len(self.order)} numbers"
             )
 
     def task_of(self, timesteps: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Task of each timestep, same shape and device; errors as for contiguous clusters."""
-        super().task_of(timesteps)  # for its errors
+        """Task of each timestep, same shape and device."""
+        super().task_of(timesteps)  # checks them
         places = torch.tensor(self.order, device=timesteps.device).argsort()
         return super().task_of(places[timesteps])
 
@@ -56,20 +56,27 @@ class ShuffledClusters(TimestepClusters):
         generator: torch.Generator | None = None,
         allocation: Literal["equal", "proportional"] = "equal",
     ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-        """Draw `timesteps` and `task_ids` as contiguous clusters do, from the permutation."""
+        """Draw `timesteps [b]` and `task_ids [b]` as contiguous clusters do."""
         places, tasks = super().sample(batch_size, generator=generator, allocation=allocation)
         return torch.tensor(self.order, device=places.device)[places], tasks
 
 
 class ShuffledClustering(Clustering):
-    """Takes the sizes of another clustering and deals the timesteps out at random.
+    """Tasks with the sizes of another clustering, and with timesteps dealt out at random.
 
-    What a multi-task method gains over it is due to which timesteps share a task; what it gains
-    with it is not.
+    If a method is as good with these tasks as with the real clusters, its gain does not depend on
+    which timesteps share a task.
 
     Args:
-        clustering: Gives the sizes.
-        seed: Of the permutation; part of the clustering, so not the seed of the run.
+        clustering: Clustering that determines the sizes.
+        seed: Seed of the permutation. It is part of the clustering, not the seed of the run.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import ShuffledClustering, TimestepClustering
+        >>> clusters = ShuffledClustering(TimestepClustering(2))(torch.linspace(5, -5, 6))
+        >>> clusters.sizes.tolist(), sorted(clusters.order)
+        ([3, 3], [0, 1, 2, 3, 4, 5])
     """
 
     def __init__(self, clustering: Clustering, *, seed: int = 0) -> None:
@@ -77,7 +84,7 @@ class ShuffledClustering(Clustering):
         self.seed = seed
 
     def __call__(self, log_snr: Float[Tensor, " T"]) -> ShuffledClusters:
-        """Clusters with the boundaries of the other's, over a permutation of its timesteps."""
+        """Clusters with the other clustering's boundaries, over a permutation of the timesteps."""
         boundaries = self.clustering(log_snr).boundaries
         generator = keyed_generator(self.seed, "shuffled timesteps")
         order = torch.randperm(boundaries[-1], generator=generator)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
-from ant_lightning.affinity.probing import ValidationProbe
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import save_figure
+from ant_lightning.callbacks.fixed_loss import MeasuringCallback
 from ant_lightning.callbacks.task_figures import transfer_heat_map
 from ant_lightning.errors import ConfigError
 from ant_lightning.transfer.matrix import transfer_matrix
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["TransferMatrix"]
 
 
-class TransferMatrix(ValidationProbe):
+class TransferMatrix(MeasuringCallback):
     """Draws, at the end of a validation, the share of task j's loss that a step on task i takes.
 
     It is measured by making the step and undoing it: see `transfer_matrix`. `k (k + 2)` passes over
@@ -73,11 +73,13 @@ class TransferMatrix(ValidationProbe):
             raise ConfigError(f"TransferMatrix.lr: must be above 0, found {lr}")
         self.lr = lr
 
-    def measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Try a step on every task; log, and draw on rank 0."""
-        with self.probing(trainer, pl_module) as probe:
+        if not self.is_due(trainer):
+            return
+        with self.fixed_loss(trainer, pl_module) as loss:
             self.matrix = transfer_matrix(
-                probe.of_task,
+                loss.of_task,
                 parameters=pl_module.backbone.parameters(),
                 lr=self.lr,
                 num_tasks=pl_module.num_tasks,

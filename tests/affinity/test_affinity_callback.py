@@ -3,7 +3,6 @@
 import copy
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from tiny_digits import T, TinyDiT, module, trainer
@@ -20,7 +19,7 @@ from ant_lightning import (
     TaskAffinity,
     TransferMatrix,
 )
-from ant_lightning.affinity.probe import LossProbe
+from ant_lightning.callbacks.fixed_loss import FixedLoss
 
 GRID = [3, 40, 41, 90]
 
@@ -54,7 +53,7 @@ def test_validate_gives_the_cosines_of_gradients_made_one_by_one(tmp_path):
     run = trainer(tmp_path, callback)
     run.validate(model, data, verbose=False)
     assert all(torch.equal(before[n], p) for n, p in weights(model).items())
-    probe = LossProbe(model, data.train_images, num_images=20, batch_size=20, seed=5)
+    probe = FixedLoss(model, data.train_images, num_images=20, batch_size=20, seed=5)
     rows = torch.stack(
         [
             torch.stack([flat_gradient(model, sum(probe.at_timestep(t, half))) for half in (0, 1)])
@@ -64,7 +63,7 @@ def test_validate_gives_the_cosines_of_gradients_made_one_by_one(tmp_path):
     mean = rows.mean(1)
     unit = mean / mean.norm(dim=1, keepdim=True)
     torch.testing.assert_close(callback.result.plain, unit @ unit.T, rtol=0, atol=1e-5)
-    stored = AffinityResult.load(tmp_path / "task_affinity.npz")
+    stored = AffinityResult.load(tmp_path / "task_affinity.safetensors")
     assert torch.equal(stored.plain, callback.result.plain)
     assert {p.name for p in tmp_path.glob("*.png")} == {
         "5_affinity_by_timestep.png",
@@ -87,7 +86,7 @@ def test_the_halves_share_no_image_and_the_loss_is_the_denoising_loss(tmp_path):
             loaded.append(indices)
             return data.train_images.load(indices, epoch=None)
 
-    probe = LossProbe(model, Watched(), num_images=30, batch_size=9, seed=0)
+    probe = FixedLoss(model, Watched(), num_images=30, batch_size=9, seed=0)
     for t in (1, 50, 99):
         for half in (0, 1):
             first = sum(probe.at_timestep(t, half))
@@ -103,7 +102,7 @@ def test_the_halves_share_no_image_and_the_loss_is_the_denoising_loss(tmp_path):
     with torch.no_grad():
         for p in model.backbone.final_layer.parameters():
             p.zero_()
-    big = LossProbe(model, data.train_images, num_images=1400, batch_size=700, seed=0)
+    big = FixedLoss(model, data.train_images, num_images=1400, batch_size=700, seed=0)
     assert float(sum(big.at_timestep(60, 0)).detach()) == pytest.approx(1.0, abs=0.05)
 
 
@@ -126,7 +125,7 @@ def test_fit_averages_validations_and_a_resumed_run_goes_on(tmp_path):
     run.fit(module(), DigitsData(batch_size=50), ckpt_path=tmp_path / "last.ckpt")
     assert resumed.result.num_checkpoints == 3
     assert torch.equal(resumed.result.half_dots[:2], callback.result.half_dots)
-    path = tmp_path / "affinity.npz"
+    path = tmp_path / "affinity.safetensors"
     resumed.result.save(path)
     clusters = GradientClustering(path, 2)(model.process.log_snr)
     assert clusters.num_timesteps == T
@@ -164,7 +163,7 @@ def test_a_nan_is_named_and_what_was_measured_is_kept(tmp_path, caplog):
     model, data = module(TinyDiT(nan_from=80)), DigitsData(batch_size=50)
     with pytest.raises(ConfigError, match="timestep 90"):
         trainer(tmp_path, affinity()).validate(model, data, verbose=False)
-    partial = AffinityResult.load(tmp_path / "task_affinity_partial.npz")
+    partial = AffinityResult.load(tmp_path / "task_affinity_partial.safetensors")
     assert partial.timesteps == (3, 40, 41)
     # Training is not stopped by a measurement.
     model = module(TinyDiT(nan_from=80), train_interval=(0, 50))
@@ -199,8 +198,10 @@ def test_a_killed_measurement_goes_on(tmp_path):
 
     state = tmp_path / "state"
     with pytest.raises(MemoryError):
-        trainer(tmp_path, affinity(state_dir=str(state))).validate(module(), Dying(), verbose=False)
-    second = affinity(state_dir=str(state))
+        trainer(tmp_path, affinity(resume_dir=str(state))).validate(
+            module(), Dying(), verbose=False
+        )
+    second = affinity(resume_dir=str(state))
     data = Dying()
     data.left = 100
     trainer(tmp_path, second).validate(module(), data, verbose=False)
@@ -215,11 +216,11 @@ def test_transfer_is_what_a_step_by_hand_does(tmp_path):
     callback = TransferMatrix(lr=0.1, num_images=32, batch_size=11)
     trainer(tmp_path, callback).validate(model, data, verbose=False)
     assert all(torch.equal(before[n], p) for n, p in weights(model).items())
-    probe = LossProbe(model, data.held_out_images, num_images=32, batch_size=32, seed=0)
+    probe = FixedLoss(model, data.held_out_images, num_images=32, batch_size=32, seed=0)
     stepped = module(copy.deepcopy(model.backbone)).eval()
     stepped.trainer = model.trainer
     optimizer = torch.optim.SGD(stepped.backbone.parameters(), lr=0.1)
-    own = LossProbe(stepped, data.held_out_images, num_images=32, batch_size=32, seed=0)
+    own = FixedLoss(stepped, data.held_out_images, num_images=32, batch_size=32, seed=0)
     own.of_task(2).backward()
     optimizer.step()
     expected = 1 - float(own.of_task(0).detach()) / float(probe.of_task(0).detach())
@@ -232,11 +233,11 @@ def test_transfer_is_what_a_step_by_hand_does(tmp_path):
     [
         (lambda: TaskAffinity(num_points=0), "num_points"),
         (lambda: TaskAffinity(num_images=1), "num_images"),
-        (lambda: TransferMatrix(lr=0.0), "TransferMatrix.lr: must be above 0"),
+        (lambda: TransferMatrix(lr=0.0), "lr: must be above 0"),
         (lambda: TransferMatrix(images="all"), "held_out, found all"),
-        (lambda: TransferMatrix(weights="mean"), "TransferMatrix.weights: must be ema or live"),
-        (lambda: TransferMatrix(every_n_epochs=0), "TransferMatrix.every_n_epochs"),
-        (lambda: TaskAffinity(average_with=["nowhere.npz"]), "nowhere.npz"),
+        (lambda: TransferMatrix(weights="mean"), "weights: must be ema or live"),
+        (lambda: TransferMatrix(every_n_epochs=0), "every_n_epochs"),
+        (lambda: TaskAffinity(average_with=["nowhere.safetensors"]), "nowhere.safetensors"),
     ],
 )
 def test_bad_settings_are_named(make, words):
@@ -245,11 +246,10 @@ def test_bad_settings_are_named(make, words):
 
 
 def test_files_of_another_model_are_not_averaged_in(tmp_path):
-    path = tmp_path / "other.npz"
+    path = tmp_path / "other.safetensors"
     one = torch.eye(4, dtype=torch.float64).expand(1, 2, 2, 4, 4)
     other = AffinityResult(tuple(GRID), T, one, num_parameters=9)
     other.save(path)
-    assert np.load(path)["num_parameters"] == 9
     callback = affinity(average_with=[str(path)])
     with pytest.raises(ConfigError, match="num_parameters"):
         trainer(tmp_path, callback).validate(module(), DigitsData(), verbose=False)

@@ -92,9 +92,9 @@ def test_interval_depends_on_its_seed_alone():
 def test_arrays_that_do_not_fit_are_refused(function):
     with pytest.raises(ConfigError, match=r"found shapes \(3, 3\) and \(4,\)"):
         function(torch.eye(3), torch.arange(4))
-    with pytest.raises(ConfigError, match="at least one pair must be finite"):
+    with pytest.raises(ConfigError, match="must have at least one finite pair"):
         function(torch.full((3, 3), torch.nan), torch.arange(3))
-    with pytest.raises(ConfigError, match="at least one pair"):
+    with pytest.raises(ConfigError, match="at least one finite pair"):
         function(torch.eye(1), torch.arange(1))
 
 

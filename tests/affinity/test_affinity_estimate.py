@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ant_lightning import ConfigError, task_affinity, timestep_grid
-from ant_lightning.affinity.estimate import AffinityReliabilityWarning
-from ant_lightning.affinity.halves import HalfGradients, NonFiniteGradientError
-from ant_lightning.affinity.measurement import Measurement
+from ant_lightning.affinity.measure import AffinityReliabilityWarning, NonFiniteGradientError
+from ant_lightning.affinity.store import GradientStore
+from ant_lightning.files.safetensors_file import write_tensors
 
 T = 1000
 GRID = (0, 40, 90, 200, 350, 500, 640, 800, 930, 999)
@@ -98,10 +98,10 @@ def test_result_says_what_was_measured():
     log_snr = torch.linspace(5, -5, T)
     result = measure(Toy(width=8), log_snr=log_snr, seed=7, model="toy", timesteps=None)
     assert result.timesteps == timestep_grid(T)
-    assert (result.seed, result.model, result.method, result.num_timesteps) == (
+    assert (result.seed, result.model, result.sketch_dim, result.num_timesteps) == (
         7,
         "toy",
-        "exact",
+        None,
         T,
     )
     expected = [log_snr[t].double() for t in timestep_grid(T)]
@@ -158,7 +158,7 @@ def test_streamed_equals_exact_and_cleans_up(tmp_path, monkeypatch):
     most_on_disk = []
 
     def look(done, total):
-        most_on_disk.append(sum(f.stat().st_size for f in tmp_path.rglob("*.npy")))
+        most_on_disk.append(sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors")))
 
     budget = 12 * 51_016 + 100_000
     streamed = measure(toy, memory_budget_bytes=budget, on_progress=look)
@@ -199,57 +199,57 @@ def test_killed_run_goes_on_and_equals_one_never_stopped(tmp_path, sketch_dim):
             parameters=toy.parameters(),
             num_timesteps=T,
             timesteps=GRID,
-            state_path=tmp_path,
+            resume_dir=tmp_path,
             **settings,
         )
-    (tmp_path / ".rows_000500.npy.1.tmp").write_bytes(b"half a file")
+    (tmp_path / ".gradient_000500_1.safetensors.1.tmp").write_bytes(b"half a file")
     progress = []
     toy.calls.clear()
     resumed = measure(
-        toy, state_path=tmp_path, on_progress=lambda *counts: progress.append(counts), **settings
+        toy, resume_dir=tmp_path, on_progress=lambda *counts: progress.append(counts), **settings
     )
-    assert toy.calls == [(t, half) for t in GRID[5:] for half in (0, 1)]
-    assert progress == [(done, 10) for done in range(5, 11)]
+    assert toy.calls == [(t, half) for t in GRID[5:] for half in (0, 1)][1:]
+    assert progress == [(done, 10) for done in range(11)]
     assert torch.equal(resumed.half_dots, whole.half_dots)
 
 
 def test_state_of_another_measurement_is_refused_by_name(tmp_path):
     toy = Toy(width=8)
-    first = {"model": "one", "state_path": tmp_path, "sketch_dim": 16}
+    first = {"model": "one", "resume_dir": tmp_path, "sketch_dim": 16}
     measure(toy, **first)
     changes = [
-        ({"model": "two"}, "model is 'one' there and 'two' here"),
-        ({"seed": 5}, "seed is 0 there and 5 here"),
-        ({"timesteps": GRID[1:]}, "timesteps is 10 values"),
-        ({"num_timesteps": 1001}, "num_timesteps is 1000 there and 1001 here"),
-        ({"sketch_dim": 32}, "sketch_dim is 16 there and 32 here"),
+        ({"model": "two"}, "model one, and this run has two"),
+        ({"seed": 5}, "seed 0, and this run has 5"),
+        ({"timesteps": GRID[1:]}, "timesteps \\[0, 40, .*this run has \\[40, 90"),
+        ({"num_timesteps": 1001}, "num_timesteps 1000, and this run has 1001"),
+        ({"sketch_dim": 32}, "sketch_dim 16, and this run has 32"),
     ]
     for change, words in changes:
         with pytest.raises(ConfigError, match=words):
             measure(toy, **(first | change))
     with torch.no_grad():
         toy.second.bias.add_(1e-3)
-    with pytest.raises(ConfigError, match="weights is"):
+    with pytest.raises(ConfigError, match=r"resume_dir: .* made with weights"):
         measure(toy, **first)
 
 
 def test_damaged_row_file_is_named(tmp_path):
     toy = Toy(width=8)
-    measure(toy, state_path=tmp_path)
-    path = tmp_path / "rows_000350.npy"
+    measure(toy, resume_dir=tmp_path)
+    path = tmp_path / "gradient_000350_1.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])
-    with pytest.raises(ConfigError, match="rows_000350"):
-        measure(toy, state_path=tmp_path)
-    np.save(path, np.zeros((2, 3), dtype=np.float32))
-    with pytest.raises(ConfigError, match=r"rows_000350.npy must hold float32 of shape \[2, 288\]"):
-        measure(toy, state_path=tmp_path)
+    with pytest.raises(ConfigError, match="gradient_000350_1"):
+        measure(toy, resume_dir=tmp_path)
+    write_tensors(path, {"gradient": torch.zeros(3)}, {})
+    with pytest.raises(ConfigError, match=r"must hold gradient as torch.float32 of shape \[288\]"):
+        measure(toy, resume_dir=tmp_path)
 
 
-def test_state_path_that_is_a_file_is_refused(tmp_path):
+def test_resume_dir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "state").write_text("")
-    with pytest.raises(ConfigError, match="state_path: must be a folder"):
-        measure(Toy(width=8), state_path=tmp_path / "state")
+    with pytest.raises(ConfigError, match="resume_dir: must be a folder"):
+        measure(Toy(width=8), resume_dir=tmp_path / "state")
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -267,31 +267,41 @@ def test_gradient_that_is_not_finite_names_its_timestep_and_keeps_the_rest(tmp_p
             parameters=toy.parameters(),
             num_timesteps=T,
             timesteps=GRID,
-            state_path=tmp_path,
+            resume_dir=tmp_path,
         )
     assert isinstance(caught.value, ConfigError)
     assert (caught.value.timestep, caught.value.half) == (640, 1)
     assert caught.value.partial.timesteps == GRID[:6]
     torch.testing.assert_close(caught.value.partial.plain, whole.plain[:6, :6])
     toy.calls.clear()
-    assert torch.equal(measure(toy, state_path=tmp_path).half_dots, whole.half_dots)
-    assert toy.calls[0] == (640, 0)
+    assert torch.equal(measure(toy, resume_dir=tmp_path).half_dots, whole.half_dots)
+    assert toy.calls[0] == (640, 1)
 
 
 def test_memory_of_a_sketch_is_that_of_n_times_m_floats():
     toy = Toy()
-    gradients = HalfGradients(toy.loss, parameters=toy.parameters())
-    measurement = Measurement(gradients, sketch_dim=256, seed=0)
-    rows = measurement.rows(None, GRID)
-    assert measurement.fill(rows, GRID, None) is None
-    assert rows.nbytes == len(GRID) * 256 * 4
+    store = GradientStore(
+        GRID,
+        num_parameters=51_016,
+        sketch_dim=256,
+        seed=0,
+        device=torch.device("cpu"),
+        folder=None,
+        identity={},
+        memory_budget_bytes=None,
+        sharded=False,
+    )
+    for timestep in GRID:
+        for half in (0, 1):
+            (gradient,) = torch.autograd.grad(toy.loss(timestep, half), toy.first.weight)
+            store.put(timestep, half, torch.nn.functional.pad(gradient.flatten(), (0, 25_516)))
+    assert sum(each.nbytes for each in store.gradients.values()) == len(GRID) * 256 * 4
 
 
 def test_sketch_is_within_its_error_of_exact():
     toy, m = Toy(), 256
     exact, sketched = measure(toy), measure(toy, sketch_dim=m, seed=1)
     error = (sketched.plain - exact.plain).abs()
-    assert sketched.method == "sketch"
     assert 0 < error.max() <= 4 / m**0.5
     off = ~torch.eye(len(GRID), dtype=torch.bool)
     in_units = (error / sketched.sketch_standard_error)[off]

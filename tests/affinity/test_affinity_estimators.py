@@ -3,9 +3,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ant_lightning import corrected_affinity, plain_affinity, split_half_reliability
-from ant_lightning.affinity.estimators import corrected_standard_error
-from ant_lightning.affinity.reliability import reliability_message
+from ant_lightning import (
+    AffinityResult,
+    corrected_affinity,
+    plain_affinity,
+    split_half_reliability,
+)
+from ant_lightning.affinity.estimate import corrected_standard_error
 
 
 def half_dots(a, b):
@@ -117,9 +121,12 @@ def test_shapes_may_have_leading_dimensions():
 
 
 def test_message_names_at_most_eight_timesteps():
-    reliability = torch.linspace(0, 1, 21, dtype=torch.float64)
-    timesteps = range(0, 210, 10)
-    message = reliability_message(timesteps, reliability, below=0.8)
-    assert "below 0.8 at 16 of 21 timesteps (0, 10, 20, 30, 40, 50, 60, 70, ...; lowest" in message
+    # Halves at an angle with cosine r have reliability 2 r / (1 + r).
+    reliability = np.linspace(0, 1, 21)
+    r = reliability / (2 - reliability)
+    halves = np.stack([[[1.0, 0.0]] * 21, np.stack([r, np.sqrt(1 - r**2)], axis=1)])
+    measured = AffinityResult(tuple(range(0, 210, 10)), 210, half_dots(*halves)[None])
+    message = measured.reliability_warning(below=0.79)
+    assert "below 0.79 at 16 of 21 timesteps (0, 10, 20, 30, 40, 50, 60, 70, ...; " in message
     assert "lowest 0.00 at timestep 0" in message
-    assert reliability_message(timesteps, reliability, below=0.0) is None
+    assert measured.reliability_warning(below=0.0) is None

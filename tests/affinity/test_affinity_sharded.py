@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ant_lightning import task_affinity
-from ant_lightning.affinity.halves import NonFiniteGradientError
+from ant_lightning.affinity.measure import NonFiniteGradientError
 
 GRID = (0, 2, 3, 6, 9)  # an odd number: the ranks have three and two
 
@@ -48,9 +48,9 @@ def on_rank(rank, folder, queue):
     sketch = measure(Linear(), sketch_dim=64)
     alone = Linear()
     measure(alone, sharded=False)
-    streamed = measure(Linear(), state_path=f"{folder}/state")
+    streamed = measure(Linear(), resume_dir=f"{folder}/state")
     again = Linear()
-    measure(again, state_path=f"{folder}/state")
+    measure(again, resume_dir=f"{folder}/state")
     failures = []
     for bad in (3, 9):
         try:

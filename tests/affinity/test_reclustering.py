@@ -92,9 +92,9 @@ def test_a_gradient_that_is_not_finite_leaves_the_clusters(tmp_path, caplog):
 
 
 def test_bad_settings_are_named(tmp_path):
-    with pytest.raises(ConfigError, match="recluster_every must be at least 1"):
+    with pytest.raises(ConfigError, match="recluster_every: must be at least 1"):
         Reclustering(recluster_every=0)
-    with pytest.raises(ConfigError, match="3 tasks need as many timesteps, found 2"):
+    with pytest.raises(ConfigError, match=r"num_points: must be at least .* tasks 3, found 2"):
         fit(tmp_path, module(), steps=1, num_points=2)
     with pytest.raises(ConfigError, match="num_tasks must stay 3, found 2"):
         module().recluster(TimestepClusters((0, 5, T)))

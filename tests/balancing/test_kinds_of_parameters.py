@@ -26,7 +26,7 @@ from ant_lightning import (
     task_gradients,
     transfer_matrix,
 )
-from ant_lightning.affinity.halves import HalfGradients
+from ant_lightning.affinity.measure import FlatGradient
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop, UnsupportedError
 from ant_lightning.balancing.gradients import DenseTaskGradients
@@ -95,9 +95,7 @@ def test_analyses_refuse_the_same(kind):
         )
 
     def halves():
-        return HalfGradients(
-            lambda t, half: losses(rows(t)).mean(), parameters=network.parameters()
-        )
+        return FlatGradient(lambda t, half: losses(rows(t)).mean(), parameters=network.parameters())
 
     def gradients():
         return task_gradients(losses, TASKS, network.parameters(), num_tasks=K)
@@ -224,7 +222,7 @@ def test_a_thawed_layer_is_looked_at_before_it_counts(engine):
 def test_a_measurement_refuses_parameters_that_are_thawed_on_its_way():
     network = RIGHT["frozen"]()
     losses = losses_of(network, batch(), TASKS)
-    rows = HalfGradients(
+    rows = FlatGradient(
         lambda t, half: losses(TASKS.argsort()).mean(), parameters=network.parameters()
     )
     rows(0, 0)

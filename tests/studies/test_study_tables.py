@@ -248,7 +248,8 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     line = {"scores": {"fid": 4.25}, "step": 42, "sampler": "DDIM(num_steps=50)"}
     (tmp_path / "generation_metrics.jsonl").write_text(json.dumps(line) + "\n")
     gaps(0.0).save(tmp_path / "negative_transfer.npz")
-    shutil.copy(ROOT / "notebooks/digits_affinity.npz", tmp_path / "task_affinity.npz")
+    measured = ROOT / "notebooks/digits_affinity.safetensors"
+    shutil.copy(measured, tmp_path / "task_affinity.safetensors")
     (tmp_path / "1_samples_grid.png").touch()
 
     assert ant_lightning(["report", str(tmp_path)]) == 0

@@ -68,7 +68,7 @@ def test_partition_equals_exhaustive_search_with_ties(data, n, k, min_size):
     table = np.random.default_rng(seed).integers(-3, 4, (n, n)).astype(float)
     costs = torch.from_numpy(table)
     if k * min_size > n:
-        with pytest.raises(ConfigError, match=f"num_tasks: {k} clusters .* found {n}"):
+        with pytest.raises(ConfigError, match=f"num_tasks: .* {n // min_size} .* found {k}"):
             partition(costs, k, min_size=min_size)
         return
     assert partition(costs, k, min_size=min_size) == _exhaustive(table, k, min_size)[0][2]
@@ -96,8 +96,8 @@ def test_the_lower_triangle_is_ignored():
     [
         (lambda: partition(torch.zeros(3, 4), 2), r"costs: .*\(3, 4\)"),
         (lambda: partition(torch.full((3, 3), torch.nan), 2), "costs: must be finite"),
-        (lambda: partition(torch.zeros(3, 3), 0), "num_tasks .* found 0"),
-        (lambda: partition(torch.zeros(3, 3), 1, min_size=0), "min_size.* found 1 and 0"),
+        (lambda: partition(torch.zeros(3, 3), 0), "num_tasks: .* found 0"),
+        (lambda: partition(torch.zeros(3, 3), 1, min_size=0), "min_size: .* found 0"),
         (lambda: timestep_costs(0), "num_timesteps: .* found 0"),
         (lambda: snr_costs(torch.zeros(3), power=0), "power: .* found 0"),
         (lambda: snr_costs(torch.tensor([0.0, -torch.inf])), "log_snr: .* 1 numbers"),

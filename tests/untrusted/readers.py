@@ -15,14 +15,14 @@ from ant_lightning import (
     DigitsFeatures,
     DiT,
     DiTModule,
+    GradientClustering,
     LatentSpace,
     SNRClustering,
     TransferGapResult,
     load_official_checkpoint,
     load_reference,
 )
-from ant_lightning.affinity.rows import FolderRows
-from ant_lightning.affinity.state import claim_folder
+from ant_lightning.affinity.store import GradientStore
 from ant_lightning.backbones.checkpoints import read_checkpoint
 from ant_lightning.callbacks.sample_files import NpzSamples
 from ant_lightning.data.class_map import read_class_map
@@ -43,7 +43,6 @@ from ant_lightning.generation.image_files import image_batches
 from ant_lightning.models.checkpoint_content import content_fault
 from ant_lightning.models.first_stage.files import _check_numbers, _read_config
 from ant_lightning.models.saved_state import restore_state, saved_state
-from ant_lightning.tasks.affinity_file import read_affinity
 from ant_lightning.transfer.gap import GapEstimate
 from ant_lightning.transfer.result import IntervalGap
 
@@ -72,6 +71,17 @@ def affinity_result(path):
     AffinityResult((1, 4, 8), 10, dots, model="m").save(path)
 
 
+def affinity_of_0_1(path):
+    np.savez(
+        path,
+        half_dots=np.broadcast_to(np.eye(3), (1, 2, 2, 3, 3)),
+        timesteps=np.array([1, 4, 8]),
+        num_timesteps=np.array(10),
+        log_snr=np.zeros(0),
+        model=np.array("m"),
+    )
+
+
 def reference(path):
     arrays = {"mu": np.zeros(2), "sigma": np.eye(2), "features": np.zeros((3, 2), np.float32)}
     np.savez(path, extractor=np.array("digits"), image_shape=np.array([1, 8, 8]), **arrays)
@@ -81,12 +91,19 @@ def images(path):
     np.savez_compressed(path, arr_0=np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3))
 
 
-def state(path):
-    claim_folder(path.parent, IDENTITY)
-
-
-def rows(path):
-    FolderRows(path.parent, width=4).put(0, torch.ones(2, 4))
+def gradients(path):
+    """The gradient of one timestep in the folder of a measurement that can resume."""
+    return GradientStore(
+        (0,),
+        num_parameters=4,
+        sketch_dim=None,
+        seed=0,
+        device=torch.device("cpu"),
+        folder=path.parent,
+        identity=IDENTITY,
+        memory_budget_bytes=None,
+        sharded=False,
+    )
 
 
 def index(path):
@@ -209,15 +226,16 @@ def sample_shape(path):
 
 # name of the reader -> (name of the file, write a good one, read it)
 READERS = {
-    "affinity": ("a.npz", affinity, lambda p: read_affinity(p, log_snr=torch.zeros(10))),
-    "affinity result": ("a.npz", affinity_result, AffinityResult.load),
+    "affinity": ("a.npz", affinity, lambda p: GradientClustering(p, 2)(torch.zeros(10))),
+    "affinity result": ("a.safetensors", affinity_result, AffinityResult.load),
+    "affinity of 0.1": ("a.npz", affinity_of_0_1, AffinityResult.load),
     "reference": ("r.npz", reference, load_reference),
     "images": ("i.npz", images, lambda p: list(image_batches(p))),
-    "resume state": ("identity.npz", state, lambda p: claim_folder(p.parent, IDENTITY)),
-    "gradient rows": (
-        "rows_000000.npy",
-        rows,
-        lambda p: FolderRows(p.parent, width=4).columns([0], 0, 4),
+    "resume identity": ("identity.json", gradients, gradients),
+    "gradient": (
+        "gradient_000000_1.safetensors",
+        lambda p: gradients(p).put(0, 1, torch.ones(4)),
+        lambda p: gradients(p).gradients[0, 1].sum(),
     ),
     "latent index": ("index.json", index, lambda p: read_index(p.parent)),
     "latent shard": (

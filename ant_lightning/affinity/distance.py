@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
@@ -18,13 +18,13 @@ __all__ = ["BinnedAffinity", "Correlation", "affinity_by_distance", "distance_co
 
 
 class BinnedAffinity(NamedTuple):
-    """Mean affinity of the pairs in each bin of distance; bins without a pair are left out.
+    """Mean affinity of the pairs in each bin of distance; empty bins are left out.
 
     Attributes:
         distance: Mean distance of the pairs, `[b]`, in the units of the positions.
         mean: Mean affinity, `[b]`.
-        std: Standard deviation of the affinity of single pairs, `[b]`, 0 for one pair.
-        num_pairs: `[b]`.
+        std: Standard deviation of the affinity over the pairs, `[b]`; 0 for one pair.
+        num_pairs: Number of pairs, `[b]`.
     """
 
     distance: Float[Tensor, " b"]
@@ -34,13 +34,13 @@ class BinnedAffinity(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """A correlation with its interval.
+    """A correlation with its confidence interval.
 
     Attributes:
-        estimate: Of all pairs.
-        low: Lower end.
-        high: Upper end.
-        confidence: That the interval claims, e.g. 0.95.
+        estimate: Correlation over all pairs.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        confidence: Confidence of the interval, e.g. 0.95.
     """
 
     estimate: float
@@ -61,24 +61,27 @@ def affinity_by_distance(
 
     Raises:
         ConfigError: If shapes do not fit, no pair is finite, or `num_bins` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import affinity_by_distance
+        >>> affinity = torch.tensor([[1.0, 0.8, 0.1], [0.8, 1.0, 0.6], [0.1, 0.6, 1.0]])
+        >>> binned = affinity_by_distance(affinity, torch.tensor([0, 1, 2]), num_bins=3)
+        >>> [round(mean, 2) for mean in binned.mean.tolist()], binned.num_pairs.tolist()
+        ([0.7, 0.1], [2, 1])
     """
-    if num_bins < 1:
-        raise ConfigError(f"num_bins: must be at least 1, found {num_bins}")
+    from scipy.stats import binned_statistic  # noqa: PLC0415 - its import takes half a second
+
+    check_at_least(1, num_bins=num_bins)
     values, distances, _, _ = _pairs(affinity, positions)
-    width = max(float(distances.max()), torch.finfo(torch.float64).tiny) / num_bins
-    bins = (distances / width).long().clamp(max=num_bins - 1)
-    counts = torch.bincount(bins, minlength=num_bins)
-    filled = counts > 0
-    sizes = counts[filled]
-
-    def mean_of(numbers: Tensor) -> Tensor:
-        return torch.bincount(bins, numbers, minlength=num_bins)[filled] / sizes
-
-    mean = mean_of(values)
-    spread = torch.zeros(num_bins, dtype=torch.float64)
-    spread[filled] = mean
-    variance = mean_of((values - spread[bins]).square())
-    return BinnedAffinity(mean_of(distances), mean, variance.sqrt(), sizes)
+    limits = {"bins": num_bins, "range": (0, float(distances.max()))}
+    columns = [values.numpy(), distances.numpy()]
+    (mean, distance), _, _ = binned_statistic(distances, columns, "mean", **limits)
+    std, _, _ = binned_statistic(distances, values, "std", **limits)
+    count, _, _ = binned_statistic(distances, values, "count", **limits)
+    filled = count > 0
+    columns = [distance, mean, std, count.astype(int)]
+    return BinnedAffinity(*(torch.from_numpy(column[filled]) for column in columns))
 
 
 def distance_correlation(
@@ -89,54 +92,65 @@ def distance_correlation(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Correlation:
-    """Spearman's rank correlation of affinity with `|position_i - position_j|`, pairs i < j.
+    """Spearman's rank correlation of affinity and `|position_i - position_j|`, pairs i < j.
 
-    The pairs of a timestep are not independent, so the bootstrap draws timesteps, not pairs: a
-    pair counts as often as the product of its two timesteps' counts, with the ranks of the whole
-    (drawing ranks anew hardly changes it and would sort every time). The interval says how much
-    hangs on the grid's timesteps; it does not hold other trainings, which need other seeds.
+    The pairs of one timestep are not independent, so the bootstrap resamples timesteps, not pairs.
+    A pair counts as often as the product of its two timesteps' counts. Ranks are those of all
+    pairs: ranking each resample anew hardly changes the interval. The interval describes the
+    choice of timesteps, not other trainings: use several seeds for those.
 
     Args:
         affinity: Plain or corrected; pairs with NaN are left out.
         positions: Timesteps, or their log-SNR.
         num_resamples: Bootstrap samples.
-        confidence: Of the interval between percentiles.
-        seed: Of the bootstrap.
+        confidence: Confidence of the percentile interval.
+        seed: Seed of the bootstrap.
 
     Returns:
         The correlation; NaN if all affinities or all distances are equal.
 
     Raises:
         ConfigError: If shapes do not fit, no pair is finite, or a setting is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import distance_correlation
+        >>> timesteps = torch.arange(5.0)
+        >>> affinity = 1 / (1 + (timesteps[:, None] - timesteps).abs())  # falls with distance
+        >>> round(distance_correlation(affinity, timesteps).estimate, 3)
+        -1.0
     """
-    if num_resamples < 1 or not 0 < confidence < 1:
-        found = f"{num_resamples} and {confidence}"
-        raise ConfigError(f"num_resamples, confidence: must be >= 1 and in (0, 1), found {found}")
+    from scipy.stats import rankdata  # noqa: PLC0415 - its import takes half a second
+
+    check_at_least(1, num_resamples=num_resamples)
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence: must be between 0 and 1, found {confidence}")
     values, distances, rows, columns = _pairs(affinity, positions)
-    n = len(positions)
-    x, y = _ranks(values), _ranks(distances)
+    x, y = (torch.from_numpy(rankdata(each)) for each in (values, distances))
     x, y = x - x.mean(), y - y.mean()
+    estimate = (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
+
+    n = len(positions)
     generator = keyed_generator(seed, "affinity-bootstrap")
     drawn = torch.randint(n, (num_resamples, n), generator=generator)
     counts = torch.zeros(num_resamples, n, dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones_like(counts))
 
     def sums(numbers: Tensor) -> Tensor:
-        """Sums over pairs with the weights of every resample, as quadratic forms."""
+        """Sum over the pairs of each resample, `counts^T M counts` with `M[i, j]` of the pair."""
         matrix = torch.zeros(n, n, dtype=torch.float64)
         matrix[rows, columns] = numbers
         return ((counts @ matrix) * counts).sum(1)
 
     weight = sums(torch.ones_like(x))
     mean_x, mean_y = sums(x) / weight, sums(y) / weight
-    spread_x, spread_y = sums(x * x) / weight - mean_x**2, sums(y * y) / weight - mean_y**2
-    draws = (sums(x * y) / weight - mean_x * mean_y) / (spread_x * spread_y).sqrt()
-    estimate = (x * y).sum() / (x.square().sum() * y.square().sum()).sqrt()
-    tail = (1 - confidence) / 2
-    # A resample of few timesteps may leave no two distances apart: it says nothing.
+    variance_x, variance_y = sums(x * x) / weight - mean_x**2, sums(y * y) / weight - mean_y**2
+    draws = (sums(x * y) / weight - mean_x * mean_y) / (variance_x * variance_y).sqrt()
+    # A resample of few distinct timesteps may have no two different distances: leave it out.
     draws = draws[draws.isfinite()]
     if not len(draws):
         return Correlation(float(estimate), math.nan, math.nan, confidence)
+    tail = (1 - confidence) / 2
     ends = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
     return Correlation(float(estimate), float(ends[0]), float(ends[1]), confidence)
 
@@ -154,12 +168,5 @@ def _pairs(affinity: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor,
     distances = (positions[rows].double() - positions[columns].double()).abs()
     finite = values.isfinite() & distances.isfinite()
     if not bool(finite.any()):
-        raise ConfigError("affinity: at least one pair must be finite, found none")
+        raise ConfigError("affinity: must have at least one finite pair, found none")
     return values[finite], distances[finite], rows[finite], columns[finite]
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 0, equal values sharing the mean of theirs."""
-    _, group, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    ranks: Tensor = counts.cumsum(0) - (counts + 1) / 2.0
-    return ranks[group].double()

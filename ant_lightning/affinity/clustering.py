@@ -1,0 +1,144 @@
+"""Clusters of timesteps whose gradients agree, from a measured task affinity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ant_lightning.affinity.result import check_grid, read_affinity_file
+from ant_lightning.errors import ConfigError, FileError, check_at_least
+from ant_lightning.tasks.clusterings import Clustering
+from ant_lightning.tasks.clusters import TimestepClusters
+from ant_lightning.tasks.costs import affinity_costs
+from ant_lightning.tasks.partition import partition
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Float
+
+__all__ = ["GradientClustering", "spread_affinity"]
+
+
+class GradientClustering(Clustering):
+    """Clusters of similar gradients: the partition with the smallest sum of `affinity_costs`.
+
+    An affinity that was measured on a grid of timesteps is first spread to all timesteps: see
+    `spread_affinity`.
+
+    Args:
+        affinity: Affinity `[T, T]`, or the path of a file that `AffinityResult.save` wrote. A
+            `.npz` file with the arrays `affinity [n, n]`, `timesteps [n]` and `num_timesteps` is
+            read as well.
+        num_tasks: Number of clusters `k`.
+
+    Raises:
+        ConfigError: If `num_tasks` is below 1.
+
+    Reference:
+        Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import GradientClustering
+        >>> affinity = torch.block_diag(torch.ones(3, 3), torch.ones(5, 5))
+        >>> GradientClustering(affinity, num_tasks=2)(torch.linspace(5, -5, 8)).boundaries
+        (0, 3, 8)
+    """
+
+    def __init__(self, affinity: str | Path | Tensor, num_tasks: int = 5) -> None:
+        check_at_least(1, num_tasks=num_tasks)
+        self.affinity = affinity
+        self.num_tasks = num_tasks
+
+    def __call__(self, log_snr: Float[Tensor, " T"]) -> TimestepClusters:
+        """Cluster by affinity.
+
+        Raises:
+            ConfigError: If the file is missing or damaged, or the affinity belongs to another
+                number of timesteps or another schedule.
+        """
+        affinity = self.affinity
+        if not isinstance(affinity, Tensor):
+            affinity = _full_affinity(Path(affinity), log_snr)
+        if len(affinity) != len(log_snr):
+            raise ConfigError(
+                f"affinity: must have the schedule's {len(log_snr)} timesteps, "
+                f"found {len(affinity)}"
+            )
+        return TimestepClusters(partition(affinity_costs(affinity), self.num_tasks))
+
+    def measured_model(self) -> str | None:
+        """Description of the measured model; `None` if the affinity does not come with one."""
+        if isinstance(self.affinity, Tensor):
+            return None
+        return read_affinity_file(self.affinity)[1]["model"] or None
+
+
+def spread_affinity(
+    affinity: Float[Tensor, "n n"], *, timesteps: Sequence[int], num_timesteps: int
+) -> Float[Tensor, "T T"]:
+    """Spread affinity from a grid of timesteps to all timesteps, by nearest neighbour.
+
+    Each timestep takes row and column of the nearest grid point, the lower one if two are equally
+    near. Interpolation would be smoother, but a measured affinity has a spike of 1 on its
+    diagonal. Interpolating makes ridges at the grid points, which favours centres on the grid.
+    With nearest neighbours `affinity[t, t]` is 1 for all t.
+
+    Args:
+        affinity: Affinity on the grid.
+        timesteps: The grid, increasing, `n` of `0 .. num_timesteps - 1`.
+        num_timesteps: `T`.
+
+    Returns:
+        `[T, T]`, float64, on the CPU.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import spread_affinity
+        >>> affinity = torch.tensor([[1.0, 0.25], [0.25, 1.0]])
+        >>> spread_affinity(affinity, timesteps=[0, 3], num_timesteps=4)[0].tolist()
+        [1.0, 1.0, 0.25, 0.25]
+    """
+    grid = torch.as_tensor(timesteps).double()
+    nearest = torch.searchsorted((grid[1:] + grid[:-1]) / 2, torch.arange(num_timesteps).double())
+    return affinity.cpu().double()[nearest][:, nearest]
+
+
+def _full_affinity(path: Path, log_snr: Tensor) -> Tensor:
+    """The affinity `[T, T]` in a file, checked against the schedule that it is used with."""
+    try:
+        tensors, entries = read_affinity_file(path, "affinity", "timesteps", "log_snr")
+    except FileError as error:
+        raise FileError(f"affinity: {error}") from error
+    num_timesteps, measured = entries["num_timesteps"], tensors["log_snr"]
+    affinity, timesteps = tensors["affinity"], tensors["timesteps"].tolist()
+    if num_timesteps != len(log_snr):
+        raise ConfigError(
+            f"affinity: must have the schedule's {len(log_snr)} timesteps, "
+            f"found {num_timesteps} in {path}"
+        )
+    try:
+        check_grid(timesteps, num_timesteps, measured if len(measured) else None)
+    except ConfigError as error:
+        raise FileError(f"affinity: {path}: {error}") from None
+    if affinity.shape != (len(timesteps), len(timesteps)):
+        raise FileError(
+            f"affinity: {path}: must have a row and a column for each of {len(timesteps)} "
+            f"timesteps, found shape {list(affinity.shape)}"
+        )
+    if len(measured):
+        # The same timestep of another schedule has another noise level. Float32 tables of one
+        # schedule differ by 1e-3 or so at the ends, those of two schedules by whole units.
+        ours = log_snr.detach().double().cpu()
+        apart = ~((measured - ours).abs() <= 0.01 + 1e-3 * ours.abs())
+        if apart.any():
+            t = int(apart.int().argmax())
+            raise ConfigError(
+                f"affinity: must be measured with the schedule that it is used for, found log-SNR "
+                f"{measured[t]:.4g} at timestep {t} in {path}; the schedule has {ours[t]:.4g}"
+            )
+    return spread_affinity(affinity, timesteps=timesteps, num_timesteps=num_timesteps)

@@ -1,0 +1,263 @@
+"""Measures task affinity: how well the gradients of a loss at different timesteps agree."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ant_lightning.affinity.result import AffinityResult, check_grid
+from ant_lightning.affinity.store import GradientStore
+from ant_lightning.balancing.parameters import same_tensors, trained_parameters
+from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.files.identity import tensors_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from jaxtyping import Float
+
+    HalfLoss = Callable[[int, int], Tensor | Iterable[Tensor]]
+
+__all__ = [
+    "AffinityReliabilityWarning",
+    "FlatGradient",
+    "NonFiniteGradientError",
+    "task_affinity",
+    "timestep_grid",
+]
+
+
+class AffinityReliabilityWarning(UserWarning):
+    """Some gradients are mostly noise, so their plain affinity is too near 0."""
+
+
+class NonFiniteGradientError(ConfigError):
+    """The gradient at a timestep has a NaN or an infinity.
+
+    Attributes:
+        timestep: The timestep.
+        half: The half of the images, 0 or 1.
+        partial: Affinity of the timesteps finished before; `None` if there is none. On several
+            ranks it has the beginning of the grid that all of them finished.
+    """
+
+    def __init__(self, timestep: int, half: int, *, partial: AffinityResult | None = None) -> None:
+        super().__init__(
+            f"loss: its gradient must be finite, found NaN or infinity at timestep {timestep} "
+            f"(half {half}); check the weights, or scale the loss if its precision is 16 bits"
+        )
+        self.timestep = timestep
+        self.half = half
+        self.partial = partial
+
+
+def timestep_grid(num_timesteps: int, *, num_points: int = 100) -> tuple[int, ...]:
+    """At most `num_points` timesteps, evenly spread over `0 .. num_timesteps - 1`, with both ends.
+
+    Raises:
+        ConfigError: If either number is below 1.
+
+    Example:
+        >>> from ant_lightning import timestep_grid
+        >>> timestep_grid(1000, num_points=4)
+        (0, 333, 666, 999)
+    """
+    check_at_least(1, num_timesteps=num_timesteps, num_points=num_points)
+    count = min(num_points, num_timesteps)
+    spread = torch.linspace(0, num_timesteps - 1, count, dtype=torch.float64)
+    return tuple(spread.round().long().tolist())
+
+
+def task_affinity(
+    loss: HalfLoss,
+    *,
+    parameters: Iterable[Tensor],
+    num_timesteps: int,
+    timesteps: Sequence[int] | None = None,
+    log_snr: Float[Tensor, " T"] | None = None,
+    sketch_dim: int | None = None,
+    memory_budget_bytes: int | None = None,
+    resume_dir: str | Path | None = None,
+    seed: int = 0,
+    model: str = "",
+    sharded: bool = True,
+    warn_below: float = 0.8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> AffinityResult:
+    """Cosines between the gradients of a loss at all pairs of timesteps of a grid.
+
+    Each timestep has two gradients, of two disjoint halves of the images. Their mean gives the
+    plain cosine, their difference shows how much of it is noise. The gradients are kept
+
+    - whole, in memory: `8 n p` bytes for `n` timesteps and `p` parameters;
+    - whole, on disk, if that exceeds `memory_budget_bytes`; each number is written and read once;
+    - as sketches of length `m` (`HadamardSketch`): `4 n m` bytes, with a standard error of the
+      cosine `c` of `(1 - c²) / sqrt(m)`.
+
+    The noise in `loss` must be independent between timesteps and between halves: shared noise
+    looks like affinity. Calls of `loss` with the same arguments must give the same value, so key
+    its noise by (seed, timestep, half): a resumed or sharded run relies on it.
+
+    Args:
+        loss: `loss(timestep, half)` with half 0 or 1: the mean loss over the images of that half,
+            a scalar, or an iterable of scalars that sum to it (micro-batches).
+        parameters: The shared parameters; those that need no gradient are left out.
+        num_timesteps: `T` of the schedule.
+        timesteps: The grid, increasing; by default 100 timesteps, evenly spread.
+        log_snr: Log-SNR of the schedule, kept with the result for its figures.
+        sketch_dim: Length `m` of the sketches, a power of two; `None` to keep gradients whole.
+        memory_budget_bytes: Memory of each rank for gradients and their products, without the
+            model, its activations and autograd's gradients. What does not fit goes to
+            `resume_dir`, or to a temporary folder (`TMPDIR` chooses where).
+        resume_dir: Folder for finished gradients (`8 p` or `4 m` bytes a timestep), from which a
+            killed measurement resumes. Delete it afterwards.
+        seed: Seed of the sketch; kept with the result.
+        model: Description of the measured model; kept with the result.
+        sharded: Whether the ranks of `torch.distributed`, if it is initialised, share the grid.
+            Every rank must then call this function, and gets the same result as one process.
+        warn_below: Warn (on rank 0) if a reliability is below this; -1 for never.
+        on_progress: Called with the number of finished timesteps and of all timesteps of this rank.
+
+    Raises:
+        NonFiniteGradientError: On every rank, if a gradient has a NaN or an infinity.
+        ConfigError: If an argument breaks its rule, or `resume_dir` has another measurement.
+
+    Reference:
+        Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import task_affinity
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> directions = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])  # at timesteps 0, 1, 2
+        >>> result = task_affinity(
+        ...     lambda timestep, half: directions[timestep] @ weight,
+        ...     parameters=[weight],
+        ...     num_timesteps=3,
+        ... )
+        >>> [round(cosine, 3) for cosine in result.plain[0].tolist()]
+        [1.0, 0.707, 0.0]
+    """
+    grid = timestep_grid(num_timesteps) if timesteps is None else tuple(map(int, timesteps))
+    if log_snr is not None:
+        log_snr = torch.as_tensor(log_snr).detach().cpu().double()
+    check_grid(grid, num_timesteps, log_snr)
+    gradient = FlatGradient(loss, parameters=parameters)
+    about = {
+        "num_timesteps": num_timesteps,
+        "model": model,
+        "seed": seed,
+        "sketch_dim": sketch_dim,
+        "num_parameters": gradient.num_parameters,
+    }
+    identity: dict[str, object] = {}
+    if resume_dir is not None:  # the digest reads all weights
+        weights = tensors_digest(gradient.parameters)
+        identity = {**about, "timesteps": grid, "weights": weights}
+
+    def result_of(store: GradientStore, points: tuple[int, ...]) -> AffinityResult:
+        return AffinityResult(
+            timesteps=points,
+            half_dots=store.dot_products(points).unsqueeze(0),
+            log_snr=log_snr,
+            **about,  # type: ignore[arg-type]
+        )
+
+    with GradientStore(
+        grid,
+        num_parameters=gradient.num_parameters,
+        sketch_dim=sketch_dim,
+        seed=seed,
+        device=gradient.parameters[0].device,
+        folder=None if resume_dir is None else Path(resume_dir),
+        identity=identity,
+        memory_budget_bytes=memory_budget_bytes,
+        sharded=sharded,
+    ) as store:
+        failure = _fill(store, gradient, on_progress or (lambda done, total: None))
+        # All ranks learn of a failure before one of them waits for the gradients of another.
+        code = store.largest(0 if failure is None else 1 + 2 * failure.timestep + failure.half)
+        if code:
+            finished = store.finished()
+            partial = result_of(store, finished) if finished else None
+            raise NonFiniteGradientError(*divmod(code - 1, 2), partial=partial) from failure
+        result = result_of(store, grid)
+        message = result.reliability_warning(below=warn_below)
+        if message is not None and store.rank == 0:
+            warnings.warn(message, AffinityReliabilityWarning, stacklevel=2)
+    return result
+
+
+class FlatGradient:
+    """The gradient of a loss at a timestep, as one vector `[p]`.
+
+    Args:
+        loss: As for `task_affinity`.
+        parameters: As for `task_affinity`.
+
+    Raises:
+        ConfigError: If no parameter needs a gradient.
+    """
+
+    def __init__(self, loss: HalfLoss, *, parameters: Iterable[Tensor]) -> None:
+        self._loss = loss
+        self._given = list(parameters)
+        self.parameters = trained_parameters(self._given)
+        self.num_parameters = sum(each.numel() for each in self.parameters)
+
+    def __call__(self, timestep: int, half: int) -> Float[Tensor, " p"]:
+        """The gradient at a timestep for one half of the images, float32.
+
+        Raises:
+            NonFiniteGradientError: If it has a NaN or an infinity.
+            ConfigError: If the loss is not a scalar that depends on a parameter, or parameters were
+                frozen or thawed since the first gradient.
+        """
+        if not same_tensors(self.parameters, trained_parameters(self._given)):
+            raise ConfigError(
+                "parameters: must be the same for every gradient, found some that were frozen or "
+                "thawed since the first"
+            )
+        total: Tensor | None = None
+        # Validation may run under inference_mode, where no graph would be recorded.
+        with torch.inference_mode(False), torch.enable_grad():
+            value = self._loss(timestep, half)
+            for term in (value,) if isinstance(value, Tensor) else value:
+                part = self._of_term(term)
+                total = part if total is None else total.add_(part)
+        if total is None:
+            raise ConfigError("loss: must be a scalar or have at least one term, found no term")
+        if not bool(total.isfinite().all()):
+            raise NonFiniteGradientError(timestep, half)
+        return total
+
+    def _of_term(self, term: Tensor) -> Tensor:
+        if term.numel() != 1 or not term.requires_grad:
+            raise ConfigError(
+                "loss: must be a scalar that depends on the parameters, found shape "
+                f"{tuple(term.shape)} and requires_grad={term.requires_grad}"
+            )
+        gradients = torch.autograd.grad(
+            term.squeeze(), self.parameters, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([each.detach().reshape(-1).float() for each in gradients])
+
+
+def _fill(
+    store: GradientStore, gradient: FlatGradient, on_progress: Callable[[int, int], None]
+) -> NonFiniteGradientError | None:
+    """Make the gradients that are missing; returns the error of the first that is not finite."""
+    for done, timestep in enumerate(store.own):
+        on_progress(done, len(store.own))
+        for half in (0, 1):
+            if (timestep, half) not in store.gradients:
+                try:
+                    store.put(timestep, half, gradient(timestep, half))
+                except NonFiniteGradientError as error:
+                    return error
+    on_progress(len(store.own), len(store.own))
+    return None

@@ -1,0 +1,212 @@
+"""Keeps the gradients of a measurement until their dot products are made."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from ant_lightning.affinity.sketch import HadamardSketch
+from ant_lightning.errors import ConfigError
+from ant_lightning.files.identity import check_identity, write_identity
+from ant_lightning.files.safetensors_file import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Self
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+__all__ = ["GradientStore"]
+
+_BYTES_PER_NUMBER = 24  # of a block of columns: float32 as read and as summed, and float64
+_BLOCK_BYTES = 1 << 28  # larger blocks are not faster
+_MIN_COLUMNS = 256  # narrower blocks would spend their time on overhead
+_SKETCH_BYTES = 4 << 24  # working memory of a sketch
+
+
+class GradientStore:
+    """Gradients by timestep and half: in memory or in files, whole or sketched.
+
+    If `torch.distributed` is initialised, rank r of w ranks has the timesteps r, r + w, ... of the
+    grid. Use the store as a context manager: its temporary files are deleted on exit.
+
+    Args:
+        timesteps: The grid.
+        num_parameters: Length of a gradient.
+        sketch_dim: Length of a sketch, a power of two; `None` to keep gradients whole.
+        seed: Seed of the sketch.
+        device: Device of the gradients, where dot products are made as well.
+        folder: Where each gradient is kept in a file, so that a killed measurement can resume.
+        identity: What the gradients depend on, by name; compared with that of the folder.
+        memory_budget_bytes: Memory for gradients and dot products. Gradients that do not fit go to
+            a temporary folder. `None` for no limit.
+        sharded: Whether ranks share the grid; otherwise this process has all of it.
+
+    Attributes:
+        own: Timesteps of this rank.
+        gradients: The gradients kept so far, by timestep and half (0 or 1).
+
+    Raises:
+        ConfigError: If the budget is too small, the disk has not enough space, or the folder
+            has gradients of another measurement.
+    """
+
+    def __init__(
+        self,
+        timesteps: tuple[int, ...],
+        *,
+        num_parameters: int,
+        sketch_dim: int | None,
+        seed: int,
+        device: torch.device,
+        folder: Path | None,
+        identity: Mapping[str, Any],
+        memory_budget_bytes: int | None,
+        sharded: bool,
+    ) -> None:
+        active = sharded and dist.is_available() and dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if active else (0, 1)
+        self.timesteps, self.own = timesteps, timesteps[self.rank :: self.world_size]
+        self.gradients: dict[tuple[int, int], Tensor] = {}
+        self._width, self._sketch = sketch_dim or num_parameters, None
+        if sketch_dim is not None:
+            self._sketch = HadamardSketch(
+                num_parameters, sketch_dim=sketch_dim, seed=seed, device=device
+            )
+        # Rounding a sketch to bfloat16 adds about 0.1% to its standard error.
+        self._dtype = torch.float32 if sketch_dim is None else torch.bfloat16
+        self._device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+        self._link = device if active and dist.get_backend() == "nccl" else torch.device("cpu")
+        self._on_exit = ExitStack()
+        in_memory, self._block_bytes = self._plan(memory_budget_bytes, num_parameters)
+        self._folder = folder
+        if folder is not None:
+            self._resume(folder, identity)
+        elif not in_memory:
+            name = self._on_exit.enter_context(TemporaryDirectory(prefix="affinity-"))
+            self._folder = Path(name)
+        self._check_space()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.gradients.clear()  # files must not be mapped while they are deleted
+        self._on_exit.close()
+
+    def put(self, timestep: int, half: int, gradient: Float[Tensor, " p"]) -> None:
+        """Keep a gradient; in a folder it survives a kill once this returns."""
+        if self._sketch is not None:
+            gradient = self._sketch(gradient)
+        kept = gradient.to("cpu", self._dtype)
+        if self._folder is not None:
+            path = self._path(self._folder, timestep, half)
+            write_tensors(path, {"gradient": kept}, {})
+            kept = self._mapped(path)
+        self.gradients[timestep, half] = kept
+
+    def finished(self) -> tuple[int, ...]:
+        """The timesteps at the beginning of the grid whose gradients all ranks have kept."""
+        kept = [all((t, half) in self.gradients for half in (0, 1)) for t in self.own]
+        count = kept.index(False) if False in kept else len(self.timesteps)
+        return self.timesteps[: -self.largest(-count) * self.world_size]
+
+    def largest(self, value: int) -> int:
+        """The maximum of an integer over ranks; every rank must call this."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value, device=self._link)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def dot_products(self, timesteps: tuple[int, ...]) -> Float[Tensor, "2 2 n n"]:
+        """`result[g, h, i, j] = X_i · Y_j` for the gradients X of half g and Y of half h.
+
+        The products are summed over blocks of columns, so each number is read once and working
+        memory does not grow with the length of the gradients. Every rank must call this.
+
+        Args:
+            timesteps: The first `n` timesteps of the grid.
+
+        Returns:
+            Float64 on the CPU, the same on every rank.
+        """
+        n = len(timesteps)
+        columns = max(1, min(self._width, self._block_bytes // (2 * n * _BYTES_PER_NUMBER)))
+        gram = torch.zeros(2 * n, 2 * n, dtype=torch.float64, device=self._device)
+        for start in range(0, self._width, columns):
+            stop = min(start + columns, self._width)
+            block = torch.zeros(2, n, stop - start, device=self._link)
+            for i in range(self.rank, n, self.world_size):
+                for half in (0, 1):
+                    block[half, i] = self.gradients[timesteps[i], half][start:stop]
+            if self.world_size > 1:
+                dist.all_reduce(block)  # the gradients of other ranks are 0 here
+            flat = block.flatten(0, 1).to(self._device).double()
+            gram.addmm_(flat, flat.T)
+        gram = (gram + gram.T) / 2
+        return gram.view(2, n, 2, n).transpose(1, 2).contiguous().cpu()
+
+    def _plan(self, budget_bytes: int | None, num_parameters: int) -> tuple[bool, int]:
+        """Whether gradients stay in memory, and the bytes of a block of columns."""
+        if budget_bytes is None:
+            return True, _BLOCK_BYTES
+        n = len(self.timesteps)
+        products = 3 * (2 * n) ** 2 * 8
+        least_block = 2 * n * _BYTES_PER_NUMBER * min(self._width, _MIN_COLUMNS)
+        # A gradient and its copies on the way to the disk, or a gradient and the sketch's signs.
+        one_gradient = 12 * num_parameters
+        if self._sketch is not None:
+            one_gradient = 6 * num_parameters + _SKETCH_BYTES
+        least = max(one_gradient, products + least_block)
+        if budget_bytes < least:
+            raise ConfigError(
+                f"memory_budget_bytes: must be at least {least} for {num_parameters} parameters "
+                f"and {n} timesteps, found {budget_bytes}"
+            )
+        kept = 2 * len(self.own) * self._width * self._dtype.itemsize
+        in_memory = kept + least <= budget_bytes
+        free = budget_bytes - products - (kept if in_memory else 0)
+        return in_memory, max(least_block, min(_BLOCK_BYTES, free))
+
+    def _resume(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Take over the gradients in the folder of a killed measurement."""
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"resume_dir: must be a folder, found the file {folder}")
+        path = folder / "identity.json"
+        if not check_identity(path, identity, setting="resume_dir"):
+            # Ranks that share the folder may all do this: they write the same bytes.
+            write_identity(path, identity)
+        for timestep in self.own:
+            for half in (0, 1):
+                path = self._path(folder, timestep, half)
+                if path.exists():
+                    self.gradients[timestep, half] = self._mapped(path)
+
+    def _check_space(self) -> None:
+        if self._folder is None:
+            return
+        missing = 2 * len(self.own) - len(self.gradients)
+        needed = missing * self._width * self._dtype.itemsize
+        free = shutil.disk_usage(self._folder).free
+        if needed > free:
+            self._on_exit.close()
+            raise ConfigError(
+                f"resume_dir: needs {needed / 2**30:.1f} GiB on disk for gradients, found "
+                f"{free / 2**30:.1f} GiB free in {self._folder}; set sketch_dim, or fewer timesteps"
+            )
+
+    def _path(self, folder: Path, timestep: int, half: int) -> Path:
+        return folder / f"gradient_{timestep:06d}_{half}.safetensors"
+
+    def _mapped(self, path: Path) -> Tensor:
+        """The gradient in a file, of which only the parts that are used are read."""
+        tensors, _ = read_tensors(path, {"gradient": (self._dtype, (self._width,))})
+        return tensors["gradient"]
