@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from ant_lightning.affinity.sketch import HadamardSketch
 from ant_lightning.errors import ConfigError
-from ant_lightning.files.identity import check_identity, write_identity
+from ant_lightning.files.identity import check_identity
+from ant_lightning.files.json_file import write_json
 from ant_lightning.files.safetensors_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ class GradientStore:
         path = folder / "identity.json"
         if not check_identity(path, identity, setting="resume_dir"):
             # Ranks that share the folder may all do this: they write the same bytes.
-            write_identity(path, identity)
+            write_json(path, identity)
         for timestep in self.own:
             for half in (0, 1):
                 path = self._path(folder, timestep, half)
