@@ -15,21 +15,26 @@ __all__ = [
 
 
 class ConfigError(ValueError):
-    """A setting breaks a rule; the message names the setting, the rule and the value found."""
+    """A setting breaks a rule; the message names the argument, the rule and the value found.
+
+    Example:
+        >>> try:
+        ...     PCGrad(num_tasks=0)
+        ... except ConfigError as error:
+        ...     print(error)
+        num_tasks: must be at least 1, found 0
+    """
 
 
 class FileError(ConfigError):
-    """A file is missing or damaged, or says what cannot be; the message names it and the finding.
+    """A file is missing, damaged or impossible; the message begins with its path.
 
-    Nothing in the file was executed, and no memory was reserved for what it only claims to hold.
+    Nothing in the file was executed, and no memory was reserved before its size was checked.
     """
 
 
 class NonFiniteError(RuntimeError):
-    """Training has diverged: a result to be stored or shown has a NaN or an infinity.
-
-    Too many steps in a row had one in a loss or a gradient, or the weights or images have one.
-    """
+    """Training has diverged: losses, gradients, weights or images have a NaN or an infinity."""
 
 
 class DivergedRanksError(RuntimeError):
@@ -41,7 +46,7 @@ class CheckpointWriteError(RuntimeError):
 
 
 class DataLoadingError(RuntimeError):
-    """A process that loads data has died."""
+    """A data loading process has died."""
 
 
 def check_at_least(minimum: float, **values: float | None) -> None:
@@ -58,7 +63,7 @@ def check_at_least(minimum: float, **values: float | None) -> None:
 def message_of(error: BaseException) -> str:
     """The message of an error as one line.
 
-    PyTorch puts the traceback of a process that loads data in front of the message of its error.
+    PyTorch puts the traceback of a data loading process in front of the error's message.
     """
     text = str(error)
     name = re.match(r"Caught (\w+) in DataLoader worker", text)

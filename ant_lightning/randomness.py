@@ -1,4 +1,4 @@
-"""Random generators keyed by what they are for, so that no draw depends on the history of a run."""
+"""Random generators keyed by their purpose: no draw depends on the history of a run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["ImageNoise", "keyed_generator", "keyed_seed", "run_seed", "undisturb
 
 
 def run_seed(seed: int | None) -> int:
-    """`seed`, or that of the run, which `lightning.seed_everything` leaves in the environment."""
+    """`seed`, or by default that of `lightning.seed_everything` (an environment variable)."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 def undisturbed(device: torch.device) -> AbstractContextManager[None]:
-    """Leaves PyTorch's generators, of the CPU and of `device`, as they were before."""
+    """Context that restores PyTorch's generators of the CPU and of `device` when it ends."""
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
@@ -34,8 +34,15 @@ def keyed_seed(seed: int, stream: str, *keys: int) -> int:
 
     Args:
         seed: The seed of the run.
-        stream: What the numbers are for, for instance ``"noise"``.
+        stream: What the numbers are for, for instance `"noise"`.
         keys: Further coordinates: step, rank, image index.
+
+    Example:
+        >>> from ant_lightning.randomness import keyed_seed
+        >>> keyed_seed(0, "noise", 7) == keyed_seed(0, "noise", 7)
+        True
+        >>> keyed_seed(0, "noise", 7) == keyed_seed(0, "noise", 8)
+        False
     """
     text = "/".join([str(seed), stream, *map(str, keys)]).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
@@ -44,22 +51,34 @@ def keyed_seed(seed: int, stream: str, *keys: int) -> int:
 def keyed_generator(
     seed: int, stream: str, *keys: int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A fresh generator on `device`, seeded by `keyed_seed`."""
+    """A new generator on `device`, seeded by `keyed_seed`.
+
+    Example:
+        >>> from ant_lightning.randomness import keyed_generator
+        >>> torch.randperm(3, generator=keyed_generator(0, "order", 1)).sort().values
+        tensor([0, 1, 2])
+    """
     return torch.Generator(device).manual_seed(keyed_seed(seed, stream, *keys))
 
 
 class ImageNoise:
-    """Standard normal noise of a batch in which every image has a generator of its own.
+    """Standard normal noise for a batch, with one generator for each image.
 
-    An image's draws depend on the seed, the stream and its index alone: not on the batch it is in,
-    not on the number of ranks.
+    An image's noise depends on the seed, the stream and its index, and not on its batch or the
+    number of ranks.
 
     Args:
         indices: Index of each image of the batch.
         shape: Shape of one image, `(c, h, w)`.
         seed: The seed of the run.
         stream: What the noise is for.
-        device: Where the noise is wanted; it is drawn on the CPU, so that devices agree.
+        device: Device of the result. The noise is drawn on the CPU, so that devices agree.
+
+    Example:
+        >>> from ant_lightning.randomness import ImageNoise
+        >>> alone, batch = (ImageNoise(i, shape=(1, 2, 2), seed=0)() for i in ([5], [4, 5]))
+        >>> torch.equal(alone[0], batch[1])
+        True
     """
 
     def __init__(

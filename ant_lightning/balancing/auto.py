@@ -1,4 +1,4 @@
-"""The choice of an engine by the work of a pass over one task."""
+"""Chooses an engine by the cost of a pass over one task."""
 
 from __future__ import annotations
 
@@ -23,27 +23,28 @@ if TYPE_CHECKING:
 
 __all__ = ["Auto", "multiplications"]
 
-# Multiplications of a forward pass over one task, in all and for each parameter, from which on the
-# loop is as fast as one pass. Measured on a CPU: at 330 for each it has 0.93 of vanilla's speed and
-# one pass 0.95, at 1300 both are as fast as vanilla. On an H200 the loop has 0.81 at 1.1e12 in all,
-# for its calls, and one pass 0.95; what a GPU needs for each parameter is an estimate.
+# Multiplications of a forward pass over one task, in total and for each parameter, above which the
+# loop is as fast as one pass. Measured on a CPU: with 330 for each parameter the loop runs at 0.93
+# and one pass at 0.95 of vanilla's speed; with 1300 both are as fast as vanilla. On an H200, with
+# 1.1e12 in total, the loop runs at 0.81 (call overhead) and one pass at 0.95. The threshold for
+# each parameter on a GPU is an estimate.
 _CPU = (1e9, 600)
 _OTHERS = (1e13, 8192)
 
 
 class Auto(Engine):
-    """`Loop` where its passes are bound by their sums, `OnePass` where it is faster and works.
+    """`OnePass` where it is faster and supported, otherwise `Loop`.
 
-    The loop holds the activations of one task, a k-th of those of `OnePass`, and takes no
-    longer once a pass over one task has 1e9 multiplications, and 600 for each parameter (1e13 and
-    8192 on a GPU, where its calls count for more: an estimate). They are counted before the first
-    call, in a forward pass over two samples, and are not those of attention. `OnePass` cannot work
-    if the network does not fit, which is found in the first steps and remembered, if parameters
-    are sharded or the batch is computed in parts.
+    The loop holds the activations of one task, a k-th of those of `OnePass`. It is as fast once a
+    pass over one task has 1e9 multiplications and 600 for each parameter; 1e13 and 8192 on a GPU,
+    an estimate. Multiplications are counted in a forward pass over two samples before the first
+    call, without those of attention. The loop is also used for networks that `OnePass` does not
+    support (found in the first steps), for sharded parameters, and for batches that are computed
+    in parts.
 
     Attributes:
-        used: The engine of the last call; before the first, the loop.
-        reason: Why `OnePass` was given up, or None.
+        used: The engine of the last call; the loop before the first.
+        reason: Why `OnePass` is not used, or `None`.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class Auto(Engine):
     def task_gradients(
         self, batch: TaskBatch, rows: DenseTaskGradients | None = None
     ) -> TaskGradients:
-        """By the engine that the rule chooses."""
+        """Task gradients by the chosen engine."""
         possible = self.reason is None and not batch.in_parts and not is_sharded(batch.shared)
         if possible and not self._bound_by_sums(batch):
             try:
@@ -92,7 +93,7 @@ class _Counter(TorchFunctionMode):
         output = func(*args, **(kwargs or {}))
         if func in _LAYERS or func in _TRANSPOSED:
             weight: Tensor = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            # Every position of the maps with the weight's first number of channels uses all of it.
+            # Each position of the feature map uses the whole weight once.
             maps = output if func in _LAYERS else args[0]
             self.total += weight.numel() * (maps.numel() // len(weight))
         return output
@@ -104,10 +105,10 @@ _TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 
 @torch.no_grad()
 def multiplications(batch: TaskBatch) -> float:
-    """Those of a forward pass over one sample, which leaves nothing behind.
+    """Number of multiplications of a forward pass over one sample, without side effects.
 
-    Neither in the random generators nor in autocast's cache, where copies of the weights would be
-    held until the step is over.
+    The random generators are restored, and autocast's cache is off: it would hold copies of the
+    weights until the step is over.
     """
     rows, counter = batch.order[:2], _Counter()
     caching = torch.is_autocast_cache_enabled()

@@ -35,14 +35,22 @@ class BackwardReport:
     """What `multitask_backward` did; all tensors are detached and equal on every rank.
 
     Attributes:
-        finite: False if a loss or a gradient had a NaN or an infinity: then every `.grad` is None
-            and the balancer was left as it was, so skip the optimizer step.
-        objective: What was minimised, scalar.
+        finite: False if a loss or a gradient had a NaN or an infinity. Every `.grad` is then
+            `None` and the balancer is unchanged, so skip the optimizer step.
+        objective: The value that was minimised, scalar.
         task_losses: Mean loss of each task, `[k]`; NaN for a task without samples.
         task_weights: Derivative of the objective with respect to `task_losses`, `[k]`.
-        num_samples: Samples of each task, `[k]`.
+        num_samples: Number of samples of each task, `[k]`.
         grad_norm: L2 norm of the gradient that was written, before any clipping, scalar.
-        gramian: Dot products of the task gradients `[k, k]` if this call made them, else None.
+        gramian: Dot products of the task gradients, `[k, k]`; `None` between refreshes and for
+            balancers that need none.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(1))
+        >>> tasks = torch.tensor([0, 1, 1])
+        >>> report = multitask_backward(lambda rows: w * rows, tasks, [w], num_tasks=2)
+        >>> report.num_samples.tolist(), report.task_losses.tolist(), float(report.objective)
+        ([1.0, 2.0], [0.0, 1.5], 1.0)
     """
 
     finite: bool
@@ -71,47 +79,50 @@ def multitask_backward(
 ) -> BackwardReport:
     """Fill `.grad` of `parameters` with the balanced gradient of several tasks.
 
-    With `L_i` the mean loss of task i over the samples of all ranks and `pi_i` its prior, the
-    balancer is shown `k pi_i L_i` (`L_i` itself for the default prior 1/k). A `LossBalancer` makes
-    one objective of these and costs one backward pass. A `GradientBalancer` needs the gradient of
-    each task when its weights are due: every task is a micro-batch of its own samples, and as the
-    tasks' samples are disjoint the arithmetic is that of one pass over the batch; between
-    refreshes it costs one ordinary pass. A `SampleBalancer` weights each sample by its noise level.
-    Without a balancer the objective is the mean over all samples.
+    Let `L_i` be the mean loss of task i over the samples of all ranks, and `pi_i` its prior. The
+    balancer sees `k pi_i L_i`, which is `L_i` for the default prior 1/k. What happens next depends
+    on its kind:
 
-    A `.grad` that is there is replaced, or removed if the parameter needs no gradient now:
-    parameters may be frozen and thawed between calls. Sums over ranks are made here and not by
-    `DistributedDataParallel`, whose hooks on the parameters never run; let `losses` call the bare
-    network and not that wrapper, as ranks may call it a different number of times.
+    - A `LossBalancer` makes one objective of these losses, for one backward pass.
+    - A `GradientBalancer` needs the gradient of each task when its weights are refreshed. The
+      samples of the tasks are disjoint, so this is the arithmetic of one pass over the batch.
+      Between refreshes it costs one ordinary pass.
+    - A `SampleBalancer` weights each sample by its noise level.
+    - Without a balancer the objective is the mean over all samples.
 
-    A network is called several times in a step: for each task or part of the batch. Batch norm
-    then normalises each of them alone and moves its running statistics every time (k times with
-    `Loop`, once with a balancer of losses or none and no `micro_batch_size`). Use group or layer
+    An existing `.grad` is replaced, or removed if its parameter needs no gradient now, so
+    parameters may be frozen and thawed between calls. Sums over ranks are made here, and the hooks
+    of `DistributedDataParallel` never run. Let `losses` call the bare network and not that
+    wrapper: ranks may call it a different number of times.
+
+    The network is called several times in a step, once for each task or part of the batch. Batch
+    norm then normalises each call alone and updates its running statistics in each (k times with
+    `Loop`; once with a loss balancer or none and without `micro_batch_size`). Use group or layer
     norm, or put these layers into evaluation mode.
 
     Args:
-        losses: Called with the positions `rows` of some samples of the batch, returns one loss
-            for each, `[len(rows)]`. Each sample is asked for exactly once (`Auto`, `OnePass`
-            and `LowMemory` ask for two of them before that as well, in their first calls).
-        tasks: Task of each sample of this rank's batch, `[b]` in `0 .. k-1`; on the CPU it costs
+        losses: Called with the positions `rows` of some samples of the batch; returns one loss for
+            each, `[len(rows)]`. Each sample is asked for exactly once, except that `Auto`,
+            `OnePass` and `LowMemory` also ask for two samples beforehand in their first calls.
+        tasks: Task of each sample of this rank's batch, `[b]` in `0 .. k-1`. On the CPU it costs
             no synchronisation.
-        parameters: Parameters to differentiate; those that need no gradient are ignored, those
-            given twice count once. Slices, transposed tensors and different dtypes are fine.
-        balancer: How to weight the tasks; None for the plain mean.
-        num_tasks: `k` if `balancer` is None (default: the largest task + 1).
-        priors: `pi [k]`, positive with sum 1: 1/k each by default, `|I_i| / T` to weight tasks by
+        parameters: Parameters to differentiate. Those that need no gradient are ignored, and
+            duplicates count once. Slices, transposed tensors and mixed dtypes are fine.
+        balancer: How to weight the tasks; `None` for the plain mean.
+        num_tasks: `k` if `balancer` is `None`; by default the largest task + 1.
+        priors: `pi`, `[k]`, positive with sum 1. 1/k each by default; `|I_i| / T` weights tasks by
             their size.
-        micro_batch_size: Most samples in one forward pass; None for no limit.
-        engine: How task gradients are computed when they are due, `Loop()` by default; keep the
-            object for the whole run. It changes time and memory, and no number.
-        gradients: Buffers to use again; by default new ones are made in each call.
-        reduction: Sums over ranks; by default over all ranks of `torch.distributed` if it was
-            initialised, which then must all call this function together.
+        micro_batch_size: Largest number of samples in one forward pass; `None` for no limit.
+        engine: How task gradients are computed, `Loop()` by default. Keep the object for the whole
+            run. It changes time and memory but not the result.
+        gradients: Buffers to use again; by default each call makes new ones.
+        reduction: Sums over ranks. By default over all ranks of `torch.distributed` if it is
+            initialised; all ranks must then call this function together.
         loss_scale: `.grad` is left multiplied by this (for a gradient scaler in float16).
-        log_snr: Log signal-to-noise ratio of each sample, `[b]`; a `SampleBalancer` needs it.
+        log_snr: Log signal-to-noise ratio of each sample, `[b]`; needed by a `SampleBalancer`.
 
     Returns:
-        What happened: see `BackwardReport`.
+        Losses, weights and norms, see `BackwardReport`.
 
     Raises:
         ConfigError: If a task number, a prior or a size is out of its range, or a parameter is
@@ -119,6 +130,17 @@ def multitask_backward(
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
+
+    Example:
+        Two tasks pull a parameter to 1 and to -1; the losses of each are averaged first.
+
+        >>> w = torch.nn.Parameter(torch.zeros(1))
+        >>> targets, tasks = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0, 0, 1])
+        >>> def losses(rows):
+        ...     return (w - targets[rows]) ** 2
+        >>> report = multitask_backward(losses, tasks, [w], LinearScalarization(num_tasks=2))
+        >>> report.task_losses.tolist(), w.grad.tolist()
+        ([1.0, 1.0], [0.0])
     """
     every = list(parameters)
     shared = trained_parameters(every)
@@ -188,9 +210,21 @@ def task_gradients(
     micro_batch_size: int | None = None,
     reduction: Reduction | None = None,
 ) -> DenseTaskGradients:
-    """The gradients of the mean loss of each task, to look at; `.grad` is not touched.
+    """The gradients of the mean loss of each task, for analysis; `.grad` is not changed.
 
-    Args and errors are those of `multitask_backward`; a task without samples has a zero row.
+    A task without samples has a zero row. Arguments and errors are those of `multitask_backward`.
+
+    Returns:
+        The gradients as `rows`, `[k, p]` float32 (on several ranks, this rank's shard of each),
+        and their Gramian `gramian()`, `[k, k]` float64.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> tasks, targets = torch.tensor([0, 1]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> def losses(rows):
+        ...     return ((w - targets[rows]) ** 2).sum(1) / 2
+        >>> task_gradients(losses, tasks, [w], num_tasks=2).gramian().tolist()
+        [[1.0, 0.0], [0.0, 4.0]]
     """
     shared = trained_parameters(parameters)
     reduction = reduction or default_reduction()
@@ -207,7 +241,7 @@ def task_gradients(
 
 
 def _weighted_backward(batch: TaskBatch, per_sample: Tensor) -> Tensor:
-    """`.grad` becomes the gradient of the sum of `per_sample` times all losses; its norm."""
+    """Set `.grad` to the gradient of the losses' sum weighted by `per_sample`; return its norm."""
     total: list[Tensor] = []
     (passes,) = batch.passes([torch.arange(len(batch), device=batch.order.device)])
     for rows in passes:
@@ -239,10 +273,11 @@ def _balancer_gradients(
 
 
 def _clip_and_scale_(own: Sequence[nn.Parameter], loss_scale: Tensor | float) -> None:
-    """Bound the norm of the gradients of the balancer's own parameters, then scale them.
+    """Clip the gradients of the balancer's own parameters, then scale them.
 
-    They are linear in the losses. One batch of losses 1e8 times too large would stay in Adam's
-    second moment for 30,000 steps, in which the balancer hardly learns; clipped, for some hundred.
+    They are linear in the losses. Without clipping, one batch of losses 1e8 times too large stays
+    in Adam's second moment for 30,000 steps, in which the balancer hardly learns; with it, for a
+    few hundred.
     """
     grads = [p.grad for p in own if p.grad is not None]
     norm = torch.stack(torch._foreach_norm(grads)).norm()
@@ -256,7 +291,7 @@ def _weights(
     log_snr: Tensor | None,
     reduction: Reduction,
 ) -> tuple[Tensor, Tensor]:
-    """Weights of one backward pass: of the mean task losses `[k]`, of this rank's samples `[b]`."""
+    """Weights of the mean task losses, `[k]`, and of this rank's samples, `[b]`."""
     if isinstance(balancer, SampleBalancer):
         per_sample = balancer.sample_weights(_checked_levels(log_snr, batch)).to(scaled_priors)
         per_sample = per_sample * scaled_priors[batch.tasks] / batch.num_samples.sum()
@@ -273,7 +308,7 @@ def _weights(
 
 
 def _checked_levels(log_snr: Tensor | None, batch: TaskBatch) -> Tensor:
-    """The noise levels, one for each sample, where the losses are."""
+    """Check the log-SNR of the samples and move it to the device of the losses."""
     if log_snr is None or log_snr.shape != batch.tasks.shape:
         found = None if log_snr is None else list(log_snr.shape)
         raise ConfigError(
@@ -322,7 +357,7 @@ def _report(
     gramian: Tensor | None,
     objective: Tensor | None = None,
 ) -> BackwardReport:
-    """The report; without finite gradients none is left behind."""
+    """The report; gradients that are not finite are removed."""
     if not finite:
         for p in shared:
             p.grad = None

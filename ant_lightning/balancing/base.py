@@ -1,4 +1,4 @@
-"""What a balancer is: something that weights `k` tasks, from their losses or their gradients."""
+"""Base classes of balancers: they weight `k` tasks by their losses or their gradients."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ __all__ = ["Balancer", "GradientBalancer", "LossBalancer", "SampleBalancer"]
 
 
 class Balancer(nn.Module, ABC):
-    """Weights `k` tasks; the weights are for the mean over tasks, 1/k each if all are alike.
+    """Base of all balancers. The weights refer to the mean over tasks: 1/k each for equal tasks.
 
-    All state is in parameters, buffers and the extra state, so that a run resumed from a
-    `state_dict` goes on as if it had never stopped. Its numbers keep their precision: casts of
-    the module (`.half()`, `.to(torch.bfloat16)`, of it or of what it is part of) move it to
-    another device but change no dtype.
+    All state is in parameters, buffers and the extra state, so a run resumed from a `state_dict`
+    equals one that was never stopped. Casts of the balancer or of a module that holds it
+    (`.half()`, `.to(torch.bfloat16)`) change its device but never its dtypes.
 
     Args:
-        num_tasks: `k`.
+        num_tasks: Number of tasks `k`.
 
     Raises:
         ConfigError: If `num_tasks` is below 1.
+
+    Example:
+        >>> [balancer.num_tasks for balancer in (PCGrad(5), UncertaintyWeighting(3))]
+        [5, 3]
+        >>> PCGrad(num_tasks=4).task_weights
+        tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
     """
 
     def __init__(self, num_tasks: int) -> None:
@@ -43,10 +48,10 @@ class Balancer(nn.Module, ABC):
     @property
     @abstractmethod
     def task_weights(self) -> Float[Tensor, " k"]:
-        """The weights last used, `[k]`, detached."""
+        """The weights in force, `[k]`, detached."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Balancer:
-        """As every module does it, but a change of dtype is undone before it loses digits."""
+        """Move to another device, but keep each dtype: a cast would lose digits."""
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -64,19 +69,28 @@ class Balancer(nn.Module, ABC):
 
 
 class LossBalancer(Balancer):
-    """Makes one objective of the task losses.
+    """Base of the balancers that make one objective of the task losses.
 
-    Contract: `d objective / d task_losses` is `loss_weights()`, which may depend on the
-    balancer's state but not on the losses. So the weighted losses of micro-batches can be
-    differentiated one after the other and add up to the gradient of the whole batch.
+    `d objective / d task_losses` must be `loss_weights()`, which may depend on the balancer's
+    state but not on the losses. The weighted losses of micro-batches can then be differentiated
+    one after the other, and add up to the gradient of the whole batch.
+
+    Example:
+        >>> class Largest(LossBalancer):
+        ...     '''Only the last task counts.'''
+        ...     def loss_weights(self):
+        ...         return torch.eye(self.num_tasks)[-1]
+        ...     def forward(self, task_losses):
+        ...         return (self.loss_weights() * task_losses).sum()
+        >>> Largest(num_tasks=2)(torch.tensor([1.0, 3.0]))
+        tensor(3.)
     """
 
     @abstractmethod
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
         """The objective, computed in float32 at least.
 
-        It is called before it is known whether the losses are finite: it must not change the
-        balancer's state.
+        It must not change the balancer's state: the losses may turn out not to be finite.
 
         Args:
             task_losses: Mean loss of each task, `[k]`.
@@ -87,7 +101,7 @@ class LossBalancer(Balancer):
     ) -> tuple[Float[Tensor, ""], list[Tensor]]:
         """The objective, and its gradients with respect to the balancer's trained parameters.
 
-        By autograd from `forward`; a balancer may know a shorter way.
+        Autograd makes them from `forward`; a subclass may have a closed form.
 
         Args:
             task_losses: Mean loss of each task, `[k]`.
@@ -104,16 +118,25 @@ class LossBalancer(Balancer):
 
     @property
     def task_weights(self) -> Float[Tensor, " k"]:
-        """The weights now in force, `[k]`, detached: `loss_weights()`."""
+        """The weights in force, `[k]`, detached: `loss_weights()`."""
         return self.loss_weights()
 
 
 class SampleBalancer(Balancer):
-    """Weights each sample by its noise level; tasks are for reporting alone.
+    """Base of the balancers that weight each sample by its noise level; tasks only group reports.
 
-    Contract: the objective is the mean of `forward` over the samples, and its derivative with
-    respect to a sample's loss is `sample_weights` over their number, which depends on the noise
-    level and the balancer's state but not on the loss.
+    The objective is the mean of `forward` over the samples. Its derivative with respect to a
+    sample's loss must be `sample_weights` divided by the number of samples, which may depend on
+    the noise level and the balancer's state but not on the loss.
+
+    Example:
+        >>> class HighNoise(SampleBalancer):
+        ...     def sample_weights(self, log_snr):
+        ...         return (log_snr < 0).float()
+        ...     def forward(self, losses, log_snr):
+        ...         return self.sample_weights(log_snr) * losses
+        >>> HighNoise(num_tasks=2)(torch.tensor([1.0, 2.0]), torch.tensor([3.0, -3.0]))
+        tensor([0., 2.])
     """
 
     kept_weights: Tensor
@@ -127,9 +150,9 @@ class SampleBalancer(Balancer):
     def forward(
         self, losses: Float[Tensor, " b"], log_snr: Float[Tensor, " b"]
     ) -> Float[Tensor, " b"]:
-        """The objective's term of each sample, of its loss and its log-SNR, `[b]`.
+        """The objective's term of each sample, `[b]`, from its loss and its log-SNR.
 
-        Called before it is known whether the losses are finite: it must not change the state.
+        It must not change the balancer's state: the losses may turn out not to be finite.
         """
 
     @abstractmethod
@@ -138,23 +161,30 @@ class SampleBalancer(Balancer):
 
     @property
     def task_weights(self) -> Float[Tensor, " k"]:
-        """Sum of the weights of each task's samples over all samples of the last batch, `[k]`."""
+        """Sum of each task's sample weights in the last batch, over the batch size, `[k]`."""
         return self.kept_weights
 
 
 class GradientBalancer(Balancer):
-    """Makes weights of the dot products of the task gradients.
+    """Base of the balancers that make weights of the dot products of the task gradients.
 
-    Calling it refreshes the weights. In a training loop they are refreshed every `update_every`
-    steps and kept between: when `refresh_due`, call the balancer with the Gramian, else use
-    `task_weights` and call `count_step`.
+    A call refreshes the weights. Between refreshes they are kept for `update_every` steps: if
+    `refresh_due`, call the balancer with the Gramian; otherwise use `task_weights` and call
+    `count_step`. `multitask_backward` does this.
 
     Args:
-        num_tasks: `k`.
+        num_tasks: Number of tasks `k`.
         update_every: Steps from one refresh to the next; 1 for every step.
 
     Raises:
         ConfigError: If an argument is below 1.
+
+    Example:
+        >>> class EqualNorms(GradientBalancer):
+        ...     def solve(self, gramian):
+        ...         return 1 / (self.num_tasks * gramian.diagonal().sqrt())
+        >>> EqualNorms(num_tasks=2)(torch.tensor([[4.0, 0.0], [0.0, 1.0]]))
+        tensor([0.2500, 0.5000], dtype=torch.float64)
     """
 
     kept_weights: Tensor
@@ -180,11 +210,11 @@ class GradientBalancer(Balancer):
         return self._num_steps_used == 0 or self._num_steps_used >= self.update_every
 
     def count_step(self) -> None:
-        """Note that a step was made with the kept weights."""
+        """Count a step that used the kept weights."""
         self._num_steps_used += 1
 
     def forward(self, gramian: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
-        """New task weights, also kept for the steps that follow.
+        """New task weights, which the following steps keep.
 
         Args:
             gramian: `G[i, j] = g_i . g_j`, best in float64.
@@ -205,19 +235,19 @@ class GradientBalancer(Balancer):
 
     @abstractmethod
     def solve(self, gramian: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
-        """The weights that belong to a float64 Gramian; `forward` keeps them."""
+        """The weights for a float64 Gramian; `forward` keeps them."""
 
     def get_extra_state(self) -> Tensor:
         """Steps made with the kept weights."""
         return torch.tensor([self._num_steps_used])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore what `get_extra_state` gave."""
+        """Restore the state of `get_extra_state`."""
         self._num_steps_used = int(state[0])
 
 
 def check_min_loss(min_loss: float) -> float:
-    """The least loss that a learned weight is fitted to, checked.
+    """Check the smallest loss that a learned weight is fitted to, and return it.
 
     Raises:
         ConfigError: If it is negative or not finite.

@@ -1,4 +1,4 @@
-"""The samples of one call: where each task's are, and the losses as they become known."""
+"""The samples of one call, sorted by task, and their losses."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["TaskBatch"]
 
 
 class TaskBatch:
-    """One batch of samples, sorted by task without moving any of them.
+    """One batch of samples, sorted by task through an index.
 
     Args:
-        losses: One loss for each of some rows of the batch.
+        losses: Gives one loss for each of the rows of the batch that it is called with.
         tasks: Task of each sample of this rank, `[b]`.
         balancer: Says how many tasks there are.
-        num_tasks: Says it without a balancer; else the largest task + 1.
-        shared: What `trained_parameters` gives.
+        num_tasks: Number of tasks without a balancer; by default the largest task + 1.
+        shared: The result of `trained_parameters`.
         reduction: How sums over ranks are made.
-        micro_batch_size: Most samples in one forward pass; None for no limit.
+        micro_batch_size: Largest number of samples in one forward pass; `None` for no limit.
         loss_scale: Losses are multiplied by this in a backward pass.
 
     Attributes:
@@ -103,11 +103,11 @@ class TaskBatch:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether gradients of a backward pass have to be divided by `loss_scale`."""
+        """Whether gradients have to be divided by `loss_scale`."""
         return isinstance(self.loss_scale, torch.Tensor) or self.loss_scale != 1.0
 
     def passes(self, groups: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """Each group of rows, in pieces of at most `micro_batch_size` as equal as they can be."""
+        """Cut each group of rows into nearly equal pieces of at most `micro_batch_size`."""
         counts = [len(rows) for rows in groups]
         nums = self.differentiation.num_passes(counts, self.micro_batch_size)
         return [
@@ -115,7 +115,7 @@ class TaskBatch:
         ]
 
     def gradients_of(self, loss: Tensor) -> list[Tensor]:
-        """Of `loss_scale * loss`, one tensor for each parameter."""
+        """Gradients of `loss_scale * loss`, one tensor for each parameter."""
         return self.differentiation.gradients(loss * self.loss_scale)
 
     def tasks_of(self, rows: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class TaskBatch:
         return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values
 
     def record(self, rows: Tensor, values: Tensor) -> None:
-        """Remember the losses of `rows` for the report."""
+        """Keep the losses of `rows` for the report."""
         rows = rows.to(self.values.device, non_blocking=True)
         known = values.detach().to(self._sums)
         self._sums.index_add_(0, self.tasks[rows], known)
@@ -146,7 +146,7 @@ class TaskBatch:
     def losses_of(self, rows: Tensor) -> Tensor:
         """`evaluate` and `record`.
 
-        Without rows a pass is made all the same: other ranks may be waiting for it.
+        A pass is made even without rows, because other ranks may be waiting for it.
         """
         if not len(rows):
             return self._losses(self.order[:1])[:0].float()
@@ -159,6 +159,6 @@ class TaskBatch:
         return self.reduction.all_reduce_(self._sums) / self.num_samples
 
     def is_finite(self, *values: Tensor) -> bool:
-        """Whether the sums of the losses and `values` are, the same on all ranks."""
+        """Whether the losses and `values` are finite on all ranks."""
         every = [self._sums.isfinite().all(), *(v.isfinite().all() for v in values)]
         return bool(torch.stack(every).all())

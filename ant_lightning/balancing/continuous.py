@@ -18,25 +18,25 @@ __all__ = ["ContinuousUncertainty"]
 
 
 class ContinuousUncertainty(SampleBalancer):
-    """`objective = mean over samples of exp(-u(c)) L + u(c)` with a learned function `u`.
+    """A learned log-variance for each noise level: the mean of `exp(-u(c)) L + u(c)`.
 
     `u` is linear in fixed random Fourier features of `c = ln(sigma) / 4 = -log_snr / 8`, where
-    `sigma` is the ratio of noise to signal, and 0 at the start, where training is unweighted. For
-    a fixed loss the optimum is `u = ln L`, the weight of a sample `1 / L(c)`; over `k` clusters
-    `UncertaintyWeighting` settles at `1 / (2 L_i)` for the sum over tasks. As clusters become
-    narrow the two weigh noise levels in the same proportions, so this is its limit for many
-    clusters, but for the scale of the objective, and has no number of clusters to choose. Losses
-    below `min_loss` count as that for `u`, and no weight is above `1 / min_loss`, as in
-    `UncertaintyWeighting`.
+    `sigma` is the ratio of noise to signal. It starts at 0, which is unweighted training. For a
+    fixed loss the optimum is `u = ln L`, which gives a sample the weight `1 / L(c)`.
+
+    This is the limit of `UncertaintyWeighting` for many clusters, up to the scale of the
+    objective, and has no number of clusters to choose: over `k` clusters that one settles at
+    `1 / (2 L_i)`, the same proportions once clusters are narrow. `min_loss` bounds the weights in
+    the same way: `u` is fitted to `max(L, min_loss)`, and no weight exceeds `1 / min_loss`.
 
     The parameters belong in a group of their own, without weight decay and outside gradient
-    clipping and EMA, and stay in float32 whatever the model is cast to.
+    clipping and EMA. They stay in float32.
 
     Args:
-        num_tasks: `k`; clusters that weights are reported for.
-        lr: Learning rate of `u`, for whoever makes the optimizer's groups.
-        num_features: Fourier features; frequencies are standard normal.
-        min_loss: Loss below which a sample's weight grows no more; 0 for no bound.
+        num_tasks: Number of tasks `k`, for which weights are reported.
+        lr: Learning rate of `u`, read when the optimizer's groups are made.
+        num_features: Number of Fourier features; their frequencies are standard normal.
+        min_loss: Loss below which a sample's weight stops growing; 0 for no bound.
 
     Raises:
         ConfigError: If `lr` or `num_features` is not above 0, or `min_loss` negative or not finite.
@@ -44,6 +44,11 @@ class ContinuousUncertainty(SampleBalancer):
     Reference:
         Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models",
         arXiv 2312.02696, appendix B.1 (there the features' layer has a normalised weight).
+
+    Example:
+        >>> balancer = ContinuousUncertainty(num_tasks=5)
+        >>> balancer.sample_weights(torch.tensor([8.0, 0.0, -8.0]))
+        tensor([1., 1., 1.])
     """
 
     frequencies: Tensor

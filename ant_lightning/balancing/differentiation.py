@@ -1,4 +1,4 @@
-"""How a loss is differentiated and gradients are summed over ranks: whole or sharded parameters."""
+"""Differentiation and sums over ranks, for whole and for sharded parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Differentiation", "ShardedDifferentiation", "differentiation"]
 
 
 class Differentiation:
-    """Every rank has all parameters, and as many passes over the network as it needs.
+    """Differentiates whole parameters; ranks may make different numbers of passes.
 
     Args:
         parameters: What losses are differentiated with respect to.
@@ -46,7 +46,7 @@ class Differentiation:
         return [-(-count // (size or max(count, 1))) for count in counts]
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        """One tensor a parameter, to be added up and given to `finish`."""
+        """One tensor for each parameter, to be added up and given to `finish`."""
         # Not `backward`: its hooks on the leaves are where DistributedDataParallel would reduce.
         found = torch.autograd.grad(
             loss, self.parameters, allow_unused=True, materialize_grads=True
@@ -55,7 +55,7 @@ class Differentiation:
         return [g.to_dense() if g.is_sparse else g for g in found]
 
     def finish(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Write the sum over ranks into `.grad`; its L2 norm."""
+        """Write the sum over ranks into `.grad` and return its L2 norm."""
         assign_gradients(self.parameters, gradients)
         reduce_gradients_(self.parameters, reduction=self.reduction)
         return torch.nn.utils.get_total_norm(
@@ -64,11 +64,11 @@ class Differentiation:
 
 
 class ShardedDifferentiation(Differentiation):
-    """The parameters are sharded by FSDP2 (`fully_shard`) over all ranks.
+    """Differentiates parameters that FSDP2 (`fully_shard`) shards over all ranks.
 
-    `autograd.grad` sees nothing of them: a backward pass leaves this rank's part of the gradient,
-    averaged over ranks, in `.grad`. Every pass gathers the parameters, so ranks must make equally
-    many: one that has no samples left passes a sample whose loss counts for nothing.
+    `autograd.grad` does not see them: a backward pass leaves this rank's part of the gradient,
+    averaged over ranks, in `.grad`. Every pass is collective, so all ranks make the same number of
+    passes: a rank without samples passes one sample with a loss of weight 0.
 
     Raises:
         ConfigError: If a parameter is not in equal parts on all ranks.
@@ -91,7 +91,7 @@ class ShardedDifferentiation(Differentiation):
         return ShardedTaskGradients(num_tasks, self.parameters, reduction=self.reduction)
 
     def num_passes(self, counts: Sequence[int], size: int | None) -> list[int]:
-        """As many as the rank that needs most."""
+        """Maximum over ranks: every FSDP2 pass is collective."""
         own = super().num_passes(counts, size)
         table = torch.zeros(
             self.reduction.world_size, len(own), device=local_part(self.parameters[0]).device
@@ -112,7 +112,7 @@ class ShardedDifferentiation(Differentiation):
         return parts
 
     def finish(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Write `.grad`; its L2 norm over all ranks."""
+        """Write `.grad` and return its L2 norm over all ranks."""
         assign_gradients(self.parameters, gradients)
         norms = torch._foreach_norm([g for g in gradients if g.numel()], dtype=torch.float32)
         squares = [norm.double().square() for norm in norms]
@@ -121,6 +121,6 @@ class ShardedDifferentiation(Differentiation):
 
 
 def differentiation(parameters: Sequence[nn.Parameter], reduction: Reduction) -> Differentiation:
-    """The one that fits the parameters."""
+    """The differentiation for these parameters."""
     kind = ShardedDifferentiation if is_sharded(parameters) else Differentiation
     return kind(parameters, reduction)

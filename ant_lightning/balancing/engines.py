@@ -1,4 +1,4 @@
-"""How the task gradients of a batch are computed: in one pass for each task, or in fewer."""
+"""The interface of the engines, which compute task gradients, and the loop over tasks."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["Engine", "Loop", "UnsupportedError", "check_whole", "new_rows"]
 
 
 class UnsupportedError(ConfigError):
-    """An engine cannot tell the tasks' gradients apart in this network."""
+    """An engine cannot separate the gradients of the tasks in this network."""
 
 
 class Engine(ABC):
-    """Makes the gradients of the tasks' mean losses; all engines give the same numbers."""
+    """Computes the gradients of the tasks' mean losses; all engines give the same numbers."""
 
     @abstractmethod
     def task_gradients(
@@ -44,9 +44,9 @@ class Engine(ABC):
 class Loop(Engine):
     """A forward and a backward pass over the samples of each task in turn.
 
-    The samples of tasks are disjoint, so this is the arithmetic of one pass in `k` times as many
-    calls, with the activations of one task at a time. It asks nothing of the network and works
-    with `torch.compile`, accumulation and gradient checkpointing.
+    The samples of the tasks are disjoint, so this is the arithmetic of one pass in `k` times as
+    many calls, with the activations of one task at a time. It works with any network, and with
+    `torch.compile`, accumulation and gradient checkpointing.
     """
 
     def task_gradients(
@@ -76,10 +76,11 @@ def new_rows(batch: TaskBatch) -> DenseTaskGradients:
 
 
 def check_whole(batch: TaskBatch, engine: str) -> None:
-    """Refuse a batch that is to be computed in parts, and parameters that are.
+    """Refuse a batch that is computed in parts, and sharded parameters.
 
     Raises:
-        ConfigError: If they are.
+        ConfigError: If the batch is.
+        UnsupportedError: If the parameters are.
     """
     if is_sharded(batch.shared):
         raise UnsupportedError(

@@ -1,11 +1,11 @@
-"""Task gradients of layers that meet few positions, held as the factors they are products of.
+"""Task gradients of layers with few positions, kept as two factors in place of a row.
 
-A layer's gradient is a sum over positions of products of the gradient of what it gave and of what
-it was given, `W_i = sum_s l_s r_s^T` over the positions s of task i. Where there are few of them,
-these factors are smaller than one gradient, let alone k. Their products give the Gramian,
-`<W_i, W_j> = sum_s sum_t (l_s . l_t) (r_s . r_t)`, and one product of the weighted factors the
-combination. In a DiT these layers are the modulations, a third of its parameters, which meet one
-position of each sample.
+The gradient of a layer's weight is a sum over positions s of outer products of the output gradient
+and the input, `W_i = sum_s l_s r_s^T` over the positions of task i. With few positions these
+factors are smaller than one gradient. Their products give the Gramian,
+`<W_i, W_j> = sum_s sum_t (l_s . l_t) (r_s . r_t)`, and one product of the weighted factors gives
+the combination. In a DiT these layers are the modulations, with one position for each sample: a
+third of its parameters.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 __all__ = ["FactoredTaskGradients", "Factors", "layers_to_factor"]
 
-# Products of positions cost as much as the traffic of five rows at 200 on a CPU, later on a GPU.
+# At 200 positions their products cost as much as reading five rows on a CPU; on a GPU, at more.
 _MOST_POSITIONS = 256
 
 
 class Factors(NamedTuple):
-    """The gradient of a layer that is used once: `sum_s left[s]^T right[s]` of its weight.
+    """The weight gradient of a layer that is used once: `sum_s left[s]^T right[s]`.
 
     Attributes:
         layer: The layer.
-        left: Gradient of what it gave, `[b, n, o]`, of `n` positions of each sample.
-        right: What its weight is multiplied by, `[b, n, i]`.
+        left: Output gradient, `[b, n, o]`, for `n` positions of each sample.
+        right: Input, `[b, n, i]`.
     """
 
     layer: Layer
@@ -44,24 +44,24 @@ class Factors(NamedTuple):
 
     @classmethod
     def of(cls, layer: Layer, inputs: Tensor, grad: Tensor, loss_scale: Tensor | float) -> Factors:
-        """Out of what the layer was given and the gradient, times `loss_scale`, of what it gave."""
+        """Make factors of a layer's inputs and its output gradient times `loss_scale`."""
         assert layer.factors is not None
         dtype = torch.promote_types(grad.dtype, torch.float32)
         left, right = layer.factors(inputs.to(dtype), grad.to(dtype))
         if isinstance(loss_scale, torch.Tensor) or loss_scale != 1.0:
-            left = left / loss_scale  # not in place: other layers may have the same gradient
+            left = left / loss_scale  # not in place: other layers may share this gradient
         return cls(layer, left, right)
 
     @classmethod
     def zero(cls, layer: Layer, like: Tensor) -> Factors:
-        """Of a layer that no loss depends on."""
+        """The factors of a layer that no loss depends on."""
         _, rows, columns = layer.factor_sizes
         left, right = (like.new_zeros(len(like), 0, size) for size in (rows, columns))
         return cls(layer, left, right)
 
 
 def layers_to_factor(taps: Taps) -> list[Layer]:
-    """Those that are used once and whose factors are few and take less than one gradient."""
+    """Layers that are used once and whose factors are smaller than one gradient."""
     found = []
     for layer in taps.layers:
         if layer.factors is None or any(taps.num_uses[id(p)] > 1 for p in layer.parameters):
@@ -124,6 +124,6 @@ class FactoredTaskGradients(TaskGradients):
                 assign_gradients(layer.parameters, values)
 
     def release(self) -> None:
-        """Let go of the factors, and of the rows as they see fit."""
+        """Free the factors, and release the rows."""
         self._factors = []
         self._rows.release()

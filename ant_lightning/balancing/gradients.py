@@ -1,4 +1,4 @@
-"""Gradients of each task, held so that only their Gramian and their combinations are needed."""
+"""The gradients of the tasks, of which a step uses the Gramian and one combination."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ class TaskGradients(ABC):
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`.
 
-        To be called once, and last: it may take the place of what it combines.
+        Call it once, and last: it may overwrite the gradients.
         """
 
     def release(self) -> None:
-        """Let go of what only `combine_` needed, once it was called or will not be."""
+        """Free what only `combine_` needs, after it was called or if it will not be."""
         return
 
 
 class DenseTaskGradients(TaskGradients):
-    """One row of `p` numbers for each task; every rank keeps a shard of each.
+    """One row of `p` numbers for each task; each rank keeps a shard of every row.
 
     The rows are float32 whatever the parameters are (float64 if one is float64). With `N` ranks a
     row is summed over ranks by one reduce-scatter as soon as its task is done, while the next
@@ -65,16 +65,14 @@ class DenseTaskGradients(TaskGradients):
 
     Args:
         num_tasks: `k`.
-        parameters: The shared parameters, `p` numbers in all. The object can be filled again every
-            step without a new allocation, until it is bound to other parameters; memory is first
-            allocated when it is filled.
+        parameters: The shared parameters, `p` numbers in total. Memory is allocated when rows are
+            first written, and used again in every step until other parameters are bound.
         reduction: How sums over ranks are made.
-        num_full: Whole rows that a rank of several holds at a time: with two, one crosses the
-            network while the next is made.
+        num_full: Number of whole rows that a rank holds at a time, with several ranks. With two,
+            one is sent while the next is computed.
 
     Attributes:
-        keep: Whether `release` keeps the buffers for the next rows; set it to False where these
-            are far. (True)
+        keep: Whether `release` keeps the buffers for the next rows.
     """
 
     def __init__(
@@ -90,13 +88,13 @@ class DenseTaskGradients(TaskGradients):
         self.keep = True
         self._num_full = num_tasks if reduction.world_size == 1 else min(num_full, num_tasks)
         self._pending: list[Callable[[], None]] = []
-        self._spent = False  # the first row was overwritten by a combination
+        self._spent = False  # whether a combination has overwritten the first row
         self.parameters: list[nn.Parameter] = []
         self._empty = torch.empty(0)
         self.bind(parameters)
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Use these parameters for the next rows: some may have been frozen or thawed."""
+        """Use these parameters from now on: some may have been frozen or thawed."""
         if not parameters:
             raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
         dtype = _sums_dtype(parameters)
@@ -108,13 +106,13 @@ class DenseTaskGradients(TaskGradients):
         self._drop()
 
     def _drop(self) -> None:
-        """Have no buffers, but for those that `.grad` looks into."""
+        """Free the buffers, except those that `.grad` views."""
         self._full = self._shards = self._empty
         self._views: list[list[Tensor]] = []  # of each whole row
         self._blocks: list[Tensor] = []  # of all rows together
 
     def _hold(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Begin new rows, of these parameters: in the buffers that are there if they fit."""
+        """Begin new rows of these parameters, in the existing buffers if they fit."""
         self._spent = False
         if self._views and same_tensors(parameters, self._held):
             return
@@ -131,7 +129,7 @@ class DenseTaskGradients(TaskGradients):
         self._pending = [_nothing] * num_full
 
     def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
-        """Set row `task` to the sum of `gradients`, each one tensor a parameter, over all ranks."""
+        """Set row `task` to the sum over all ranks of `gradients`, a tensor for each parameter."""
         self._hold(self.parameters)
         slot = task % len(self._full)
         self._pending[slot]()
@@ -145,12 +143,12 @@ class DenseTaskGradients(TaskGradients):
         fill: Callable[[list[Tensor]], None],
         parameters: Sequence[nn.Parameter] | None = None,
     ) -> None:
-        """Set the rows of `tasks`, ascending, at once; those of other tasks become zero.
+        """Set the rows of `tasks`, ascending, together; the other rows become zero.
 
         Args:
             tasks: Tasks that this rank has samples of, `m` of them.
-            fill: Called once with a tensor `[m, *shape]` for each parameter, writes all of it.
-            parameters: Those that rows are kept of, if not all: `combine_` then leaves the others.
+            fill: Called once with a tensor `[m, *shape]` for each parameter, and fills them.
+            parameters: Parameters that have rows, if not all; `combine_` ignores the others.
         """
         self._hold(self.parameters if parameters is None else parameters)
         self._grow(len(tasks))
@@ -160,9 +158,9 @@ class DenseTaskGradients(TaskGradients):
         self._spread(tasks)
 
     def _spread(self, tasks: Sequence[int]) -> None:
-        """Move whole rows `0 .. m-1` to where `tasks` belong, and add them up over ranks."""
+        """Move whole rows `0 .. m-1` to the places of `tasks`, and sum them over ranks."""
         if self.reduction.world_size == 1:
-            # From the last: a row moves to the right, and not over one that has to move yet.
+            # From the last row: rows move to the right, so none is overwritten before it has moved.
             for slot, task in reversed(list(enumerate(tasks))):
                 if slot != task:
                     self._full[task].copy_(self._full[slot])
@@ -179,7 +177,7 @@ class DenseTaskGradients(TaskGradients):
             wait()
 
     def _accumulate(self, slot: int, gradients: Iterator[Sequence[Tensor]]) -> bool:
-        """Set a whole row to the sum of `gradients`; False if there are none."""
+        """Set a whole row to the sum of `gradients`; return whether there are any."""
         empty = True
         for each in gradients:
             if empty:
@@ -190,7 +188,7 @@ class DenseTaskGradients(TaskGradients):
         return not empty
 
     def _grow(self, num_full: int) -> None:
-        """Have as many whole rows at least."""
+        """Allocate whole rows up to this number."""
         missing = num_full - len(self._full)
         if missing <= 0:
             return
@@ -201,7 +199,7 @@ class DenseTaskGradients(TaskGradients):
         self._blocks = []
 
     def _finish(self) -> None:
-        """Have this rank's shard of every row."""
+        """Wait for this rank's shard of every row."""
         for wait in self._pending:
             wait()
 
@@ -214,8 +212,8 @@ class DenseTaskGradients(TaskGradients):
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter with rows.
 
-        It takes the place of the first whole row, which nothing needs any more: so this can be
-        called once after the rows were written.
+        The combination overwrites the first whole row, so call this once after the rows were
+        written.
         """
         assert not self._spent, "combine_ was called twice"
         self._spent = True
@@ -231,12 +229,12 @@ class DenseTaskGradients(TaskGradients):
         assign_gradients(self._held, self._views[0])
 
     def release(self) -> None:
-        """Let go of the buffers unless they are to be kept."""
+        """Free the buffers unless `keep` is set."""
         if not self.keep:
             self._drop()
 
     def rows(self) -> Float[Tensor, "k p"]:
-        """This rank's shard of every row: on one process the whole of them. Before `combine_`."""
+        """This rank's shard of every row; whole rows on one process. Valid before `combine_`."""
         assert not self._spent, "rows was called after combine_"
         self._finish()
         return self._shards
@@ -262,7 +260,7 @@ class ShardedTaskGradients(DenseTaskGradients):
         self._ranks = reduction
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Use this rank's parts of these parameters for the next rows."""
+        """Use this rank's parts of these parameters from now on."""
         if not same_tensors(parameters, self._sharded):
             self._sharded = list(parameters)
             super().bind([local_part(p) for p in parameters])  # type: ignore[misc]
@@ -303,7 +301,7 @@ def assign_gradients(parameters: Sequence[nn.Parameter], values: Sequence[Tensor
 
 
 def _nothing() -> None:
-    """What an unused buffer waits for."""
+    """Wait for nothing: the buffer is unused."""
 
 
 def _sums_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
@@ -354,7 +352,7 @@ def dot_products(rows: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No TF32, no bfloat16, no autocast in float32 products: a Gramian needs all its digits."""
+    """Context without TF32, bfloat16 and autocast: the Gramian needs full float32 products."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:

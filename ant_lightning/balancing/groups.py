@@ -16,15 +16,15 @@ __all__ = ["Groups"]
 
 
 class Groups:
-    """The groups of a batch, group i being the samples `starts[i] .. starts[i + 1] - 1`.
+    """The groups of a batch; group i has the samples `starts[i] .. starts[i + 1] - 1`.
 
-    Groups of one size are summed in one call. Where few are longer than the shortest, the batch is
-    laid out anew, with as many samples of each as the shortest has first, and those that are over
-    behind them: one call for the former and one for the rest of each longer group.
+    Groups of equal size are summed in one call. If few groups are longer than the shortest, the
+    batch is reordered: first as many samples of each group as the shortest has, then the surplus
+    samples. One call sums the former, and one call the surplus of each longer group.
 
     Attributes:
-        sizes: Samples of each group.
-        order: Where each sample of the layout was, `[b]`.
+        sizes: Number of samples of each group.
+        order: Original position of each sample in the new order, `[b]`.
     """
 
     def __init__(self, starts: Sequence[int]) -> None:
@@ -33,7 +33,7 @@ class Groups:
         shortest = min(self.sizes)
         num_longer = sum(size > shortest for size in self.sizes)
         shared = 2 * num_longer <= len(self.sizes) and len(self.sizes) > 1
-        self._even = shortest if shared else 0  # of each group in one call
+        self._even = shortest if shared else 0  # samples of each group that are summed in one call
         rests = [(group, start + self._even, stop) for group, (start, stop) in enumerate(spans)]
         rests = [rest for rest in rests if rest[1] < rest[2]]
         pieces = [torch.arange(start, start + self._even) for start, _ in spans]
@@ -50,7 +50,7 @@ class Groups:
         return len(self.sizes)
 
     def layout(self, samples: Tensor) -> Tensor:
-        """`samples [b]`, which are sorted by group, in the layout."""
+        """Reorder `samples [b]`, which are sorted by group."""
         return samples[self.order.to(samples.device)]
 
     def of_samples(self, device: torch.device) -> Tensor:
@@ -58,13 +58,13 @@ class Groups:
         return self._of_samples.to(device, non_blocking=True)
 
     def pieces(self) -> Iterator[tuple[int, slice]]:
-        """Groups and where their samples are, one group after another or in two pieces."""
+        """Pairs of a group and a slice of its samples; a group may have two slices."""
         for group in range(len(self) if self._even else 0):
             yield group, slice(group * self._even, (group + 1) * self._even)
         yield from self._rests
 
     def _evenly(self, values: Tensor) -> Tensor:
-        """As many samples of each group as the shortest has, `[m, even, ...]`."""
+        """The part of `values` that is summed in one call, `[m, even, ...]`."""
         if self._rests:
             values = values[: self._even * len(self)]
         return values.view(len(self), self._even, *values.shape[1:])
@@ -76,7 +76,7 @@ class Groups:
 
         Args:
             values: `[b, ...]`.
-            dims: Not the first.
+            dims: Further dimensions that are summed over, without the first.
             out: Written to, in its own dtype, if given and of the shape of the sums.
         """
         kept = [size for dim, size in enumerate(values.shape) if dim not in dims][1:]

@@ -18,14 +18,19 @@ __all__ = ["LinearScalarization"]
 
 
 class LinearScalarization(LossBalancer):
-    """`objective = sum_i w_i L_i` with fixed weights.
+    """Fixed weights: `objective = sum_i w_i L_i`. The control of every comparison.
 
     Args:
-        num_tasks: `k`.
-        weights: `k` positive numbers, used as they are; default 1/k each, the mean over tasks.
+        num_tasks: Number of tasks `k`.
+        weights: `k` positive numbers, used as given; 1/k each by default, the mean over tasks.
 
     Raises:
         ConfigError: If `weights` are not `k` positive finite numbers.
+
+    Example:
+        >>> balancer = LinearScalarization(num_tasks=2, weights=[0.5, 0.25])
+        >>> balancer(torch.tensor([2.0, 4.0]))
+        tensor(2.)
     """
 
     weights: Tensor

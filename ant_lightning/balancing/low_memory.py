@@ -1,4 +1,4 @@
-"""Task gradients of which no row is ever held."""
+"""Task gradients without rows: the Gramian first, then a second backward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LowMemory"]
 
-_SHARE = 8  # of the parameters' number: the most numbers of a layer's task gradients at a time
+_SHARE = 8  # a slice of a layer's task gradients has at most 1 / _SHARE of the parameters' number
 
 
 class LowMemory(Engine):
@@ -45,7 +45,7 @@ class LowMemory(Engine):
     def task_gradients(
         self, batch: TaskBatch, rows: DenseTaskGradients | None = None
     ) -> _StreamedTaskGradients:
-        """The Gramian, and what is needed for the second pass.
+        """The Gramian, and the graph for the second pass.
 
         Raises:
             UnsupportedError: If the network does not fit.
@@ -63,7 +63,7 @@ class LowMemory(Engine):
 
 
 class _GramianAdder:
-    """Adds the dot products of the layers' task gradients."""
+    """Sums the dot products of the layers' task gradients."""
 
     def __init__(self, losses: TappedLosses, groups: Groups) -> None:
         self._batch = losses.batch
@@ -75,7 +75,7 @@ class _GramianAdder:
         self.gramian = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=device)
 
     def __call__(self, layer: Layer, inputs: Tensor, grad: Tensor) -> None:
-        """One use of a layer."""
+        """Add one use of a layer."""
         weight, groups = layer.weight, self._groups
         pieces = [grad]
         once = self._uses_left[id(weight)] == 1 and id(weight) not in self._held
@@ -90,7 +90,7 @@ class _GramianAdder:
             self._take(layer.bias, layer.bias_gradients(grad, groups))
 
     def _take(self, parameter: nn.Parameter, block: Tensor) -> None:
-        """Add a block once all uses of its parameter are in it."""
+        """Add the block of a parameter after its last use."""
         key = id(parameter)
         if key in self._held:
             block = block + self._held.pop(key)

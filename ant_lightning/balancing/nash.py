@@ -30,32 +30,38 @@ def nash_weights(
     ridge: float = 1e-6,
     solver: Literal["newton", "cvxpy"] = "newton",
 ) -> Float[Tensor, " k"]:
-    """The positive `alpha` with `(G + ridge D) alpha = 1 / alpha`, `D` the diagonal of G.
+    """The positive `alpha` with `(G + ridge D) alpha = 1 / alpha`, where `D` is the diagonal of G.
 
-    With `C = D^-1/2 G D^-1/2` and `alpha = D^-1/2 b` this is the minimum of the strictly convex
-    `1/2 b^T (C + ridge) b - sum_i log b_i`, whatever the scale of the rows. It is found by damped
-    Newton steps, of length `1 / (1 + lambda)` while the Newton decrement `lambda` is above 1/4.
-    The ridge gives a solution where gradients oppose each other exactly.
+    With `C = D^-1/2 G D^-1/2` and `alpha = D^-1/2 b`, `b` is the minimum of the strictly convex
+    `1/2 b^T (C + ridge) b - sum_i log b_i`. It is found by damped Newton steps of length
+    `1 / (1 + lambda)` while the Newton decrement `lambda` is above 1/4, and of length 1 below. The
+    ridge ensures a solution for gradients that oppose each other exactly.
 
-    A task without a gradient (`G[i, i] = 0`) takes no part. It gets the smallest alpha of the
-    others, 1 if there are none: the update does not depend on it, and when its gradient comes
-    back before the weights are refreshed, it does not dominate.
+    A task without a gradient (`G[i, i] = 0`) is left out and gets the smallest alpha of the
+    others, 1 if there are none. The update does not depend on it, and the task does not dominate
+    if its gradient comes back before the next refresh.
 
     Args:
         gramian: `G[i, j] = g_i . g_j`, `[k, k]`.
         ridge: Added to the diagonal of C.
-        solver: `cvxpy` states the same problem to the CLARABEL solver (slower, for comparison);
-            Newton steps then take its answer, which is off by up to 5e-5, to the same residual.
+        solver: `newton`, or `cvxpy`: the CLARABEL solver, for comparison. Its solution is off by
+            up to 5e-5 and is then refined by Newton steps.
 
     Returns:
-        `alpha [k]`, float64, on the Gramian's device. It is solved on the host.
+        `alpha`, `[k]` float64, on the Gramian's device. The solver runs on the host.
 
     Raises:
-        NashSolverError: If the Gramian is not finite, or so far from positive semi-definite that
-            there is no solution.
+        NashSolverError: If the Gramian is not finite, or not close enough to positive
+            semi-definite for a solution.
 
     Reference:
         Navon et al., "Multi-Task Learning as a Bargaining Game", claim 3.1, arXiv 2202.01017.
+
+    Example:
+        For orthogonal gradients, alpha is 1 over their norms: here 1/2 and 1.
+
+        >>> nash_weights(torch.tensor([[4.0, 0.0], [0.0, 1.0]])).round(decimals=3)
+        tensor([0.5000, 1.0000], dtype=torch.float64)
     """
     G = gramian.detach().cpu().double().numpy()
     squared_norms = np.diagonal(G)
@@ -74,7 +80,7 @@ def nash_weights(
 
 
 def _newton(C: Array, *, start: Array | None = None, max_steps: int = 200) -> Array:
-    """The minimum of `1/2 b^T C b - sum log b`, by steps that cannot leave `b > 0`."""
+    """The minimum of `1/2 b^T C b - sum log b`, by steps that stay in `b > 0`."""
     k = len(C)
     total = C.sum()
     if not total > 0:
@@ -120,24 +126,31 @@ def _cvxpy(C: Array) -> Array:
 
 
 class NashMTL(GradientBalancer):
-    """Weights `alpha / k`, with `alpha` from `nash_weights`, refreshed every 25 steps.
+    """Nash-MTL: the weights `alpha / k` of the bargaining solution, refreshed every 25 steps.
 
-    On a refresh the update has the norm `sqrt(k) / k`, whatever the gradients' scale. If there is
-    no solution, the weights in force are kept (1/k before the first refresh), `num_failures` goes
-    up by one, and the first time a `UserWarning` says so.
+    `alpha` comes from `nash_weights`. On a refresh the update has the norm `sqrt(k) / k`, whatever
+    the scale of the gradients. If no solution is found, the last weights are kept (1/k before the
+    first refresh), `num_failures` is increased, and the first failure gives a `UserWarning`.
 
     Args:
-        num_tasks: `k`.
+        num_tasks: Number of tasks `k`.
         update_every: Steps from one refresh to the next (25 in the official code).
-        solver: How the weights are solved for: see `nash_weights`.
+        solver: `newton` or `cvxpy`, see `nash_weights`.
 
     Raises:
         ConfigError: If `solver` is unknown or a number is below 1.
 
     Reference:
         Navon et al., "Multi-Task Learning as a Bargaining Game", arXiv 2202.01017. The official
-        code solves a sequence of linearised problems that mostly fails when the gradients' norms
-        span four decades.
+        code solves a sequence of linearised problems, which mostly fails when the gradients'
+        norms span four decades.
+
+    Example:
+        >>> balancer = NashMTL(num_tasks=2, update_every=3)
+        >>> balancer(torch.tensor([[4.0, 0.0], [0.0, 1.0]])).round(decimals=3)
+        tensor([0.2500, 0.5000], dtype=torch.float64)
+        >>> balancer.refresh_due
+        False
     """
 
     def __init__(
@@ -154,7 +167,7 @@ class NashMTL(GradientBalancer):
         self.num_failures = 0
 
     def solve(self, gramian: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
-        """`alpha / k`, or the weights in force."""
+        """`alpha / k`; the last weights if there is no solution."""
         try:
             return nash_weights(gramian, solver=self.solver) / self.num_tasks
         except NashSolverError as error:
@@ -172,6 +185,6 @@ class NashMTL(GradientBalancer):
         return torch.cat([super().get_extra_state(), torch.tensor([self.num_failures])])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore what `get_extra_state` gave."""
+        """Restore the state of `get_extra_state`."""
         super().set_extra_state(state)
         self.num_failures = int(state[1])

@@ -1,4 +1,4 @@
-"""Task gradients out of one forward and one backward pass over the batch of all tasks."""
+"""Task gradients from one forward and one backward pass over the whole batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_PROOFS = 10
 
 
 class TappedLosses:
-    """The losses of samples, of a network whose layers are tapped.
+    """The losses of samples, with the layers of the network tapped.
 
     Args:
         batch: The batch.
@@ -53,10 +53,10 @@ class TappedLosses:
         *,
         retain_graph: bool = False,
     ) -> None:
-        """Have the layers' parts of the gradient of `sum_s weights[s] values[s]` received.
+        """Pass each layer's part of the gradient of `sum_s weights[s] values[s]` to `receive`.
 
         Raises:
-            UnsupportedError: If a parameter was used by anything else than a tapped layer.
+            UnsupportedError: If a parameter was used outside the tapped layers.
         """
         self.taps.receive = receive
         loss = (self.values * weights.to(self.values.dtype)).sum() * self.batch.loss_scale
@@ -104,7 +104,7 @@ class BlockWriter:
         self._groups = groups
 
     def __call__(self, layer: Layer, inputs: Tensor, grad: Tensor) -> None:
-        """Write the weight's and the bias's part, or add to it if they had one already."""
+        """Write the gradients of weight and bias, or add them to those of an earlier use."""
         block = self._missing.get(id(layer.weight))
         out = block if block is not None and block.dtype == grad.dtype else None
         self._put(layer.weight, layer.weight_gradients(inputs, grad, self._groups, out))
@@ -113,7 +113,7 @@ class BlockWriter:
             self._put(layer.bias, layer.bias_gradients(grad, self._groups, free))
 
     def finish(self) -> None:
-        """Parameters that were not used have a gradient of zero."""
+        """Set the gradients of parameters that were not used to zero."""
         for block in self._missing.values():
             block.zero_()
 
@@ -126,7 +126,7 @@ class BlockWriter:
 
 
 class OnePass(Engine):
-    """One pass over the whole batch, in which each layer sums its gradient for each task alone.
+    """One pass over the whole batch, in which each layer sums its gradient for each task.
 
     It makes as many calls as ordinary training, and `k` products of a smaller inner size for each
     layer's weight, written where the rows are kept; the activations are those of one pass over
@@ -144,7 +144,7 @@ class OnePass(Engine):
     """
 
     def __init__(self) -> None:
-        self._parameters: Sequence[nn.Parameter] = ()  # the parameters whose layers are proven
+        self._parameters: Sequence[nn.Parameter] = ()  # parameters of the layers that were checked
         self._proven: set[int] = set()
         self._all_proven = False
         self._num_proofs = 0
@@ -165,7 +165,7 @@ class OnePass(Engine):
         losses = TappedLosses(batch, groups.layout(batch.order))
         self.remember(losses)
         gradients = rows or new_rows(batch)
-        # Samples of other ranks would be needed for their products: there, every layer has rows.
+        # Only on one rank: the products of factors need the samples of all ranks.
         factored = layers_to_factor(losses.taps) if batch.reduction.world_size == 1 else []
         apart = {id(p) for layer in factored for p in layer.parameters}
         dense = [p for p in batch.shared if id(p) not in apart]
@@ -195,13 +195,13 @@ class OnePass(Engine):
         return FactoredTaskGradients(gradients, every, batch.tasks_of(losses.rows))
 
     def prove(self, batch: TaskBatch) -> None:
-        """Check that no layer mixes samples, as long as there are layers not yet proven.
+        """Check that no layer mixes samples, until every layer has been checked.
 
-        On two samples, before all are asked for, so that it needs no memory beside that of a
-        training step and `losses` hears of these samples again as of all others.
+        Uses two samples, before the pass over the batch, so that the peak memory is that of the
+        pass. `losses` is asked for these two samples again in the pass.
 
         Raises:
-            UnsupportedError: If one does.
+            UnsupportedError: If a layer mixes samples.
         """
         if not same_tensors(batch.shared, self._parameters):  # some may be thawed
             self._parameters, self._proven = batch.shared, set()
@@ -232,5 +232,5 @@ class OnePass(Engine):
             )
 
     def remember(self, losses: TappedLosses) -> None:
-        """See whether `prove` has to go on in the next call: not all layers may be used in each."""
+        """Record whether all layers have been checked; a call need not use every layer."""
         self._all_proven = self._proven.issuperset(losses.taps.num_uses)

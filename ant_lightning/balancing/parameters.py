@@ -1,4 +1,4 @@
-"""Selects and checks the parameters that training and analyses differentiate."""
+"""Selects and checks the parameters that losses are differentiated by."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trained_parameters(parameters: Iterable[P]) -> list[P]:
 
 
 def same_tensors(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
-    """Whether both hold the same tensor objects in the same order."""
+    """Whether both have the same tensor objects in the same order."""
     return [id(each) for each in left] == [id(each) for each in right]
 
 

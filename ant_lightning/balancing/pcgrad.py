@@ -1,4 +1,4 @@
-"""PCGrad: gradients that oppose each other are projected, in the space of their Gramian."""
+"""PCGrad: projects conflicting gradients, in the space of their Gramian."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ __all__ = ["PCGrad", "pcgrad_weights"]
 def pcgrad_weights(
     gramian: Float[Tensor, "k k"], orders: Int[Tensor, "k m"]
 ) -> Float[Tensor, " k"]:
-    """Weights of the gradients in the sum of the projected ones.
+    """Weights `w` with which the sum of PCGrad's projected gradients is `sum_j w_j g_j`.
 
-    Each task i starts with its own gradient `v_i = g_i` and meets the others in its own order:
-    where `v_i . g_j < 0`, `v_i <- v_i - (v_i . g_j / ||g_j||^2) g_j` with the original `g_j`. Every
-    `v_i` stays a combination of the gradients, so coefficients `C[i, j]` and the Gramian are
-    enough. All tasks take a step at once; nothing waits for the device.
+    Task i starts with its own gradient `v_i = g_i` and visits the other tasks in the order
+    `orders[i]`. Where `v_i . g_j < 0` it is projected, with the original `g_j`:
+    `v_i <- v_i - (v_i . g_j / ||g_j||^2) g_j`. Each `v_i` is a combination of the gradients, so
+    its coefficients `C[i, j]` and the Gramian are enough. All tasks are projected at once, without
+    waiting for the device.
 
     Args:
         gramian: `G[i, j] = g_i . g_j`, `[k, k]`, floating point.
-        orders: Row i lists whom task i meets, `[k, m]`. With `m >= k` itself may be on the list
-            and is passed over (the official code projects on it); a zero gradient is never
+        orders: Row i has the tasks that task i visits, `[k, m]`. If a row has task i itself, that
+            entry is skipped (the official code projects on it). Zero gradients are never
             projected on.
 
     Returns:
@@ -37,15 +38,22 @@ def pcgrad_weights(
 
     Reference:
         Yu et al., "Gradient Surgery for Multi-Task Learning", algorithm 1, arXiv 2001.06782.
+
+    Example:
+        Two gradients of length 1 at an angle of 120 degrees conflict; each is projected.
+
+        >>> gramian = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+        >>> pcgrad_weights(gramian, orders=torch.tensor([[1], [0]]))
+        tensor([1.5000, 1.5000])
     """
-    # Division by infinity: nobody is ever projected on a zero gradient.
+    # Dividing by infinity: nothing is ever projected on a zero gradient.
     tiny = torch.finfo(gramian.dtype).tiny
     squared_norms = F.threshold(gramian.diagonal(), tiny, torch.inf)
     ratios = gramian / squared_norms[:, None]
-    # v_i . g_j / ||g_j||^2 for every j that i meets, brought up to date as v_i changes. Few small
-    # calls, since on a GPU the time is that of starting them.
+    # v_i . g_j / ||g_j||^2 for every j that i visits, updated as v_i changes. On a GPU the time is
+    # that of kernel launches, so there are few of them.
     dots = ratios.mT.gather(1, orders)
-    if orders.shape[1] >= len(gramian):  # somebody meets itself
+    if orders.shape[1] >= len(gramian):  # a row may have its own task
         own = torch.arange(len(gramian), device=orders.device)[:, None]
         dots = dots.masked_fill(orders == own, torch.inf)
     between = ratios[orders[:, :, None], orders[:, None]].tril_(-1)  # of later ones and each
@@ -56,18 +64,25 @@ def pcgrad_weights(
 
 
 class PCGrad(GradientBalancer):
-    """Weights 1/k times those of `pcgrad_weights`, each task in a fresh random order.
+    """PCGrad: projects the gradient of each task on those that conflict with it, in random order.
 
-    The orders come from a generator of its own on the CPU, the same on all ranks; its state is
-    part of the `state_dict`.
+    The weights are 1/k times those of `pcgrad_weights`. The orders come from the balancer's own
+    generator on the CPU, which is the same on all ranks; its state is part of the `state_dict`.
 
     Args:
-        num_tasks: `k`.
+        num_tasks: Number of tasks `k`.
         seed: Seed of the orders.
 
     Reference:
         Yu et al., "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782. The official
         code sums over tasks; the mean here is 1/k times that.
+
+    Example:
+        >>> balancer = PCGrad(num_tasks=2)
+        >>> balancer(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
+        tensor([0.7500, 0.7500], dtype=torch.float64)
+        >>> balancer(torch.tensor([[1.0, 0.5], [0.5, 1.0]]))     # no conflict: the mean
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
 
     def __init__(self, num_tasks: int, *, seed: int = 0) -> None:
@@ -87,9 +102,9 @@ class PCGrad(GradientBalancer):
         return pcgrad_weights(gramian, orders) / self.num_tasks
 
     def get_extra_state(self) -> Tensor:
-        """State of the generator (weights are refreshed in every step: there is no count)."""
+        """State of the generator; there is no count, as weights are refreshed in every step."""
         return self._generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore what `get_extra_state` gave."""
+        """Restore the state of `get_extra_state`."""
         self._generator.set_state(state.cpu())

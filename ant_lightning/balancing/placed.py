@@ -1,4 +1,4 @@
-"""Task gradients of ranks that each hold samples of few tasks: only rows that exist are sent."""
+"""Task gradients for ranks that have samples of few tasks: only existing rows are sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["PlacedTaskGradients"]
 
 
 class PlacedTaskGradients(DenseTaskGradients):
-    """A row for each task that this rank has samples of, and this rank's shard of every row.
+    """A row for each task with samples on this rank, and this rank's shard of every row.
 
     When all rows are made, one all-to-all moves shard j of each to rank j, which adds up those of
     the same task; Gramian and combination go on as in `DenseTaskGradients`. A rank with `m` tasks
@@ -46,7 +46,7 @@ class PlacedTaskGradients(DenseTaskGradients):
         self._exchanged = True
 
     def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
-        """Set this rank's part of row `task`; without samples of it there is none."""
+        """Set this rank's part of row `task`; nothing is kept without samples of that task."""
         self._hold(self.parameters)
         if self._exchanged:
             self._slots.clear()
@@ -59,12 +59,12 @@ class PlacedTaskGradients(DenseTaskGradients):
         self._accumulate(slot, chain([first], gradients))
 
     def _spread(self, tasks: Sequence[int]) -> None:
-        """Rows stay where they are until they are exchanged."""
+        """Do nothing: rows are exchanged together, in `_finish`."""
         self._slots = {task: slot for slot, task in enumerate(tasks)}
         self._exchanged = False
 
     def _finish(self) -> None:
-        """Exchange the rows, once, and add up this rank's shards of them."""
+        """Exchange the rows once, and sum this rank's shards of each."""
         if self._exchanged:
             return
         self._exchanged = True

@@ -1,4 +1,4 @@
-"""How sums over the samples of all ranks are made: a no-op on one process, collectives on many."""
+"""Sums over the samples of all ranks: no-ops on one process, collectives on several."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["GroupReduction", "Reduction", "default_reduction"]
 
 
 def _nothing() -> None:
-    """What there is to wait for on one process."""
+    """Wait for nothing, as on one process."""
 
 
 class Reduction:

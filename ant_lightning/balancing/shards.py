@@ -1,4 +1,4 @@
-"""Parameters that are sharded over ranks (FSDP2): their local parts, and tensors made of such."""
+"""Local parts of parameters that FSDP2 shards over ranks, and sharded tensors made of them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, detached: all of it if it is an ordinary one."""
+    """This rank's part of a tensor, detached; the whole of an ordinary tensor."""
     tensor = tensor.detach()
     local: Tensor = tensor.to_local() if is_sharded([tensor]) else tensor  # type: ignore[attr-defined]
     return local
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, detached; if it is sharded, all ranks must ask together."""
+    """The whole tensor, detached; collective if it is sharded."""
     tensor = tensor.detach()
     full: Tensor = tensor.full_tensor() if is_sharded([tensor]) else tensor  # type: ignore[attr-defined]
     return full
@@ -40,7 +40,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def from_local(local: Tensor, like: Tensor) -> Tensor:
-    """A tensor sharded as `like` is, of which this rank holds `local`; `local` if `like` is not."""
+    """A tensor sharded like `like` with this rank's part `local`; `local` if `like` is whole."""
     if not is_sharded([like]):
         return local
     from torch.distributed.tensor import DTensor  # noqa: PLC0415
@@ -52,7 +52,7 @@ def from_local(local: Tensor, like: Tensor) -> Tensor:
 
 
 def from_full(full: Tensor, like: Tensor) -> Tensor:
-    """A tensor sharded as `like` is, cut from one that every rank has whole."""
+    """A tensor sharded like `like`, cut from the whole tensor on every rank."""
     if not is_sharded([like]) or is_sharded([full]):
         return full
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415

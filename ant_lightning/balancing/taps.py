@@ -1,8 +1,8 @@
-"""Gradients of a network's parameters for groups of samples, out of one backward pass.
+"""Gradients of a network's parameters for groups of samples, from one backward pass.
 
-A layer's gradient is a sum over samples of products of what the layer was given and of the
-gradient of what it gave. `Taps` keeps both for each layer, so that they can be summed over the
-samples of each group alone: the arithmetic of an ordinary backward pass, in as many calls.
+A layer's gradient is a sum over samples of products of its inputs and its output gradients. `Taps`
+records both for each layer, so that they can be summed over the samples of each group: the
+arithmetic of an ordinary backward pass, in as many calls.
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ class Layer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Its trained parameters: the weight, and the bias if there is one."""
+        """The trained parameters: the weight, and the bias if there is one."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def bias_gradients(self, grad: Tensor, groups: Groups, out: Tensor | None = None) -> Tensor:
-        """One gradient of the bias for each group, `[m, ...]`; `out` may be written to."""
+        """The gradient of the bias for each group, `[m, ...]`; may be written to `out`."""
         return groups.sums(grad, self.sum_dims, out=out)
 
 
 class Taps:
-    """Runs a network whose layers hand their part of the gradients to `receive`.
+    """Runs a network and hands the inputs and output gradients of its layers to `receive`.
 
-    Inside `with taps:` linear, convolution, embedding, layer-norm and group-norm layers take
-    their parameters as constants. In a backward pass to `token`, `receive(layer, inputs, grad)` is
-    called for each of them. Any other use of a parameter is left as it is, so that the parameter
-    gets an ordinary gradient. The parameters are of another class inside, which sees their uses:
-    calls without any go their way as ever.
+    Inside `with taps:` linear, convolution, embedding, layer-norm and group-norm layers treat
+    their parameters as constants, and a backward pass to `token` calls
+    `receive(layer, inputs, grad)` for each layer. A parameter that is used in any other way gets an
+    ordinary gradient. Inside, parameters have a subclass that sees these uses; calls without
+    parameters are not affected.
 
     Args:
-        parameters: Those that are wanted.
-        num_samples: Length of the first dimension of what every layer is given.
+        parameters: Parameters to record.
+        num_samples: Size of the first dimension of every layer's input.
 
     Raises:
-        UnsupportedError: If a parameter is of a class of its own.
+        UnsupportedError: If a parameter is of a subclass already.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], num_samples: int) -> None:
@@ -108,12 +108,12 @@ class Taps:
         self._views.clear()
 
     def watch(self, view: Tensor) -> None:
-        """See the uses of a view of a parameter, until the end."""
+        """Watch the uses of a view of a parameter, until the end."""
         view.taps, view.__class__ = self, _WatchedView  # type: ignore[attr-defined]
         self._views.append(view)
 
     def parameter(self, value: Tensor | None) -> nn.Parameter | None:
-        """The wanted parameter that `value` is, or shows in another shape."""
+        """The recorded parameter that `value` is, or is a view of."""
         if value is None:
             return None
         found = self._known.get(id(value))
@@ -128,14 +128,14 @@ class Taps:
     def wanted(
         self, weight: Tensor | None, inputs: Tensor, ndim: int | None = None
     ) -> nn.Parameter | None:
-        """The wanted parameter that the weight of a layer is which is given the batch."""
+        """The recorded parameter behind the weight of a layer whose input is the batch."""
         given_batch = inputs.ndim >= 1 and inputs.shape[0] == self.num_samples
         if not given_batch or ndim not in {None, inputs.ndim} or not torch.is_grad_enabled():
             return None
         return self.parameter(weight)
 
     def tap(self, output: Tensor, inputs: Tensor, layer: Layer) -> Tensor:
-        """`output`, with a note to hand over `inputs` and its gradient."""
+        """`output`, such that its gradient is handed to `receive` together with `inputs`."""
         self.layers.append(layer)
         for p in layer.parameters:
             self.num_uses[id(p)] += 1
@@ -146,12 +146,12 @@ class Taps:
 
 
 class _Watched(nn.Parameter):
-    """A parameter whose uses are seen."""
+    """A parameter whose uses are watched."""
 
     taps: Taps
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
-        """A parameter like others: a copy is not watched."""
+        """Make an ordinary parameter: copies are not watched."""
         return nn.Parameter(data, requires_grad)
 
     @classmethod
@@ -175,14 +175,14 @@ class _Watched(nn.Parameter):
 
 
 class _WatchedView(Tensor):
-    """A view of a parameter whose uses are seen."""
+    """A view of a parameter whose uses are watched."""
 
     taps: Taps
     __torch_function__ = _Watched.__torch_function__
 
 
 class _Tap(torch.autograd.Function):
-    """Nothing to the output and its gradient, which is shown to `receive` on its way."""
+    """Identity; in the backward pass, hands the output's gradient to `receive`."""
 
     @staticmethod
     def forward(
@@ -193,10 +193,10 @@ class _Tap(torch.autograd.Function):
         taps: Taps,
         layer: Layer,
     ) -> Tensor:
-        # As a change in place, so that the network may go on to change the output in place.
+        # Marked as changed in place, so that the network may change the output in place.
         ctx.mark_dirty(output)
-        # The token too, for its shape: layers that are computed again without taps save something
-        # else in its place, which gradient checkpointing finds and refuses.
+        # The token is saved for its shape: a layer recomputed without taps saves another tensor in
+        # its place, which gradient checkpointing detects and refuses.
         ctx.save_for_backward(inputs, token)
         ctx.taps, ctx.layer = taps, layer
         return output
@@ -207,7 +207,7 @@ class _Tap(torch.autograd.Function):
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
         inputs, _ = ctx.saved_tensors
-        # Of a linear layer on rows, `[b n, c]`, where the input was `[b, ..., c]`.
+        # A linear layer ran on rows, `[b n, c]`, of the input `[b, ..., c]`.
         by_sample = grad.view(len(inputs), -1, grad.shape[-1]) if inputs.ndim > grad.ndim else grad
         ctx.taps.receive(ctx.layer, inputs, by_sample)
         return grad, None, None, None, None
@@ -218,7 +218,7 @@ def _constant(value: Tensor | None) -> Tensor | None:
 
 
 def _cast(value: Tensor, *, to_norm: bool = False) -> Tensor:
-    """A layer's input as autocast has it, which both the layer and its tap then keep: not twice."""
+    """Cast a layer's input as autocast would: layer and tap then share one copy."""
     device = value.device.type
     converts = value.is_floating_point() and value.dtype != torch.float64
     if not converts or not torch.is_autocast_enabled(device):
@@ -238,7 +238,7 @@ def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         return groups.products(_tokens(grad), _tokens(x), out=view)
 
     input = _cast(input)
-    # On rows: of more dimensions the output is a view, which could not be tapped without a copy.
+    # On rows: with more dimensions the output is a view, which cannot be tapped without a copy.
     output = F.linear(input.flatten(0, -2), weight.detach(), _constant(bias))
     middle = (1,) if input.ndim > 2 else ()
     layer = Layer(
@@ -374,7 +374,7 @@ def _group_norm(
     if known is None:
         return F.group_norm(input, num_groups, weight, bias, eps)
     batch, channels, positions = len(input), input.shape[1], input.shape[2:].numel()
-    # Laid out as the layer wants and keeps it, whose means and deviations are known with it.
+    # In the memory layout that the layer keeps, to which its means and deviations belong.
     input = _cast(input, to_norm=True).contiguous()
     scale, shift = (None if v is None else _cast(v.detach(), to_norm=True) for v in (weight, bias))
     output, mean, rstd = torch.native_group_norm(
@@ -383,7 +383,7 @@ def _group_norm(
     mean, rstd = mean.detach(), rstd.detach()
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
-        # To the kernel, the channels of all samples are those of one.
+        # The kernel sees the channels of all samples as channels of one sample.
         every = (1, batch * channels)
         _, of_samples, _ = torch.ops.aten.native_group_norm_backward(
             grad.reshape(*every, positions),

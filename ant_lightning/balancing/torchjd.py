@@ -20,31 +20,36 @@ __all__ = ["TorchJDBalancer"]
 
 
 class TorchJDBalancer(GradientBalancer):
-    """The weights that a weighting of the TorchJD library gives to the Gramian.
+    """A weighting of the TorchJD library: UPGrad, MGDA, CAGrad, IMTL-G, Aligned-MTL and others.
 
-    TorchJD's weights are for the sum over tasks of weighted gradients; those with a preference
-    vector default to the mean, 1/k each without conflict, which is the scale used here. They are
-    taken as they are. The weighting runs on the host in float64; one that draws random numbers
-    draws them from a generator keyed by `seed` and the number of the refresh, so that all ranks
-    draw the same and a resumed run goes on as if it had never stopped.
+    TorchJD's weights are used as they are. Those with a preference vector default to the mean, 1/k
+    each without conflict, which is the scale used here. The weighting runs on the host in float64.
+    Its random numbers depend on `seed` and the number of the refresh only, so all ranks draw the
+    same and a resumed run equals one that was never stopped.
 
-    If the weighting fails or gives a NaN or an infinity, the weights in force are kept (1/k before
-    the first refresh), `num_failures` goes up by one, and the first time a `UserWarning` says so.
+    If the weighting fails or gives a NaN or an infinity, the last weights are kept (1/k before the
+    first refresh), `num_failures` is increased, and the first failure gives a `UserWarning`.
 
     Args:
-        num_tasks: `k`.
-        weighting: A weighting of `torchjd.aggregation` that is made from a Gramian, for instance
-            `UPGradWeighting()`. It may not keep a memory of past steps outside its buffers.
+        num_tasks: Number of tasks `k`.
+        weighting: A weighting of `torchjd.aggregation` that takes a Gramian, for instance
+            `UPGradWeighting()`. It must not remember past steps outside its buffers.
         update_every: Steps from one refresh to the next.
         seed: Seed of weightings that draw random numbers.
 
     Raises:
-        ConfigError: If the extra `torchjd` is not installed, or `weighting` is none of TorchJD's,
-            is not made from a Gramian, keeps a memory that a checkpoint would lose, or does not
-            give k finite weights to k orthonormal gradients.
+        ConfigError: If the extra `torchjd` is not installed, or if `weighting` is not one of
+            TorchJD's, takes no Gramian, remembers what a checkpoint would lose, or does not give k
+            finite weights for k orthonormal gradients.
 
     Reference:
         Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", arXiv 2406.16232.
+
+    Example:
+        >>> from torchjd.aggregation import UPGradWeighting
+        >>> balancer = TorchJDBalancer(num_tasks=2, weighting=UPGradWeighting())
+        >>> balancer(torch.eye(2)).round(decimals=3)
+        tensor([0.5000, 0.5000], dtype=torch.float64)
     """
 
     def __init__(
@@ -62,7 +67,7 @@ class TorchJDBalancer(GradientBalancer):
         self._num_refreshes = 0
         _check(weighting)
         name = type(weighting).__name__
-        # A copy: what a weighting remembers must not start with a made-up Gramian.
+        # On a copy: the state of the weighting must not start with this made-up Gramian.
         probe = copy.deepcopy(weighting)
         try:
             weights = self._call(probe, torch.eye(num_tasks, dtype=torch.float64))
@@ -74,7 +79,7 @@ class TorchJDBalancer(GradientBalancer):
             )
 
     def solve(self, gramian: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
-        """The weights of TorchJD, or those in force."""
+        """The weighting's weights; the last ones if it fails."""
         self._num_refreshes += 1
         try:
             weights = self._call(self.weighting, gramian.cpu())
@@ -92,7 +97,7 @@ class TorchJDBalancer(GradientBalancer):
         return weights.detach().double()
 
     def _failed(self, gramian: Tensor, reason: str) -> Tensor:
-        """Count a failure; the weights in force."""
+        """Count a failure, warn at the first, and return the last weights."""
         self.num_failures += 1
         if self.num_failures == 1:
             warnings.warn(
@@ -108,13 +113,13 @@ class TorchJDBalancer(GradientBalancer):
         return torch.cat([super().get_extra_state(), counts])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Restore what `get_extra_state` gave."""
+        """Restore the state of `get_extra_state`."""
         super().set_extra_state(state)
         self.num_failures, self._num_refreshes = int(state[1]), int(state[2])
 
 
 def _check(weighting: nn.Module) -> None:
-    """Refuse what is no weighting of Gramians, or would not survive a checkpoint."""
+    """Refuse anything but a weighting of Gramians whose state a checkpoint keeps."""
     try:
         from torchjd.aggregation import Weighting  # noqa: PLC0415 - an extra
         from torchjd.linalg import Matrix  # noqa: PLC0415

@@ -18,22 +18,21 @@ __all__ = ["UncertaintyWeighting"]
 
 
 class UncertaintyWeighting(LossBalancer):
-    """`objective = sum_i 1/2 (exp(-s_i) L_i / k + s_i)` with learned `s = log_vars`.
+    """A learned log-variance for each task: `objective = sum_i 1/2 (exp(-s_i) L_i / k + s_i)`.
 
-    For a fixed loss the optimum is `exp(s_i) = L_i / k`, where the task's weight
-    `exp(-s_i) / (2 k)` is `1 / (2 L_i)`: without a bound it grows beyond any limit as a loss goes
-    to 0. With `min_loss = m` the log-variances are fitted to `max(L_i, m)` in place of `L_i`, so
-    that they settle at `log(m / k)` and turn back from below, and the weights of the losses are
-    those of `max(s_i, log(m / k))`: none is ever above `1 / (2 m)`.
+    For a fixed loss the optimum is `exp(s_i) = L_i / k`, where the weight `exp(-s_i) / (2 k)` of
+    the task is `1 / (2 L_i)`. Without a bound this weight diverges as the loss goes to 0. With
+    `min_loss = m` the log-variances are fitted to `max(L_i, m)`, so they settle at `log(m / k)` or
+    above, and the weights use `max(s_i, log(m / k))`: no weight exceeds `1 / (2 m)`.
 
-    `log_vars` start at 0 and stay in float32 whatever the model is cast to. They belong in a
-    parameter group of their own, without weight decay and outside gradient clipping and EMA.
+    `log_vars` starts at 0 and stays in float32. It belongs in a parameter group of its own,
+    without weight decay and outside gradient clipping and EMA.
 
     Args:
-        num_tasks: `k`.
-        lr: Learning rate of the log-variances, for whoever makes the optimizer's groups.
-        min_loss: Loss below which a task's weight grows no more; 0 for no bound (official). The
-            default keeps the weights of a task without any loss from overflowing.
+        num_tasks: Number of tasks `k`.
+        lr: Learning rate of `log_vars`, read when the optimizer's groups are made.
+        min_loss: Loss below which a task's weight stops growing; 0 for no bound (official). The
+            default only prevents an overflow for a task whose loss is 0.
 
     Raises:
         ConfigError: If `lr` is not above 0, or `min_loss` negative or not finite.
@@ -41,6 +40,14 @@ class UncertaintyWeighting(LossBalancer):
     Reference:
         Kendall et al., "Multi-Task Learning Using Uncertainty to Weigh Losses", arXiv 1705.07115;
         form and learning rate of the official code of arXiv 2306.00354.
+
+    Example:
+        >>> balancer = UncertaintyWeighting(num_tasks=2)
+        >>> balancer.loss_weights()
+        tensor([0.2500, 0.2500])
+        >>> objective, (gradient,) = balancer.differentiate(torch.tensor([1.0, 4.0]))
+        >>> gradient
+        tensor([ 0.2500, -0.5000])
     """
 
     def __init__(self, num_tasks: int, *, lr: float = 0.025, min_loss: float = 1e-8) -> None:
@@ -68,8 +75,8 @@ class UncertaintyWeighting(LossBalancer):
     ) -> tuple[Float[Tensor, ""], list[Tensor]]:
         """The objective and `d objective / d s_i = 1/2 (1 - exp(-s_i) max(L_i, m) / k)`.
 
-        In fewer calls than autograd makes, whose number is what they take on a GPU. A subclass
-        with a `forward` of its own is left to autograd.
+        The closed form needs fewer kernel launches than autograd, which are what it costs on a
+        GPU. A subclass with a `forward` of its own uses autograd.
         """
         if type(self).forward is not UncertaintyWeighting.forward:
             return super().differentiate(task_losses)

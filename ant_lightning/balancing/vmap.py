@@ -1,4 +1,4 @@
-"""Task gradients by `torch.vmap`: every task has a view of the parameters of its own."""
+"""Task gradients by `torch.vmap`: each task gets its own view of the parameters."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _NO_RULE = (
 
 
 class Vmap(Engine):
-    """One pass over all tasks with `torch.vmap`, on parameters that are expanded, not copied.
+    """One pass over all tasks with `torch.vmap`, on parameters that are expanded but not copied.
 
-    Right for any network that `vmap` can run, whatever its layers do with the batch inside a task.
-    Smaller tasks are filled up with repeated samples of weight 0, at their cost. Beside the rows
-    the gradients of all tasks are there once more for a moment: `2 k p` numbers. It works neither
-    with gradient checkpointing nor with `torch.compile`.
+    It works for any network that `vmap` can run, also if layers mix the samples of a task. Smaller
+    tasks are padded with repeated samples of weight 0, which cost as much as others. For a moment
+    the gradients of all tasks exist twice: `2 k p` numbers. Gradient checkpointing and
+    `torch.compile` are not supported.
     """
 
     def task_gradients(
@@ -57,7 +57,7 @@ class Vmap(Engine):
             with _Replaced(batch.shared, values):
                 return batch.evaluate(of_task)
 
-        # Fused attention has no batching rule on CPUs, and on GPUs refuses what vmap gives it.
+        # Fused attention has no batching rule on CPUs, and on GPUs refuses vmap's tensors.
         try:
             with sdpa_kernel(SDPBackend.MATH):
                 values = torch.vmap(losses_of_task, randomness="different")(leaves, picks)
@@ -91,7 +91,7 @@ class Vmap(Engine):
 
 
 class _Replaced(TorchFunctionMode):
-    """Gives torch functions `values` in place of `parameters`."""
+    """Replaces `parameters` by `values` in all calls of torch functions."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _Replaced(TorchFunctionMode):
 
 
 def _attention(*args: Any, **settings: Any) -> Tensor:
-    """Attention in the dtype that autocast wants; inside, its softmax must not be cast again."""
+    """Attention in autocast's dtype, with a softmax that is not cast again."""
     query: Tensor = args[0] if args else settings["query"]
     device = query.device.type
     cast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -143,7 +143,7 @@ class _Note(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401
-        """There is nothing to differentiate."""
+        """Save nothing: there is no gradient."""
 
     @staticmethod
     def vmap(
@@ -159,7 +159,7 @@ class _Note(torch.autograd.Function):
 
 
 def _padded(batch: TaskBatch, present: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Rows of each task, filled up to one length, and their weights in the mean: `[m, n]` each."""
+    """Rows of each task, padded to one length, and their weights in the mean, `[m, n]` each."""
     device = batch.order.device
     spans = [(batch.starts[task], batch.starts[task + 1]) for task in present]
     longest = max(stop - start for start, stop in spans)
