@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.class_map import read_class_map, write_class_map
 from ant_lightning.data.dataset import ImageDataset
-from ant_lightning.data.image_files import broken_images, content_digest, find_images, report, split
-from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
-from ant_lightning.data.pictures import Crop, read_picture
+from ant_lightning.data.image_search import find_images
+from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, check_at_least
+from ant_lightning.data.pictures import Crop, open_picture, read_picture
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.randomness import keyed_generator, keyed_seed
 from ant_lightning.runtime.run_record import run_folder
@@ -27,49 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["ImageFolderData", "is_flipped"]
-
-
-def is_flipped(seed: int, epoch: int, index: int) -> bool:
-    """Whether the image at `index` is mirrored in `epoch`: a fair coin of these three numbers."""
-    return bool(keyed_seed(seed, "flip", epoch, index) & 1)
-
-
-class _FolderImages(ImageDataset):
-    """Image files, decoded when they are asked for."""
-
-    def __init__(
-        self, paths: list[Path], labels: Tensor, *, data: ImageFolderData, flip: bool
-    ) -> None:
-        self.paths = paths
-        self.labels = labels
-        self._size = data.image_shape[1]
-        self._channels = data.image_shape[0]
-        self._crop: Crop = data.crop
-        self._exif_rotation = data.exif_rotation
-        self._flip_seed = data.seed if flip else None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """The images at `indices`, mirrored by the coin of (seed, epoch, index)."""
-        shape = (len(indices), self._size, self._size, self._channels)
-        pixels = np.empty(shape, dtype=np.uint8)
-        for row, index in enumerate(indices):
-            picture = read_picture(
-                self.paths[index],
-                image_size=self._size,
-                channels=self._channels,
-                crop=self._crop,
-                exif_rotation=self._exif_rotation,
-            )
-            flip = epoch is not None and self._flip_seed is not None
-            if flip and is_flipped(self._flip_seed, epoch, index):  # type: ignore[arg-type]
-                picture = picture[:, ::-1]
-            pixels[row] = picture
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-        rows = torch.tensor(indices)
-        return Batch(images, self.labels[rows], rows)
 
 
 class ImageFolderData(ImageDataModule):
@@ -83,7 +42,8 @@ class ImageFolderData(ImageDataModule):
         image_size: Side in pixels of what the network sees.
         batch_size: Images of one optimizer step, over all ranks.
         num_held_out: Images that are never trained on: validation, test, reference of FID.
-        labels: `auto`, `folders` or `none`: see `find_images`.
+        labels: `folders`: the first folder below `root` is an image's class. `none`: no classes.
+            `auto`: `none` if the images lie in `root` itself, else `folders`.
         class_map: JSON file of class names and numbers; made if it does not exist.
         channels: 3 for colour, 1 for grey.
         crop: `center_adm` as ADM and DiT crop, or `resize`.
@@ -100,6 +60,20 @@ class ImageFolderData(ImageDataModule):
 
     Raises:
         ConfigError: Naming the setting or the file, if the folder cannot be used.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from ant_lightning import ImageFolderData
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for i, name in enumerate(["cat", "cat", "dog", "dog"]):
+        ...         (Path(root) / name).mkdir(exist_ok=True)
+        ...         Image.new("RGB", (20, 16), (60 * i, 0, 0)).save(f"{root}/{name}/{i}.png")
+        ...     data = ImageFolderData(root, image_size=8, batch_size=2, num_held_out=1)
+        ...     batch = data.train_images.load([0, 1, 2], epoch=None)
+        >>> batch.images.shape, data.class_names
+        (torch.Size([3, 3, 8, 8]), ['cat', 'dog'])
     """
 
     deciding = ("crop", "exif_rotation", "num_held_out", "split_seed", "class_names")
@@ -123,10 +97,9 @@ class ImageFolderData(ImageDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if image_size < 1:
-            raise ConfigError(f"data.image_size: must be at least 1, found {image_size}")
+        check_at_least(1, image_size=image_size)
         if channels not in {1, 3}:
-            raise ConfigError(f"data.channels: must be 1 or 3, found {channels}")
+            raise ConfigError(f"channels: must be 1 or 3, found {channels}")
         self.root = Path(root)
         self.image_shape = (channels, image_size, image_size)
         self.num_held_out = num_held_out
@@ -142,46 +115,34 @@ class ImageFolderData(ImageDataModule):
 
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Find, check, number and split the images."""
-        files = find_images(self.root, labels=self.labels)
-        self._number_classes(files.class_names)
+        paths, names = find_images(self.root, labels=self.labels)
+        self._number_classes(names)
         number = {name: i for i, name in enumerate(self.class_names)}
-        labels = [number[name] for name in files.class_names] or [0] * len(files.paths)
-        broken = {} if self.validate_images == "off" else broken_images(files.paths)
-        if broken and self.validate_images == "raise":
+        labels = torch.tensor([number[name] for name in names] or [0] * len(paths))
+        kept = self._whole_images(paths)
+        empty = set(labels.tolist()) - set(labels[kept].tolist())
+        if empty and names:
             raise ConfigError(
-                f"data.validate_images: {report(broken)} (use 'skip' to leave them out)"
-            )
-        if broken:
-            self.num_skipped = len(broken)
-            warnings.warn(f"data.root: left out {report(broken)}", stacklevel=2)
-        kept = [i for i, path in enumerate(files.paths) if path not in broken]
-        empty = sorted(set(labels) - {labels[i] for i in kept})
-        if empty and self.class_names:
-            raise ConfigError(
-                "data.validate_images: every class must have an image that is not broken, "
-                f"{self.class_names[empty[0]]} in {self.root} has none"
+                "validate_images: every class must have an image that is not broken, "
+                f"{self.class_names[min(empty)]} in {self.root} has none"
             )
         if len(kept) < 2:
             raise ConfigError(
-                f"data.root: must hold an image to train on and one to hold out, found {len(kept)} "
+                f"root: must hold an image to train on and one to hold out, found {len(kept)} "
                 f"in {self.root}"
             )
         if not 1 <= self.num_held_out < len(kept):
             raise ConfigError(
-                f"data.num_held_out: must be from 1 to {len(kept) - 1}, as {self.root} holds "
+                f"num_held_out: must be from 1 to {len(kept) - 1}, as {self.root} holds "
                 f"{len(kept)} images, found {self.num_held_out}"
             )
         order = keyed_generator(self.split_seed, "folder split")
-        train, held_out = (
-            [kept[i] for i in part]
-            for part in split(len(kept), num_held_out=self.num_held_out, order=order)
-        )
-        table = torch.tensor(labels)
+        chosen = torch.randperm(len(kept), generator=order)[: self.num_held_out].tolist()
+        held_out = sorted(kept[i] for i in chosen)
+        train = sorted(set(kept) - set(held_out))
         return (
-            _FolderImages([files.paths[i] for i in train], table[train], data=self, flip=self.flip),
-            _FolderImages(
-                [files.paths[i] for i in held_out], table[held_out], data=self, flip=False
-            ),
+            _FolderImages(self, [paths[i] for i in train], labels[train], flip=self.flip),
+            _FolderImages(self, [paths[i] for i in held_out], labels[held_out], flip=False),
         )
 
     def fingerprint(self, dataset: ImageDataset) -> str:
@@ -205,7 +166,9 @@ class ImageFolderData(ImageDataModule):
             return {IMAGES_DIGEST: known[IMAGES_DIGEST], "times": times}
         paths = [path for part in parts for path in part.paths]  # type: ignore[attr-defined]
         names = b"".join(os.fsencode(path.relative_to(self.root)) + b"\0" for path in paths)
-        images = hashlib.sha256(names + content_digest(paths).encode()).hexdigest()[:16]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the GIL
+            content = hashlib.sha256(b"".join(pool.map(_file_digest, paths))).hexdigest()
+        images = hashlib.sha256(names + content.encode()).hexdigest()[:16]
         if images == known.get(IMAGES_DIGEST):
             times = known.get("times", times)  # copied or touched, but unchanged
         return {IMAGES_DIGEST: images, "times": times}
@@ -221,8 +184,8 @@ class ImageFolderData(ImageDataModule):
             return
         if path.exists():  # without a folder of the logger's own, it may belong to anybody
             warnings.warn(
-                f"data.root: {path} has other classes and is not overwritten; this run's classes "
-                "are in its checkpoints",
+                f"{path}: has other classes and is not overwritten; this run's classes are in its "
+                "checkpoints",
                 stacklevel=2,
             )
         else:
@@ -237,9 +200,9 @@ class ImageFolderData(ImageDataModule):
         saved = state_dict["class_names"]
         if saved != self.class_names:
             raise ConfigError(
-                f"data.root: the checkpoint was trained on {_summary(saved)}, {self.root} has "
-                f"{_summary(self.class_names)}; give the checkpoint's class_map.json as "
-                "data.class_map"
+                f"root: the checkpoint was trained on {_summary(saved)}, found "
+                f"{_summary(self.class_names)} in {self.root}; give the checkpoint's "
+                "class_map.json as class_map"
             )
         # Version 0.1 stored no settings and ignored EXIF orientation.
         super().load_state_dict({"settings": {"exif_rotation": False}, **state_dict})
@@ -262,14 +225,101 @@ class ImageFolderData(ImageDataModule):
             unknown = [name for name in names if name not in set(known)]
             if unknown:
                 raise ConfigError(
-                    f"data.class_map: {self.class_map} has no class {unknown[0]!r}, which "
-                    f"{self.root} holds"
+                    f"class_map: {self.class_map} has no class {unknown[0]!r}, which {self.root} "
+                    "holds"
                 )
             names = known if found else []
         elif self.class_map is not None:
             write_class_map(self.class_map, names)
         self.class_names = names
         self.num_classes = len(names)
+
+    def _whole_images(self, paths: list[Path]) -> list[int]:
+        """Positions of the images that can be decoded."""
+        broken = {} if self.validate_images == "off" else _broken_images(paths)
+        if broken:
+            listed = "; ".join(list(broken.values())[:5])
+            more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+            report = f"{len(broken)} broken images: {listed}{more}"
+            if self.validate_images == "raise":
+                raise ConfigError(f"validate_images: {report} (use 'skip' to leave them out)")
+            self.num_skipped = len(broken)
+            warnings.warn(f"root: left out {report}", stacklevel=2)
+        return [i for i, path in enumerate(paths) if path not in broken]
+
+
+class _FolderImages(ImageDataset):
+    """Image files, decoded when they are asked for."""
+
+    def __init__(
+        self, data: ImageFolderData, paths: list[Path], labels: Tensor, *, flip: bool
+    ) -> None:
+        self.paths = paths
+        self.labels = labels
+        self._channels, self._size, _ = data.image_shape
+        self._crop = data.crop
+        self._exif_rotation = data.exif_rotation
+        self._flip_seed = data.seed if flip else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
+        """The images at `indices`, mirrored by the coin of (seed, epoch, index)."""
+        shape = (len(indices), self._size, self._size, self._channels)
+        pixels = np.empty(shape, dtype=np.uint8)
+        for row, index in enumerate(indices):
+            picture = read_picture(
+                self.paths[index],
+                image_size=self._size,
+                channels=self._channels,
+                crop=self._crop,
+                exif_rotation=self._exif_rotation,
+            )
+            pixels[row] = picture[:, ::-1] if is_flipped(self._flip_seed, epoch, index) else picture
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+        rows = torch.tensor(indices)
+        return Batch(images, self.labels[rows], rows)
+
+
+def is_flipped(seed: int | None, epoch: int | None, index: int) -> bool:
+    """Whether the image at `index` is mirrored in `epoch`: a fair coin of these three numbers.
+
+    Never without a seed or an epoch.
+    """
+    if seed is None or epoch is None:
+        return False
+    return bool(keyed_seed(seed, "flip", epoch, index) & 1)
+
+
+def _broken_images(paths: list[Path]) -> dict[Path, str]:
+    """Decode every image and give what is wrong with those that fail.
+
+    With several ranks each decodes its share, and all get the same answer.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    mine = paths[dist.get_rank() :: ranks] if ranks > 1 else paths
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the GIL
+        faults = zip(mine, pool.map(_fault, mine), strict=True)
+        found = {path: fault for path, fault in faults if fault is not None}
+    if ranks == 1:
+        return found
+    parts: list[dict[Path, str]] = [{}] * ranks
+    dist.all_gather_object(parts, found)
+    return dict(sorted((k, v) for part in parts for k, v in part.items()))
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        open_picture(path, channels=3)
+    except FileError as error:
+        return str(error)
+    return None
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _holds(path: Path, names: list[str]) -> bool:

@@ -1,36 +1,26 @@
-"""Searches a folder for images: finds each real image once and reports what was skipped."""
+"""Which images a folder holds, each once, what class each has, and what was skipped."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ant_lightning.data.pictures import SUFFIXES
 from ant_lightning.errors import ConfigError
 
-__all__ = ["FolderContent", "search_images"]
+__all__ = ["find_images"]
 
-# Names, in lower case, that file servers and operating systems create beside the user's.
-_SYSTEM = frozenset(
-    {
-        "__macosx",
-        "@eadir",
-        "@recently-snapshot",
-        "@recycle",
-        "@tmp",
-        "@__thumb",
-        "#recycle",
-        "#snapshot",
-        "$recycle.bin",
-        "lost+found",
-        "system volume information",
-        "desktop.ini",
-        "ehthumbs.db",
-        "icon\r",
-        "thumbs.db",
-    }
+# What file servers and operating systems create beside the user's files, in any case.
+_SYSTEM = re.compile(
+    r"__macosx|@eadir|@recently-snapshot|@recycle|@tmp|@__thumb|#recycle|#snapshot|\$recycle\.bin|"
+    r"lost\+found|system volume information|desktop\.ini|ehthumbs\.db|icon\r|thumbs\.db",
+    re.IGNORECASE,
 )
 # Captions, lists and licences: nobody expects these to be read as images.
 _TEXT = frozenset(
@@ -38,8 +28,62 @@ _TEXT = frozenset(
 )
 
 
+def find_images(
+    root: str | Path, *, labels: Literal["auto", "folders", "none"], setting: str = "root"
+) -> tuple[list[Path], list[str]]:
+    """The images below `root`, sorted by path, and the class name of each (empty without classes).
+
+    Links to files and folders elsewhere are followed, but each image counts once. Hidden (`.name`)
+    and system entries (`@eaDir`, `__MACOSX`, ...) are skipped; one warning reports what else was.
+
+    Args:
+        root: The folder.
+        labels: `folders`: the first folder below `root` is an image's class. `none`: no classes,
+            whatever the folders. `auto`: `none` if the images lie in `root` itself, else
+            `folders`.
+        setting: The setting to name in messages.
+
+    Raises:
+        ConfigError: If there is no such folder, no image in it, a class without images, or images
+            are both in `root` and in folders below it, so that `auto` cannot decide.
+    """
+    folder = Path(root)
+    if not folder.is_dir():
+        raise ConfigError(f"{setting}: must be a folder of images, found {folder}")
+    content = _search(folder, setting)
+    paths, skipped = content.images, content.skipped(below=folder)
+    if not paths:
+        kinds = ", ".join(sorted(SUFFIXES))
+        others = f", but {skipped}" if skipped else ""
+        raise ConfigError(f"{setting}: must hold images ({kinds}), found none in {folder}{others}")
+    if skipped:
+        rank_zero_warn(f"{setting}: skipped {skipped}")
+    flat = [path for path in paths if path.parent == folder]
+    nested = [path for path in paths if path.parent != folder]
+    if labels == "auto" and flat and nested:
+        raise ConfigError(
+            f"labels: must be 'folders' or 'none' because {folder} holds images both directly "
+            f"({flat[0].name}) and in folders ({nested[0].relative_to(folder)}), found 'auto'"
+        )
+    if labels == "none" or (labels == "auto" and flat):
+        return paths, []
+    if flat:
+        raise ConfigError(
+            f"labels: 'folders' needs every image in the folder of its class, found {flat[0]}"
+        )
+    names = [path.relative_to(folder).parts[0] for path in paths]
+    without = sorted(set(content.folders) - set(names))
+    if without:
+        why = content.skipped(below=folder / without[0]) or "it holds no picture files"
+        raise ConfigError(
+            f"{setting}: every folder in {folder} is a class and must hold images, found none in "
+            f"{', '.join(without[:5])} ({without[0]}: {why}); move elsewhere what is no class"
+        )
+    return paths, names
+
+
 @dataclass(frozen=True)
-class FolderContent:
+class _Content:
     """What lies below a folder.
 
     Attributes:
@@ -55,12 +99,10 @@ class FolderContent:
     repeats: list[Path] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
-    def passed_over(self, below: Path | None = None) -> str:
+    def skipped(self, *, below: Path) -> str:
         """How many files and links were skipped, with an example; empty if none were."""
-        others, repeats = (
-            [path for path in paths if below is None or path.is_relative_to(below)]
-            for paths in (self.others, self.repeats)
-        )
+        others = [path for path in self.others if path.is_relative_to(below)]
+        repeats = [path for path in self.repeats if path.is_relative_to(below)]
         parts = []
         if others:
             kinds = Counter(path.suffix.lower() or "no ending" for path in others).most_common(5)
@@ -73,20 +115,12 @@ class FolderContent:
         return "; ".join(parts)
 
 
-def search_images(root: Path, *, setting: str) -> FolderContent:
-    """Find the images below `root`.
-
-    Links to files and folders elsewhere are followed. Hidden (`.name`) and system entries
-    (`@eaDir`, `__MACOSX`, ...) are skipped without being reported.
-
-    Raises:
-        ConfigError: If a folder cannot be read.
-    """
-    content = FolderContent()
+def _search(root: Path, setting: str) -> _Content:
+    """Walk through `root`; links come last, so that files in it keep their own path and class."""
+    content = _Content()
     top = os.path.realpath(root)
     images: dict[str, Path] = {}  # keyed by real path
     seen: set[str] = set()
-    # Links come last, so that files in the tree keep their own path and class.
     folders = [root]
     folder_links: list[Path] = []
     file_links: list[Path] = []
@@ -104,21 +138,13 @@ def search_images(root: Path, *, setting: str) -> FolderContent:
         for entry in _entries(folder, setting):
             path = folder / entry.name
             is_image = path.suffix.lower() in SUFFIXES
-            if entry.is_symlink():
-                if os.path.isdir(path):
-                    folder_links.append(path)
-                    continue
-                # A dangling link is kept, to be reported as a broken image.
-                if is_image and (os.path.isfile(path) or not os.path.exists(path)):
-                    file_links.append(path)
-                    continue
-            elif entry.is_dir():
-                folders.append(path)
-                continue
-            elif is_image and entry.is_file():  # not a pipe: reading one would block
+            if os.path.isdir(path):
+                (folder_links if entry.is_symlink() else folders).append(path)
+            elif is_image and entry.is_symlink() and (os.path.isfile(path) or not path.exists()):
+                file_links.append(path)  # a dangling link is reported as a broken image
+            elif is_image and os.path.isfile(path):  # not a pipe: reading one would block
                 images[os.path.join(real, entry.name)] = path
-                continue
-            if path.suffix.lower() not in _TEXT:
+            elif path.suffix.lower() not in _TEXT:
                 content.others.append(path)
     for path in file_links:
         if images.setdefault(os.path.realpath(path), path) is not path:
@@ -134,4 +160,4 @@ def _entries(folder: Path, setting: str) -> list[os.DirEntry[str]]:
             every = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise ConfigError(f"{setting}: cannot read {folder} ({error.strerror})") from error
-    return [e for e in every if not e.name.startswith(".") and e.name.lower() not in _SYSTEM]
+    return [e for e in every if not e.name.startswith(".") and not _SYSTEM.fullmatch(e.name)]

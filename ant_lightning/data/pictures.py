@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, features
 
-from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.errors import FileError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,23 +43,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Pillow reports damage as any of these, or does not look, so that Python finds a number where an
-# offset should be; OSError covers truncated files, DecompressionBombError images of more than 179
-# million pixels.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,  # of AVIF
-    struct.error,
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-)
 
 
 def read_picture(
@@ -81,20 +63,17 @@ def read_picture(
         FileError: Naming the file, if it cannot be decoded.
     """
     picture = open_picture(path, channels=channels, exif_rotation=exif_rotation)
-    if crop == "resize":
-        if picture.size != (image_size, image_size):
-            picture = picture.resize((image_size, image_size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(picture)
-    else:
+    size = (image_size, image_size)
+    if crop == "center_adm":
         while min(picture.size) >= 2 * image_size:
             half = (picture.width // 2, picture.height // 2)
             picture = picture.resize(half, Image.Resampling.BOX)
         factor = image_size / min(picture.size)
-        scaled = (round(picture.width * factor), round(picture.height * factor))
-        if scaled != picture.size:
-            picture = picture.resize(scaled, Image.Resampling.BICUBIC)
-        top, left = (picture.height - image_size) // 2, (picture.width - image_size) // 2
-        pixels = np.asarray(picture)[top : top + image_size, left : left + image_size]
+        size = (round(picture.width * factor), round(picture.height * factor))
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    top, left = (picture.height - image_size) // 2, (picture.width - image_size) // 2
+    pixels = np.asarray(picture)[top : top + image_size, left : left + image_size]
     return pixels.reshape(image_size, image_size, channels)
 
 
@@ -115,15 +94,11 @@ def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Im
     try:
         with Image.open(path, formats=_formats(path)) as file:
             file.load()
-            picture = _in_8_bits(file, path, channels)
+            picture = _in_8_bits(file, "RGB" if channels == 3 else "L")
             turn = _turn(file) if exif_rotation else None
             return picture if turn is None else picture.transpose(turn)
-    except _UNREADABLE as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise FileError(
-            f"image {path}: cannot be decoded, truncated or damaged ({error})"
-        ) from error
+    except Exception as error:  # Pillow reports damage by any error, or not before numbers misfit
+        raise FileError(f"{path}: cannot be decoded, truncated or damaged ({error})") from error
 
 
 def is_grey(path: Path) -> bool:
@@ -135,8 +110,8 @@ def is_grey(path: Path) -> bool:
     try:
         with Image.open(path, formats=_formats(path)) as file:
             return file.mode in _GREY
-    except _UNREADABLE as error:
-        raise FileError(f"image {path}: cannot be decoded ({error})") from error
+    except Exception as error:
+        raise FileError(f"{path}: cannot be decoded ({error})") from error
 
 
 def _formats(path: Path) -> list[str]:
@@ -148,29 +123,22 @@ def _turn(file: Image.Image) -> Image.Transpose | None:
     """The transpose for the EXIF orientation; damaged EXIF data are ignored, as in viewers."""
     try:
         return _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
-    except _UNREADABLE:
+    except Exception:
         return None
 
 
-def _in_8_bits(file: Image.Image, path: Path, channels: int) -> Image.Image:
-    mode = "RGB" if channels == 3 else "L"
-    if file.mode.startswith("I"):
-        return _from_integers(np.asarray(file), path).convert(mode)
-    if file.mode == "F":
-        raise FileError(f"image {path}: must have 8 or 16 bits, found floats")
+def _in_8_bits(file: Image.Image, mode: str) -> Image.Image:
     picture: Image.Image = file
-    if file.has_transparency_data:
-        colour = file.convert("RGBA")
+    if file.mode.startswith("I"):  # Pillow gives 16-bit greys as integers of 16 or 32 bits
+        values = np.asarray(file)
+        if int(values.max()) > 65535 or int(values.min()) < 0:
+            raise ValueError(f"must have 8 or 16 bits, found the value {values.max()}")
+        picture = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+    elif file.mode == "F":
+        raise ValueError("must have 8 or 16 bits, found floats")
+    elif file.has_transparency_data:
         white = Image.new("RGBA", file.size, "white")
-        picture = Image.alpha_composite(white, colour)
+        picture = Image.alpha_composite(white, file.convert("RGBA"))
     elif file.mode not in {"L", "RGB"}:
         picture = file.convert("RGB")
     return picture.convert(mode)
-
-
-def _from_integers(values: np.ndarray, path: Path) -> Image.Image:
-    """An 8-bit image of 16-bit greys, which Pillow gives as integers of 16 or 32 bits."""
-    largest = int(values.max())
-    if largest > 65535 or int(values.min()) < 0:
-        raise FileError(f"image {path}: must have 8 or 16 bits, found the value {largest}")
-    return Image.fromarray(np.round(values / 257.0).astype(np.uint8))

@@ -51,7 +51,7 @@ class StoredImages(L.LightningModule):
             raise ConfigError(f"images: must be a folder or an npz file, found {self.path}")
         self._files: list[Path] = []
         if self.path.is_dir():
-            self._files = find_images(self.path, labels="none", setting="images").paths
+            self._files = find_images(self.path, labels="none", setting="images")[0]
             self.num_images = len(self._files)
         else:
             self.num_images = num_images(self.path)

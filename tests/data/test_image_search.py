@@ -150,7 +150,7 @@ def test_each_image_counts_once_whatever_links_lead_to_it(tmp_path, link, labels
     fill(root / "b", 2)
     fill(outside, 2)
     link(root, outside)
-    with pytest.warns(UserWarning, match=r"data\.root: skipped links to what was found already"):
+    with pytest.warns(UserWarning, match=r"root: skipped links to what was found already"):
         data = folder_data(root, labels=labels)
     assert names(data) == ["a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png"]
     assert data.class_names == (["a", "b"] if labels == "folders" else [])
@@ -173,7 +173,7 @@ def test_links_to_other_places_are_followed_once(tmp_path):
 def test_a_link_to_nothing_is_a_broken_image(tmp_path):
     fill(tmp_path)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"1 broken images: image .*gone\.png"):
+    with pytest.raises(ConfigError, match=r"1 broken images: .*gone\.png"):
         folder_data(tmp_path)
 
 
@@ -280,12 +280,12 @@ def of_links(folder, other):
         (of_links, r"already: 1, such as .*0\.png"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:data.root. skipped")
+@pytest.mark.filterwarnings("ignore:root. skipped")
 def test_a_class_that_would_vanish_is_an_error_that_names_it(tmp_path, vanish, why):
     fill(tmp_path / "cat")
     fill(tmp_path / "dog")
     vanish(tmp_path / "bird", tmp_path / "cat")
-    with pytest.raises(ConfigError, match=rf"data\.root: .* found none in bird \(bird: .*{why}"):
+    with pytest.raises(ConfigError, match=rf"^root: .* found none in bird \(bird: .*{why}"):
         folder_data(tmp_path)
     assert len(names(folder_data(tmp_path, labels="none"))) == 8
 
@@ -296,7 +296,7 @@ def test_a_class_of_broken_images_alone_is_an_error(tmp_path):
     (tmp_path / "dog" / "0.png").write_bytes(b"no image")
     with (
         pytest.warns(UserWarning, match="left out 1 broken"),
-        pytest.raises(ConfigError, match=r"data\.validate_images: .* dog in .* has none"),
+        pytest.raises(ConfigError, match=r"^validate_images: .* dog in .* has none"),
     ):
         folder_data(tmp_path, validate_images="skip")
 
@@ -308,7 +308,7 @@ def test_folders_without_any_image_say_what_is_there(tmp_path):
     save(tmp_path / "only.png")
     with (
         pytest.warns(UserWarning, match="skipped"),
-        pytest.raises(ConfigError, match=r"data\.root: .* one to hold out, found 1"),
+        pytest.raises(ConfigError, match=r"^root: .* one to hold out, found 1"),
     ):
         folder_data(tmp_path)
 
@@ -355,7 +355,7 @@ def test_a_class_map_of_somebody_else_is_kept(tmp_path):
         assert read_class_map(path) == ["ant", "bee"]
     for content in ('{"cat": 0, "dog": 1}', "notes of mine"):
         path.write_text(content)
-        with pytest.warns(UserWarning, match=r"class_map\.json has other classes and is not"):
+        with pytest.warns(UserWarning, match=r"class_map\.json: has other classes and is not"):
             data.setup("fit")
         assert path.read_text() == content
 

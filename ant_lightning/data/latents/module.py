@@ -45,8 +45,7 @@ class _CachedMoments(ImageDataset):
         moments = torch.empty(len(indices), *self._index.moments_shape)
         for row, index in enumerate(indices):
             shard, position = divmod(index, self._index.shard_size)
-            flip = epoch is not None and self._flip_seed is not None
-            view = int(flip and is_flipped(self._flip_seed, epoch, index))  # type: ignore[arg-type]
+            view = int(is_flipped(self._flip_seed, epoch, index))
             moments[row] = self._moments[shard][position, view]
         rows = torch.tensor(indices)
         return Batch(moments, self.labels[rows], rows)
