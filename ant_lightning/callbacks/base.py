@@ -58,7 +58,7 @@ class RunCallback(Callback):
         """Check the module; reset the state if another run starts. A checkpoint is loaded later."""
         if not isinstance(pl_module, self.module_type):
             raise ConfigError(
-                f"{type(self).__name__}: needs a {self.module_type.__name__}, "
+                f"model: must be a {self.module_type.__name__} for {type(self).__name__}, "
                 f"found {type(pl_module).__name__}"
             )
         same = self._module is not None and self._module() is pl_module

@@ -14,7 +14,7 @@ import torch
 
 from ant_lightning.callbacks.base import RunCallback
 from ant_lightning.callbacks.figures import log_folder
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_at_least
 
 if TYPE_CHECKING:
     from ant_lightning.models.module import MultiTaskDiffusion
@@ -25,55 +25,57 @@ __all__ = ["StepCost"]
 class StepCost(RunCallback):
     """Writes `step_cost.json` into the log folder when training ends.
 
-    It has `iterations_per_second` (of the mean over steps, since methods that refresh now and
-    then have two kinds of step), `median_step_seconds`, `num_steps` timed and `peak_memory_gb`: the
-    most that PyTorch had allocated on the GPU, or without one the largest resident size of the
-    process, imports included. Loading of data and validation do not count. Times are null where
-    no step was left to be timed.
+    It has `iterations_per_second` (from the mean over steps, because some methods have two kinds
+    of step), `median_step_seconds`, `num_steps` timed and `peak_memory_gb`: the most that PyTorch
+    had allocated on the GPU, or without one the largest resident size of the process, imports
+    included. Data loading and validation do not count. Times are null if no step was timed.
 
     Args:
         skip_steps: First steps that are not timed.
 
     Raises:
         ConfigError: If `skip_steps` is below 0.
+
+    Example:
+        >>> import lightning as L
+        >>> from ant_lightning import StepCost
+        >>> trainer = L.Trainer(callbacks=[StepCost(skip_steps=20)], logger=False)
+        >>> trainer.callbacks[0].skip_steps
+        20
     """
 
-    _seconds: list[float]
     module_type = L.LightningModule
+    _seconds: list[float]
     of_run: ClassVar = {"_seconds": list}
 
     def __init__(self, *, skip_steps: int = 10) -> None:
-        if skip_steps < 0:
-            raise ConfigError(f"StepCost.skip_steps: must be 0 or more, found {skip_steps}")
+        check_at_least(0, skip_steps=skip_steps)
         super().__init__()
         self.skip_steps = skip_steps
         self._start = 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Start the clock."""
-        _wait(trainer)
-        self._start = time.perf_counter()
+        self._start = _time(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Stop the clock."""
-        _wait(trainer)
-        self._seconds.append(time.perf_counter() - self._start)
+        self._seconds.append(_time(trainer) - self._start)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """Write what was seen."""
+        """Write the file; without a timed step, a resumed run keeps the earlier file."""
         if not trainer.is_global_zero:
             return
         timed = self._seconds[self.skip_steps :]
         path = log_folder(trainer) / "step_cost.json"
         if not timed and path.exists():
-            return  # resumed where nothing was left to do: the file is of the steps before
+            return
         device = pl_module.device
         on_gpu = device.type == "cuda"
-        if on_gpu:
-            peak = torch.cuda.max_memory_allocated(device)
-        else:  # in bytes on macOS, in KiB elsewhere
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            peak *= 1 if sys.platform == "darwin" else 1024
+        # `ru_maxrss` is in bytes on macOS and in KiB elsewhere.
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        resident *= 1 if sys.platform == "darwin" else 1024
+        peak = torch.cuda.max_memory_allocated(device) if on_gpu else resident
         row = {
             "iterations_per_second": len(timed) / sum(timed) if timed else None,
             "median_step_seconds": statistics.median(timed) if timed else None,
@@ -84,8 +86,9 @@ class StepCost(RunCallback):
         path.write_text(json.dumps(row) + "\n")
 
 
-def _wait(trainer: L.Trainer) -> None:
-    """A GPU works on after the call returns."""
+def _time(trainer: L.Trainer) -> float:
+    """Now, after the GPU has finished its work."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()

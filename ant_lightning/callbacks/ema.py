@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,10 +30,10 @@ __all__ = ["EMA", "averaged_weights"]
 class EMA(RunCallback):
     """Keeps `m <- d m + (1 - d) w` of the backbone's weights `w` after every optimizer step.
 
-    With warm-up `d = min(decay, (1 + n) / (10 + n))` at the n-th update, so that a short run is
-    not held back by its initial weights. Validation, test and prediction run on the averages; the
-    live weights are put back afterwards, also after an exception, and are what a checkpoint holds.
-    A skipped step does not move the averages. The state is a dict of float32 tensors in the
+    With warm-up, `d = min(decay, (1 + n) / (10 + n))` at the n-th update, so that the initial
+    weights do not dominate a short run. Validation, test and prediction use the averages; the
+    live weights are restored afterwards, also after an exception, and are what a checkpoint holds.
+    A skipped step does not change the averages. The state is a dict of float32 tensors in the
     callback's part of the checkpoint, not a second copy of the model in its `state_dict`.
 
     The averages belong to the live weights at the end of the last call. If a later call finds other
@@ -47,6 +47,13 @@ class EMA(RunCallback):
 
     Raises:
         ConfigError: If `decay` is out of range.
+
+    Example:
+        >>> import lightning as L
+        >>> from ant_lightning import EMA
+        >>> trainer = L.Trainer(callbacks=[EMA(decay=0.999)], logger=False)
+        >>> trainer.callbacks[0].state_dict()
+        {'averages': {}, 'num_updates': 0}
     """
 
     module_type = L.LightningModule  # also an autoencoder
@@ -57,7 +64,7 @@ class EMA(RunCallback):
 
     def __init__(self, *, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:
-            raise ConfigError(f"ema.decay: must be at least 0 and below 1, found {decay}")
+            raise ConfigError(f"decay: must be at least 0 and below 1, found {decay}")
         super().__init__()
         self.decay = decay
         self.warmup = warmup
@@ -82,13 +89,13 @@ class EMA(RunCallback):
         self._add_trainable(pl_module)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any, **kwargs: Any
+        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any
     ) -> None:
-        """Follow the step that was made, if one was made."""
-        if trainer.global_step == self._last_step or pl_module.last_step_skipped:
-            self._last_step = trainer.global_step
-            return
+        """Follow the step, if one was made."""
+        stepped = trainer.global_step != self._last_step and not pl_module.last_step_skipped
         self._last_step = trainer.global_step
+        if not stepped:
+            return
         self.num_updates += 1
         decay = self.decay
         if self.warmup:
@@ -103,24 +110,23 @@ class EMA(RunCallback):
     @contextmanager
     def averaged(self, pl_module: MultiTaskDiffusion) -> Iterator[None]:
         """Inside, the backbone has the averaged weights."""
-        if self._live is not None:  # an evaluation loop swapped them already
-            yield
-            return
+        was_swapped = self._live is not None  # by an evaluation loop
         self._swap_in(pl_module)
         try:
             yield
         finally:
-            self._swap_out(pl_module)
+            if not was_swapped:
+                self._swap_out(pl_module)
 
     @contextmanager
     def live(self, pl_module: MultiTaskDiffusion) -> Iterator[None]:
         """Inside, the backbone has the weights that are trained."""
-        swapped = self._live is not None
+        was_swapped = self._live is not None
         self._swap_out(pl_module)
         try:
             yield
         finally:
-            if swapped:
+            if was_swapped:
                 self._swap_in(pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
@@ -131,40 +137,33 @@ class EMA(RunCallback):
         """Go on training the live weights."""
         self._swap_out(pl_module)
 
-    on_test_start = on_validation_start
-    on_test_end = on_validation_end
-    on_predict_start = on_validation_start
-    on_predict_end = on_validation_end
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
         """Record which weights the averages belong to."""
-        self._note_weights(pl_module)
+        if self._averages and self._made_of is None:
+            self._made_of = _digest(pl_module)
 
     def on_exception(
-        self,
-        trainer: L.Trainer,
-        pl_module: MultiTaskDiffusion,
-        exception: BaseException,
+        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, exception: BaseException
     ) -> None:
-        """An evaluation that failed must not leave the averages in the model."""
+        """Restore the live weights: an evaluation may have failed."""
         self._swap_out(pl_module)
         try:
-            self._note_weights(pl_module)
+            self.teardown(trainer, pl_module, "")
         except RuntimeError:  # the device failed, so its weights cannot be read
             self.reset()
 
     def on_save_checkpoint(
-        self,
-        trainer: L.Trainer,
-        pl_module: MultiTaskDiffusion,
-        checkpoint: dict[str, Any],
+        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, checkpoint: dict[str, Any]
     ) -> None:
         """A checkpoint that is written during an evaluation holds the live weights as well."""
         for name, weight in (self._live or {}).items():
             checkpoint["state_dict"][f"backbone.{name}"] = full_tensor(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages and how many updates made them."""
+        """The averages and the number of updates."""
         averages = {name: full_tensor(value) for name, value in self._averages.items()}
         return {"averages": averages, "num_updates": self.num_updates}
 
@@ -179,18 +178,19 @@ class EMA(RunCallback):
         return super().hand_back(trainer) if trainer.state.fn == "fit" else {}
 
     def _bind(self, pl_module: MultiTaskDiffusion) -> None:
-        """Drop the averages if they belong to other weights."""
+        """Drop the averages if they belong to other weights; move them to the weights' device."""
         if self._made_of not in (None, _digest(pl_module)):
-            rank_zero_info("ema: the averages belong to other weights, so they restart from these")
+            rank_zero_info("ema: the averages belong to other weights and restart from these")
             self.reset()
         weights = dict(pl_module.backbone.named_parameters())
         for name, average in self._averages.items():
             if name not in weights or weights[name].shape != average.shape:
-                raise ConfigError("ckpt_path: its EMA weights are those of another backbone")
-        self._averages = {
-            name: from_full(average.to(weights[name].device, _dtype(weights[name])), weights[name])
-            for name, average in self._averages.items()
-        }
+                raise ConfigError(
+                    f"ckpt_path: must have EMA weights of this backbone, found others at {name}"
+                )
+            weight = weights[name]
+            # Only values change: the dict may be iterated.
+            self._averages[name] = from_full(average.to(weight.device, _dtype(weight)), weight)
 
     def _add_trainable(self, pl_module: MultiTaskDiffusion) -> None:
         """Start averages of trained parameters that have none, at their current values."""
@@ -204,12 +204,11 @@ class EMA(RunCallback):
         return {name: p for name, p in named if name in self._averages}
 
     def _swap_in(self, pl_module: MultiTaskDiffusion) -> None:
-        if self._live is not None:
-            return
-        self._bind(pl_module)
-        weights = self._weights(pl_module)
-        self._live = {name: w.detach().clone() for name, w in weights.items()}
-        _copy(self._averages, weights)
+        if self._live is None:
+            self._bind(pl_module)
+            weights = self._weights(pl_module)
+            self._live = {name: w.detach().clone() for name, w in weights.items()}
+            _copy(self._averages, weights)
 
     def _swap_out(self, pl_module: MultiTaskDiffusion) -> None:
         if self._live is not None:
@@ -217,25 +216,27 @@ class EMA(RunCallback):
             _copy(self._live, self._weights(pl_module))
             self._live = None
 
-    def _note_weights(self, pl_module: L.LightningModule) -> None:
-        if self._averages and self._made_of is None:
-            self._made_of = _digest(pl_module)
 
+def averaged_weights(
+    trainer: L.Trainer, pl_module: MultiTaskDiffusion
+) -> AbstractContextManager[None]:
+    """Inside, `pl_module` has its EMA weights if the trainer keeps them.
 
-@contextmanager
-def averaged_weights(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Iterator[None]:
-    """Inside, `pl_module` has its EMA weights if the trainer keeps them."""
+    Example:
+        >>> import torch, lightning as L
+        >>> from ant_lightning import averaged_weights
+        >>> trainer = L.Trainer(logger=False)  # without an EMA, the weights stay as they are
+        >>> with averaged_weights(trainer, L.LightningModule()):
+        ...     print("sample here")
+        sample here
+    """
     callback = callback_of(trainer, EMA)
-    if callback is None:
-        yield
-        return
-    with callback.averaged(pl_module):
-        yield
+    return nullcontext() if callback is None else callback.averaged(pl_module)
 
 
-def _digest(pl_module: L.LightningModule) -> str:
+def _digest(pl_module: MultiTaskDiffusion) -> str:
     """Digest of every byte of the backbone's weights; of this rank's part if they are sharded."""
-    return tensors_digest(local_part(p) for p in pl_module.backbone.parameters())  # type: ignore[union-attr]
+    return tensors_digest(local_part(p) for p in pl_module.backbone.parameters())
 
 
 def _dtype(weight: Tensor) -> torch.dtype:
@@ -245,9 +246,8 @@ def _dtype(weight: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
-    names = list(target)
-    if not names:
-        return
-    torch._foreach_copy_(
-        [local_part(target[n]) for n in names], [local_part(source[n]) for n in names]
-    )
+    if target:
+        torch._foreach_copy_(
+            [local_part(each) for each in target.values()],
+            [local_part(source[name]) for name in target],
+        )

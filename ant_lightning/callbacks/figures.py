@@ -1,9 +1,10 @@
-"""Where a callback's figures go: TensorBoard, and PNG files beside its events."""
+"""Where callbacks write: figures to TensorBoard and PNG files, rows to files of JSON lines."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -11,28 +12,29 @@ from ant_lightning.callbacks.base import callback_of, steps_of
 from ant_lightning.runtime.run_record import RunRecord
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import lightning as L
     from matplotlib.figure import Figure
 
-__all__ = ["log_folder", "save_figure"]
+__all__ = ["append_row", "log_folder", "save_figure"]
 
 
 def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -> Path | None:
     """Write a figure to every TensorBoard logger and to `<log folder>/<tag>.png`, on rank 0.
 
     Args:
-        trainer: Whose loggers and folder.
+        trainer: Has the loggers and the folder.
         figure: The figure.
         tag: Its name in TensorBoard, with `/` for groups.
         explain: One sentence that says how to read it, shown below it.
 
     Returns:
-        The PNG file, or None on other ranks.
+        The PNG file, or `None` on other ranks.
     """
     if not trainer.is_global_zero:
         return None
     figure.supxlabel(explain, fontsize=9.5, color="0.2")
-    # An evaluation has no steps of its own: its figures belong to those of the checkpoint.
     step = steps_of(trainer, trainer.lightning_module)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -40,16 +42,23 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
     path = log_folder(trainer) / f"{tag.replace('/', '_')}.png"
     figure.savefig(path)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hasattr(callback, "pictures"):  # the page that shows what this run drew
+        if hasattr(callback, "pictures"):  # the dashboard shows the figures of this run
             callback.pictures[tag] = path
     return path
 
 
-def log_folder(trainer: L.Trainer) -> Path:
-    """The run's folder, created if it does not exist; for rank 0.
+def append_row(trainer: L.Trainer, name: str, row: Mapping[str, Any]) -> None:
+    """Append a row to a file of JSON lines in the log folder, on rank 0."""
+    if trainer.is_global_zero:
+        with (log_folder(trainer) / name).open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
-    That of the `RunRecord` if the command line made one. Otherwise what `Trainer.log_dir` gives,
-    which is a broadcast and hangs if one rank asks alone.
+
+def log_folder(trainer: L.Trainer) -> Path:
+    """The folder of the run, created if it does not exist; for rank 0.
+
+    That of the `RunRecord` on the command line. From Python it is that of the first logger.
+    `Trainer.log_dir` is a broadcast, which hangs if only one rank calls it.
     """
     record = callback_of(trainer, RunRecord)
     folder: str | Path | None = trainer.default_root_dir

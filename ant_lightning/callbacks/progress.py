@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from ant_lightning.callbacks.base import callback_of
+
 if TYPE_CHECKING:
     import lightning as L
-
 
 __all__ = ["TrainingProgress"]
 
@@ -25,26 +26,31 @@ class TrainingProgress(TQDMProgressBar):
     If the output is not a terminal, a line is printed every 30 seconds, after each validation and
     at the end.
 
-    Images/s is over all ranks and since the last logged step; validation does not count. It is
-    also logged as `train/images_per_second`. The weights of the tasks are in per cent.
+    Images/s is over all ranks since the last logged step, without validation. It is also logged as
+    `train/images_per_second`. The weights of the tasks are in per cent.
 
     Args:
         refresh_rate: Steps between redraws; the bar is also redrawn when a second has passed.
         line_interval: Seconds between two lines.
+
+    Example:
+        >>> import lightning as L
+        >>> from ant_lightning import TrainingProgress
+        >>> trainer = L.Trainer(callbacks=[TrainingProgress(line_interval=60.0)], logger=False)
+        >>> trainer.progress_bar_callback.line_interval
+        60.0
     """
 
     def __init__(self, *, refresh_rate: int = 20, line_interval: float = 30.0) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self.line_interval = line_interval
         self.images_per_second = 0.0
-        self._images = 0
+        self._num_images = 0  # since the last logged step, and the seconds of their steps
         self._seconds = 0.0
-        self._start = 0.0
         self._total: int | None = None
         self._first_step = 0
-        self._begun = 0.0
-        self._drawn = 0.0
-        self._printed = 0.0
+        # Times: start of the run and of the step, last redraw and last line.
+        self._begun = self._step_begun = self._drawn = self._printed = 0.0
         self._printed_step = -1
 
     @property
@@ -67,12 +73,11 @@ class TrainingProgress(TQDMProgressBar):
         )
 
     def init_validation_tqdm(self) -> Tqdm:
-        """Without a bar of its own during training: the run's bar says that it is validating."""
-        return (
-            Tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
-        )
+        """No bar of its own during training: the run's bar says that it is validating."""
+        fitting = self.trainer.state.fn == "fit"
+        return Tqdm(disable=True) if fitting else super().init_validation_tqdm()
 
-    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Start the bar at the run's first step."""
         total = trainer.estimated_stepping_batches
         self._total = int(total) if total < float("inf") else None
@@ -80,36 +85,35 @@ class TrainingProgress(TQDMProgressBar):
         self._begun = self._printed = time.perf_counter()
         super().on_train_start(trainer)
 
-    def on_train_epoch_start(self, *_: Any) -> None:
+    def on_train_epoch_start(self, *args: Any) -> None:
         """Keep the run's bar: an epoch may be a single step."""
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def on_train_epoch_end(self, *args: Any) -> None:
         """Keep the run's bar."""
 
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         """Start the clock."""
-        super().on_train_batch_start(*args, **kwargs)
-        self._start = time.perf_counter()
+        super().on_train_batch_start(*args)
+        self._step_begun = time.perf_counter()
 
     def on_train_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: Any,  # noqa: ANN401 - ours, or an autoencoder
         outputs: Any,  # noqa: ANN401
         batch: Any,  # noqa: ANN401
         batch_idx: int,
     ) -> None:
         """Stop the clock; log and start a new mean at every logged step."""
         now = time.perf_counter()
-        self._seconds += now - self._start
-        self._images += len(batch.images) * trainer.world_size
-        self.images_per_second = self._images / self._seconds
-        module: Any = pl_module  # ours, or an autoencoder
-        if module.log_due:
-            module.log_now({"train/images_per_second": self.images_per_second})
-            self._images, self._seconds = 0, 0.0
-        step, every = trainer.global_step, max(1, self.refresh_rate)
-        if step % every == 0 or step == self._total or now - self._drawn > 1:
+        self._seconds += now - self._step_begun
+        self._num_images += len(batch.images) * trainer.world_size
+        self.images_per_second = self._num_images / self._seconds
+        if pl_module.log_due:
+            pl_module.log_now({"train/images_per_second": self.images_per_second})
+            self._num_images, self._seconds = 0, 0.0
+        step = trainer.global_step
+        if step % max(1, self.refresh_rate) == 0 or step == self._total or now - self._drawn > 1:
             self._drawn = now
             self._draw(trainer, pl_module)
             if now - self._printed >= self.line_interval:
@@ -136,19 +140,18 @@ class TrainingProgress(TQDMProgressBar):
         if self._printed_step != trainer.global_step:
             self._print(trainer, pl_module)
 
-    def on_predict_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+    def on_predict_start(self, *args: Any) -> None:
+        """Start the timer of the printed lines."""
+        super().on_predict_start(*args)
+        self._printed = time.perf_counter()
+
+    def on_predict_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Print progress of `predict` too: drawing many images takes hours."""
-        super().on_predict_batch_end(trainer, *args, **kwargs)
-        now = time.perf_counter()
-        if now - self._printed >= self.line_interval:
-            self._printed = now
+        super().on_predict_batch_end(trainer, *args)
+        if time.perf_counter() - self._printed >= self.line_interval:
+            self._printed = time.perf_counter()
             done = trainer.predict_loop.batch_progress.current.completed + 1
             self._line(f"predict: batch {done}/{self.total_predict_batches_current_dataloader}")
-
-    def on_predict_start(self, *args: Any, **kwargs: Any) -> None:
-        """Start the timer of the printed lines."""
-        super().on_predict_start(*args, **kwargs)
-        self._printed = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """The last speed, for reports."""
@@ -163,9 +166,10 @@ class TrainingProgress(TQDMProgressBar):
         if report is not None and getattr(pl_module, "balancer", None) is not None:
             shares = 100 * report.task_weights / report.task_weights.sum()
             items["weights %"] = "/".join(f"{share:.0f}" for share in shares.tolist())
-        limit = _time_left(trainer)
-        if limit:
-            items["max_time in"] = _clock(limit)
+        timer = callback_of(trainer, Timer)
+        left = None if timer is None else timer.time_remaining()
+        if left:
+            items["max_time in"] = _clock(max(0.0, left))
         return items
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -177,28 +181,20 @@ class TrainingProgress(TQDMProgressBar):
         """Print a line with what the bar would show."""
         self._printed = time.perf_counter()
         self._printed_step = step = trainer.global_step
-        parts = [f"step {step}"]
+        parts = [f"step {step}" if self._total is None else f"step {step}/{self._total}"]
         made, seconds = step - self._first_step, self._printed - self._begun
-        if self._total is not None:
-            parts = [f"step {step}/{self._total}"]
-            if made > 0 and step < self._total:
-                parts.append(f"{_clock(seconds / made * (self._total - step))} left")
-        fid = trainer.callback_metrics.get("val/fid")
-        measured = {} if fid is None else {"val/fid": float(fid)}
-        for name, value in (self.get_metrics(trainer, pl_module) | measured).items():
+        if self._total is not None and made > 0 and step < self._total:
+            parts.append(f"{_clock(seconds / made * (self._total - step))} left")
+        items = self.get_metrics(trainer, pl_module)
+        if "val/fid" in trainer.callback_metrics:
+            items["val/fid"] = float(trainer.callback_metrics["val/fid"])
+        for name, value in items.items():
             parts.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         self._line(", ".join(parts))
 
     def _line(self, text: str) -> None:
         if super().is_enabled and not self.is_enabled:
             print(text, flush=True)
-
-
-def _time_left(trainer: L.Trainer) -> float | None:
-    """Seconds until `max_time`; None if it is not set."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    left = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
-    return min((max(0.0, seconds) for seconds in left if seconds is not None), default=None)
 
 
 def _clock(seconds: float) -> str:

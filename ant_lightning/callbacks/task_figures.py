@@ -1,7 +1,8 @@
-"""Pictures of the tasks of one model: losses, weights, cosines of gradients, transfer."""
+"""Figures of the tasks of one model: losses and weights over time, and a number for each pair."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,23 +12,52 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-__all__ = ["cosine_heat_map", "task_history", "transfer_heat_map"]
+    from ant_lightning.tasks.clusters import TimestepClusters
+
+__all__ = ["pair_heat_map", "task_history", "task_labels", "transfer_heat_map"]
 
 
-def cosine_heat_map(cosines: NDArray[np.float64], *, labels: Sequence[str], title: str) -> Figure:
-    """Cosines `[k, k]` of task gradients on a scale from -1 (blue) over 0 to 1 (red)."""
-    return _task_matrix(
-        cosines,
-        labels,
-        title,
-        limit=1.0,
-        rows="timesteps of task i",
-        bar="cosine of the gradients",
-        number="{:.2f}",
-    )
+def task_labels(clusters: TimestepClusters) -> list[str]:
+    """The timesteps of each task: `0-99`."""
+    return [f"{start}-{stop - 1}" for start, stop in pairwise(clusters.boundaries)]
+
+
+def pair_heat_map(
+    values: NDArray[np.float64],
+    *,
+    labels: Sequence[str],
+    title: str,
+    rows: str,
+    bar: str,
+    number: str = "{:.2f}",
+    shades: NDArray[np.float64] | None = None,
+) -> Figure:
+    """A matrix `[k, k]` with its numbers; colours go from -1 (blue) over 0 to 1 (red).
+
+    Args:
+        values: The numbers; row i and column j are the tasks i and j.
+        labels: The timesteps of each task.
+        title: The title.
+        rows: Label of the rows.
+        bar: Label of the colour bar.
+        number: Format of the numbers.
+        shades: The colours, if they are not the values.
+    """
+    figure = Figure(figsize=(5.4, 4.6), dpi=110, layout="constrained")
+    axis = figure.subplots()
+    colours = values if shades is None else shades
+    image = axis.imshow(colours, cmap="RdBu_r", vmin=-1, vmax=1)
+    axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=8)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.set(xlabel="timesteps of task j", ylabel=rows)
+    axis.set_title(title, fontsize=9)
+    for (i, j), value in np.ndenumerate(values):
+        color = "white" if abs(colours[i, j]) > 0.6 else "black"
+        axis.text(j, i, number.format(value), ha="center", va="center", color=color, fontsize=8)
+    figure.colorbar(image, ax=axis, label=bar)
+    return figure
 
 
 def transfer_heat_map(
@@ -35,21 +65,20 @@ def transfer_heat_map(
 ) -> Figure:
     """Transfer `[k, k]` in per cent of task j's loss: blue harms, red helps.
 
-    Colours are of `Z[i, j] / max(Z[i, i], Z[j, j])` cut at ±1, since the entries differ by orders
-    of magnitude; the numbers are the entries themselves.
+    The colour is `Z[i, j] / max(|Z[i, i]|, |Z[j, j]|)`, cut at ±1, because the entries differ by
+    orders of magnitude; the numbers are the entries themselves.
     """
     own = np.abs(np.diag(transfer))
     largest = np.maximum(own[:, None], own[None])
     shades = np.divide(transfer, largest, out=np.zeros_like(transfer), where=largest > 0)
-    return _task_matrix(
+    return pair_heat_map(
         100 * transfer,
-        labels,
-        title,
-        limit=1.0,
-        shades=shades.clip(-1, 1),
+        labels=labels,
+        title=title,
         rows="gradient step on the timesteps of task i",
         bar="relative to the larger own effect of i and j",
         number="{:+.2f}%",
+        shades=shades.clip(-1, 1),
     )
 
 
@@ -62,54 +91,14 @@ def task_history(
 ) -> Figure:
     """Loss and effective weight of each task over training, `[n, k]` each, on log axes."""
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _curves(left, steps, losses, labels, "loss of each task")
-    _curves(right, steps, weights, labels, "effective weight of each task")
-    left.legend(fontsize=7, title="timesteps", title_fontsize=7)
-    return figure
-
-
-def _task_matrix(
-    values: NDArray[np.float64],
-    labels: Sequence[str],
-    title: str,
-    *,
-    limit: float,
-    rows: str,
-    bar: str,
-    number: str,
-    shades: NDArray[np.float64] | None = None,
-) -> Figure:
-    """A k x k matrix with its numbers, blue below 0 and red above."""
-    figure = Figure(figsize=(5.4, 4.6), dpi=110, layout="constrained")
-    axis = figure.subplots()
-    colours = values if shades is None else shades
-    image = axis.imshow(colours, cmap="RdBu_r", vmin=-limit, vmax=limit)
-    ticks = range(len(labels))
-    axis.set_xticks(ticks, labels, rotation=45, ha="right", fontsize=8)
-    axis.set_yticks(ticks, labels, fontsize=8)
-    axis.set_xlabel("timesteps of task j")
-    axis.set_ylabel(rows)
-    for (i, j), value in np.ndenumerate(values):
-        color = "white" if abs(colours[i, j]) > 0.6 * limit else "black"
-        text = number.format(value)
-        axis.text(j, i, text, ha="center", va="center", color=color, fontsize=8)
-    figure.colorbar(image, ax=axis, label=bar)
-    axis.set_title(title, fontsize=9)
-    return figure
-
-
-def _curves(
-    axis: Axes,
-    steps: NDArray[np.int64],
-    values: NDArray[np.float64],
-    labels: Sequence[str],
-    title: str,
-) -> None:
+    axes = figure.subplots(1, 2)
     colors = colormaps["viridis"](np.linspace(0, 0.9, len(labels)))
-    for column, (label, color) in enumerate(zip(labels, colors, strict=True)):
-        axis.plot(steps, values[:, column], label=label, color=color, linewidth=1.3)
-    axis.set_yscale("log")
-    axis.set_xlabel("optimizer step")
-    axis.set_title(title, fontsize=9)
-    axis.grid(alpha=0.3, which="both")
+    curves = {"loss": losses, "effective weight": weights}
+    for axis, (name, values) in zip(axes, curves.items(), strict=True):
+        for column, label, color in zip(values.T, labels, colors, strict=True):
+            axis.plot(steps, column, label=label, color=color, linewidth=1.3)
+        axis.set(yscale="log", xlabel="optimizer step")
+        axis.set_title(f"{name} of each task", fontsize=9)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=7, title="timesteps", title_fontsize=7)
+    return figure

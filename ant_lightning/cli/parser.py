@@ -18,6 +18,7 @@ from yaml import YAMLError
 from ant_lightning.callbacks.dashboard import Dashboard
 from ant_lightning.callbacks.ema import EMA
 from ant_lightning.callbacks.progress import TrainingProgress
+from ant_lightning.callbacks.run_lines import RunLines
 from ant_lightning.callbacks.samples import SampleWriter
 from ant_lightning.cli.config_files import check_config_file, config_paths, dump_yaml, load_yaml
 from ant_lightning.cli.messages import first_config_error, one_line
@@ -41,7 +42,6 @@ from ant_lightning.models.resume import say_changed
 from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.quiet import keep_quiet
-from ant_lightning.runtime.run_lines import RunLines
 from ant_lightning.runtime.run_record import RunRecord, remove_empty_run
 from ant_lightning.runtime.settings import changed_settings, trained_settings
 

@@ -68,7 +68,7 @@ def test_every_callback_with_state_is_tried_here():
 
 
 def test_a_callback_refuses_modules_that_are_not_ours():
-    error = "ConflictMonitor: needs a MultiTaskDiffusion, found LightningModule"
+    error = "model: must be a MultiTaskDiffusion for ConflictMonitor, found LightningModule"
     with pytest.raises(ConfigError, match=error):
         ConflictMonitor().setup(L.Trainer(logger=False), L.LightningModule(), "fit")
 

@@ -146,7 +146,7 @@ def test_context_manager_for_one_s_own_callbacks(tmp_path):
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_bad_decay(decay):
-    with pytest.raises(ConfigError, match=f"ema.decay.*{decay}"):
+    with pytest.raises(ConfigError, match=f"decay: must be .*{decay}"):
         EMA(decay=decay)
 
 

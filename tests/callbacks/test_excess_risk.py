@@ -80,7 +80,7 @@ def tiny_network(seed):
 
 def test_data_without_a_known_denoiser_are_refused(tmp_path):
     trainer = tiny_digits.trainer(tmp_path, ExcessRisk())
-    with pytest.raises(ConfigError, match=r"needs data .* DigitsMixtureData, found DigitsData"):
+    with pytest.raises(ConfigError, match=r"data: must be DigitsMixtureData .*, found DigitsData"):
         trainer.validate(tiny_digits.module(), datamodule=DigitsData(), verbose=False)
-    with pytest.raises(ConfigError, match=r"images_per_timestep .* found 0 and 500"):
+    with pytest.raises(ConfigError, match="images_per_timestep: must be at least 1, found 0"):
         ExcessRisk(images_per_timestep=0)
