@@ -111,7 +111,7 @@ def load_official_checkpoint(
     Example:
         >>> import torch
         >>> from tempfile import NamedTemporaryFile
-        >>> from ant_lightning import DiT
+        >>> from ant_lightning import DiT, load_official_checkpoint
         >>> dit = DiT(input_size=4, hidden_size=8, depth=1, num_heads=2, num_classes=3)
         >>> with NamedTemporaryFile(suffix=".pt") as file:
         ...     torch.save({"ema": dit.state_dict(), "opt": {}}, file.name)

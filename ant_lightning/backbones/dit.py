@@ -180,6 +180,8 @@ class DiT(nn.Module):
         Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
 
     Example:
+        >>> import torch
+        >>> from ant_lightning import DiT
         >>> dit = DiT(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10)
         >>> x, timesteps, labels = torch.zeros(3, 4, 8, 8), torch.arange(3), torch.arange(3)
         >>> dit(x, timesteps, labels).shape

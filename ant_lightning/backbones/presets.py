@@ -73,6 +73,7 @@ Args:
 
 Example:
     >>> import torch
+    >>> from ant_lightning import {name}
     >>> with torch.device("meta"):  # allocates no memory
     ...     network = {name}()
     >>> round(sum(p.numel() for p in network.parameters()) / 1e6)

@@ -92,6 +92,8 @@ class UNet(nn.Module):
         al. (LDM), arXiv 2112.10752.
 
     Example:
+        >>> import torch
+        >>> from ant_lightning import UNet
         >>> unet = UNet(input_size=8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1)
         >>> unet(torch.zeros(2, 3, 8, 8), torch.tensor([0, 999])).shape
         torch.Size([2, 3, 8, 8])

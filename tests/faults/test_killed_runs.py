@@ -19,7 +19,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "ant_lightning.models",
-        "ant_lightning.callbacks",
+        "ant_lightning.callbacks.dashboard",
+        "ant_lightning.callbacks.samples",
         "ant_lightning.data",
         "torchjd.aggregation",
     ]
