@@ -153,7 +153,7 @@ from ant_lightning.diffusion.mixture import (
     GaussianMixture as GaussianMixture,
 )
 from ant_lightning.diffusion.process import (
-    DiffusionProcess as DiffusionProcess,
+    DiscreteDiffusion as DiscreteDiffusion,
 )
 from ant_lightning.diffusion.samplers.diffusers import (
     DiffusersSampler as DiffusersSampler,
@@ -222,23 +222,25 @@ from ant_lightning.generation.scores import (
 from ant_lightning.generation.stored_images import (
     StoredImages as StoredImages,
 )
-from ant_lightning.models.adm import (
-    ADMModule as ADMModule,
-)
 from ant_lightning.models.autoencoder import (
     AutoencoderModule as AutoencoderModule,
-)
-from ant_lightning.models.dit import (
-    DiTModule as DiTModule,
 )
 from ant_lightning.models.first_stage.first_stage import (
     FirstStage as FirstStage,
 )
-from ant_lightning.models.ldm import (
-    LDMModule as LDMModule,
-)
 from ant_lightning.models.module import (
     MultiTaskDiffusion as MultiTaskDiffusion,
+)
+from ant_lightning.models.presets import (
+    ADMModule as ADMModule,
+    DiTModule as DiTModule,
+    LDMModule as LDMModule,
+)
+from ant_lightning.models.settings import (
+    Optimization as Optimization,
+    Sampling as Sampling,
+    Tasks as Tasks,
+    TimestepSampling as TimestepSampling,
 )
 from ant_lightning.runtime.checkpoints import (
     Checkpoints as Checkpoints,

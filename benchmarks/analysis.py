@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ant_lightning import (
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     DiT,
     frechet_distance,
     plain_affinity,
@@ -106,7 +106,7 @@ def affinity(args: argparse.Namespace) -> dict[str, Any]:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    process = DiffusionProcess(CosineSchedule())
+    process = DiscreteDiffusion(CosineSchedule())
     images = torch.randn(256, 4, 8, 8).tanh()
 
     def loss(timestep: int, half: int) -> Tensor:

@@ -28,7 +28,7 @@ import torch
 
 from ant_lightning import (
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     NashMTL,
     PCGrad,
     SNRClustering,
@@ -45,7 +45,7 @@ NASH_EVERY = 25
 
 def small_things() -> list[Row]:
     """Clusterings at T = 1000 and balancers at k = 5: median and 95th percentile, in ms."""
-    log_snr = DiffusionProcess(CosineSchedule()).log_snr
+    log_snr = DiscreteDiffusion(CosineSchedule()).log_snr
     rows = torch.randn(K, 1000, dtype=torch.float64)
     gramian = rows @ rows.T
     hard = gramian * torch.logspace(0, 4, K).outer(torch.logspace(0, 4, K))

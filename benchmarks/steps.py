@@ -21,7 +21,7 @@ from ant_lightning import (
     Balancer,
     ContinuousUncertainty,
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     DiT,
     GradientBalancer,
     LinearScalarization,
@@ -143,7 +143,7 @@ class Stepper:
             self.rows = DenseTaskGradients(K, self.shared, reduction=Reduction())
         model: Any = self.model
         learned = model.out_channels == 2 * model.in_channels
-        self.process = DiffusionProcess(
+        self.process = DiscreteDiffusion(
             CosineSchedule(), variance_type="learned_range" if learned else "fixed_small"
         )
         self.clusters = SNRClustering(K)(self.process.log_snr)

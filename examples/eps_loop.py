@@ -9,7 +9,7 @@ from torch import nn
 
 from ant_lightning import (
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     PCGrad,
     SNRClustering,
     multitask_backward,
@@ -45,7 +45,7 @@ def train(num_steps: int = 500, batch_size: int = 250) -> list[float]:
     torch.manual_seed(0)
     model = Denoiser()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    process = DiffusionProcess(CosineSchedule())
+    process = DiscreteDiffusion(CosineSchedule())
     clusters = SNRClustering(num_tasks=5)(process.log_snr)
     balancer = PCGrad(num_tasks=5)
     history = []

@@ -44,6 +44,6 @@ def main(args: Sequence[str]) -> int:
             "weights": balancer.loss_weights().tolist(),
         },
     }
-    content = {"model": {"init_args": {"balancer": linear}}}
+    content = {"model": {"init_args": {"tasks": {"balancer": linear}}}}
     (settings.output / "frozen.yaml").write_text(yaml.safe_dump(content))
     return 0

@@ -2,6 +2,7 @@
 
 import lightning as L
 import torch
+from grouped import grouped
 
 from ant_lightning import DDIM, CosineSchedule, DiT, DiTModule, SNRClustering
 
@@ -37,13 +38,15 @@ class TinyDiT(DiT):
 def module(backbone=None, *, kind=DiTModule, **settings):
     return kind(
         TinyDiT() if backbone is None else backbone,
-        **{
-            "schedule": CosineSchedule(T),
-            "clustering": SNRClustering(3),
-            "sampler": DDIM(num_steps=2),
-            "seed": 0,
-            **settings,
-        },
+        **grouped(
+            **{
+                "schedule": CosineSchedule(T),
+                "clustering": SNRClustering(3),
+                "sampler": DDIM(num_steps=2),
+                "seed": 0,
+                **settings,
+            }
+        ),
     )
 
 

@@ -2,6 +2,7 @@
 
 import lightning as L
 import torch
+from grouped import grouped
 from torch import nn
 from torchjd.aggregation import UPGradWeighting
 
@@ -53,16 +54,18 @@ def module(method="pcgrad", kind=DiT, num_classes=10, **settings):
     torch.manual_seed(0)
     return DiTModule(
         kind(**SIZE, depth=1, num_heads=1, num_classes=num_classes, class_dropout_prob=0.1),
-        schedule=CosineSchedule(100),
-        balancer=BALANCERS[method](),
-        class_dropout=0.1 if num_classes > 1 else 0.0,
-        seed=0,
-        **{
-            "clustering": SNRClustering(3),
-            "optimizer": adamw,
-            "warmup_steps": 7,
-            **settings,
-        },
+        **grouped(
+            schedule=CosineSchedule(100),
+            balancer=BALANCERS[method](),
+            class_dropout=0.1 if num_classes > 1 else 0.0,
+            seed=0,
+            **{
+                "clustering": SNRClustering(3),
+                "optimizer": adamw,
+                "warmup_steps": 7,
+                **settings,
+            },
+        ),
     )
 
 

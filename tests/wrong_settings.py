@@ -31,7 +31,7 @@ def callback(kind, package="ant_lightning", **settings):
 
 
 LIGHTNING = "lightning.pytorch.callbacks"
-STEPS = ["--model.warmup_steps=0", "--model.lr_scheduler=StepLR"]
+STEPS = ["--model.optimization.warmup_steps=0", "--model.optimization.lr_scheduler=StepLR"]
 DDP = "--trainer.strategy=DDPStrategy"
 
 # name -> (options, words that the line must have); the rows of docs/reliability.md
@@ -39,30 +39,45 @@ SETTINGS = {
     # The parser: types, names, classes.
     "misspelt option": (["--ema.deacy=0.9"], ["ema.deacy", "did you mean 'ema.decay'"]),
     "option cut short": (["--checkpoint.keep=3"], ["checkpoint.keep: ", "'checkpoint.keep_last'"]),
-    "learning rate in words": (["--model.optimizer.lr=fast"], ["lr: must be a number", "fast"]),
-    "learning rate nan": (["--model.optimizer.lr=nan"], ["lr: must be a number", "nan"]),
-    "clip nan": (["--model.clip_grad_norm=nan"], ["clip_grad_norm: must be a number", "nan"]),
-    "tasks 2.5": (["--model.clustering.num_tasks=2.5"], ["num_tasks", "whole number", "2.5"]),
+    "learning rate in words": (
+        ["--model.optimization.optimizer.lr=fast"],
+        ["lr: must be a number", "fast"],
+    ),
+    "learning rate nan": (
+        ["--model.optimization.optimizer.lr=nan"],
+        ["lr: must be a number", "nan"],
+    ),
+    "clip nan": (
+        ["--model.optimization.clip_grad_norm=nan"],
+        ["clip_grad_norm: must be a number", "nan"],
+    ),
+    "tasks 2.5": (["--model.tasks.clustering.num_tasks=2.5"], ["num_tasks", "whole number", "2.5"]),
     "steps in words": (["--trainer.max_steps=many"], ["trainer.max_steps", "whole", "many"]),
     "yes or no": (["--ema.warmup=perhaps"], ["ema.warmup", "true or false", "perhaps"]),
-    "choice": (["--model.engine=fast"], ["model.engine", "'auto'", "'vmap'", "fast"]),
-    "interval of three": (["--model.train_interval=[1,2,3]"], ["train_interval", "2 elements"]),
+    "choice": (["--model.tasks.engine=fast"], ["tasks.engine", "'auto'", "'vmap'", "fast"]),
+    "interval of three": (["--model.timesteps.interval=[1,2,3]"], ["interval", "2 elements"]),
     "duration": (["--checkpoint.train_time_interval=soon"], ["train_time_interval", "h:m:s"]),
-    "unknown optimizer": (["--model.optimizer=Adamm"], ["model.optimizer", "no class", "Adamm"]),
-    "unknown weighting": (["--model.loss_weighting=MinSNRR"], ["loss_weighting", "'MinSNR'"]),
+    "unknown optimizer": (
+        ["--model.optimization.optimizer=Adamm"],
+        ["optimization.optimizer", "no class", "Adamm"],
+    ),
+    "unknown weighting": (
+        ["--model.process.loss_weighting=MinSNRR"],
+        ["loss_weighting", "'MinSNR'"],
+    ),
     "class of another kind": (["--model.backbone=UNet"], ["backbone", "'UNet'", "fits here"]),
     "a program as a class": (
         ["--model.backbone=subprocess.Popen"],
         ["model.backbone", "subprocess.Popen", "subclass of DiT"],
     ),
-    "abstract class": (["--model.balancer=Balancer"], ["model.balancer", "abstract"]),
+    "abstract class": (["--model.tasks.balancer=Balancer"], ["tasks.balancer", "abstract"]),
     "unknown callback": ([callback("Foo")], ["trainer.callbacks", "no class", "Foo"]),
     "option of a callback": (
         [callback("ConflictMonitor", every_n_steps=0)],
         ["every_n_steps", "ConflictMonitor", "log_every_n_steps'"],
     ),
-    "missing argument": (STEPS, ["model.lr_scheduler.step_size: needed"]),
-    "no schedule": (["--model.schedule=null"], ["model.schedule: needed"]),
+    "missing argument": (STEPS, ["optimization.lr_scheduler.step_size: needed"]),
+    "no schedule": (["--model.process.schedule=null"], ["process.schedule", "found None"]),
     "no data": (["--data=null"], ["data: needed", "--config"]),
     "seed below 0": (["--seed_everything=-1"], ["seed_everything: must be from 0", "-1"]),
     "seed too large": (["--seed_everything=9999999999"], ["seed_everything", "9999999999"]),
@@ -71,27 +86,60 @@ SETTINGS = {
         ["optimizer: the command has no such setting"],
     ),
     # Ranges.
-    "learning rate below 0": (["--model.optimizer.lr=-1"], ["model.optimizer", "rate: -1"]),
-    "betas": (["--model.optimizer.betas=[1.5,2]"], ["model.optimizer", "beta", "1.5"]),
-    "weight decay": (["--model.optimizer.weight_decay=-1"], ["model.optimizer", "weight_decay"]),
-    "optimizer of closures": (["--model.optimizer=LBFGS"], ["model.optimizer", "LBFGS"]),
-    "sparse optimizer": (["--model.optimizer=SparseAdam"], ["model.optimizer", "SparseAdam"]),
-    "scheduler of period 0": (
-        [*STEPS, "--model.lr_scheduler.step_size=0"],
-        ["model.lr_scheduler", "zero"],
+    "learning rate below 0": (
+        ["--model.optimization.optimizer.lr=-1"],
+        ["optimization.optimizer", "rate: -1"],
     ),
-    "balancer's rate": (["--model.balancer.lr=-1"], ["model.balancer.lr: must be above 0", "-1"]),
-    "least loss": (["--model.balancer.min_loss=-1"], ["model.balancer.min_loss: must be", "-1"]),
-    "no depth": (["--model.backbone.depth=0"], ["depth", "above 0", "0"]),
+    "betas": (
+        ["--model.optimization.optimizer.betas=[1.5,2]"],
+        ["optimization.optimizer", "beta", "1.5"],
+    ),
+    "weight decay": (
+        ["--model.optimization.optimizer.weight_decay=-1"],
+        ["optimization.optimizer", "weight_decay"],
+    ),
+    "optimizer of closures": (
+        ["--model.optimization.optimizer=LBFGS"],
+        ["optimization.optimizer", "LBFGS"],
+    ),
+    "sparse optimizer": (
+        ["--model.optimization.optimizer=SparseAdam"],
+        ["optimization.optimizer", "SparseAdam"],
+    ),
+    "scheduler of period 0": (
+        [*STEPS, "--model.optimization.lr_scheduler.step_size=0"],
+        ["optimization.lr_scheduler", "zero"],
+    ),
+    "balancer's rate": (
+        ["--model.tasks.balancer.lr=-1"],
+        ["tasks.balancer.lr: must be above 0", "-1"],
+    ),
+    "least loss": (
+        ["--model.tasks.balancer.min_loss=-1"],
+        ["tasks.balancer.min_loss: must be", "-1"],
+    ),
+    "no depth": (["--model.backbone.depth=0"], ["depth", "at least 1", "0"]),
     "absurd depth": (["--model.backbone.depth=1000000000"], ["depth", "at most 1000"]),
-    "no width": (["--model.backbone.hidden_size=0"], ["hidden_size", "above 0"]),
+    "no width": (["--model.backbone.hidden_size=0"], ["hidden_size", "at least 1"]),
     "heads": (["--model.backbone.num_heads=3"], ["hidden_size", "multiple", "num_heads 3", "16"]),
     "patches": (["--model.backbone.patch_size=3"], ["patch_size", "divide", "8", "3"]),
-    "no timesteps": (["--model.schedule.num_timesteps=0"], ["num_timesteps", "at least 1", "0"]),
-    "sampler steps 0": (["--model.sampler.num_steps=0"], ["num_steps", "at least 1", "0"]),
-    "clip 0": (["--model.clip_grad_norm=0"], ["clip_grad_norm: must be above 0", "0.0"]),
-    "warm-up": (["--model.warmup_steps=-1"], ["warmup_steps: must be 0 or more", "-1"]),
-    "guided channels": (["--model.guided_channels=9"], ["guided_channels", "the 1 channels", "9"]),
+    "no timesteps": (
+        ["--model.process.schedule.num_timesteps=0"],
+        ["num_timesteps", "at least 1", "0"],
+    ),
+    "sampler steps 0": (["--model.sampling.sampler.num_steps=0"], ["num_steps", "at least 1", "0"]),
+    "clip 0": (
+        ["--model.optimization.clip_grad_norm=0"],
+        ["clip_grad_norm: must be above 0", "0.0"],
+    ),
+    "warm-up": (
+        ["--model.optimization.warmup_steps=-1"],
+        ["warmup_steps: must be at least 0", "-1"],
+    ),
+    "guided channels": (
+        ["--model.sampling.guided_channels=9"],
+        ["guided_channels", "the 1 channels", "9"],
+    ),
     "decay of the averages": (["--ema.decay=-0.1"], ["ema.decay: must be at least 0", "-0.1"]),
     "batch 0": (["--data.batch_size=0"], ["data.batch_size: must be at least 1", "0"]),
     "batch above the data": (["--data.batch_size=5000"], ["data.batch_size", "1437", "5000"]),
@@ -118,16 +166,16 @@ SETTINGS = {
     "a strategy that wraps": (["--trainer.strategy=fsdp"], ["trainer.strategy", "fsdp"]),
     "reduction by DDP": (
         [DDP, "--trainer.strategy.model_averaging_period=2"],
-        ["trainer.strategy.model_averaging_period", "must be null", "2"],
+        ["trainer.strategy.model_averaging_period", "must be None", "2"],
     ),
     # Settings that contradict each other.
     "clip by the Trainer": (
         ["--trainer.gradient_clip_val=1"],
-        ["trainer.gradient_clip_val", "use model.clip_grad_norm", "1"],
+        ["trainer.gradient_clip_val", "use model.optimization.clip_grad_norm", "1"],
     ),
     "accumulation by the Trainer": (
         ["--trainer.accumulate_grad_batches=4"],
-        ["trainer.accumulate_grad_batches", "use model.accumulate_grad_batches", "4"],
+        ["trainer.accumulate_grad_batches", "use model.optimization.accumulate_grad_batches", "4"],
     ),
     "less than a batch": (
         ["--trainer.overfit_batches=0.001"],
@@ -135,7 +183,11 @@ SETTINGS = {
     ),
     "accumulation by a callback": (
         [callback("GradientAccumulationScheduler", LIGHTNING, scheduling={0: 2})],
-        ["trainer.callbacks", "GradientAccumulationScheduler", "model.accumulate_grad_batches"],
+        [
+            "trainer.callbacks",
+            "GradientAccumulationScheduler",
+            "optimization.accumulate_grad_batches",
+        ],
     ),
     "averages twice": ([callback("EMA")], ["trainer.callbacks: must not have EMA", "use ema"]),
     "averages of Lightning": (
@@ -144,7 +196,7 @@ SETTINGS = {
     ),
     "search for a rate": (
         [callback("LearningRateFinder", LIGHTNING)],
-        ["trainer.callbacks", "LearningRateFinder", "model.optimizer"],
+        ["trainer.callbacks", "LearningRateFinder", "optimization.optimizer"],
     ),
     "no checkpoints": (["--trainer.enable_checkpointing=false"], ["enable_checkpointing", "found"]),
     "a callback that needs a logger": (
@@ -160,31 +212,43 @@ SETTINGS = {
         ["trainer.val_check_interval", "at most 71", "100000"],
     ),
     "warm-up and scheduler": (
-        ["--model.lr_scheduler=StepLR", "--model.lr_scheduler.step_size=3"],
-        ["model.warmup_steps: must be 0 when model.lr_scheduler is set", "100"],
+        [
+            "--model.optimization.lr_scheduler=StepLR",
+            "--model.optimization.lr_scheduler.step_size=3",
+        ],
+        ["warmup_steps: must be 0 with an lr_scheduler", "100"],
     ),
     "tasks of the balancer": (
-        ["--model.balancer.num_tasks=4"],
-        ["model.balancer.num_tasks", "clusters 5", "4"],
+        ["--model.tasks.balancer.num_tasks=4"],
+        ["tasks.balancer.num_tasks", "clusters 5", "4"],
     ),
-    "timesteps below tasks": (["--model.schedule.num_timesteps=1"], ["num_tasks", "5", "1"]),
-    "sampler steps above T": (["--model.sampler.num_steps=5000"], ["num_steps", "1000", "5000"]),
+    "timesteps below tasks": (
+        ["--model.process.schedule.num_timesteps=1"],
+        ["num_tasks", "5", "1"],
+    ),
+    "sampler steps above T": (
+        ["--model.sampling.sampler.num_steps=5000"],
+        ["num_steps", "1000", "5000"],
+    ),
     "clusters of another T": (
-        ["--model.clustering=FixedClustering", "--model.clustering.boundaries=[0,250,500]"],
+        [
+            "--model.tasks.clustering=FixedClustering",
+            "--model.tasks.clustering.boundaries=[0,250,500]",
+        ],
         ["boundaries", "1000", "500"],
     ),
     "parts above images": (
-        ["--model.accumulate_grad_batches=50"],
-        ["model.accumulate_grad_batches", "at most 20", "50"],
+        ["--model.optimization.accumulate_grad_batches=50"],
+        ["optimization.accumulate_grad_batches", "at most 20", "50"],
     ),
     "specialist of a balancer": (
-        ["--model.train_interval=[0,100]"],
-        ["model.train_interval", "balancer must be null", "UncertaintyWeighting"],
+        ["--model.timesteps.interval=[0,100]"],
+        ["timesteps.interval", "balancer must be None", "UncertaintyWeighting"],
     ),
-    "placement": (["--model.placement=sorted"], ["model.placement", "'spread'", "'sorted'"]),
+    "placement": (["--model.tasks.placement=sorted"], ["placement", "'spread'", "'sorted'"]),
     "pixels of another size": (
         ["--data=ShapesData"],
-        ["model.backbone", "in_channels and input_size", "(3, 32, 32)", "(1, 8, 8)"],
+        ["backbone", "in_channels and input_size", "(3, 32, 32)", "(1, 8, 8)"],
     ),
     "checkpoints by two rhythms": (
         ["--checkpoint.every_n_train_steps=2", "--checkpoint.every_n_epochs=2"],
@@ -200,10 +264,13 @@ SETTINGS = {
         ["/nope/index.json: must be a JSON file, found: No such file"],
     ),
     "no affinity": (
-        ["--model.clustering=GradientClustering", "--model.clustering.affinity=/nope.npz"],
+        [
+            "--model.tasks.clustering=GradientClustering",
+            "--model.tasks.clustering.affinity=/nope.npz",
+        ],
         ["affinity", "/nope.npz"],
     ),
-    "no initial weights": (["--model.init_from=/nope.pt"], ["model.init_from", "/nope.pt"]),
+    "no initial weights": (["--model.init_from=/nope.pt"], ["init_from", "/nope.pt"]),
     "log folder": (["--trainer.logger.save_dir=/proc/x"], ["logger.save_dir", "/proc/x"]),
     "no checkpoint": (["--ckpt_path=/nope.ckpt"], ["ckpt_path", "file that exists", "/nope.ckpt"]),
     "folder as checkpoint": ([f"--ckpt_path={CONFIGS}"], ["ckpt_path", "found a folder"]),

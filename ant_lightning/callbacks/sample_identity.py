@@ -47,7 +47,7 @@ def sample_identity(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> dict[s
         "network": _digest([(name, _described(part)) for name, part in backbone.named_modules()]),
         "sampler": _described(pl_module.sampler),
         "guidance_scale": pl_module.guidance_scale,
-        "guided_channels": pl_module.guided_channels,
+        "guided_channels": pl_module.sampling.guided_channels,
         "clip_denoised": pl_module.clip_denoised,
         "seed": pl_module.seed,
         "num_classes": pl_module.num_classes,

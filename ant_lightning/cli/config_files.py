@@ -111,6 +111,8 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is
         yaml.YAMLError: If it is no YAML, or an `UnsafeYAMLError`.
         ConfigError: If it holds bytes that are not UTF-8, as a path on a command line can.
     """
+    if text == "None":  # what the parser makes of a null that it hands on to a group of settings
+        return None
     if not text.isascii() and "\\udc" in ascii(text):
         raise ConfigError(
             f"a setting must be UTF-8, so that the run's config.yaml can hold them, found "

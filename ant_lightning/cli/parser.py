@@ -38,7 +38,7 @@ from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
 from ant_lightning.generation.callback import GenerationMetrics
 from ant_lightning.generation.stored_images import StoredImages
-from ant_lightning.models.resume import say_changed
+from ant_lightning.models.optimizers import say_changed
 from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.quiet import keep_quiet
@@ -218,18 +218,18 @@ def _read_checkpoint(config: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a 
 
 # The module compares and applies these itself, in `resume_with_settings`.
 _MODULES_OWN = (
-    "model.optimizer",
-    "model.lr_scheduler",
-    "model.warmup_steps",
-    "model.balancer.lr",
-    "model.balancer.weights",
+    "model.optimization.optimizer",
+    "model.optimization.lr_scheduler",
+    "model.optimization.warmup_steps",
+    "model.tasks.balancer.lr",
+    "model.tasks.balancer.weights",
 )
 # These only matter at the start of a run: a checkpoint holds weights and PCGrad's random state.
 _START_ONLY = ("model.init_from", "model.init_weights")
 
 
 def _has_pcgrad(config: dict[str, Any]) -> bool:
-    balancer = config["model"].get("init_args", {}).get("balancer") or {}
+    balancer = (config["model"].get("init_args", {}).get("tasks") or {}).get("balancer") or {}
     return str(balancer.get("class_path")).endswith(".PCGrad")
 
 
@@ -240,7 +240,9 @@ def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) ->
         return
     for name, pair in changed_settings(stored, config).items():
         if not name.startswith(_MODULES_OWN):
-            kept = name in _START_ONLY or (name == "model.balancer.seed" and _has_pcgrad(config))
+            kept = name in _START_ONLY or (
+                name == "model.tasks.balancer.seed" and _has_pcgrad(config)
+            )
             effect = "has no effect in a resumed run" if kept else "from now on"
             say_changed({name: pair}, effect=effect)
 

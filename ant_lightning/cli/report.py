@@ -109,19 +109,22 @@ def _summary(config: dict[str, Any], state: Any) -> TextTable:  # noqa: ANN401 -
         ["data", _name(data)],
         ["batch size", str((data.get("init_args") or {}).get("batch_size", ""))],
     ]
-    if init.get("schedule"):  # which an autoencoder has not
+    groups = [init.get(name) or {} for name in ("tasks", "timesteps", "optimization", "sampling")]
+    tasks, timesteps, optimization, sampling = groups
+    process = (init.get("process") or {}).get("init_args") or {}
+    if init.get("tasks"):  # which an autoencoder has not
         rows += [
-            ["balancer", _name(init.get("balancer")) or "none (vanilla)"],
-            ["clustering", _name(init.get("clustering"))],
-            ["draws of timesteps", _draws(init)],
-            ["schedule", _name(init["schedule"])],
-            ["prediction", str(init.get("prediction_type", ""))],
-            ["train interval", str(init.get("train_interval") or "all timesteps")],
-            ["sampler", _with_settings(init.get("sampler"))],
-            ["guidance scale", str(init.get("guidance_scale", ""))],
+            ["balancer", _name(tasks.get("balancer")) or "none (vanilla)"],
+            ["clustering", _name(tasks.get("clustering"))],
+            ["draws of timesteps", _draws(tasks, timesteps)],
+            ["schedule", _name(process.get("schedule"))],
+            ["prediction", str(process.get("prediction_type", ""))],
+            ["train interval", str(timesteps.get("interval") or "all timesteps")],
+            ["sampler", _with_settings(sampling.get("sampler"))],
+            ["guidance scale", str(sampling.get("guidance_scale", ""))],
         ]
     rows += [
-        ["optimizer", _with_settings(init.get("optimizer"))],
+        ["optimizer", _with_settings(optimization.get("optimizer") or init.get("optimizer"))],
         ["moving average", _settings(config.get("ema"))],
         ["seed", str(config.get("seed_everything"))],
         ["optimizer steps", str(state["global_step"]) if weights else ""],
@@ -146,12 +149,12 @@ def _settings(values: dict[str, Any] | None) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in numbers.items())
 
 
-def _draws(init: dict[str, Any]) -> str:
+def _draws(tasks: dict[str, Any], timesteps: dict[str, Any]) -> str:
     """Which share of a batch each cluster gets."""
-    by_default = "stratified" if init.get("balancer") else "uniform"
-    if (init.get("timestep_sampling") or by_default) == "uniform":
+    by_default = "stratified" if tasks.get("balancer") else "uniform"
+    if (timesteps.get("method") or by_default) == "uniform":
         return "uniform"
-    return f"{init.get('allocation') or 'equal'} shares of the clusters"
+    return f"{timesteps.get('allocation') or 'equal'} shares of the clusters"
 
 
 def _scores(folder: Path) -> str:
@@ -196,7 +199,8 @@ def _clusters(
     curves: Mapping[str, Curve],
 ) -> str:
     boundaries = (state.get("ant_lightning") or {}).get("boundaries")
-    log_snr = _log_snr((config["model"].get("init_args") or {}).get("schedule"))
+    init = config["model"].get("init_args") or {}
+    log_snr = _log_snr(((init.get("process") or {}).get("init_args") or {}).get("schedule"))
     if boundaries is None or log_snr is None:
         return ""
     clusters = TimestepClusters(boundaries)
@@ -220,7 +224,7 @@ def _clusters(
     return (
         f"## Clusters\n\n{_saved(figure, folder, 'report_clusters')}\n"
         "The lower panels are for batches in which every cluster has the same share; "
-        f"this run: {_draws(config['model'].get('init_args') or {})}. "
+        f"this run: {_draws(init.get('tasks') or {}, init.get('timesteps') or {})}. "
         f"Losses, weights and norms are the last ones.\n\n{table.markdown()}"
     )
 
@@ -237,7 +241,7 @@ def _log_snr(setting: dict[str, Any] | None) -> torch.Tensor | None:
         or kind is None
     ):
         return None
-    return diffusion.DiffusionProcess(kind(**(setting.get("init_args") or {}))).log_snr
+    return diffusion.DiscreteDiffusion(kind(**(setting.get("init_args") or {}))).log_snr
 
 
 def _affinity(folder: Path) -> str:

@@ -11,11 +11,11 @@ from ant_lightning.errors import ConfigError
 __all__ = ["check_run_settings", "check_trainer_settings", "trainer_error"]
 
 _OURS = {
-    "gradient_clip_val": (None, "model.clip_grad_norm"),
-    "gradient_clip_algorithm": (None, "model.clip_grad_norm"),
+    "gradient_clip_val": (None, "model.optimization.clip_grad_norm"),
+    "gradient_clip_algorithm": (None, "model.optimization.clip_grad_norm"),
     "accumulate_grad_batches": (
         1,
-        "model.accumulate_grad_batches (of an autoencoder: a larger data.batch_size)",
+        "model.optimization.accumulate_grad_batches (of an autoencoder: a larger data.batch_size)",
     ),
 }
 # Lightning's callbacks that take over the step, copy the module, or double what every run has.
@@ -27,7 +27,7 @@ _REPLACED = {
     "Checkpoints": "checkpoint",
     "SampleWriter": "samples",
     "GradientAccumulationScheduler": _OURS["accumulate_grad_batches"][1],
-    "LearningRateFinder": "model.optimizer",
+    "LearningRateFinder": "model.optimization.optimizer",
     "BatchSizeFinder": "data.batch_size",
 }
 # Lightning takes any number for these, and does something else with what makes no sense.

@@ -4,7 +4,7 @@ from ant_lightning.diffusion.guidance import GuidedDenoiser
 from ant_lightning.diffusion.losses import DenoisingLoss, denoising_loss, variational_bound
 from ant_lightning.diffusion.mixture import GaussianMixture
 from ant_lightning.diffusion.prediction import PredictionType
-from ant_lightning.diffusion.process import DiffusionProcess, PMeanVariance, VarianceType
+from ant_lightning.diffusion.process import DiscreteDiffusion, PMeanVariance, VarianceType
 from ant_lightning.diffusion.samplers.respacing import latent_ddim_timesteps, space_timesteps
 from ant_lightning.diffusion.samplers.sampler import Denoiser, Sampler, SampleStep
 from ant_lightning.diffusion.samplers.sampling import DDIM, DDPM
@@ -25,7 +25,7 @@ __all__ = [
     "CosineSchedule",
     "Denoiser",
     "DenoisingLoss",
-    "DiffusionProcess",
+    "DiscreteDiffusion",
     "GaussianMixture",
     "GuidedDenoiser",
     "LinearSchedule",

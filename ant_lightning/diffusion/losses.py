@@ -15,7 +15,7 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-    from ant_lightning.diffusion.process import DiffusionProcess
+    from ant_lightning.diffusion.process import DiscreteDiffusion
 
 __all__ = ["DenoisingLoss", "denoising_loss", "variational_bound"]
 
@@ -32,7 +32,7 @@ class DenoisingLoss(NamedTuple):
 
 
 def denoising_loss(
-    process: DiffusionProcess,
+    process: DiscreteDiffusion,
     model_output: Float[Tensor, "b o ..."],
     x_start: Float[Tensor, "b c ..."],
     x_t: Float[Tensor, "b c ..."],
@@ -81,7 +81,7 @@ def denoising_loss(
 
 
 def variational_bound(
-    process: DiffusionProcess,
+    process: DiscreteDiffusion,
     model_output: Float[Tensor, "b o ..."],
     x_start: Float[Tensor, "b c ..."],
     x_t: Float[Tensor, "b c ..."],

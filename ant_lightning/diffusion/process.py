@@ -16,8 +16,9 @@ from ant_lightning.diffusion.prediction import (
     v_of,
     x0_of,
 )
-from ant_lightning.diffusion.schedules import NoiseSchedule, TableSchedule
+from ant_lightning.diffusion.schedules import LinearSchedule, NoiseSchedule, TableSchedule
 from ant_lightning.diffusion.tables import at_least_float32, gather
+from ant_lightning.diffusion.weighting import LossWeighting
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
-__all__ = ["DiffusionProcess", "PMeanVariance", "VarianceType"]
+__all__ = ["DiscreteDiffusion", "PMeanVariance", "VarianceType"]
 
 VarianceType: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
 _VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
@@ -41,39 +42,58 @@ class PMeanVariance(NamedTuple):
     eps: Tensor
 
 
-class DiffusionProcess(ForwardProcess):
-    """A forward process together with the meaning of the network's output.
+class DiscreteDiffusion(ForwardProcess):
+    """A forward process, the meaning of the network's output, and the weights of its loss.
 
-    Images are [b, c, ...], timesteps int64 [b] that index this process' own tables.
+    Images are `[b, c, ...]`, timesteps int64 `[b]` that index the tables of this process.
 
     Args:
-        schedule: gives the betas.
-        prediction_type: what the network predicts.
-        variance_type: the variance of p(x_{t-1} | x_t): that of the posterior, beta, or learned,
-            by a second set of c output channels, on the log scale between the two.
+        schedule: Gives the betas.
+        prediction_type: What the network predicts: `eps`, `x0` or `v`.
+        variance_type: Variance of `p(x_{t-1} | x_t)`: that of the posterior (`fixed_small`), beta
+            (`fixed_large`), or learned by a second set of c output channels, on the log scale
+            between the two (`learned_range`, whose loss is the hybrid one).
+        loss_weighting: Weight of each timestep in the loss (`MinSNR`, `P2`); `None` for 1.
 
     Raises:
-        ConfigError: an unknown prediction or variance type, or betas outside (0, 1).
+        ConfigError: If a type is unknown, or a beta is outside (0, 1).
 
-    Reference: Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672 (learned range).
+    Reference:
+        Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672 (learned range).
+
+    Example:
+        >>> from ant_lightning import CosineSchedule, DiscreteDiffusion, MinSNR
+        >>> process = DiscreteDiffusion(CosineSchedule(1000), loss_weighting=MinSNR(gamma=5.0))
+        >>> process.num_timesteps, process.loss_weights.shape
+        (1000, torch.Size([1000]))
+        >>> round(float(process.log_snr[500]), 2)
+        -0.03
     """
 
     def __init__(
         self,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule = LinearSchedule(),
         *,
         prediction_type: PredictionType = "eps",
         variance_type: VarianceType = "fixed_small",
+        loss_weighting: LossWeighting | None = None,
     ) -> None:
+        if schedule is None:  # null in a config
+            raise ConfigError("schedule: must be a NoiseSchedule, found None")
         super().__init__(schedule)
         check_prediction_type(prediction_type)
         if variance_type not in _VARIANCE_TYPES:
             raise ConfigError(
-                f"variance_type must be one of {', '.join(_VARIANCE_TYPES)}, found {variance_type}"
+                f"variance_type: must be one of {', '.join(_VARIANCE_TYPES)}, found {variance_type}"
             )
         self.prediction_type: PredictionType = prediction_type
         self.variance_type: VarianceType = variance_type
-        self._respaced: dict[tuple[int, ...], DiffusionProcess] = {}
+        self.loss_weighting = loss_weighting
+        # [T] float64, or None for weights of 1.
+        self.loss_weights = (
+            loss_weighting(self.snr, prediction_type) if loss_weighting is not None else None
+        )
+        self._respaced: dict[tuple[int, ...], DiscreteDiffusion] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_respaced": {}}
@@ -188,7 +208,7 @@ class DiffusionProcess(ForwardProcess):
             mean, variance.expand_as(mean), log_variance.expand_as(mean), x_start, eps
         )
 
-    def respace(self, timesteps: Sequence[int]) -> DiffusionProcess:
+    def respace(self, timesteps: Sequence[int]) -> DiscreteDiffusion:
         """The process that visits only `timesteps`: the same marginals, fewer steps.
 
         `beta'_i = 1 - abar_{t_i} / abar_{t_{i-1}}`. The result is kept, so that asking again
@@ -208,7 +228,7 @@ class DiffusionProcess(ForwardProcess):
             kept = torch.tensor(key)
             abar = self.alphas_cumprod[kept]
             betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-            process = DiffusionProcess(
+            process = DiscreteDiffusion(
                 TableSchedule(betas.tolist()),
                 prediction_type=self.prediction_type,
                 variance_type=self.variance_type,

@@ -31,7 +31,7 @@ def differences(
 
     Values are compared as JSON, so a tuple equals a list. A name that is missing on one side has
     the value "nothing" there. If a name differs (another class, say), names below it are not
-    listed: `model.optimizer` stands for `model.optimizer.lr`.
+    listed: `model.optimization.optimizer` stands for `model.optimization.optimizer.lr`.
     """
     stored, current = json.loads(json.dumps(dict(stored))), json.loads(json.dumps(dict(current)))
     names = [*current, *(name for name in stored if name not in current)]

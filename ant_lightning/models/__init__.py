@@ -1,12 +1,11 @@
 """LightningModules."""
 
-from ant_lightning.models.adm import ADMModule
 from ant_lightning.models.autoencoder import AutoencoderModule
 from ant_lightning.models.denoiser import DiffusionModule, Draws
-from ant_lightning.models.dit import DiTModule
 from ant_lightning.models.first_stage.first_stage import FirstStage
-from ant_lightning.models.ldm import LDMModule
 from ant_lightning.models.module import MultiTaskDiffusion
+from ant_lightning.models.presets import ADMModule, DiTModule, LDMModule
+from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
 from ant_lightning.runtime.child_processes import take_state_along
 
 __all__ = [
@@ -18,6 +17,10 @@ __all__ = [
     "FirstStage",
     "LDMModule",
     "MultiTaskDiffusion",
+    "Optimization",
+    "Sampling",
+    "Tasks",
+    "TimestepSampling",
 ]
 
 take_state_along()

@@ -19,8 +19,8 @@ from ant_lightning.files.torch_file import not_finite
 from ant_lightning.models.checkpoint_content import check_weights, use_names_of
 from ant_lightning.models.draws import step_noise
 from ant_lightning.models.loadable import LoadableModule
-from ant_lightning.models.optimizers import make_optimizer
-from ant_lightning.models.resume import optimization_settings, resume_with_settings
+from ant_lightning.models.optimizers import OptimizerFactory
+from ant_lightning.models.settings import Optimization
 from ant_lightning.runtime.csv_rows import keep_csv_rows
 from ant_lightning.runtime.peers import PeerWatch
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from torch import Tensor
-    from torch.optim import Optimizer
 
     from ant_lightning.data.batch import Batch
 
@@ -92,18 +91,16 @@ class AutoencoderModule(LoadableModule):
     ) -> None:
         super().__init__()
         if len(widths) < 2:
-            raise ConfigError(f"model.widths: needs two resolutions or more, found {list(widths)}")
+            raise ConfigError(f"widths: must be at least two resolutions, found {list(widths)}")
         if any(width < 1 or width % norm_num_groups for width in widths):
             raise ConfigError(
-                f"model.widths: each must be a multiple of norm_num_groups = {norm_num_groups}, "
+                f"widths: each must be a multiple of norm_num_groups = {norm_num_groups}, "
                 f"found {list(widths)}"
             )
         if not 1 <= layers_per_block <= 64:
-            raise ConfigError(
-                f"model.layers_per_block: must be from 1 to 64, found {layers_per_block}"
-            )
+            raise ConfigError(f"layers_per_block: must be from 1 to 64, found {layers_per_block}")
         if kl_weight < 0:
-            raise ConfigError(f"model.kl_weight: must be 0 or more, found {kl_weight}")
+            raise ConfigError(f"kl_weight: must be at least 0, found {kl_weight}")
         from diffusers import AutoencoderKL  # noqa: PLC0415 - 5 s that only first stages need
 
         levels = len(widths)
@@ -120,8 +117,8 @@ class AutoencoderModule(LoadableModule):
         )
         self.reconstruction = reconstruction
         self.kl_weight = kl_weight
-        self.optimizer = optimizer
-        self.clip_grad_norm = clip_grad_norm
+        self.optimization = Optimization(optimizer, clip_grad_norm=clip_grad_norm)
+        self.optimizer_factory = OptimizerFactory(self.optimization)
         self.export = export
         self.seed = seed
         self.factor = 2 ** (levels - 1)
@@ -145,15 +142,11 @@ class AutoencoderModule(LoadableModule):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """All parameters in one group."""
-        return make_optimizer(self.optimizer, self.backbone.parameters())
-
-    def make_optimization(self, groups: Any) -> tuple[Optimizer, None]:  # noqa: ANN401
-        """The optimizer of one group; there is no scheduler."""
-        return make_optimizer(self.optimizer, groups), None
+        return self.optimizer_factory.make(self.backbone.parameters())[0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the optimizer's settings, to compare them when the run is resumed."""
-        state = {"optimization": optimization_settings(self.make_optimization, 1)}
+        state = {"optimization": self.optimizer_factory.described()}
         checkpoint.setdefault("ant_lightning", {}).update(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -161,13 +154,14 @@ class AutoencoderModule(LoadableModule):
         use_names_of(self, checkpoint)
         check_weights(self, checkpoint)
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            current = optimization_settings(self.make_optimization, 1)
-            resume_with_settings(self, checkpoint, current)
+            self.optimizer_factory.resume(self.trainer, checkpoint)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip as the module says, whatever the Trainer's flag."""
-        if self.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), self.clip_grad_norm)
+        if self.optimization.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(
+                self.backbone.parameters(), self.optimization.clip_grad_norm
+            )
 
     def setup(self, stage: str) -> None:
         """Refuse images that do not fit, and Trainer settings that would be ignored or misapplied.
@@ -189,14 +183,14 @@ class AutoencoderModule(LoadableModule):
             )
         if stage == "fit" and trainer.gradient_clip_val is not None:
             raise ConfigError(
-                "trainer.gradient_clip_val: must be left out; use model.clip_grad_norm in its "
+                "trainer.gradient_clip_val: must be left out; use clip_grad_norm in its "
                 f"place, found {trainer.gradient_clip_val}"
             )
         data = image_data(trainer)
         if data is None:
             if stage == "fit" and self.export is not None:
                 raise ConfigError(
-                    "model.export: the scale of the latents is measured on held-out images, so "
+                    "export: the scale of the latents is measured on held-out images, so "
                     "the trainer needs an ant_lightning.ImageDataModule, found none"
                 )
             return
@@ -204,7 +198,7 @@ class AutoencoderModule(LoadableModule):
         ours = self.backbone.config.in_channels
         if channels != ours or height % self.factor or width % self.factor:
             raise ConfigError(
-                f"model.in_channels: the autoencoder takes {ours} channels and sides that are "
+                f"in_channels: the autoencoder takes {ours} channels and sides that are "
                 f"multiples of {self.factor}, found images of {tuple(data.image_shape)}"
             )
 
@@ -272,7 +266,7 @@ class AutoencoderModule(LoadableModule):
             numbers = {**self.backbone.state_dict(), "its scale": torch.tensor([scale, shift])}
             if bad := not_finite(numbers):
                 raise NonFiniteError(
-                    f"model.export: {folder} stays as it was, as the autoencoder has diverged: "
+                    f"export: {folder} stays as it was, as the autoencoder has diverged: "
                     f"{len(bad)} of its tensors are not finite, the first is {bad[0]}"
                 )
             self.backbone.register_to_config(scaling_factor=scale, shift_factor=shift)

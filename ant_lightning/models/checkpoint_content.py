@@ -113,7 +113,7 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any]) -> N
     name = different[0]
     part, _, rest = name.partition(".")
     raise ConfigError(
-        f"model.{part}: must be that of the checkpoint in ckpt_path, which has "
+        f"{part}: must be that of the checkpoint in ckpt_path, which has "
         f"{saved.get(name, 'no')} {rest}, found {ours.get(name, 'no')} {rest}; "
         f"{len(different)} of its weights differ"
     )

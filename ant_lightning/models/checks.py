@@ -32,63 +32,43 @@ def check_settings(module: MultiTaskDiffusion) -> None:
         ConfigError: Naming the setting, the rule and the value found.
     """
     balancer, clusters = module.balancer, module.clusters
+    by_gradient = isinstance(balancer, GradientBalancer)
     if balancer is not None and balancer.num_tasks != clusters.num_tasks:
         raise ConfigError(
-            f"model.balancer.num_tasks: must equal the number of clusters {clusters.num_tasks}, "
+            f"tasks.balancer.num_tasks: must equal the number of clusters {clusters.num_tasks}, "
             f"found {balancer.num_tasks}"
         )
-    if isinstance(balancer, GradientBalancer) and module.timestep_sampling == "uniform":
+    interval = module.timesteps.interval
+    if interval is not None and balancer is not None:
         raise ConfigError(
-            "model.timestep_sampling: a gradient balancer needs samples of every task in each "
-            "batch, so it must be 'stratified', found 'uniform'"
+            "timesteps.interval: a specialist has one task, so tasks.balancer must be None, found "
+            f"{type(balancer).__name__}"
         )
-    if module.placement == "sorted" and not isinstance(balancer, GradientBalancer):
+    if interval is not None and interval[1] > clusters.num_timesteps:
         raise ConfigError(
-            "model.placement: 'sorted' saves traffic of gradient balancers alone, so without one "
-            f"it must be 'spread', found {module.placement!r} with {type(balancer).__name__}"
+            f"timesteps.interval: must end at {clusters.num_timesteps} or before, found "
+            f"{list(interval)}"
         )
-    _check_engine(module)
+    if by_gradient and module.timesteps.method == "uniform":
+        raise ConfigError(
+            "timesteps.method: must be 'stratified', because a gradient balancer needs samples of "
+            "every task in each batch, found 'uniform'"
+        )
+    parts = module.optimization.accumulate_grad_batches
+    if parts > 1 and module.tasks.engine not in {"auto", "loop"}:
+        raise ConfigError(
+            f"tasks.engine: must be 'auto' or 'loop' with accumulate_grad_batches {parts}, because "
+            f"it needs the images of a step in one pass, found {module.tasks.engine!r}"
+        )
     _check_batch_norm(module)
-    positive = {
-        "accumulate_grad_batches": module.accumulate_grad_batches,
-        "max_skipped_steps": module.max_skipped_steps,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"model.{name}: must be at least 1, found {value}")
-    if module.clip_grad_norm is not None and not module.clip_grad_norm > 0:
+    _check_sampling(module)
+    needed = module.process.output_channels(module.image_shape[0])
+    found = int(module.backbone.out_channels)  # type: ignore[arg-type]
+    if found != needed:
         raise ConfigError(
-            "model.clip_grad_norm: must be above 0, or null for none, "
-            f"found {module.clip_grad_norm}"
+            f"backbone.out_channels: variance_type {module.process.variance_type!r} needs "
+            f"{needed}, found {found}"
         )
-    if module.warmup_steps < 0:
-        raise ConfigError(f"model.warmup_steps: must be 0 or more, found {module.warmup_steps}")
-    if module.warmup_steps and module.lr_scheduler is not None:
-        raise ConfigError(
-            "model.warmup_steps: must be 0 when model.lr_scheduler is set, "
-            f"found {module.warmup_steps}"
-        )
-    channels = module.image_shape[0]
-    if module.guided_channels is not None and not 1 <= module.guided_channels <= channels:
-        raise ConfigError(
-            f"model.guided_channels: must be from 1 to the {channels} channels of an image, or "
-            f"null for all, found {module.guided_channels}"
-        )
-    _check_conditioning(module)
-    _check_channels(module)
-    if module.train_interval is not None:
-        start, stop = module.train_interval
-        if not 0 <= start < stop <= clusters.num_timesteps:
-            raise ConfigError(
-                f"model.train_interval: must satisfy 0 <= start < stop <= "
-                f"{clusters.num_timesteps}, found [{start}, {stop}]"
-            )
-        if module.timestep_sampling != "uniform" or balancer is not None:
-            raise ConfigError(
-                "model.train_interval: a specialist has one task, so model.balancer must be null "
-                f"and timesteps uniform, found {type(balancer).__name__} and "
-                f"{module.timestep_sampling!r}"
-            )
 
 
 def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
@@ -99,8 +79,8 @@ def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
     measured, ours = clustering.measured_model(), backbone_name(backbone)
     if measured and measured.partition(",")[0] != ours:
         warnings.warn(
-            f"model.clustering: was measured of {measured!r}, and "
-            f"model.backbone is a {ours}: the clusters are those of another network",
+            f"tasks.clustering: its affinity was measured on {measured!r}, and the backbone is a "
+            f"{ours}: the clusters are those of another network",
             stacklevel=3,
         )
 
@@ -125,7 +105,7 @@ def check_strategy(strategy: Strategy) -> None:
             if getattr(strategy, f"_{name}", None) is not None:
                 raise ConfigError(
                     f"trainer.strategy.{name}: gradients are reduced by the training step and not "
-                    f"by DDP, so it must be null, found {getattr(strategy, f'_{name}')}"
+                    f"by DDP, so it must be None, found {getattr(strategy, f'_{name}')}"
                 )
 
 
@@ -137,7 +117,8 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
     """
     trainer = module.trainer
     synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in module.backbone.modules())
-    if synchronised and isinstance(module.balancer, GradientBalancer):
+    by_gradient = isinstance(module.balancer, GradientBalancer)
+    if synchronised and by_gradient:
         raise ConfigError(
             "trainer.sync_batchnorm: with a gradient balancer, ranks run the network a different "
             "number of times and would wait for each other forever, so it must be false, found true"
@@ -146,7 +127,7 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
     if data is None:
         return
     batch_size = data.batch_size
-    if isinstance(module.balancer, GradientBalancer) and batch_size < module.num_tasks:
+    if by_gradient and batch_size < module.num_tasks:
         raise ConfigError(
             f"data.batch_size: a gradient balancer needs at least one image for each of the "
             f"{module.num_tasks} tasks, found {batch_size}"
@@ -156,28 +137,14 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
     if by_epoch and isinstance(interval, int) and interval > max(1, batches):
         raise ConfigError(
             "trainer.val_check_interval: with check_val_every_n_epoch set it counts the batches "
-            f"of an epoch, so at most {batches} (or set check_val_every_n_epoch to null to count "
+            f"of an epoch, so at most {batches} (or set check_val_every_n_epoch to None to count "
             f"those of the run), found {interval}"
         )
-    if module.accumulate_grad_batches * trainer.world_size > batch_size:
+    parts = module.optimization.accumulate_grad_batches
+    if parts * trainer.world_size > batch_size:
         raise ConfigError(
-            f"model.accumulate_grad_batches: each part needs an image, so at most "
-            f"{batch_size // trainer.world_size}, found {module.accumulate_grad_batches}"
-        )
-
-
-def _check_engine(module: MultiTaskDiffusion) -> None:
-    whole = {"one_pass", "vmap", "low_memory"}
-    if module.engine in whole and module.accumulate_grad_batches > 1:
-        raise ConfigError(
-            f"model.engine: {module.engine!r} needs the images of a step in one pass, so with "
-            f"accumulate_grad_batches {module.accumulate_grad_batches} it must be 'auto' or "
-            f"'loop', found {module.engine!r}"
-        )
-    if module.engine == "low_memory" and module.placement == "sorted":
-        raise ConfigError(
-            "model.placement: 'sorted' sends rows of task gradients, of which engine 'low_memory' "
-            f"has none, so it must be 'spread', found {module.placement!r}"
+            "optimization.accumulate_grad_batches: each part needs an image, so at most "
+            f"{batch_size // trainer.world_size}, found {parts}"
         )
 
 
@@ -186,45 +153,40 @@ def _check_batch_norm(module: MultiTaskDiffusion) -> None:
     named = module.backbone.named_modules()
     found = [(n, m) for n, m in named if isinstance(m, _BatchNorm) and m.training]
     by_task = isinstance(module.balancer, GradientBalancer)
-    if not found or not (by_task or module.accumulate_grad_batches > 1):
+    if not found or not (by_task or module.optimization.accumulate_grad_batches > 1):
         return
     layer = f"{type(found[0][1]).__name__} {found[0][0]!r} ({len(found)} such layers in all)"
-    if by_task and module.engine not in {"auto", "loop"}:
+    if by_task and module.tasks.engine not in {"auto", "loop"}:
         raise ConfigError(
-            "model.engine: batch norm mixes the samples of tasks, so with a gradient balancer it "
-            f"must be 'auto' or 'loop', found {module.engine!r} and {layer}"
+            "tasks.engine: batch norm mixes the samples of tasks, so with a gradient balancer it "
+            f"must be 'auto' or 'loop', found {module.tasks.engine!r} and {layer}"
         )
     warnings.warn(
-        "model.backbone: batch norm normalises each task (of a gradient balancer) and each part of "
+        "backbone: batch norm normalises each task (of a gradient balancer) and each part of "
         "accumulate_grad_batches alone in training, but all samples by one average of their "
         f"statistics in evaluation; group or layer norm has no such gap; found {layer}",
         stacklevel=4,
     )
 
 
-def _check_conditioning(module: MultiTaskDiffusion) -> None:
+def _check_sampling(module: MultiTaskDiffusion) -> None:
+    """Check what sampling and guidance need of the backbone."""
+    channels, guided = module.image_shape[0], module.sampling.guided_channels
+    if guided is not None and not 1 <= guided <= channels:
+        raise ConfigError(
+            f"sampling.guided_channels: must be from 1 to the {channels} channels of an image, or "
+            f"None for all, found {guided}"
+        )
     if not 0 <= module.class_dropout < 1:
         raise ConfigError(
-            f"model.class_dropout: must be at least 0 and below 1, found {module.class_dropout}"
+            f"class_dropout: must be at least 0 and below 1, found {module.class_dropout}"
         )
     if module.null_class is not None:
         return
     why = "the backbone has no null class (num_classes or class_dropout_prob is 0)"
     if module.class_dropout:
-        raise ConfigError(
-            f"model.class_dropout: must be 0 because {why}, found {module.class_dropout}"
-        )
+        raise ConfigError(f"class_dropout: must be 0 because {why}, found {module.class_dropout}")
     if module.guidance_scale != 1.0:
         raise ConfigError(
-            f"model.guidance_scale: must be 1 because {why}, found {module.guidance_scale}"
-        )
-
-
-def _check_channels(module: MultiTaskDiffusion) -> None:
-    needed = module.process.output_channels(module.image_shape[0])
-    found = int(module.backbone.out_channels)  # type: ignore[arg-type]
-    if found != needed:
-        raise ConfigError(
-            f"model.backbone.out_channels: variance_type {module.process.variance_type!r} needs "
-            f"{needed}, found {found}"
+            f"sampling.guidance_scale: must be 1 because {why}, found {module.guidance_scale}"
         )

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.batch import Batch
     from ant_lightning.data.latents.space import LatentSpace
-    from ant_lightning.diffusion.process import DiffusionProcess
+    from ant_lightning.diffusion.process import DiscreteDiffusion
     from ant_lightning.diffusion.samplers.sampler import Sampler
     from ant_lightning.models.first_stage.first_stage import FirstStage
+    from ant_lightning.models.settings import Sampling, Tasks
     from ant_lightning.tasks.clusters import TimestepClusters
 
 __all__ = ["DiffusionModule", "Draws"]
@@ -58,24 +59,23 @@ class DiffusionModule(LoadableModule):
         clusters: The tasks that losses are reported for.
         sampler: How images are drawn from noise.
         guidance_scale: Classifier-free guidance; 1 is none.
-        guided_channels: Channels that guidance touches; None for all.
+        sampling: How images are drawn from noise.
         first_stage: Autoencoder whose latents are denoised; None for pixels or cached latents.
         latent_space: Meaning of the latents; None for pixels.
         seed: Seed of everything that is drawn.
     """
 
     backbone: nn.Module
-    process: DiffusionProcess
+    process: DiscreteDiffusion
     clusters: TimestepClusters
     sampler: Sampler
     guidance_scale: float
-    guided_channels: int | None
+    sampling: Sampling
+    tasks: Tasks
     first_stage: FirstStage | None
     latent_space: LatentSpace | None
     seed: int
     trained_steps: int
-    _clip_denoised: bool | None
-    _weights: Tensor | None
     _validation_sums: Tensor
 
     @property
@@ -102,7 +102,8 @@ class DiffusionModule(LoadableModule):
     @property
     def clip_denoised(self) -> bool:
         """Whether predicted images are clipped while sampling."""
-        return self.latent_space is None if self._clip_denoised is None else self._clip_denoised
+        chosen = self.sampling.clip_denoised
+        return self.latent_space is None if chosen is None else chosen
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run has, also without the command line."""
@@ -140,7 +141,7 @@ class DiffusionModule(LoadableModule):
         """
         if tuple(x_start.shape[1:]) != self.image_shape:
             raise ConfigError(
-                f"batch.images: must be {list(self.image_shape)} each, as model.backbone says, "
+                f"batch.images: must be {list(self.image_shape)} each, as backbone says, "
                 f"found {list(x_start.shape[1:])}"
             )
         # bf16-true casts batches: noise levels and targets need float32.
@@ -159,7 +160,7 @@ class DiffusionModule(LoadableModule):
                 x_t[rows],
                 timesteps,
                 draws.noise[rows],
-                weights=self._weights,
+                weights=self.process.loss_weights,
             )
             if unweighted is not None:
                 note(unweighted, rows, terms.mse)
@@ -322,7 +323,7 @@ class DiffusionModule(LoadableModule):
             None if chosen is None else chosen.to(self.device),
             null_label=null,
             scale=scale,
-            guided_channels=self.guided_channels,
+            guided_channels=self.sampling.guided_channels,
         )
 
     def predict_step(self, batch: list[int] | Tensor, batch_idx: int) -> Tensor:

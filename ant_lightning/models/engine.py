@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.base import GradientBalancer
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["EngineName", "engine_and_rows"]
-
-EngineName = Literal["auto", "loop", "one_pass", "vmap", "low_memory"]
+__all__ = ["engine_and_rows"]
 
 _ENGINES: dict[str, type[Engine]] = {
     "auto": Auto,
@@ -44,7 +42,7 @@ def engine_and_rows(module: MultiTaskDiffusion) -> tuple[Engine, DenseTaskGradie
     Raises:
         ConfigError: If a parameter cannot be trained; `multitask_backward` checks it in every step.
     """
-    name = module.engine
+    name = module.tasks.engine
     if name == "auto" and any(_is_compiled(m) for m in module.backbone.modules()):
         name = "loop"
     engine = _ENGINES[name]()
@@ -52,7 +50,7 @@ def engine_and_rows(module: MultiTaskDiffusion) -> tuple[Engine, DenseTaskGradie
     if not isinstance(module.balancer, GradientBalancer) or name == "low_memory":
         return engine, None
     reduction = default_reduction()
-    if module.placement == "sorted":
+    if module.tasks.placement == "sorted":
         rows: DenseTaskGradients = PlacedTaskGradients(
             module.num_tasks, shared, reduction=reduction
         )

@@ -40,7 +40,7 @@ class TrainedParameters:
             if start not in (began, now):
                 odd = sorted(set(start) ^ set(began))
                 raise ConfigError(
-                    "model.backbone: a resumed run must train the same parameters as at its start, "
+                    "backbone: a resumed run must train the same parameters as at its start, "
                     f"found {len(odd)} that differ, such as {odd[0]!r}"
                 )
             for name, p in network.named_parameters():

@@ -52,18 +52,18 @@ def bind_data(module: MultiTaskDiffusion) -> None:
     if tuple(shape) != tuple(module.image_shape):
         what = "images" if module.latent_space is None else "latents"
         raise ConfigError(
-            f"model.backbone: in_channels and input_size must fit the {what} "
+            f"backbone: in_channels and input_size must fit the {what} "
             f"{tuple(shape)}, found {tuple(module.image_shape)}"
         )
     # Without labels every image is of class 0, which is what a network of one class expects.
     if module.num_classes > 1 and not data.num_classes:
         raise ConfigError(
-            "data: labels are missing, which a model with model.backbone.num_classes = "
-            f"{module.num_classes} needs; found 0 classes"
+            "data: labels are missing, which a model with backbone.num_classes = "
+            f"{module.num_classes} needs, found 0 classes"
         )
     if module.num_classes and max(1, data.num_classes) != module.num_classes:
         raise ConfigError(
-            f"model.backbone.num_classes: must be the {data.num_classes} classes of the data "
+            f"backbone.num_classes: must be the {data.num_classes} classes of the data "
             f"(or 0 to ignore labels), found {module.num_classes}"
         )
 
@@ -84,7 +84,7 @@ def load_initial_weights(module: MultiTaskDiffusion) -> None:
             module.backbone, module.init_from, weights=module.init_weights
         )
     except ConfigError as error:
-        raise ConfigError(f"model.init_from: {error}") from error
+        raise ConfigError(f"init_from: {error}") from error
     module.init_due = False
     rank_zero_only(print)(f"init_from {report}")
 
@@ -124,7 +124,7 @@ def sample_latents(module: DiffusionModule, batch: Batch, *, step: int | None) -
     if not holds_moments(module, batch):
         if module.first_stage is None:
             raise ConfigError(
-                "model.first_stage: needed to encode images, found null with a batch of shape "
+                "first_stage: needed to encode images, found None with a batch of shape "
                 f"{list(moments.shape)}"
             )
         moments = module.first_stage.encode_moments(moments)

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from functools import partial
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from ant_lightning.balancing.backward import BackwardReport, multitask_backward, task_gradients
-from ant_lightning.balancing.base import Balancer, SampleBalancer
+from ant_lightning.balancing.base import SampleBalancer
 from ant_lightning.balancing.engines import Engine
 from ant_lightning.balancing.gradients import DenseTaskGradients
+from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.shards import local_part
 from ant_lightning.data.batch import check_batch
-from ant_lightning.diffusion.process import DiffusionProcess
-from ant_lightning.diffusion.samplers.sampler import Sampler
+from ant_lightning.diffusion.process import DiscreteDiffusion
 from ant_lightning.diffusion.samplers.sampling import DDPM
-from ant_lightning.diffusion.schedules import NoiseSchedule
-from ant_lightning.diffusion.weighting import LossWeighting
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.models.checkpoint_content import use_names_of
 from ant_lightning.models.checks import (
@@ -34,25 +30,22 @@ from ant_lightning.models.checks import (
 )
 from ant_lightning.models.denoiser import DiffusionModule, Draws
 from ant_lightning.models.draws import dropped_labels, sample_shares, spread_order, step_noise
-from ant_lightning.models.engine import EngineName, engine_and_rows
+from ant_lightning.models.engine import engine_and_rows
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.freezing import TrainedParameters
 from ant_lightning.models.latents import bind_data, load_initial_weights, restore_latent_space
 from ant_lightning.models.optimizers import (
+    OptimizerFactory,
     forget_balancers_schedule,
-    make_optimizer,
-    make_scheduler,
-    planned_steps,
-    step_scheduler,
+    say_changed,
 )
 from ant_lightning.models.protocol import check_backbone
-from ant_lightning.models.resume import optimization_settings, resume_with_settings
 from ant_lightning.models.running_statistics import RunningStatistics
 from ant_lightning.models.saved_state import restore_state, saved_state
 from ant_lightning.models.scaling import back_off, gradient_scaler, loss_scale
+from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
 from ant_lightning.randomness import keyed_generator, keyed_seed, run_seed
 from ant_lightning.runtime.rank_agreement import check_ranks_agree
-from ant_lightning.tasks.clusterings import Clustering
 from ant_lightning.tasks.clusters import TimestepClusters
 
 if TYPE_CHECKING:
@@ -60,7 +53,6 @@ if TYPE_CHECKING:
 
     import lightning as L
     from torch import Tensor
-    from torch.optim import Optimizer
 
     from ant_lightning.data.batch import Batch
 
@@ -87,40 +79,16 @@ class MultiTaskDiffusion(DiffusionModule):
 
     Args:
         backbone: The network, called as `backbone(x_t, timesteps, labels)`.
-        schedule: Noise schedule.
-        clustering: How the timesteps are grouped; without a balancer, only for reporting.
-        prediction_type: What the network predicts.
-        variance_type: Variance of the reverse steps; with `learned_range` the network has twice
-            the channels and the loss is the hybrid one.
-        balancer: How the tasks are weighted; None for vanilla training.
-        loss_weighting: Weight of each timestep inside its task (MinSNR, P2).
-        timestep_sampling: `stratified` draws the share of each cluster, `uniform` ignores the
-            clusters. Default: stratified with a balancer, uniform without.
-        allocation: Images of each task in a stratified batch: `equal`, or `proportional` to the
-            cluster's size.
-        placement: Which ranks compute which tasks: `spread` gives each rank samples of all; with
-            `sorted` a rank has few tasks and sends only their gradients (for gradient balancers
-            on many ranks).
-        task_weighting: Priors of the tasks: `equal`, or `by_size`.
-        engine: How task gradients are computed: `loop`, `one_pass`, `vmap`, `low_memory`, or
-            `auto`: `one_pass` where the loop would take longer and the network fits, else `loop`.
-        optimizer: Made with the parameter groups; AdamW with learning rate 1e-4 by default.
-        lr_scheduler: Made with the optimizer, stepped after every optimizer step.
-        warmup_steps: Steps in which the learning rate grows linearly from 0.
-        clip_grad_norm: Largest norm of the backbone's gradient; None for no clipping.
-        accumulate_grad_batches: Parts in which the images of a step are computed.
+        process: Noise schedule, meaning of the network's output and weights of the loss.
+        tasks: What the tasks are and how they are balanced.
+        timesteps: How timesteps are drawn in training.
+        optimization: How the weights are optimised.
+        sampling: How images are drawn from noise.
         class_dropout: Share of labels replaced by the null class, for guidance.
-        sampler: How images are drawn from noise.
-        guidance_scale: Classifier-free guidance of the images that are drawn; 1 is none.
-        guided_channels: Channels that guidance touches; None for all (official DiT: 3).
-        clip_denoised: Whether predicted images are clipped to [-1, 1] while sampling; by default
-            pixels are and latents are not.
         first_stage: Autoencoder whose latents are denoised; None for pixels.
         init_from: Official checkpoint that the backbone starts from. A checkpoint that is loaded
             later replaces its weights, and then the file need not be there any more.
         init_weights: Which of its weights, if it has both: the averages or the live ones.
-        train_interval: `[start, stop)`: train on these timesteps alone (a specialist).
-        max_skipped_steps: Steps in a row that may be skipped for a NaN or an infinity.
         seed: Seed of timesteps, noise and dropout; by default that of `seed_everything`.
 
     Raises:
@@ -135,74 +103,46 @@ class MultiTaskDiffusion(DiffusionModule):
         self,
         backbone: nn.Module,
         *,
-        schedule: NoiseSchedule,
-        clustering: Clustering,
-        prediction_type: Literal["eps", "x0", "v"] = "eps",
-        variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small",
-        balancer: Balancer | None = None,
-        loss_weighting: LossWeighting | None = None,
-        timestep_sampling: Literal["uniform", "stratified"] | None = None,
-        allocation: Literal["equal", "proportional"] = "equal",
-        placement: Literal["spread", "sorted"] = "spread",
-        task_weighting: Literal["equal", "by_size"] = "equal",
-        engine: EngineName = "auto",
-        optimizer: OptimizerCallable = lambda groups: torch.optim.AdamW(
-            groups, lr=1e-4, weight_decay=0.0
-        ),
-        lr_scheduler: LRSchedulerCallable | None = None,
-        warmup_steps: int = 0,
-        clip_grad_norm: float | None = 1.0,
-        accumulate_grad_batches: int = 1,
+        process: DiscreteDiffusion,
+        tasks: Tasks,
+        timesteps: TimestepSampling = TimestepSampling(),
+        optimization: Optimization = Optimization(),
+        sampling: Sampling = Sampling(),
         class_dropout: float = 0.0,
-        sampler: Sampler | None = None,
-        guidance_scale: float = 1.0,
-        guided_channels: int | None = None,
-        clip_denoised: bool | None = None,
         first_stage: FirstStage | None = None,
         init_from: str | None = None,
         init_weights: Literal["ema", "model"] = "ema",
-        train_interval: tuple[int, int] | None = None,
-        max_skipped_steps: int = 10,
         seed: int | None = None,
     ) -> None:
         super().__init__()
         check_backbone(backbone)
         self.automatic_optimization = False
         self.backbone = backbone
-        self.process = DiffusionProcess(
-            schedule, prediction_type=prediction_type, variance_type=variance_type
-        )
-        warn_of_other_model(clustering, backbone)
-        self.first_clusters: TimestepClusters = clustering(self.process.log_snr)
+        self.process = process
+        warn_of_other_model(tasks.clustering, backbone)
+        self.first_clusters: TimestepClusters = tasks.clustering(process.log_snr)
         self.clusters = self.first_clusters
         self.cluster_history = [(0, self.clusters.boundaries)]  # by the steps that were made before
-        self.balancer = balancer
-        self.timestep_sampling = timestep_sampling or ("stratified" if balancer else "uniform")
-        self.allocation: Literal["equal", "proportional"] = allocation
-        self.placement = placement
-        self.task_weighting = task_weighting
-        self.engine = engine
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
-        self.warmup_steps = warmup_steps
-        self.clip_grad_norm = clip_grad_norm
-        self.accumulate_grad_batches = accumulate_grad_batches
+        self.balancer = tasks.balancer
+        self.tasks = tasks
+        specialist = timesteps.interval is not None
+        by_default = "uniform" if tasks.balancer is None or specialist else "stratified"
+        method: Any = timesteps.method or by_default
+        self.timesteps = replace(timesteps, method=method)
+        self.optimization = optimization
+        self.sampling = sampling
+        self.optimizer_factory = OptimizerFactory(
+            optimization, path="optimization.", balancer=tasks.balancer
+        )
         self.class_dropout = class_dropout
-        self.sampler = sampler or DDPM(num_steps=250)
-        self.guidance_scale = guidance_scale
-        self.guided_channels = guided_channels
-        self._clip_denoised = clip_denoised
+        self.sampler = sampling.sampler or DDPM(num_steps=250)
+        self.guidance_scale = sampling.guidance_scale
         self.first_stage = first_stage
         self.latent_space = None if first_stage is None else first_stage.space
         self.init_from = init_from
         self.init_weights: Literal["ema", "model"] = init_weights
         self.init_due = init_from is not None
-        self.train_interval = train_interval
-        self.max_skipped_steps = max_skipped_steps
         self.seed = run_seed(seed)
-        self._weights = (
-            loss_weighting(self.process.snr, prediction_type) if loss_weighting else None
-        )
         self.last_report: BackwardReport | None = None
         self.last_step_skipped = False
         self.num_skipped_steps = 0
@@ -212,8 +152,10 @@ class MultiTaskDiffusion(DiffusionModule):
         self._row_buffers: DenseTaskGradients | None = None
         self._trained = TrainedParameters()
         self._validation_sums = torch.zeros(0)
-        if sampler is not None:
-            sampler.num_calls(self.process)  # refuses what the schedule has no timesteps for
+        if sampling.sampler is not None:
+            sampling.sampler.num_calls(
+                self.process
+            )  # refuses what the schedule has no timesteps for
         check_settings(self)
         if init_from is not None and Path(init_from).is_file():
             load_initial_weights(self)
@@ -222,31 +164,14 @@ class MultiTaskDiffusion(DiffusionModule):
         """The backbone's parameters in one group, the balancer's own in another."""
         load_initial_weights(self)
         groups = [self._trained.begin(self.backbone), self._own_parameters]
-        optimizer, scheduler = self.make_optimization([{"params": each} for each in groups if each])
+        named = [{"params": each} for each in groups if each]
+        steps = None if self._trainer is None else _planned_steps(self._trainer)
+        optimizer, scheduler = self.optimizer_factory.make(named, num_steps=steps)
         return optimizer if scheduler is None else ([optimizer], [scheduler])
-
-    def make_optimization(self, groups: list[dict[str, Any]]) -> tuple[Optimizer, Any]:
-        """Optimizer and scheduler (or None) of a backbone group and, if given, a balancer group."""
-        if len(groups) > 1:
-            groups[1] |= {"lr": self.balancer.lr, "weight_decay": 0.0}  # type: ignore[union-attr]
-        optimizer = make_optimizer(self.optimizer, groups)
-        factory, steps = self.lr_scheduler, self.warmup_steps
-        if steps:
-            factory = partial(LambdaLR, lr_lambda=lambda step: min(1.0, (step + 1) / steps))
-        if factory is None:
-            return optimizer, None
-        num_steps = None if self._trainer is None else planned_steps(self._trainer)
-        return optimizer, make_scheduler(factory, optimizer, self.optimizer, num_steps=num_steps)
 
     @property
     def _own_parameters(self) -> list[nn.Parameter]:
         return [] if self.balancer is None else list(self.balancer.parameters())
-
-    def _optimization_settings(self) -> dict[str, Any]:
-        num_groups = 1 + bool(self._own_parameters)
-        return optimization_settings(
-            self.make_optimization, num_groups, warmup_steps=self.warmup_steps
-        )
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         """As in the base class, but load `init_from` first if that is still due."""
@@ -279,18 +204,18 @@ class MultiTaskDiffusion(DiffusionModule):
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         mine = slice(rank * b, (rank + 1) * b)
         generator = keyed_generator(self.seed, "timesteps", step)
-        if self.timestep_sampling == "stratified":
+        if self.timesteps.method == "stratified":
             timesteps, tasks = self.clusters.sample(
-                b * ranks, generator=generator, allocation=self.allocation
+                b * ranks, generator=generator, allocation=self.timesteps.allocation
             )
-            if self.placement == "sorted":
+            if self.tasks.placement == "sorted":
                 part = (rank + step) % ranks
                 order = torch.arange(part * b, (part + 1) * b)
             else:
                 order = spread_order(b * ranks)[mine]
             timesteps, tasks = timesteps[order], tasks[order]
         else:
-            start, stop = self.train_interval or (0, self.clusters.num_timesteps)
+            start, stop = self.timesteps.interval or (0, self.clusters.num_timesteps)
             timesteps = torch.randint(start, stop, (b * ranks,), generator=generator)[mine]
             tasks = self.clusters.task_of(timesteps)
         noise = step_noise(mine, self.image_shape, self.seed, step, device)
@@ -322,7 +247,7 @@ class MultiTaskDiffusion(DiffusionModule):
             self.balancer,
             num_tasks=self.num_tasks,
             priors=self._priors(),
-            micro_batch_size=-(-len(batch.images) // self.accumulate_grad_batches),
+            micro_batch_size=-(-len(batch.images) // self.optimization.accumulate_grad_batches),
             engine=self._engine,
             gradients=self._row_buffers,
             loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
@@ -331,8 +256,10 @@ class MultiTaskDiffusion(DiffusionModule):
         statistics.keep() if report.finite else statistics.restore()
         self._finish_step(report)
         loss = unweighted.mean()  # at uniform timesteps, whatever they were drawn from
-        if self.timestep_sampling == "stratified":
-            shares = sample_shares(self.clusters.sizes, report.num_samples, self.allocation)
+        if self.timesteps.method == "stratified":
+            shares = sample_shares(
+                self.clusters.sizes, report.num_samples, self.timesteps.allocation
+            )
             tasks = draws.tasks.to(shares.device, non_blocking=True)
             loss = (unweighted * shares[tasks]).sum().float() * self.trainer.world_size
         self.last_report = report
@@ -402,7 +329,7 @@ class MultiTaskDiffusion(DiffusionModule):
         space = self.latent_space and asdict(self.latent_space)
         state = {**saved_state(self), "latent_space": space}
         if self.trainer.state.fn == "fit":
-            state["optimization"] = self._optimization_settings()
+            state["optimization"] = self.optimizer_factory.described()
         state["trained"] = self._trained.state(self.backbone)
         checkpoint.setdefault("ant_lightning", {}).update(state)
 
@@ -414,7 +341,9 @@ class MultiTaskDiffusion(DiffusionModule):
         restore_latent_space(self, checkpoint["ant_lightning"].get("latent_space"))
         self.init_due = False
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            resume_with_settings(self, checkpoint, self._optimization_settings())
+            _use_old_keys(checkpoint)
+            self._keep_fixed_weights(checkpoint)
+            self.optimizer_factory.resume(self.trainer, checkpoint)
             self._trained.load(checkpoint["ant_lightning"].get("trained"))
 
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
@@ -441,9 +370,9 @@ class MultiTaskDiffusion(DiffusionModule):
             self._skip_step(report)
             return
         self.num_skipped_in_a_row = 0
-        if self.clip_grad_norm is not None:
+        if self.optimization.clip_grad_norm is not None:
             grads = [local_part(p.grad) for p in self.backbone.parameters() if p.grad is not None]
-            factor = (self.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
+            factor = (self.optimization.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
             # At least float32: the first parameter may be bfloat16 and others not.
             dtype = torch.promote_types(grads[0].dtype, torch.float32)
             torch._foreach_mul_(grads, factor.to(dtype))
@@ -451,7 +380,7 @@ class MultiTaskDiffusion(DiffusionModule):
         optimizer.step()  # type: ignore[union-attr]
         scheduler = self.lr_schedulers()
         if scheduler is not None:
-            step_scheduler(scheduler)
+            self.optimizer_factory.step(scheduler)
 
     def _skip_step(self, report: BackwardReport) -> None:
         """Count a step that is not made; give up after too many in a row."""
@@ -462,13 +391,51 @@ class MultiTaskDiffusion(DiffusionModule):
             if scaler.get_scale() >= 1:
                 return  # an overflow, as far as anybody knows: the next step has a smaller scale
         self.num_skipped_in_a_row += 1
-        if self.num_skipped_in_a_row >= self.max_skipped_steps:
+        if self.num_skipped_in_a_row >= self.optimization.max_skipped_steps:
             raise NonFiniteError(
-                f"model.max_skipped_steps: {self.num_skipped_in_a_row} steps in a row had a NaN "
-                f"or an infinity; losses per task {report.task_losses.tolist()}"
+                f"optimization.max_skipped_steps: found {self.num_skipped_in_a_row} steps in a row "
+                f"with a NaN or an infinity; losses per task {report.task_losses.tolist()}"
             )
 
     def _priors(self) -> Tensor | None:
-        if self.balancer is None or self.task_weighting == "equal":
+        if self.balancer is None or self.tasks.weighting == "equal":
             return None
         return self.clusters.sizes.double() / self.clusters.num_timesteps
+
+    def _keep_fixed_weights(self, checkpoint: dict[str, Any]) -> None:
+        """Make the weights of `LinearScalarization` in the settings override the stored ones."""
+        name = "balancer.weights"
+        stored = (checkpoint.get("state_dict") or {}).get(name)
+        if not isinstance(self.balancer, LinearScalarization) or stored is None:
+            return
+        checkpoint["state_dict"][name] = self.balancer.weights.clone()
+        then, now = stored.tolist(), self.balancer.weights.tolist()
+        if then != now and self.trainer.is_global_zero:
+            say_changed({"model.tasks.balancer.weights": (then, now)})
+
+
+def _use_old_keys(checkpoint: dict[str, Any]) -> None:
+    """Rename the states of `Checkpoints` of version 0.1, which has the saving intervals in them."""
+    states = checkpoint.get("callbacks") or {}
+    for key in list(states):
+        old = re.match(r"(Checkpoints\{'monitor': .*?, 'mode': '\w+'), ", key)
+        if old:
+            states[old.group(1) + "}"] = states.pop(key)
+
+
+def _planned_steps(trainer: L.Trainer) -> float | None:
+    """Optimizer steps after which a run ends; infinity without a limit, `None` if unknown.
+
+    `Trainer.estimated_stepping_batches` would set up the loader before a checkpoint restores its
+    position.
+    """
+    by_steps = float("inf") if trainer.max_steps in (-1, None) else trainer.max_steps
+    epochs, limit = trainer.max_epochs, trainer.limit_train_batches
+    if epochs in (-1, None):
+        return by_steps
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "train_images"):  # loaders, or the user's own data module
+        return None
+    batches = len(data.train_images) // data.batch_size
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return min(by_steps, epochs * batches)

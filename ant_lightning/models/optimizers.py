@@ -1,14 +1,21 @@
-"""The optimizer and its learning rates, made of settings that may be out of range."""
+"""The optimizer and the learning rates of a run, and how a resumed run takes new settings."""
 
 from __future__ import annotations
 
+import json
+import warnings
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.optim import LBFGS, SparseAdam
+from torch.optim.lr_scheduler import LambdaLR
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.identity import differences
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,13 +23,10 @@ if TYPE_CHECKING:
     import lightning as L
     from torch.optim import Optimizer
 
-__all__ = [
-    "forget_balancers_schedule",
-    "make_optimizer",
-    "make_scheduler",
-    "planned_steps",
-    "step_scheduler",
-]
+    from ant_lightning.balancing.base import Balancer
+    from ant_lightning.models.settings import Optimization
+
+__all__ = ["OptimizerFactory", "forget_balancers_schedule", "say_changed"]
 
 Made = TypeVar("Made")
 
@@ -36,72 +40,240 @@ _BY_GROUP = (
     "base_momentums",
     "max_momentums",
 )
+# In a scheduler's state but not settings: its counts, and what it derives from the optimizer.
+_NOT_SETTINGS = {
+    "_get_lr_called_within_step",
+    "_is_initial",
+    "_last_lr",
+    "_step_count",
+    "base_lrs",
+    "last_epoch",
+    "lr_lambdas",
+}
 
 
-def make_optimizer(factory: Callable[[Any], Optimizer] | None, groups: Any) -> Optimizer:  # noqa: ANN401
-    """The optimizer of parameters or groups of them.
-
-    Raises:
-        ConfigError: If it refuses its settings, or cannot step on gradients that are there.
-    """
-    optimizer = _made("model.optimizer", factory, groups)
-    if isinstance(optimizer, LBFGS | SparseAdam):
-        raise ConfigError(
-            "model.optimizer: must make its step from one gradient of ordinary tensors, as AdamW "
-            f"and SGD do, found {type(optimizer).__name__}"
-        )
-    return optimizer
-
-
-def make_scheduler(
-    factory: Callable[[Any], Any],
-    optimizer: Optimizer,
-    remake: Callable[[Any], Optimizer],
-    *,
-    num_steps: float | None = None,
-) -> Any:  # noqa: ANN401 - Lightning's own loose type
-    """The scheduler of the backbone's learning rate, tried out on a throwaway optimizer first.
-
-    Step it with `step_scheduler`: it only knows the optimizer's first group.
+class OptimizerFactory:
+    """Makes the optimizer and the scheduler of a module, and carries both over a resume.
 
     Args:
-        factory: Makes it.
-        optimizer: Whose learning rate it sets.
-        remake: Makes another optimizer of that kind.
-        num_steps: Optimizer steps of the run; infinity if only time ends it, None if not known.
-
-    Raises:
-        ConfigError: If the scheduler refuses its settings, at once or in a step, or ends before
-            the run does.
+        settings: How the weights are optimised.
+        path: Path of `settings` among the arguments of the module, for messages.
+        balancer: Its own parameters, if any, are the optimizer's second group, which has the
+            learning rate `balancer.lr`.
     """
-    trial = _made("model.lr_scheduler", factory, remake([{"params": [torch.zeros(1)]}]))
-    total = getattr(trial, "total_steps", None)
-    if total is not None and num_steps is not None and total < num_steps:
-        steps = (
-            "without trainer.max_steps" if num_steps == float("inf") else f"of {num_steps} steps"
+
+    def __init__(
+        self, settings: Optimization, *, path: str = "", balancer: Balancer | None = None
+    ) -> None:
+        self.settings = settings
+        self.path = path
+        self.balancer = balancer
+
+    def make(self, groups: Any, *, num_steps: float | None = None) -> tuple[Optimizer, Any]:  # noqa: ANN401
+        """The optimizer, and its scheduler or `None`.
+
+        Step the scheduler with `step`: it only knows the optimizer's first group.
+
+        Args:
+            groups: Parameters, or the parameter groups of the backbone and the balancer.
+            num_steps: Optimizer steps of the run; infinity if only time ends it, `None` if not
+                known.
+
+        Raises:
+            ConfigError: If the optimizer or the scheduler refuses its settings, at once or in a
+                step; if the optimizer cannot step on gradients that are there; or if the schedule
+                ends before the run does.
+        """
+        groups = list(groups)
+        if len(groups) > 1 and self.balancer is not None:
+            groups[1] |= {"lr": self.balancer.lr, "weight_decay": 0.0}
+        optimizer = self._made("optimizer", self.settings.optimizer, groups)
+        if isinstance(optimizer, LBFGS | SparseAdam):
+            raise ConfigError(
+                f"{self.path}optimizer: must make its step from one gradient of ordinary tensors, "
+                f"as AdamW and SGD do, found {type(optimizer).__name__}"
+            )
+        factory: Any = self.settings.lr_scheduler
+        if steps := self.settings.warmup_steps:
+            factory = partial(LambdaLR, lr_lambda=lambda step: min(1.0, (step + 1) / steps))
+        if factory is None:
+            return optimizer, None
+        self._try_scheduler(factory, num_steps)
+        with _backbone_only(optimizer):
+            return optimizer, self._made("lr_scheduler", factory, optimizer)
+
+    def step(self, scheduler: Any) -> None:  # noqa: ANN401 - Lightning's own loose type
+        """Set the backbone's learning rate for the next step.
+
+        The balancer's parameters keep `balancer.lr` under any scheduler, whose peak, floor or
+        decay are meant for the network.
+
+        Raises:
+            ConfigError: If the scheduler has no rate for that step.
+        """
+        with _backbone_only(scheduler.optimizer):
+            self._made("lr_scheduler", lambda each: each.step(), scheduler)
+
+    def described(self) -> dict[str, Any]:
+        """The settings of optimizer and scheduler by name, as plain values for a checkpoint."""
+        own = self.balancer is not None and any(True for _ in self.balancer.parameters())
+        optimizer, scheduler = self._trial(1 + own)
+        warmup_steps = self.settings.warmup_steps
+        found = _of_groups(optimizer.state_dict()["param_groups"])
+        found["lr_scheduler"] = (
+            None if warmup_steps or scheduler is None else type(scheduler).__name__
         )
-        raise ConfigError(
-            "model.lr_scheduler.total_steps: must be at least the steps of the run, as there is no "
-            f"learning rate after them, found {total} in a run {steps}"
+        found["warmup_steps"] = warmup_steps
+        if scheduler is not None:
+            found |= _of_scheduler(scheduler.state_dict())
+        plain: dict[str, Any] = json.loads(
+            json.dumps(found, default=lambda each: type(each).__name__)
         )
-    for _ in range(2 if total is None else min(2, total)):
-        trial.optimizer.step()
-        _made("model.lr_scheduler", lambda scheduler: scheduler.step(), trial)
-    with _backbone_only(optimizer):
-        return _made("model.lr_scheduler", factory, optimizer)
+        return plain
+
+    def resume(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Make the settings of this run override those in a checkpoint, and print what changed.
+
+        The optimizer keeps its moments. The learning rates are those that a run with the current
+        settings would have after the same number of steps. If nothing changed, the checkpoint is
+        left untouched, so that a resumed run equals an uninterrupted one.
+
+        Args:
+            trainer: Whose run resumes.
+            checkpoint: As Lightning loaded it; its optimizer and scheduler states are replaced.
+
+        Raises:
+            ConfigError: If a setting needs state that the checkpoint does not hold.
+        """
+        stored = (checkpoint.get("ant_lightning") or {}).get("optimization")
+        changed = self._apply(checkpoint, stored)
+        if changed:
+            # A sharded strategy has loaded the optimizer already; others load it from `checkpoint`.
+            for optimizer, state in zip(
+                trainer.optimizers, checkpoint["optimizer_states"], strict=False
+            ):
+                for group, now in zip(optimizer.param_groups, state["param_groups"], strict=False):
+                    group.update({name: now[name] for name in now if name != "params"})
+        if trainer.is_global_zero:
+            say_changed({f"model.{self._setting(name)}": pair for name, pair in changed.items()})
+
+    def _setting(self, name: str) -> str:
+        """Path of a setting among the arguments of the module."""
+        return f"tasks.{name}" if name.startswith("balancer.") else self.path + name
+
+    def _try_scheduler(self, factory: Callable[[Any], Any], num_steps: float | None) -> None:
+        """Make and step the scheduler on a throwaway optimizer first."""
+        throwaway = self.settings.optimizer([{"params": [torch.zeros(1)]}])
+        trial = self._made("lr_scheduler", factory, throwaway)
+        total = getattr(trial, "total_steps", None)
+        if total is not None and num_steps is not None and total < num_steps:
+            steps = (
+                "without trainer.max_steps"
+                if num_steps == float("inf")
+                else f"of {num_steps} steps"
+            )
+            raise ConfigError(
+                f"{self.path}lr_scheduler.total_steps: must be at least the steps of the run, as "
+                f"there is no learning rate after them, found {total} in a run {steps}"
+            )
+        for _ in range(2 if total is None else min(2, total)):
+            trial.optimizer.step()
+            self._made("lr_scheduler", lambda scheduler: scheduler.step(), trial)
+
+    def _made(self, name: str, factory: Callable[[Any], Made], argument: Any) -> Made:  # noqa: ANN401
+        try:
+            return factory(argument)
+        except Exception as error:  # whatever a third party's class makes of its settings
+            raise ConfigError(
+                f"{self.path}{name}: refused its settings: {error or type(error).__name__}"
+            ) from error
+
+    def _trial(self, num_groups: int) -> tuple[Optimizer, Any]:
+        """Optimizer and scheduler of throwaway parameters, one per group."""
+        return self.make(
+            [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(num_groups)]
+        )
+
+    def _apply(
+        self, checkpoint: dict[str, Any], stored: dict[str, Any] | None
+    ) -> dict[str, tuple[Any, Any]]:
+        """Update the states of optimizer and scheduler if their settings changed."""
+        states = checkpoint.get("optimizer_states") or []
+        if len(states) != 1:  # files of weights alone have none
+            return {}
+        groups = states[0]["param_groups"]
+        schedulers = checkpoint.get("lr_schedulers") or []
+        current = self.described()
+        if stored is None:  # 0.1: compare what the states show, and assume the rest unchanged
+            stored = _of_groups(groups) | (_of_scheduler(schedulers[0]) if schedulers else {})
+            scheduled = current["lr_scheduler"] or current["warmup_steps"]
+            if bool(scheduled) != bool(schedulers):
+                stored |= {"lr_scheduler": "one" if schedulers else None}
+            current = {name: current[name] for name in current if name in stored}
+            stored = {name: stored[name] for name in current}
+        # Earlier versions wrote `model.optimizer.lr` for `optimizer.lr`.
+        stored = {name.removeprefix("model."): value for name, value in stored.items()}
+        changed = differences(stored, current)
+        if not changed:
+            return {}
+        optimizer, scheduler = self._trial(len(groups))
+        self._check_state(states[0]["state"], optimizer, changed)
+        if scheduler is not None:
+            self._advance(scheduler, int(checkpoint["global_step"]))
+        fresh = optimizer.state_dict()["param_groups"]
+        for group, now in zip(groups, fresh, strict=True):
+            params = group["params"]
+            group.clear()
+            group.update(now, params=params)
+        checkpoint["lr_schedulers"] = [] if scheduler is None else [scheduler.state_dict()]
+        return changed
+
+    def _advance(self, scheduler: Any, num_steps: int) -> None:  # noqa: ANN401 - of torch
+        """Step a new scheduler as often as the checkpoint's run did."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
+                for _ in range(num_steps):
+                    self.step(scheduler)
+        except ConfigError as error:  # a schedule that is over
+            raise ConfigError(
+                f"{self.path}lr_scheduler: must last longer than the {num_steps} steps of the "
+                f"checkpoint, found: {error}"
+            ) from error
+
+    def _check_state(
+        self,
+        stored: dict[int, dict[str, Any]],
+        optimizer: Optimizer,
+        changed: dict[str, tuple[Any, Any]],
+    ) -> None:
+        """Refuse settings whose optimizer state is not in the checkpoint, such as `amsgrad`."""
+        trial = deepcopy(optimizer)
+        parts = next(iter(stored.values()), {})
+        small = {
+            name: torch.zeros(1, dtype=part.dtype)
+            if isinstance(part, Tensor) and part.dim()
+            else part
+            for name, part in parts.items()
+        }
+        for parameter in (each for group in trial.param_groups for each in group["params"]):
+            parameter.grad = torch.zeros_like(parameter)
+            trial.state[parameter] = deepcopy(small)
+        try:
+            trial.step()
+        except Exception as error:  # what an optimizer raises without its state is up to it
+            named = (item for item in changed.items() if item[0].startswith("optimizer."))
+            name, (then, now) = next(named, ("optimizer", ("another", "this one")))
+            raise ConfigError(
+                f"{self.path}{name}: must stay {then} in a resumed run, because the checkpoint "
+                f"holds no state for another value, found {now}"
+            ) from error
 
 
-def step_scheduler(scheduler: Any) -> None:  # noqa: ANN401 - Lightning's own loose type
-    """Set the backbone's learning rate for the next step.
-
-    The balancer's parameters keep `model.balancer.lr` under any scheduler, whose peak, floor or
-    decay are meant for the network.
-
-    Raises:
-        ConfigError: If the scheduler has no rate for that step.
-    """
-    with _backbone_only(scheduler.optimizer):
-        _made("model.lr_scheduler", lambda each: each.step(), scheduler)
+def say_changed(changed: dict[str, tuple[Any, Any]], *, effect: str = "from now on") -> None:
+    """Print one line for each setting that differs from the checkpoint's."""
+    for name, (then, now) in changed.items():
+        print(f"{name}: {now} {effect}, the checkpoint has {then}", flush=True)
 
 
 def forget_balancers_schedule(checkpoint: dict[str, Any]) -> None:
@@ -117,27 +289,9 @@ def forget_balancers_schedule(checkpoint: dict[str, Any]) -> None:
                 group["lr"] = group.pop("initial_lr")
 
 
-def planned_steps(trainer: L.Trainer) -> float | None:
-    """Optimizer steps after which a run ends; infinity without a limit, None if unknown.
-
-    `Trainer.estimated_stepping_batches` would set up the loader before a checkpoint restores its
-    position.
-    """
-    by_steps = float("inf") if trainer.max_steps in (-1, None) else trainer.max_steps
-    epochs, limit = trainer.max_epochs, trainer.limit_train_batches
-    if epochs in (-1, None):
-        return by_steps
-    data: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "train_images"):  # loaders, or the user's own data module
-        return None
-    batches = len(data.train_images) // data.batch_size
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return min(by_steps, epochs * batches)
-
-
 @contextmanager
 def _backbone_only(optimizer: Optimizer) -> Iterator[None]:
-    """Context that hides all but the optimizer's first group: schedulers change all they see."""
+    """Hide all but the optimizer's first group: schedulers change all they see."""
     groups = optimizer.param_groups
     optimizer.param_groups = groups[:1]
     try:
@@ -146,12 +300,22 @@ def _backbone_only(optimizer: Optimizer) -> Iterator[None]:
         optimizer.param_groups = groups
 
 
-def _made(setting: str, factory: Callable[[Any], Made] | None, argument: Any) -> Made:  # noqa: ANN401
-    if factory is None:
-        raise ConfigError(f"{setting}: must be a class of torch with its settings, found null")
-    try:
-        return factory(argument)
-    except Exception as error:  # whatever a third party's class makes of its settings
-        raise ConfigError(
-            f"{setting}: refused its settings: {error or type(error).__name__}"
-        ) from error
+def _of_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The optimizer settings of the network's group, and the learning rate of the balancer's."""
+    found = {
+        f"optimizer.{name}": value
+        for name, value in groups[0].items()
+        if name not in {"params", "initial_lr", "param_names"}
+    }
+    found["optimizer.lr"] = groups[0].get("initial_lr", groups[0]["lr"])
+    if len(groups) > 1:
+        found["balancer.lr"] = groups[1].get("initial_lr", groups[1]["lr"])
+    return found
+
+
+def _of_scheduler(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"lr_scheduler.{name}": value
+        for name, value in state.items()
+        if name not in _NOT_SETTINGS and isinstance(value, bool | int | float | str | list | tuple)
+    }

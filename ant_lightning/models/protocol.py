@@ -31,8 +31,7 @@ def check_backbone(backbone: nn.Module) -> None:
     """
     if not isinstance(backbone, nn.Module) or next(backbone.parameters(), None) is None:
         raise ConfigError(
-            "model.backbone: must be a torch.nn.Module with parameters, found "
-            f"{type(backbone).__name__}"
+            f"backbone: must be a torch.nn.Module with parameters, found {type(backbone).__name__}"
         )
     name = backbone_name(backbone)
     with warnings.catch_warnings():
@@ -40,21 +39,21 @@ def check_backbone(backbone: nn.Module) -> None:
         missing = [each for each in _SIZES if not hasattr(backbone, each)]
     if missing:
         raise ConfigError(
-            f"model.backbone: {name} must have the attributes {', '.join(_SIZES)} (0 for no "
+            f"backbone: {name} must have the attributes {', '.join(_SIZES)} (0 for no "
             f"classes), found no {', '.join(missing)}"
         )
     sizes = {each: getattr(backbone, each) or 0 for each in _SIZES}
     for each, value in {**sizes, "null_class": getattr(backbone, "null_class", None) or 0}.items():
         if not isinstance(value, int) or value < _SIZES.get(each, 0):
             raise ConfigError(
-                f"model.backbone: {name}.{each} must be a whole number of at least "
+                f"backbone: {name}.{each} must be a whole number of at least "
                 f"{_SIZES.get(each, 0)}, found {getattr(backbone, each)!r}"
             )
     try:
         signature(backbone.forward).bind(None, None, None)
     except TypeError as error:
         raise ConfigError(
-            f"model.backbone: {name}.forward must take (x_t, timesteps, labels), found "
+            f"backbone: {name}.forward must take (x_t, timesteps, labels), found "
             f"{signature(backbone.forward)}"
         ) from error
 
@@ -70,6 +69,6 @@ def check_output(backbone: nn.Module, output: object, x_t: Tensor) -> Tensor:
         return output
     found = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
     raise ConfigError(
-        f"model.backbone: {backbone_name(backbone)} must return one tensor of shape {list(wanted)} "
+        f"backbone: {backbone_name(backbone)} must return one tensor of shape {list(wanted)} "
         f"for x_t of {list(x_t.shape)}, found {found}"
     )

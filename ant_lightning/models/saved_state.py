@@ -10,7 +10,6 @@ from torch import nn
 
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.checkpoint_content import check_weights
-from ant_lightning.models.optimizers import make_optimizer
 from ant_lightning.models.protocol import backbone_name
 from ant_lightning.tasks.clusters import TimestepClusters
 
@@ -38,7 +37,7 @@ def saved_state(module: MultiTaskDiffusion) -> dict[str, Any]:
         "variance_type": module.process.variance_type,
         "schedule": schedule_summary(module),
         "first_stage": None if module.latent_space is None else module.latent_space.fingerprint,
-        "train_interval": module.train_interval and list(module.train_interval),
+        "train_interval": module.timesteps.interval and list(module.timesteps.interval),
     }
 
 
@@ -61,7 +60,7 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
     saved = checkpoint.get("ant_lightning")
     if saved is None:
         raise ConfigError(
-            "ckpt_path: not a checkpoint of ant_lightning; for official weights use model.init_from"
+            "ckpt_path: not a checkpoint of ant_lightning; for official weights use init_from"
         )
     version = saved.get("format_version")
     if type(version) is not int:
@@ -85,7 +84,7 @@ def restore_state(module: MultiTaskDiffusion, checkpoint: dict[str, Any]) -> Non
         ) from error
     for name, (now, then) in _compared(module, saved, history[0][1]).items():
         if now != then:
-            said = ["null" if each is None else each for each in (then, now)]
+            said = then, now
             raise ConfigError(f"{name}: the checkpoint has {said[0]}, the settings say {said[1]}")
     tasks = (module.clusters.num_tasks, module.clusters.num_timesteps)
     if (last.num_tasks, last.num_timesteps) != tasks:
@@ -109,27 +108,27 @@ def _compared(
 ) -> dict[str, tuple[Any, Any]]:
     """What must agree: the value of this run and that of the checkpoint, by setting."""
     ours: dict[str, tuple[Any, Any]] = {
-        "model.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
-        "model.backbone": (backbone_name(module.backbone), saved["backbone"]),
-        "model.clustering (its boundaries; to keep the checkpoint's, use FixedClustering)": (
+        "process.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
+        "backbone": (backbone_name(module.backbone), saved["backbone"]),
+        "tasks.clustering (its boundaries; to keep the checkpoint's, use FixedClustering)": (
             list(module.cluster_history[0][1]),
             list(boundaries),
         ),
     }
     if "schedule" in saved:
-        ours["model.schedule (T, log-SNR at start, middle, end)"] = (
+        ours["process.schedule (T, log-SNR at start, middle, end)"] = (
             schedule_summary(module),
             saved["schedule"],
         )
     if "balancer" in saved:
-        ours["model.balancer"] = (_kind(module.balancer), saved["balancer"])
+        ours["tasks.balancer"] = (_kind(module.balancer), saved["balancer"])
     if saved.get("first_stage") and module.latent_space is not None:
-        ours["model.first_stage (its fingerprint)"] = (
+        ours["first_stage (its fingerprint)"] = (
             module.latent_space.fingerprint,
             saved["first_stage"],
         )
     if saved.get("optimizer") and _training(module):
-        ours["model.optimizer"] = (_optimizer(module), saved["optimizer"])
+        ours["optimization.optimizer"] = (_optimizer(module), saved["optimizer"])
     return ours
 
 
@@ -147,7 +146,7 @@ def _optimizer(module: MultiTaskDiffusion) -> str | None:
     if not _training(module):
         return None
     optimizers = module.trainer.optimizers
-    made = optimizers[0] if optimizers else make_optimizer(module.optimizer, [torch.zeros(1)])  # type: ignore[arg-type]
+    made = optimizers[0] if optimizers else module.optimizer_factory.make([torch.zeros(1)])[0]
     return _kind(made)
 
 
@@ -156,7 +155,8 @@ def _tell_of_other_ranks(module: MultiTaskDiffusion, then: int) -> None:
     now = module.trainer.world_size
     parts = module.backbone.modules()
     reasons = {
-        "model.placement 'sorted' pairs images with other timesteps": module.placement == "sorted",
+        "tasks.placement 'sorted' pairs images with other timesteps": module.tasks.placement
+        == "sorted",
         "dropout inside the network draws other masks": any(
             isinstance(part, nn.Dropout) and part.p > 0 for part in parts
         ),

@@ -15,14 +15,14 @@ _GROUPS = ("seed_everything", "ema", "data", "model")
 # These change speed, files or how images are drawn, but not what is trained.
 _NEUTRAL = (
     "data.num_workers",
-    "model.accumulate_grad_batches",
-    "model.clip_denoised",
-    "model.engine",
+    "model.optimization.accumulate_grad_batches",
+    "model.sampling.clip_denoised",
+    "model.tasks.engine",
     "model.export",
-    "model.guidance_scale",
-    "model.guided_channels",
-    "model.max_skipped_steps",
-    "model.sampler",
+    "model.sampling.guidance_scale",
+    "model.sampling.guided_channels",
+    "model.optimization.max_skipped_steps",
+    "model.sampling.sampler",
 )
 
 
@@ -52,7 +52,10 @@ def _is_neutral(name: str) -> bool:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 - whatever YAML holds
-    """Flatten nested settings to `model.optimizer.lr: 0.1`; `model.optimizer` holds the class."""
+    """Flatten nested settings to `model.optimization.optimizer.lr: 0.1`.
+
+    `model.optimization.optimizer` holds the class.
+    """
     if not isinstance(value, dict):
         return {name: value}
     inner = dict(value)

@@ -84,9 +84,9 @@ def _units(module: DiffusionModule) -> list[Any]:
 
 def _check(module: DiffusionModule) -> None:
     """Check what sharded parameters do not go with."""
-    if getattr(module, "placement", "") == "sorted":
+    if module.tasks.placement == "sorted":
         raise ConfigError(
-            "model.placement: FSDP2 sums gradients itself, so it must be 'spread', found 'sorted'"
+            "tasks.placement: FSDP2 sums gradients itself, so it must be 'spread', found 'sorted'"
         )
     precision = module.trainer.precision  # type: ignore[attr-defined]
     if precision not in {"32-true", "bf16-mixed"}:

@@ -41,7 +41,7 @@ class NegativeTransferGap(RunCallback):
     0 is negative transfer. Both come with a bootstrap interval over images; it does not hold other
     trainings, which need other seeds.
 
-    Specialists are runs of `fit` with `model.train_interval`. With the iterations of the
+    Specialists are runs of `fit` with `model.timesteps.interval`. With the iterations of the
     multi-task model one sees about k times more images of its interval; `by_samples` takes
     checkpoints that saw as many as it did, for instance after a k-th of the steps.
 

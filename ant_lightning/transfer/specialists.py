@@ -105,20 +105,20 @@ def _checked(
     saved = content.get("ant_lightning") or {}
     if saved.get("train_interval") is None:
         raise ConfigError(
-            f"{where}: must be the checkpoint of a specialist (fit with model.train_interval), "
+            f"{where}: must be the checkpoint of a specialist (fit with model.timesteps.interval), "
             f"found {path}"
         )
     steps = int(content["global_step"])
     wanted: dict[str, tuple[Any, Any]] = {
         "model.backbone": (backbone_name(module.backbone), saved["backbone"]),
-        "model.schedule (T, log-SNR at start, middle, end)": (
+        "model.process.schedule (T, log-SNR at start, middle, end)": (
             schedule_summary(module),
             saved["schedule"],
         ),
-        "model.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
-        "model.variance_type": (module.process.variance_type, saved["variance_type"]),
+        "model.process.prediction_type": (module.process.prediction_type, saved["prediction_type"]),
+        "model.process.variance_type": (module.process.variance_type, saved["variance_type"]),
         # Last: another schedule has other clusters, and its name is the better message.
-        "model.train_interval": (list(interval), saved["train_interval"]),
+        "model.timesteps.interval": (list(interval), saved["train_interval"]),
     }
     if budget == "iterations" and module.trained_steps:
         wanted["optimizer steps"] = (module.trained_steps, steps)

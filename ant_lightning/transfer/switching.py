@@ -90,7 +90,7 @@ def sample_and_mark(
     for start, stop in intervals:
         if not any(start <= timestep < stop for timestep in visited):
             raise ConfigError(
-                f"model.sampler: must visit a timestep of the interval [{start}, {stop}), found "
+                f"sampling.sampler: must visit a timestep of the interval [{start}, {stop}), found "
                 f"none in the {len(visited)} steps of {module.sampler}; take more steps"
             )
     from_noise = (0, x_T.cpu(), 1)

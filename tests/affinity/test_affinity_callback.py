@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from grouped import grouped
 from tiny_digits import T, TinyDiT, module, trainer
 
 from ant_lightning import (
@@ -12,8 +13,8 @@ from ant_lightning import (
     AffinityResult,
     ConfigError,
     CosineSchedule,
-    DiffusionProcess,
     DigitsData,
+    DiscreteDiffusion,
     GradientClustering,
     LinearSchedule,
     TaskAffinity,
@@ -32,7 +33,7 @@ class Silent(TaskAffinity):
 
 
 def affinity(kind=Silent, **settings):
-    return kind(timesteps=GRID, num_images=20, batch_size=7, **settings)
+    return kind(**grouped(timesteps=GRID, num_images=20, batch_size=7, **settings))
 
 
 def weights(model):
@@ -129,10 +130,10 @@ def test_fit_averages_validations_and_a_resumed_run_goes_on(tmp_path):
     resumed.result.save(path)
     clusters = GradientClustering(path, 2)(model.process.log_snr)
     assert clusters.num_timesteps == T
-    other = DiffusionProcess(LinearSchedule(T)).log_snr
+    other = DiscreteDiffusion(LinearSchedule(T)).log_snr
     with pytest.raises(ConfigError, match="log-SNR"):
         GradientClustering(path, 2)(other)
-    longer = DiffusionProcess(CosineSchedule(T + 1)).log_snr
+    longer = DiscreteDiffusion(CosineSchedule(T + 1)).log_snr
     with pytest.raises(ConfigError, match=f"{T + 1} timesteps, found {T}"):
         GradientClustering(path, 2)(longer)
     alone = affinity(average_with=[str(path)])
@@ -166,7 +167,7 @@ def test_a_nan_is_named_and_what_was_measured_is_kept(tmp_path, caplog):
     partial = AffinityResult.load(tmp_path / "task_affinity_partial.safetensors")
     assert partial.timesteps == (3, 40, 41)
     # Training is not stopped by a measurement.
-    model = module(TinyDiT(nan_from=80), train_interval=(0, 50))
+    model = module(TinyDiT(nan_from=80), interval=(0, 50))
     run = trainer(tmp_path, affinity(), steps=1, val_check_interval=1, limit_val_batches=1)
     run.fit(model, data)
     assert "left out" in caplog.text

@@ -78,12 +78,12 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, weights):
     other = module()
     other.clusters = TimestepClustering(3)(other.process.log_snr)
     other.cluster_history = [(0, other.clusters.boundaries)]
-    with pytest.raises(ConfigError, match=r"model\.clustering"):
+    with pytest.raises(ConfigError, match=r"model\.tasks\.clustering"):
         trainer(tmp_path).validate(other, DigitsData(), ckpt_path=stopped, verbose=False)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_clusters(tmp_path, caplog):
-    model = module(TinyDiT(nan_from=90), train_interval=(0, 50))
+    model = module(TinyDiT(nan_from=90), interval=(0, 50))
     before = model.clusters
     fit(tmp_path, model, steps=2, num_points=12, num_images=2)
     assert model.clusters == before

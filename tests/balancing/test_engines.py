@@ -149,8 +149,11 @@ def test_training_is_the_same_with_every_engine(engine, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"engine": "vmap", "accumulate_grad_batches": 2}, ["model.engine", "vmap", "'loop'"]),
-        ({"engine": "low_memory", "placement": "sorted"}, ["model.placement", "low_memory"]),
+        (
+            {"engine": "vmap", "accumulate_grad_batches": 2},
+            ["tasks.engine", "vmap", "'loop'"],
+        ),
+        ({"engine": "low_memory", "placement": "sorted"}, ["tasks.placement", "low_memory"]),
     ],
 )
 def test_settings_that_contradict_the_engine_are_refused(settings, words):

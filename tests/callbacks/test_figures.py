@@ -12,7 +12,7 @@ from ant_lightning import (
     AffinityResult,
     ConfigError,
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     SNRClustering,
     TimestepClustering,
     TimestepClusters,
@@ -36,7 +36,7 @@ def result(timesteps=(0, 10, 60), *, log_snr=True):
         timesteps=timesteps,
         num_timesteps=100,
         half_dots=torch.einsum("gip,hjp->ghij", rows, rows)[None],
-        log_snr=DiffusionProcess(CosineSchedule(100)).log_snr if log_snr else None,
+        log_snr=DiscreteDiffusion(CosineSchedule(100)).log_snr if log_snr else None,
     )
 
 
@@ -83,14 +83,14 @@ FIGURES = {
     "curves of steps alone": lambda: affinity_curves(result(log_snr=False)),
     "clusterings": lambda: clusterings_figure(
         {
-            name: kind(3)(DiffusionProcess(CosineSchedule(100)).log_snr)
+            name: kind(3)(DiscreteDiffusion(CosineSchedule(100)).log_snr)
             for name, kind in (("timestep", TimestepClustering), ("SNR", SNRClustering))
         },
-        DiffusionProcess(CosineSchedule(100)).log_snr,
+        DiscreteDiffusion(CosineSchedule(100)).log_snr,
     ),
     "boundaries over time": lambda: boundaries_figure(
         [(0, (0, 20, 70, 100)), (50, (0, 30, 60, 100))],
-        DiffusionProcess(CosineSchedule(100)).log_snr,
+        DiscreteDiffusion(CosineSchedule(100)).log_snr,
         last_step=100,
     ),
     "one measurement": lambda: quality_history([7], [{"fid": 3.0, "fid_real": 1.0}]),

@@ -49,20 +49,26 @@ MORE = {
     "flag": (["fit", "--trainer.max_stepz", "3"], ["trainer.max_stepz: ", "'trainer.max_steps'"]),
     "flag without its group": (["fit", "--max_steps=3"], ["max_steps: ", "'trainer.max_steps'"]),
     "images of fit": (["fit", "--images=x"], ["images: the command has no such setting"]),
-    "balancer": (["fit", "--model.balancer=PCGrat"], ["model.balancer", "did you mean 'PCGrad'"]),
+    "balancer": (
+        ["fit", "--model.tasks.balancer=PCGrat"],
+        ["model.tasks.balancer", "did you mean 'PCGrad'"],
+    ),
     "balancer by its module": (
-        ["fit", "--model.balancer.class_path=ant_lightning.balancing.Nash"],
-        ["model.balancer", "'ant_lightning.balancing.Nash'"],
+        ["fit", "--model.tasks.balancer.class_path=ant_lightning.balancing.Nash"],
+        ["model.tasks.balancer", "'ant_lightning.balancing.Nash'"],
     ),
     "clustering": (
-        ["fit", "--model.init_args.clustering=SNRClusterin"],
-        ["model.clustering", "did you mean 'SNRClustering'"],
+        ["fit", "--model.init_args.tasks.clustering=SNRClusterin"],
+        ["model.tasks.clustering", "did you mean 'SNRClustering'"],
     ),
     "model": (["fit", "--model=ant_lightning.modules.DiTModul"], ["model: no class", "DiTModule"]),
     "data": (["fit", "--data=ant_lightning.data.DigitData"], ["data: no class", "DigitsData"]),
     "option of a balancer": (
-        ["fit", "--model.balancer=UncertaintyWeighting", "--model.balancer.min_los=1"],
-        ["model.balancer.min_los: UncertaintyWeighting has no such", "'model.balancer.min_loss'"],
+        ["fit", "--model.tasks.balancer=UncertaintyWeighting", "--model.tasks.balancer.min_los=1"],
+        [
+            "model.tasks.balancer.min_los: UncertaintyWeighting has no such",
+            "'model.tasks.balancer.min_loss'",
+        ],
     ),
     "callback": (["fit", callback("ConflictMonitr")], ["trainer.callbacks", "ConflictMonitor"]),
     "images": (["predict", "--samples.num_images=0"], ["samples.num_images: must be at least 1"]),
@@ -80,11 +86,11 @@ FILES = {
     "misspelt group": ("trainr: {max_steps: 3}", ["'trainr'", "did you mean 'trainer'"]),
     "misspelt setting": ("ema: {deacy: 0.9}", ["ema.deacy", "did you mean 'ema.decay'"]),
     "misspelt flag": ("trainer: {max_stepz: 3}", ["trainer.max_stepz", "'trainer.max_steps'"]),
-    "clip": ("trainer: {gradient_clip_val: 1.0}", ["use model.clip_grad_norm", "1.0"]),
+    "clip": ("trainer: {gradient_clip_val: 1.0}", ["use model.optimization.clip_grad_norm", "1.0"]),
     "seed": ("seed_everything: -1", ["seed_everything: must be from 0", "-1"]),
     "balancer": (
-        "model: {init_args: {balancer: {class_path: NashMTLL}}}",
-        ["model.balancer", "'NashMTL'"],
+        "model: {init_args: {tasks: {balancer: {class_path: NashMTLL}}}}",
+        ["model.tasks.balancer", "'NashMTL'"],
     ),
     "option of the model": (
         "model: {class_path: ant_lightning.DiTModule, init_args: {clip_norm: 3}}",
@@ -102,9 +108,9 @@ VALID = {
     "a later seed": ["--seed_everything", "-1", "--seed_everything", "7"],
     "a later list": [callback("EMA"), "--trainer.callbacks=[]"],
     "a later class": [
-        "--model.balancer=UncertaintyWeighting",
-        "--model.balancer.min_loss=0.1",
-        "--model.balancer=PCGrad",
+        "--model.tasks.balancer=UncertaintyWeighting",
+        "--model.tasks.balancer.min_loss=0.1",
+        "--model.tasks.balancer=PCGrad",
     ],
     "a later list of others": [callback("EMA"), callback("ConflictMonitor")],
     "an appended callback": [
@@ -112,10 +118,13 @@ VALID = {
         "--trainer.callbacks.log_every_n_steps=3",
     ],
     "a dictionary": [
-        '--model.balancer={"class_path":"UncertaintyWeighting","init_args":{"lr":0.1}}'
+        '--model.tasks.balancer={"class_path":"UncertaintyWeighting","init_args":{"lr":0.1}}'
     ],
-    "no balancer": ["--model.balancer=null"],
-    "another optimizer": ["--model.optimizer=SGD", "--model.optimizer.lr=1e-3"],
+    "no balancer": ["--model.tasks.balancer=null"],
+    "another optimizer": [
+        "--model.optimization.optimizer=SGD",
+        "--model.optimization.optimizer.lr=1e-3",
+    ],
     "a config in place": ["--config", '{"trainer": {"max_steps": 3}}'],
     "numbers as words": ["--trainer.limit_val_batches=0.5", "--trainer.val_check_interval=00:01"],
 }
@@ -200,7 +209,11 @@ def parsed(args):
 
 
 def test_a_class_of_somebody_else_may_bring_others_with_short_names(tmp_path):
-    own = ["--data=mine.Data", "--model.balancer=MyBalancer", "--model.balancer.strength=3"]
+    own = [
+        "--data=mine.Data",
+        "--model.tasks.balancer=MyBalancer",
+        "--model.tasks.balancer.strength=3",
+    ]
     assert looked(arguments(tmp_path, *own)) is None
 
 
@@ -231,7 +244,7 @@ def test_the_names_at_the_top_are_the_parsers(command, monkeypatch):
 
 
 def test_arguments_that_are_handed_on_are_known():
-    assert {"backbone", "balancer", "class_dropout", "warmup_steps"} <= arguments_of("DiTModule")
+    assert {"backbone", "tasks", "class_dropout", "optimization"} <= arguments_of("DiTModule")
     assert {"at_steps", "monitor", "save_top_k"} <= arguments_of("Checkpoints")
     assert arguments_of("NoSuchClass") is None
 

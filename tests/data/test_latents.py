@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from first_stages import save_first_stages
+from grouped import grouped
 from lightning import Trainer
 from safetensors.torch import save_file
 
@@ -72,15 +73,24 @@ LDM = {
     "class_path": "ant_lightning.LDMModule",
     "init_args": {
         "backbone": {"class_path": "ant_lightning.UNet", "init_args": UNET},
-        "schedule": {
-            "class_path": "ant_lightning.CosineSchedule",
-            "init_args": {"num_timesteps": 50},
+        "process": {
+            "class_path": "ant_lightning.DiscreteDiffusion",
+            "init_args": {
+                "schedule": {
+                    "class_path": "ant_lightning.CosineSchedule",
+                    "init_args": {"num_timesteps": 50},
+                }
+            },
         },
-        "clustering": {
-            "class_path": "ant_lightning.TimestepClustering",
-            "init_args": {"num_tasks": 2},
+        "tasks": {
+            "clustering": {
+                "class_path": "ant_lightning.TimestepClustering",
+                "init_args": {"num_tasks": 2},
+            }
         },
-        "sampler": {"class_path": "ant_lightning.DDIM", "init_args": {"num_steps": 2}},
+        "sampling": {
+            "sampler": {"class_path": "ant_lightning.DDIM", "init_args": {"num_steps": 2}}
+        },
         "seed": 5,
     },
 }
@@ -91,18 +101,22 @@ def unet(num_classes=3):
     return UNet(**{**UNET, "num_classes": num_classes})
 
 
-def ldm_settings(stage):
-    return {
-        "schedule": CosineSchedule(50),
-        "clustering": TimestepClustering(2),
-        "sampler": DDIM(num_steps=2),
-        "first_stage": stage,
-        "seed": 5,
-    }
+def ldm_settings(stage, **options):
+    return grouped(
+        **{
+            "schedule": CosineSchedule(50),
+            "variance_type": "fixed_small",
+            "clustering": TimestepClustering(2),
+            "sampler": DDIM(num_steps=2),
+            "first_stage": stage,
+            "seed": 5,
+            **options,
+        }
+    )
 
 
 def unet_module(stage, num_classes=3, **options):
-    return LDMModule(unet(num_classes), **ldm_settings(stage), **options)
+    return LDMModule(unet(num_classes), **ldm_settings(stage, **options))
 
 
 def trainer(folder, **options):
@@ -301,7 +315,7 @@ def test_samples_are_images_and_validation_runs(stage, tmp_path):
         ({"image_size": 32}, {}, ["input_size", "latents", "(4, 16, 16)", "(4, 8, 8)"]),
         ({"image_size": 15}, {}, ["first_stage.source", "multiples of 2", "(3, 15, 15)"]),
         ({"num_classes": 4}, {}, ["num_classes", "4", "3"]),
-        ({}, {"no_stage": True}, ["model.first_stage", "ShapesData"]),
+        ({}, {"no_stage": True}, ["first_stage", "ShapesData"]),
     ],
 )
 def test_data_that_do_not_fit_the_first_stage_or_the_classes_are_refused(
@@ -354,10 +368,12 @@ def dit(num_classes=3):
 def dit_module(path, num_classes=3, **options):
     return DiTModule(
         dit(num_classes),
-        schedule=CosineSchedule(50),
-        clustering=TimestepClustering(2),
-        init_from=str(path),
-        **options,
+        **grouped(
+            schedule=CosineSchedule(50),
+            clustering=TimestepClustering(2),
+            init_from=str(path),
+            **options,
+        ),
     )
 
 

@@ -18,7 +18,7 @@ from ant_lightning import (
     ConfigError,
     CosineSchedule,
     DiffusersSampler,
-    DiffusionProcess,
+    DiscreteDiffusion,
     LinearSchedule,
     Sampler,
 )
@@ -59,7 +59,7 @@ def gap(process, sampler, x_T, wanted):
     ("kind", "variance_type"), [*((kind, "fixed_small") for kind in KINDS), ("v", "learned_range")]
 )
 def test_twenty_steps_agree_with_many_of_ddim(kind, variance_type):
-    process = DiffusionProcess(CosineSchedule(), prediction_type=kind, variance_type=variance_type)
+    process = DiscreteDiffusion(CosineSchedule(), prediction_type=kind, variance_type=variance_type)
     x_T = normal(2, 1, 4, 4)
     many = DDIM(300, spacing="even").sample(
         process, gaussian_denoiser(process), x_T, clip_denoised=False
@@ -76,7 +76,7 @@ def test_twenty_steps_agree_with_many_of_ddim(kind, variance_type):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scheduler_with_another_scale_of_x_agrees_as_well(kind):
-    process = DiffusionProcess(LinearSchedule(), prediction_type=kind)
+    process = DiscreteDiffusion(LinearSchedule(), prediction_type=kind)
     x_T = normal(2, 1, 4, 4)
     abar = process.alphas_cumprod[-1]
     exact = MEAN + (x_T - abar.sqrt() * MEAN) * STD / (abar * STD**2 + 1 - abar).sqrt()
@@ -89,7 +89,7 @@ def test_a_scheduler_with_another_scale_of_x_agrees_as_well(kind):
 
 
 def test_steps_tell_what_was_denoised_and_can_be_entered_in_the_middle():
-    process = DiffusionProcess(LinearSchedule())
+    process = DiscreteDiffusion(LinearSchedule())
     calls = []
     denoiser = gaussian_denoiser(process, calls=calls)
     # Euler's own "linspace" timesteps lie between whole ones and are rounded.
@@ -104,7 +104,7 @@ def test_steps_tell_what_was_denoised_and_can_be_entered_in_the_middle():
 
 
 def test_a_respaced_process_still_tells_original_timesteps():
-    process = DiffusionProcess(LinearSchedule()).respace(range(0, 1000, 5))
+    process = DiscreteDiffusion(LinearSchedule()).respace(range(0, 1000, 5))
     calls = []
 
     def denoiser(x, t):
@@ -119,7 +119,7 @@ def test_a_respaced_process_still_tells_original_timesteps():
 
 
 def test_clipping_is_ours():
-    process = DiffusionProcess(CosineSchedule(), prediction_type="v")
+    process = DiscreteDiffusion(CosineSchedule(), prediction_type="v")
     denoiser = gaussian_denoiser(process)
     sampler = DiffusersSampler(DPMSolverMultistepScheduler())
     x_T = 3 * normal(2, 1, 4, 4)
@@ -128,7 +128,7 @@ def test_clipping_is_ours():
 
 
 def test_noise_comes_from_the_caller_or_not_at_all():
-    process = DiffusionProcess(CosineSchedule())
+    process = DiscreteDiffusion(CosineSchedule())
     denoiser = gaussian_denoiser(process)
     x_T, draws = normal(3, 1, 4, 4), normal(10, 3, 1, 4, 4, seed=2)
     random = DiffusersSampler(
@@ -168,7 +168,7 @@ def test_settings_of_the_process_are_refused_on_the_scheduler(make, message):
 
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # LMS' own constructor
 def test_bad_paths_are_refused():
-    process = DiffusionProcess(LinearSchedule(100))
+    process = DiscreteDiffusion(LinearSchedule(100))
     short = process.respace(range(0, 100, 10))
     x_T = normal(1, 1, 2, 2)
     with pytest.raises(ConfigError, match="num_steps must be at least 1, found 0"):

@@ -13,7 +13,7 @@ from ant_lightning import (
     P2,
     ConfigError,
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     LinearSchedule,
     LossWeighting,
     MinSNR,
@@ -45,7 +45,7 @@ def batch(num_timesteps, *, size=5, seed=0):
 @few
 @given(schedules)
 def test_alphas_cumprod_decreases_and_tables_are_finite(schedule):
-    process = DiffusionProcess(schedule)
+    process = DiscreteDiffusion(schedule)
     betas = schedule()
     assert betas.dtype == torch.float64
     assert betas.shape == (process.num_timesteps,)
@@ -59,7 +59,7 @@ def test_alphas_cumprod_decreases_and_tables_are_finite(schedule):
 @few
 @given(schedules, st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_the_target_gives_x_start_back(schedule, kind, seed):
-    process = DiffusionProcess(schedule, prediction_type=kind)
+    process = DiscreteDiffusion(schedule, prediction_type=kind)
     x_start, noise, t = batch(process.num_timesteps, seed=seed)
     x_t = process.q_sample(x_start, t, noise)
     target = process.target(x_start, noise, t)
@@ -76,7 +76,7 @@ def test_the_target_gives_x_start_back(schedule, kind, seed):
 @few
 @given(st.sampled_from(KINDS), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_conversions_are_inverse_pairs(first, second, seed):
-    process = DiffusionProcess(LinearSchedule(), prediction_type=first)
+    process = DiscreteDiffusion(LinearSchedule(), prediction_type=first)
     prediction, x_t, t = batch(1000, seed=seed)
     convert = {"eps": process.to_eps, "x0": process.to_x_start, "v": process.to_v}
     there = convert[second](prediction, x_t, t)
@@ -86,7 +86,7 @@ def test_conversions_are_inverse_pairs(first, second, seed):
 
 def test_formulas_of_one_timestep():
     betas = [0.1, 0.2, 0.4]
-    process = DiffusionProcess(TableSchedule(betas), prediction_type="v")
+    process = DiscreteDiffusion(TableSchedule(betas), prediction_type="v")
     x_start, noise = torch.tensor([[[0.5]], [[-0.3]]], dtype=torch.float64)
     t = torch.tensor([2])
     abar, previous = 0.9 * 0.8 * 0.6, 0.9 * 0.8
@@ -106,7 +106,7 @@ def test_formulas_of_one_timestep():
 @few
 @given(st.data())
 def test_respacing_keeps_the_marginals(data):
-    process = DiffusionProcess(CosineSchedule(40), variance_type="learned_range")
+    process = DiscreteDiffusion(CosineSchedule(40), variance_type="learned_range")
     kept = sorted(data.draw(st.sets(st.integers(0, 39), min_size=1)))
     respaced = process.respace(kept)
     assert respaced.timestep_map.tolist() == kept
@@ -118,7 +118,7 @@ def test_respacing_keeps_the_marginals(data):
 
 
 def test_half_precision_is_computed_in_float32_and_tables_stay_float64():
-    process = DiffusionProcess(LinearSchedule(), variance_type="learned_range")
+    process = DiscreteDiffusion(LinearSchedule(), variance_type="learned_range")
     x_start, noise, t = batch(1000)
     x_t = process.q_sample(x_start.bfloat16(), t, noise.bfloat16())
     assert x_t.dtype == torch.float32
@@ -131,7 +131,7 @@ def test_half_precision_is_computed_in_float32_and_tables_stay_float64():
 
 
 def test_copies_and_pickles_carry_no_caches():
-    process = DiffusionProcess(LinearSchedule(50), prediction_type="v").respace([3, 10, 40])
+    process = DiscreteDiffusion(LinearSchedule(50), prediction_type="v").respace([3, 10, 40])
     process.respace([0, 2])
     for twin in (copy.deepcopy(process), pickle.loads(pickle.dumps(process))):
         assert torch.equal(twin.betas, process.betas)
@@ -145,7 +145,7 @@ def test_copies_and_pickles_carry_no_caches():
 
 
 def test_tables_made_in_inference_mode_serve_training():
-    process = DiffusionProcess(LinearSchedule(50), variance_type="learned_range")
+    process = DiscreteDiffusion(LinearSchedule(50), variance_type="learned_range")
     x_start, noise, t = batch(5)
     with torch.inference_mode():
         # Validation may be the first to ask for a respaced process, or for another device.
@@ -159,7 +159,7 @@ def test_tables_made_in_inference_mode_serve_training():
 
 
 def test_timesteps_outside_the_table_are_refused():
-    process = DiffusionProcess(LinearSchedule(50))
+    process = DiscreteDiffusion(LinearSchedule(50))
     x = torch.zeros(1, 3, 4, 4)
     for wrong in (-1, 50):
         with pytest.raises((IndexError, RuntimeError)):
@@ -167,7 +167,7 @@ def test_timesteps_outside_the_table_are_refused():
 
 
 def test_learned_range_spans_posterior_variance_to_beta():
-    process = DiffusionProcess(LinearSchedule(), variance_type="learned_range")
+    process = DiscreteDiffusion(LinearSchedule(), variance_type="learned_range")
     x, eps, _ = batch(1000, size=2)
     t = torch.tensor([7, 900])
     for value, name in ((-1.0, "posterior_variance"), (1.0, "betas")):
@@ -178,7 +178,7 @@ def test_learned_range_spans_posterior_variance_to_beta():
 
 
 def test_hybrid_loss_trains_the_variance_with_the_bound_and_the_mean_with_the_mse():
-    process = DiffusionProcess(LinearSchedule(), variance_type="learned_range")
+    process = DiscreteDiffusion(LinearSchedule(), variance_type="learned_range")
     x_start, noise, _ = batch(1000)
     t = torch.tensor([0, 1, 10, 500, 999])
     x_t = process.q_sample(x_start, t, noise)
@@ -230,12 +230,12 @@ def test_probabilities_of_all_pixel_values_sum_to_one():
 )
 def test_a_weighting_is_one_objective_whatever_is_predicted(weighting, seed):
     """The same error of x_start costs the same through each prediction type."""
-    snr = DiffusionProcess(LinearSchedule()).snr
+    snr = DiscreteDiffusion(LinearSchedule()).snr
     x_start, noise, t = batch(1000, seed=seed)
     error = torch.randn(x_start.shape, dtype=torch.float64)
     weighted = []
     for kind in KINDS:
-        process = DiffusionProcess(LinearSchedule(), prediction_type=kind)
+        process = DiscreteDiffusion(LinearSchedule(), prediction_type=kind)
         x_t = process.q_sample(x_start, t, noise)
         wrong = x_start + error
         convert = {"eps": process.to_eps, "x0": process.to_x_start, "v": process.to_v}[kind]
@@ -265,12 +265,12 @@ def test_weighting_is_a_base_class():
         (lambda: ScaledLinearSchedule(beta_end=1.5), "ScaledLinearSchedule.*beta_end = 1.5"),
         (lambda: TableSchedule([]), "num_timesteps"),
         (TableSchedule([0.1, -0.2]), r"betas\[1\] = -0.2"),
-        (lambda: DiffusionProcess(LinearSchedule(), prediction_type="x1"), "found x1"),
-        (lambda: DiffusionProcess(LinearSchedule(), variance_type="big"), "variance_type.*big"),
-        (lambda: DiffusionProcess(LinearSchedule(50)).respace([]), "timesteps must be increasing"),
-        (lambda: DiffusionProcess(LinearSchedule(50)).respace([2, 2]), r"found \[2, 2\]"),
-        (lambda: DiffusionProcess(LinearSchedule(50)).respace([3, 50]), r"\[0, 50\)"),
-        (lambda: DiffusionProcess(LinearSchedule(50)).respace([-1, 3]), r"\[-1, 3\]"),
+        (lambda: DiscreteDiffusion(LinearSchedule(), prediction_type="x1"), "found x1"),
+        (lambda: DiscreteDiffusion(LinearSchedule(), variance_type="big"), "variance_type.*big"),
+        (lambda: DiscreteDiffusion(LinearSchedule(50)).respace([]), "timesteps must be increasing"),
+        (lambda: DiscreteDiffusion(LinearSchedule(50)).respace([2, 2]), r"found \[2, 2\]"),
+        (lambda: DiscreteDiffusion(LinearSchedule(50)).respace([3, 50]), r"\[0, 50\)"),
+        (lambda: DiscreteDiffusion(LinearSchedule(50)).respace([-1, 3]), r"\[-1, 3\]"),
         (lambda: MinSNR(gamma=0.0), "gamma must be positive, found 0.0"),
         (lambda: P2(gamma=-1.0), "gamma must be at least 0, found -1.0"),
         (lambda: P2(k=0.0), "k must be positive, found 0.0"),
@@ -289,7 +289,7 @@ def test_bad_settings_are_refused(make, message):
 
 
 def test_wrong_channels_and_weights_are_refused():
-    process = DiffusionProcess(LinearSchedule(), variance_type="learned_range")
+    process = DiscreteDiffusion(LinearSchedule(), variance_type="learned_range")
     x, _, t = batch(1000)
     assert process.output_channels(3) == 6
     with pytest.raises(ConfigError, match=r"must give 6 channels .*found 3"):

@@ -11,7 +11,7 @@ from ant_lightning import (
     DDPM,
     ConfigError,
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     GuidedDenoiser,
     LinearSchedule,
 )
@@ -50,7 +50,7 @@ def normal(*shape, seed=0):
 
 @pytest.mark.parametrize("kind", ["eps", "x0", "v"])
 def test_ddim_follows_the_probability_flow(kind):
-    process = DiffusionProcess(CosineSchedule(), prediction_type=kind)
+    process = DiscreteDiffusion(CosineSchedule(), prediction_type=kind)
     x_T = normal(4, 1, 4, 4)
     wanted = exact_flow(process, x_T)
     errors = []
@@ -84,7 +84,7 @@ def ddpm_std(process, steps, variance_type):
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
 def test_ddpm_draws_what_its_chain_says(variance_type):
-    process = DiffusionProcess(LinearSchedule(), variance_type=variance_type)
+    process = DiscreteDiffusion(LinearSchedule(), variance_type=variance_type)
     generator = torch.Generator().manual_seed(1)
 
     def noise():
@@ -101,7 +101,7 @@ def test_ddpm_draws_what_its_chain_says(variance_type):
 
 @pytest.mark.parametrize("spacing", ["ddim", "even", "ldm", "ldm_quadratic"])
 def test_inversion_and_sampling_undo_each_other(spacing):
-    process = DiffusionProcess(CosineSchedule(), prediction_type="v")
+    process = DiscreteDiffusion(CosineSchedule(), prediction_type="v")
     x_start = MEAN + STD * normal(2, 1, 4, 4)
     denoiser = gaussian_denoiser(process)
     errors = []
@@ -116,7 +116,7 @@ def test_inversion_and_sampling_undo_each_other(spacing):
 
 
 def test_a_path_can_be_entered_in_the_middle():
-    process = DiffusionProcess(LinearSchedule())
+    process = DiscreteDiffusion(LinearSchedule())
     for sampler in (
         DDPM(7),
         DDIM(10, eta=0.5),
@@ -140,7 +140,7 @@ def test_a_path_can_be_entered_in_the_middle():
 
 
 def test_an_image_does_not_depend_on_its_batch():
-    process = DiffusionProcess(LinearSchedule())
+    process = DiscreteDiffusion(LinearSchedule())
     x_T, draws = normal(3, 1, 4, 4), normal(20, 3, 1, 4, 4, seed=5)
     denoiser = gaussian_denoiser(process)
     together = DDPM(10).sample(process, denoiser, x_T, noise=iter(draws).__next__)
@@ -149,7 +149,7 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 def test_sampling_makes_no_graph_clips_and_reuses_tables():
-    process = DiffusionProcess(LinearSchedule())
+    process = DiscreteDiffusion(LinearSchedule())
     scale = torch.ones((), requires_grad=True, dtype=torch.float64)
     inner = gaussian_denoiser(process)
     steps = DDIM(5).trajectory(process, lambda x, t: scale * inner(x, t), 3 * normal(1, 1, 4, 4))
@@ -162,7 +162,7 @@ def test_sampling_makes_no_graph_clips_and_reuses_tables():
 
 
 def test_a_respaced_process_still_tells_original_timesteps():
-    process = DiffusionProcess(LinearSchedule()).respace(range(0, 1000, 10))
+    process = DiscreteDiffusion(LinearSchedule()).respace(range(0, 1000, 10))
     calls = []
 
     def denoiser(x, t):
@@ -185,7 +185,7 @@ def test_a_respaced_process_still_tells_original_timesteps():
         (lambda p: DDIM(100, spacing="ldm").num_calls(p), "num_steps .*found 100"),
         (
             lambda p: DDIM(3, spacing="ldm_quadratic").num_calls(
-                DiffusionProcess(CosineSchedule(5))
+                DiscreteDiffusion(CosineSchedule(5))
             ),
             r"1 \+ 0.8 T below T = 5 for spacing = ldm_quadratic, found 3",
         ),
@@ -195,7 +195,7 @@ def test_a_respaced_process_still_tells_original_timesteps():
     ],
 )
 def test_bad_sampler_settings_are_refused(call, message):
-    process = DiffusionProcess(LinearSchedule(100))
+    process = DiscreteDiffusion(LinearSchedule(100))
     with pytest.raises(ConfigError, match=message):
         call(process)
 

@@ -94,7 +94,7 @@ def measured(rank, folder, ranks):
 
 def test_two_ranks_measure_and_write_what_one_does(tmp_path):
     specialist = trainer(steps=1)
-    specialist.fit(module("vanilla", train_interval=INTERVAL), TinyData())
+    specialist.fit(module("vanilla", interval=INTERVAL), TinyData())
     specialist.save_checkpoint(tmp_path / "specialist.ckpt")
     (one,) = run_ranks(measured, 1, tmp_path / "one", tmp_path, 1)
     two = run_ranks(measured, 2, tmp_path / "two", tmp_path, 2)

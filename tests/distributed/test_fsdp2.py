@@ -124,7 +124,7 @@ def test_one_process_goes_on_from_a_sharded_checkpoint(two_ranks, folder):
 @pytest.mark.parametrize(
     ("settings", "precision", "words"),
     [
-        ({"placement": "sorted"}, "32-true", r"model\.placement.*'spread'"),
+        ({"placement": "sorted"}, "32-true", r"tasks\.placement.*'spread'"),
         ({}, "bf16-true", r"trainer\.precision.*found bf16-true"),
     ],
 )

@@ -5,6 +5,7 @@ import logging
 
 import lightning as L
 import torch
+from grouped import grouped
 from torch import nn
 from torchjd.aggregation import UPGradWeighting
 
@@ -110,11 +111,13 @@ def module(method, *, kind=DiTModule, backbone=None, **settings):
     } | settings
     return kind(
         backbone or PartlyUsed(),
-        schedule=CosineSchedule(),
-        # k = 3 does not divide the batch: the counts of the tasks differ.
-        clustering=FixedClustering([0, 300, 500, 1000]),
-        balancer=METHODS[method](),
-        **settings,
+        **grouped(
+            schedule=CosineSchedule(),
+            # k = 3 does not divide the batch: the counts of the tasks differ.
+            clustering=FixedClustering([0, 300, 500, 1000]),
+            balancer=METHODS[method](),
+            **settings,
+        ),
     )
 
 

@@ -114,22 +114,30 @@ def trained(tmp_path_factory):
 
 
 OTHERS = {
-    "width": (["--model.backbone.hidden_size=24"], "uw", ["model.backbone", "24", "16"]),
-    "depth": (["--model.backbone.depth=2"], "uw", ["model.backbone", "blocks.1", "found"]),
+    "width": (["--model.backbone.hidden_size=24"], "uw", ["backbone", "24", "16"]),
+    "depth": (["--model.backbone.depth=2"], "uw", ["backbone", "blocks.1", "found"]),
     "tasks": (
-        ["--model.clustering.num_tasks=3", "--model.balancer.num_tasks=3"],
+        ["--model.tasks.clustering.num_tasks=3", "--model.tasks.balancer.num_tasks=3"],
         "uw",
-        ["model.clustering", "[0, 291, 724, 1000]", "881"],
+        ["tasks.clustering", "[0, 291, 724, 1000]", "881"],
     ),
-    "schedule": (["--model.schedule.max_beta=0.5"], "uw", ["model.schedule"]),
-    "timesteps": (["--model.schedule.num_timesteps=500"], "uw", ["model.clustering", "500"]),
-    "prediction": (["--model.prediction_type=v"], "uw", ["model.prediction_type", "eps", "v"]),
-    "balancer": ([], "nash", ["model.balancer", "UncertaintyWeighting", "NashMTL"]),
-    "no balancer": ([], "vanilla", ["model.balancer", "UncertaintyWeighting", "null"]),
-    "optimizer": (
-        ['--model.optimizer={"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}'],
+    "schedule": (["--model.process.schedule.max_beta=0.5"], "uw", ["process.schedule"]),
+    "timesteps": (
+        ["--model.process.schedule.num_timesteps=500"],
         "uw",
-        ["model.optimizer", "AdamW", "SGD"],
+        ["tasks.clustering", "500"],
+    ),
+    "prediction": (
+        ["--model.process.prediction_type=v"],
+        "uw",
+        ["process.prediction_type", "eps", "v"],
+    ),
+    "balancer": ([], "nash", ["tasks.balancer", "UncertaintyWeighting", "NashMTL"]),
+    "no balancer": ([], "vanilla", ["tasks.balancer", "UncertaintyWeighting", "None"]),
+    "optimizer": (
+        ['--model.optimization.optimizer={"class_path": "SGD", "init_args": {"lr": 0.1}}'],
+        "uw",
+        ["optimization.optimizer", "AdamW", "SGD"],
     ),
 }
 
@@ -160,7 +168,7 @@ DAMAGE = {
     ),
     "no weights": (lambda c: c.pop("state_dict"), "must hold state_dict"),
     "a list of weights": (lambda c: c.update(state_dict=[1]), "dictionary as state_dict"),
-    "a number as weight": (lambda c: c["state_dict"].update({"backbone.x": 5}), "model.backbone"),
+    "a number as weight": (lambda c: c["state_dict"].update({"backbone.x": 5}), "backbone"),
     "no optimizer": (lambda c: c.pop("optimizer_states"), "cannot be gone on with"),
     "no state of it": (lambda c: c.update(optimizer_states=[3]), "cannot be gone on with"),
     "averages": (
@@ -188,7 +196,7 @@ def test_weights_of_a_network_are_refused_by_an_autoencoder(tmp_path, trained, c
     base = ["--config", str(CONFIGS / "digits" / "autoencoder.yaml")]
     args = ["validate", *base, "--trainer.accelerator=cpu", f"--ckpt_path={trained}"]
     line = refused([*args, f"--trainer.logger.save_dir={tmp_path}"], capsys)
-    assert "model.backbone: must be that of the checkpoint in ckpt_path" in line
+    assert "backbone: must be that of the checkpoint in ckpt_path" in line
 
 
 def test_images_that_cannot_be_written_are_refused(tmp_path, trained, capsys):
@@ -198,11 +206,13 @@ def test_images_that_cannot_be_written_are_refused(tmp_path, trained, capsys):
 
 
 def test_the_process_ends_with_2_and_shows_no_traceback(tmp_path):
-    args = arguments(tmp_path, "--model.optimizer.lr=-1")
+    args = arguments(tmp_path, "--model.optimization.optimizer.lr=-1")
     command = [sys.executable, "-m", "ant_lightning", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("ant-lightning: error: model.optimizer")
+    assert done.stderr.splitlines()[-1].startswith(
+        "ant-lightning: error: model.optimization.optimizer"
+    )
     assert "Traceback" not in done.stderr
 
 

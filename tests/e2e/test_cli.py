@@ -20,7 +20,7 @@ TINY = [
     "--model.init_args.backbone.init_args.hidden_size=16",
     "--model.init_args.backbone.init_args.depth=1",
     "--model.init_args.backbone.init_args.num_heads=2",
-    "--model.init_args.sampler.init_args.num_steps=2",
+    "--model.init_args.sampling.sampler.init_args.num_steps=2",
     "--data.init_args.batch_size=20",
     "--trainer.max_steps=2",
     "--trainer.val_check_interval=2",
@@ -43,7 +43,7 @@ def arguments(folder, *files, command="fit"):
     args = [command, *[x for file in (BASE, *files) for x in ("--config", str(file))], *TINY]
     args += [f"--trainer.logger.init_args.save_dir={folder}"]
     if any(file.stem == "gradient" for file in files):
-        args += [f"--model.init_args.clustering.init_args.affinity={affinity_file(folder)}"]
+        args += [f"--model.init_args.tasks.clustering.init_args.affinity={affinity_file(folder)}"]
     return args
 
 
@@ -51,7 +51,7 @@ def arguments(folder, *files, command="fit"):
 @pytest.mark.parametrize("balancer", BALANCERS, ids=lambda p: p.stem)
 def test_every_pair_of_fragments_trains_and_loses_nothing(tmp_path, balancer, clustering):
     cli = run([*arguments(tmp_path, balancer, clustering), "--trainer.limit_val_batches=0"])
-    wanted = yaml.safe_load(balancer.read_text())["model"]["init_args"]["balancer"]
+    wanted = yaml.safe_load(balancer.read_text())["model"]["init_args"]["tasks"]["balancer"]
     found = type(cli.model.balancer).__name__ if cli.model.balancer else None
     assert found == (wanted and wanted["class_path"].split(".")[-1])
     kinds = {type(c) for c in cli.trainer.callbacks}
@@ -126,30 +126,33 @@ BAD = {
     "misspelt option": (["--trainer.max_stepz=3"], ["max_stepz"]),
     "misspelt model option": (["--model.init_args.clip_norm=3"], ["clip_norm"]),
     "unknown command": (None, ["command", "train"]),
-    "unknown balancer": (["--model.init_args.balancer=PCGrat"], ["PCGrat"]),
-    "unknown schedule": (["--model.init_args.schedule=Cosinus"], ["Cosinus"]),
+    "unknown balancer": (["--model.init_args.tasks.balancer=PCGrat"], ["PCGrat"]),
+    "unknown schedule": (["--model.init_args.process.schedule=Cosinus"], ["Cosinus"]),
     "k above T": (
-        ["--model.init_args.clustering.init_args.num_tasks=1001"],
+        ["--model.init_args.tasks.clustering.init_args.num_tasks=1001"],
         ["num_tasks", "1000", "1001"],
     ),
-    "k below 1": (["--model.init_args.clustering.init_args.num_tasks=0"], ["num_tasks", "0"]),
+    "k below 1": (["--model.init_args.tasks.clustering.init_args.num_tasks=0"], ["num_tasks", "0"]),
     "k of the balancer": (
-        ["--model.init_args.balancer=PCGrad", "--model.init_args.balancer.init_args.num_tasks=3"],
+        [
+            "--model.init_args.tasks.balancer=PCGrad",
+            "--model.init_args.tasks.balancer.init_args.num_tasks=3",
+        ],
         ["balancer.num_tasks", "5", "3"],
     ),
     "boundaries out of order": (
         [
-            "--model.init_args.clustering=FixedClustering",
-            "--model.init_args.clustering.init_args.boundaries=[0, 500, 400, 1000]",
+            "--model.init_args.tasks.clustering=FixedClustering",
+            "--model.init_args.tasks.clustering.init_args.boundaries=[0, 500, 400, 1000]",
         ],
         ["boundaries", "500", "400"],
     ),
     "batch below k": (
         [
             "--data.init_args.batch_size=4",
-            "--model.init_args.balancer=PCGrad",
-            "--model.init_args.balancer.init_args.num_tasks=5",
-            "--model.init_args.timestep_sampling=stratified",
+            "--model.init_args.tasks.balancer=PCGrad",
+            "--model.init_args.tasks.balancer.init_args.num_tasks=5",
+            "--model.init_args.timesteps.method=stratified",
         ],
         ["batch_size", "5", "4"],
     ),
@@ -157,20 +160,20 @@ BAD = {
     "channels": (["--model.init_args.backbone.init_args.in_channels=3"], ["in_channels", "3"]),
     "classes": (["--model.init_args.backbone.init_args.num_classes=7"], ["num_classes", "10", "7"]),
     "learned variance": (
-        ["--model.init_args.variance_type=fixed_small"],
+        ["--model.init_args.process.variance_type=fixed_small"],
         ["out_channels", "1", "2"],
     ),
     "clip flag": (["--trainer.gradient_clip_val=1.0"], ["gradient_clip_val", "clip_grad_norm"]),
     "accumulation flag": (
         ["--trainer.accumulate_grad_batches=2"],
-        ["accumulate_grad_batches", "model.accumulate_grad_batches", "2"],
+        ["accumulate_grad_batches", "optimization.accumulate_grad_batches", "2"],
     ),
-    "clip value": (["--model.init_args.clip_grad_norm=-1"], ["clip_grad_norm", "-1"]),
+    "clip value": (["--model.init_args.optimization.clip_grad_norm=-1"], ["clip_grad_norm", "-1"]),
     "ema": (["--ema.decay=1.5"], ["ema.decay", "1.5"]),
     "dropout": (["--model.init_args.class_dropout=1.5"], ["class_dropout", "1.5"]),
     "specialist with clusters": (
-        ["--model.init_args.train_interval=[900, 1100]"],
-        ["train_interval", "1000", "1100"],
+        ["--model.init_args.timesteps.interval=[900, 1100]"],
+        ["timesteps.interval", "1000", "1100"],
     ),
     "config file": (["--config=missing.yaml"], ["missing.yaml"]),
     "checkpoint file": (["--ckpt_path=missing.ckpt"], ["missing.ckpt"]),
@@ -204,9 +207,9 @@ def test_nan_weights_stop_the_run_after_the_set_number_of_steps(tmp_path, capsys
     from ant_lightning.errors import NonFiniteError
 
     files = [CONFIGS / "balancer" / "pcgrad.yaml", CONFIGS / "clustering" / "snr.yaml"]
-    args = [*arguments(tmp_path, *files), "--model.init_args.max_skipped_steps=3"]
-    args += ["--model.init_args.optimizer.init_args.lr=1e30", "--trainer.max_steps=50"]
-    args += ["--model.init_args.warmup_steps=0", "--trainer.limit_val_batches=0"]
+    args = [*arguments(tmp_path, *files), "--model.init_args.optimization.max_skipped_steps=3"]
+    args += ["--model.init_args.optimization.optimizer.init_args.lr=1e30", "--trainer.max_steps=50"]
+    args += ["--model.init_args.optimization.warmup_steps=0", "--trainer.limit_val_batches=0"]
     with pytest.raises(NonFiniteError, match="3 steps in a row"):
         run(args)
     assert main(args) == 1

@@ -32,7 +32,7 @@ def found_by_a_run(folder, model, balancer, *, seed):
             *(f"--config={CONFIGS / name}.yaml" for name in files),
             *(f"--model.init_args.backbone.init_args.{size}" for size in TINY[model]),
             f"--seed_everything={seed}",
-            "--model.init_args.sampler.init_args.num_steps=2",
+            "--model.init_args.sampling.sampler.init_args.num_steps=2",
             "--data.init_args.batch_size=20",
             "--trainer.deterministic=true",
             "--trainer.max_steps=4",

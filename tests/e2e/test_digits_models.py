@@ -80,7 +80,7 @@ def test_latent_diffusion_on_it_trains_measures_and_writes_images(trained, tmp_p
     files = ("digits/ldm", "balancer/uw", "clustering/snr")
     options = [
         f"--model.first_stage.source={folder}",
-        "--model.sampler.num_steps=2",
+        "--model.sampling.sampler.num_steps=2",
     ]
     cli = run([*arguments(tmp_path, *files), *options])
     assert cli.model.image_shape == (4, 4, 4)
@@ -108,7 +108,7 @@ def test_latent_diffusion_on_it_trains_measures_and_writes_images(trained, tmp_p
 
 def test_adm_on_the_pixels_trains(tmp_path):
     files = ("digits/adm", "balancer/pcgrad", "clustering/timestep")
-    cli = run([*arguments(tmp_path, *files), "--model.sampler.num_steps=2"])
+    cli = run([*arguments(tmp_path, *files), "--model.sampling.sampler.num_steps=2"])
     assert cli.trainer.global_step == 2
     assert cli.model.process.variance_type == "learned_range"
     assert cli.model.clip_denoised

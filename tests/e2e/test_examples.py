@@ -23,7 +23,7 @@ def test_the_demo_runs_to_its_table(tmp_path, capsys, monkeypatch):
     options = [
         "--trainer.max_steps=20",
         "--trainer.accelerator=cpu",
-        "--model.init_args.sampler.init_args.num_steps=3",
+        "--model.init_args.sampling.sampler.init_args.num_steps=3",
         "--model.init_args.backbone.init_args.depth=1",
     ]
     demo("dit", tmp_path / "demo", minutes=1.0, options=options)

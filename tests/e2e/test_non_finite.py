@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from grouped import grouped
 
 from ant_lightning import (
     EMA,
@@ -49,11 +50,13 @@ def run(folder, *, for_good, steps=8, resume=None):
     size = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 8}
     module = DiTModule(
         DiT(**size, depth=1, num_heads=1, num_classes=10),
-        schedule=CosineSchedule(100),
-        clustering=SNRClustering(3),
-        balancer=PCGrad(3),
-        max_skipped_steps=4,
-        seed=0,
+        **grouped(
+            schedule=CosineSchedule(100),
+            clustering=SNRClustering(3),
+            balancer=PCGrad(3),
+            max_skipped_steps=4,
+            seed=0,
+        ),
     )
     folder.mkdir(exist_ok=True)
     trainer = L.Trainer(

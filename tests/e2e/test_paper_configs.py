@@ -77,7 +77,7 @@ def arguments(model, method, place, *, fit=False):
     files = [f"{model}.yaml", f"balancer/{balancer}.yaml", f"clustering/{clustering}.yaml"]
     args = [x for file in files for x in ("--config", str(CONFIGS / file))]
     if clustering == "gradient":
-        args += [f"--model.clustering.affinity={place / 'affinity.npz'}"]
+        args += [f"--model.tasks.clustering.affinity={place / 'affinity.npz'}"]
     if "adm" not in model:
         kind = "vq" if "ldm" in model else "kl"
         args += [f"--model.first_stage.source={place / kind}"]
@@ -143,7 +143,7 @@ def test_every_method_composes_with_every_model(parser, place, model):
         assert module.num_tasks == 5
         equal = module.clusters.boundaries == (0, 200, 400, 600, 800, 1000)
         assert equal == (clustering == "timestep")
-        assert module.timestep_sampling == ("uniform" if balancer == "vanilla" else "stratified")
+        assert module.timesteps.method == ("uniform" if balancer == "vanilla" else "stratified")
         assert (module.first_stage is None) == ("adm" in model)
 
 
@@ -197,7 +197,7 @@ def test_a_shipped_run_on_a_folder_of_images_from_the_command_line(place, tmp_pa
             *arguments("ffhq/ldm", ("uw", "snr"), place),
             "--model.backbone.model_channels=32",
             "--model.backbone.input_size=8",
-            "--model.sampler.num_steps=2",
+            "--model.sampling.sampler.num_steps=2",
             f"--data.root={tmp_path / 'images'}",
             "--data.image_size=16",
             "--data.batch_size=5",

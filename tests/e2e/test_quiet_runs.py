@@ -92,7 +92,11 @@ def test_settings_are_written_as_plain_values(value, plain):
 def test_fit_validate_and_predict_print_expected_lines_and_no_others(tmp_path):
     files = [CONFIGS / "digits" / "dit.yaml", CONFIGS / "balancer" / "uw.yaml"]
     base = [x for file in files for x in ("--config", str(file))]
-    base += ["--trainer.accelerator=cpu", "--model.sampler.num_steps=2", "--data.batch_size=20"]
+    base += [
+        "--trainer.accelerator=cpu",
+        "--model.sampling.sampler.num_steps=2",
+        "--data.batch_size=20",
+    ]
     base += [f"--model.backbone.{x}" for x in ("hidden_size=16", "depth=1", "num_heads=2")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONWARNINGS", None)

@@ -52,7 +52,7 @@ def test_settings_of_the_optimizer_are_applied_and_said(tmp_path, capsys, name, 
     groups, _ = resumed(tmp_path, {"optimizer": adamw()}, {"optimizer": adamw(**{name: setting})})
     assert groups[0][name] == setting
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "checkpoint has" in line]
-    assert line.startswith(f"model.optimizer.{name}: ")
+    assert line.startswith(f"model.optimization.optimizer.{name}: ")
 
 
 def test_a_learning_rate_of_zero_holds_the_weights(tmp_path):
@@ -70,27 +70,27 @@ def test_a_learning_rate_of_zero_holds_the_weights(tmp_path):
         (
             {"lr_scheduler": cosine(10)},
             {"lr_scheduler": cosine(100)},
-            "model.lr_scheduler.T_max: 100",
+            "model.optimization.lr_scheduler.T_max: 100",
         ),
         (
             {"lr_scheduler": cosine(10)},
             {"lr_scheduler": step_lr(0.5)},
-            "model.lr_scheduler: StepLR",
+            "model.optimization.lr_scheduler: StepLR",
         ),
         (
             {"lr_scheduler": step_lr(0.5)},
             {"lr_scheduler": step_lr(0.1)},
-            "model.lr_scheduler.gamma: 0.1",
+            "model.optimization.lr_scheduler.gamma: 0.1",
         ),
-        ({"lr_scheduler": cosine(10)}, {}, "model.lr_scheduler: null"),
-        ({}, {"lr_scheduler": cosine(10)}, "model.lr_scheduler: CosineAnnealingLR"),
-        ({}, {"warmup_steps": 20}, "model.warmup_steps: 20"),
-        ({"warmup_steps": 20}, {}, "model.warmup_steps: 0"),
-        ({"warmup_steps": 20}, {"warmup_steps": 10}, "model.warmup_steps: 10"),
+        ({"lr_scheduler": cosine(10)}, {}, "model.optimization.lr_scheduler: None"),
+        ({}, {"lr_scheduler": cosine(10)}, "model.optimization.lr_scheduler: CosineAnnealingLR"),
+        ({}, {"warmup_steps": 20}, "model.optimization.warmup_steps: 20"),
+        ({"warmup_steps": 20}, {}, "model.optimization.warmup_steps: 0"),
+        ({"warmup_steps": 20}, {"warmup_steps": 10}, "model.optimization.warmup_steps: 10"),
         (
             {"lr_scheduler": cosine(10)},
             {"lr_scheduler": cosine(10), "optimizer": adamw(lr=0.001, weight_decay=0.0)},
-            "model.optimizer.lr: 0.001",
+            "model.optimization.optimizer.lr: 0.001",
         ),
     ],
 )
@@ -114,7 +114,9 @@ def test_the_learning_rate_is_that_of_a_run_with_these_settings(
 
 
 def test_a_setting_that_needs_another_state_is_refused(tmp_path):
-    rule = r"model\.optimizer\.amsgrad: must stay False in a resumed run, .* found True"
+    rule = (
+        r"model\.optimization\.optimizer\.amsgrad: must stay False in a resumed run, .* found True"
+    )
     with pytest.raises(ConfigError, match=rule):
         resumed(tmp_path, {"optimizer": adamw()}, {"optimizer": adamw(amsgrad=True)})
 
@@ -132,7 +134,7 @@ def test_a_scheduler_that_is_over_is_refused(tmp_path):
     def one_cycle(optimizer):
         return schedulers.OneCycleLR(optimizer, max_lr=0.1, total_steps=3)
 
-    with pytest.raises(ConfigError, match=r"model\.lr_scheduler.*found 3"):
+    with pytest.raises(ConfigError, match=r"optimization\.lr_scheduler.*found 3"):
         resumed(tmp_path, {}, {"lr_scheduler": one_cycle})
 
 
@@ -142,7 +144,8 @@ def test_weights_of_linear_scalarization_are_those_of_the_settings(tmp_path, cap
     path = tmp_path / "first" / "last.ckpt"
     trainer = fit(tmp_path / "second", method="linear", steps=4, resume=path, model=NONE)
     assert trainer.lightning_module.balancer.weights.tolist() == [5, 1, 1]
-    said = "model.balancer.weights: [5.0, 1.0, 1.0] from now on, the checkpoint has [0.2, 0.3, 0.5]"
+    name = "model.tasks.balancer.weights"
+    said = f"{name}: [5.0, 1.0, 1.0] from now on, the checkpoint has [0.2, 0.3, 0.5]"
     assert said in capsys.readouterr().out
 
 
@@ -152,7 +155,10 @@ def test_learning_rate_of_uncertainty_weighting(tmp_path, capsys, monkeypatch):
     path = tmp_path / "first" / "last.ckpt"
     trainer = fit(tmp_path / "second", method="uw", steps=4, resume=path, model=NONE)
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.01, 0.5]
-    assert "model.balancer.lr: 0.5 from now on, the checkpoint has 0.025" in capsys.readouterr().out
+    assert (
+        "model.tasks.balancer.lr: 0.5 from now on, the checkpoint has 0.025"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_autoencoder_takes_its_settings_too(tmp_path, capsys):
@@ -179,11 +185,13 @@ def test_the_autoencoder_takes_its_settings_too(tmp_path, capsys):
 
     run(0.001, 2)
     assert run(0.5, 3, resume=tmp_path / "ckpt" / "last.ckpt") == 0.5
-    assert "model.optimizer.lr: 0.5 from now on" in capsys.readouterr().out
+    assert "model.optimization.optimizer.lr: 0.5 from now on" in capsys.readouterr().out
 
 
 def test_another_optimizer_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"model\.optimizer: the checkpoint has AdamW, .* SGD"):
+    with pytest.raises(
+        ConfigError, match=r"optimization\.optimizer: the checkpoint has AdamW, .* SGD"
+    ):
         resumed(tmp_path, {}, {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1)})
 
 
@@ -198,8 +206,8 @@ def test_an_old_checkpoint_says_what_it_knows(tmp_path, capsys):
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.5
     lines = [line for line in capsys.readouterr().out.splitlines() if "checkpoint has" in line]
     assert {line.split(":")[0] for line in lines} == {
-        "model.optimizer.lr",
-        "model.optimizer.weight_decay",
+        "model.optimization.optimizer.lr",
+        "model.optimization.optimizer.weight_decay",
     }
 
 
@@ -208,8 +216,14 @@ def test_an_old_checkpoint_says_what_it_knows(tmp_path, capsys):
     [
         ("--ema.decay=0.5", "ema.decay: 0.5 from now on, the checkpoint has 0.999"),
         ("--model.init_args.class_dropout=0.3", "model.class_dropout: 0.3 from now on"),
-        ("--model.init_args.loss_weighting=MinSNR", "model.loss_weighting: MinSNR from now on"),
-        ("--model.init_args.clip_grad_norm=0.5", "model.clip_grad_norm: 0.5 from now on"),
+        (
+            "--model.init_args.process.loss_weighting=MinSNR",
+            "model.process.loss_weighting: MinSNR from now on",
+        ),
+        (
+            "--model.init_args.optimization.clip_grad_norm=0.5",
+            "model.optimization.clip_grad_norm: 0.5 from now on",
+        ),
         ("--data.init_args.batch_size=30", "data.batch_size: 30 from now on"),
         ("--seed_everything=7", "seed_everything: 7 from now on, the checkpoint has 0"),
     ],
@@ -226,13 +240,16 @@ def test_other_settings_are_said_on_the_command_line(tmp_path, capsys, recwarn, 
 
 
 def test_what_a_checkpoint_brings_is_said(tmp_path, capsys):
-    pcgrad = ["--model.init_args.balancer=PCGrad", "--model.init_args.balancer.num_tasks=5"]
+    pcgrad = [
+        "--model.init_args.tasks.balancer=PCGrad",
+        "--model.init_args.tasks.balancer.num_tasks=5",
+    ]
     assert main(arguments(tmp_path, *pcgrad)) == 0
     last = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
     capsys.readouterr()
-    more = [*pcgrad, "--model.init_args.balancer.seed=3", f"--ckpt_path={last}"]
+    more = [*pcgrad, "--model.init_args.tasks.balancer.seed=3", f"--ckpt_path={last}"]
     assert main(arguments(tmp_path, *more, steps=3)) == 0
-    said = "model.balancer.seed: 3 has no effect in a resumed run, the checkpoint has 0"
+    said = "model.tasks.balancer.seed: 3 has no effect in a resumed run, the checkpoint has 0"
     assert said in capsys.readouterr().out
 
 
@@ -243,6 +260,6 @@ def test_another_first_stage_is_refused(tmp_path):
     space = LatentSpace(source="here", scale=1.0, shift=0.0, fingerprint="this", kind="kl")
     latent = module("vanilla")
     latent.latent_space = space
-    rule = r"model\.first_stage \(its fingerprint\): the checkpoint has another, .* say this"
+    rule = r"first_stage \(its fingerprint\): the checkpoint has another, .* say this"
     with pytest.raises(ConfigError, match=rule):
         restore_state(latent, content)

@@ -38,7 +38,7 @@ def arguments(folder, *more, command="fit", steps=2, logger=CSV):
         "--model.init_args.backbone.init_args.hidden_size=8",
         "--model.init_args.backbone.init_args.depth=1",
         "--model.init_args.backbone.init_args.num_heads=1",
-        "--model.init_args.sampler.init_args.num_steps=2",
+        "--model.init_args.sampling.sampler.init_args.num_steps=2",
         *more,
     ]
 
@@ -74,7 +74,7 @@ class TestRecord:
         record = (run / "config.yaml").read_bytes()
         checkpoint = f"--ckpt_path={run}/checkpoints/last.ckpt"
         for command, scale in (("validate", 2), ("validate", 3), ("validate", 3), ("test", 2)):
-            more = [checkpoint, f"--model.init_args.guidance_scale={scale}"]
+            more = [checkpoint, f"--model.init_args.sampling.guidance_scale={scale}"]
             assert main(arguments(logs, *more, command=command)) == 0
         assert main(arguments(logs, checkpoint, "--samples.num_images=2", command="predict")) == 0
         assert (run / "config.yaml").read_bytes() == record
@@ -92,7 +92,10 @@ class TestRecord:
     def test_a_record_starts_a_run_of_its_own(self, logs):
         run = logs / "run" / "version_0"
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-        more = [f"--config={run}/config.yaml", "--model.init_args.optimizer.init_args.lr=0.5"]
+        more = [
+            f"--config={run}/config.yaml",
+            "--model.init_args.optimization.optimizer.init_args.lr=0.5",
+        ]
         more += [f"--trainer.logger.init_args.save_dir={logs}"]
         assert main(["fit", *more]) == 0
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
@@ -121,7 +124,7 @@ class TestRecord:
         [
             "--model.init_args.num_tasks=5",
             "--model.init_args.backbone.init_args.input_size=16",
-            "--model.init_args.warmup_steps=-1",
+            "--model.init_args.optimization.warmup_steps=-1",
             "--ckpt_path=nowhere.ckpt",
             "--data.init_args.batch_size=0",
         ],
@@ -167,17 +170,23 @@ class TestLast:
     @pytest.mark.parametrize(
         ("option", "name"),
         [
-            ("--model.init_args.optimizer.init_args.lr=0.5", "model.optimizer.lr"),
             (
-                "--model.init_args.lr_scheduler=torch.optim.lr_scheduler.StepLR",
-                "model.lr_scheduler",
+                "--model.init_args.optimization.optimizer.init_args.lr=0.5",
+                "model.optimization.optimizer.lr",
             ),
-            ("--model.init_args.warmup_steps=3", "model.warmup_steps"),
+            (
+                "--model.init_args.optimization.lr_scheduler=torch.optim.lr_scheduler.StepLR",
+                "model.optimization.lr_scheduler",
+            ),
+            ("--model.init_args.optimization.warmup_steps=3", "model.optimization.warmup_steps"),
             ("--model.init_args.class_dropout=0.5", "model.class_dropout"),
             ("--model.init_args.backbone.init_args.depth=2", "model.backbone.depth"),
-            ("--model.init_args.schedule=LinearSchedule", "model.schedule"),
-            ("--model.init_args.clustering.class_path=TimestepClustering", "model.clustering"),
-            ("--model.init_args.balancer=PCGrad", "model.balancer"),
+            ("--model.init_args.process.schedule=LinearSchedule", "model.process.schedule"),
+            (
+                "--model.init_args.tasks.clustering.class_path=TimestepClustering",
+                "model.tasks.clustering",
+            ),
+            ("--model.init_args.tasks.balancer=PCGrad", "model.tasks.balancer"),
             ("--data.init_args.batch_size=30", "data.batch_size"),
             ("--ema.decay=0.5", "ema.decay"),
             ("--seed_everything=7", "seed_everything"),
@@ -186,23 +195,24 @@ class TestLast:
     def test_another_setting_is_named(self, logs, capsys, option, name):
         more = [option, "--ckpt_path=last"]
         if "StepLR" in option:
-            more.insert(1, "--model.init_args.lr_scheduler.init_args.step_size=1")
+            more.insert(1, "--model.init_args.optimization.lr_scheduler.init_args.step_size=1")
         if "PCGrad" in option:
-            more.insert(1, "--model.init_args.balancer.init_args.num_tasks=5")
+            more.insert(1, "--model.init_args.tasks.balancer.init_args.num_tasks=5")
         line = refused(capsys, arguments(logs, *more, steps=4))
         assert line.startswith(f"ckpt_path: 'last' must be of a run with the same {name}, found ")
         assert steps_of(logs / "run" / "version_0") == 2
         assert len(list((logs / "run").iterdir())) == 1
 
     @pytest.mark.parametrize(
-        "option", ["--model.init_args.guidance_scale=3", "--model.init_args.engine=loop"]
+        "option",
+        ["--model.init_args.sampling.guidance_scale=3", "--model.init_args.tasks.engine=loop"],
     )
     def test_what_is_trained_may_be_sampled_and_computed_otherwise(self, logs, option):
         assert main(arguments(logs, option, "--ckpt_path=last", steps=4)) == 0
         assert steps_of(logs / "run" / "version_0") == 4
 
     def test_each_point_of_a_sweep_finds_its_own_run(self, logs):
-        other = "--model.init_args.optimizer.init_args.lr=0.5"
+        other = "--model.init_args.optimization.optimizer.init_args.lr=0.5"
         assert main(arguments(logs, other)) == 0
         for more in ([], [other]):
             assert main(arguments(logs, "--ckpt_path=last", *more, steps=4)) == 0

@@ -38,7 +38,7 @@ def test_every_config_of_shapes_trains_and_is_scored(tmp_path):
     export = tmp_path / "export"
     fit(tmp_path, "shapes/autoencoder", options=[f"--model.export={export}"])
     for name, shape in (("adm", (3, 32, 32)), ("dit", (3, 32, 32)), ("ldm", (4, 8, 8))):
-        options = ["--model.sampler.num_steps=2"]
+        options = ["--model.sampling.sampler.num_steps=2"]
         options += [f"--model.first_stage.source={export}"] if name == "ldm" else []
         cli = fit(tmp_path, f"shapes/{name}", "balancer/uw", "clustering/snr", options=options)
         assert cli.model.image_shape == shape

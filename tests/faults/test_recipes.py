@@ -71,7 +71,7 @@ def weights(folder):
 def test_torchrun_restarts_after_a_rank_is_killed_and_goes_on(tmp_path):
     mark, folder = tmp_path / "mark", tmp_path / "run"
     # AdamW makes lr / eps = 2 times as much of a gradient's rounding, and no whole step of it.
-    eps = "--model.optimizer.init_args.eps=1e-3"
+    eps = "--model.optimization.optimizer.init_args.eps=1e-3"
     args = [*arguments(folder, steps=11), eps, callbacks("KillOnce", mark=str(mark))]
     command = recipe("torchrun", args, nproc_per_node=(8, 2)).replace("devices 8", "devices 2")
     run = subprocess.run(

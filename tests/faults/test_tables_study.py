@@ -22,7 +22,7 @@ def tiny_study(folder, dataset):
     content = yaml.safe_load((ROOT / "configs/studies/tables.yaml").read_text())
     content["groups"]["autoencoder"]["commands"][0] += QUICK
     parts = content["datasets"][dataset]["parts"]
-    parts["data"] += [*QUICK, "--model.init_args.sampler.init_args.num_steps=2"]
+    parts["data"] += [*QUICK, "--model.init_args.sampling.sampler.init_args.num_steps=2"]
     if dataset == "shapes":
         parts["data"] += ["--data.init_args.num_images=60", "--data.init_args.num_held_out=20"]
     parts["extractor"].append("--trainer.callbacks.init_args.num_images=20")

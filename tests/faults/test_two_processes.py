@@ -17,7 +17,7 @@ def test_two_processes_train_the_same_model_bit_for_bit(tmp_path):
     command = [
         *(sys.executable, "-m", "ant_lightning", "fit"),
         *(f"--config={CONFIGS / name}.yaml" for name in files),
-        "--model.init_args.sampler.init_args.num_steps=2",
+        "--model.init_args.sampling.sampler.init_args.num_steps=2",
         "--trainer.deterministic=true",
         "--trainer.max_steps=30",
         "--trainer.val_check_interval=20",

@@ -67,7 +67,7 @@ def test_timestep_clusters_of_0_1_are_refused_by_name_and_can_be_kept(tmp_path):
     settings = {"method": "vanilla"}
     fit(tmp_path, steps=1, model={"clustering": FixedClustering(old)}, **settings)
     resumed = {"steps": 2, "resume": tmp_path / "step=1.ckpt", **settings}
-    with pytest.raises(ConfigError, match=r"model\.clustering .*use FixedClustering") as error:
+    with pytest.raises(ConfigError, match=r"tasks\.clustering .*use FixedClustering") as error:
         fit(tmp_path / "new", model={"clustering": TimestepClustering(7)}, **resumed)
     assert str(list(old)) in str(error.value)
     assert str(list(new)) in str(error.value)

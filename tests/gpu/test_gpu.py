@@ -211,7 +211,7 @@ def test_the_digits_train_and_are_measured_from_the_command_line(
         "--trainer.max_steps=30",
         "--trainer.val_check_interval=30",
         "--trainer.log_every_n_steps=10",
-        "--model.sampler.num_steps=4",
+        "--model.sampling.sampler.num_steps=4",
         "--data.batch_size=50",
         "--trainer.callbacks+=ant_lightning.TaskAffinity",
         "--trainer.callbacks.init_args.num_points=5",

@@ -62,7 +62,7 @@ def test_blocks_move_exactly_while_they_are_trained(tmp_path, balancer, engine, 
     assert switch.moved == [not thaw, not thaw, thaw, thaw, thaw]
     trained = [p.grad for p in model.backbone.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm(trained)  # after clipping
-    assert 0 < norm <= model.clip_grad_norm * (1 + 1e-5)
+    assert 0 < norm <= model.optimization.clip_grad_norm * (1 + 1e-5)
     assert all(p.grad is None for p in model.backbone.parameters() if not p.requires_grad)
 
 
@@ -109,7 +109,7 @@ def test_a_run_resumed_with_other_parts_frozen_is_refused(tmp_path):
     part.trainer.save_checkpoint(tmp_path / "part.ckpt")
     other = tiny_digits.TinyDiT()
     other.final_layer.requires_grad_(False)
-    rule = r"model\.backbone: a resumed run must .*'final_layer\."
+    rule = r"backbone: a resumed run must .*'final_layer\."
     with pytest.raises(ConfigError, match=rule) as error:
         train(tmp_path, Switch(thaw=True), backbone=other, resume=tmp_path / "part.ckpt")
     assert "found 4 that differ" in str(error.value)

@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from grouped import grouped
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tiny_digits import TinyDiT, module, trainer
@@ -22,6 +23,7 @@ from ant_lightning import (
     CosineSchedule,
     DigitsData,
     DigitsFeatures,
+    DiscreteDiffusion,
     DiT,
     DiTModule,
     GenerationMetrics,
@@ -105,16 +107,12 @@ def autoencoder():
 
 
 KINDS = {
-    "DiT": (DiTModule, lambda: {"backbone": dit(), "balancer": PCGrad(3), **settings()}),
-    "ADM": (ADMModule, lambda: {"backbone": adm(), **settings()}),
-    "LDM": (LDMModule, lambda: {"backbone": ldm(), **settings()}),
+    "DiT": (DiTModule, lambda: grouped(backbone=dit(), balancer=PCGrad(3), **settings())),
+    "ADM": (ADMModule, lambda: grouped(backbone=adm(), **settings())),
+    "LDM": (LDMModule, lambda: grouped(backbone=ldm(), **settings(variance_type="fixed_small"))),
     "own": (
         MultiTaskDiffusion,
-        lambda: {
-            "backbone": Net(),
-            "balancer": UncertaintyWeighting(3),
-            **settings(variance_type="learned_range"),
-        },
+        lambda: grouped(backbone=Net(), balancer=UncertaintyWeighting(3), **settings()),
     ),
     "autoencoder": (AutoencoderModule, autoencoder),
 }
@@ -160,7 +158,10 @@ def test_every_module_is_made_of_a_checkpoint_and_its_arguments(tmp_path, kind):
     ("options", "message"),
     [
         ({"backbone": adm()}, "the checkpoint has TinyDiT, the settings say UNet"),
-        ({"schedule": CosineSchedule(50)}, "model.clustering"),
+        (
+            {"process": DiscreteDiffusion(CosineSchedule(50))},
+            "tasks.clustering",
+        ),
         ({"hparams_file": "hparams.yaml"}, "hparams_file"),
         ({"weights_only": False}, "weights_only true, found None and False"),
         ({"no_such": 1}, "found others .*no_such"),
@@ -233,7 +234,7 @@ def test_images_that_cannot_be_drawn_are_refused(indices, options, message):
 
 
 def test_a_network_without_classes_takes_neither_labels_nor_guidance():
-    plain = MultiTaskDiffusion(Net(), **settings(variance_type="learned_range"))
+    plain = MultiTaskDiffusion(Net(), **grouped(**settings()))
     assert plain.sample(2).shape == (2, 1, 8, 8)
     with pytest.raises(ConfigError, match="labels: must be left out"):
         plain.sample(2, labels=[0, 1])
@@ -264,7 +265,7 @@ def test_init_from_need_not_be_there_for_a_checkpoint_only(tmp_path):
         lambda: trainer(tmp_path).validate(made, DigitsData(batch_size=20), verbose=False),
         lambda: trainer(tmp_path).fit(made, DigitsData(batch_size=20)),
     ):
-        with pytest.raises(ConfigError, match=r"model.init_from: .*gone.*: no such file"):
+        with pytest.raises(ConfigError, match=r"init_from: .*gone.*: no such file"):
             run()
 
 
@@ -308,7 +309,7 @@ LOADERS = {
     ),
     "colour": (
         lambda: DataLoader(Images(images=IMAGES.expand(-1, 3, -1, -1)), 8),
-        r"images: must be \[1, 8, 8\] each, as model.backbone says, found \[3, 8, 8\]",
+        r"images: must be \[1, 8, 8\] each, as backbone says, found \[3, 8, 8\]",
     ),
     "larger": (
         lambda: DataLoader(Images(images=torch.zeros(24, 1, 16, 16)), 8),
@@ -439,7 +440,7 @@ class Output(dict):
 
 
 def made_of(backbone):
-    return MultiTaskDiffusion(backbone, **settings(variance_type="learned_range"))
+    return MultiTaskDiffusion(backbone, **grouped(**settings()))
 
 
 @pytest.mark.parametrize(
@@ -462,7 +463,7 @@ def made_of(backbone):
     ],
 )
 def test_a_network_without_a_part_of_the_protocol_is_refused_by_name(make, message):
-    with pytest.raises(ConfigError, match=f"^model.backbone.*{message}"):
+    with pytest.raises(ConfigError, match=f"^backbone.*{message}"):
         made_of(make())
 
 
@@ -479,7 +480,7 @@ def test_a_network_without_a_part_of_the_protocol_is_refused_by_name(make, messa
     ],
 )
 def test_an_output_of_another_kind_or_shape_is_refused_in_the_first_step(tmp_path, change, found):
-    message = f"model.backbone: Returns must return one tensor of shape .* found {found}"
+    message = f"backbone: Returns must return one tensor of shape .* found {found}"
     with pytest.raises(ConfigError, match=message):
         made_of(Returns(change)).sample(2)
     with pytest.raises(ConfigError, match=message):
@@ -490,7 +491,7 @@ def test_an_output_of_another_kind_or_shape_is_refused_in_the_first_step(tmp_pat
 def test_every_engine_says_it(tmp_path, engine):
     made = MultiTaskDiffusion(
         Returns(lambda y: y[:, :1]),
-        **settings(variance_type="learned_range", balancer=PCGrad(3), engine=engine),
+        **grouped(**settings(balancer=PCGrad(3), engine=engine)),
     )
     with pytest.raises(ConfigError, match="Returns must return one tensor"):
         train(tmp_path, made, DataLoader(Images(), 8))
@@ -512,8 +513,12 @@ def test_the_command_line_does_not_refer_an_autoencoder_to_a_setting_it_lacks(se
     ("options", "export", "message"),
     [
         ({"accumulate_grad_batches": 2}, None, "accumulate_grad_batches.* use a larger data.batch"),
-        ({"gradient_clip_val": 0.5}, None, "gradient_clip_val.* use model.clip_grad_norm"),
-        ({}, "first_stage", "model.export: .* needs an ant_lightning.ImageDataModule"),
+        (
+            {"gradient_clip_val": 0.5},
+            None,
+            "gradient_clip_val.* use clip_grad_norm",
+        ),
+        ({}, "first_stage", "export: .* needs an ant_lightning.ImageDataModule"),
     ],
 )
 def test_an_autoencoder_names_settings_that_it_has(tmp_path, options, export, message):

@@ -90,7 +90,7 @@ def exported(tmp_path_factory):
 )
 def test_a_diverged_autoencoder_leaves_the_first_stage_that_is_there(exported, change, found):
     before = content(exported / "export")
-    with pytest.raises(NonFiniteError, match=rf"model.export: \S*export stays as it was.*{found}"):
+    with pytest.raises(NonFiniteError, match=rf"export: \S*export stays as it was.*{found}"):
         train_autoencoder(exported, Breaks(change, first=False))
     assert content(exported / "export") == before
     assert [path.name for path in exported.iterdir() if "export" in path.name] == ["export"]

@@ -5,6 +5,7 @@ import copy
 import lightning as L
 import pytest
 import torch
+from grouped import grouped
 from test_numerics import METHODS
 
 from ant_lightning import (
@@ -56,12 +57,14 @@ def fit(balancer, *, k=3, num_timesteps=100, batch_size=30, steps=2, callbacks=(
     size = {"input_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 8}
     module = DiTModule(
         DiT(**size, depth=1, num_heads=1, num_classes=10),
-        schedule=CosineSchedule(num_timesteps),
-        clustering=TimestepClustering(k),
-        balancer=balancer,
-        optimizer=lambda groups: torch.optim.SGD(groups, lr=LR),
-        seed=0,
-        **settings,
+        **grouped(
+            schedule=CosineSchedule(num_timesteps),
+            clustering=TimestepClustering(k),
+            balancer=balancer,
+            optimizer=lambda groups: torch.optim.SGD(groups, lr=LR),
+            seed=0,
+            **settings,
+        ),
     )
     trainer = L.Trainer(
         max_steps=steps,

@@ -7,6 +7,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from grouped import grouped
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,12 +75,14 @@ def module(method, **settings):
     } | settings
     return DiTModule(
         backbone,
-        schedule=CosineSchedule(),
-        clustering=FixedClustering([0, 300, 500, 1000]),
-        balancer=METHODS[method](),
-        sampler=DDPM(num_steps=3),
-        seed=1,
-        **settings,
+        **grouped(
+            schedule=CosineSchedule(),
+            clustering=FixedClustering([0, 300, 500, 1000]),
+            balancer=METHODS[method](),
+            sampler=DDPM(num_steps=3),
+            seed=1,
+            **settings,
+        ),
     )
 
 

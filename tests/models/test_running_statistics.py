@@ -17,7 +17,7 @@ from ant_lightning import (
     UncertaintyWeighting,
 )
 
-SAYS = r"model\.backbone: batch norm normalises each task .* found BatchNorm2d 'norm' \(1 such"
+SAYS = r"backbone: batch norm normalises each task .* found BatchNorm2d 'norm' \(1 such"
 METHODS = {
     "none": {},
     "uw": {"balancer": lambda: UncertaintyWeighting(3)},
@@ -123,7 +123,7 @@ def test_nothing_is_said_where_batch_norm_sees_the_whole_batch():
 def test_engines_of_one_pass_are_refused_with_batch_norm(engine):
     with pytest.raises(ConfigError) as error:
         tiny_digits.module(Normed(), balancer=PCGrad(3), engine=engine)
-    assert str(error.value).startswith("model.engine: batch norm mixes the samples")
+    assert str(error.value).startswith("tasks.engine: batch norm mixes the samples")
     assert f"found '{engine}' and BatchNorm2d 'norm'" in str(error.value)
 
 

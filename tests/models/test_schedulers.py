@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
 from ant_lightning import ConfigError, DigitsData
-from ant_lightning.models.optimizers import forget_balancers_schedule, step_scheduler
+from ant_lightning.models.optimizers import forget_balancers_schedule
 
 BALANCER_LR = 0.025
 FACTORIES = {
@@ -44,7 +44,7 @@ def made(factory):
     settings = module("uw", lr_scheduler=factory, warmup_steps=0)
     settings.balancer.lr = BALANCER_LR
     optimizers, made = settings.configure_optimizers()
-    return optimizers[0], made[0]
+    return optimizers[0], made[0], settings.optimizer_factory.step
 
 
 def other_settings(group):
@@ -64,7 +64,7 @@ def test_no_scheduler_of_torch_is_left_out():
 
 @pytest.mark.parametrize("name", FACTORIES)
 def test_the_balancers_learning_rate_stays_and_the_backbones_is_torchs(name):
-    optimizer, scheduler = made(FACTORIES[name])
+    optimizer, scheduler, step_scheduler = made(FACTORIES[name])
     alone = torch.optim.AdamW([torch.zeros(1)], lr=0.01, weight_decay=0.0)
     reference = FACTORIES[name](alone)
     backbone, balancer = optimizer.param_groups
@@ -93,7 +93,7 @@ def test_states_that_were_saved_with_the_balancers_rate_go_on(name):
         old.step()
     checkpoint = {"lr_schedulers": [old.state_dict()]}
     forget_balancers_schedule(checkpoint)
-    new_optimizer, scheduler = made(FACTORIES[name])
+    new_optimizer, scheduler, step_scheduler = made(FACTORIES[name])
     scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
     for ours, then in zip(new_optimizer.param_groups, optimizer.param_groups, strict=True):
         ours.update(other_settings(then))
@@ -129,7 +129,7 @@ def test_a_cycle_that_ends_before_the_run_is_refused_before_it_starts(
         "lr_scheduler": lambda o: schedulers.OneCycleLR(o, 0.5, total_steps=total),
         "warmup_steps": 0,
     }
-    with pytest.raises(ConfigError, match=rf"model\.lr_scheduler\.total_steps: .* {found}"):
+    with pytest.raises(ConfigError, match=rf"optimization\.lr_scheduler\.total_steps: .* {found}"):
         fit(tmp_path, model=model, method="uw", **limits)
     assert not list(tmp_path.iterdir())
 
@@ -172,5 +172,7 @@ def test_a_cycle_inside_another_scheduler_that_ends_is_one_line_too(tmp_path):
         parts = [schedulers.LinearLR(o), schedulers.OneCycleLR(o, 0.5, total_steps=3)]
         return schedulers.SequentialLR(o, parts, milestones=[1])
 
-    with pytest.raises(ConfigError, match=r"model\.lr_scheduler: refused .* total steps is 3"):
+    with pytest.raises(
+        ConfigError, match=r"optimization\.lr_scheduler: refused .* total steps is 3"
+    ):
         fit(tmp_path, model={"lr_scheduler": sequence, "warmup_steps": 0}, steps=9)

@@ -10,7 +10,7 @@ import torch
 from ant_lightning import (
     P2,
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     LinearSchedule,
     MinSNR,
     denoising_loss,
@@ -32,7 +32,7 @@ MODES = [
 
 def official(name, mean, var):
     facts = json.loads((GOLDEN / "C_diffusion" / f"{name}.json").read_text())
-    process = DiffusionProcess(
+    process = DiscreteDiffusion(
         SCHEDULES[facts["schedule"]](),
         prediction_type="eps" if mean == "prev" else mean,
         variance_type=var,
@@ -89,7 +89,7 @@ def test_training_losses(name, mode, settings, dtype):
 def test_min_snr_weights(name, kind):
     golden = np.load(GOLDEN / "E_weights" / "min_snr.npz")
     facts = json.loads((GOLDEN / "E_weights" / "min_snr.json").read_text())
-    process = DiffusionProcess(SCHEDULES[name]())
+    process = DiscreteDiffusion(SCHEDULES[name]())
     key = f"{name}_T1000/{kind}_gamma5"
     np.testing.assert_allclose(process.snr, golden[f"{name}_T1000/snr"], rtol=1e-9)
     weights = MinSNR(gamma=facts["weights"][key]["gamma"])(process.snr, kind)
@@ -104,7 +104,7 @@ def test_p2_weights(name, gamma):
     golden = np.load(GOLDEN / "E_weights" / "p2.npz")
     key = f"{name}_T1000/k1_gamma{gamma}"
     facts = json.loads((GOLDEN / "E_weights" / "p2.json").read_text())["weights"][key]
-    snr = DiffusionProcess(SCHEDULES[name]()).snr
+    snr = DiscreteDiffusion(SCHEDULES[name]()).snr
     weights = P2(gamma=facts["gamma"], k=facts["k"])(snr, "eps")
     np.testing.assert_allclose(weights, golden[key], rtol=1e-9)
     np.testing.assert_allclose(weights, golden[f"{key}_official"], rtol=1e-6)
@@ -114,7 +114,7 @@ def test_p2_weights(name, gamma):
 def test_v_prediction_loss(name):
     golden = np.load(GOLDEN / "E_weights" / "v_prediction_loss.npz")
     facts = json.loads((GOLDEN / "E_weights" / "v_prediction_loss.json").read_text())
-    process = DiffusionProcess(SCHEDULES[name](facts["T"]), prediction_type="v")
+    process = DiscreteDiffusion(SCHEDULES[name](facts["T"]), prediction_type="v")
     weights = MinSNR(gamma=5.0)(process.snr, "v")
     for dtype in (torch.float32, torch.float64):
         x_start, noise, output = (

@@ -11,7 +11,7 @@ from ant_lightning import (
     DDIM,
     DDPM,
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     LinearSchedule,
     ScaledLinearSchedule,
 )
@@ -52,7 +52,7 @@ def all_steps(process, golden, facts, *, dtype, clip):
 def test_single_steps(name, combo, clip):
     facts, golden = load(name)
     mean, var = facts["combos"][combo]
-    process = DiffusionProcess(
+    process = DiscreteDiffusion(
         SCHEDULES[facts["schedule"]](), prediction_type=mean, variance_type=var
     )
     if facts["respacing"]:
@@ -117,7 +117,7 @@ def test_whole_loops(name):
     for case in cases:
         method = next(key for key in samplers if case.startswith(key))
         sampler, num_draws = samplers[method]
-        process = DiffusionProcess(LinearSchedule(), variance_type=case.removeprefix(f"{method}_"))
+        process = DiscreteDiffusion(LinearSchedule(), variance_type=case.removeprefix(f"{method}_"))
         for dtype, atol in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
             x, x_start, seen, drawn = run(sampler, process, facts, golden, dtype=dtype, clip=True)
             assert seen == golden["timestep_map"][::-1].tolist()
@@ -131,7 +131,7 @@ def test_whole_loops(name):
 @pytest.mark.parametrize("name", ["ldm_ddim_S10_eta0", "ldm_ddim_S10_eta1"])
 def test_latent_diffusion_ddim_loop(name):
     facts, golden = load(name)
-    process = DiffusionProcess(ScaledLinearSchedule())
+    process = DiscreteDiffusion(ScaledLinearSchedule())
     sampler = DDIM(facts["S"], eta=facts["eta"], spacing="ldm")
     x, x_start, seen, drawn = run(sampler, process, facts, golden, dtype=torch.float32, clip=False)
     assert seen == golden["timesteps_seen"].tolist()
@@ -143,7 +143,7 @@ def test_latent_diffusion_ddim_loop(name):
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_latent_diffusion_quadratic_loop(eta):
     """The official loop, with the timestep that it has twice, in float64."""
-    process = DiffusionProcess(ScaledLinearSchedule())
+    process = DiscreteDiffusion(ScaledLinearSchedule())
     abar = process.alphas_cumprod.numpy()
     facts, golden = load("ldm_ddim_S10_eta0")
     timesteps = (np.linspace(0, np.sqrt(1000 * 0.8), 50) ** 2).astype(int) + 1

@@ -11,7 +11,7 @@ from ant_lightning import (
     DDIM,
     ConfigError,
     CosineSchedule,
-    DiffusionProcess,
+    DiscreteDiffusion,
     LinearSchedule,
     ScaledLinearSchedule,
 )
@@ -31,7 +31,7 @@ def assert_close(found, wanted, *, rtol=1e-10, atol=1e-14):
 @pytest.mark.parametrize("total", [100, 1000])
 def test_tables_are_the_official_ones(name, total):
     golden = np.load(GOLDEN / f"schedule_{name}_T{total}.npz")
-    process = DiffusionProcess(SCHEDULES[name](num_timesteps=total))
+    process = DiscreteDiffusion(SCHEDULES[name](num_timesteps=total))
     tables = process.tables(torch.device("cpu"))
     compared = 0
     for key, wanted in golden.items():
@@ -46,7 +46,7 @@ def test_tables_are_the_official_ones(name, total):
 
 def test_coefficients_that_are_not_stored_follow_from_those_that_are():
     golden = np.load(GOLDEN / "schedule_linear_T1000.npz")
-    process = DiffusionProcess(LinearSchedule())
+    process = DiscreteDiffusion(LinearSchedule())
     t = torch.arange(1000)
     x_t = torch.linspace(-2, 2, 1000, dtype=torch.float64)[:, None]
     eps = torch.sin(x_t * 3)
@@ -61,7 +61,7 @@ def test_coefficients_that_are_not_stored_follow_from_those_that_are():
 
 def test_latent_diffusion_tables():
     golden = np.load(GOLDEN / "ldm_schedule_0.0015_0.0195.npz")
-    process = DiffusionProcess(ScaledLinearSchedule())
+    process = DiscreteDiffusion(ScaledLinearSchedule())
     tables = process.tables(torch.device("cpu"))
     for key in ("betas", "alphas_cumprod", "posterior_variance", "posterior_mean_coef1"):
         assert_close(getattr(tables, key), golden[key])
@@ -76,7 +76,7 @@ def test_latent_diffusion_tables():
 
 @pytest.mark.parametrize("case", LATENT["ddim"], ids=lambda case: f"{case['method']}-{case['S']}")
 def test_latent_diffusion_ddim_timesteps(case):
-    process = DiffusionProcess(ScaledLinearSchedule())
+    process = DiscreteDiffusion(ScaledLinearSchedule())
     if "raises" in case:
         with pytest.raises(ConfigError, match=r"num_steps .* found 1000"):
             latent_ddim_timesteps(1000, case["S"])
@@ -116,7 +116,7 @@ def test_defaults_of_create_diffusion():
         ("facebookresearch/DiT", LinearSchedule()),
         ("gohyojun15/ANT_diffusion", CosineSchedule()),
     ):
-        process = DiffusionProcess(schedule, variance_type="learned_range")
+        process = DiscreteDiffusion(schedule, variance_type="learned_range")
         assert process.num_timesteps == golden[repository]["num_timesteps"]
         for t, wanted in golden[repository]["alphas_cumprod_at"].items():
             assert float(process.alphas_cumprod[int(t)]) == pytest.approx(wanted, rel=1e-10)

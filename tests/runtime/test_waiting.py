@@ -109,7 +109,7 @@ def test_a_step_on_a_gpu_gives_the_numbers_of_the_cpu_and_waits_for_its_end(
 
 @pytest.mark.parametrize("name", ["vanilla", "uw", "continuous_uw", "pcgrad", "nash", "upgrad"])
 def test_a_training_step_waits_for_a_gpu_no_more_than_its_gradients_do(name, tmp_path, monkeypatch):
-    settings = {"loss_weighting": MinSNR(), "task_weighting": "by_size"}
+    settings = {"loss_weighting": MinSNR(), "weighting": "by_size"}
     module = tiny_fit.fit(tmp_path, method=name, steps=1, model=settings).lightning_module
     ema = next(each for each in module.trainer.callbacks if isinstance(each, EMA))
     batch = next(iter(module.trainer.train_dataloader))

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from ant_lightning import ConfigError, CosineSchedule, DiffusionProcess, TransferGapResult
+from ant_lightning import ConfigError, CosineSchedule, DiscreteDiffusion, TransferGapResult
 from ant_lightning.cli.main import main as ant_lightning
 from ant_lightning.cli.report import write_report
 from ant_lightning.transfer.gap import GapEstimate
@@ -223,7 +223,7 @@ def test_a_bar_in_a_cell_does_not_break_the_table():
 def test_report_of_a_run_has_what_the_run_has(tmp_path):
     boundaries = [0, 30, 70, 100]
     config = yaml.safe_load((ROOT / "configs/digits/dit.yaml").read_text())
-    config["model"]["init_args"]["schedule"]["init_args"] = {"num_timesteps": 100}
+    config["model"]["init_args"]["process"]["init_args"]["schedule"]["init_args"] = {"num_timesteps": 100}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     few = write_report(tmp_path).read_text()
     assert "| balancer | none (vanilla) |" in few
@@ -255,7 +255,7 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     assert ant_lightning(["report", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert read_curves(tmp_path)["train/loss"] == [(1, 1.0), (2, 0.5)]
-    log_snr = DiffusionProcess(CosineSchedule(100)).log_snr
+    log_snr = DiscreteDiffusion(CosineSchedule(100)).log_snr
     for words in (
         "| parameters | 12 |",
         "| optimizer steps | 42 |",

@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
     boundaries = fit(folder / "multitask").clusters.boundaries
     intervals = list(pairwise(boundaries))
     for i, interval in enumerate(intervals):
-        fit(folder / f"specialist_{i}", train_interval=interval)
+        fit(folder / f"specialist_{i}", interval=interval)
     return folder, intervals
 
 
@@ -146,7 +146,7 @@ def test_a_specialist_is_better_in_its_own_interval(runs, tmp_path):
         warnings.simplefilter("ignore")
         model = module(
             sampler=SAMPLER,
-            train_interval=intervals[2],
+            interval=intervals[2],
             optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
         )
         trained.fit(model, DigitsData(batch_size=64))
@@ -190,7 +190,7 @@ def test_bad_specialists_are_named(runs, tmp_path):
             rf"found 2; the first .* is for \[{intervals[2][0]}",
         ),
         ({"by_iterations": [*files[:2], "gone.ckpt"]}, r"by_iterations\[2\].*found no gone.ckpt"),
-        ({"by_iterations": files[::-1]}, r"by_iterations\[0\].*model.train_interval"),
+        ({"by_iterations": files[::-1]}, r"by_iterations\[0\].*model.timesteps.interval"),
         ({"by_iterations": paths(folder, 2)}, "optimizer steps must be that of.*4, found 2"),
         (
             {"by_iterations": [str(folder / "multitask" / "step_4.ckpt"), *files[1:]]},
@@ -199,14 +199,14 @@ def test_bad_specialists_are_named(runs, tmp_path):
         ({"by_samples": files, "intervals": [(0, 10), (10, 20), (20, T + 1)]}, rf"\[20, {T + 1}\)"),
         (
             {"by_samples": files[:1], "intervals": [(intervals[0][0], 1)]},
-            "model.train_interval must be that of the multi-task model",
+            "timesteps.interval must be that of the multi-task model",
         ),
     ]
     for settings, words in cases:
         with pytest.raises(ConfigError, match=words):
             measure(folder, tmp_path, **settings)
     for model, words in [
-        (module(sampler=SAMPLER, schedule=LinearSchedule(T)), "model.schedule"),
+        (module(sampler=SAMPLER, schedule=LinearSchedule(T)), "process.schedule"),
         (module(wide(), sampler=SAMPLER), "model.backbone"),
     ]:
         model.on_load_checkpoint = lambda checkpoint: None  # its own check would come first
@@ -226,7 +226,7 @@ def test_a_checkpoint_on_the_way_is_that_of_a_shorter_run(runs, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = trainer(tmp_path, EMA(decay=0.5), steps=2, limit_val_batches=0)
-        run.fit(module(train_interval=intervals[0]), DigitsData(batch_size=16))
+        run.fit(module(interval=intervals[0]), DigitsData(batch_size=16))
         run.save_checkpoint(tmp_path / "short.ckpt")
     short, long = (
         torch.load(path, weights_only=True)

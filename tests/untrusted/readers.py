@@ -6,6 +6,7 @@ from dataclasses import replace
 import lightning as L
 import numpy as np
 import torch
+from grouped import grouped
 from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
@@ -193,7 +194,7 @@ def official(path):
 
 
 def run_module():
-    return DiTModule(network(), schedule=CosineSchedule(20), clustering=SNRClustering(2))
+    return DiTModule(network(), **grouped(schedule=CosineSchedule(20), clustering=SNRClustering(2)))
 
 
 MODULE = run_module()

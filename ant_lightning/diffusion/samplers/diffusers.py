@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from ant_lightning.diffusion.process import DiffusionProcess
+from ant_lightning.diffusion.process import DiscreteDiffusion
 from ant_lightning.diffusion.samplers.sampler import Denoiser, Sampler, SampleStep
 from ant_lightning.errors import ConfigError
 
@@ -89,13 +89,13 @@ class DiffusersSampler(Sampler):
         self.scheduler = scheduler
         self.num_steps = num_steps
 
-    def num_calls(self, process: DiffusionProcess) -> int:
+    def num_calls(self, process: DiscreteDiffusion) -> int:
         """How many times a whole path calls the network."""
         return len(self._prepare(process).timesteps)
 
     def trajectory(
         self,
-        process: DiffusionProcess,
+        process: DiscreteDiffusion,
         denoiser: Denoiser,
         x_T: Float[Tensor, "b c ..."],
         *,
@@ -125,7 +125,7 @@ class DiffusersSampler(Sampler):
     def _iterate(
         self,
         scheduler: _Solver,
-        process: DiffusionProcess,
+        process: DiscreteDiffusion,
         denoiser: Denoiser,
         x: Tensor,
         noise: Callable[[], Tensor] | None,
@@ -186,7 +186,7 @@ class DiffusersSampler(Sampler):
             )
         return stepped
 
-    def _prepare(self, process: DiffusionProcess) -> _Solver:
+    def _prepare(self, process: DiscreteDiffusion) -> _Solver:
         """A fresh scheduler with the betas of the process and its timesteps set."""
         if self.num_steps > process.num_timesteps:
             raise ConfigError(
@@ -244,7 +244,7 @@ def _whole_timesteps(scheduler: _Solver) -> list[int]:
     return [round(t) for t in found]
 
 
-def _as_prediction(process: DiffusionProcess, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+def _as_prediction(process: DiscreteDiffusion, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     if process.prediction_type == "eps":
         return process.to_eps(x_start, x_t, t, prediction_type="x0")
     if process.prediction_type == "v":

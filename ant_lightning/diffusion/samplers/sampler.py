@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-    from ant_lightning.diffusion.process import DiffusionProcess
+    from ant_lightning.diffusion.process import DiscreteDiffusion
 
 __all__ = ["Denoiser", "SampleStep", "Sampler"]
 
@@ -48,13 +48,13 @@ class Sampler(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
     @abstractmethod
-    def num_calls(self, process: DiffusionProcess) -> int:
+    def num_calls(self, process: DiscreteDiffusion) -> int:
         """How many times a whole path calls the network."""
 
     @abstractmethod
     def trajectory(
         self,
-        process: DiffusionProcess,
+        process: DiscreteDiffusion,
         denoiser: Denoiser,
         x_T: Float[Tensor, "b c ..."],
         *,
@@ -79,7 +79,7 @@ class Sampler(ABC):
 
     def sample(
         self,
-        process: DiffusionProcess,
+        process: DiscreteDiffusion,
         denoiser: Denoiser,
         x_T: Float[Tensor, "b c ..."],
         *,
@@ -101,7 +101,7 @@ class Sampler(ABC):
                 x = step.x
         return x
 
-    def _check_first_step(self, first_step: int, process: DiffusionProcess) -> None:
+    def _check_first_step(self, first_step: int, process: DiscreteDiffusion) -> None:
         if not 0 <= first_step < self.num_calls(process):
             raise ConfigError(
                 f"first_step must be in [0, {self.num_calls(process)}), found {first_step}"

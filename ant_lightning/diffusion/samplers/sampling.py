@@ -15,7 +15,7 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from ant_lightning.diffusion.process import DiffusionProcess, PMeanVariance
+    from ant_lightning.diffusion.process import DiscreteDiffusion, PMeanVariance
     from ant_lightning.diffusion.samplers.sampler import Denoiser
 
 __all__ = ["DDIM", "DDPM"]
@@ -43,7 +43,7 @@ class DDPM(TableSampler):
         return True
 
     def _step(
-        self, process: DiffusionProcess, model: PMeanVariance, t: Tensor, noise: Tensor | None
+        self, process: DiscreteDiffusion, model: PMeanVariance, t: Tensor, noise: Tensor | None
     ) -> Tensor:
         return ancestral_step(model, t, noise)
 
@@ -84,13 +84,13 @@ class DDIM(TableSampler):
         return self.eta > 0
 
     def _step(
-        self, process: DiffusionProcess, model: PMeanVariance, t: Tensor, noise: Tensor | None
+        self, process: DiscreteDiffusion, model: PMeanVariance, t: Tensor, noise: Tensor | None
     ) -> Tensor:
         return ddim_step(process, model, t, eta=self.eta, noise=noise)
 
     def invert(
         self,
-        process: DiffusionProcess,
+        process: DiscreteDiffusion,
         denoiser: Denoiser,
         x_start: Float[Tensor, "b c ..."],
         *,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from ant_lightning.diffusion.process import DiffusionProcess, PMeanVariance
+    from ant_lightning.diffusion.process import DiscreteDiffusion, PMeanVariance
 
 __all__ = ["ancestral_step", "ddim_inverse_step", "ddim_step"]
 
@@ -30,7 +30,7 @@ def ancestral_step(
 
 
 def ddim_step(
-    process: DiffusionProcess,
+    process: DiscreteDiffusion,
     model: PMeanVariance,
     timesteps: Int[Tensor, " b"],
     *,
@@ -57,7 +57,7 @@ def ddim_step(
 
 
 def ddim_inverse_step(
-    process: DiffusionProcess, model: PMeanVariance, timesteps: Int[Tensor, " b"]
+    process: DiscreteDiffusion, model: PMeanVariance, timesteps: Int[Tensor, " b"]
 ) -> Float[Tensor, "b c ..."]:
     """One DDIM step backwards, to more noise: `sqrt(abar_next) x_start + sqrt(1 - abar_next) eps`.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-    from ant_lightning.diffusion.process import DiffusionProcess, PMeanVariance
+    from ant_lightning.diffusion.process import DiscreteDiffusion, PMeanVariance
 
 __all__ = ["TableSampler", "denoise_at"]
 
@@ -37,7 +37,7 @@ class TableSampler(Sampler):
         self.num_steps = num_steps
         self.spacing = spacing
 
-    def respaced(self, process: DiffusionProcess) -> DiffusionProcess:
+    def respaced(self, process: DiscreteDiffusion) -> DiscreteDiffusion:
         """The process on the timesteps of the path (built once per process)."""
         total = process.num_timesteps
         if self.num_steps > total:
@@ -57,7 +57,7 @@ class TableSampler(Sampler):
         # abar_0, not to 1. So 0 is on the table, but no step starts there.
         return self.spacing in {"ldm", "ldm_quadratic"}
 
-    def num_calls(self, process: DiffusionProcess) -> int:
+    def num_calls(self, process: DiscreteDiffusion) -> int:
         """How many times a whole path calls the network."""
         return self.respaced(process).num_timesteps - self._stops_at_zero
 
@@ -67,12 +67,12 @@ class TableSampler(Sampler):
 
     @abstractmethod
     def _step(
-        self, process: DiffusionProcess, model: PMeanVariance, t: Tensor, noise: Tensor | None
+        self, process: DiscreteDiffusion, model: PMeanVariance, t: Tensor, noise: Tensor | None
     ) -> Tensor: ...
 
     def trajectory(
         self,
-        process: DiffusionProcess,
+        process: DiscreteDiffusion,
         denoiser: Denoiser,
         x_T: Float[Tensor, "b c ..."],
         *,
@@ -91,7 +91,7 @@ class TableSampler(Sampler):
 
     def _iterate(
         self,
-        process: DiffusionProcess,
+        process: DiscreteDiffusion,
         denoiser: Denoiser,
         x: Tensor,
         noise: Callable[[], Tensor] | None,
@@ -109,7 +109,7 @@ class TableSampler(Sampler):
 
 
 def denoise_at(
-    process: DiffusionProcess, denoiser: Denoiser, x: Tensor, step: int, clip_denoised: bool
+    process: DiscreteDiffusion, denoiser: Denoiser, x: Tensor, step: int, clip_denoised: bool
 ) -> tuple[PMeanVariance, Tensor]:
     """Call the network at one timestep of a respaced process; also gives that timestep, [b]."""
     t = torch.full((len(x),), step, dtype=torch.int64, device=x.device)

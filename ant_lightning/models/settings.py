@@ -1,0 +1,181 @@
+"""The groups of settings of a diffusion module; each group checks its own fields."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import Optimizer
+
+from ant_lightning.balancing.base import Balancer, GradientBalancer
+from ant_lightning.diffusion.samplers.sampler import Sampler
+from ant_lightning.errors import ConfigError
+from ant_lightning.tasks.clusterings import Clustering
+
+__all__ = ["EngineName", "Optimization", "Sampling", "Tasks", "TimestepSampling", "adamw"]
+
+EngineName = Literal["auto", "loop", "one_pass", "vmap", "low_memory"]
+
+
+def adamw(groups: Any) -> Optimizer:  # noqa: ANN401 - parameters, or groups of them
+    """The optimizer of a module that names none: AdamW, learning rate 1e-4, no weight decay."""
+    return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What the tasks are, how they are weighted, and how their gradients are computed.
+
+    Args:
+        clustering: Groups the timesteps into tasks; without a balancer, for reporting only.
+        balancer: Weights the tasks; `None` for vanilla training.
+        weighting: Prior weights of the tasks: `equal`, or `by_size` of the cluster.
+        engine: How task gradients are computed: `loop`, `one_pass`, `vmap`, `low_memory`, or
+            `auto`, which takes `one_pass` where it is faster than `loop` and fits the network.
+        placement: Which ranks compute which tasks. `spread` gives each rank samples of all tasks;
+            with `sorted` a rank has few tasks and sends only their gradients (for gradient
+            balancers on many ranks).
+
+    Raises:
+        ConfigError: If `placement` does not fit the balancer or the engine.
+
+    Example:
+        >>> from ant_lightning import SNRClustering, Tasks, UncertaintyWeighting
+        >>> tasks = Tasks(SNRClustering(num_tasks=5), balancer=UncertaintyWeighting(num_tasks=5))
+        >>> tasks.weighting, tasks.engine, tasks.placement
+        ('equal', 'auto', 'spread')
+    """
+
+    clustering: Clustering
+    _: KW_ONLY
+    balancer: Balancer | None = None
+    weighting: Literal["equal", "by_size"] = "equal"
+    engine: EngineName = "auto"
+    placement: Literal["spread", "sorted"] = "spread"
+
+    def __post_init__(self) -> None:
+        if self.placement == "spread":
+            return
+        if not isinstance(self.balancer, GradientBalancer):
+            raise ConfigError(
+                "placement: must be 'spread' without a gradient balancer, because 'sorted' saves "
+                f"traffic of task gradients, found {self.placement!r} with "
+                f"{type(self.balancer).__name__}"
+            )
+        if self.engine == "low_memory":
+            raise ConfigError(
+                "placement: must be 'spread' with engine 'low_memory', which holds no task "
+                f"gradients to send, found {self.placement!r}"
+            )
+
+
+@dataclass(frozen=True)
+class TimestepSampling:
+    """How the timesteps of a training batch are drawn.
+
+    Args:
+        method: `stratified` draws the share of each task; `uniform` draws all timesteps alike.
+            Default: `stratified` with a balancer, `uniform` without.
+        allocation: Images of each task in a stratified batch: `equal`, or `proportional` to the
+            size of its cluster.
+        interval: `[start, stop)`: train on these timesteps only (a specialist).
+
+    Raises:
+        ConfigError: If the interval is empty, or the method is `stratified` with an interval.
+
+    Example:
+        >>> from ant_lightning import TimestepSampling
+        >>> TimestepSampling(interval=(0, 200)).interval
+        (0, 200)
+    """
+
+    method: Literal["stratified", "uniform"] | None = None
+    _: KW_ONLY
+    allocation: Literal["equal", "proportional"] = "equal"
+    interval: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.interval is None:
+            return
+        start, stop = self.interval
+        if not 0 <= start < stop:
+            raise ConfigError(f"interval: must satisfy 0 <= start < stop, found [{start}, {stop}]")
+        if self.method == "stratified":
+            raise ConfigError(
+                "method: must be 'uniform' with an interval, because a specialist has one task, "
+                "found 'stratified'"
+            )
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the weights are optimised.
+
+    Training uses manual optimization, so clipping and accumulation are settings here and not of
+    the Trainer.
+
+    Args:
+        optimizer: Makes the optimizer from parameter groups; default AdamW, learning rate 1e-4.
+        lr_scheduler: Makes the scheduler from the optimizer; stepped after every optimizer step.
+        warmup_steps: Steps in which the learning rate grows linearly from 0.
+        clip_grad_norm: Largest norm of the backbone's gradient; `None` for no clipping.
+        accumulate_grad_batches: Parts in which the images of a step are computed.
+        max_skipped_steps: Steps in a row that may be skipped because of a NaN or an infinity.
+
+    Raises:
+        ConfigError: If a setting is out of range, or there is a warm-up beside a scheduler.
+
+    Example:
+        >>> from ant_lightning import Optimization
+        >>> Optimization(warmup_steps=1000).clip_grad_norm
+        1.0
+    """
+
+    optimizer: OptimizerCallable = adamw
+    _: KW_ONLY
+    lr_scheduler: LRSchedulerCallable | None = None
+    warmup_steps: int = 0
+    clip_grad_norm: float | None = 1.0
+    accumulate_grad_batches: int = 1
+    max_skipped_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("accumulate_grad_batches", "max_skipped_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, found {getattr(self, name)}")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ConfigError(
+                f"clip_grad_norm: must be above 0, or None for none, found {self.clip_grad_norm}"
+            )
+        if self.warmup_steps < 0:
+            raise ConfigError(f"warmup_steps: must be at least 0, found {self.warmup_steps}")
+        if self.warmup_steps and self.lr_scheduler is not None:
+            raise ConfigError(
+                f"warmup_steps: must be 0 with an lr_scheduler, found {self.warmup_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn from noise.
+
+    Args:
+        sampler: Default `DDPM(num_steps=250)`.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        guided_channels: Channels that guidance changes; `None` for all (official DiT: 3).
+        clip_denoised: Whether predicted images are clipped to [-1, 1] in every step; by default
+            pixels are and latents are not.
+
+    Example:
+        >>> from ant_lightning import DDIM, Sampling
+        >>> Sampling(DDIM(num_steps=50), guidance_scale=1.5).sampler.num_steps
+        50
+    """
+
+    sampler: Sampler | None = None
+    _: KW_ONLY
+    guidance_scale: float = 1.0
+    guided_channels: int | None = None
+    clip_denoised: bool | None = None
