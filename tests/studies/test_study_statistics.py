@@ -65,7 +65,8 @@ def test_frozen_weights_are_those_uncertainty_weighting_ended_with(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "x.ckpt")
     args = ["--checkpoint", str(tmp_path / "x.ckpt"), "--output", str(tmp_path)]
     freeze.main(args)
-    found = yaml.safe_load((tmp_path / "frozen.yaml").read_text())["model"]["init_args"]["tasks"]["balancer"]
+    content = yaml.safe_load((tmp_path / "frozen.yaml").read_text())
+    found = content["model"]["init_args"]["tasks"]["balancer"]
     assert found["class_path"] == "ant_lightning.LinearScalarization"
     np.testing.assert_allclose(found["init_args"]["weights"], balancer.loss_weights(), rtol=1e-6)
     torch.save({"state_dict": {}}, tmp_path / "x.ckpt")

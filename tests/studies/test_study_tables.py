@@ -223,7 +223,8 @@ def test_a_bar_in_a_cell_does_not_break_the_table():
 def test_report_of_a_run_has_what_the_run_has(tmp_path):
     boundaries = [0, 30, 70, 100]
     config = yaml.safe_load((ROOT / "configs/digits/dit.yaml").read_text())
-    config["model"]["init_args"]["process"]["init_args"]["schedule"]["init_args"] = {"num_timesteps": 100}
+    process = config["model"]["init_args"]["process"]["init_args"]
+    process["schedule"]["init_args"] = {"num_timesteps": 100}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     few = write_report(tmp_path).read_text()
     assert "| balancer | none (vanilla) |" in few
