@@ -142,6 +142,9 @@ from ant_lightning.data.module import (
 from ant_lightning.data.shapes import (
     ShapesData as ShapesData,
 )
+from ant_lightning.data.stored_images import (
+    StoredImages as StoredImages,
+)
 from ant_lightning.diffusion.guidance import (
     GuidedDenoiser as GuidedDenoiser,
 )
@@ -183,21 +186,20 @@ from ant_lightning.errors import (
 from ant_lightning.generation.callback import (
     GenerationMetrics as GenerationMetrics,
 )
-from ant_lightning.generation.extractors.digits import (
-    DigitsFeatures as DigitsFeatures,
-)
-from ant_lightning.generation.extractors.features import (
+from ant_lightning.generation.extractor import (
     FeatureExtractor as FeatureExtractor,
+    Features as Features,
     ModuleFeatures as ModuleFeatures,
 )
-from ant_lightning.generation.extractors.inception import (
-    InceptionFeatures as InceptionFeatures,
-)
-from ant_lightning.generation.extractors.shapes import (
-    ShapesFeatures as ShapesFeatures,
+from ant_lightning.generation.features import (
+    ImageFeatures as ImageFeatures,
 )
 from ant_lightning.generation.frechet import (
+    GaussianStatistics as GaussianStatistics,
     frechet_distance as frechet_distance,
+)
+from ant_lightning.generation.inception import (
+    InceptionFeatures as InceptionFeatures,
 )
 from ant_lightning.generation.inception_score import (
     inception_score as inception_score,
@@ -205,22 +207,19 @@ from ant_lightning.generation.inception_score import (
 from ant_lightning.generation.kid import (
     kernel_distance as kernel_distance,
 )
-from ant_lightning.generation.nearest import (
+from ant_lightning.generation.neighbours import (
     nearest_distance as nearest_distance,
-)
-from ant_lightning.generation.precision_recall import (
     precision_recall as precision_recall,
-)
-from ant_lightning.generation.reference import (
-    ReferenceStatistics as ReferenceStatistics,
-    load_reference as load_reference,
-    save_reference as save_reference,
 )
 from ant_lightning.generation.scores import (
     GenerationScores as GenerationScores,
 )
-from ant_lightning.generation.stored_images import (
-    StoredImages as StoredImages,
+from ant_lightning.generation.shipped_networks import (
+    DigitsFeatures as DigitsFeatures,
+    ShapesFeatures as ShapesFeatures,
+)
+from ant_lightning.generation.statistics import (
+    ImageStatistics as ImageStatistics,
 )
 from ant_lightning.models.autoencoder import (
     AutoencoderModule as AutoencoderModule,

@@ -29,7 +29,7 @@ from ant_lightning import (
     task_affinity,
 )
 from ant_lightning.affinity.sketch import HadamardSketch
-from ant_lightning.generation.moments import GaussianStatistics
+from ant_lightning.generation.frechet import GaussianStatistics
 from studies.provenance import commit, machine
 
 GIB = 2**20  # of ru_maxrss, which is in KiB

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ant_lightning.data.stored_images import num_npz_images
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.identity import check_identity
 from ant_lightning.files.json_file import read_json, write_json
-from ant_lightning.generation.image_files import num_images as stored_images
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -134,7 +134,7 @@ class NpzSamples(SampleFiles):
         self._own = self._parts / f"rank_{rank}.bin"
         self._finished = path.exists()
         if self._finished:
-            count = stored_images(path)
+            count = num_npz_images(path)
             if count != num_images:
                 raise ConfigError(
                     f"samples.npz: {path} is finished with {count} images; choose another file "

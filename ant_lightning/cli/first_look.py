@@ -45,6 +45,7 @@ def first_look(arguments: Sequence[str]) -> None:
             if not folder.startswith("-") and not Path(folder).is_dir():
                 raise ConfigError(f"report: must be the log folder of a run, found {folder}")
         return
+    _check_command(command, args)
     known = top_settings(command)
     for path in config_paths(args):
         check_config_file(path, known=known)
@@ -72,8 +73,18 @@ def first_look(arguments: Sequence[str]) -> None:
         raise ConfigError(needed(", ".join(missing)))
 
 
+def _check_command(command: str, args: Sequence[str]) -> None:
+    if command == "test" and any(arg.partition("=")[0] == "--images" for arg in args):
+        raise ConfigError(
+            "images: `ant-lightning score --images FOLDER|FILE.npz` scores stored images, found "
+            "the option of test in ant_lightning 0.1"
+        )
+
+
 def top_settings(command: str) -> list[str] | None:
     """Top-level names allowed in a command's config; `None` if unknown."""
+    if command == "score":  # its configs are those of runs
+        return None
     if command == "encode":
         return sorted({"config", "print_config", "data", "device", *_ENCODE_GROUPS})
     method = arguments_of("Trainer", command)
@@ -81,7 +92,7 @@ def top_settings(command: str) -> list[str] | None:
         return None
     handed_over = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
     own = {"config", "print_config", "seed_everything", "trainer", "model", "data", *_RUN_GROUPS}
-    return sorted(own | (method - handed_over) | ({"images"} if command == "test" else set()))
+    return sorted(own | (method - handed_over))
 
 
 def _options(args: Sequence[str]) -> list[tuple[str, str]] | None:

@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 HELP = """\
-usage: ant-lightning {fit,validate,test,predict,encode} --config FILE [--config FILE ...] [options]
+usage: ant-lightning {fit,validate,test,predict,score,encode} --config FILE [--config ...] [options]
        ant-lightning report RUN_FOLDER
 
 Diffusion training as multi-task learning over clusters of timesteps.
 
   fit        train                         --ckpt_path last resumes
   validate   loss, FID and its companions  --ckpt_path FILE
-  test       the same, logged as test/...  --ckpt_path FILE, or --images FOLDER or FILE.npz
+  test       the same, logged as test/...  --ckpt_path FILE
   predict    write images                  --ckpt_path FILE --samples.num_images 1000
                                            (PNG files; --samples.npz FILE.npz for one file)
+  score      FID ... of stored images      --images FOLDER or FILE.npz
   encode     write a cache of latents      --config configs/imagenet/encode.yaml
   report     write report.md into the log folder of a run
 
@@ -47,7 +48,7 @@ Configs are merged from left to right: a base, then one fragment for each choice
   ant-lightning fit --config ... --print_config        the merged config, without running it
 """
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-COMMANDS = ("fit", "validate", "test", "predict", "encode", "report")
+COMMANDS = ("fit", "validate", "test", "predict", "score", "encode", "report")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -82,12 +83,15 @@ def _run(arguments: Sequence[str]) -> int:
     from ant_lightning.cli.encode import run_encode  # noqa: PLC0415
     from ant_lightning.cli.parser import run  # noqa: PLC0415
     from ant_lightning.cli.report import run_report  # noqa: PLC0415
+    from ant_lightning.cli.score import run_score  # noqa: PLC0415
     from ant_lightning.data.workers import dead_worker  # noqa: PLC0415
     from ant_lightning.runtime.peers import first_failure  # noqa: PLC0415
 
     try:
         if arguments[0] == "report":
             run_report(arguments[1:])
+        elif arguments[0] == "score":
+            run_score(arguments[1:])
         elif arguments[0] == "encode":
             run_encode(arguments[1:])
         else:

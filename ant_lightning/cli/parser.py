@@ -36,8 +36,6 @@ from ant_lightning.cli.trainer_settings import (
 )
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
-from ant_lightning.generation.callback import GenerationMetrics
-from ant_lightning.generation.stored_images import StoredImages
 from ant_lightning.models.optimizers import say_changed
 from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
@@ -90,34 +88,10 @@ class AntCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        """Checkpoints cannot run code; `test` can score images that were drawn before."""
+        """Checkpoints cannot run code."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
-        if subcommand == "test":
-            text = "score this folder or npz file of images in place of a checkpoint's"
-            parser.add_argument("--images", type=str | None, default=None, help=text)
         return parser
-
-    def before_test(self) -> None:
-        """With `--images`, put the stored images where the model is."""
-        path = self.config.test.images
-        if path is None:
-            return
-        if self.config.test.ckpt_path is not None:
-            raise ConfigError(
-                f"images: must not be given with ckpt_path, found {path} and "
-                f"{self.config.test.ckpt_path}"
-            )
-        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not any(isinstance(each, GenerationMetrics) for each in callbacks):
-            raise ConfigError(
-                f"images: trainer.callbacks needs GenerationMetrics to score {path}, found none"
-            )
-        # The others want a backbone.
-        kept = (GenerationMetrics, ProgressBar)
-        callbacks[:] = [each for each in callbacks if isinstance(each, kept)]
-        self.model = StoredImages(path)
-        self.trainer.limit_test_batches = 1
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""

@@ -3,30 +3,83 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ant_lightning.errors import ConfigError
-from ant_lightning.generation.moments import GaussianStatistics
 
-__all__ = ["RankDeficientWarning", "frechet_distance", "warn_if_rank_deficient"]
+__all__ = ["GaussianStatistics", "RankDeficientWarning", "frechet_distance"]
+
+_CHUNK_ROWS = 1024  # float64 copies stay at 16 MiB for 2048 features
 
 
 class RankDeficientWarning(UserWarning):
-    """There are too few images for the feature dimension: the covariance is singular."""
+    """There are too few images for the number of features: the covariance is singular."""
+
+
+@dataclass(frozen=True)
+class GaussianStatistics:
+    """Mean `[d]` and covariance `[d, d]` (denominator n - 1) of features, both float64.
+
+    Args:
+        mean: The mean `[d]`.
+        covariance: The covariance `[d, d]`.
+        num_samples: How many samples n they come from; `None` if a file does not say.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import GaussianStatistics
+        >>> gaussian = GaussianStatistics.from_features(torch.tensor([[0.0], [2.0], [4.0]]))
+        >>> gaussian.mean.item(), gaussian.covariance.item(), gaussian.num_samples
+        (2.0, 4.0, 3)
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    num_samples: int | None = None
+
+    @classmethod
+    def from_features(cls, features: Tensor) -> GaussianStatistics:
+        """Moments of features `[n, d]`, centred before they are multiplied.
+
+        Raises:
+            ConfigError: Fewer than two features.
+        """
+        if features.ndim != 2 or len(features) < 2:
+            raise ConfigError(
+                f"features: must have shape [n, d] with n >= 2, found {list(features.shape)}"
+            )
+        mean = features.mean(0, dtype=torch.float64)
+        scatter = mean.new_zeros(len(mean), len(mean))
+        for rows in features.split(_CHUNK_ROWS):
+            centred = rows.double() - mean
+            scatter.addmm_(centred.T, centred)
+        return cls(mean, scatter.div_(len(features) - 1), len(features))
+
+    @classmethod
+    def from_sums(cls, count: int, total: Tensor, outer: Tensor) -> GaussianStatistics:
+        """Moments of n samples from the sum `[d]` and the sum of outer products `[d, d]`.
+
+        Raises:
+            ConfigError: Fewer than two samples.
+        """
+        if count < 2:
+            raise ConfigError(f"num_samples: must be at least 2 for a covariance, found {count}")
+        mean = total / count
+        return cls(mean, (outer - count * torch.outer(mean, mean)) / (count - 1), count)
 
 
 def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
-    r"""The squared Fréchet (2-Wasserstein) distance between two Gaussians.
+    """The squared Fréchet (2-Wasserstein) distance between two Gaussians.
 
-    .. math:: |\mu_1 - \mu_2|^2 + tr \Sigma_1 + tr \Sigma_2 - 2 tr (\Sigma_1 \Sigma_2)^{1/2}
+        |mu_1 - mu_2|² + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2))
 
-    With roots :math:`\Sigma = R R^T` the last trace is the sum of the singular values of
-    :math:`R_1^T R_2`. Two regular covariances take their Cholesky factors and the eigenvalues of
-    :math:`R_1^T \Sigma_2 R_1`, which is the fastest. A singular one takes ``eigh`` without its
-    null space, and the singular values themselves: eigenvalues that should be zero come out at
-    1e-16, and their square roots at 1e-8 would add up.
+    With roots C = R Rᵀ the last trace is the sum of the singular values of R_1ᵀ R_2. Two regular
+    covariances use Cholesky factors and the eigenvalues of R_1ᵀ C_2 R_1, which is the fastest way.
+    A singular one uses `eigh` without its null space, and the singular values themselves:
+    eigenvalues that should be zero come out at 1e-16, and their square roots of 1e-8 would add up.
 
     Args:
         first: Statistics in d dimensions.
@@ -39,18 +92,26 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
         ConfigError: The dimensions differ, or a value is not finite.
 
     Reference:
-        Heusel et al., arXiv 1706.08500, equation (6).
+        Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+        Equilibrium", equation (6), arXiv 1706.08500.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import GaussianStatistics, frechet_distance
+        >>> narrow = GaussianStatistics(torch.zeros(2), torch.eye(2))
+        >>> wide = GaussianStatistics(torch.tensor([3.0, 0.0]), 4 * torch.eye(2))
+        >>> round(frechet_distance(narrow, wide), 6)  # 3² + 2 (2 - 1)²
+        11.0
     """
     if first.mean.shape != second.mean.shape:
         raise ConfigError(
-            f"statistics must have one feature dimension, got {len(first.mean)} and "
-            f"{len(second.mean)}"
+            f"second: must have {len(first.mean)} features as first, found {len(second.mean)}"
         )
     device = first.mean.device
     mean_1, cov_1 = first.mean.double(), first.covariance.double()
     mean_2, cov_2 = second.mean.to(device).double(), second.covariance.to(device).double()
     if not all(bool(x.isfinite().all()) for x in (mean_1, cov_1, mean_2, cov_2)):
-        raise ConfigError("statistics must be finite, found NaN or an infinity")
+        raise ConfigError("first, second: must be finite, found NaN or an infinity")
     root_1 = _cholesky(cov_1, first.num_samples)
     root_2 = _cholesky(cov_2, second.num_samples)
     if root_1 is not None and root_2 is not None:
@@ -65,20 +126,20 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
 
 
 def _cholesky(covariance: Tensor, num_samples: int | None) -> Tensor | None:
-    """The Cholesky factor, or None where the covariance is, or may be, singular."""
+    """The Cholesky factor, or `None` if the covariance is, or may be, singular."""
     if num_samples is not None and num_samples <= len(covariance):
         return None
     root, info = torch.linalg.cholesky_ex(covariance)
-    # pivots do not reveal the rank: those that should be zero were seen at 4e4 eps, so whatever
-    # is small goes the slower way, which is right for every covariance
+    # Pivots do not reveal the rank: some that should be zero came out at 4e4 eps. Whatever is
+    # small takes the slower way, which is right for every covariance.
     floor = 1e-10 * covariance.diagonal().amax()
     return None if int(info) or bool(root.diagonal().square().amin() <= floor) else root
 
 
 def _reduced_root(covariance: Tensor) -> Tensor:
-    """A root ``[d, r]`` of a covariance of rank r."""
+    """A root `[d, r]` of a covariance of rank r."""
     values, vectors = torch.linalg.eigh(covariance)
-    # zero eigenvalues of a rounded matrix were seen at 5 eps even in few dimensions
+    # Zero eigenvalues of a rounded matrix came out at 5 eps even in few dimensions.
     keep = values > max(len(values), 32) * torch.finfo(torch.float64).eps * values[-1].abs()
     root: Tensor = vectors[:, keep] * values[keep].sqrt()
     return root
@@ -87,7 +148,7 @@ def _reduced_root(covariance: Tensor) -> Tensor:
 def warn_if_rank_deficient(num_samples: int, num_features: int, *, what: str) -> None:
     """Warn that n samples give a covariance of rank at most n - 1 when n <= d.
 
-    FID is then still defined, and larger the smaller n is: only values at one n compare.
+    FID is then still defined, but larger the smaller n is: only values at the same n compare.
     """
     if num_samples <= num_features:
         warnings.warn(

@@ -28,37 +28,45 @@ def inception_score(
     split_size: int | None = None,
     seed: int | None = 2020,
 ) -> MeanAndStd:
-    r"""The Inception score of logits ``[n, c]``, per consecutive chunk, in float64.
+    """The Inception score of logits `[n, c]`: of each split, in float64.
 
-    .. math:: \exp \frac{1}{n} \sum_i KL(p(y \mid x_i) \,\|\, \frac{1}{n} \sum_j p(y \mid x_j))
+        exp(1/n sum_i KL(p(y | x_i) || 1/n sum_j p(y | x_j)))
 
-    Two rules cut the chunks. ``num_splits`` is torch-fidelity's: images are shuffled by ``seed``,
-    then chunk i ends at (i + 1) n // num_splits. ``split_size`` is the ADM evaluator's: chunks
-    of that many rows, the last may be shorter, all of one weight (``seed=None`` and 5000 there).
+    There are two ways to split. `num_splits` is torch-fidelity's: images are shuffled by `seed`,
+    then split i ends at (i + 1) n // num_splits. `split_size` is the ADM evaluator's: splits of
+    that many images, of which the last may be shorter, all of one weight (it uses 5000 and
+    `seed=None`). torch-fidelity's own function gives NaN for logits far apart, this one does not.
 
     Args:
-        logits: Class scores ``[n, c]``.
-        num_splits: Number of chunks; ignored when ``split_size`` is given.
-        split_size: Rows per chunk.
-        seed: Of the shuffle, drawn as torch-fidelity does; null keeps the order.
+        logits: Class scores `[n, c]`.
+        num_splits: Number of splits; ignored if `split_size` is given.
+        split_size: Images per split.
+        seed: Of the shuffle, drawn as torch-fidelity does; `None` keeps the order.
 
     Raises:
         ConfigError: No logits, or more splits than images.
 
     Reference:
-        Salimans et al., "Improved Techniques for Training GANs", arXiv 1606.03498.
+        Salimans et al., "Improved Techniques for Training GANs", section 4, arXiv 1606.03498.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import inception_score
+        >>> certain_and_varied = 100 * torch.eye(4)
+        >>> inception_score(certain_and_varied, num_splits=1)
+        MeanAndStd(mean=4.0, std=0.0)
     """
     if logits.ndim != 2 or len(logits) == 0:
-        raise ConfigError(f"logits must have shape [n, c] with n >= 1, got {list(logits.shape)}")
+        raise ConfigError(f"logits: must have shape [n, c] with n >= 1, found {list(logits.shape)}")
     num_images = len(logits)
     if split_size is not None:
         if split_size < 1:
-            raise ConfigError(f"split_size must be at least 1, got {split_size}")
+            raise ConfigError(f"split_size: must be at least 1, found {split_size}")
         edges = [*range(0, num_images, split_size), num_images]
     else:
         if not 1 <= num_splits <= num_images:
             raise ConfigError(
-                f"num_splits must be in 1 to the number of images ({num_images}), got {num_splits}"
+                f"num_splits: must be 1 to the number of images ({num_images}), found {num_splits}"
             )
         edges = [i * num_images // num_splits for i in range(num_splits + 1)]
     if seed is not None:
@@ -67,8 +75,8 @@ def inception_score(
     log_p = logits.double().log_softmax(1)
     scores = []
     for start, stop in pairwise(edges):
-        chunk = log_p[start:stop]
-        log_marginal = chunk.logsumexp(0) - np.log(stop - start)
-        divergence = (chunk.exp() * (chunk - log_marginal)).sum(1).mean()
+        split = log_p[start:stop]
+        log_marginal = split.logsumexp(0) - np.log(stop - start)
+        divergence = (split.exp() * (split - log_marginal)).sum(1).mean()
         scores.append(divergence.exp().item())
     return MeanAndStd(float(np.mean(scores)), float(np.std(scores)))

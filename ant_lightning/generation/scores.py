@@ -1,169 +1,185 @@
-"""Every metric of generated images at once, each beside the companions that make it readable."""
+"""Every score of generated images at once, each beside what makes it readable."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import chain
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torchmetrics import Metric
 
 from ant_lightning.errors import ConfigError
-from ant_lightning.generation.collect import collect_features
-from ant_lightning.generation.extractors.features import FeatureExtractor, Features
-from ant_lightning.generation.frechet import frechet_distance, warn_if_rank_deficient
+from ant_lightning.generation.features import ImageFeatures
+from ant_lightning.generation.frechet import (
+    GaussianStatistics,
+    frechet_distance,
+    warn_if_rank_deficient,
+)
 from ant_lightning.generation.inception_score import inception_score
 from ant_lightning.generation.kid import kernel_distance
-from ant_lightning.generation.moments import GaussianStatistics
-from ant_lightning.generation.nearest import nearest_distance
-from ant_lightning.generation.precision_recall import precision_recall
-from ant_lightning.generation.reference import ReferenceStatistics
+from ant_lightning.generation.neighbours import nearest_distance, precision_recall
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ant_lightning.generation.extractor import FeatureExtractor
+    from ant_lightning.generation.statistics import ImageStatistics
 
 __all__ = ["GenerationScores"]
 
-ImageBatches = Tensor | Iterable[Tensor]
 
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationScores:
+class GenerationScores(Metric):
     """FID, KID, Inception score, precision and recall of generated images, with companions.
 
-    The result maps names to numbers:
+    `compute` maps names to numbers:
 
-    - ``fid``, ``kid``, ``kid_std``, ``precision``, ``recall``: generated against real;
-      ``inception_score`` and its ``_std`` where the extractor has logits.
-    - ``fid_real``: real against real. With training images: as many random training images as
+    - `fid`, `kid`, `kid_std`, `precision`, `recall`: generated against real images;
+      `inception_score` and `inception_score_std` if the extractor gives logits.
+    - `fid_real`: real against real images. With training images: as many random training images as
       there are generated ones, in their place. Without: two disjoint random halves of the real
-      images. ``fid_real_num_images`` says how many (of each half). A FID below it says nothing,
-      unless ``fid_train`` and ``nearest_train`` show that the model copies.
-    - ``fid_train``: generated against as many random training images as there are real ones.
-    - ``nearest_train_mean``, ``nearest_train_median``: feature distance of generated images to the
-      nearest training image; ``nearest_train_real_mean`` and ``_median`` the same of real images,
-      which are to be held out then.
-    - ``num_images`` generated, ``num_real`` (where known).
+      images. `fid_real_num_images` says how many (of each half). A FID below it says nothing,
+      unless `fid_train` and `nearest_train_*` show that the model copies.
+    - `fid_train`: generated images against as many random training images as there are real ones.
+    - `nearest_train_mean`, `nearest_train_median`: feature distance of generated images to the
+      nearest training image; `nearest_train_real_*` the same of real images, which must then be
+      held out.
+    - `num_images` generated, `num_real` (if known).
 
-    A reference without kept features (an ADM file) gives ``fid`` alone of what needs real images.
+    Real statistics without features (a file of the ADM evaluator) give `fid` alone of what needs
+    real images. Ranks and the order of the images: see `ImageFeatures`.
 
     Args:
+        extractor: Gives the features.
+        real: Statistics of the real images, in place of `update(images, "real")`.
+        train: Those of the training images, in place of `update(images, "train")`; the companions
+            that need them are left out without.
         k: Neighbour of precision and recall; 0 leaves these two out.
-        kid_subset_size: Images per KID subset; at most all of the smaller set are taken. Where
-            that is all of both sets, KID is computed once and has no ``kid_std``.
+        kid_subset_size: Images per KID subset; at most all of the smaller set are taken. If that
+            is all of both sets, KID is computed once and has no `kid_std`.
         kid_num_subsets: KID subsets.
         num_splits: Splits of the Inception score; at most one per image.
-        batch_size: Images per forward.
         seed: Of subsets, splits and halves.
+        fid_only: Whether to leave out all but `fid`; then no features are kept, and memory does
+            not grow with the number of images.
+
+    Raises:
+        ConfigError: In `compute`, if there are too few images, or real images of another extractor
+            or another size.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import DigitsFeatures, GenerationScores
+        >>> images = torch.randint(256, (99, 1, 8, 8), dtype=torch.uint8)
+        >>> scores = GenerationScores(DigitsFeatures())
+        >>> scores.update(images, "real")
+        >>> scores.update(images)
+        >>> found = scores.compute()
+        >>> round(found["fid"], 4), found["precision"], found["recall"], found["num_images"]
+        (0.0, 1.0, 1.0, 99.0)
     """
 
-    k: int = 3
-    kid_subset_size: int = 1000
-    kid_num_subsets: int = 100
-    num_splits: int = 10
-    batch_size: int = 100
-    seed: int = 2020
+    full_state_update = False
 
-    def evaluate(
+    def __init__(
         self,
-        generated_images: ImageBatches,
-        reference: ImageBatches | ReferenceStatistics,
         extractor: FeatureExtractor,
         *,
-        train_images: ImageBatches | None = None,
-    ) -> dict[str, float]:
-        """Scores of uint8 images ``[n, c, h, w]``, one pass over each set.
+        real: ImageStatistics | None = None,
+        train: ImageStatistics | None = None,
+        k: int = 3,
+        kid_subset_size: int = 1000,
+        kid_num_subsets: int = 100,
+        num_splits: int = 10,
+        seed: int = 2020,
+        fid_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.k = k
+        self.kid_subset_size = kid_subset_size
+        self.kid_num_subsets = kid_num_subsets
+        self.num_splits = num_splits
+        self.seed = seed
+        self.fid_only = fid_only
+        self._known = {"real": real, "train": train}
+        keep = not fid_only
+        self.generated_images = ImageFeatures(extractor, keep_features=keep)
+        self.real_images = ImageFeatures(extractor, keep_features=keep)
+        self.train_images = ImageFeatures(extractor, keep_features=keep)
 
-        Args:
-            generated_images: One tensor, or an iterable of batches.
-            reference: The real images in the same form, or their statistics.
-            extractor: Gives the features.
-            train_images: The training images; the companions that need them are left out
-                without.
-
-        Raises:
-            ConfigError: Too few images, features that are not finite, or a reference of another
-                extractor, feature dimension or image shape.
-        """
-        generated_images, shape = _peek(generated_images)
-        if not isinstance(reference, ReferenceStatistics):
-            images, real_shape = _peek(reference)
-            reference = ReferenceStatistics.from_features(
-                collect_features(images, extractor, batch_size=self.batch_size).features,
-                extractor=extractor.name,
-                image_shape=real_shape,
-            )
-        reference.check(
-            num_features=extractor.num_features, extractor=extractor.name, image_shape=shape
-        )
-        train = None
-        if train_images is not None:
-            train = collect_features(train_images, extractor, batch_size=self.batch_size).features
-        generated = collect_features(generated_images, extractor, batch_size=self.batch_size)
-        return self.score(generated, reference, train=train)
-
-    def score(
-        self, generated: Features, reference: ReferenceStatistics, *, train: Tensor | None = None
-    ) -> dict[str, float]:
-        """Scores of features that are there already, for instance gathered from all ranks.
-
-        Subsets and splits depend on the order of the images: put gathered features into the order
-        of the image index, and the values do not depend on the number of ranks.
-
-        Args:
-            generated: Features ``[n, d]`` and logits of the generated images.
-            reference: Statistics of the real images.
-            train: Features ``[m, d]`` of the training images.
+    def update(
+        self, images: Tensor, source: Literal["generated", "real", "train"] = "generated"
+    ) -> None:
+        """Add uint8 images `[n, c, h, w]`: generated, real, or training images.
 
         Raises:
-            ConfigError: Too few images, or dimensions that differ.
+            ConfigError: Another dtype or shape, features that are not finite, or a source whose
+                statistics were given.
         """
-        features, logits = generated
-        num_images, num_features = features.shape
-        reference.check(num_features=num_features)
-        if num_images <= self.k:
+        if self._known.get(source) is not None:
+            raise ConfigError(f"source: {source} has statistics already, found more images of it")
+        if self._known["real"] is not None:
+            self._known["real"].check(self.generated_images.extractor, tuple(images.shape[1:]))
+        self._images(source).update(images)
+
+    def reset(self) -> None:
+        """Forget all images; statistics that were given stay."""
+        super().reset()
+        for source in ("generated", "real", "train"):
+            self._images(source).reset()
+
+    def compute(self) -> dict[str, float]:
+        """The scores of the images of all ranks."""
+        generated = self.generated_images.compute()
+        real, train = self._statistics("real"), self._statistics("train")
+        if real is None:
+            raise ConfigError('real: needs statistics, or update(images, "real"), found neither')
+        num_images, num_features = generated.gaussian.num_samples or 0, len(generated.gaussian.mean)
+        if num_images <= self.k and not self.fid_only:
             raise ConfigError(
-                f"num_images must be more than k = {self.k} for precision and recall, "
-                f"got {num_images}"
+                f"k: must be less than the number of images ({num_images}), found {self.k}"
             )
         warn_if_rank_deficient(num_images, num_features, what="generated images")
-        own = GaussianStatistics.from_features(features)
         scores = {
-            "fid": frechet_distance(own, reference.gaussian),
+            "fid": frechet_distance(generated.gaussian, real.gaussian),
             "num_images": float(num_images),
         }
-        if reference.gaussian.num_samples is not None:
-            warn_if_rank_deficient(reference.gaussian.num_samples, num_features, what="real images")
-            scores["num_real"] = float(reference.gaussian.num_samples)
-        if logits is not None:
+        if real.gaussian.num_samples is not None:
+            warn_if_rank_deficient(real.gaussian.num_samples, num_features, what="real images")
+            scores["num_real"] = float(real.gaussian.num_samples)
+        if generated.features is None:
+            return scores
+        if generated.logits is not None:
             splits = min(self.num_splits, num_images)
-            score = inception_score(logits, num_splits=splits, seed=self.seed)
+            score = inception_score(generated.logits, num_splits=splits, seed=self.seed)
             scores |= {"inception_score": score.mean, "inception_score_std": score.std}
-        if reference.features is not None:
-            scores |= self._against_real(features, reference.features.to(features.device))
-            if train is None:
-                scores |= self._halves(reference.features, len(features))
-        if train is not None:
-            train = train.to(features.device)
-            scores |= self._against_train(own, features, reference.features, train)
+        features = generated.features
+        if real.features is not None:
+            scores |= self._against_real(features, real.features.to(features.device))
+        if train is not None and train.features is not None:
+            scores |= self._against_train(generated, real, train.features.to(features.device))
+        elif real.features is not None:
+            scores |= self._halves(real.features, num_images)
         return scores
+
+    def _images(self, source: str) -> ImageFeatures:
+        images: ImageFeatures = getattr(self, f"{source}_images")
+        return images
+
+    def _statistics(self, source: str) -> ImageStatistics | None:
+        known, images = self._known[source], self._images(source)
+        return images.compute() if known is None and images.update_called else known
 
     def _against_real(self, generated: Tensor, real: Tensor) -> dict[str, float]:
         """What needs the real features themselves."""
         size = min(self.kid_subset_size, len(generated), len(real))
-        # subsets of all images would be one and the same: their spread of 0 would mislead
+        # Subsets of all images would be one and the same: their spread of 0 would mislead.
         whole = size == len(generated) == len(real)
+        num_subsets = 1 if whole else self.kid_num_subsets
         kid = kernel_distance(
-            real,
-            generated,
-            subset_size=size,
-            num_subsets=1 if whole else self.kid_num_subsets,
-            seed=self.seed,
+            real, generated, subset_size=size, num_subsets=num_subsets, seed=self.seed
         )
-        scores = {"kid": kid.mean}
+        scores = {"kid": kid.mean} if whole else {"kid": kid.mean, "kid_std": kid.std}
         if self.k:
-            precision, recall = precision_recall(real, generated, k=self.k)
-            scores |= {"precision": precision, "recall": recall}
-        if not whole:
-            scores["kid_std"] = kid.std
+            scores |= precision_recall(real, generated, k=self.k)._asdict()
         return scores
 
     def _halves(self, real: Tensor, count: int) -> dict[str, float]:
@@ -172,50 +188,32 @@ class GenerationScores:
         if half < 2:
             return {}
         order = self._permutation(len(real))
-        first, second = (
-            GaussianStatistics.from_features(real[rows])
-            for rows in (order[:half], order[half : 2 * half])
-        )
-        return {
-            "fid_real": frechet_distance(first, second),
-            "fid_real_num_images": float(half),
-        }
+        first, second = real[order[:half]], real[order[half : 2 * half]]
+        distance = frechet_distance(*map(GaussianStatistics.from_features, (first, second)))
+        return {"fid_real": distance, "fid_real_num_images": float(half)}
 
     def _against_train(
-        self, own: GaussianStatistics, generated: Tensor, real: Tensor | None, train: Tensor
+        self, generated: ImageStatistics, real: ImageStatistics, train: Tensor
     ) -> dict[str, float]:
         """What shows whether the model copies its training images."""
-        count = len(train) if real is None else min(len(real), len(train))
+        features = generated.features
+        assert features is not None
         order = self._permutation(len(train))
+        count = len(train) if real.features is None else len(real.features)
         part = GaussianStatistics.from_features(train[order[:count]])
-        scores = {"fid_train": frechet_distance(own, part)}
-        if real is not None:
-            same = train[order[: len(generated)]]
-            scores["fid_real"] = frechet_distance(
-                GaussianStatistics.from_features(same), GaussianStatistics.from_features(real)
-            )
+        scores = {"fid_train": frechet_distance(generated.gaussian, part)}
+        queries = {"nearest_train": features}
+        if real.features is not None:
+            same = train[order[: len(features)]]
+            moments = GaussianStatistics.from_features(same)
+            scores["fid_real"] = frechet_distance(moments, real.gaussian)
             scores["fid_real_num_images"] = float(len(same))
-        sets = {"nearest_train": generated}
-        if real is not None:
-            sets["nearest_train_real"] = real.to(generated.device)
-        for name, queries in sets.items():
-            distances = nearest_distance(queries, train)
+            queries["nearest_train_real"] = real.features.to(train.device)
+        for name, rows in queries.items():
+            distances = nearest_distance(rows, train)
             scores[f"{name}_mean"] = distances.mean().item()
             scores[f"{name}_median"] = distances.quantile(0.5).item()
         return scores
 
     def _permutation(self, count: int) -> Tensor:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
-
-
-def _peek(images: ImageBatches) -> tuple[ImageBatches, tuple[int, int, int] | None]:
-    """The same images, and the shape (c, h, w) of the first."""
-    rest: ImageBatches = images
-    if isinstance(images, Tensor):
-        first = images
-    else:
-        iterator = iter(images)
-        first = next(iterator, torch.empty(0))
-        rest = chain([first], iterator)
-    shape = tuple(first.shape[1:])
-    return rest, (shape[0], shape[1], shape[2]) if len(shape) == 3 else None

@@ -15,9 +15,9 @@ from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.figures import log_folder, save_figure
 from ant_lightning.data.of_trainer import needed_image_data
 from ant_lightning.errors import ConfigError
-from ant_lightning.generation.extractors.features import FeatureExtractor
-from ant_lightning.generation.gathered import real_statistics
-from ant_lightning.generation.reference import load_reference
+from ant_lightning.generation.extractor import FeatureExtractor
+from ant_lightning.generation.reference import real_statistics
+from ant_lightning.generation.statistics import ImageStatistics
 from ant_lightning.transfer.figure import transfer_gap_bars
 from ant_lightning.transfer.measurement import GapSettings, measure_gaps
 from ant_lightning.transfer.specialists import Specialist, check_intervals, find_specialists
@@ -177,11 +177,17 @@ class NegativeTransferGap(RunCallback):
         if self.extractor is not None:
             self.extractor.to(pl_module.device)
             if self.reference_path is not None:
-                real = load_reference(Path(self.reference_path))
+                real = ImageStatistics.load(self.reference_path)
             else:
                 cache = None if self.cache_dir is None else Path(self.cache_dir)
-                real = real_statistics(data, data.held_out_images, self.extractor, cache_dir=cache)
-            real.check(num_features=self.extractor.num_features, extractor=self.extractor.name)
+                real = real_statistics(
+                    data,
+                    data.held_out_images,
+                    self.extractor,
+                    cache_dir=cache,
+                    device=pl_module.device,
+                )
+            real.check(self.extractor)
             reference = real.gaussian
         return GapSettings(
             **counts,

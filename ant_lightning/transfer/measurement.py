@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+from torchmetrics import CatMetric
+
 from ant_lightning.data.module import to_uint8
-from ant_lightning.generation.collect import collect_features
-from ant_lightning.generation.extractors.features import FeatureExtractor, Features
-from ant_lightning.generation.frechet import frechet_distance
-from ant_lightning.generation.gathered import gather_features
-from ant_lightning.generation.moments import GaussianStatistics
+from ant_lightning.generation.extractor import FeatureExtractor
+from ant_lightning.generation.features import ImageFeatures
+from ant_lightning.generation.frechet import GaussianStatistics, frechet_distance
 from ant_lightning.transfer.gap import negative_transfer_gap
 from ant_lightning.transfer.interval_losses import interval_losses
 from ant_lightning.transfer.result import IntervalGap, TransferGapResult
@@ -18,7 +19,7 @@ from ant_lightning.transfer.specialists import Specialist, specialist_network
 from ant_lightning.transfer.switching import Entry, sample_and_mark, sample_switched, using_network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -133,7 +134,12 @@ def _losses(
         batch_size=settings.batch_size,
         seed=settings.seed,
     )
-    return gather_features(Features(own[:, None], None), settings.num_held_out).features[:, 0]
+    ranks = range(trainer.world_size)
+    of_all = CatMetric().set_dtype(torch.float64).to(module.device)
+    of_all.update(own.to(module.device))
+    order = torch.cat([torch.arange(r, settings.num_held_out, len(ranks)) for r in ranks]).argsort()
+    losses: Tensor = of_all.compute().cpu()[order]
+    return losses
 
 
 def _batches(module: MultiTaskDiffusion, settings: GapSettings) -> list[range]:
@@ -156,8 +162,7 @@ def _own_features(
             entries.append(marks)
             yield to_uint8(drawn)
 
-    own = collect_features(images(), settings.extractor)
-    return _OwnSamples(gather_features(own, settings.num_images).features, entries)
+    return _OwnSamples(_features_of(images(), settings.extractor, module), entries)
 
 
 def _features(
@@ -172,8 +177,19 @@ def _features(
         to_uint8(sample_switched(module, network, interval, entry, batch, seed=settings.seed))
         for batch, entry in zip(_batches(module, settings), entries, strict=True)
     )
-    own = collect_features(images, settings.extractor)
-    return gather_features(own, settings.num_images).features
+    return _features_of(images, settings.extractor, module)
+
+
+def _features_of(
+    batches: Iterable[Tensor], extractor: FeatureExtractor, module: MultiTaskDiffusion
+) -> Tensor:
+    """Features `[n, d]` of the images of all ranks, in their order."""
+    metric = ImageFeatures(extractor).to(module.device)
+    for images in batches:
+        metric.update(images)
+    features = metric.compute().features
+    assert features is not None
+    return features
 
 
 def _loss_gap(specialist: Specialist, multitask: Tensor, losses: Tensor, seed: int) -> IntervalGap:

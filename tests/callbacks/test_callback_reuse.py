@@ -29,7 +29,7 @@ from ant_lightning import (
     TransferMatrix,
 )
 from ant_lightning.callbacks.base import RunCallback
-from ant_lightning.generation.extractors.features import Features
+from ant_lightning.generation.extractor import Features
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ant_lightning.generation.frechet.RankDeficientWarning"

@@ -20,13 +20,13 @@ from ant_lightning import (
 from ant_lightning.affinity.figure import affinity_curves, affinity_heat_maps
 from ant_lightning.balancing.figure import gradient_arrows
 from ant_lightning.callbacks.task_figures import transfer_heat_map
+from ant_lightning.generation.figure import quality_history
 from ant_lightning.tasks.figure import (
     boundaries_figure,
     cell_edges,
     clusterings_figure,
     importance_density,
 )
-from studies.quality_figure import quality_history
 
 
 def result(timesteps=(0, 10, 60), *, log_snr=True):

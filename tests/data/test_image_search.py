@@ -79,7 +79,7 @@ def test_a_photo_is_cropped_and_measured_after_it_is_turned(tmp_path):
     for i in range(2):
         save(tmp_path / f"{i}.png", i, size=(4, 8), exif=exif)
     shown = np.rot90(pixels(0, (4, 8)), -1)  # 8 wide, 4 high
-    (batch,) = StoredImages(tmp_path).batches(1, first=0, every=1, batch_size=1)
+    (batch,) = StoredImages(tmp_path).batches(limit=1)
     np.testing.assert_array_equal(batch[0].permute(1, 2, 0), shown)
     data = folder_data(tmp_path)
     images = torch.cat(
@@ -375,13 +375,13 @@ def test_one_grey_file_does_not_turn_the_others_grey(tmp_path):
     save(tmp_path / "0.png", mode="L")
     for i in (1, 2):
         save(tmp_path / f"{i}.png", i)
-    images = torch.cat(list(StoredImages(tmp_path).batches(3, first=0, every=1, batch_size=2)))
+    images = torch.cat(list(StoredImages(tmp_path).batches(batch_size=2)))
     assert images.shape == (3, 3, 4, 6)
     np.testing.assert_array_equal(images[2].permute(1, 2, 0), pixels(2))
     assert torch.equal(images[0, 0], images[0, 2])
     for i in (1, 2):
         save(tmp_path / f"{i}.png", i, mode="L")
-    (batch,) = StoredImages(tmp_path).batches(1, first=0, every=1, batch_size=2)
+    (batch,) = StoredImages(tmp_path).batches(limit=1)
     assert batch.shape == (1, 1, 4, 6)
 
 

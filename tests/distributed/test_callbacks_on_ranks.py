@@ -17,7 +17,7 @@ from ant_lightning import (
     TaskAffinity,
     TransferMatrix,
 )
-from ant_lightning.generation.extractors.features import Features
+from ant_lightning.generation.extractor import Features
 
 INTERVAL = (0, 300)
 

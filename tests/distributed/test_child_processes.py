@@ -7,7 +7,7 @@ from rank_processes import _CONTEXT
 from tiny_runs import TinyData, module, trainer
 
 from ant_lightning import EMA, FeatureExtractor, GenerationMetrics, Reclustering
-from ant_lightning.generation.extractors.features import Features
+from ant_lightning.generation.extractor import Features
 
 
 class Corner(FeatureExtractor):

@@ -9,9 +9,8 @@ from safetensors.torch import save_file
 
 from ant_lightning import ConfigError, ShapesData, ShapesFeatures
 from ant_lightning.cli.parser import run
-from ant_lightning.generation.collect import collect_features
-from ant_lightning.generation.extractors.shapes import SHAPES_WEIGHTS
-from ant_lightning.generation.extractors.shapes_network import main
+from ant_lightning.generation.shipped_networks import WEIGHTS
+from studies.extractor_networks import main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUICK = [
@@ -48,14 +47,14 @@ def test_every_config_of_shapes_trains_and_is_scored(tmp_path):
 
 
 def test_the_shipped_network_knows_the_shapes_at_every_size():
-    assert SHAPES_WEIGHTS.stat().st_size <= 150_000
+    assert WEIGHTS["shapes"].stat().st_size <= 150_000
     extractor = ShapesFeatures()
     stated = float(extractor.metadata["held_out_accuracy"])
     assert stated >= 0.95
     for size in (32, 64):
         data = ShapesData(image_size=size, num_images=1, num_held_out=400)
         pixels = torch.cat(list(data.pixels(data.held_out_images)))
-        features, logits = collect_features(pixels, extractor)
+        features, logits = extractor.extract(pixels)
         labels = data.held_out_images.load(list(range(400)), epoch=None).labels
         assert float((logits.argmax(1) == labels).double().mean()) >= stated - 0.04
         # regular: FID takes its fast path
@@ -64,12 +63,12 @@ def test_the_shipped_network_knows_the_shapes_at_every_size():
 
 def test_the_command_makes_a_file_that_loads(tmp_path, capsys):
     path = tmp_path / "new.safetensors"
-    main(["--output", str(path), "--num_steps", "2", "--seed", "3"])
+    main(["shapes", "--output", str(path), "--length", "2", "--seed", "3"])
     accuracy = float(ShapesFeatures(path).metadata["held_out_accuracy"])
     assert f"held-out accuracy {accuracy:.2%} on 4096 shapes" in capsys.readouterr().out
     assert ShapesFeatures(path).name != ShapesFeatures().name
-    with pytest.raises(ConfigError, match="3 channels, got 1"):
+    with pytest.raises(ConfigError, match="3 channels, found 1"):
         ShapesFeatures()(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
     save_file({"other": torch.zeros(3)}, path)
-    with pytest.raises(ConfigError, match="must be a safetensors file of the shapes network"):
+    with pytest.raises(ConfigError, match="must hold the weights of the shapes network"):
         ShapesFeatures(path)

@@ -7,11 +7,17 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from ant_lightning import ConfigError, DigitsFeatures, ModuleFeatures
-from ant_lightning.generation.collect import collect_features
-from ant_lightning.generation.extractors.digits import DIGITS_WEIGHTS
-from ant_lightning.generation.extractors.digits_network import main
-from ant_lightning.generation.extractors.features import Features
+from ant_lightning import ConfigError, DigitsFeatures, ImageFeatures, ModuleFeatures
+from ant_lightning.generation.extractor import Features
+from ant_lightning.generation.shipped_networks import WEIGHTS
+from studies.extractor_networks import main
+
+
+def statistics_of(batches, extractor):
+    images = ImageFeatures(extractor)
+    for batch in batches:
+        images.update(batch)
+    return images.compute()
 
 
 class _Pixels(nn.Module):
@@ -37,13 +43,13 @@ def images():
 def test_one_pass_in_batches_equals_one_batch(images):
     network = _Pixels()
     extractor = ModuleFeatures(network, num_features=3, name="pixels")
-    found = collect_features(images, extractor, batch_size=5)
+    found = statistics_of(images.split(5), extractor)
     assert network.num_seen == 23
     assert found.logits is None
     weight, bias = (x.detach().numpy() for x in network.mix.parameters())
     expected = images.flatten(1).numpy() @ weight.T + bias
     np.testing.assert_allclose(found.features.numpy(), expected, rtol=1e-5, atol=1e-4)
-    again = collect_features(iter([images[:20], images[:0], images[20:]]), extractor)
+    again = statistics_of([images[:20], images[:0], images[20:]], extractor)
     torch.testing.assert_close(again.features, found.features, rtol=1e-5, atol=1e-4)
 
 
@@ -59,28 +65,26 @@ def test_an_extractor_is_frozen_and_stays_in_evaluation_mode(images):
 def test_autocast_does_not_reach_the_extractor(images):
     extractor = ModuleFeatures(_Pixels(), num_features=3, name="p")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = collect_features(images, extractor).features
-    assert torch.equal(inside, collect_features(images, extractor).features)
+        inside = statistics_of([images], extractor).features
+    assert torch.equal(inside, statistics_of([images], extractor).features)
 
 
 def test_images_that_are_not_uint8_batches_are_refused(images):
     extractor = ModuleFeatures(_Pixels(), num_features=3, name="p")
     for bad, message in (
-        (images.float(), "uint8.*got torch.float32"),
-        (images.to(torch.uint16), "uint8.*got torch.uint16"),
-        (images[0], r"\[n, c, h, w\], got \[1, 2, 2\]"),
-        (images.expand(-1, 2, -1, -1), "1 or 3 channels, got 2"),
+        (images.float(), "uint8.*found torch.float32"),
+        (images.to(torch.uint16), "uint8.*found torch.uint16"),
+        (images[0], r"\[n, c, h, w\], found \[1, 2, 2\]"),
+        (images.expand(-1, 2, -1, -1), "1 or 3 channels, found 2"),
     ):
         with pytest.raises(ConfigError, match=message):
             extractor(bad)
         with pytest.raises(ConfigError, match=message):
-            collect_features([bad], extractor)
-    with pytest.raises(ConfigError, match="at least one image"):
-        collect_features(images[:0], extractor)
-    with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
-        collect_features(images, extractor, batch_size=0)
-    with pytest.raises(ConfigError, match=r"shape \[23, 5\], got \[23, 3\]"):
-        collect_features(images, ModuleFeatures(_Pixels(), num_features=5, name="p"))
+            statistics_of([bad], extractor)
+    with pytest.raises(ConfigError, match="at least 2 for a covariance, found 0"):
+        statistics_of([images[:0]], extractor)
+    with pytest.raises(ConfigError, match=r"p must give .* shape \[23, 5\], found \[23, 3\]"):
+        statistics_of([images], ModuleFeatures(_Pixels(), num_features=5, name="p"))
 
 
 def test_features_that_are_not_finite_name_the_image(images):
@@ -91,16 +95,14 @@ def test_features_that_are_not_finite_name_the_image(images):
     images = images.clamp(min=1)
     images[17, 0, 0, 0] = 0
     with pytest.raises(ConfigError, match="infinity for image 17"):
-        collect_features(
-            images, ModuleFeatures(Inverse(), num_features=4, name="inverse"), batch_size=4
-        )
+        statistics_of(images.split(4), ModuleFeatures(Inverse(), num_features=4, name="inverse"))
 
 
 # --- the digits network -------------------------------------------------------------------------
 
 
 def test_the_shipped_network_has_the_held_out_accuracy_that_its_header_states():
-    assert DIGITS_WEIGHTS.stat().st_size <= 300_000
+    assert WEIGHTS["digits"].stat().st_size <= 300_000
     extractor = DigitsFeatures()
     stated = float(extractor.metadata["held_out_accuracy"])
     assert stated >= 0.95
@@ -110,7 +112,7 @@ def test_the_shipped_network_has_the_held_out_accuracy_that_its_header_states():
     held_out = order[int(extractor.metadata["num_train"]) :].numpy()
     assert len(held_out) == int(extractor.metadata["num_held_out"]) == 359
     pixels = np.rint((digits.images[held_out] / 8 - 1 + 1) * 127.5).astype(np.uint8)
-    features, logits = collect_features(torch.from_numpy(pixels)[:, None], extractor)
+    features, logits = extractor.extract(torch.from_numpy(pixels)[:, None])
     accuracy = (logits.argmax(1).numpy() == digits.target[held_out]).mean()
     assert accuracy == pytest.approx(stated, abs=1e-4)
     assert features.shape == (359, extractor.num_features)
@@ -122,7 +124,7 @@ def test_the_command_makes_a_file_that_loads_and_the_seed_decides_it(tmp_path, c
     num_threads = torch.get_num_threads()
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path in paths:
-        main(["--output", str(path), "--seed", "3", "--num_epochs", "1"])
+        main(["digits", "--output", str(path), "--seed", "3", "--length", "1"])
     assert torch.get_num_threads() == num_threads
     printed = capsys.readouterr().out.splitlines()
     first, second = (DigitsFeatures(path) for path in paths)
@@ -139,15 +141,15 @@ def test_the_command_makes_a_file_that_loads_and_the_seed_decides_it(tmp_path, c
 def test_digits_features_refuse_other_images_and_other_files(tmp_path):
     extractor = DigitsFeatures()
     assert isinstance(extractor.extract(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), Features)
-    with pytest.raises(ConfigError, match=r"8 x 8 digits, got \[16, 16\]"):
+    with pytest.raises(ConfigError, match=r"8 x 8 digits, found \[16, 16\]"):
         extractor(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
-    with pytest.raises(ConfigError, match="1 channels, got 3"):
+    with pytest.raises(ConfigError, match="1 channels, found 3"):
         extractor(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ConfigError, match=r"existing file, got .*missing"):
+    with pytest.raises(ConfigError, match=r"missing\.safetensors: no such file"):
         DigitsFeatures(tmp_path / "missing.safetensors")
     save_file({"other": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match="digits network"):
         DigitsFeatures(tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    with pytest.raises(ConfigError, match="digits network"):
+    with pytest.raises(ConfigError, match="not a safetensors file"):
         DigitsFeatures(tmp_path / "text.safetensors")

@@ -11,17 +11,28 @@ from torch import nn
 
 from ant_lightning import (
     ConfigError,
+    GaussianStatistics,
     GenerationScores,
+    ImageFeatures,
+    ImageStatistics,
     ModuleFeatures,
-    ReferenceStatistics,
     kernel_distance,
 )
-from ant_lightning.generation.collect import collect_features, concatenate_features
-from ant_lightning.generation.extractors.features import Features
 from ant_lightning.generation.frechet import RankDeficientWarning
-from ant_lightning.generation.moments import GaussianStatistics
 
-SETTINGS = GenerationScores(kid_num_subsets=5, kid_subset_size=20, batch_size=16)
+SETTINGS = {"kid_num_subsets": 5, "kid_subset_size": 20}
+
+
+def scored(extractor, generated, real, train=None, *, batch_size=16, **settings):
+    """Scores of images, or statistics in the place of real and training images."""
+    sets = {"generated": generated, "real": real, "train": train}
+    known = {name: each for name, each in sets.items() if isinstance(each, ImageStatistics)}
+    metric = GenerationScores(extractor, **(known | SETTINGS | settings))
+    for source, images in sets.items():
+        if isinstance(images, torch.Tensor):
+            for batch in images.split(batch_size):
+                metric.update(batch, source)
+    return metric.compute()
 
 
 class _Pool(nn.Module):
@@ -53,7 +64,7 @@ def _scipy_fid(first, second):
 
 def test_every_score_by_its_definition(sets, extractor):
     generated, real, train = sets
-    scores = SETTINGS.evaluate(generated, real, extractor, train_images=train)
+    scores = scored(extractor, generated, real, train)
     x, y, z = (_Pool()(images).float().double().numpy() for images in sets)
     order = torch.randperm(70, generator=torch.Generator().manual_seed(2020)).numpy()
     expected = {
@@ -76,18 +87,16 @@ def test_every_score_by_its_definition(sets, extractor):
 def test_kid_of_whole_sets_is_computed_once_and_has_no_spread(sets, extractor):
     generated, real, _ = sets
     real = real[:40]
-    whole = GenerationScores(kid_num_subsets=5).evaluate(generated, real, extractor)
-    features = [collect_features(images, extractor).features for images in (real, generated)]
-    once = kernel_distance(*features, subset_size=40, num_subsets=1)
+    whole = scored(extractor, generated, real, kid_subset_size=1000)
+    once = kernel_distance(extractor(real), extractor(generated), subset_size=40, num_subsets=1)
     assert "kid_std" not in whole
     assert whole["kid"] == pytest.approx(once.mean, rel=1e-9)
-    subsets = GenerationScores(kid_num_subsets=5, kid_subset_size=39)
-    assert subsets.evaluate(generated, real, extractor)["kid_std"] > 0
+    assert scored(extractor, generated, real, kid_subset_size=39)["kid_std"] > 0
 
 
 def test_without_training_images_real_against_real_is_that_of_two_halves(sets, extractor):
     generated, real, _ = sets
-    scores = SETTINGS.evaluate(generated[:13], real, extractor)
+    scores = scored(extractor, generated[:13], real)
     assert scores["fid_real_num_images"] == 13
     order = torch.randperm(50, generator=torch.Generator().manual_seed(2020)).numpy()
     y = _Pool()(real).float().double().numpy()
@@ -99,47 +108,68 @@ def test_without_training_images_real_against_real_is_that_of_two_halves(sets, e
 
 def test_a_model_that_memorises_is_shown_up_by_its_companions(sets, extractor):
     _, real, train = sets
-    scores = SETTINGS.evaluate(train[:50], real, extractor, train_images=train)
+    scores = scored(extractor, train[:50], real, train)
     assert scores["nearest_train_mean"] == scores["nearest_train_median"] == 0
     assert scores["nearest_train_real_median"] > 0
     assert scores["fid_train"] < scores["fid"]
 
 
-def test_shards_in_index_order_score_as_one_process(sets, extractor):
-    generated, real, _ = sets
-    reference = ReferenceStatistics.from_features(collect_features(real, extractor).features)
-    ranks = [collect_features(generated[rank::2], extractor) for rank in range(2)]
-    gathered = concatenate_features(ranks).features
-    by_index = torch.empty_like(gathered)
-    by_index[0::2], by_index[1::2] = gathered[:20], gathered[20:]
-    whole = SETTINGS.evaluate(generated, reference, extractor)
-    assert SETTINGS.score(Features(by_index), reference) == whole
-
-
-def test_batches_from_an_iterator_score_as_one_tensor(sets, extractor):
+def test_statistics_that_are_known_score_as_the_images(sets, extractor):
     generated, real, train = sets
-    whole = SETTINGS.evaluate(generated, real, extractor, train_images=train)
-    streamed = SETTINGS.evaluate(
-        iter(generated.split(7)), iter(real.split(9)), extractor, train_images=iter(train.split(8))
+    statistics = ImageStatistics.from_features(extractor(real))
+    known = ImageStatistics.from_features(extractor(train))
+    whole = scored(extractor, generated, real, train)
+    assert scored(extractor, generated, statistics, known) == pytest.approx(whole, rel=1e-9)
+    metric = GenerationScores(extractor, real=statistics)
+    with pytest.raises(ConfigError, match="source: real has statistics already"):
+        metric.update(real, "real")
+
+
+def test_the_size_of_the_batches_does_not_matter(sets, extractor):
+    whole = scored(extractor, *sets)
+    assert scored(extractor, *sets, batch_size=7) == pytest.approx(whole, rel=1e-9)
+
+
+def test_a_reset_forgets_images_and_keeps_statistics(sets, extractor):
+    generated, real, train = sets
+    metric = GenerationScores(
+        extractor, real=ImageStatistics.from_features(extractor(real)), **SETTINGS
     )
-    assert streamed == whole
+    metric.update(generated)
+    once = metric.compute()
+    metric.reset()
+    metric.update(train)
+    other = metric.compute()
+    assert other["num_images"] == len(train)
+    metric.reset()
+    metric.update(generated)
+    assert metric.compute() == once
+
+
+def test_fid_alone_keeps_no_features(sets, extractor):
+    generated, real, _ = sets
+    metric = GenerationScores(extractor, fid_only=True)
+    metric.update(generated)
+    metric.update(real, "real")
+    assert set(metric.compute()) == {"fid", "num_images", "num_real"}
+    assert metric.generated_images.features == []
+    assert metric.compute()["fid"] == pytest.approx(scored(extractor, generated, real)["fid"])
 
 
 def test_too_few_images_warn_once_for_each_set_with_the_rank(sets, extractor):
     generated, real, _ = sets
     with pytest.warns(RankDeficientWarning) as caught:
-        SETTINGS.evaluate(generated[:4], real[:4], extractor)
+        scored(extractor, generated[:4], real[:4], kid_subset_size=4)
     assert ["rank at most 3" in str(entry.message) for entry in caught] == [True, True]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        SETTINGS.evaluate(generated[:5], real[:5], extractor)
+        scored(extractor, generated[:5], real[:5], kid_subset_size=5)
 
 
 def test_statistics_without_features_give_what_they_can(sets, extractor):
     generated, real, train = sets
-    features = collect_features(real, extractor).features
-    statistics = ReferenceStatistics(GaussianStatistics.from_features(features))
-    scores = SETTINGS.evaluate(generated, statistics, extractor, train_images=train)
+    statistics = ImageStatistics(GaussianStatistics.from_features(extractor(real)))
+    scores = scored(extractor, generated, statistics, train)
     assert set(scores) == {
         "fid",
         "fid_train",
@@ -152,19 +182,39 @@ def test_statistics_without_features_give_what_they_can(sets, extractor):
 
 def test_bad_input_names_the_rule_and_the_value(sets, extractor):
     generated, real, _ = sets
-    with pytest.raises(ConfigError, match="at least one image"):
-        SETTINGS.evaluate(generated[:0], real, extractor)
-    with pytest.raises(ConfigError, match="at least one image"):
-        SETTINGS.evaluate(iter([]), real, extractor)
-    with pytest.raises(ConfigError, match=r"more than k = 3 .* got 3"):
-        SETTINGS.evaluate(generated[:3], real, extractor)
-    wide = generated.repeat(1, 1, 1, 2)
-    reference = ReferenceStatistics.from_features(
-        collect_features(real, extractor).features, extractor="pool", image_shape=(1, 4, 4)
+    metric = GenerationScores(extractor)
+    metric.update(generated)
+    with pytest.raises(ConfigError, match="real: needs statistics, or update"):
+        metric.compute()
+    with pytest.raises(ConfigError, match=r"k: must be less than .*images \(3\), found 3"):
+        scored(extractor, generated[:3], real)
+    statistics = ImageStatistics.from_features(
+        extractor(real), extractor="pool", image_shape=(1, 4, 4)
     )
-    for images in (wide, iter([wide])):
-        with pytest.raises(ConfigError, match=r"images of shape \(1, 4, 8\), got \(1, 4, 4\)"):
-            SETTINGS.evaluate(images, reference, extractor)
+    wide = generated.repeat(1, 1, 1, 2)
+    with pytest.raises(
+        ConfigError, match=r"shape of the images must be \(1, 4, 8\), found \(1, 4, 4\)"
+    ):
+        scored(extractor, wide, statistics)
     other = ModuleFeatures(_Pool(), num_features=4, name="other")
-    with pytest.raises(ConfigError, match="extractor 'other', got 'pool'"):
-        SETTINGS.evaluate(generated, reference, other)
+    with pytest.raises(ConfigError, match="its extractor must be other, found pool"):
+        scored(other, generated, statistics)
+
+
+# --- the features of one set --------------------------------------------------------------------
+
+
+def test_shares_of_two_ranks_are_put_into_the_order_of_the_images(sets, extractor):
+    """What torchmetrics' gathering leaves: rank 0's images and then rank 1's."""
+    generated = sets[0][:9]
+    whole, first, second = (ImageFeatures(extractor) for _ in range(3))
+    for images, share in ((whole, generated), (first, generated[0::2]), (second, generated[1::2])):
+        for batch in share.split(2):
+            images.update(batch)
+    first.features += second.features
+    first.positions += second.positions
+    for name in ("count", "total", "outer"):
+        setattr(first, name, getattr(first, name) + getattr(second, name))
+    found, expected = first.compute(), whole.compute()
+    assert torch.equal(found.features, expected.features)
+    torch.testing.assert_close(found.gaussian.covariance, expected.gaussian.covariance)

@@ -8,7 +8,6 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from ant_lightning import ConfigError, InceptionFeatures
-from ant_lightning.generation.collect import collect_features
 
 
 class _Untrained(FeatureExtractorInceptionV3):
@@ -42,7 +41,7 @@ def test_grey_and_rgb_images_give_what_torch_fidelity_gives(tmp_path):
     generator = torch.Generator().manual_seed(0)
     colour = torch.randint(0, 256, (1, 3, 16, 16), generator=generator, dtype=torch.uint8)
     grey = colour[:, :1]
-    features, logits = collect_features([colour], extractor)
+    features, logits = extractor.extract(colour)
     expected = network(colour)
     assert features.shape == (1, extractor.num_features) == (1, 2048)
     assert logits.shape == (1, 1008)

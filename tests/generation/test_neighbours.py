@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.spatial.distance import cdist
 
 from ant_lightning import ConfigError, nearest_distance, precision_recall
-from ant_lightning.generation.precision_recall import manifold_membership, neighbour_radii
+from ant_lightning.generation.neighbours import manifold_membership, neighbour_radii
 
 
 def _brute_force(real, generated, k, distances):
@@ -82,9 +82,9 @@ def test_nearest_distance_of_an_exact_copy_is_zero_in_pixel_space():
 def test_bad_input_names_the_rule_and_the_value():
     points = torch.zeros(4, 2)
     for k in (0, 4):
-        with pytest.raises(ConfigError, match=rf"less than the number of images \(4\), got {k}"):
+        with pytest.raises(ConfigError, match=rf"less than the number of images \(4\), found {k}"):
             precision_recall(points, torch.zeros(9, 2), k=k)
-    with pytest.raises(ConfigError, match=r"shape \[n, 2\] with n >= 1, got \[3, 5\]"):
+    with pytest.raises(ConfigError, match=r"shape \[n, 2\] with n >= 1, found \[3, 5\]"):
         precision_recall(points, torch.zeros(3, 5), k=1)
-    with pytest.raises(ConfigError, match=r"n >= 1, got \[0, 2\]"):
+    with pytest.raises(ConfigError, match=r"n >= 1, found \[0, 2\]"):
         nearest_distance(points[:0], points)

@@ -67,15 +67,15 @@ def test_kernel_distance_is_unbiased_for_equal_distributions():
 def test_bad_input_names_the_rule_and_the_value():
     features = torch.zeros(10, 3)
     for size in (1, 11):
-        with pytest.raises(ConfigError, match=rf"images \(10\), got {size}"):
+        with pytest.raises(ConfigError, match=rf"images \(10\), found {size}"):
             kernel_distance(features, torch.zeros(30, 3), subset_size=size)
-    with pytest.raises(ConfigError, match="num_subsets must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="num_subsets: must be at least 1, found 0"):
         kernel_distance(features, features, subset_size=5, num_subsets=0)
-    with pytest.raises(ConfigError, match=r"got \[10, 3\] and \[10, 4\]"):
+    with pytest.raises(ConfigError, match=r"found \[10, 3\] and \[10, 4\]"):
         kernel_distance(features, torch.zeros(10, 4), subset_size=5)
-    with pytest.raises(ConfigError, match=r"images \(10\), got 11"):
+    with pytest.raises(ConfigError, match=r"images \(10\), found 11"):
         inception_score(features, num_splits=11)
-    with pytest.raises(ConfigError, match="split_size must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="split_size: must be at least 1, found 0"):
         inception_score(features, split_size=0)
-    with pytest.raises(ConfigError, match=r"n >= 1, got \[0, 3\]"):
+    with pytest.raises(ConfigError, match=r"n >= 1, found \[0, 3\]"):
         inception_score(features[:0])

@@ -13,13 +13,11 @@ from ant_lightning import (
     ConfigError,
     DigitsData,
     FirstStage,
+    ImageStatistics,
     LatentWriter,
-    ReferenceStatistics,
     SampleWriter,
     ShapesData,
     load_official_checkpoint,
-    load_reference,
-    save_reference,
 )
 from ant_lightning.errors import FileError, NonFiniteError
 from ant_lightning.models.autoencoder import _replace_folder
@@ -174,14 +172,14 @@ def test_latents_that_are_not_finite_are_not_stored(tmp_path, stages, dtype, val
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_reference_that_is_not_finite_leaves_the_file_that_is_there(tmp_path, value):
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(9, 3)))
-    path = tmp_path / "reference.npz"
-    save_reference(path, ReferenceStatistics.from_features(features))
+    path = tmp_path / "reference.safetensors"
+    ImageStatistics.from_features(features).save(path)
     before = path.read_bytes()
     features[4, 1] = value
-    with pytest.raises(ConfigError, match=r"mu of the reference for .*reference\.npz must be fin"):
-        save_reference(path, ReferenceStatistics.from_features(features))
+    with pytest.raises(ConfigError, match="mean: must be finite to be stored"):
+        ImageStatistics.from_features(features).save(path)
     assert path.read_bytes() == before
-    assert load_reference(path).gaussian.num_samples == 9
+    assert ImageStatistics.load(path).gaussian.num_samples == 9
 
 
 def test_images_of_a_diverged_network_are_neither_stored_nor_scored(tmp_path):

@@ -10,16 +10,15 @@ from torch import nn
 
 from ant_lightning import (
     DigitsFeatures,
+    GaussianStatistics,
     GenerationScores,
-    ReferenceStatistics,
+    ImageStatistics,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
 )
-from ant_lightning.generation.collect import collect_features
-from ant_lightning.generation.moments import FeatureMoments, GaussianStatistics
-from ant_lightning.generation.precision_recall import manifold_membership, neighbour_radii
+from ant_lightning.generation.neighbours import manifold_membership, neighbour_radii
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "G_metrics"
 
@@ -42,6 +41,14 @@ def digit_like():
     generated, real = (torch.from_numpy(part.astype(np.uint8)) for part in images)
     extractor = DigitsFeatures()
     return generated, real, extractor
+
+
+def scored(extractor, generated, real_images, **settings):
+    metric = GenerationScores(extractor, **settings)
+    metric.update(generated)
+    if real_images is not None:
+        metric.update(real_images, "real")
+    return metric.compute()
 
 
 # --- the ADM evaluator ------------------------------------------------------------------------
@@ -80,11 +87,10 @@ def test_added_moments_give_the_exact_value(golden):
     facts, arrays = golden
     statistics = []
     for name in ("features_low_n_ref", "features_low_n_sample"):
-        ranks = [FeatureMoments(64), FeatureMoments(64)]
-        for rank, moments in enumerate(ranks):
-            for batch in arrays[name][rank::2].split(7):
-                moments.update(batch)
-        statistics.append((ranks[0] + ranks[1]).statistics())
+        batches = arrays[name].double().split(7)
+        total = sum(batch.sum(0) for batch in batches)
+        outer = sum(batch.T @ batch for batch in batches)
+        statistics.append(GaussianStatistics.from_sums(len(arrays[name]), total, outer))
     exact = facts["fid"]["low_n_rank_deficient"]["exact"]
     assert frechet_distance(*statistics) == pytest.approx(exact, rel=1e-6)
 
@@ -127,9 +133,8 @@ def test_torch_fidelity_gives_the_same_values_on_the_same_images(digit_like):
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     generated, real, extractor = digit_like
-    ours = GenerationScores(kid_subset_size=60, kid_num_subsets=7, seed=5).evaluate(
-        generated, real, extractor
-    )
+    settings = {"kid_subset_size": 60, "kid_num_subsets": 7, "seed": 5}
+    ours = scored(extractor, generated, real, **settings)
     with torch.no_grad():
         (first, logits), (second, _) = extractor.extract(generated), extractor.extract(real)
     # float64 features take torch-fidelity's own rounding out of the comparison
@@ -173,15 +178,9 @@ def test_torchmetrics_gives_the_same_fid_with_the_extractor_as_its_feature_modul
 
     generated, real, extractor = digit_like
     metric = FrechetInceptionDistance(InFloat64(extractor), normalize=False)
-    for part in range(0, 150, 100):  # batches of collect_features: a network rounds by batch
-        metric.update(real[part : part + 100], real=True)
-        metric.update(generated[part : part + 100], real=False)
-    ours = frechet_distance(
-        *(
-            GaussianStatistics.from_features(collect_features(images, extractor).features)
-            for images in (generated, real)
-        )
-    )
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    ours = scored(extractor, generated, real, fid_only=True)["fid"]
     assert ours == pytest.approx(metric.compute().item(), rel=1e-8)
 
 
@@ -201,13 +200,13 @@ def test_kernel_distance_has_torch_fidelitys_subsets_for_sets_of_two_sizes():
 
 def test_statistics_as_reference_give_the_fid_of_the_images(digit_like):
     generated, real, extractor = digit_like
-    features = collect_features(real, extractor).features.double().numpy()
-    statistics = ReferenceStatistics(
+    features = extractor(real).double().numpy()
+    statistics = ImageStatistics(
         GaussianStatistics(
             torch.from_numpy(features.mean(0)), torch.from_numpy(np.cov(features, rowvar=False))
         )
     )
-    scores = GenerationScores().evaluate(generated, statistics, extractor)
-    whole = GenerationScores().evaluate(generated, real, extractor)
+    scores = scored(extractor, generated, None, real=statistics)
+    whole = scored(extractor, generated, real)
     assert scores["fid"] == pytest.approx(whole["fid"], rel=1e-9)
     assert set(scores) == {"fid", "num_images", "inception_score", "inception_score_std"}

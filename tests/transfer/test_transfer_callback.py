@@ -24,8 +24,7 @@ from ant_lightning import (
     load_official_checkpoint,
 )
 from ant_lightning.data.module import to_uint8
-from ant_lightning.generation.collect import collect_features
-from ant_lightning.generation.moments import GaussianStatistics
+from ant_lightning.generation.frechet import GaussianStatistics
 from ant_lightning.transfer.switching import sample_and_mark, sample_switched
 
 STEPS = 4
@@ -113,14 +112,14 @@ def test_gaps_of_checkpoints(runs, tmp_path):
 
     data = DigitsData()
     held_out = torch.cat(list(data.pixels(data.held_out_images)))
-    reference = GaussianStatistics.from_features(collect_features(held_out, extractor).features)
+    reference = GaussianStatistics.from_features(extractor(held_out))
     fids = []
     for denoise in (plain.denoise, switched):
         noise = plain.image_noise(range(30))
         images = SAMPLER.sample(
             plain.process, plain.guided(range(30), denoise=denoise), noise(), noise=noise
         )
-        features = collect_features(to_uint8(images), extractor).features
+        features = extractor(to_uint8(images))
         fids.append(frechet_distance(GaussianStatistics.from_features(features), reference))
     gap = result.of_budget("iterations")[1]
     assert gap.multitask_fid == pytest.approx(fids[0], rel=1e-4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ant_lightning import ConfigError, TransferGapResult, frechet_distance, negative_transfer_gap
-from ant_lightning.generation.moments import GaussianStatistics
+from ant_lightning.generation.frechet import GaussianStatistics
 from ant_lightning.transfer.gap import GapEstimate
 from ant_lightning.transfer.result import IntervalGap
 

@@ -17,11 +17,11 @@ from ant_lightning import (
     DiT,
     DiTModule,
     GradientClustering,
+    ImageStatistics,
     LatentSpace,
     SNRClustering,
     TransferGapResult,
     load_official_checkpoint,
-    load_reference,
 )
 from ant_lightning.affinity.store import GradientStore
 from ant_lightning.backbones.checkpoints import read_checkpoint
@@ -35,12 +35,12 @@ from ant_lightning.data.latents.cache import (
     write_shard,
 )
 from ant_lightning.data.pictures import SUFFIXES, open_picture
+from ant_lightning.data.stored_images import npz_batches
 from ant_lightning.errors import FileError
 from ant_lightning.files.identity import check_identity
 from ant_lightning.files.json_file import write_json
 from ant_lightning.files.torch_file import read_torch
-from ant_lightning.generation.extractors.inception import _check_weights
-from ant_lightning.generation.image_files import image_batches
+from ant_lightning.generation.inception import _check_weights
 from ant_lightning.models.checkpoint_content import content_fault
 from ant_lightning.models.first_stage.files import _check_numbers, _read_config
 from ant_lightning.models.saved_state import restore_state, saved_state
@@ -230,8 +230,8 @@ READERS = {
     "affinity": ("a.npz", affinity, lambda p: GradientClustering(p, 2)(torch.zeros(10))),
     "affinity result": ("a.safetensors", affinity_result, AffinityResult.load),
     "affinity of 0.1": ("a.npz", affinity_of_0_1, AffinityResult.load),
-    "reference": ("r.npz", reference, load_reference),
-    "images": ("i.npz", images, lambda p: list(image_batches(p))),
+    "reference": ("r.npz", reference, ImageStatistics.load),
+    "images": ("i.npz", images, lambda p: list(npz_batches(p, batch_size=100))),
     "resume identity": ("identity.json", gradients, gradients),
     "gradient": (
         "gradient_000000_1.safetensors",

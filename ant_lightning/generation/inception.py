@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.torch_file import read_torch
-from ant_lightning.generation.extractors.features import FeatureExtractor, Features
+from ant_lightning.generation.extractor import FeatureExtractor, Features
 
 __all__ = ["InceptionFeatures"]
 
@@ -22,12 +22,11 @@ class InceptionFeatures(FeatureExtractor):
     the bias, from which torch-fidelity and the ADM evaluator compute the Inception score. Grey
     images are repeated to RGB; torch-fidelity resizes to 299 x 299 as TensorFlow 1 did.
 
-    The weights come from ``weights``, or else from torch hub's checkpoint folder, where they are
-    downloaded to when missing. The file is read with ``weights_only=True`` first, because
-    torch-fidelity itself unpickles it without that protection.
+    The weights are downloaded into torch hub's checkpoint folder unless they are there. The file is
+    read with `weights_only=True` first, because torch-fidelity itself unpickles it without.
 
     Args:
-        weights: A file with torch-fidelity's state dict; null takes torch hub's folder.
+        weights: A file with torch-fidelity's state dict; `None` takes torch hub's folder.
 
     Raises:
         ConfigError: The file is missing and cannot be downloaded (the message says which file to
@@ -36,6 +35,13 @@ class InceptionFeatures(FeatureExtractor):
     Reference:
         Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
         Equilibrium", arXiv 1706.08500; Obukhov et al., torch-fidelity.
+
+    Example:
+        >>> from ant_lightning import InceptionFeatures
+        >>> InceptionFeatures("weights.pth")
+        Traceback (most recent call last):
+        ...
+        ant_lightning.errors.FileError: weights.pth: no such file
     """
 
     def __init__(self, weights: str | Path | None = None) -> None:
@@ -56,18 +62,18 @@ class InceptionFeatures(FeatureExtractor):
             )
         except RuntimeError as error:  # load_state_dict lists the entries that do not fit
             raise ConfigError(
-                f"weights must be a state dict of torch-fidelity's InceptionV3; {path} does not "
-                f"fit: {str(error).splitlines()[-1].strip()[:200]}"
+                f"{path}: must hold the weights of torch-fidelity's InceptionV3, found others "
+                f"({str(error).splitlines()[-1].strip()[:200]})"
             ) from error
 
     def extract(self, images: Tensor) -> Features:
-        """Features ``[n, 2048]`` and unbiased logits ``[n, 1008]`` of uint8 ``[n, c, h, w]``."""
+        """Features `[n, 2048]` and unbiased logits `[n, 1008]` of uint8 `[n, c, h, w]`."""
         features, logits = self.network(images.expand(-1, 3, -1, -1))
         return Features(features, logits)
 
 
 def _downloaded_weights() -> Path:
-    """The file in torch hub's checkpoint folder, downloaded when it is not there."""
+    """The file in torch hub's checkpoint folder, downloaded if it is not there."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3  # noqa: PLC0415
 
     url: str = URL_INCEPTION_V3
@@ -76,11 +82,10 @@ def _downloaded_weights() -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:  # urllib's URLError is one: a bare one says nothing of the file
+        except OSError as error:  # urllib's URLError is one, and does not name the file
             raise ConfigError(
-                f"weights of InceptionV3 are not on this machine and could not be downloaded "
-                f"({error}): put {path.name} from {url} into {path.parent}, or give "
-                f"its path as weights"
+                f"weights: could not be downloaded ({error}); put {path.name} from {url} into "
+                f"{path.parent}, or give its path"
             ) from error
     return path
 
@@ -91,4 +96,4 @@ def _check_weights(path: Path) -> None:
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise FileError(f"weights must be a dict of named tensors, {path} holds something else")
+        raise FileError(f"{path}: must hold a dict of named tensors, found other content")

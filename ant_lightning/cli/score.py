@@ -1,0 +1,114 @@
+"""`ant-lightning score`: FID and its companions of images that are stored in files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from jsonargparse import ArgumentParser, set_loader
+from yaml import YAMLError
+
+from ant_lightning.cli.config_files import check_config_file, load_yaml
+from ant_lightning.cli.messages import first_config_error
+from ant_lightning.data.module import ImageDataModule
+from ant_lightning.data.stored_images import StoredImages
+from ant_lightning.errors import ConfigError
+from ant_lightning.generation.callback import GenerationMetrics
+from ant_lightning.runtime.quiet import keep_quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["run_score"]
+
+set_loader("yaml", load_yaml, exceptions=(YAMLError,))
+
+
+def run_score(args: Sequence[str]) -> dict[str, float]:
+    """Score the images of `args` (without the command's name), print the scores, return them.
+
+    `--config` takes the config of a run, of which only `data` and the `GenerationMetrics` of
+    `trainer.callbacks` are used; `--metrics.k 5` and the like change settings of the latter.
+
+    Raises:
+        ConfigError: For anything wrong with the arguments or the files they name.
+    """
+    keep_quiet("score")
+    parser = ArgumentParser(prog="ant-lightning score", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="config of a run")
+    parser.add_argument("--images", type=str, required=True, help="folder, or npz file as ADM's")
+    parser.add_argument("--output", type=str | None, help="append the scores as a line of JSON")
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ..")
+    parser.add_argument("--devices", type=int, default=1, help="processes that share the images")
+    parser.add_subclass_arguments(ImageDataModule, "data", required=True)
+    parser.add_class_arguments(GenerationMetrics, "metrics")
+    try:
+        # Renamed in jsonargparse 4.49.
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        settings = instantiate(parser.parse_args(_without_the_run(args)))
+    except Exception as error:  # the parser, and constructors of what the settings name
+        raise first_config_error(error) from error
+    fabric = L.Fabric(accelerator=settings.accelerator, devices=settings.devices)
+    fabric.launch()
+    scores = score_images(settings.metrics, settings.data, StoredImages(settings.images), fabric)
+    if fabric.is_global_zero:
+        for name, value in scores.items():
+            print(f"{name:28} {value:.6g}")
+        if settings.output is not None:
+            row = {
+                "images": settings.images,
+                "scores": scores,
+                "extractor": settings.metrics.extractor.name,
+                "reference": settings.metrics.reference or "held-out images",
+            }
+            with Path(settings.output).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    return scores
+
+
+def score_images(
+    metrics: GenerationMetrics, data: ImageDataModule, images: StoredImages, fabric: L.Fabric
+) -> dict[str, float]:
+    """The scores of stored images; the ranks of `fabric` share them.
+
+    Raises:
+        ConfigError: Fewer images than are wanted, or than there are ranks.
+    """
+    num_images, ranks = metrics.num_images or images.num_images, fabric.world_size
+    if not ranks <= num_images <= images.num_images:
+        raise ConfigError(
+            f"metrics.num_images: must be {ranks} (ranks) to {images.num_images} (images of "
+            f"{images.path}), found {num_images}"
+        )
+    data.setup("test")
+    scores = metrics.new_scores(data, seed=metrics.seed or 0, device=fabric.device)
+    for batch in images.batches(
+        batch_size=metrics.batch_size, limit=num_images, first=fabric.global_rank, every=ranks
+    ):
+        scores.update(batch)
+    return scores.compute()
+
+
+def _without_the_run(args: Sequence[str]) -> list[str]:
+    """The arguments with each config file replaced by the settings that are used here."""
+    found, rest = [], list(args)
+    while rest:
+        name, sign, value = rest.pop(0).partition("=")
+        if name in {"--config", "-c"} and (sign or rest):
+            path = value if sign else rest.pop(0)
+            check_config_file(path)
+            used = _used_settings(load_yaml(Path(path).read_text(encoding="utf8")))
+            found.append(f"--config={json.dumps(used)}")
+        else:
+            found.append(name + sign + value)
+    return found
+
+
+def _used_settings(config: dict[str, Any]) -> dict[str, Any]:
+    used: dict[str, Any] = {name: config[name] for name in ("data", "metrics") if name in config}
+    for callback in (config.get("trainer") or {}).get("callbacks") or []:
+        if str(callback.get("class_path")).rpartition(".")[2] == GenerationMetrics.__name__:
+            used["metrics"] = callback.get("init_args", {})
+    return used

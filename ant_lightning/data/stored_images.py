@@ -1,0 +1,155 @@
+"""Images that were drawn before, from a folder or an npz file of the ADM evaluator."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ant_lightning.data.image_search import find_images
+from ant_lightning.data.pictures import is_grey, open_picture
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files.npz import open_npz
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+__all__ = ["StoredImages", "npz_batches", "num_npz_images"]
+
+_MAX_SIDE = 2**14
+
+
+class StoredImages:
+    """A folder of images, or an npz file with `arr_0 [n, h, w, c]` uint8 as ADM writes it.
+
+    The images of a folder are taken in the order of their paths. They must be of one size, and are
+    grey only if all are.
+
+    Args:
+        path: The folder or the file.
+
+    Raises:
+        ConfigError: There are no images.
+
+    Example:
+        >>> import numpy as np
+        >>> from tempfile import NamedTemporaryFile
+        >>> from ant_lightning import StoredImages
+        >>> with NamedTemporaryFile(suffix=".npz") as file:
+        ...     np.savez(file, np.zeros((3, 8, 8, 1), np.uint8))
+        ...     file.flush()
+        ...     [list(batch.shape) for batch in StoredImages(file.name).batches(batch_size=2)]
+        [[2, 1, 8, 8], [1, 1, 8, 8]]
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files: Sequence[Path] = ()
+        if self.path.is_dir():
+            self._files = find_images(self.path, labels="none", setting="images")[0]
+        elif not self.path.exists():
+            raise ConfigError(f"images: must be a folder or an npz file, found {self.path}")
+        self.num_images = len(self._files) or num_npz_images(self.path)
+        if not self.num_images:
+            raise ConfigError(f"images: must hold at least one image (arr_0), found {self.path}")
+
+    def batches(
+        self, *, batch_size: int = 250, limit: int | None = None, first: int = 0, every: int = 1
+    ) -> Iterator[Tensor]:
+        """uint8 `[b, c, h, w]` of the images `first, first + every, ...`.
+
+        Args:
+            batch_size: Images in a batch.
+            limit: Only images below this index; `None` for all.
+            first: Index of the first image; rank r of N takes `first=r, every=N`.
+            every: Distance to the next.
+
+        Raises:
+            ConfigError: Naming the file, if an image is damaged or of another size.
+        """
+        mine = range(first, self.num_images if limit is None else limit, every)
+        if self._files:
+            for start in range(0, len(mine), batch_size):
+                yield self._read(mine[start : start + batch_size])
+            return
+        start = 0
+        for batch in npz_batches(self.path, batch_size=batch_size):
+            wanted = [i - start for i in range(start, start + len(batch)) if i in mine]
+            start += len(batch)
+            if wanted:
+                yield batch[wanted]
+
+    def _read(self, indices: range) -> Tensor:
+        channels, (width, height) = self._channels_and_size
+        pictures = []
+        for path in (self._files[index] for index in indices):
+            picture = open_picture(path, channels=channels)
+            if picture.size != (width, height):
+                raise ConfigError(
+                    f"images: {path} must be {width} x {height} as {self._files[0].name}, "
+                    f"found {picture.width} x {picture.height}"
+                )
+            pictures.append(np.asarray(picture).reshape(height, width, channels))
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+    @cached_property
+    def _channels_and_size(self) -> tuple[int, tuple[int, int]]:
+        """1 if every file is grey, by the headers, else 3; width and height of the first."""
+        channels = 1 if all(is_grey(path) for path in self._files) else 3
+        return channels, open_picture(self._files[0], channels=channels).size
+
+
+def npz_batches(path: str | Path, *, batch_size: int) -> Iterator[Tensor]:
+    """Yield uint8 batches `[b, c, h, w]` from the array `arr_0` of an npz file.
+
+    `arr_0` is uint8 `[n, h, w, c]` with 1 or 3 channels, or grey `[n, h, w]`. It is read as a
+    stream: 50,000 images of 256 x 256 are 10 GB.
+
+    Raises:
+        FileError: No such file or array, another dtype (16-bit images) or shape, or the file
+            ends early.
+    """
+    with open_npz(path) as file:
+        header = file.headers.get("arr_0")
+        if header is None:
+            raise FileError(f"{path}: must hold an array arr_0 of images, found none")
+        shape = header.shape
+        if header.dtype != np.uint8:
+            raise FileError(f"{path}: arr_0 must be uint8 images (8 bits), found {header.dtype}")
+        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
+            raise FileError(
+                f"{path}: arr_0 must have shape [n, h, w] or [n, h, w, c] with 1 or 3 channels, "
+                f"found {list(shape)}"
+            )
+        height, width, channels = (*shape[1:], 1)[:3]
+        if header.fortran_order or not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
+            raise FileError(
+                f"{path}: arr_0 must be in C order with sides of 1 to {_MAX_SIDE}, found "
+                f"{list(shape)}"
+            )
+        with file.stream("arr_0") as stream:
+            for start in range(0, shape[0], batch_size):
+                sides = (min(batch_size, shape[0] - start), height, width, channels)
+                with file.reading():
+                    data = bytearray(stream.read(math.prod(sides)))
+                if len(data) != math.prod(sides):
+                    raise FileError(f"{path}: arr_0 must hold {shape[0]} images, found its end")
+                pixels = torch.frombuffer(data, dtype=torch.uint8)
+                yield pixels.view(sides).permute(0, 3, 1, 2)
+
+
+def num_npz_images(path: str | Path) -> int:
+    """Number of images in `arr_0` of an npz file, from its header; 0 without such an array.
+
+    Raises:
+        FileError: No such file, or no npz file of plain arrays.
+    """
+    with open_npz(path) as file:
+        header = file.headers.get("arr_0")
+        return header.shape[0] if header and header.shape else 0

@@ -1,1 +1,0 @@
-"""Feature extractors of the metrics."""

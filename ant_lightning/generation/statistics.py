@@ -1,0 +1,180 @@
+"""What the scores need of a set of images, and its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files.atomic import write_atomically
+from ant_lightning.files.npz import open_npz
+from ant_lightning.files.safetensors_file import read_tensors, write_tensors
+from ant_lightning.files.torch_file import not_finite
+from ant_lightning.generation.frechet import GaussianStatistics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ant_lightning.generation.extractor import FeatureExtractor
+
+__all__ = ["ImageStatistics"]
+
+_KIND = "image statistics 1"
+
+
+class ImageStatistics:
+    """What the scores need of a set of images.
+
+    Args:
+        gaussian: Mean and covariance of the features; FID needs nothing else.
+        features: The features `[n, d]`, if they were kept: precision, recall, KID and the
+            companions of FID need them.
+        logits: Class scores `[n, c]`, if the extractor classifies; not stored in files.
+        extractor: Name of the extractor; empty if unknown, as in a file of the ADM evaluator.
+        image_shape: Shape `(c, h, w)` of one image; `None` if unknown.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import ImageStatistics
+        >>> real = ImageStatistics.from_features(torch.tensor([[0.0], [2.0], [4.0]]))
+        >>> real.gaussian.mean
+        tensor([2.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        gaussian: GaussianStatistics,
+        features: Tensor | None = None,
+        *,
+        logits: Tensor | None = None,
+        extractor: str = "",
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        self.gaussian = gaussian
+        self.features = features
+        self.logits = logits
+        self.extractor = extractor
+        self.image_shape = image_shape
+
+    @classmethod
+    def from_features(
+        cls,
+        features: Tensor,
+        *,
+        extractor: str = "",
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> ImageStatistics:
+        """The statistics of features `[n, d]`, which are kept."""
+        gaussian = GaussianStatistics.from_features(features)
+        return cls(gaussian, features, extractor=extractor, image_shape=image_shape)
+
+    def check(
+        self, extractor: FeatureExtractor, image_shape: tuple[int, ...] | None = None
+    ) -> None:
+        """Refuse to be compared with features of another extractor or images of another size.
+
+        What a file does not say is not compared.
+
+        Raises:
+            ConfigError: Naming both values.
+        """
+        for what, ours, theirs in (
+            ("number of features", len(self.gaussian.mean), extractor.num_features),
+            ("extractor", self.extractor, extractor.name),
+            ("shape of the images", self.image_shape, image_shape),
+        ):
+            if ours and theirs and ours != theirs:
+                raise ConfigError(f"reference: its {what} must be {theirs}, found {ours}")
+
+    def save(self, path: str | Path, *, fingerprint: str = "") -> None:
+        """Write a safetensors file, or for `.npz` the ADM evaluator's `mu` and `sigma` alone.
+
+        Args:
+            path: The file; it is there whole or not at all.
+            fingerprint: Of the images and the extractor, stored with the statistics.
+
+        Raises:
+            ConfigError: The statistics have a NaN or an infinity; a file that is there stays.
+        """
+        mean, covariance = self.gaussian.mean.double(), self.gaussian.covariance.double()
+        features = mean.new_zeros(0, len(mean)) if self.features is None else self.features
+        tensors = {"mean": mean, "covariance": covariance, "features": features.float()}
+        if bad := not_finite(tensors):
+            raise ConfigError(f"{bad[0]}: must be finite to be stored, found a NaN or an infinity")
+        if Path(path).suffix == ".npz":
+            arrays = {"mu": mean.cpu().numpy(), "sigma": covariance.cpu().numpy()}
+            write_atomically(Path(path), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+            return
+        metadata = {
+            "kind": _KIND,
+            "extractor": self.extractor,
+            "fingerprint": fingerprint,
+            "num_images": self.gaussian.num_samples or 0,
+            "image_shape": list(self.image_shape or ()),
+        }
+        write_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, *, fingerprint: str | None = None) -> ImageStatistics:
+        """Read statistics that `save` or the ADM evaluator wrote.
+
+        Args:
+            path: A safetensors file, or an npz file with `mu [d]` and `sigma [d, d]`.
+            fingerprint: What the file must have; `None` accepts any.
+
+        Raises:
+            FileError: No such file, content missing, or values that are no mean and covariance.
+        """
+        found = cls._load_npz(path) if Path(path).suffix == ".npz" else cls._load(path, fingerprint)
+        mean, covariance = found.gaussian.mean, found.gaussian.covariance
+        scale = covariance.diagonal().abs().amax()
+        # Written so that a NaN fails too.
+        symmetric = bool(((covariance - covariance.T).abs() <= 1e-6 * scale).all())
+        if not symmetric or not bool(mean.isfinite().all()):
+            raise FileError(f"{path}: must hold a finite mean and a symmetric covariance")
+        return found
+
+    @classmethod
+    def _load(cls, path: str | Path, fingerprint: str | None) -> ImageStatistics:
+        shapes = {
+            "mean": (torch.float64, ("d",)),
+            "covariance": (torch.float64, ("d", "d")),
+            "features": (torch.float32, ("n", "d")),
+        }
+        entries = {
+            "kind": _KIND,
+            "extractor": str,
+            "fingerprint": fingerprint or str,
+            "num_images": int,
+            "image_shape": list,
+        }
+        tensors, metadata = read_tensors(path, shapes, entries)
+        gaussian = GaussianStatistics(
+            tensors["mean"], tensors["covariance"], metadata["num_images"] or None
+        )
+        return cls(
+            gaussian,
+            tensors["features"] if len(tensors["features"]) else None,
+            extractor=metadata["extractor"],
+            image_shape=tuple(metadata["image_shape"]) or None,  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def _load_npz(cls, path: str | Path) -> ImageStatistics:
+        with open_npz(path) as file:
+            (dimension,) = file.check("mu", shape=(None,), kinds="f").shape
+            mean, covariance = (
+                torch.from_numpy(file.read(name, shape=shape, kinds="f").astype(np.float64))
+                for name, shape in (("mu", (dimension,)), ("sigma", (dimension, dimension)))
+            )
+            features, extractor = None, ""
+            if "extractor" in file:  # written by ant_lightning 0.1, which kept these there
+                extractor = file.text("extractor")
+            if "features" in file:
+                found = file.read("features", shape=(None, dimension), kinds="f", finite=True)
+                features = torch.from_numpy(found).float()
+        count = None if features is None else len(features)
+        return cls(GaussianStatistics(mean, covariance, count), features, extractor=extractor)
