@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, NonFiniteError
 
-__all__ = ["Batch", "check_batch"]
+__all__ = ["Batch", "check_batch", "to_uint8"]
 
 
 class Batch(NamedTuple):
@@ -57,3 +58,18 @@ def check_batch(batch: object) -> None:
                 f"batch.{name}: must be one whole number for each of the {len(images)} images, "
                 f"found {each.dtype} of shape {list(each.shape)}"
             )
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as 0 .. 255.
+
+    Raises:
+        NonFiniteError: If an image has a NaN or an infinity, which would become black or white.
+    """
+    bad = ~images.flatten(1).isfinite().all(1)
+    if bool(bad.any()):
+        raise NonFiniteError(
+            f"{int(bad.sum())} of {len(images)} images have a NaN or an infinity, so there is "
+            "nothing to show, store or score: the network that drew them has diverged"
+        )
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ant_lightning.data.batch import Batch
+from ant_lightning.data.batch import Batch, to_uint8
 
-__all__ = ["ImageDataset", "TensorImages"]
+__all__ = ["CHUNK", "ImageDataset", "TensorImages"]
+
+CHUNK = 256  # images that are read at once where all are
 
 
 class ImageDataset(Dataset[Batch], ABC):
@@ -40,6 +44,19 @@ class ImageDataset(Dataset[Batch], ABC):
     @abstractmethod
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
         """The images at `indices`."""
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """The images at `indices` as uint8 `[b, c, h, w]`, without augmentation, for metrics."""
+        return to_uint8(self.load(list(indices), epoch=None).images)
+
+    def fingerprint(self) -> str:
+        """A hash of all pixels: what is computed of them may be kept under it."""
+        digest = hashlib.sha256()
+        for start in range(0, len(self), CHUNK):
+            pixels = self.pixels(range(start, min(start + CHUNK, len(self))))
+            digest.update(f"{tuple(pixels.shape[1:])};".encode())
+            digest.update(pixels.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, key: tuple[int | None, list[int]]) -> Batch:
         epoch, indices = key

@@ -20,6 +20,7 @@ from ant_lightning.data.image_search import find_images
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, check_at_least
 from ant_lightning.data.pictures import Crop, open_picture, read_picture
 from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files.identity import shortened
 from ant_lightning.randomness import keyed_generator, keyed_seed
 from ant_lightning.runtime.run_record import run_folder
 
@@ -126,32 +127,20 @@ class ImageFolderData(ImageDataModule):
                 "validate_images: every class must have an image that is not broken, "
                 f"{self.class_names[min(empty)]} in {self.root} has none"
             )
-        if len(kept) < 2:
-            raise ConfigError(
-                f"root: must hold an image to train on and one to hold out, found {len(kept)} "
-                f"in {self.root}"
-            )
         if not 1 <= self.num_held_out < len(kept):
             raise ConfigError(
-                f"num_held_out: must be from 1 to {len(kept) - 1}, as {self.root} holds "
-                f"{len(kept)} images, found {self.num_held_out}"
+                f"num_held_out: must be at least 1 and below the {len(kept)} images in "
+                f"{self.root}, found {self.num_held_out}"
             )
-        order = keyed_generator(self.split_seed, "folder split")
-        chosen = torch.randperm(len(kept), generator=order)[: self.num_held_out].tolist()
-        held_out = sorted(kept[i] for i in chosen)
+        order = torch.randperm(
+            len(kept), generator=keyed_generator(self.split_seed, "folder split")
+        )
+        held_out = sorted(kept[i] for i in order[: self.num_held_out].tolist())
         train = sorted(set(kept) - set(held_out))
         return (
             _FolderImages(self, [paths[i] for i in train], labels[train], flip=self.flip),
             _FolderImages(self, [paths[i] for i in held_out], labels[held_out], flip=False),
         )
-
-    def fingerprint(self, dataset: ImageDataset) -> str:
-        """A hash of the files' names, sizes and times and of how they are rotated and cropped.
-
-        Decoding a large folder to hash its pixels would take as long as what is to be saved.
-        """
-        rule = f"{self.image_shape} {self.crop} {self.exif_rotation};"
-        return hashlib.sha256(rule.encode() + self._file_facts(dataset)).hexdigest()
 
     def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
         """A digest of the names and bytes of all files.
@@ -160,7 +149,7 @@ class ImageFolderData(ImageDataModule):
         If names, sizes and times still match `known`, so do the bytes, and they are not read again.
         """
         parts = (self.train_images, self.held_out_images)
-        facts = b"".join(self._file_facts(part) for part in parts)
+        facts = b"".join(part.file_facts() for part in parts)  # type: ignore[attr-defined]
         times = hashlib.sha256(facts).hexdigest()[:16]
         if times == known.get("times") and IMAGES_DIGEST in known:
             return {IMAGES_DIGEST: known[IMAGES_DIGEST], "times": times}
@@ -176,20 +165,10 @@ class ImageFolderData(ImageDataModule):
     def setup(self, stage: str) -> None:
         """Find the images and write the class names to the log folder, unless a file is there."""
         super().setup(stage)
-        trainer = self.trainer
-        if stage != "fit" or not self.class_names or trainer is None:
-            return
-        path = run_folder(trainer) / "class_map.json"
-        if not trainer.is_global_zero or _holds(path, self.class_names):
-            return
-        if path.exists():  # without a folder of the logger's own, it may belong to anybody
-            warnings.warn(
-                f"{path}: has other classes and is not overwritten; this run's classes are in its "
-                "checkpoints",
-                stacklevel=2,
-            )
-        else:
-            write_class_map(path, self.class_names)
+        if stage == "fit" and self.class_names and self.trainer is not None:
+            path = run_folder(self.trainer) / "class_map.json"
+            if self.trainer.is_global_zero:
+                _record_classes(path, self.class_names)
 
     def state_dict(self) -> dict[str, Any]:
         """The class names, and the settings that determine the images."""
@@ -200,33 +179,23 @@ class ImageFolderData(ImageDataModule):
         saved = state_dict["class_names"]
         if saved != self.class_names:
             raise ConfigError(
-                f"root: the checkpoint was trained on {_summary(saved)}, found "
-                f"{_summary(self.class_names)} in {self.root}; give the checkpoint's "
-                "class_map.json as class_map"
+                f"root: must have the {len(saved)} classes of the checkpoint, {shortened(saved)}, "
+                f"found {len(self.class_names)}, {shortened(self.class_names)}, in {self.root}; "
+                "give the checkpoint's class_map.json as class_map"
             )
         # Version 0.1 stored no settings and ignored EXIF orientation.
         super().load_state_dict({"settings": {"exif_rotation": False}, **state_dict})
-
-    def _file_facts(self, dataset: ImageDataset) -> bytes:
-        """Names, sizes and times, including the inode change time, which unpacking cannot set."""
-        facts = []
-        for path in dataset.paths:  # type: ignore[attr-defined]
-            found = path.stat()
-            name = os.fsencode(path.relative_to(self.root))  # need not be UTF-8
-            times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-            facts.append(name + f"\0{times};".encode())
-        return b"".join(facts)
 
     def _number_classes(self, found: list[str]) -> None:
         """Class names in the order of their numbers."""
         names = sorted(set(found))
         if self.class_map is not None and Path(self.class_map).exists():
             known = read_class_map(self.class_map)
-            unknown = [name for name in names if name not in set(known)]
+            unknown = sorted(set(names) - set(known))
             if unknown:
                 raise ConfigError(
-                    f"class_map: {self.class_map} has no class {unknown[0]!r}, which {self.root} "
-                    "holds"
+                    f"class_map: {self.class_map} must have the classes of {self.root}, found no "
+                    f"class {unknown[0]!r}"
                 )
             names = known if found else []
         elif self.class_map is not None:
@@ -256,6 +225,7 @@ class _FolderImages(ImageDataset):
     ) -> None:
         self.paths = paths
         self.labels = labels
+        self._root = data.root
         self._channels, self._size, _ = data.image_shape
         self._crop = data.crop
         self._exif_rotation = data.exif_rotation
@@ -280,6 +250,24 @@ class _FolderImages(ImageDataset):
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
         rows = torch.tensor(indices)
         return Batch(images, self.labels[rows], rows)
+
+    def fingerprint(self) -> str:
+        """A hash of the files' names, sizes and times and of how they are rotated and cropped.
+
+        Decoding a large folder to hash its pixels would take as long as what is to be saved.
+        """
+        rule = f"{(self._channels, self._size, self._size)} {self._crop} {self._exif_rotation};"
+        return hashlib.sha256(rule.encode() + self.file_facts()).hexdigest()
+
+    def file_facts(self) -> bytes:
+        """Names, sizes and times, including the inode change time, which unpacking cannot set."""
+        facts = []
+        for path in self.paths:
+            found = path.stat()
+            name = os.fsencode(path.relative_to(self._root))  # need not be UTF-8
+            times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+            facts.append(name + f"\0{times};".encode())
+        return b"".join(facts)
 
 
 def is_flipped(seed: int | None, epoch: int | None, index: int) -> bool:
@@ -322,15 +310,17 @@ def _file_digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def _holds(path: Path, names: list[str]) -> bool:
-    """Whether a file is a class map with these names."""
+def _record_classes(path: Path, names: list[str]) -> None:
+    """Write a class map, but not over a file that may be somebody else's."""
     try:
-        return read_class_map(path) == names
+        known = read_class_map(path) if path.exists() else None
     except FileError:
-        return False
-
-
-def _summary(names: list[str]) -> str:
-    """So many classes and the first names."""
-    listed = ", ".join(names[:3])
-    return f"{len(names)} classes ({listed}{', ..' if len(names) > 3 else ''})"
+        known = []
+    if known is None:
+        write_class_map(path, names)
+    elif known != names:
+        warnings.warn(
+            f"{path}: has other classes and is not overwritten; this run's classes are in its "
+            "checkpoints",
+            stacklevel=2,
+        )

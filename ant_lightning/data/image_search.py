@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -59,17 +59,12 @@ def find_images(
     if skipped:
         rank_zero_warn(f"{setting}: skipped {skipped}")
     flat = [path for path in paths if path.parent == folder]
-    nested = [path for path in paths if path.parent != folder]
-    if labels == "auto" and flat and nested:
-        raise ConfigError(
-            f"labels: must be 'folders' or 'none' because {folder} holds images both directly "
-            f"({flat[0].name}) and in folders ({nested[0].relative_to(folder)}), found 'auto'"
-        )
-    if labels == "none" or (labels == "auto" and flat):
+    if labels == "none" or (labels == "auto" and len(flat) == len(paths)):
         return paths, []
     if flat:
         raise ConfigError(
-            f"labels: 'folders' needs every image in the folder of its class, found {flat[0]}"
+            f"labels: {labels!r} needs every image in the folder of its class, or, with 'auto', "
+            f"every image in {folder}; found both, such as {flat[0]}; use 'none' for no classes"
         )
     names = [path.relative_to(folder).parts[0] for path in paths]
     without = sorted(set(content.folders) - set(names))
@@ -94,30 +89,27 @@ class _Content:
         folders: Names of the folders directly below, without system folders and repeats.
     """
 
-    images: list[Path] = field(default_factory=list)
-    others: list[Path] = field(default_factory=list)
-    repeats: list[Path] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
+    images: list[Path]
+    others: list[Path]
+    repeats: list[Path]
+    folders: list[str]
 
     def skipped(self, *, below: Path) -> str:
         """How many files and links were skipped, with an example; empty if none were."""
         others = [path for path in self.others if path.is_relative_to(below)]
         repeats = [path for path in self.repeats if path.is_relative_to(below)]
-        parts = []
-        if others:
-            kinds = Counter(path.suffix.lower() or "no ending" for path in others).most_common(5)
-            listed = ", ".join(f"{kind} {count}" for kind, count in kinds)
-            parts.append(
-                f"files in formats that are not read: {len(others)} ({listed}), such as {others[0]}"
-            )
-        if repeats:
-            parts.append(f"links to what was found already: {len(repeats)}, such as {repeats[0]}")
-        return "; ".join(parts)
+        kinds = Counter(path.suffix.lower() or "no ending" for path in others).most_common(5)
+        listed = ", ".join(f"{kind} {count}" for kind, count in kinds)
+        parts = {
+            f"files in formats that are not read: {len(others)} ({listed})": others,
+            f"links to what was found already: {len(repeats)}": repeats,
+        }
+        return "; ".join(f"{what}, such as {paths[0]}" for what, paths in parts.items() if paths)
 
 
 def _search(root: Path, setting: str) -> _Content:
     """Walk through `root`; links come last, so that files in it keep their own path and class."""
-    content = _Content()
+    content = _Content([], [], [], [])
     top = os.path.realpath(root)
     images: dict[str, Path] = {}  # keyed by real path
     seen: set[str] = set()

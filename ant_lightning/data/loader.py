@@ -78,11 +78,15 @@ class ShuffledLoader:
         self.dataset = dataset
         self.batch_size = batch_size
         self.position = 0
-        self._seed = seed
         self._rank = rank
-        self._world_size = world_size
-        self._num_workers = num_workers
         self._overfit_batches = overfit_batches
+        self._settings = {
+            "seed": seed,
+            "batch_size": batch_size,
+            "num_images": len(dataset),
+            "world_size": world_size,
+            "num_workers": num_workers,
+        }
         # Lightning finds it by this name at the end of a run. Its processes must end while their
         # queues work: the garbage collector would wait 5 s for each.
         self._iterator: Iterator[Batch] | None = None
@@ -106,23 +110,16 @@ class ShuffledLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Batches taken since the start of training, and what their order depends on."""
-        return {
-            "position": self.position,
-            "seed": self._seed,
-            "batch_size": self.batch_size,
-            "num_images": len(self.dataset),
-            "world_size": self._world_size,
-            "num_workers": self._num_workers,
-        }
+        return {"position": self.position, **self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on behind the batches that `state` had taken, and say what is no longer the same."""
         # With another batch size the epochs have another length: keep the number of images seen.
         self.position = state["position"] * state["batch_size"] // self.batch_size
         self._iterator = None
-        current = self.state_dict()
         for name, consequence in _CONSEQUENCES.items():
-            then, now = state.get(name, current[name]), current[name]
+            now = self._settings[name]
+            then = state.get(name, now)
             if then != now:
                 say = rank_zero_info if name == "num_workers" else rank_zero_warn
                 say(f"{name}: the checkpoint has {then}, this run {now}: {consequence}")
@@ -134,18 +131,18 @@ class ShuffledLoader:
             batch_size=None,
             sampler=self._keys(),
             pin_memory=False,
-            **worker_settings(self._num_workers),
+            **worker_settings(self._settings["num_workers"]),
         )
         return iter(loader)
 
     def _keys(self) -> Iterator[tuple[int, list[int]]]:
         """(epoch, indices) of each batch of this rank from `position` on, without end."""
         num_batches = self._overfit_batches or len(self)
-        size = self.batch_size // self._world_size
+        size = self.batch_size // self._settings["world_size"]
         epoch, first = divmod(self.position, num_batches)
         while True:
             order_of = 0 if self._overfit_batches else epoch
-            generator = keyed_generator(self._seed, "order", order_of)
+            generator = keyed_generator(self._settings["seed"], "order", order_of)
             order = randperm(len(self.dataset), generator=generator)
             for batch in range(first, num_batches):
                 start = batch * self.batch_size + self._rank * size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,9 +11,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from ant_lightning.data.dataset import ImageDataset
+from ant_lightning.data.batch import to_uint8
+from ant_lightning.data.dataset import CHUNK, ImageDataset
 from ant_lightning.data.loader import RankKeys, ShuffledLoader, evaluation_loader
-from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.errors import ConfigError
 from ant_lightning.files.identity import differences, tensors_digest
 from ant_lightning.randomness import run_seed
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
-
-    from ant_lightning.data.batch import Batch
 
 __all__ = [
     "IMAGES_DIGEST",
@@ -167,16 +165,13 @@ class ImageDataModule(L.LightningDataModule):
             every: Distance to the next.
         """
         count = len(dataset) if limit is None else min(limit, len(dataset))
-        for batch in _loaded(dataset, range(first, count, every)):
-            yield batch.images
+        mine = range(first, count, every)
+        for start in range(0, len(mine), CHUNK):
+            yield dataset.pixels(mine[start : start + CHUNK])
 
     def fingerprint(self, dataset: ImageDataset) -> str:
-        """A hash of the pixels of `dataset`: what is computed of them may be kept under it."""
-        digest = hashlib.sha256()
-        for batch in self.pixels(dataset):
-            digest.update(f"{tuple(batch.shape[1:])};".encode())
-            digest.update(batch.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """A hash of the images of `dataset`: what is computed of them may be kept under it."""
+        return dataset.fingerprint()
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine the images, by name."""
@@ -219,8 +214,9 @@ class ImageDataModule(L.LightningDataModule):
         """Pixels and labels of both parts."""
         for part in self._parts:
             yield torch.tensor(len(part))
-            for batch in _loaded(part, range(len(part))):
-                yield batch.images
+            for start in range(0, len(part), CHUNK):
+                batch = part.load(list(range(len(part))[start : start + CHUNK]), epoch=None)
+                yield to_uint8(batch.images)
                 yield batch.labels
 
     def _overfit_batches(self) -> int | None:
@@ -250,21 +246,6 @@ def check_at_least(least: int, **settings: int) -> None:
             raise ConfigError(f"{name}: must be at least {least}, found {value}")
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as 0 .. 255.
-
-    Raises:
-        NonFiniteError: If an image has a NaN or an infinity, which would become black or white.
-    """
-    bad = ~images.flatten(1).isfinite().all(1)
-    if bool(bad.any()):
-        raise NonFiniteError(
-            f"{int(bad.sum())} of {len(images)} images have a NaN or an infinity, so there is "
-            "nothing to show, store or score: the network that drew them has diverged"
-        )
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 def image_data(trainer: L.Trainer) -> ImageDataModule | None:
     """The trainer's data module; `None` if it has loaders alone, or one that is not of images."""
     data = getattr(trainer, "datamodule", None)
@@ -286,10 +267,3 @@ def needed_image_data(trainer: L.Trainer, who: str) -> ImageDataModule:
             + ("loaders alone" if found is None else type(found).__name__)
         )
     return data
-
-
-def _loaded(dataset: ImageDataset, indices: range) -> Iterator[Batch]:
-    """Batches of the images at `indices` as uint8, without augmentation."""
-    for start in range(0, len(indices), 256):
-        batch = dataset.load(list(indices[start : start + 256]), epoch=None)
-        yield batch._replace(images=to_uint8(batch.images))

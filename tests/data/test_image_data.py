@@ -75,7 +75,7 @@ def test_folders_without_images_and_other_paths_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_held_out": 9}, ["num_held_out", "8", "9"]),
+        ({"num_held_out": 9}, ["num_held_out", "9"]),
         ({"num_held_out": 0}, ["num_held_out", "0"]),
         ({"image_size": 0}, ["image_size", "0"]),
         ({"channels": 4}, ["channels", "4"]),
@@ -231,7 +231,9 @@ def test_a_checkpoint_of_other_classes_is_refused(nested):
     data = folder_data(nested)
     data.setup("validate")
     data.load_state_dict(data.state_dict())
-    with pytest.raises(ConfigError, match=r"2 classes \(ant, dog\).*3 classes \(ant, bee, cat\)"):
+    with pytest.raises(
+        ConfigError, match=r'2 classes .*"ant", "dog".*found 3, .*"ant", "bee", "cat"'
+    ):
         data.load_state_dict({"class_names": ["ant", "dog"]})
 
 

@@ -308,7 +308,7 @@ def test_folders_without_any_image_say_what_is_there(tmp_path):
     save(tmp_path / "only.png")
     with (
         pytest.warns(UserWarning, match="skipped"),
-        pytest.raises(ConfigError, match=r"^root: .* one to hold out, found 1"),
+        pytest.raises(ConfigError, match=r"^num_held_out: .* below the 1 images in .*, found 1"),
     ):
         folder_data(tmp_path)
 

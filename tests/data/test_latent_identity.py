@@ -9,7 +9,6 @@ import pytest
 import torch
 from first_stages import save_first_stages
 from PIL import Image
-from safetensors.torch import load_file
 
 from ant_lightning import (
     ConfigError,
@@ -172,31 +171,21 @@ def test_bytes_are_not_read_again_while_names_sizes_and_times_are_the_same(root)
     assert images(root).identity(marked)["digest of the images"] == known["digest of the images"]
 
 
-def as_by_0_1(cache):
-    """The same cache in the files of version 0.1: arrays of numpy, no identity."""
+def test_a_cache_of_0_1_is_refused(cache, root, stage):
     content = json.loads((cache / "index.json").read_text())
-    del content["identity"]
     (cache / "index.json").write_text(json.dumps({**content, "format_version": 1}))
-    for path in cache.glob("*.safetensors"):
-        for name, tensor in load_file(path).items():
-            np.save(cache / f"{path.stem}_{name}.npy", tensor.numpy())
-        path.unlink()
-
-
-def test_a_cache_of_0_1_trains_with_a_warning_and_is_not_continued(cache, root, stage):
-    whole = LatentsData(str(cache), batch_size=2).train_images.load([4, 0], epoch=1)
-    as_by_0_1(cache)
     before = contents(cache)
-    data = LatentsData(str(cache), batch_size=2, images=images(root))
-    with pytest.warns(UserWarning, match=r"^cache: .* does not say which images"):
-        data.setup("fit")
-    data.setup("fit")  # once
-    assert len(data.train_images) == 5
-    for found, wanted in zip(data.train_images.load([4, 0], epoch=1), whole, strict=True):
-        assert torch.equal(found, wanted)
-    with pytest.raises(ConfigError, match=r"^output: .* version 0\.1.*another folder"):
-        encode(root, cache, stage)
+    for act in (lambda: LatentsData(str(cache), batch_size=2), lambda: encode(root, cache, stage)):
+        with pytest.raises(ConfigError, match=r"index\.json: .* must be 2, found 1; encode"):
+            act()
     assert contents(cache) == before
+
+
+def test_shards_without_an_index_are_not_trusted(cache, root, stage):
+    whole = contents(cache)
+    (cache / "index.json").unlink()
+    assert encode(root, cache, stage) == 5
+    assert contents(cache) == whole
 
 
 def test_drawn_images_are_told_by_their_settings(stage, tmp_path):

@@ -241,7 +241,10 @@ BAD = {
         damage("train_00000.safetensors", replace_by_another),
         ["train_00000.safetensors: its metadata shard must be 0, found 1"],
     ),
-    "version": (damage("index.json", edit_index(format_version=3)), ["format_version 3"]),
+    "version": (
+        damage("index.json", edit_index(format_version=3)),
+        ["must be 2, found 3"],
+    ),
     "dtype": (damage("index.json", edit_index(dtype="int8")), ["int8"]),
     "no index": (damage("index.json", lambda p: p.unlink()), ["index.json"]),
     "no json": (damage("index.json", lambda p: p.write_text("{")), ["index.json"]),
@@ -343,8 +346,8 @@ def test_missing_labels_are_refused_for_a_conditional_model_only(stage, tmp_path
 
 def test_metrics_on_a_cache_need_its_images(cache):
     data = LatentsData(str(cache), batch_size=4)
-    with pytest.raises(ConfigError, match=r"^images: .*reference"):
-        data.pixels(data.held_out_images)
+    with pytest.raises(ConfigError, match=r"^data.images: .*reference"):
+        list(data.pixels(data.held_out_images))
     data = LatentsData(str(cache), batch_size=4, images=shapes())
     (pixels,) = data.pixels(data.held_out_images)
     (wanted,) = shapes().pixels(shapes().held_out_images)

@@ -1,7 +1,6 @@
 """Every reader of files from elsewhere: how a good small file is written, and how it is read."""
 
 import json
-from dataclasses import replace
 
 import lightning as L
 import numpy as np
@@ -30,9 +29,7 @@ from ant_lightning.data.class_map import read_class_map
 from ant_lightning.data.latents.cache import (
     CacheIndex,
     read_index,
-    read_shard,
     write_index,
-    write_shard,
 )
 from ant_lightning.data.pictures import SUFFIXES, open_picture
 from ant_lightning.data.stored_images import npz_batches
@@ -58,7 +55,6 @@ INDEX = CacheIndex(
     shard_size=4,
     identity={"data": "d"},
 )
-INDEX_OF_0_1 = replace(INDEX, format_version=1)
 IDENTITY = {"model": "m", "width": 4, "sides": (1, 2)}
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}
 
@@ -113,12 +109,7 @@ def index(path):
 
 def shard(path):
     moments, labels = torch.zeros(3, 1, 8, 2, 2), torch.zeros(3, dtype=torch.int64)
-    write_shard(path.parent, INDEX, "train", 0, moments=moments, labels=labels)
-
-
-def shard_of_0_1(path):
-    np.save(path, np.zeros((3, 1, 8, 2, 2), np.float32))
-    np.save(path.with_name("train_00000_labels.npy"), np.zeros(3, np.int64))
+    INDEX.shards("train")[0].write(path.parent, moments=moments, labels=labels)
 
 
 def class_map(path):
@@ -242,12 +233,7 @@ READERS = {
     "latent shard": (
         "train_00000.safetensors",
         shard,
-        lambda p: [each.sum() for each in read_shard(p.parent, INDEX, "train", 0)],
-    ),
-    "latent shard of 0.1": (
-        "train_00000_moments.npy",
-        shard_of_0_1,
-        lambda p: [each.sum() for each in read_shard(p.parent, INDEX_OF_0_1, "train", 0)],
+        lambda p: [each.sum() for each in INDEX.shards("train")[0].read(p.parent)],
     ),
     "class map": ("map.json", class_map, read_class_map),
     "notes of samples": (

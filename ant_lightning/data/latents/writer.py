@@ -11,12 +11,10 @@ import torch
 from ant_lightning.data.latents.cache import (
     INDEX_NAME,
     CacheIndex,
-    Split,
+    Shard,
     check_first_stage,
     read_index,
-    read_shard,
     write_index,
-    write_shard,
 )
 from ant_lightning.data.module import ImageDataModule, check_at_least
 from ant_lightning.errors import ConfigError, FileError
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
     from ant_lightning.data.latents.space import LatentSpace
 
 __all__ = ["Encoder", "LatentWriter"]
-
-_SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 
 class Encoder(Protocol):
@@ -113,11 +109,6 @@ class LatentWriter:
             ConfigError: If the folder has the cache of something else, or moments are not finite.
         """
         found = read_index(self.output) if (self.output / INDEX_NAME).exists() else None
-        if found is not None and found.identity is None:
-            raise ConfigError(
-                f"output: {self.output} does not say which images it was made of, as caches of "
-                "version 0.1, so it cannot be continued; use another folder"
-            )
         images = {"train": data.train_images, "held_out": data.held_out_images}
         index = CacheIndex(
             space=encoder.space,
@@ -126,21 +117,19 @@ class LatentWriter:
             dtype=self.dtype,
             views=2 if self.flip else 1,
             num_classes=data.num_classes,
-            num_images={split: len(images[split]) for split in _SPLITS},
+            num_images={split: len(dataset) for split, dataset in images.items()},
             shard_size=self.shard_size,
             identity=data.identity(found.identity if found else None),
         )
-        shards = [(split, i) for split in _SPLITS for i in range(len(index.shards(split)))]
-        shards = shards[rank::world_size]
+        shards = [*index.shards("train"), *index.shards("held_out")][rank::world_size]
         if found is None:
             write_index(self.output, index)
         else:
             self._check(found, index)
-            shards = [shard for shard in shards if not self._is_whole(index, *shard)]
-        for split, i in shards:
-            interval = index.shards(split)[i]
-            moments, labels = self._encode(images[split], encoder, interval, device)
-            write_shard(self.output, index, split, i, moments=moments, labels=labels)
+            shards = [shard for shard in shards if not self._is_whole(shard)]
+        for shard in shards:
+            moments, labels = self._encode(images[shard.split], encoder, shard, device)
+            shard.write(self.output, moments=moments, labels=labels)
         return len(shards)
 
     def _check(self, found: CacheIndex, index: CacheIndex) -> None:
@@ -158,15 +147,15 @@ class LatentWriter:
         self,
         dataset: ImageDataset,
         encoder: Encoder,
-        interval: tuple[int, int],
+        shard: Shard,
         device: torch.device | str,
     ) -> tuple[Tensor, Tensor]:
-        """`moments [n, views, c, h, w]` and `labels [n]` of the images start .. stop - 1."""
+        """`moments [n, views, c, h, w]` and `labels [n]` of the images of a shard."""
         moments, labels = [], []
-        start, stop = interval
-        for first in range(start, stop, self.batch_size):
-            rows = list(range(first, min(first + self.batch_size, stop)))
-            batch = dataset.load(rows, epoch=None)
+        start = shard.number * self.shard_size
+        rows = list(range(start, start + shard.num_images))
+        for first in range(0, len(rows), self.batch_size):
+            batch = dataset.load(rows[first : first + self.batch_size], epoch=None)
             pixels = batch.images.to(device)
             views = [pixels, pixels.flip(-1)] if self.flip else [pixels]
             parts = [encoder.encode_moments(view).float().cpu() for view in views]
@@ -181,14 +170,15 @@ class LatentWriter:
             )
         return result, torch.cat(labels)
 
-    def _is_whole(self, index: CacheIndex, split: Split, shard: int) -> bool:
+    def _is_whole(self, shard: Shard) -> bool:
         try:
-            read_shard(self.output, index, split, shard)
+            shard.read(self.output)
         except FileError:
             return False  # missing, or damaged: written again
         return True
 
 
 def _settings(index: CacheIndex) -> dict[str, Any]:
+    """All that two calls for one cache must have in common, by name."""
     settings = asdict(index)
     return settings | {f"images.{name}": v for name, v in settings.pop("identity").items()}
