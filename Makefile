@@ -57,7 +57,7 @@ check: .venv/installed docs  ## lint, format, types, layers, documentation
 	$(BIN)/lint-imports
 
 docs: .venv/installed  ## build the documentation into build/site; a broken link is an error
-	$(BIN)/zensical build --strict --config-file mkdocs.yml
+	$(BIN)/zensical build --clean --strict --config-file mkdocs.yml
 
 bench: .venv/installed  ## time balancers, every method against vanilla, networks, loaders, metrics, affinity
 	$(BIN)/python -m benchmarks.methods --quick

@@ -17,7 +17,7 @@ __all__ = [
 class ConfigError(ValueError):
     """A setting breaks a rule; the message names the argument, the rule and the value found.
 
-    Example:
+    Examples:
         >>> try:
         ...     PCGrad(num_tasks=0)
         ... except ConfigError as error:

@@ -37,7 +37,7 @@ def keyed_seed(seed: int, stream: str, *keys: int) -> int:
         stream: What the numbers are for, for instance `"noise"`.
         keys: Further coordinates: step, rank, image index.
 
-    Example:
+    Examples:
         >>> from ant_lightning.randomness import keyed_seed
         >>> keyed_seed(0, "noise", 7) == keyed_seed(0, "noise", 7)
         True
@@ -53,7 +53,7 @@ def keyed_generator(
 ) -> torch.Generator:
     """A new generator on `device`, seeded by `keyed_seed`.
 
-    Example:
+    Examples:
         >>> from ant_lightning.randomness import keyed_generator
         >>> torch.randperm(3, generator=keyed_generator(0, "order", 1)).sort().values
         tensor([0, 1, 2])
@@ -74,7 +74,7 @@ class ImageNoise:
         stream: What the noise is for.
         device: Device of the result. The noise is drawn on the CPU, so that devices agree.
 
-    Example:
+    Examples:
         >>> from ant_lightning.randomness import ImageNoise
         >>> alone, batch = (ImageNoise(i, shape=(1, 2, 2), seed=0)() for i in ([5], [4, 5]))
         >>> torch.equal(alone[0], batch[1])

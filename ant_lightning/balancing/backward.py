@@ -45,7 +45,7 @@ class BackwardReport:
         gramian: Dot products of the task gradients, `[k, k]`; `None` between refreshes and for
             balancers that need none.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.ones(1))
         >>> tasks = torch.tensor([0, 1, 1])
         >>> report = multitask_backward(lambda rows: w * rows, tasks, [w], num_tasks=2)
@@ -131,7 +131,7 @@ def multitask_backward(
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
 
-    Example:
+    Examples:
         Two tasks pull a parameter to 1 and to -1; the losses of each are averaged first.
 
         >>> w = torch.nn.Parameter(torch.zeros(1))
@@ -218,7 +218,7 @@ def task_gradients(
         The gradients as `rows`, `[k, p]` float32 (on several ranks, this rank's shard of each),
         and their Gramian `gramian()`, `[k, k]` float64.
 
-    Example:
+    Examples:
         >>> w = torch.nn.Parameter(torch.zeros(2))
         >>> tasks, targets = torch.tensor([0, 1]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> def losses(rows):

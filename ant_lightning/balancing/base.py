@@ -32,7 +32,7 @@ class Balancer(nn.Module, ABC):
     Raises:
         ConfigError: If `num_tasks` is below 1.
 
-    Example:
+    Examples:
         >>> [balancer.num_tasks for balancer in (PCGrad(5), UncertaintyWeighting(3))]
         [5, 3]
         >>> PCGrad(num_tasks=4).task_weights
@@ -75,7 +75,7 @@ class LossBalancer(Balancer):
     state but not on the losses. The weighted losses of micro-batches can then be differentiated
     one after the other, and add up to the gradient of the whole batch.
 
-    Example:
+    Examples:
         >>> class Largest(LossBalancer):
         ...     '''Only the last task counts.'''
         ...     def loss_weights(self):
@@ -129,7 +129,7 @@ class SampleBalancer(Balancer):
     sample's loss must be `sample_weights` divided by the number of samples, which may depend on
     the noise level and the balancer's state but not on the loss.
 
-    Example:
+    Examples:
         >>> class HighNoise(SampleBalancer):
         ...     def sample_weights(self, log_snr):
         ...         return (log_snr < 0).float()
@@ -179,7 +179,7 @@ class GradientBalancer(Balancer):
     Raises:
         ConfigError: If an argument is below 1.
 
-    Example:
+    Examples:
         >>> class EqualNorms(GradientBalancer):
         ...     def solve(self, gramian):
         ...         return 1 / (self.num_tasks * gramian.diagonal().sqrt())

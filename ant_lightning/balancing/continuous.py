@@ -45,7 +45,7 @@ class ContinuousUncertainty(SampleBalancer):
         Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models",
         arXiv 2312.02696, appendix B.1 (there the features' layer has a normalised weight).
 
-    Example:
+    Examples:
         >>> balancer = ContinuousUncertainty(num_tasks=5)
         >>> balancer.sample_weights(torch.tensor([8.0, 0.0, -8.0]))
         tensor([1., 1., 1.])

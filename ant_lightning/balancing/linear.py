@@ -27,7 +27,7 @@ class LinearScalarization(LossBalancer):
     Raises:
         ConfigError: If `weights` are not `k` positive finite numbers.
 
-    Example:
+    Examples:
         >>> balancer = LinearScalarization(num_tasks=2, weights=[0.5, 0.25])
         >>> balancer(torch.tensor([2.0, 4.0]))
         tensor(2.)

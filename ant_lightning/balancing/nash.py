@@ -57,7 +57,7 @@ def nash_weights(
     Reference:
         Navon et al., "Multi-Task Learning as a Bargaining Game", claim 3.1, arXiv 2202.01017.
 
-    Example:
+    Examples:
         For orthogonal gradients, alpha is 1 over their norms: here 1/2 and 1.
 
         >>> nash_weights(torch.tensor([[4.0, 0.0], [0.0, 1.0]])).round(decimals=3)
@@ -145,7 +145,7 @@ class NashMTL(GradientBalancer):
         code solves a sequence of linearised problems, which mostly fails when the gradients'
         norms span four decades.
 
-    Example:
+    Examples:
         >>> balancer = NashMTL(num_tasks=2, update_every=3)
         >>> balancer(torch.tensor([[4.0, 0.0], [0.0, 1.0]])).round(decimals=3)
         tensor([0.2500, 0.5000], dtype=torch.float64)

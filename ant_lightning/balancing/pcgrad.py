@@ -39,7 +39,7 @@ def pcgrad_weights(
     Reference:
         Yu et al., "Gradient Surgery for Multi-Task Learning", algorithm 1, arXiv 2001.06782.
 
-    Example:
+    Examples:
         Two gradients of length 1 at an angle of 120 degrees conflict; each is projected.
 
         >>> gramian = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
@@ -77,7 +77,7 @@ class PCGrad(GradientBalancer):
         Yu et al., "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782. The official
         code sums over tasks; the mean here is 1/k times that.
 
-    Example:
+    Examples:
         >>> balancer = PCGrad(num_tasks=2)
         >>> balancer(torch.tensor([[1.0, -0.5], [-0.5, 1.0]]))
         tensor([0.7500, 0.7500], dtype=torch.float64)

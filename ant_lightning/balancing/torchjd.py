@@ -45,7 +45,7 @@ class TorchJDBalancer(GradientBalancer):
     Reference:
         Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", arXiv 2406.16232.
 
-    Example:
+    Examples:
         >>> from torchjd.aggregation import UPGradWeighting
         >>> balancer = TorchJDBalancer(num_tasks=2, weighting=UPGradWeighting())
         >>> balancer(torch.eye(2)).round(decimals=3)

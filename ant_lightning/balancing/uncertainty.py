@@ -41,7 +41,7 @@ class UncertaintyWeighting(LossBalancer):
         Kendall et al., "Multi-Task Learning Using Uncertainty to Weigh Losses", arXiv 1705.07115;
         form and learning rate of the official code of arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> balancer = UncertaintyWeighting(num_tasks=2)
         >>> balancer.loss_weights()
         tensor([0.2500, 0.2500])
