@@ -23,7 +23,6 @@ WITHOUT_EXAMPLE_YET = {
     "FirstStage",
     "GaussianMixture",
     "GuidedDenoiser",
-    "ImageFolderData",
     "LatentsData",
     "LinearSchedule",
     "LossWeighting",
