@@ -28,7 +28,6 @@ WITHOUT_EXAMPLE_YET = {
     "LossWeighting",
     "MinSNR",
     "MultiTaskDiffusion",
-    "NegativeTransferGap",
     "NoiseSchedule",
     "P2",
     "SampleGrid",
@@ -37,12 +36,8 @@ WITHOUT_EXAMPLE_YET = {
     "ScaledLinearSchedule",
     "ShardedStrategy",
     "TableSchedule",
-    "TransferGapResult",
-    "TransferMatrix",
     "denoising_loss",
     "load_run",
-    "negative_transfer_gap",
-    "transfer_matrix",
     "variational_bound",
 }
 

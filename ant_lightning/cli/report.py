@@ -1,7 +1,7 @@
 """`ant-lightning report RUN_FOLDER`: what a run did and found, as `report.md` in its folder.
 
 It reads what is there (the newest `config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
-`task_affinity.safetensors`, `negative_transfer.npz`, `generation_metrics.jsonl`,
+`task_affinity.safetensors`, `negative_transfer_gap.jsonl`, `generation_metrics.jsonl`,
 `1_samples_grid.png`) and leaves out what is not.
 """
 
@@ -258,9 +258,9 @@ def _affinity(folder: Path) -> str:
 
 
 def _transfer(folder: Path) -> str:
-    if not (folder / "negative_transfer.npz").is_file():
+    if not (folder / "negative_transfer_gap.jsonl").is_file():
         return ""
-    result = TransferGapResult.load(folder / "negative_transfer.npz")
+    result = TransferGapResult.load(folder / "negative_transfer_gap.jsonl")
     figure = transfer_gap_bars({"this run": result})
     table = gap_table({"this run": result})
     return (

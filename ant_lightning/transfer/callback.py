@@ -1,33 +1,44 @@
-"""The negative-transfer gap of a checkpoint: where would a specialist do better?"""
+"""`NegativeTransferGap`: compares a checkpoint with a specialist for each interval."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, ClassVar
 
-from tqdm import tqdm
-
 from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA, averaged_weights
-from ant_lightning.callbacks.figures import log_folder, save_figure
+from ant_lightning.callbacks.figures import append_row, save_figure
+from ant_lightning.callbacks.fixed_loss import measurement_bar
+from ant_lightning.data.module import to_uint8
 from ant_lightning.data.of_trainer import needed_image_data
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.generation.extractor import FeatureExtractor
+from ant_lightning.generation.features import ImageFeatures
+from ant_lightning.generation.frechet import GaussianStatistics, frechet_distance
 from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.statistics import ImageStatistics
 from ant_lightning.transfer.figure import transfer_gap_bars
-from ant_lightning.transfer.measurement import GapSettings, measure_gaps
-from ant_lightning.transfer.specialists import Specialist, check_intervals, find_specialists
+from ant_lightning.transfer.gap import negative_transfer_gap
+from ant_lightning.transfer.interval_losses import interval_losses
+from ant_lightning.transfer.result import IntervalGap, TransferGapResult
+from ant_lightning.transfer.specialists import Specialist, find_specialists, specialist_network
+from ant_lightning.transfer.switching import SpecialistSampler, using_network
 
 if TYPE_CHECKING:
-    import lightning as L
+    from collections.abc import Callable, Iterator
 
+    import lightning as L
+    import torch
+    from torch import Tensor, nn
+    from tqdm import tqdm
+
+    from ant_lightning.data.loader import ImageDataset
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.models.module import MultiTaskDiffusion
-    from ant_lightning.transfer.result import TransferGapResult
 
 __all__ = ["NegativeTransferGap"]
 
@@ -37,38 +48,45 @@ class NegativeTransferGap(RunCallback):
 
     The loss gap is the specialist's held-out loss inside its interval minus the model's, with the
     same images, timesteps and noise. The FID gap is the FID with the specialist sampling inside
-    its interval and the model outside, minus that of the model alone, for the same indices. Below
-    0 is negative transfer. Both come with a bootstrap interval over images; it does not hold other
-    trainings, which need other seeds.
+    its interval and the model outside, minus the FID of the model alone, for the same indices.
+    Below 0 is negative transfer. Both have a bootstrap interval over images; it does not cover
+    other trainings, which need other seeds.
 
-    Specialists are runs of `fit` with `model.timesteps.interval`. With the iterations of the
-    multi-task model one sees about k times more images of its interval; `by_samples` takes
-    checkpoints that saw as many as it did, for instance after a k-th of the steps.
+    Specialists are runs of `fit` with `model.timesteps.interval`. A specialist with as many
+    iterations as the multi-task model has seen about k times as many images of its interval. For
+    `by_samples`, take checkpoints that saw equally many, for instance after a k-th of the steps.
 
-    Each rank draws its share of the images and of the losses. Written to `negative_transfer.npz`
-    and, as a line of JSON, to `negative_transfer_gap.jsonl` in the log folder; drawn as bars. In
-    `fit` it does nothing.
+    Ranks share the images. The result is a line of `negative_transfer_gap.jsonl` in the run's
+    folder, which `TransferGapResult.load` reads; bars are drawn. In `fit` the callback does
+    nothing.
 
     Args:
-        by_iterations: Checkpoint of each interval's specialist, with the model's iterations.
-        by_samples: The same with the model's images of the interval.
+        by_iterations: Checkpoint of each interval's specialist with the model's iterations.
+        by_samples: Checkpoint of each interval's specialist with the model's images of the
+            interval.
         intervals: `[start, stop)` each; by default the model's clusters.
-        extractor: What turns images into features; None for the loss gap alone.
+        extractor: Extractor of image features; `None` for the loss gap alone.
         num_images: Images of each FID; by default as many as are held out.
         batch_size: Images, or losses, computed at once.
         num_draws: Timesteps of each held-out image's loss.
         num_held_out: Held-out images of the loss gap; by default all.
         num_resamples: Bootstrap samples of the FID gap; the loss gap has 1000.
-        reference: File of reference statistics; by default of the held-out images.
-        cache_dir: Where statistics of real images are kept; None for nowhere.
-        seed: Of images and noise; by default that of the module.
+        reference: File of reference statistics; by default those of the held-out images.
+        cache_dir: Folder for statistics of real images; `None` to compute them each time.
+        seed: Seed of images and noise; by default that of the module.
 
     Raises:
-        ConfigError: If a number is out of range, or no specialists are given; in `validate`, if
-            one is missing or does not belong to the model.
+        ConfigError: If a number is out of its range or no specialists are given; in `validate`, if
+            one is missing or does not fit the model.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
+
+    Example:
+        >>> from ant_lightning import NegativeTransferGap
+        >>> gap = NegativeTransferGap(by_samples=["low.ckpt", "high.ckpt"], num_draws=4)
+        >>> gap.paths["samples"]
+        ['low.ckpt', 'high.ckpt']
     """
 
     result: TransferGapResult | None
@@ -90,24 +108,15 @@ class NegativeTransferGap(RunCallback):
         cache_dir: str | None = None,
         seed: int | None = None,
     ) -> None:
-        numbers = {
-            "num_images": (num_images, 2),
-            "batch_size": (batch_size, 1),
-            "num_draws": (num_draws, 1),
-            "num_held_out": (num_held_out, 2),
-            "num_resamples": (num_resamples, 0),
-        }
-        for name, (value, least) in numbers.items():
-            if value is not None and value < least:
-                raise ConfigError(
-                    f"NegativeTransferGap.{name}: must be at least {least}, found {value}"
-                )
+        check_at_least(2, num_images=num_images, num_held_out=num_held_out)
+        check_at_least(1, batch_size=batch_size, num_draws=num_draws)
+        check_at_least(0, num_resamples=num_resamples)
         super().__init__()
         self.paths = {"iterations": by_iterations, "samples": by_samples}
         if not any(self.paths.values()):
             raise ConfigError(
-                "NegativeTransferGap: by_iterations or by_samples must name the specialists' "
-                "checkpoints, found neither"
+                "by_iterations: must name the specialists' checkpoints if by_samples does not, "
+                "found neither"
             )
         self.intervals = intervals
         self.extractor = extractor
@@ -116,19 +125,24 @@ class NegativeTransferGap(RunCallback):
         self.num_draws = num_draws
         self.num_held_out = num_held_out
         self.num_resamples = num_resamples
-        self.reference_path = reference
+        self.reference = reference
         self.cache_dir = cache_dir
         self.seed = seed
         self._specialists: list[Specialist] = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """Look at the specialists before anything is computed."""
+        """Check the specialists before anything is computed."""
         if trainer.state.fn != "validate":
             return
         num_timesteps = pl_module.process.num_timesteps
         intervals = self.intervals or list(pairwise(pl_module.clusters.boundaries))
         intervals = [(int(start), int(stop)) for start, stop in intervals]
-        check_intervals(intervals, num_timesteps)
+        for start, stop in intervals:
+            if not 0 <= start < stop <= num_timesteps:
+                raise ConfigError(
+                    f"intervals: must satisfy 0 <= start < stop <= {num_timesteps}, found "
+                    f"[{start}, {stop})"
+                )
         self._specialists = [
             specialist
             for budget, paths in self.paths.items()
@@ -137,71 +151,141 @@ class NegativeTransferGap(RunCallback):
         ]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """Measure."""
+        """Measure and publish."""
         if trainer.state.fn != "validate":
             return
         data = needed_image_data(trainer, "NegativeTransferGap")
-        settings = self._settings(trainer, pl_module, data)
-        hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
-        total = len(self._specialists) + 1
+        total = (1 + len(self._specialists)) * (1 if self.extractor is None else 2)
         with (
             averaged_weights(trainer, pl_module),
-            tqdm(desc="negative transfer", total=total, leave=False, disable=hidden or None) as bar,
+            measurement_bar(trainer, "negative transfer", total=total) as bar,
         ):
-            self.result = measure_gaps(
-                pl_module,
-                data.held_out_images,
-                self._specialists,
-                settings,
-                averaged=callback_of(trainer, EMA) is not None,
-                on_progress=bar.update,
-            )
-        self._publish(trainer, pl_module, self.result)
+            result = self._loss_gaps(pl_module, data.held_out_images, bar)
+            if self.extractor is not None:
+                result = self._with_fid_gaps(result, self.extractor, pl_module, data, bar)
+        self.result = result
+        self._publish(trainer, pl_module, result)
 
-    def _settings(
-        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, data: ImageDataModule
-    ) -> GapSettings:
-        """The settings with the data's sizes and the moments of its real images."""
-        held_out = len(data.held_out_images)
-        counts = {
-            "num_held_out": min(held_out, self.num_held_out or held_out),
-            "num_images": self.num_images or held_out,
-        }
-        for name, count in counts.items():
-            if count < trainer.world_size:
-                raise ConfigError(
-                    f"NegativeTransferGap.{name}: each of the {trainer.world_size} ranks needs an "
-                    f"image, found {count}"
+    def _seed(self, pl_module: MultiTaskDiffusion) -> int:
+        return pl_module.seed if self.seed is None else self.seed
+
+    def _networks(self, pl_module: MultiTaskDiffusion, bar: tqdm) -> Iterator[nn.Module]:
+        """The network of each specialist; one at a time is on the device."""
+        averaged = callback_of(pl_module.trainer, EMA) is not None
+        bar.update()  # what precedes them is done
+        for specialist in self._specialists:
+            yield specialist_network(pl_module, specialist, averaged=averaged)
+            bar.update()
+
+    def _loss_gaps(
+        self, pl_module: MultiTaskDiffusion, dataset: ImageDataset, bar: tqdm
+    ) -> TransferGapResult:
+        """The loss gap of every specialist."""
+        num_held_out = min(len(dataset), self.num_held_out or len(dataset))
+        check_at_least(pl_module.trainer.world_size, num_held_out=num_held_out)
+        seed, sizes = self._seed(pl_module), (num_held_out, self.num_draws, self.batch_size)
+
+        def losses(interval: tuple[int, int]) -> Tensor:
+            return interval_losses(pl_module, dataset, interval, *sizes, seed=seed)
+
+        multitask = {each.interval: losses(each.interval) for each in self._specialists}
+        gaps = []
+        networks = self._networks(pl_module, bar)
+        for specialist, network in zip(self._specialists, networks, strict=True):
+            with using_network(pl_module, network):
+                own = losses(specialist.interval)
+            of_all = multitask[specialist.interval]
+            (gap,) = negative_transfer_gap(
+                [own], of_all, statistic=_mean, num_resamples=1000, seed=seed
+            )
+            start, stop = specialist.interval
+            gaps.append(
+                IntervalGap(
+                    start=start,
+                    stop=stop,
+                    budget=specialist.budget,
+                    specialist_steps=specialist.steps,
+                    multitask_loss=_mean(of_all),
+                    specialist_loss=_mean(own),
+                    loss_gap=gap,
                 )
-        reference = None
-        if self.extractor is not None:
-            self.extractor.to(pl_module.device)
-            if self.reference_path is not None:
-                real = ImageStatistics.load(self.reference_path)
-            else:
-                cache = None if self.cache_dir is None else Path(self.cache_dir)
-                real = real_statistics(
-                    data,
-                    data.held_out_images,
-                    self.extractor,
-                    cache_dir=cache,
-                    device=pl_module.device,
-                )
-            real.check(self.extractor)
-            reference = real.gaussian
-        return GapSettings(
-            **counts,
-            num_draws=self.num_draws,
-            batch_size=self.batch_size,
-            num_resamples=self.num_resamples,
-            seed=pl_module.seed if self.seed is None else self.seed,
-            extractor=self.extractor,
-            reference=reference,
+            )
+        return TransferGapResult(
+            gaps=tuple(gaps),
+            multitask_steps=pl_module.trained_steps,
+            num_images=0,
+            num_held_out=num_held_out,
         )
+
+    def _with_fid_gaps(
+        self,
+        result: TransferGapResult,
+        extractor: FeatureExtractor,
+        pl_module: MultiTaskDiffusion,
+        data: ImageDataModule,
+        bar: tqdm,
+    ) -> TransferGapResult:
+        """The result with the FID gap of every specialist."""
+        trainer, seed = pl_module.trainer, self._seed(pl_module)
+        num_images = self.num_images or len(data.held_out_images)
+        check_at_least(trainer.world_size, num_images=num_images)
+        own = range(trainer.global_rank, num_images, trainer.world_size)
+        batches = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
+        reference = self._reference(extractor.to(pl_module.device), data, pl_module.device)
+
+        def features(sample: Callable[[range], Tensor]) -> Tensor:
+            of_images = ImageFeatures(extractor).to(pl_module.device)
+            for batch in batches:
+                of_images.update(to_uint8(sample(batch)))
+            found = of_images.compute().features
+            assert found is not None
+            return found
+
+        def fid(rows: Tensor) -> float:
+            return frechet_distance(GaussianStatistics.from_features(rows), reference)
+
+        intervals = [each.interval for each in self._specialists]
+        sampler = SpecialistSampler(pl_module, intervals, seed=seed)
+        multitask = features(sampler.sample)
+        networks = self._networks(pl_module, bar)
+        specialists = [
+            features(partial(sampler.sample_with, network, interval))
+            for network, interval in zip(networks, intervals, strict=True)
+        ]
+        fid_gaps = negative_transfer_gap(
+            specialists, multitask, statistic=fid, num_resamples=self.num_resamples, seed=seed
+        )
+        base = fid(multitask)
+        num_steps = sampler.num_steps * (1 + len(intervals))
+        return replace(
+            result,
+            gaps=tuple(
+                replace(gap, fid_gap=each, multitask_fid=base, specialist_fid=base + each.value)
+                for gap, each in zip(result.gaps, fid_gaps, strict=True)
+            ),
+            num_images=num_images,
+            sampler_steps=num_steps - sum(sampler.first_step[each] for each in intervals),
+            sampler_steps_unshared=num_steps,
+        )
+
+    def _reference(
+        self, extractor: FeatureExtractor, data: ImageDataModule, device: torch.device
+    ) -> GaussianStatistics:
+        """Moments of the features of real images."""
+        if self.reference is not None:
+            real = ImageStatistics.load(self.reference)
+        else:
+            cache = None if self.cache_dir is None else Path(self.cache_dir)
+            real = real_statistics(
+                data, data.held_out_images, extractor, cache_dir=cache, device=device
+            )
+        real.check(extractor)
+        return real.gaussian
 
     def _publish(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, result: TransferGapResult
     ) -> None:
+        """Log the gaps, append them to the file, and draw them."""
         numbers = {}
         for budget in result.budgets:
             for task, gap in enumerate(result.of_budget(budget)):
@@ -211,20 +295,18 @@ class NegativeTransferGap(RunCallback):
         pl_module.log_dict(numbers, rank_zero_only=True)
         if not trainer.is_global_zero:
             return
-        folder = log_folder(trainer)
-        result.save(folder / "negative_transfer.npz")
         row = {
             **result.row(),
             "sampler": str(pl_module.sampler),
             "guidance_scale": pl_module.guidance_scale,
             "extractor": self.extractor and self.extractor.name,
-            "seed": pl_module.seed if self.seed is None else self.seed,
+            "seed": self._seed(pl_module),
         }
-        with (folder / "negative_transfer_gap.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        save_figure(
-            trainer,
-            transfer_gap_bars({"this model": result}),
-            tag="6_transfer/negative_transfer_gap",
-            explain="Below 0 is negative transfer: a model of the interval alone is better there.",
-        )
+        append_row(trainer, "negative_transfer_gap.jsonl", row)
+        figure = transfer_gap_bars({"this model": result})
+        explain = "Below 0 is negative transfer: a model of the interval alone is better there."
+        save_figure(trainer, figure, tag="6_transfer/negative_transfer_gap", explain=explain)
+
+
+def _mean(losses: Tensor) -> float:
+    return float(losses.mean())

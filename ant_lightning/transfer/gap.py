@@ -1,4 +1,4 @@
-"""The negative-transfer gap: does a model trained on one interval do better there than on all?"""
+"""The negative-transfer gap: is a model of one interval better there than a model of all?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class GapEstimate(NamedTuple):
 
     Attributes:
         value: Specialist minus multi-task model.
-        low: Lower end, NaN without resamples.
-        high: Upper end, NaN without resamples.
+        low: Lower end of the interval; NaN without resamples.
+        high: Upper end of the interval; NaN without resamples.
     """
 
     value: float
@@ -41,27 +41,26 @@ def negative_transfer_gap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[GapEstimate]:
-    """How much lower a statistic is with each specialist than with the multi-task model.
+    """Difference of a statistic between each specialist and the multi-task model.
 
-        NTG = S(specialist) - S(multi-task),
+        NTG = S(specialist) - S(multi-task)
 
-    with S the mean of held-out losses inside an interval (loss gap), or the Fréchet distance of
-    features of generated images to real ones, the specialist sampling inside its interval and the
-    multi-task model outside (FID gap, the paper's). NTG < 0: the multi-task model suffers negative
-    transfer in that interval.
+    S is the mean held-out loss inside an interval (loss gap), or the Fréchet distance between
+    features of generated and of real images (FID gap, the paper's). For the latter, the specialist
+    samples inside its interval and the multi-task model outside. If NTG < 0, the multi-task model
+    suffers negative transfer in the interval.
 
-    Row i of all tensors belongs to the same image and noise, so a bootstrap sample draws the same
-    rows of both sides: what is common to them cancels. A resample has fewer distinct images, which
-    raises a Fréchet distance; the draws are moved by the difference between their mean and the
-    gap, so that the interval lies about the gap.
+    Row i of all tensors belongs to the same image and noise. A bootstrap sample takes the same
+    rows of both sides, so what they have in common cancels. A resample has fewer distinct images,
+    which raises a Fréchet distance. The draws are therefore shifted so that their mean is the gap.
 
     Args:
-        specialists: What was measured with each specialist, a row for each image.
-        multitask: The same with the multi-task model.
-        statistic: S, of any choice of rows.
+        specialists: Values of each specialist, one row for each image.
+        multitask: Values of the multi-task model.
+        statistic: S, a function of any selection of rows.
         num_resamples: Bootstrap samples; 0 for no interval.
-        confidence: Of the interval between percentiles.
-        seed: Of the bootstrap.
+        confidence: Confidence of the percentile interval.
+        seed: Seed of the bootstrap.
 
     Raises:
         ConfigError: If there is no specialist, shapes differ, there are fewer than 2 rows, or a
@@ -69,35 +68,41 @@ def negative_transfer_gap(
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import negative_transfer_gap
+        >>> multitask = torch.tensor([0.5, 0.7, 0.9, 0.7])  # losses of four images
+        >>> gaps = negative_transfer_gap(
+        ...     [multitask - 0.1], multitask, statistic=lambda losses: float(losses.mean())
+        ... )
+        >>> [round(each, 3) for each in gaps[0]]
+        [-0.1, -0.1, -0.1]
     """
-    if num_resamples < 0 or not 0 < confidence < 1:
-        found = f"{num_resamples} and {confidence}"
-        raise ConfigError(f"num_resamples, confidence: must be >= 0 and in (0, 1), found {found}")
+    check_at_least(0, num_resamples=num_resamples)
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence: must be between 0 and 1, found {confidence}")
     shapes = [tuple(each.shape) for each in specialists]
     if not shapes or len(multitask) < 2 or any(s != tuple(multitask.shape) for s in shapes):
         raise ConfigError(
             "specialists: must be at least one, measured on the multi-task model's images, 2 or "
             f"more; found shapes {shapes} and {tuple(multitask.shape)}"
         )
-    gaps = _gaps(specialists, multitask, statistic)
+
+    def gaps_of(rows: Tensor) -> Tensor:
+        values = [float(statistic(each[rows])) for each in specialists]
+        return torch.tensor(values, dtype=torch.float64) - float(statistic(multitask[rows]))
+
+    n = len(multitask)
+    gaps = gaps_of(torch.arange(n))
     if not num_resamples:
         return [GapEstimate(float(gap), torch.nan, torch.nan) for gap in gaps]
     generator = keyed_generator(seed, "negative transfer bootstrap")
-    draws = []
-    for _ in range(num_resamples):
-        rows = torch.randint(len(multitask), (len(multitask),), generator=generator)
-        draws.append(_gaps([each[rows] for each in specialists], multitask[rows], statistic))
-    spread = torch.stack(draws)
-    centred = spread - spread.mean(0) + gaps
+    draws = torch.stack(
+        [gaps_of(torch.randint(n, (n,), generator=generator)) for _ in range(num_resamples)]
+    )
+    draws += gaps - draws.mean(0)
     tail = (1 - confidence) / 2
-    low, high = centred.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
-    ends = zip(gaps.tolist(), low.tolist(), high.tolist(), strict=True)
-    return [GapEstimate(*each) for each in ends]
-
-
-def _gaps(
-    specialists: Sequence[Tensor], multitask: Tensor, statistic: Callable[[Tensor], float]
-) -> Tensor:
-    """The gap of each specialist, `[s]` float64."""
-    values = torch.tensor([float(statistic(each)) for each in specialists], dtype=torch.float64)
-    return values - float(statistic(multitask))
+    low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    columns = zip(gaps.tolist(), low.tolist(), high.tolist(), strict=True)
+    return [GapEstimate(*each) for each in columns]

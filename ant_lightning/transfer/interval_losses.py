@@ -6,13 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.data.batch import Batch
-from ant_lightning.models.denoiser import Draws
+from ant_lightning.callbacks.fixed_loss import batched_losses
 from ant_lightning.randomness import ImageNoise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from ant_lightning.data.loader import ImageDataset
@@ -27,59 +24,50 @@ _GOLDEN = 0.6180339887498949
 def interval_losses(
     module: MultiTaskDiffusion,
     dataset: ImageDataset,
-    indices: Sequence[int],
     interval: tuple[int, int],
-    *,
+    num_images: int,
     num_draws: int,
     batch_size: int,
+    *,
     seed: int,
 ) -> Tensor:
-    """Unweighted loss of each image, the mean over some of the interval's timesteps.
+    """Unweighted loss of each image, averaged over timesteps of the interval.
 
-    Image i sees `num_draws` timesteps at equal distances, from a start that is a golden-ratio
-    sequence over the images: together they cover the interval evenly. Timesteps and noise depend
-    on the seed, the image and the draw alone (common random numbers), so that the difference of
-    two models has no noise but that of the images.
+    Image i has `num_draws` equidistant timesteps. Their offsets are a golden-ratio sequence over
+    the images, so that all timesteps together cover the interval evenly. Timesteps and noise
+    depend only on seed, image and draw (common random numbers): the difference of two models has
+    no noise but that of the images. Ranks share the images and get the same result.
 
     Args:
-        module: With the weights to be measured.
-        dataset: Held-out images.
-        indices: Which of them.
+        module: The module with the weights to measure.
+        dataset: Held-out images, of which the first `num_images` are used.
         interval: `[start, stop)`.
-        num_draws: Timesteps for each image.
+        num_images: Number of images `n`.
+        num_draws: Timesteps of each image.
         batch_size: Most losses in one forward pass.
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Returns:
-        `[len(indices)]` float64 on the CPU.
+        `[n]`, float64 on the CPU.
     """
     start, stop = interval
-    device = module.device
-    keys = [(image, draw) for image in indices for draw in range(num_draws)]
-    parts = []
-    for first in range(0, len(keys), batch_size):
-        part = keys[first : first + batch_size]
-        images, draws = torch.tensor(part, dtype=torch.float64).unbind(1)
-        position = (images * _GOLDEN + draws / num_draws) % 1
-        timesteps = start + (position * (stop - start)).long().clamp(max=stop - start - 1)
-        noise = ImageNoise(
-            [image * num_draws + draw for image, draw in part],
-            shape=module.image_shape,
-            seed=seed,
-            stream="negative transfer",
-            device=device,
-        )()
-        loaded = dataset.load([image for image, _ in part], epoch=None)
-        batch = Batch(loaded.images.to(device), loaded.labels.to(device), loaded.indices)
-        mse = torch.zeros(len(part), device=device, dtype=torch.float32)
-        with module.trainer.precision_plugin.forward_context():
-            made = Draws(
-                timesteps.to(device),
-                module.clusters.task_of(timesteps),
-                noise,
-                batch.labels if module.num_classes else None,
-            )
-            losses = module.losses(module.encode(batch), made, unweighted=mse)
-            losses(torch.arange(len(part), device=device))
-        parts.append(mse.cpu().double())
-    return torch.cat(parts).view(len(indices), num_draws).mean(1)
+    trainer, device = module.trainer, module.device
+    own = torch.arange(trainer.global_rank, num_images, trainer.world_size)
+    images, draws = own.repeat_interleave(num_draws), torch.arange(num_draws).repeat(len(own))
+    position = (images.double() * _GOLDEN + draws.double() / num_draws) % 1
+    timesteps = start + (position * (stop - start)).long().clamp(max=stop - start - 1)
+    keys = (images * num_draws + draws).tolist()
+
+    def noise(part: slice) -> Tensor:
+        stream, shape = "negative transfer", module.image_shape
+        return ImageNoise(keys[part], shape=shape, seed=seed, stream=stream, device=device)()
+
+    batches = batched_losses(
+        module, dataset, images.tolist(), timesteps, noise, batch_size=batch_size
+    )
+    mse = torch.cat([unweighted.cpu().double() for _, unweighted in batches])
+    losses = torch.zeros(num_images, dtype=torch.float64)
+    losses[own] = mse.view(-1, num_draws).mean(1)
+    if trainer.world_size > 1:  # the losses of other ranks are 0 here
+        losses = trainer.strategy.reduce(losses.to(device), reduce_op="sum").cpu()
+    return losses

@@ -1,4 +1,4 @@
-"""How a gradient step on one task changes the loss of every other, during training."""
+"""`TransferMatrix`: how a step on one task changes the losses of the others, in validation."""
 
 from __future__ import annotations
 
@@ -25,26 +25,32 @@ __all__ = ["TransferMatrix"]
 
 
 class TransferMatrix(MeasuringCallback):
-    """Draws, at the end of a validation, the share of task j's loss that a step on task i takes.
+    """Measures the share of task j's loss that a step on task i removes, in a validation.
 
-    It is measured by making the step and undoing it: see `transfer_matrix`. `k (k + 2)` passes over
-    `num_images` images; every rank makes them all.
+    It tries the step and undoes it: see `transfer_matrix`. That takes `k (k + 2)` passes over
+    `num_images` images, on every rank. The matrix is drawn, and the number of harmful pairs logged
+    as `transfer/harmful_pairs`.
 
     Args:
-        lr: Length of the plain gradient step that is tried.
+        lr: Length of the gradient step that is tried.
         num_images: Images of each task's loss.
         batch_size: Most images in one forward pass.
-        images: Whose loss: of images that are trained on (`train`) or `held_out`.
-        weights: Of which weights: `ema` or `live`.
+        images: Images to measure on: those that are trained on (`train`), or `held_out`.
+        weights: Weights to measure: `ema` or `live`.
         every_n_epochs: Validations of `fit` between two measurements.
-        seed: Of images and noise; by default that of the module.
+        seed: Seed of images and noise; by default that of the module.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of its range.
 
     Reference:
         Fifty et al., "Efficiently Identifying Task Groupings for Multi-Task Learning",
         arXiv 2109.04617.
+
+    Example:
+        >>> from ant_lightning import TransferMatrix
+        >>> TransferMatrix(lr=0.01, num_images=128).images
+        'held_out'
     """
 
     matrix: Tensor | None
@@ -62,19 +68,19 @@ class TransferMatrix(MeasuringCallback):
         seed: int | None = None,
     ) -> None:
         super().__init__(
-            every_n_epochs=every_n_epochs,
             num_images=num_images,
             batch_size=batch_size,
             images=images,
             weights=weights,
             seed=seed,
+            every_n_epochs=every_n_epochs,
         )
         if not lr > 0:
-            raise ConfigError(f"TransferMatrix.lr: must be above 0, found {lr}")
+            raise ConfigError(f"lr: must be above 0, found {lr}")
         self.lr = lr
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """Try a step on every task; log, and draw on rank 0."""
+        """Measure, log and draw."""
         if not self.is_due(trainer):
             return
         with self.fixed_loss(trainer, pl_module) as loss:
@@ -94,9 +100,5 @@ class TransferMatrix(MeasuringCallback):
             labels=[f"{a}-{b - 1}" for a, b in pairwise(pl_module.clusters.boundaries)],
             title=f"{title}\nat training step {steps_of(trainer, pl_module)}",
         )
-        save_figure(
-            trainer,
-            figure,
-            tag="6_transfer/lookahead",
-            explain="Red: a step on task i lowers task j's loss by so much. Blue: raises it.",
-        )
+        explain = "Red: a step on task i lowers task j's loss by this share. Blue: it raises it."
+        save_figure(trainer, figure, tag="6_transfer/lookahead", explain=explain)

@@ -1,31 +1,24 @@
-"""Negative-transfer gaps of one multi-task model, as measured and as a file."""
+"""Negative-transfer gaps of one multi-task model, as a record of plain numbers."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
+from ant_lightning.errors import FileError
 from ant_lightning.files.atomic import write_atomically
-from ant_lightning.files.npz import open_npz
 from ant_lightning.transfer.gap import GapEstimate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping
 
 __all__ = ["IntervalGap", "TransferGapResult"]
 
-_VERSION = 1
-# Kinds and further sides of the array that keeps an attribute of this type.
-_COLUMNS = {
-    "int": ("iu", ()),
-    "str": ("U", ()),
-    "float": ("iuf", ()),
-    "GapEstimate": ("iuf", (len(GapEstimate._fields),)),
-}
+_MAX_BYTES = 2**24
+Row = TypeVar("Row", "IntervalGap", "TransferGapResult")
 _UNKNOWN = GapEstimate(math.nan, math.nan, math.nan)
 
 
@@ -33,18 +26,20 @@ _UNKNOWN = GapEstimate(math.nan, math.nan, math.nan)
 class IntervalGap:
     """Both gaps of one interval and one specialist.
 
+    A further column is a field here and a value in `NegativeTransferGap`; files follow.
+
     Attributes:
         start: First timestep of the interval.
-        stop: One past the last.
-        budget: What the specialist has in common with the multi-task model: `iterations` or
-            `samples` (of its interval).
-        specialist_steps: Its optimizer steps.
-        multitask_loss: Mean held-out loss inside the interval.
-        specialist_loss: The same of the specialist.
-        loss_gap: Their difference, with its interval.
-        multitask_fid: FID with the multi-task model at every step; NaN if not measured.
-        specialist_fid: FID with the specialist inside the interval.
-        fid_gap: Their difference, with its interval.
+        stop: Timestep after the last.
+        budget: How the specialist was matched with the multi-task model: `iterations`, or `samples`
+            of its interval.
+        specialist_steps: Optimizer steps of the specialist.
+        multitask_loss: Mean held-out loss of the multi-task model inside the interval.
+        specialist_loss: Mean held-out loss of the specialist inside the interval.
+        loss_gap: Specialist's loss minus multi-task loss.
+        multitask_fid: FID with the multi-task model at all timesteps; NaN if not measured.
+        specialist_fid: FID with the specialist inside the interval; NaN if not measured.
+        fid_gap: Specialist's FID minus multi-task FID; NaN if not measured.
     """
 
     start: int
@@ -60,21 +55,38 @@ class IntervalGap:
 
     @property
     def relative_loss_gap(self) -> GapEstimate:
-        """The loss gap over the multi-task model's loss: intervals compare."""
+        """The loss gap divided by the multi-task loss, comparable between intervals."""
         return GapEstimate(*(value / self.multitask_loss for value in self.loss_gap))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferGapResult:
-    """The gaps of a multi-task model, and what measuring them cost.
+    """The gaps of a multi-task model, and the cost of measuring them.
 
     Attributes:
         gaps: One for each interval and budget.
         multitask_steps: Optimizer steps of the multi-task model.
         num_images: Generated images of each FID; 0 if none was measured.
         num_held_out: Images of each loss.
-        sampler_steps: Denoising steps that were computed for one image of each kind.
-        sampler_steps_unshared: The same if every trajectory had started from noise.
+        sampler_steps: Denoising steps for one image of each kind.
+        sampler_steps_unshared: The same if all trajectories started from noise.
+
+    Example:
+        >>> from ant_lightning.transfer import GapEstimate, IntervalGap, TransferGapResult
+        >>> gap = IntervalGap(
+        ...     start=0,
+        ...     stop=200,
+        ...     budget="samples",
+        ...     specialist_steps=300,
+        ...     multitask_loss=0.5,
+        ...     specialist_loss=0.4,
+        ...     loss_gap=GapEstimate(-0.1, -0.12, -0.08),
+        ... )
+        >>> result = TransferGapResult(
+        ...     gaps=(gap,), multitask_steps=1500, num_images=0, num_held_out=360
+        ... )
+        >>> result.budgets, round(result.of_budget("samples")[0].relative_loss_gap.value, 2)
+        (['samples'], -0.2)
     """
 
     gaps: tuple[IntervalGap, ...]
@@ -85,76 +97,77 @@ class TransferGapResult:
     sampler_steps_unshared: int = 0
 
     def of_budget(self, budget: str) -> list[IntervalGap]:
-        """The gaps of one budget, by interval."""
+        """The gaps of one budget, sorted by interval."""
         return sorted((g for g in self.gaps if g.budget == budget), key=lambda g: g.start)
 
     @property
     def budgets(self) -> list[str]:
-        """Which budgets there are, in the order they were given."""
+        """The budgets, in the order they were given."""
         return list(dict.fromkeys(gap.budget for gap in self.gaps))
 
     def row(self) -> dict[str, Any]:
-        """Everything as plain numbers and lists, for JSON; NaN as None."""
-        row = asdict(self)
-        row["gaps"] = [dict(_plain(gap)) for gap in self.gaps]
+        """All attributes as numbers, texts and lists, for JSON; NaN as `None`."""
+        row: dict[str, Any] = _without_nan(asdict(self))
         return row
 
     @classmethod
-    def from_row(cls, row: dict[str, Any]) -> TransferGapResult:
-        """The inverse of `row`."""
-        gaps = tuple(_from_plain(gap) for gap in row["gaps"])
-        return cls(**{**row, "gaps": gaps})
+    def from_row(cls, row: Mapping[str, Any]) -> TransferGapResult:
+        """The inverse of `row`; other entries are ignored.
+
+        Raises:
+            FileError: If an entry is missing or has another type.
+        """
+        try:
+            return _read(cls, row)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise FileError(f"row: must be a negative-transfer gap, found {error!r}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write an `.npz` file, whole or not at all: one array for each attribute of the gaps."""
-        arrays: dict[str, Any] = {"format_version": _VERSION}
-        for field in fields(IntervalGap):
-            arrays[field.name] = np.asarray([getattr(gap, field.name) for gap in self.gaps])
-        for field in fields(self):
-            if field.name != "gaps":
-                arrays[field.name] = getattr(self, field.name)
-        write_atomically(Path(path), lambda file: np.savez(file, **arrays))
+        """Write the row as one line of JSON, whole or not at all."""
+        line = json.dumps(self.row()) + "\n"
+        write_atomically(Path(path), lambda file: file.write(line.encode()))
 
     @classmethod
     def load(cls, path: str | Path) -> TransferGapResult:
-        """Read what `save` wrote; nothing in the file is executed.
+        """Read what `save` wrote, or the last line of a run's `negative_transfer_gap.jsonl`.
 
         Raises:
-            FileError: If there is no such file, or it is damaged or of another format.
+            FileError: If the file is missing, damaged or another one.
         """
-        with open_npz(path, setting="negative transfer") as file:
-            version = file.number("format_version")
-            if version != _VERSION:
-                raise file.error(f"must have format_version {_VERSION}, found {version}")
-            (n,) = file.check("start", shape=(None,)).shape
-            columns: dict[str, list[Any]] = {}
-            for field in fields(IntervalGap) if n else ():
-                kinds, sides = _COLUMNS[str(field.type)]
-                columns[field.name] = file.read(field.name, shape=(n, *sides), kinds=kinds).tolist()
-            own = {f.name: file.number(f.name) for f in fields(cls) if f.name != "gaps"}
-        rows = zip(*columns.values(), strict=True)
-        gaps = tuple(_from_plain(dict(zip(columns, row, strict=True))) for row in rows)
-        return cls(gaps=gaps, **own)
+        path = Path(path)
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise ValueError(f"more than {_MAX_BYTES} bytes")
+            return cls.from_row(json.loads(path.read_text(encoding="utf8").splitlines()[-1]))
+        except (OSError, ValueError, IndexError, RecursionError) as error:
+            raise FileError(f"{path}: must be a file of negative-transfer gaps, {error}") from error
 
 
-def _plain(gap: IntervalGap) -> Iterator[tuple[str, Any]]:
-    for field in fields(gap):
-        value = getattr(gap, field.name)
-        if isinstance(value, tuple):
-            yield field.name, [_known(each) for each in value]
+def _read(kind: type[Row], row: Mapping[str, Any]) -> Row:
+    """A dataclass from the entries of a row, by the types of its fields."""
+    values = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        value = row[field.name]
+        if field.type in ("int", "str"):
+            if type(value).__name__ != field.type:
+                raise TypeError(f"{field.name} {value!r}")
+        elif field.type == "float":
+            value = _number(value)
+        elif field.type == "GapEstimate":
+            value = GapEstimate(*map(_number, value))
         else:
-            yield field.name, _known(value)
+            value = tuple(_read(IntervalGap, gap) for gap in value)
+        values[field.name] = value
+    return kind(**values)
 
 
-def _known(value: Any) -> Any:  # noqa: ANN401 - a number or a text
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _without_nan(value: Any) -> Any:  # noqa: ANN401 - a part of a row
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _from_plain(values: dict[str, Any]) -> IntervalGap:
-    made: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, list | tuple):
-            made[name] = GapEstimate(*(math.nan if each is None else each for each in value))
-        else:
-            made[name] = math.nan if value is None else value
-    return IntervalGap(**made)

@@ -1,9 +1,8 @@
-"""Sampling with another network inside one interval of timesteps, from where it begins."""
+"""Sampling that uses a specialist inside one interval of timesteps."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,133 +17,119 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.denoiser import DiffusionModule
 
-__all__ = ["Entry", "sample_and_mark", "sample_switched", "using_network"]
+__all__ = ["SpecialistSampler", "using_network"]
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A batch's state when its trajectory enters an interval.
+class SpecialistSampler:
+    """Samples images of a module, and the same with a specialist inside one interval.
+
+    A trajectory starts at timestep `T - 1` and goes down. With a specialist inside
+    `[start, stop)` it equals the module's own until its first timestep below `stop`. So that part
+    is computed once, by `sample`, and `sample_with` starts from the state that was reached.
+    Samplers that depend on more than the state (multistep solvers of diffusers) start from noise.
+
+    Args:
+        module: The multi-task model.
+        intervals: `[start, stop)` of each specialist.
+        seed: Seed in place of the module's.
 
     Attributes:
-        step: Denoising steps made before.
-        num_steps: Steps of the whole trajectory.
-        x: The state `[b, c, h, w]`, on the CPU.
-        num_draws: Draws of noise made before, that of `x_T` counted.
+        num_steps: Denoising steps of a trajectory, once images were sampled.
+        first_step: First step inside each interval, once images were sampled.
     """
 
-    step: int
-    num_steps: int
-    x: Tensor
-    num_draws: int
+    def __init__(
+        self,
+        module: DiffusionModule,
+        intervals: Sequence[tuple[int, int]],
+        *,
+        seed: int | None = None,
+    ) -> None:
+        self.module = module
+        self.intervals = intervals
+        self.seed = seed
+        self.num_steps = 0
+        self.first_step: dict[tuple[int, int], int] = {}
+        # State on the CPU and draws of noise so far, by interval and indices.
+        self._states: dict[tuple[tuple[int, int], tuple[int, ...]], tuple[Tensor, int]] = {}
 
+    @torch.no_grad()
+    def sample(self, indices: Sequence[int]) -> Tensor:
+        """The module's own images of these indices, as `module.sample` gives them.
 
-@torch.no_grad()
-def sample_and_mark(
-    module: DiffusionModule,
-    indices: Sequence[int],
-    intervals: Sequence[tuple[int, int]],
-    *,
-    seed: int | None = None,
-) -> tuple[Tensor, list[Entry]]:
-    """Draw the images of these indices, and keep the state on entering each interval.
+        Raises:
+            ConfigError: If the sampler has no timestep in an interval.
+        """
+        module = self.module
+        noise, guided = module.image_noise(indices, seed=self.seed), module.guided(indices)
+        x_T, num_draws, visited = noise(), 1, list[int]()
+        entered: dict[tuple[int, int], tuple[int, Tensor, int]] = {}
+        only_the_state_matters = isinstance(module.sampler, TableSampler)
 
-    A trajectory goes from `T - 1` down, so one that switches networks inside `[start, stop)` is
-    this one until its first timestep below `stop`: it can start from there. Samplers that
-    remember more than the state (multistep solvers of diffusers) start from noise.
+        def next_noise() -> Tensor:
+            nonlocal num_draws
+            num_draws += 1
+            return noise()
 
-    Args:
-        module: The multi-task model with the weights to be measured.
-        indices: Which images.
-        intervals: `[start, stop)` each.
-        seed: In place of the module's.
+        def denoiser(x: Tensor, t: Tensor) -> Tensor:
+            timestep = int(t[0])
+            for interval in self.intervals:
+                if interval not in entered and timestep < interval[1] and only_the_state_matters:
+                    entered[interval] = (len(visited), x.cpu(), num_draws)
+            visited.append(timestep)
+            return guided(x, t)
 
-    Returns:
-        Images as `module.sample` gives them, and an entry for each interval.
+        x_start = module.sampler.sample(
+            module.process, denoiser, x_T, noise=next_noise, clip_denoised=module.clip_denoised
+        )
+        self.num_steps = len(visited)
+        for start, stop in self.intervals:
+            if not any(start <= timestep < stop for timestep in visited):
+                raise ConfigError(
+                    f"sampling.sampler: must have a timestep in the interval [{start}, {stop}), "
+                    f"found none in the {len(visited)} steps of {module.sampler}; take more steps"
+                )
+            step, x, draws = entered.get((start, stop), (0, x_T.cpu(), 1))
+            self.first_step[start, stop] = step
+            self._states[(start, stop), tuple(indices)] = (x, draws)
+        return module.decode(x_start)
 
-    Raises:
-        ConfigError: If the sampler visits no timestep of an interval.
-    """
-    noise = module.image_noise(indices, seed=seed)
-    guided = module.guided(indices)
-    num_draws, visited = 0, list[int]()
-    marks: dict[int, tuple[int, Tensor, int]] = {}
-    only_the_state_matters = isinstance(module.sampler, TableSampler)
+    @torch.no_grad()
+    def sample_with(
+        self, specialist: nn.Module, interval: tuple[int, int], indices: Sequence[int]
+    ) -> Tensor:
+        """Images with a specialist inside the interval and the module's backbone outside.
 
-    def drawn() -> Tensor:
-        nonlocal num_draws
-        num_draws += 1
-        return noise()
+        Args:
+            specialist: A network like the backbone.
+            interval: One of `intervals`.
+            indices: Indices that `sample` was called with.
+        """
+        module, (start, stop) = self.module, interval
+        x, num_draws = self._states[interval, tuple(indices)]
+        noise = module.image_noise(indices, seed=self.seed)
+        for _ in range(num_draws):  # skip the draws of the steps before the state
+            noise()
 
-    def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        timestep = int(t[0])
-        for i, (_, stop) in enumerate(intervals):
-            if i not in marks and timestep < stop and only_the_state_matters:
-                marks[i] = (len(visited), x.cpu(), num_draws)
-        visited.append(timestep)
-        return guided(x, t)
+        def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+            inside = start <= int(timesteps[0]) < stop
+            with using_network(module, specialist if inside else module.backbone):
+                return module.denoise(x_t, timesteps, labels)
 
-    x_T = drawn()
-    x_start = module.sampler.sample(
-        module.process, denoiser, x_T, noise=drawn, clip_denoised=module.clip_denoised
-    )
-    for start, stop in intervals:
-        if not any(start <= timestep < stop for timestep in visited):
-            raise ConfigError(
-                f"sampling.sampler: must visit a timestep of the interval [{start}, {stop}), found "
-                f"none in the {len(visited)} steps of {module.sampler}; take more steps"
-            )
-    from_noise = (0, x_T.cpu(), 1)
-    entries = [
-        Entry(step, len(visited), x, draws)
-        for step, x, draws in (marks.get(i, from_noise) for i in range(len(intervals)))
-    ]
-    return module.decode(x_start), entries
-
-
-@torch.no_grad()
-def sample_switched(
-    module: DiffusionModule,
-    network: nn.Module,
-    interval: tuple[int, int],
-    entry: Entry,
-    indices: Sequence[int],
-    *,
-    seed: int | None = None,
-) -> Tensor:
-    """Draw images with `network` inside the interval and the module's own backbone outside.
-
-    Args:
-        module: As for `sample_and_mark`.
-        network: Of the same form as the backbone.
-        interval: `[start, stop)`.
-        entry: What `sample_and_mark` kept of this interval and these indices.
-        indices: Which images.
-        seed: In place of the module's.
-    """
-    start, stop = interval
-    noise = module.image_noise(indices, seed=seed)
-    for _ in range(entry.num_draws):  # those that the prefix used
-        noise()
-
-    def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        inside = start <= int(timesteps[0]) < stop
-        with using_network(module, network if inside else module.backbone):
-            return module.denoise(x_t, timesteps, labels)
-
-    x_start = module.sampler.sample(
-        module.process,
-        module.guided(indices, denoise=denoise),
-        entry.x.to(module.device),
-        noise=noise,
-        clip_denoised=module.clip_denoised,
-        first_step=entry.step,
-    )
-    return module.decode(x_start)
+        x_start = module.sampler.sample(
+            module.process,
+            module.guided(indices, denoise=denoise),
+            x.to(module.device),
+            noise=noise,
+            clip_denoised=module.clip_denoised,
+            first_step=self.first_step[interval],
+        )
+        return module.decode(x_start)
 
 
 @contextmanager
 def using_network(module: DiffusionModule, network: nn.Module) -> Iterator[None]:
-    """Inside, `network` is the module's backbone."""
+    """Replace the module's backbone for the duration of the context."""
     own = module.backbone
     module.backbone = network
     try:

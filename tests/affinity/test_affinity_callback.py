@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grouped import grouped
 from tiny_digits import T, TinyDiT, module, trainer
 
 from ant_lightning import (
@@ -33,7 +32,7 @@ class Silent(TaskAffinity):
 
 
 def affinity(kind=Silent, **settings):
-    return kind(**grouped(timesteps=GRID, num_images=20, batch_size=7, **settings))
+    return kind(timesteps=GRID, num_images=20, batch_size=7, **settings)
 
 
 def weights(model):

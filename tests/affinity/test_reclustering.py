@@ -78,7 +78,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, weights):
     other = module()
     other.clusters = TimestepClustering(3)(other.process.log_snr)
     other.cluster_history = [(0, other.clusters.boundaries)]
-    with pytest.raises(ConfigError, match=r"model\.tasks\.clustering"):
+    with pytest.raises(ConfigError, match=r"tasks\.clustering"):
         trainer(tmp_path).validate(other, DigitsData(), ckpt_path=stopped, verbose=False)
 
 

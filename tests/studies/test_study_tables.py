@@ -248,7 +248,7 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     writer.close()
     line = {"scores": {"fid": 4.25}, "step": 42, "sampler": "DDIM(num_steps=50)"}
     (tmp_path / "generation_metrics.jsonl").write_text(json.dumps(line) + "\n")
-    gaps(0.0).save(tmp_path / "negative_transfer.npz")
+    gaps(0.0).save(tmp_path / "negative_transfer_gap.jsonl")
     measured = ROOT / "notebooks/digits_affinity.safetensors"
     shutil.copy(measured, tmp_path / "task_affinity.safetensors")
     (tmp_path / "1_samples_grid.png").touch()

@@ -25,7 +25,7 @@ from ant_lightning import (
 )
 from ant_lightning.data.module import to_uint8
 from ant_lightning.generation.frechet import GaussianStatistics
-from ant_lightning.transfer.switching import sample_and_mark, sample_switched
+from ant_lightning.transfer.switching import SpecialistSampler
 
 STEPS = 4
 SAMPLER = DDPM(num_steps=10)  # random: a trajectory that starts in the middle must skip noise
@@ -131,7 +131,7 @@ def test_gaps_of_checkpoints(runs, tmp_path):
 
     row = json.loads((tmp_path / "negative_transfer_gap.jsonl").read_text())
     assert TransferGapResult.from_row({k: row[k] for k in result.row()}) == result
-    assert TransferGapResult.load(tmp_path / "negative_transfer.npz") == result
+    assert TransferGapResult.load(tmp_path / "negative_transfer_gap.jsonl") == result
     assert (tmp_path / "6_transfer_negative_transfer_gap.png").stat().st_size > 5000
     logged = run.callback_metrics["ntg/iterations/task_1/fid"]
     assert float(logged) == pytest.approx(gap.fid_gap.value, rel=1e-5)
@@ -166,16 +166,18 @@ def test_a_specialist_is_better_in_its_own_interval(runs, tmp_path):
 @pytest.mark.parametrize("sampler", [DDPM(num_steps=8), DDIM(num_steps=8)])
 def test_with_itself_as_specialist_every_image_is_the_same(sampler):
     model = module(sampler=sampler)
-    images, entries = sample_and_mark(model, [5, 3], [(0, 30), (30, 70), (70, T)])
+    intervals = [(0, 30), (30, 70), (70, T)]
+    switched = SpecialistSampler(model, intervals)
+    images = switched.sample([5, 3])
     assert torch.equal(images, model.sample([5, 3]))
-    assert [entry.step for entry in entries] == sorted(
-        (entry.step for entry in entries), reverse=True
+    assert switched.num_steps == 8
+    assert (
+        switched.first_step[0, 30] > switched.first_step[30, 70] > switched.first_step[70, T] == 0
     )
-    assert entries[2].step == 0 < entries[1].step
-    for interval, entry in zip([(0, 30), (30, 70), (70, T)], entries, strict=True):
-        again = sample_switched(model, model.backbone, interval, entry, [5, 3])
+    for interval in intervals:
+        again = switched.sample_with(model.backbone, interval, [5, 3])
         assert torch.equal(again, images)
-        other = sample_switched(model, TinyDiT(seed=1), interval, entry, [5, 3])
+        other = switched.sample_with(TinyDiT(seed=1), interval, [5, 3])
         assert not torch.allclose(other, images)
 
 
@@ -190,7 +192,7 @@ def test_bad_specialists_are_named(runs, tmp_path):
         ),
         ({"by_iterations": [*files[:2], "gone.ckpt"]}, r"by_iterations\[2\].*found no gone.ckpt"),
         ({"by_iterations": files[::-1]}, r"by_iterations\[0\].*model.timesteps.interval"),
-        ({"by_iterations": paths(folder, 2)}, "optimizer steps must be that of.*4, found 2"),
+        ({"by_iterations": paths(folder, 2)}, "must have optimizer steps 4 .*, found 2"),
         (
             {"by_iterations": [str(folder / "multitask" / "step_4.ckpt"), *files[1:]]},
             "must be the checkpoint of a specialist",
@@ -198,7 +200,7 @@ def test_bad_specialists_are_named(runs, tmp_path):
         ({"by_samples": files, "intervals": [(0, 10), (10, 20), (20, T + 1)]}, rf"\[20, {T + 1}\)"),
         (
             {"by_samples": files[:1], "intervals": [(intervals[0][0], 1)]},
-            "timesteps.interval must be that of the multi-task model",
+            "must have model.timesteps.interval",
         ),
     ]
     for settings, words in cases:
@@ -211,8 +213,8 @@ def test_bad_specialists_are_named(runs, tmp_path):
         model.on_load_checkpoint = lambda checkpoint: None  # its own check would come first
         with pytest.raises(ConfigError, match=rf"by_samples\[0\].*{words}"):
             measure(folder, tmp_path, model, by_samples=files)
-    with pytest.raises(ConfigError, match="must visit"):
-        sample_and_mark(module(sampler=DDIM(num_steps=2)), [0], [(1, 5)])
+    with pytest.raises(ConfigError, match="must have a timestep in"):
+        SpecialistSampler(module(sampler=DDIM(num_steps=2)), [(1, 5)]).sample([0])
     with pytest.raises(ConfigError, match="found neither"):
         NegativeTransferGap()
     with pytest.raises(ConfigError, match="num_draws: must be at least 1, found 0"):

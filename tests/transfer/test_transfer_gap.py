@@ -1,6 +1,6 @@
+import json
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -109,9 +109,9 @@ def result():
 
 def test_a_result_survives_its_file_and_its_row(tmp_path):
     measured = result()
-    measured.save(tmp_path / "gap.npz")
+    measured.save(tmp_path / "gap.json")
     for again in (
-        TransferGapResult.load(tmp_path / "gap.npz"),
+        TransferGapResult.load(tmp_path / "gap.json"),
         TransferGapResult.from_row(measured.row()),
     ):
         assert repr(again) == repr(measured)  # NaN is not equal to itself
@@ -122,8 +122,8 @@ def test_a_result_survives_its_file_and_its_row(tmp_path):
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    (tmp_path / "text.npz").write_text("no")
-    np.savez(tmp_path / "other.npz", a=1)
-    for name in ("text.npz", "other.npz", "missing.npz"):
+    (tmp_path / "text.json").write_text("no")
+    (tmp_path / "other.json").write_text(json.dumps({**result().row(), "num_images": "3"}))
+    for name in ("text.json", "other.json", "missing.json"):
         with pytest.raises(ConfigError, match=name):
             TransferGapResult.load(tmp_path / name)

@@ -115,6 +115,6 @@ def test_gradient_that_is_not_finite_is_refused():
             else (bowls.loss(task))
         )
 
-    with pytest.raises(ConfigError, match=r"gradients must be finite, found .* task 2"):
+    with pytest.raises(ConfigError, match=r"must have finite gradients, found .* task 2"):
         transfer_matrix(bad, parameters=[bowls.theta], lr=0.1, num_tasks=3)
     assert torch.equal(bowls.theta.detach(), torch.from_numpy(START))

@@ -248,7 +248,7 @@ READERS = {
     "safetensors": ("c.safetensors", lambda p: save_file(TENSORS, p), read_checkpoint),
     "digits network": ("d.safetensors", digits, DigitsFeatures),
     "inception weights": ("w.pth", lambda p: torch.save(TENSORS, p), _check_weights),
-    "negative transfer": ("n.npz", gaps, TransferGapResult.load),
+    "negative transfer": ("n.json", gaps, TransferGapResult.load),
     "official weights": ("o.pt", official, lambda p: load_official_checkpoint(NETWORK, p)),
     "checkpoint of a run": ("run.ckpt", run, read_run),
     "png": ("p.png", picture, lambda p: open_picture(p, channels=3)),

@@ -298,11 +298,3 @@ def test_a_cache_of_no_possible_first_stage_is_refused(tmp_path, field, value):
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(FileError, match=r"index\.json"):
         read(tmp_path / file)
-
-
-def test_a_bomb_in_place_of_gaps_is_refused_without_being_unpacked(tmp_path):
-    size = 2**26 + 2**20
-    data = npy(header("'|u1'", f"({size},)")) + b"\0" * size
-    path = archive(tmp_path / "gaps.npz", compression=zipfile.ZIP_DEFLATED, start=data)
-    with pytest.raises(FileError, match=r"gaps\.npz must not unpack to more than 200 times"):
-        READERS["negative transfer"][2](path)
