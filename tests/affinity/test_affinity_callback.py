@@ -257,5 +257,5 @@ def test_files_of_another_model_are_not_averaged_in(tmp_path):
     callback = affinity(average_with=[str(path)])
     with pytest.raises(ConfigError, match="'TinyDiT, ema weights', found 'UNet, ema weights'"):
         trainer(tmp_path, callback).validate(module(), DigitsData(), verbose=False)
-    with pytest.warns(UserWarning, match="measured of 'UNet, ema weights', and .* a TinyDiT"):
+    with pytest.warns(UserWarning, match="measured on 'UNet, ema weights', and .* a TinyDiT"):
         module(clustering=GradientClustering(path, 2))
