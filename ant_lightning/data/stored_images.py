@@ -136,8 +136,7 @@ def npz_batches(path: str | Path, *, batch_size: int) -> Iterator[Tensor]:
         with file.stream("arr_0") as stream:
             for start in range(0, shape[0], batch_size):
                 sides = (min(batch_size, shape[0] - start), height, width, channels)
-                with file.reading():
-                    data = bytearray(stream.read(math.prod(sides)))
+                data = bytearray(stream.read(math.prod(sides)))
                 if len(data) != math.prod(sides):
                     raise FileError(f"{path}: arr_0 must hold {shape[0]} images, found its end")
                 pixels = torch.frombuffer(data, dtype=torch.uint8)

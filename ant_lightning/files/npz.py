@@ -2,55 +2,58 @@
 
 from __future__ import annotations
 
-import struct
+import math
+import sys
 import zipfile
-import zlib
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files.npy import ArrayHeader, read_header, shape_fits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["NpzFile", "open_npz"]
+__all__ = ["ArrayHeader", "NpzFile", "open_npz"]
 
 _MAX_ARRAYS = 1000
 _MAX_RATIO = 200  # unpacked to packed, where it matters: arrays of numbers reach 10 or so
 _RATIO_FREE = 2**26  # bytes, unpacked, that any ratio may have
-_CHUNK = 2**20
-_LAST_CHARACTER = 0x10FFFF
-# What zipfile raises for damage depends on where it is.
-_DAMAGE = (
-    OSError,
-    EOFError,
-    ValueError,
-    RuntimeError,  # NotImplementedError is one
-    OverflowError,
-    LookupError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-)
+_READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+class ArrayHeader(NamedTuple):
+    """What an array says of itself."""
+
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype[Any]
 
 
 class NpzFile:
     """An open archive; made by `open_npz`.
 
     Attributes:
-        path: The file.
         headers: Shape and type of every array by name, from the headers alone.
     """
 
-    def __init__(self, path: Path, archive: zipfile.ZipFile, *, setting: str) -> None:
-        self.path = path
-        self._archive = archive
-        self._setting = f"{setting}: " if setting else ""
-        self._entries = self._checked_entries()
+    def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
+        self._path, self._archive = path, archive
+        entries = archive.infolist()
+        self._entries = {entry.filename.removesuffix(".npy"): entry for entry in entries}
+        packed = sum(entry.compress_size for entry in entries)
+        if len(entries) > _MAX_ARRAYS or packed > path.stat().st_size:
+            raise ValueError(f"{len(entries)} arrays of {packed} bytes")
+        if len(self._entries) < len(entries):
+            raise ValueError("two arrays of one name")
+        for name, entry in self._entries.items():
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{name} packed otherwise than numpy packs")
+            if entry.file_size > max(_RATIO_FREE, _MAX_RATIO * entry.compress_size):
+                raise ValueError(f"{name} of {entry.file_size} bytes in {entry.compress_size}")
         self.headers = {name: self._header(name) for name in self._entries}
 
     def __contains__(self, name: object) -> bool:
@@ -61,31 +64,28 @@ class NpzFile:
 
         Args:
             name: Of the array.
-            shape: What its shape must be; None for any side.
+            shape: What its shape must be; `None` for any side.
             kinds: Letters of numpy's kinds that it may have: `iuf` for numbers, `U` for text.
 
         Raises:
             FileError: If it is not there, or of another shape or type.
         """
-        header = self.headers.get(name)
-        if header is None:
-            raise self.error(f"must hold the array {name}, it holds {sorted(self.headers)[:20]}")
-        if header.dtype.kind not in kinds or not shape_fits(header.shape, shape):
-            words = {"iuf": "numbers", "iu": "integers", "i": "integers", "U": "text"}
+        found = self.headers.get(name)
+        if found is None:
+            raise FileError(f"{self._path}: must hold {name}, found {sorted(self.headers)[:20]}")
+        if found.dtype.kind not in kinds or not (
+            len(found.shape) == len(shape)
+            and all(side in {None, other} for side, other in zip(shape, found.shape, strict=True))
+        ):
             sides = ", ".join("n" if side is None else str(side) for side in shape)
-            raise self.error(
-                f"must hold {words.get(kinds, kinds)} of shape [{sides}] as {name}, found "
-                f"{header.dtype} of shape {list(header.shape)}"
+            raise FileError(
+                f"{self._path}: must hold {name} of kind {kinds} and shape [{sides}], found "
+                f"{found.dtype} of shape {list(found.shape)}"
             )
-        return header
+        return found
 
     def read(
-        self,
-        name: str,
-        *,
-        shape: Sequence[int | None],
-        kinds: str = "iuf",
-        finite: bool = False,
+        self, name: str, *, shape: Sequence[int | None], kinds: str = "iuf", finite: bool = False
     ) -> np.ndarray:
         """Read one array, in the byte order of this machine.
 
@@ -96,27 +96,16 @@ class NpzFile:
             finite: Whether NaN and infinity are refused.
 
         Raises:
-            FileError: As `check`, or if the values are damaged, or not finite.
+            FileError: As `check`, or if values are not finite.
         """
-        header = self.check(name, shape=shape, kinds=kinds)
-        raw = np.empty(header.nbytes, dtype=np.uint8)
-        with self.reading(), self.stream(name) as stream:
-            for start in range(0, header.nbytes, _CHUNK):
-                part = stream.read(min(_CHUNK, header.nbytes - start))
-                raw[start : start + len(part)] = np.frombuffer(part, dtype=np.uint8)
-                if len(part) < min(_CHUNK, header.nbytes - start):
-                    raise ValueError(f"{name} ends early")
-            stream.read(1)  # at its end the stream compares the checksum
-            order: Literal["F", "C"] = "F" if header.fortran_order else "C"
-            array: np.ndarray = raw.view(header.dtype).reshape(header.shape, order=order)
-            if header.dtype.kind == "U":
-                codes = raw.view(np.dtype(np.uint32).newbyteorder(header.dtype.byteorder))
-                if (codes > _LAST_CHARACTER).any():
-                    raise ValueError(f"{name} has what is no character")
+        found = self.check(name, shape=shape, kinds=kinds)
+        with self.stream(name) as stream:
+            data = stream.read()  # at its end the stream compares the checksum
+        array = np.frombuffer(data, found.dtype)
+        array = array.reshape(found.shape, order="F" if found.fortran_order else "C")
         if finite and not np.isfinite(array).all():
-            raise self.error(f"must hold finite numbers as {name}, found a NaN or an infinity")
-        native: np.ndarray = array.astype(header.dtype.newbyteorder("="), copy=False)
-        return native
+            raise FileError(f"{self._path}: {name} must be finite, found a NaN or an infinity")
+        return array.astype(found.dtype.newbyteorder("="))
 
     def number(self, name: str) -> int:
         """Read one whole number."""
@@ -124,93 +113,53 @@ class NpzFile:
 
     def text(self, name: str) -> str:
         """Read one piece of text."""
-        return str(self.read(name, shape=(), kinds="U"))
+        text = str(self.read(name, shape=(), kinds="U").item())
+        if any(ord(character) > sys.maxunicode for character in text):  # numpy does not check
+            raise ValueError(f"no characters as {name}")
+        return text
 
     @contextmanager
     def stream(self, name: str) -> Iterator[IO[bytes]]:
-        """The values of an array as a stream of bytes; use it inside `reading`."""
+        """The values of an array as a stream of bytes."""
         with self._archive.open(self._entries[name]) as stream:
-            read_header(stream)
+            _read_header(stream)
             yield stream
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Inside, damage to the file becomes a `FileError`."""
-        try:
-            yield
-        except ConfigError:
-            raise
-        except _DAMAGE as error:
-            raise self.error(f"must be a readable npz file: {error or type(error).__name__}") from (
-                error
-            )
-
-    def error(self, finding: str) -> FileError:
-        """The error that names this file."""
-        return FileError(f"{self._setting}{self.path} {finding}")
-
-    def _checked_entries(self) -> dict[str, zipfile.ZipInfo]:
-        """The entries by name, of a directory that says nothing impossible."""
-        entries = self._archive.infolist()
-        if len(entries) > _MAX_ARRAYS:
-            raise self.error(f"must hold at most {_MAX_ARRAYS} arrays, found {len(entries)}")
-        if sum(entry.compress_size for entry in entries) > self.path.stat().st_size:
-            raise self.error("must be as long as its directory says, its entries overlap")
-        by_name = {entry.filename.removesuffix(".npy"): entry for entry in entries}
-        if len(by_name) < len(entries):
-            raise self.error("must hold each array once, found two of one name")
-        for name, entry in by_name.items():
-            packed, unpacked = entry.compress_size, entry.file_size
-            stored = entry.compress_type == zipfile.ZIP_STORED
-            if not stored and entry.compress_type != zipfile.ZIP_DEFLATED:
-                raise self.error(f"must be packed as numpy packs, {name} is packed otherwise")
-            if (stored and packed != unpacked) or (
-                unpacked > _RATIO_FREE and unpacked > _MAX_RATIO * packed
-            ):
-                raise self.error(
-                    f"must not unpack to more than {_MAX_RATIO} times its size, {name} says "
-                    f"{unpacked} bytes from {packed}"
-                )
-        return by_name
 
     def _header(self, name: str) -> ArrayHeader:
         """Read a header, and compare it with the size that the directory says."""
         entry = self._entries[name]
         with self._archive.open(entry) as stream:
-            try:
-                header = read_header(stream)
-            except ValueError as error:
-                raise self.error(f"must be a readable npz file: {name} has {error}") from error
-        size = header.offset + header.nbytes
+            header = _read_header(stream)
+            size = stream.tell() + math.prod(header.shape) * header.dtype.itemsize
+        if header.dtype.kind not in "biufU" or min(header.shape, default=0) < 0:
+            raise ValueError(f"{name} of {header.dtype}, shape {header.shape}: no plain numbers")
         if size != entry.file_size:
-            raise self.error(
-                f"is damaged: {name} must be {size} bytes by its header, it has {entry.file_size}"
-            )
+            raise ValueError(f"{name} of {entry.file_size} bytes, {size} bytes by its header")
         return header
 
 
 @contextmanager
-def open_npz(path: str | Path, *, setting: str = "") -> Iterator[NpzFile]:
+def open_npz(path: str | Path) -> Iterator[NpzFile]:
     """Open an archive of plain arrays; only headers are read until an array is asked for.
 
-    Args:
-        path: The file.
-        setting: What a message begins with.
-
     Raises:
-        FileError: No such file, no archive of plain arrays, or one whose entries say more than the
-            file can hold.
+        FileError: If there is no such file, or it is damaged, holds pickles, or says that it holds
+            more than it can; inside the `with` block too.
     """
     path = Path(path)
-    with ExitStack() as stack:
-        try:
-            # Opened here: zipfile leaves the file of a damaged archive open.
-            raw = stack.enter_context(path.open("rb"))
-            archive = stack.enter_context(zipfile.ZipFile(raw))
-            file = NpzFile(path, archive, setting=setting)
-        except FileError:
-            raise
-        except _DAMAGE as error:
-            before = f"{setting}: " if setting else ""
-            raise FileError(f"{before}{path} must be a readable npz file: {error}") from error
-        yield file
+    try:
+        # Opened here: zipfile leaves the file of a damaged archive open.
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            yield NpzFile(path, archive)
+    except ConfigError:
+        raise
+    except Exception as error:  # what zipfile and numpy raise depends on where the damage is
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        raise FileError(f"{path}: must be a readable npz file, found {reason}") from error
+
+
+def _read_header(stream: IO[bytes]) -> ArrayHeader:
+    version = npy.read_magic(stream)
+    if version not in _READERS:
+        raise ValueError(f"an array of version {version}")
+    return ArrayHeader(*_READERS[version](stream))

@@ -88,12 +88,12 @@ def test_files_that_are_no_reference_are_refused(tmp_path):
     crooked = np.eye(3)
     crooked[0, 1] = 0.5
     for arrays, message in (
-        ({"mu": np.zeros(3)}, r"the array sigma, it holds \['mu'\]"),
-        (good | {"sigma": np.eye(4)}, r"\[3, 3\] as sigma, found float64 of shape \[4, 4\]"),
-        (good | {"mu": np.zeros((3, 1))}, r"\[n\] as mu, found float64 of shape \[3, 1\]"),
+        ({"mu": np.zeros(3)}, r"sigma, found \['mu'\]"),
+        (good | {"sigma": np.eye(4)}, r"sigma .* shape \[3, 3\], found float64 of shape \[4, 4\]"),
+        (good | {"mu": np.zeros((3, 1))}, r"mu .* shape \[n\], found float64 of shape \[3, 1\]"),
         (
             good | {"features": np.zeros((5, 2))},
-            r"shape \[n, 3\] as features, found float64 of shape \[5, 2\]",
+            r"features .* shape \[n, 3\], found float64 of shape \[5, 2\]",
         ),
         (good | {"sigma": crooked}, "symmetric"),
         (good | {"sigma": np.full((3, 3), np.nan)}, "finite"),
