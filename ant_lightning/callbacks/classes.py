@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ant_lightning.data.loader import ImageDataset
+    from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.module import ImageDataModule
 
 __all__ = ["EmptyClassWarning", "images_by_class", "warn_of_empty_classes"]

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.data.batch import Batch
-from ant_lightning.data.of_trainer import needed_image_data
+from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.models.denoiser import Draws
 from ant_lightning.models.draws import step_noise
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
-    from ant_lightning.data.loader import ImageDataset
+    from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["FixedLoss", "MeasuringCallback", "batched_losses", "measurement_bar"]

@@ -13,10 +13,11 @@ from ant_lightning.callbacks.figures import save_figure
 from ant_lightning.callbacks.image_figures import sample_grid
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples, SampleFiles
 from ant_lightning.callbacks.sample_identity import sample_identity
-from ant_lightning.data.module import to_uint8
-from ant_lightning.data.of_trainer import needed_image_data, run_folder
+from ant_lightning.data.batch import to_uint8
+from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.latents import load_initial_weights
+from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.batch import Batch
 
-__all__ = ["ImageDataset", "RankKeys", "ShuffledLoader", "evaluation_loader"]
+__all__ = ["RankKeys", "ShuffledLoader", "evaluation_loader"]
 
 # What a resumed run no longer has in common with the run that was stopped, by what has changed.
 _CONSEQUENCES = {

@@ -29,7 +29,6 @@ __all__ = [
     "check_at_least",
     "image_data",
     "needed_image_data",
-    "to_uint8",
 ]
 
 IMAGES_DIGEST = "digest of the images"  # a name in `identity`, worded for messages

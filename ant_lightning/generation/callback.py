@@ -11,8 +11,8 @@ import torch
 from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import log_folder, save_figure
-from ant_lightning.data.module import to_uint8
-from ant_lightning.data.of_trainer import needed_image_data
+from ant_lightning.data.batch import to_uint8
+from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.figure import quality_history
@@ -23,7 +23,7 @@ from ant_lightning.generation.statistics import ImageStatistics
 if TYPE_CHECKING:
     import lightning as L
 
-    from ant_lightning.data.loader import ImageDataset
+    from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.models.module import MultiTaskDiffusion
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ant_lightning.data.loader import ImageDataset
+    from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.generation.extractor import FeatureExtractor
 

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.data.batch import check_batch
-from ant_lightning.data.of_trainer import image_data, run_folder
+from ant_lightning.data.module import image_data
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.files.torch_file import not_finite
 from ant_lightning.models.checkpoint_content import check_weights, use_names_of
@@ -23,6 +23,7 @@ from ant_lightning.models.optimizers import OptimizerFactory
 from ant_lightning.models.settings import Optimization
 from ant_lightning.runtime.csv_rows import keep_csv_rows
 from ant_lightning.runtime.peers import PeerWatch
+from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ant_lightning.balancing.base import GradientBalancer
-from ant_lightning.data.of_trainer import image_data
+from ant_lightning.data.module import image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.protocol import backbone_name
 from ant_lightning.runtime.sharded_strategy import ShardedStrategy

@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from ant_lightning.backbones.checkpoints import load_official_checkpoint
 from ant_lightning.data.latents.cache import check_first_stage
 from ant_lightning.data.latents.space import LatentSpace
-from ant_lightning.data.of_trainer import image_data
+from ant_lightning.data.module import image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.draws import step_noise
 from ant_lightning.randomness import ImageNoise

@@ -13,8 +13,8 @@ from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.figures import append_row, save_figure
 from ant_lightning.callbacks.fixed_loss import measurement_bar
-from ant_lightning.data.module import to_uint8
-from ant_lightning.data.of_trainer import needed_image_data
+from ant_lightning.data.batch import to_uint8
+from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.features import ImageFeatures
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from tqdm import tqdm
 
-    from ant_lightning.data.loader import ImageDataset
+    from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.models.module import MultiTaskDiffusion
 

@@ -12,7 +12,7 @@ from ant_lightning.randomness import ImageNoise
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ant_lightning.data.loader import ImageDataset
+    from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["interval_losses"]

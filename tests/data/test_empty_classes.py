@@ -7,8 +7,7 @@ from tiny_digits import module, trainer
 
 from ant_lightning import Batch, DigitsData, DigitsFeatures, GenerationMetrics, SampleGrid
 from ant_lightning.callbacks.classes import EmptyClassWarning, images_by_class
-from ant_lightning.data.dataset import TensorImages
-from ant_lightning.data.loader import ImageDataset
+from ant_lightning.data.dataset import ImageDataset, TensorImages
 
 
 class WithoutThrees(DigitsData):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ant_lightning import AutoencoderModule, ConfigError, DiT, DiTModule, load_run
 from ant_lightning.cli.main import main
-from ant_lightning.data.module import to_uint8
+from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import FileError
 
 BACKBONE = {

@@ -23,7 +23,7 @@ from ant_lightning import (
     frechet_distance,
     load_official_checkpoint,
 )
-from ant_lightning.data.module import to_uint8
+from ant_lightning.data.batch import to_uint8
 from ant_lightning.generation.frechet import GaussianStatistics
 from ant_lightning.transfer.switching import SpecialistSampler
 
