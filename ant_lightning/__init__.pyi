@@ -158,15 +158,15 @@ from ant_lightning.diffusion.mixture import (
 from ant_lightning.diffusion.process import (
     DiscreteDiffusion as DiscreteDiffusion,
 )
-from ant_lightning.diffusion.samplers.diffusers import (
-    DiffusersSampler as DiffusersSampler,
-)
-from ant_lightning.diffusion.samplers.sampler import (
+from ant_lightning.diffusion.samplers.base import (
     Sampler as Sampler,
 )
-from ant_lightning.diffusion.samplers.sampling import (
+from ant_lightning.diffusion.samplers.ddim import (
     DDIM as DDIM,
     DDPM as DDPM,
+)
+from ant_lightning.diffusion.samplers.diffusers import (
+    DiffusersSampler as DiffusersSampler,
 )
 from ant_lightning.diffusion.schedules import (
     CosineSchedule as CosineSchedule,

@@ -1,57 +1,135 @@
 """The forward half of a Gaussian diffusion: tables, noising and posteriors.
 
-A process is a plain object, not a module: casting a network to bfloat16 cannot touch its tables.
+A process is a plain object and not a module, so casting a network to bfloat16 leaves its tables
+in float64.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from ant_lightning.diffusion.tables import Tables, gather, make_tables
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     from ant_lightning.diffusion.schedules import NoiseSchedule
 
-__all__ = ["ForwardProcess"]
+__all__ = ["ForwardProcess", "Tables", "at_least_float32", "gather"]
+
+
+class Tables(NamedTuple):
+    """One float64 value for each timestep, `[T]` each; the names are the field's.
+
+    `fixed_large_variance` is `betas` with the first entry replaced by that of the posterior.
+    """
+
+    betas: Tensor
+    log_betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    alphas_cumprod_next: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance_clipped: Tensor
+    posterior_mean_coef1: Tensor
+    posterior_mean_coef2: Tensor
+    fixed_large_variance: Tensor
+    fixed_large_log_variance: Tensor
+
+
+def _tables(betas: Float[Tensor, " T"]) -> Tables:
+    """All tables; `abar` is `alphas_cumprod`, `abar_prev` the same one timestep earlier.
+
+    `posterior_variance = beta (1 - abar_prev) / (1 - abar)`,
+    `posterior_mean = sqrt(abar_prev) beta / (1 - abar) x_start
+    + sqrt(1 - beta) (1 - abar_prev) / (1 - abar) x_t`.
+
+    Reference:
+        Ho et al., "Denoising Diffusion Probabilistic Models", equations 6 and 7, arXiv 2006.11239.
+    """
+    abar = torch.cumprod(1 - betas, dim=0)
+    previous = torch.cat([betas.new_ones(1), abar[:-1]])
+    variance = betas * (1 - previous) / (1 - abar)
+    # The posterior at t = 0 has no variance: its logarithm repeats that of t = 1. With a single
+    # timestep there is no t = 1, and the only step adds no noise: any value would do.
+    first = variance[1:2] if len(betas) > 1 else betas
+    large = torch.cat([first, betas[1:]])
+    return Tables(
+        betas=betas,
+        log_betas=betas.log(),
+        alphas_cumprod=abar,
+        alphas_cumprod_prev=previous,
+        alphas_cumprod_next=torch.cat([abar[1:], betas.new_zeros(1)]),
+        sqrt_alphas_cumprod=abar.sqrt(),
+        sqrt_one_minus_alphas_cumprod=(1 - abar).sqrt(),
+        posterior_variance=variance,
+        posterior_log_variance_clipped=torch.cat([first, variance[1:]]).log(),
+        posterior_mean_coef1=betas * previous.sqrt() / (1 - abar),
+        posterior_mean_coef2=(1 - previous) * (1 - betas).sqrt() / (1 - abar),
+        fixed_large_variance=large,
+        fixed_large_log_variance=large.log(),
+    )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The tensor, in float32 if it has half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def gather(
+    table: Float[Tensor, " T"], timesteps: Int[Tensor, " b"], like: Float[Tensor, "b ..."]
+) -> Float[Tensor, "b ..."]:
+    """The table at `timesteps`, shaped `[b, 1, ...]` and cast (float32 at least) to fit `like`.
+
+    Raises:
+        IndexError: If a timestep is negative or not below T (on the CPU; an accelerator asserts).
+    """
+    # `index_select` refuses a negative timestep; plain indexing would wrap around.
+    values = table.index_select(0, timesteps)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return values.to(dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 class ForwardProcess:
     """A discrete diffusion `q(x_t | x_start) = N(sqrt(abar_t) x_start, (1 - abar_t) I)`.
 
-    Images are [b, c, ...], timesteps int64 [b] that index this process' own tables. Tables are
-    float64; coefficients are cast to the dtype of the image, at least float32.
+    Images are `[b, c, ...]`, timesteps int64 `[b]` that index the tables of this process. Tables
+    are float64; coefficients are cast to the dtype of the image, at least float32.
 
     Args:
-        schedule: gives the betas.
+        schedule: Gives the betas.
+
+    Attributes:
+        timestep_map: What the network is told at each timestep, `[T]`; the identity unless the
+            process is respaced.
 
     Raises:
-        ConfigError: betas outside (0, 1).
+        ConfigError: If a beta is outside (0, 1).
 
-    Reference: Ho et al., Denoising Diffusion Probabilistic Models, arXiv 2006.11239.
+    Reference:
+        Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
     """
 
     def __init__(self, schedule: NoiseSchedule) -> None:
-        self._tables = make_tables(schedule())
-        self._timestep_map = torch.arange(self.num_timesteps)
+        self._tables = _tables(schedule().double())
+        self.timestep_map: Int[Tensor, " T"] = torch.arange(self.num_timesteps)
         self._on_device: dict[torch.device, Tables] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # The caches are rebuilt on demand: a copy must not carry another machine's devices.
+        # A copy makes its own caches: it may be on a machine with other devices.
         return {**self.__dict__, "_on_device": {}}
 
     @property
     def num_timesteps(self) -> int:
         """T."""
-        return len(self._tables.betas)
+        return len(self.betas)
 
     @property
     def betas(self) -> Float[Tensor, " T"]:
-        """The variances of the forward steps."""
+        """Variances of the forward steps."""
         return self._tables.betas
 
     @property
@@ -69,23 +147,20 @@ class ForwardProcess:
         """`log(abar) - log(1 - abar)`."""
         return self.alphas_cumprod.log() - torch.log1p(-self.alphas_cumprod)
 
-    @property
-    def timestep_map(self) -> Int[Tensor, " T"]:
-        """What the network is told at each timestep; the identity unless respaced."""
-        return self._timestep_map
-
     def tables(self, device: torch.device) -> Tables:
-        """All tables, on `device` (copied once)."""
+        """All tables on `device`, in float32 if it has no float64; copied once."""
         if device not in self._on_device:
-            self._on_device[device] = self._tables.to(device)
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._on_device[device] = Tables(*(each.to(device, dtype) for each in self._tables))
         return self._on_device[device]
 
-    def _levels(self, x: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+    def levels(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal `sqrt(abar)` and noise level `sqrt(1 - abar)`, `[b, 1, ...]` each."""
         tables = self.tables(x.device)
-        return {
-            "a": gather(tables.sqrt_alphas_cumprod, timesteps, x),
-            "s": gather(tables.sqrt_one_minus_alphas_cumprod, timesteps, x),
-        }
+        return (
+            gather(tables.sqrt_alphas_cumprod, timesteps, x),
+            gather(tables.sqrt_one_minus_alphas_cumprod, timesteps, x),
+        )
 
     def q_sample(
         self,
@@ -94,8 +169,8 @@ class ForwardProcess:
         noise: Float[Tensor, "b c ..."],
     ) -> Float[Tensor, "b c ..."]:
         """Noise images: `x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise`."""
-        level = self._levels(x_start, timesteps)
-        return level["a"] * x_start + level["s"] * noise
+        a, s = self.levels(x_start, timesteps)
+        return a * x_start + s * noise
 
     def q_posterior(
         self,
@@ -103,9 +178,12 @@ class ForwardProcess:
         x_t: Float[Tensor, "b c ..."],
         timesteps: Int[Tensor, " b"],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance, clipped log-variance of q(x_{t-1} | x_t, x_start); [b, 1, ...] the last.
+        """Mean, variance and clipped log-variance of `q(x_{t-1} | x_t, x_start)`.
 
-        Reference: Ho et al., arXiv 2006.11239, equations 6 and 7.
+        The mean is `[b, c, ...]`, the other two are `[b, 1, ...]`.
+
+        Reference:
+            Ho et al., equations 6 and 7, arXiv 2006.11239.
         """
         tables = self.tables(x_t.device)
         mean = (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,19 +25,31 @@ class GuidedDenoiser:
     conditional network alone, at half the cost.
 
     Args:
-        model: called as `model(x, t, labels)`.
-        labels: int64 [b], the classes of the batch; None for an unconditional network, which is
-            then called as `model(x, t, None)` and cannot be guided.
-        null_label: the class that stands for "none"; None if there is none, and no guidance.
+        model: Called as `model(x, t, labels)`.
+        labels: Classes of the batch, int64 `[b]`; `None` for an unconditional network, which is
+            called as `model(x, t, None)` and cannot be guided.
+        null_label: The class that stands for "none"; `None` if there is none, and no guidance.
         scale: 1 is no guidance, above 1 pushes towards the class.
-        guided_channels: how many of the first channels are guided; None is all channels of the
-            image. 3 is what the official DiT does to its 4 latent channels.
+        guided_channels: Number of first channels that are guided; `None` for all channels of the
+            image. The official DiT guides 3 of its 4 latent channels.
 
     Raises:
-        ConfigError: a scale that is not finite, or not 1 without labels; `guided_channels` below 1.
+        ConfigError: If `scale` is not finite, or not 1 without labels or a null class; if
+            `guided_channels` is below 1.
 
-    Reference: Ho and Salimans, Classifier-Free Diffusion Guidance, arXiv 2207.12598, equation 6
-    (its w is scale - 1).
+    Reference:
+        Ho and Salimans, "Classifier-Free Diffusion Guidance", equation 6 (its w is scale - 1),
+        arXiv 2207.12598.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import GuidedDenoiser
+        >>> def model(x, t, labels):  # predicts its label
+        ...     return labels.float().view(-1, 1, 1, 1).expand_as(x)
+        >>> labels = torch.tensor([3])
+        >>> denoiser = GuidedDenoiser(model, labels, null_label=10, scale=2.0)
+        >>> denoiser(torch.zeros(1, 1, 1, 1), torch.tensor([500])).item()  # 10 + 2 (3 - 10)
+        -4.0
     """
 
     def __init__(
@@ -50,13 +62,11 @@ class GuidedDenoiser:
         guided_channels: int | None = None,
     ) -> None:
         if not math.isfinite(scale):
-            raise ConfigError(f"scale must be finite, found {scale}")
-        if labels is None and scale != 1.0:
-            raise ConfigError(f"scale must be 1 for a network without labels, found {scale}")
-        if null_label is None and scale != 1.0:
-            raise ConfigError(f"scale must be 1 for a network without a null class, found {scale}")
-        if guided_channels is not None and guided_channels < 1:
-            raise ConfigError(f"guided_channels must be at least 1, found {guided_channels}")
+            raise ConfigError(f"scale: must be finite, found {scale}")
+        if scale != 1.0 and (labels is None or null_label is None):
+            lacking = "labels" if labels is None else "a null class"
+            raise ConfigError(f"scale: must be 1 for a network without {lacking}, found {scale}")
+        check_at_least(1, guided_channels=guided_channels)
         self.model = model
         self.labels = labels
         self.null_label = null_label
@@ -66,24 +76,25 @@ class GuidedDenoiser:
     def __call__(
         self, x_t: Float[Tensor, "b c ..."], t: Int[Tensor, " b"]
     ) -> Float[Tensor, "b o ..."]:
-        """Give the guided output of the network, with as many channels as the network's.
+        """The guided output, with as many channels as the network's.
 
         Raises:
-            ConfigError: the batch has another size than `labels`, or fewer channels than
+            ConfigError: If the batch has another size than `labels`, or fewer channels than
                 `guided_channels`.
         """
         if self.labels is not None and len(x_t) != len(self.labels):
-            raise ConfigError(f"labels must be {len(x_t)}, one per image, found {len(self.labels)}")
+            raise ConfigError(
+                f"labels: must be {len(x_t)}, one for each image, found {len(self.labels)}"
+            )
         num_guided = self.guided_channels or x_t.shape[1]
         if num_guided > x_t.shape[1]:
             raise ConfigError(
-                f"guided_channels must not exceed the image's {x_t.shape[1]}, found {num_guided}"
+                f"guided_channels: must be at most the image's {x_t.shape[1]}, found {num_guided}"
             )
         if self.labels is None or self.null_label is None or self.scale == 1.0:
             return self.model(x_t, t, self.labels)
         labels = torch.cat([self.labels, torch.full_like(self.labels, self.null_label)])
-        output = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels)
-        cond, uncond = output.chunk(2)
+        cond, uncond = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
         cond_part, uncond_part = cond[:, :num_guided], uncond[:, :num_guided]
         guided = uncond_part + self.scale * (cond_part - uncond_part)
         # Unguided channels, and the variance values behind the prediction, stay conditional.

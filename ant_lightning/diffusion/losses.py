@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ant_lightning.diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
-from ant_lightning.diffusion.tables import gather
+from ant_lightning.diffusion.forward import gather
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,13 +16,19 @@ if TYPE_CHECKING:
 
     from ant_lightning.diffusion.process import DiscreteDiffusion
 
-__all__ = ["DenoisingLoss", "denoising_loss", "variational_bound"]
+__all__ = [
+    "DenoisingLoss",
+    "denoising_loss",
+    "discretized_gaussian_log_likelihood",
+    "normal_kl",
+    "variational_bound",
+]
 
 
 class DenoisingLoss(NamedTuple):
-    """Per image, [b] each: `loss` is minimised; `mse` is unweighted; `vb` in bits per dimension.
+    """`loss` to be minimised, `mse` without weights, `vb` in bits per dimension, `[b]` each.
 
-    `vb` (with its scale) is None where the variance is not learned.
+    `vb` (with its scale) is `None` if the variance is not learned.
     """
 
     loss: Tensor
@@ -48,36 +53,47 @@ def denoising_loss(
     learned_range only and trains only the variance: the prediction is detached in it.
 
     Args:
-        process: gives the targets and the posteriors.
-        model_output: what the network gave for x_t.
-        x_start: clean images.
+        process: Gives the targets and the posteriors.
+        model_output: Output of the network for `x_t`, `[b, o, ...]`.
+        x_start: Clean images `[b, c, ...]`.
         x_t: `process.q_sample(x_start, timesteps, noise)`.
-        timesteps: indices into the process' tables.
-        noise: the noise in x_t.
-        weights: one per timestep, on the mse only.
+        timesteps: Indices into the tables of the process, `[b]`.
+        noise: The noise in `x_t`.
+        weights: Weight of each timestep `[T]`, on the mse only.
         vb_scale: 1 is what DiT and ADM train with; T / 1000 is the official "rescaled" loss.
 
     Raises:
-        ConfigError: `weights` has not one entry per timestep, or the output's channels are wrong.
+        ConfigError: If `weights` has another shape, or the output another number of channels.
 
-    Reference: Nichol and Dhariwal, Improved DDPM, arXiv 2102.09672, equation 16. Its factor
-    0.001 is absent, as in the official code: one timestep's term stands for the sum over 1000.
+    Reference:
+        Nichol and Dhariwal, "Improved DDPM", equation 16, arXiv 2102.09672. Its factor 0.001 is
+        absent, as in the official code: the term of one timestep stands for the sum over 1000.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import DiscreteDiffusion, denoising_loss
+        >>> process, x_start = DiscreteDiffusion(), torch.zeros(2, 3, 8, 8)
+        >>> timesteps, noise = torch.tensor([10, 500]), torch.ones(2, 3, 8, 8)
+        >>> x_t = process.q_sample(x_start, timesteps, noise)
+        >>> output = torch.zeros_like(x_t)  # a network that predicts no noise at all
+        >>> denoising_loss(process, output, x_start, x_t, timesteps, noise).loss
+        tensor([1., 1.])
     """
     prediction, values = process.split_output(model_output, x_start.shape[1])
     mse = _per_image((process.target(x_start, noise, timesteps) - prediction).square())
-    weighted = mse
+    loss = mse
     if weights is not None:
         if weights.shape != (process.num_timesteps,):
             raise ConfigError(
-                f"weights must have shape ({process.num_timesteps},), one per timestep, "
-                f"found {tuple(weights.shape)}"
+                f"weights: must have the shape [{process.num_timesteps}], one for each timestep, "
+                f"found {list(weights.shape)}"
             )
-        weighted = gather(weights.to(mse.device, non_blocking=True), timesteps, mse) * mse
+        loss = gather(weights.to(mse.device, non_blocking=True), timesteps, mse) * mse
     if values is None:
-        return DenoisingLoss(loss=weighted, mse=mse, vb=None)
+        return DenoisingLoss(loss=loss, mse=mse, vb=None)
     frozen = torch.cat([prediction.detach(), values], dim=1)
     vb = vb_scale * variational_bound(process, frozen, x_start, x_t, timesteps)
-    return DenoisingLoss(loss=weighted + vb, mse=mse, vb=vb)
+    return DenoisingLoss(loss=loss + vb, mse=mse, vb=vb)
 
 
 def variational_bound(
@@ -87,12 +103,29 @@ def variational_bound(
     x_t: Float[Tensor, "b c ..."],
     timesteps: Int[Tensor, " b"],
 ) -> Float[Tensor, " b"]:
-    """One timestep's term of the variational bound, in bits per dimension, [b].
+    """Term of the variational bound at one timestep of each image, in bits per dimension, `[b]`.
 
-    KL(q(x_{t-1} | x_t, x_start), p(x_{t-1} | x_t)) for t > 0; at t = 0 the negative
-    log-likelihood of x_start as 8-bit pixels.
+    `KL(q(x_{t-1} | x_t, x_start), p(x_{t-1} | x_t))` for t > 0; at t = 0 the negative
+    log-likelihood of `x_start` as 8-bit pixels.
 
-    Reference: Ho et al., arXiv 2006.11239, equation 5.
+    Args:
+        process: Gives the posteriors.
+        model_output: Output of the network for `x_t`, `[b, o, ...]`.
+        x_start: Clean images `[b, c, ...]`.
+        x_t: Noised images `[b, c, ...]`.
+        timesteps: Indices into the tables of the process, `[b]`.
+
+    Reference:
+        Ho et al., equation 5, arXiv 2006.11239.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import DiscreteDiffusion, variational_bound
+        >>> process, x_start = DiscreteDiffusion(), torch.zeros(1, 3, 8, 8)
+        >>> t, noise = torch.tensor([500]), torch.ones(1, 3, 8, 8)
+        >>> x_t = process.q_sample(x_start, t, noise)
+        >>> round(variational_bound(process, noise, x_start, x_t, t).item(), 4)  # exact: no loss
+        0.0
     """
     true_mean, _, true_log_variance = process.q_posterior(x_start, x_t, timesteps)
     model = process.p_mean_variance(model_output, x_t, timesteps, clip_denoised=False)
@@ -102,6 +135,45 @@ def variational_bound(
     )
     nats = torch.where(timesteps == 0, _per_image(nll), _per_image(kl))
     return nats / math.log(2)
+
+
+def normal_kl(
+    mean1: Float[Tensor, "b ..."],
+    log_variance1: Float[Tensor, "b ..."],
+    mean2: Float[Tensor, "b ..."],
+    log_variance2: Float[Tensor, "b ..."],
+) -> Float[Tensor, "b ..."]:
+    """KL divergence of `N(mean1, exp(log_variance1))` from `N(mean2, exp(log_variance2))`, in nats.
+
+    `½ (lv2 - lv1 - 1 + exp(lv1 - lv2) + (m1 - m2)² exp(-lv2))`.
+    """
+    difference = log_variance1 - log_variance2
+    distance = (mean1 - mean2).square() * torch.exp(-log_variance2)
+    # expm1 keeps the digits where the two variances nearly agree, at high noise.
+    return 0.5 * (torch.expm1(difference) - difference + distance)
+
+
+def discretized_gaussian_log_likelihood(
+    x: Float[Tensor, "b ..."], *, mean: Float[Tensor, "b ..."], log_scale: Float[Tensor, "b ..."]
+) -> Float[Tensor, "b ..."]:
+    """Log-probability, in nats, of the 8-bit bin of `x` under `N(mean, exp(log_scale)²)`.
+
+    `x` holds pixels in [-1, 1]; a bin is 2/255 wide, and those at -1 and 1 are open outwards.
+
+    Reference:
+        Ho et al., equation 13, arXiv 2006.11239.
+    """
+    inverse_scale = torch.exp(-log_scale)
+    upper = _normal_cdf(inverse_scale * (x - mean + 1 / 255))
+    lower = _normal_cdf(inverse_scale * (x - mean - 1 / 255))
+    inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    # The clamp keeps the logarithm and its gradient finite for a bin without mass.
+    return inside.clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """Standard normal distribution function, by the tanh approximation of the published bounds."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -21,13 +21,22 @@ __all__ = ["GaussianMixture"]
 class GaussianMixture:
     """`x_start ~ sum_i w_i N(m_i, S_i)` with full covariances, in float64.
 
-    Attributes:
+    Args:
         weights: `w`, positive with sum 1, `[m]`.
-        means: `[m, d]`.
-        covariances: Symmetric positive definite, `[m, d, d]`.
+        means: `m`, `[m, d]`.
+        covariances: `S`, symmetric positive definite, `[m, d, d]`.
 
     Raises:
-        ConfigError: If a shape, a weight or a covariance is none of these.
+        ConfigError: If a shape, a weight or a covariance breaks these rules.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import GaussianMixture
+        >>> mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])
+        >>> x_t, half = torch.tensor([[2.0, 0.0]]), torch.tensor([0.5**0.5])
+        >>> eps = mixture.denoise(x_t, a=half, s=half)  # E[eps | x_t] = s x_t here
+        >>> [round(value, 4) for value in eps[0].tolist()]
+        [1.4142, 0.0]
     """
 
     weights: Float[Tensor, " m"]
@@ -40,27 +49,27 @@ class GaussianMixture:
         m, d = self.means.shape
         if self.weights.shape != (m,) or self.covariances.shape != (m, d, d):
             raise ConfigError(
-                f"mixture: weights [m], means [m, d] and covariances [m, d, d] are needed, found "
-                f"{list(self.weights.shape)}, {[m, d]} and {list(self.covariances.shape)}"
+                f"means: must be [m, d] with weights [m] and covariances [m, d, d], found {[m, d]} "
+                f"with {list(self.weights.shape)} and {list(self.covariances.shape)}"
             )
         if bool((self.weights <= 0).any()) or abs(float(self.weights.sum()) - 1) > 1e-6:
-            raise ConfigError(f"mixture: weights must be positive with sum 1, found {self.weights}")
+            raise ConfigError(f"weights: must be positive with sum 1, found {self.weights}")
         for name in ("weights", "means", "covariances"):
             object.__setattr__(self, name, getattr(self, name).double())
         values, axes = torch.linalg.eigh(self.covariances)
         if not bool((values > 0).all()):
             raise ConfigError(
-                "mixture: covariances must be positive definite, found the eigenvalue "
+                "covariances: must be positive definite, found the eigenvalue "
                 f"{float(values.min()):.3g}"
             )
-        # One eigenbasis serves every noise level: a² S + s² I has the same axes.
+        # One eigenbasis serves all noise levels: a² S + s² I has the same axes.
         object.__setattr__(self, "_values", values)
         object.__setattr__(self, "_axes", axes)
 
     def draw(
         self, num_samples: int, *, generator: torch.Generator
     ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"]]:
-        """Draw samples `[n, d]`, float64, and the component of each `[n]`."""
+        """Draw samples `[n, d]` in float64, and the component of each, `[n]`."""
         components = torch.multinomial(
             self.weights, num_samples, replacement=True, generator=generator
         )
@@ -68,7 +77,7 @@ class GaussianMixture:
         scaled = torch.randn(num_samples, d, generator=generator, dtype=torch.float64)
         scaled = scaled * self._values.sqrt()[components]
         samples = self.means[components]
-        for i in components.unique().tolist():  # a matrix for each sample would be n d² numbers
+        for i in components.unique().tolist():  # a matrix for each sample would take n d² numbers
             rows = components == i
             samples[rows] += scaled[rows] @ self._axes[i].mT
         return samples, components
@@ -76,13 +85,13 @@ class GaussianMixture:
     def denoise(
         self, x_t: Float[Tensor, "b d"], *, a: Float[Tensor, " b"], s: Float[Tensor, " b"]
     ) -> Float[Tensor, "b d"]:
-        """`E[eps | x_t]` for `x_t = a x_start + s eps` with standard normal `eps`, float64.
+        """`E[eps | x_t]` for `x_t = a x_start + s eps` with standard normal `eps`, in float64.
 
         Given component i, `x_t ~ N(a m_i, C_i)` with `C_i = a² S_i + s² I`, and
         `E[eps | x_t, i] = s C_i^-1 (x_t - a m_i)`; the mean over components is weighted by their
-        posterior probabilities. `a` may be 0 (then it is `x_t / s`), `s` may not. No other function
-        of x_t has a smaller squared error, so what a model's error exceeds this one's by is the
-        model's distance to it: `E|f - eps|² = E|f - E[eps | x_t]|² + E|E[eps | x_t] - eps|²`.
+        posterior probabilities. `a` may be 0 (the result is `x_t / s`), `s` may not. No function
+        of `x_t` has a smaller squared error, and the excess error of any other is its distance to
+        this one: `E|f - eps|² = E|f - E[eps | x_t]|² + E|E[eps | x_t] - eps|²`.
         """
         x_t, a, s = x_t.double(), a.double(), s.double()
         spread = a.square()[:, None, None] * self._values + s.square()[:, None, None]  # [b, m, d]

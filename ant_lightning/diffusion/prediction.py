@@ -1,58 +1,53 @@
 """What a network predicts (eps, x0 or v), and the conversions between the three.
 
 With signal `a = sqrt(alphas_cumprod)` and noise level `s = sqrt(1 - alphas_cumprod)`,
-`x_t = a x_start + s eps` and `v = a eps - s x_start`; (a, s) has unit length, so each of the
-three follows from another and x_t. Every tensor broadcasts: a and s are [b, 1, ...].
+`x_t = a x_start + s eps` and `v = a eps - s x_start`. Since `a² + s² = 1`, each of the three
+follows from another and `x_t`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["PREDICTION_TYPES", "PredictionType", "check_prediction_type", "eps_of", "v_of", "x0_of"]
+__all__ = ["PredictionType", "check_prediction_type", "convert"]
 
 PredictionType: TypeAlias = Literal["eps", "x0", "v"]
-PREDICTION_TYPES: tuple[PredictionType, ...] = ("eps", "x0", "v")
+
+# (from, to). For v: Salimans and Ho, "Progressive Distillation", arXiv 2202.00512, appendix D.
+_CONVERSIONS = {
+    ("eps", "x0"): lambda eps, x_t, a, s: (x_t - s * eps) / a,
+    ("v", "x0"): lambda v, x_t, a, s: a * x_t - s * v,
+    ("x0", "eps"): lambda x0, x_t, a, s: (x_t - a * x0) / s,
+    ("v", "eps"): lambda v, x_t, a, s: s * x_t + a * v,
+    ("eps", "v"): lambda eps, x_t, a, s: (eps - s * x_t) / a,
+    ("x0", "v"): lambda x0, x_t, a, s: (a * x_t - x0) / s,
+}
 
 
 def check_prediction_type(prediction_type: str) -> None:
-    """Refuse a name that is none of eps, x0, v.
+    """Check the name of a prediction type.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: If it is none of `eps`, `x0`, `v`.
     """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ConfigError(
-            f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, found {prediction_type}"
-        )
+    if prediction_type not in get_args(PredictionType):
+        names = ", ".join(get_args(PredictionType))
+        raise ConfigError(f"prediction_type: must be one of {names}, found {prediction_type}")
 
 
-def x0_of(kind: PredictionType, prediction: Tensor, *, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """Turn a prediction into x_start: `(x_t - s eps) / a`, or `a x_t - s v`."""
-    if kind == "eps":
-        return (x_t - s * prediction) / a
-    return prediction if kind == "x0" else a * x_t - s * prediction
-
-
-def eps_of(
-    kind: PredictionType, prediction: Tensor, *, x_t: Tensor, a: Tensor, s: Tensor
+def convert(
+    prediction: Tensor,
+    kind: PredictionType,
+    to: PredictionType,
+    *,
+    x_t: Tensor,
+    a: Tensor,
+    s: Tensor,
 ) -> Tensor:
-    """Turn a prediction into eps: `(x_t - a x_start) / s`, or `s x_t + a v`."""
-    if kind == "x0":
-        return (x_t - a * prediction) / s
-    return prediction if kind == "eps" else s * x_t + a * prediction
-
-
-def v_of(kind: PredictionType, prediction: Tensor, *, x_t: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """Turn a prediction into v: `(eps - s x_t) / a`, or `(a x_t - x_start) / s`.
-
-    Reference: Salimans and Ho, Progressive Distillation, arXiv 2202.00512, appendix D.
-    """
-    if kind == "eps":
-        return (prediction - s * x_t) / a
-    return prediction if kind == "v" else (a * x_t - prediction) / s
+    """Convert a prediction `[b, c, ...]` into another type; `a` and `s` are `[b, 1, ...]`."""
+    return prediction if kind == to else _CONVERSIONS[kind, to](prediction, x_t, a, s)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from ant_lightning.diffusion.forward import ForwardProcess
-from ant_lightning.diffusion.prediction import (
-    PredictionType,
-    check_prediction_type,
-    eps_of,
-    v_of,
-    x0_of,
-)
+from ant_lightning.diffusion.forward import ForwardProcess, at_least_float32, gather
+from ant_lightning.diffusion.prediction import PredictionType, check_prediction_type, convert
 from ant_lightning.diffusion.schedules import LinearSchedule, NoiseSchedule, TableSchedule
-from ant_lightning.diffusion.tables import at_least_float32, gather
 from ant_lightning.diffusion.weighting import LossWeighting
 from ant_lightning.errors import ConfigError
 
@@ -29,11 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["DiscreteDiffusion", "PMeanVariance", "VarianceType"]
 
 VarianceType: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
-_VARIANCE_TYPES = ("fixed_small", "fixed_large", "learned_range")
 
 
 class PMeanVariance(NamedTuple):
-    """The model's p(x_{t-1} | x_t), each [b, c, ...], and the predictions that it came from."""
+    """The model's `p(x_{t-1} | x_t)` and the predictions behind it, `[b, c, ...]` each."""
 
     mean: Tensor
     variance: Tensor
@@ -46,6 +39,8 @@ class DiscreteDiffusion(ForwardProcess):
     """A forward process, the meaning of the network's output, and the weights of its loss.
 
     Images are `[b, c, ...]`, timesteps int64 `[b]` that index the tables of this process.
+    `to_x_start`, `to_eps` and `to_v` convert a prediction of this process, or of the type that is
+    given: `process.to_eps(prediction, x_t, timesteps, prediction_type="x0")`.
 
     Args:
         schedule: Gives the betas.
@@ -82,10 +77,9 @@ class DiscreteDiffusion(ForwardProcess):
             raise ConfigError("schedule: must be a NoiseSchedule, found None")
         super().__init__(schedule)
         check_prediction_type(prediction_type)
-        if variance_type not in _VARIANCE_TYPES:
-            raise ConfigError(
-                f"variance_type: must be one of {', '.join(_VARIANCE_TYPES)}, found {variance_type}"
-            )
+        if variance_type not in get_args(VarianceType):
+            names = ", ".join(get_args(VarianceType))
+            raise ConfigError(f"variance_type: must be one of {names}, found {variance_type}")
         self.prediction_type: PredictionType = prediction_type
         self.variance_type: VarianceType = variance_type
         self.loss_weighting = loss_weighting
@@ -99,7 +93,7 @@ class DiscreteDiffusion(ForwardProcess):
         return {**super().__getstate__(), "_respaced": {}}
 
     def output_channels(self, channels: int) -> int:
-        """How many channels the network gives for images of `channels`: twice for learned_range."""
+        """Channels of the network's output for images of `channels`: twice for learned_range."""
         return 2 * channels if self.variance_type == "learned_range" else channels
 
     def split_output(
@@ -110,15 +104,15 @@ class DiscreteDiffusion(ForwardProcess):
         Both are cast to float32 at least: a loss must not be reduced in half precision.
 
         Raises:
-            ConfigError: the output has not `output_channels(channels)` channels.
+            ConfigError: If the output has not `output_channels(channels)` channels.
         """
         expected = self.output_channels(channels)
         if model_output.shape[1] != expected:
             raise ConfigError(
-                f"the network must give {expected} channels for images of {channels} with "
-                f"variance_type = {self.variance_type}, found {model_output.shape[1]}"
+                f"model_output: must have {expected} channels for images of {channels} with "
+                f"variance_type {self.variance_type}, found {model_output.shape[1]}"
             )
-        model_output = model_output.to(at_least_float32(model_output))
+        model_output = at_least_float32(model_output)
         if self.variance_type != "learned_range":
             return model_output, None
         return model_output[:, :channels], model_output[:, channels:]
@@ -129,49 +123,28 @@ class DiscreteDiffusion(ForwardProcess):
         noise: Float[Tensor, "b c ..."],
         timesteps: Int[Tensor, " b"],
     ) -> Float[Tensor, "b c ..."]:
-        """What the network should predict: the noise, x_start, or `v = a noise - s x_start`."""
-        if self.prediction_type == "eps":
-            return noise
-        if self.prediction_type == "x0":
-            return x_start
-        level = self._levels(x_start, timesteps)
-        return level["a"] * noise - level["s"] * x_start
+        """What the network should predict: the noise, `x_start`, or `v = a noise - s x_start`."""
+        if self.prediction_type != "v":
+            return noise if self.prediction_type == "eps" else x_start
+        a, s = self.levels(x_start, timesteps)
+        return a * noise - s * x_start
 
-    def to_x_start(
+    def _convert(
         self,
+        to: PredictionType,
         prediction: Float[Tensor, "b c ..."],
         x_t: Float[Tensor, "b c ..."],
         timesteps: Int[Tensor, " b"],
         *,
         prediction_type: PredictionType | None = None,
     ) -> Float[Tensor, "b c ..."]:
-        """Convert a prediction (of this process' type unless another is named) into x_start."""
-        kind = prediction_type or self.prediction_type
-        return x0_of(kind, prediction, x_t=x_t, **self._levels(x_t, timesteps))
+        """Convert a prediction (of this process' type unless another is named)."""
+        a, s = self.levels(x_t, timesteps)
+        return convert(prediction, prediction_type or self.prediction_type, to, x_t=x_t, a=a, s=s)
 
-    def to_eps(
-        self,
-        prediction: Float[Tensor, "b c ..."],
-        x_t: Float[Tensor, "b c ..."],
-        timesteps: Int[Tensor, " b"],
-        *,
-        prediction_type: PredictionType | None = None,
-    ) -> Float[Tensor, "b c ..."]:
-        """Convert a prediction (of this process' type unless another is named) into eps."""
-        kind = prediction_type or self.prediction_type
-        return eps_of(kind, prediction, x_t=x_t, **self._levels(x_t, timesteps))
-
-    def to_v(
-        self,
-        prediction: Float[Tensor, "b c ..."],
-        x_t: Float[Tensor, "b c ..."],
-        timesteps: Int[Tensor, " b"],
-        *,
-        prediction_type: PredictionType | None = None,
-    ) -> Float[Tensor, "b c ..."]:
-        """Convert a prediction (of this process' type unless another is named) into v."""
-        kind = prediction_type or self.prediction_type
-        return v_of(kind, prediction, x_t=x_t, **self._levels(x_t, timesteps))
+    to_x_start = partialmethod(_convert, "x0")
+    to_eps = partialmethod(_convert, "eps")
+    to_v = partialmethod(_convert, "v")
 
     def p_mean_variance(
         self,
@@ -181,13 +154,14 @@ class DiscreteDiffusion(ForwardProcess):
         *,
         clip_denoised: bool = True,
     ) -> PMeanVariance:
-        """The reverse step p(x_{t-1} | x_t) that the network's output stands for.
+        """The reverse step `p(x_{t-1} | x_t)` that the network's output stands for.
 
-        The mean is the posterior's at the predicted x_start, clipped to [-1, 1] if asked;
-        `eps` is what the (clipped) x_start implies. A learned log-variance is
-        `f log(beta) + (1 - f) log(posterior variance)`, f = (value + 1) / 2.
+        The mean is that of the posterior at the predicted `x_start`, clipped to [-1, 1] with
+        `clip_denoised`; `eps` is computed from the (clipped) `x_start`. A learned log-variance is
+        `f log(beta) + (1 - f) log(posterior variance)` with `f = (value + 1) / 2`.
 
-        Reference: Nichol and Dhariwal, arXiv 2102.09672, equation 15.
+        Reference:
+            Nichol and Dhariwal, equation 15, arXiv 2102.09672.
         """
         prediction, values = self.split_output(model_output, x_t.shape[1])
         x_start = self.to_x_start(prediction, x_t, timesteps)
@@ -211,17 +185,16 @@ class DiscreteDiffusion(ForwardProcess):
     def respace(self, timesteps: Sequence[int]) -> DiscreteDiffusion:
         """The process that visits only `timesteps`: the same marginals, fewer steps.
 
-        `beta'_i = 1 - abar_{t_i} / abar_{t_{i-1}}`. The result is kept, so that asking again
-        for the same timesteps builds no tables.
+        `beta'_i = 1 - abar_{t_i} / abar_{t_{i-1}}`. Its loss has no weights. The result is cached.
 
         Raises:
-            ConfigError: the timesteps are empty, do not increase, or leave [0, T).
+            ConfigError: If the timesteps are empty, do not increase, or leave [0, T).
         """
         key = tuple(int(t) for t in timesteps)
         increasing = all(a < b for a, b in pairwise(key))
         if not key or not increasing or key[0] < 0 or key[-1] >= self.num_timesteps:
             raise ConfigError(
-                f"timesteps must be increasing and inside [0, {self.num_timesteps}), "
+                f"timesteps: must be increasing and inside [0, {self.num_timesteps}), "
                 f"found {list(key[:8])}{' ...' if len(key) > 8 else ''}"
             )
         if key not in self._respaced:
@@ -233,6 +206,6 @@ class DiscreteDiffusion(ForwardProcess):
                 prediction_type=self.prediction_type,
                 variance_type=self.variance_type,
             )
-            process._timestep_map = self._timestep_map[kept]
+            process.timestep_map = self.timestep_map[kept]
             self._respaced[key] = process
         return self._respaced[key]

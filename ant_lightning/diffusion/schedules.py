@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,47 +26,56 @@ __all__ = [
 
 
 class NoiseSchedule(ABC):
-    """Base of the schedules: calling one gives `betas` [T] in float64, each inside (0, 1).
+    """Base of the schedules: calling one gives `betas` `[T]` in float64, each inside (0, 1).
+
+    A subclass implements `_betas`.
 
     Args:
         num_timesteps: T, at least 1.
 
     Raises:
-        ConfigError: `num_timesteps` is below 1.
+        ConfigError: If `num_timesteps` is below 1.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import NoiseSchedule
+        >>> class ConstantSchedule(NoiseSchedule):
+        ...     def _betas(self):
+        ...         return torch.full((self.num_timesteps,), 0.5, dtype=torch.float64)
+        >>> ConstantSchedule(3)().tolist()
+        [0.5, 0.5, 0.5]
     """
 
     def __init__(self, num_timesteps: int) -> None:
-        if num_timesteps < 1:
-            raise ConfigError(f"num_timesteps must be at least 1, found {num_timesteps}")
+        check_at_least(1, num_timesteps=num_timesteps)
         self.num_timesteps = num_timesteps
 
     @abstractmethod
     def _betas(self) -> Tensor:
-        """The variances, before they are checked."""
+        """The variances of the forward steps, unchecked."""
 
     def __call__(self) -> Float[Tensor, " T"]:
-        """Give `betas` [T] in float64.
+        """The `betas` `[T]` in float64.
 
         Raises:
-            ConfigError: some beta is outside (0, 1), so that `alphas_cumprod` would not decrease
-                towards zero or would reach it (the log-SNR would be infinite).
+            ConfigError: If a beta is outside (0, 1): `alphas_cumprod` would not decrease, or would
+                reach 0, where the log-SNR is infinite.
         """
         betas = self._betas()
         outside = ~((betas > 0) & (betas < 1))
         if outside.any():
             first = int(outside.nonzero()[0, 0])
             raise ConfigError(
-                f"{type(self).__name__}: every beta must be inside (0, 1), found "
-                f"betas[{first}] = {float(betas[first])} with num_timesteps = {self.num_timesteps}"
+                f"num_timesteps: every beta must be inside (0, 1), found betas[{first}] = "
+                f"{float(betas[first])} for {self.num_timesteps} timesteps"
             )
         return betas
 
 
-def _check_range(name: str, beta_start: float, beta_end: float) -> None:
-    # NaN fails every comparison, so it is refused here too.
-    if not 0 < beta_start <= beta_end < 1:
+def _check_range(beta_start: float, beta_end: float) -> None:
+    if not 0 < beta_start <= beta_end < 1:  # NaN is refused too
         raise ConfigError(
-            f"{name}: 0 < beta_start <= beta_end < 1 must hold, found "
+            "beta_start: 0 < beta_start <= beta_end < 1 must hold, found "
             f"beta_start = {beta_start}, beta_end = {beta_end}"
         )
 
@@ -74,25 +83,37 @@ def _check_range(name: str, beta_start: float, beta_end: float) -> None:
 class LinearSchedule(NoiseSchedule):
     """Betas rise linearly: `betas = linspace(c beta_start, c beta_end, T)` with `c = 1000 / T`.
 
-    The factor c keeps the total noise about the same whatever T is; below T = 21 the default
-    `beta_end` would pass 1 and is refused.
+    The factor c keeps the total noise about the same for any T. Below T = 21 the default
+    `beta_end` would exceed 1 and is refused.
 
-    Reference: Ho et al., Denoising Diffusion Probabilistic Models, arXiv 2006.11239.
+    Args:
+        num_timesteps: T.
+        beta_start: First beta for T = 1000.
+        beta_end: Last beta for T = 1000.
+
+    Raises:
+        ConfigError: If `0 < beta_start <= beta_end < 1` does not hold.
+
+    Reference:
+        Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
+
+    Example:
+        >>> from ant_lightning import LinearSchedule
+        >>> [round(beta, 4) for beta in LinearSchedule(100)()[[0, -1]].tolist()]
+        [0.001, 0.2]
     """
 
     def __init__(
         self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
     ) -> None:
         super().__init__(num_timesteps)
-        _check_range("LinearSchedule", beta_start, beta_end)
+        _check_range(beta_start, beta_end)
         self.beta_start = beta_start
         self.beta_end = beta_end
 
     def _betas(self) -> Tensor:
-        scale = 1000.0 / self.num_timesteps
-        return torch.linspace(
-            scale * self.beta_start, scale * self.beta_end, self.num_timesteps, dtype=torch.float64
-        )
+        start, end = (1000 / self.num_timesteps * x for x in (self.beta_start, self.beta_end))
+        return torch.linspace(start, end, self.num_timesteps, dtype=torch.float64)
 
 
 class CosineSchedule(NoiseSchedule):
@@ -100,13 +121,26 @@ class CosineSchedule(NoiseSchedule):
 
     `betas[t] = min(1 - abar((t + 1) / T) / abar(t / T), max_beta)`.
 
-    Reference: Nichol and Dhariwal, Improved DDPM, arXiv 2102.09672, equation 17.
+    Args:
+        num_timesteps: T.
+        max_beta: Upper limit of the betas, inside (0, 1).
+
+    Raises:
+        ConfigError: If `max_beta` is outside (0, 1).
+
+    Reference:
+        Nichol and Dhariwal, "Improved DDPM", equation 17, arXiv 2102.09672.
+
+    Example:
+        >>> from ant_lightning import CosineSchedule
+        >>> [round(beta, 3) for beta in CosineSchedule(1000)()[[0, 500, 999]].tolist()]
+        [0.0, 0.003, 0.999]
     """
 
     def __init__(self, num_timesteps: int = 1000, max_beta: float = 0.999) -> None:
         super().__init__(num_timesteps)
         if not 0 < max_beta < 1:
-            raise ConfigError(f"CosineSchedule: max_beta must be inside (0, 1), found {max_beta}")
+            raise ConfigError(f"max_beta: must be inside (0, 1), found {max_beta}")
         self.max_beta = max_beta
 
     def _betas(self) -> Tensor:
@@ -120,26 +154,48 @@ class ScaledLinearSchedule(NoiseSchedule):
 
     `betas = linspace(beta_start^½, beta_end^½, T)²`.
 
-    Reference: Rombach et al., Latent Diffusion Models, arXiv 2112.10752.
+    Args:
+        num_timesteps: T.
+        beta_start: First beta.
+        beta_end: Last beta.
+
+    Raises:
+        ConfigError: If `0 < beta_start <= beta_end < 1` does not hold.
+
+    Reference:
+        Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
+        arXiv 2112.10752.
+
+    Example:
+        >>> from ant_lightning import ScaledLinearSchedule
+        >>> [round(beta, 4) for beta in ScaledLinearSchedule(1000)()[[0, -1]].tolist()]
+        [0.0015, 0.0195]
     """
 
     def __init__(
         self, num_timesteps: int = 1000, beta_start: float = 0.0015, beta_end: float = 0.0195
     ) -> None:
         super().__init__(num_timesteps)
-        _check_range("ScaledLinearSchedule", beta_start, beta_end)
+        _check_range(beta_start, beta_end)
         self.beta_start = beta_start
         self.beta_end = beta_end
 
     def _betas(self) -> Tensor:
-        roots = torch.linspace(
-            self.beta_start**0.5, self.beta_end**0.5, self.num_timesteps, dtype=torch.float64
-        )
-        return roots.square()
+        roots = (self.beta_start**0.5, self.beta_end**0.5)
+        return torch.linspace(*roots, self.num_timesteps, dtype=torch.float64).square()
 
 
 class TableSchedule(NoiseSchedule):
-    """Betas given one by one, from the first timestep to the last."""
+    """Betas given one by one, from the first timestep to the last.
+
+    Args:
+        betas: The betas.
+
+    Example:
+        >>> from ant_lightning import TableSchedule
+        >>> TableSchedule([0.1, 0.2])().tolist()
+        [0.1, 0.2]
+    """
 
     def __init__(self, betas: Sequence[float]) -> None:
         super().__init__(len(betas))

@@ -1,7 +1,7 @@
 """Weights of the timesteps in the loss, as functions of the signal-to-noise ratio.
 
-The squared errors of the three predictions are proportional: with the error e of x_start,
-`|error of eps|² = snr |e|²` and `|error of v|² = (snr + 1) |e|²`. A weight on one is thus a
+The squared errors of the three predictions are proportional: with the error e of `x_start`,
+`|error of eps|² = snr |e|²` and `|error of v|² = (snr + 1) |e|²`. So a weight on one of them is a
 weight on the others.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.diffusion.prediction import PredictionType, check_prediction_type
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,44 +23,66 @@ __all__ = ["P2", "LossWeighting", "MinSNR"]
 
 
 class LossWeighting(ABC):
-    """Base of the weightings: calling one gives the weights of the mse, [T] in float64."""
+    """Base of the weightings: calling one gives the weights of the mse, `[T]` in float64.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import LossWeighting
+        >>> class SNRWeighting(LossWeighting):
+        ...     def x0_weights(self, snr):
+        ...         return snr
+        >>> SNRWeighting()(torch.tensor([0.5, 4.0]), "eps").tolist()  # the simple loss of DDPM
+        [1.0, 1.0]
+    """
 
     @abstractmethod
     def x0_weights(self, snr: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-        """The weights on the squared error of x_start."""
+        """The weights on the squared error of `x_start`."""
 
     def __call__(
         self, snr: Float[Tensor, " T"], prediction_type: PredictionType
     ) -> Float[Tensor, " T"]:
-        """Give the weights on the squared error of `prediction_type`.
+        """The weights on the squared error of `prediction_type`.
 
-        That is the x_start weight divided by snr (eps), by snr + 1 (v), or as it is (x0).
+        That is the weight on `x_start` divided by snr (eps), by snr + 1 (v), or as it is (x0).
 
         Raises:
-            ConfigError: an unknown prediction type, or an snr that is not positive.
+            ConfigError: If the prediction type is unknown, or an snr is not positive.
         """
         check_prediction_type(prediction_type)
         snr = snr.to(torch.float64)
         if not bool((snr > 0).all()):
-            raise ConfigError(f"snr must be positive, found {float(snr.min())}")
+            raise ConfigError(f"snr: must be above 0, found {float(snr.min())}")
         weights = self.x0_weights(snr)
-        if prediction_type == "eps":
-            return weights / snr
-        return weights if prediction_type == "x0" else weights / (snr + 1)
+        return weights / {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[prediction_type]
 
 
 class MinSNR(LossWeighting):
     """Min-SNR-γ: `min(snr, γ)` on x_start, so `min(snr, γ) / snr` on eps, `/ (snr + 1)` on v.
 
-    The official code wants another option for v, and gives it the eps weight without; here
+    The official code has a separate option for v, and gives v the weight of eps without it; here
     the prediction type decides.
 
-    Reference: Hang et al., Efficient Diffusion Training via Min-SNR Weighting, arXiv 2303.09556.
+    Args:
+        gamma: γ, above 0.
+
+    Raises:
+        ConfigError: If `gamma` is not above 0.
+
+    Reference:
+        Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy",
+        arXiv 2303.09556.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import MinSNR
+        >>> MinSNR(gamma=5.0)(torch.tensor([0.5, 10.0]), "eps").tolist()
+        [1.0, 0.5]
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
         if not gamma > 0:
-            raise ConfigError(f"MinSNR: gamma must be positive, found {gamma}")
+            raise ConfigError(f"gamma: must be above 0, found {gamma}")
         self.gamma = gamma
 
     def x0_weights(self, snr: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
@@ -69,19 +91,33 @@ class MinSNR(LossWeighting):
 
 
 class P2(LossWeighting):
-    """P2: `1 / (k + snr)^γ` on the eps loss, on which it is defined; γ = 0 is no weighting.
+    """P2: `1 / (k + snr)^γ` on the eps loss, for which it is defined; γ = 0 is no weighting.
 
-    The same objective needs `snr / (k + snr)^γ` on the x_start loss and
+    The same objective has `snr / (k + snr)^γ` on the x_start loss and
     `snr / ((snr + 1) (k + snr)^γ)` on the v loss.
 
-    Reference: Choi et al., Perception Prioritized Training, arXiv 2204.00227, equation 8.
+    Args:
+        gamma: γ, at least 0.
+        k: k, above 0.
+
+    Raises:
+        ConfigError: If an argument is out of range.
+
+    Reference:
+        Choi et al., "Perception Prioritized Training of Diffusion Models", equation 8,
+        arXiv 2204.00227.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import P2
+        >>> P2(gamma=1.0, k=1.0)(torch.tensor([1.0, 3.0]), "eps").tolist()
+        [0.5, 0.25]
     """
 
     def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
-        if not gamma >= 0:
-            raise ConfigError(f"P2: gamma must be at least 0, found {gamma}")
+        check_at_least(0, gamma=gamma)
         if not k > 0:
-            raise ConfigError(f"P2: k must be positive, found {k}")
+            raise ConfigError(f"k: must be above 0, found {k}")
         self.gamma = gamma
         self.k = k
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ant_lightning.data.batch import Batch
     from ant_lightning.data.latents.space import LatentSpace
     from ant_lightning.diffusion.process import DiscreteDiffusion
-    from ant_lightning.diffusion.samplers.sampler import Sampler
+    from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.first_stage.first_stage import FirstStage
     from ant_lightning.models.settings import Sampling, Tasks
     from ant_lightning.tasks.clusters import TimestepClusters

@@ -19,7 +19,7 @@ from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.shards import local_part
 from ant_lightning.data.batch import check_batch
 from ant_lightning.diffusion.process import DiscreteDiffusion
-from ant_lightning.diffusion.samplers.sampling import DDPM
+from ant_lightning.diffusion.samplers.ddim import DDPM
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.models.checkpoint_content import use_names_of
 from ant_lightning.models.checks import (

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch.optim import Optimizer
 
 from ant_lightning.balancing.base import Balancer, GradientBalancer
-from ant_lightning.diffusion.samplers.sampler import Sampler
+from ant_lightning.diffusion.samplers.base import Sampler
 from ant_lightning.errors import ConfigError
 from ant_lightning.tasks.clusterings import Clustering
 

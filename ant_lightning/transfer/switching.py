@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.diffusion.samplers.table_sampler import TableSampler
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ class SpecialistSampler:
         noise, guided = module.image_noise(indices, seed=self.seed), module.guided(indices)
         x_T, num_draws, visited = noise(), 1, list[int]()
         entered: dict[tuple[int, int], tuple[int, Tensor, int]] = {}
-        only_the_state_matters = isinstance(module.sampler, TableSampler)
+        only_the_state_matters = not module.sampler.is_multistep
 
         def next_noise() -> Tensor:
             nonlocal num_draws

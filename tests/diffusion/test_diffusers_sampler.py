@@ -7,9 +7,10 @@ import torch
 from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    LMSDiscreteScheduler,
+    HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -138,10 +139,13 @@ def test_noise_comes_from_the_caller_or_not_at_all():
     alone = random.sample(process, denoiser, x_T[1:2], noise=iter(draws[:, 1:2]).__next__)
     torch.testing.assert_close(alone, together[1:2], rtol=0, atol=1e-6)
     assert not torch.allclose(together, random.sample(process, denoiser, x_T, noise=lambda: x_T))
-    with pytest.raises(ConfigError, match="noise must be given"):
+    with pytest.raises(ConfigError, match="noise: must be given"):
         random.trajectory(process, denoiser, x_T)
-    with pytest.raises(ConfigError, match="DDPMScheduler, which draws its own"):
-        DiffusersSampler(DDPMScheduler()).sample(process, denoiser, x_T, noise=lambda: x_T)
+    with pytest.raises(ConfigError, match=r"scheduler: must be one of .*, found DDPMScheduler"):
+        DiffusersSampler(DDPMScheduler())
+    single = DPMSolverSinglestepScheduler(algorithm_type="sde-dpmsolver++")
+    with pytest.raises(ConfigError, match="noise of its own, found algorithm_type sde"):
+        DiffusersSampler(single)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,7 @@ def test_noise_comes_from_the_caller_or_not_at_all():
         ),
         (lambda: UniPCMultistepScheduler(beta_end=0.01), "beta_end .*found 0.01"),
         (lambda: UniPCMultistepScheduler(num_train_timesteps=50), "num_train_timesteps .*found 50"),
-        (FlowMatchEulerDiscreteScheduler, "does not take trained_betas and prediction_type"),
+        (FlowMatchEulerDiscreteScheduler, "must be one of DDIM.*found FlowMatchEuler"),
     ],
 )
 def test_settings_of_the_process_are_refused_on_the_scheduler(make, message):
@@ -166,19 +170,23 @@ def test_settings_of_the_process_are_refused_on_the_scheduler(make, message):
         DiffusersSampler(scheduler)
 
 
-@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # LMS' own constructor
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # Heun's own constructor
 def test_bad_paths_are_refused():
     process = DiscreteDiffusion(LinearSchedule(100))
     short = process.respace(range(0, 100, 10))
     x_T = normal(1, 1, 2, 2)
-    with pytest.raises(ConfigError, match="num_steps must be at least 1, found 0"):
+    with pytest.raises(ConfigError, match="num_steps: must be at least 1, found 0"):
         DiffusersSampler(UniPCMultistepScheduler(), num_steps=0)
-    with pytest.raises(ConfigError, match=r"num_steps must not exceed .*100 .*found 101"):
+    with pytest.raises(ConfigError, match=r"num_steps: must be at most .*100 .*found 101"):
         DiffusersSampler(UniPCMultistepScheduler(), num_steps=101).num_calls(process)
-    with pytest.raises(ConfigError, match=r"num_steps = 10 on 10 timesteps .*repeat"):
+    with pytest.raises(ConfigError, match=r"num_steps: .* on 10 timesteps.*repeats .*found 10"):
         DiffusersSampler(DPMSolverMultistepScheduler(), num_steps=10).num_calls(short)
     sampler = DiffusersSampler(UniPCMultistepScheduler(), num_steps=5)
-    with pytest.raises(ConfigError, match=r"first_step must be in \[0, 5\), found 5"):
+    with pytest.raises(ConfigError, match=r"first_step: must be in \[0, 5\), found 5"):
         sampler.trajectory(process, gaussian_denoiser(process), x_T, first_step=5)
-    with pytest.raises(ConfigError, match=r"whole timesteps.*timestep_spacing.*LMSDiscrete"):
-        DiffusersSampler(LMSDiscreteScheduler(), num_steps=7).num_calls(process)
+    karras = EulerDiscreteScheduler(use_karras_sigmas=True)
+    with pytest.raises(ConfigError, match=r"whole timesteps.*timestep_spacing.*EulerDiscrete"):
+        DiffusersSampler(karras, num_steps=7).num_calls(process)
+    heun = DiffusersSampler(HeunDiscreteScheduler(), num_steps=5)
+    with pytest.raises(ConfigError, match=r"first_step: must be even .*found 1"):
+        next(heun.trajectory(process, gaussian_denoiser(process), x_T, first_step=1))

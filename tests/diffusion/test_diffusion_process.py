@@ -22,8 +22,8 @@ from ant_lightning import (
     denoising_loss,
     variational_bound,
 )
-from ant_lightning.diffusion.likelihood import discretized_gaussian_log_likelihood, normal_kl
-from ant_lightning.diffusion.samplers.respacing import space_timesteps
+from ant_lightning.diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from ant_lightning.diffusion.samplers.spacing import space_timesteps
 
 KINDS = ["eps", "x0", "v"]
 few = settings(deadline=None, max_examples=12)
@@ -256,31 +256,34 @@ def test_weighting_is_a_base_class():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LinearSchedule(0), "num_timesteps must be at least 1, found 0"),
+        (lambda: LinearSchedule(0), "num_timesteps: must be at least 1, found 0"),
         (lambda: LinearSchedule(beta_start=0.0), "beta_start = 0.0"),
         (lambda: LinearSchedule(beta_start=0.1, beta_end=0.05), "beta_end = 0.05"),
         (lambda: LinearSchedule(beta_end=math.nan), "beta_end = nan"),
-        (LinearSchedule(20), r"LinearSchedule: .*betas\[19\] = 1.0 .*num_timesteps = 20"),
-        (lambda: CosineSchedule(max_beta=1.0), "max_beta must be inside .*found 1.0"),
-        (lambda: ScaledLinearSchedule(beta_end=1.5), "ScaledLinearSchedule.*beta_end = 1.5"),
+        (LinearSchedule(20), r"num_timesteps: .*betas\[19\] = 1.0 for 20 timesteps"),
+        (lambda: CosineSchedule(max_beta=1.0), "max_beta: must be inside .*found 1.0"),
+        (lambda: ScaledLinearSchedule(beta_end=1.5), "beta_start: .*beta_end = 1.5"),
         (lambda: TableSchedule([]), "num_timesteps"),
         (TableSchedule([0.1, -0.2]), r"betas\[1\] = -0.2"),
         (lambda: DiscreteDiffusion(LinearSchedule(), prediction_type="x1"), "found x1"),
         (lambda: DiscreteDiffusion(LinearSchedule(), variance_type="big"), "variance_type.*big"),
-        (lambda: DiscreteDiffusion(LinearSchedule(50)).respace([]), "timesteps must be increasing"),
+        (
+            lambda: DiscreteDiffusion(LinearSchedule(50)).respace([]),
+            "timesteps: must be increasing",
+        ),
         (lambda: DiscreteDiffusion(LinearSchedule(50)).respace([2, 2]), r"found \[2, 2\]"),
         (lambda: DiscreteDiffusion(LinearSchedule(50)).respace([3, 50]), r"\[0, 50\)"),
         (lambda: DiscreteDiffusion(LinearSchedule(50)).respace([-1, 3]), r"\[-1, 3\]"),
-        (lambda: MinSNR(gamma=0.0), "gamma must be positive, found 0.0"),
-        (lambda: P2(gamma=-1.0), "gamma must be at least 0, found -1.0"),
-        (lambda: P2(k=0.0), "k must be positive, found 0.0"),
-        (lambda: MinSNR()(torch.zeros(3), "eps"), "snr must be positive, found 0.0"),
-        (lambda: MinSNR()(torch.ones(3), "x_0"), "prediction_type .*found x_0"),
-        (lambda: space_timesteps(100, "10,b"), "section_counts .*10,b"),
+        (lambda: MinSNR(gamma=0.0), "gamma: must be above 0, found 0.0"),
+        (lambda: P2(gamma=-1.0), "gamma: must be at least 0, found -1.0"),
+        (lambda: P2(k=0.0), "k: must be above 0, found 0.0"),
+        (lambda: MinSNR()(torch.zeros(3), "eps"), "snr: must be above 0, found 0.0"),
+        (lambda: MinSNR()(torch.ones(3), "x_0"), "prediction_type: .*found x_0"),
+        (lambda: space_timesteps(100, "10,b"), "section_counts: .*10,b"),
         (lambda: space_timesteps(100, "ddim"), "section_counts"),
         (lambda: space_timesteps(100, [3, -1]), r"found \[3, -1\]"),
         (lambda: space_timesteps(100, []), r"found \[\]"),
-        (lambda: space_timesteps(10, [4, 6]), "section 1 of 10 timesteps has 5.*found 6"),
+        (lambda: space_timesteps(10, [4, 6]), "at most 5 for section 1 of 10 timesteps, found 6"),
     ],
 )
 def test_bad_settings_are_refused(make, message):
@@ -292,7 +295,7 @@ def test_wrong_channels_and_weights_are_refused():
     process = DiscreteDiffusion(LinearSchedule(), variance_type="learned_range")
     x, _, t = batch(1000)
     assert process.output_channels(3) == 6
-    with pytest.raises(ConfigError, match=r"must give 6 channels .*found 3"):
+    with pytest.raises(ConfigError, match=r"model_output: must have 6 channels .*found 3"):
         process.p_mean_variance(x, x, t)
-    with pytest.raises(ConfigError, match=r"weights must have shape \(1000,\).*found \(10,\)"):
+    with pytest.raises(ConfigError, match=r"weights: must have the shape \[1000\].*found \[10\]"):
         denoising_loss(process, torch.cat([x, x], 1), x, x, t, x, weights=torch.ones(10))

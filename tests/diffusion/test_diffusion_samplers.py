@@ -176,21 +176,27 @@ def test_a_respaced_process_still_tells_original_timesteps():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda p: DDPM(0), "DDPM: num_steps must be at least 1, found 0"),
-        (lambda p: DDPM(10, spacing="ldm"), "DDPM: spacing must be one of even, ddim, found ldm"),
-        (lambda p: DDIM(10, spacing="x"), "DDIM: spacing .*found x"),
-        (lambda p: DDIM(10, eta=1.5), r"eta must be in \[0, 1\], found 1.5"),
-        (lambda p: DDPM(101).num_calls(p), "num_steps must not exceed .*100 .*found 101"),
-        (lambda p: DDIM(30).num_calls(p), "no whole stride visits exactly 30 of 100"),
-        (lambda p: DDIM(100, spacing="ldm").num_calls(p), "num_steps .*found 100"),
+        (lambda p: DDPM(0), "num_steps: must be at least 1, found 0"),
+        (lambda p: DDPM(10, spacing="ldm"), "spacing: must be one of even, ddim, found ldm"),
+        (lambda p: DDIM(10, spacing="x"), "spacing: .*found x"),
+        (lambda p: DDIM(10, eta=1.5), r"eta: must be in \[0, 1\], found 1.5"),
+        (lambda p: DDPM(101).num_calls(p), "num_steps: must be at most .*100 .*found 101"),
+        (
+            lambda p: DDIM(30).num_calls(p),
+            "num_steps: .*whole stride through 100 timesteps, found 30",
+        ),
+        (lambda p: DDIM(100, spacing="ldm").num_calls(p), "num_steps: .*found 100"),
         (
             lambda p: DDIM(3, spacing="ldm_quadratic").num_calls(
                 DiscreteDiffusion(CosineSchedule(5))
             ),
-            r"1 \+ 0.8 T below T = 5 for spacing = ldm_quadratic, found 3",
+            r"1 \+ 0.8 T below T = 5 for spacing ldm_quadratic, found 3",
         ),
-        (lambda p: DDPM(5).trajectory(p, None, normal(1, 1, 2, 2)), "DDPM is random: noise"),
-        (lambda p: DDIM(5).trajectory(p, None, normal(1, 1, 2, 2), first_step=5), "first_step .*5"),
+        (lambda p: DDPM(5).trajectory(p, None, normal(1, 1, 2, 2)), "noise: must be given to DDPM"),
+        (
+            lambda p: DDIM(5).trajectory(p, None, normal(1, 1, 2, 2), first_step=5),
+            "first_step: .*5",
+        ),
         (lambda p: DDIM(5).trajectory(p, None, normal(1, 1, 2, 2), first_step=-1), "found -1"),
     ],
 )
@@ -243,14 +249,14 @@ def test_scale_one_runs_the_conditional_branch_only():
 def test_bad_guidance_is_refused():
     labels = torch.tensor([1, 3])
     model = labelled_model([])
-    with pytest.raises(ConfigError, match="scale must be finite, found inf"):
+    with pytest.raises(ConfigError, match="scale: must be finite, found inf"):
         GuidedDenoiser(model, labels, null_label=9, scale=float("inf"))
-    with pytest.raises(ConfigError, match=r"scale must be 1 .*found 2.0"):
+    with pytest.raises(ConfigError, match=r"scale: must be 1 .*found 2.0"):
         GuidedDenoiser(model, None, null_label=9, scale=2.0)
-    with pytest.raises(ConfigError, match="guided_channels must be at least 1, found 0"):
+    with pytest.raises(ConfigError, match="guided_channels: must be at least 1, found 0"):
         GuidedDenoiser(model, labels, null_label=9, scale=2.0, guided_channels=0)
     many = GuidedDenoiser(model, labels, null_label=9, scale=2.0, guided_channels=5)
-    with pytest.raises(ConfigError, match=r"guided_channels .*4, found 5"):
+    with pytest.raises(ConfigError, match=r"guided_channels: .*4, found 5"):
         many(normal(2, 4, 2, 2), torch.tensor([0, 0]))
-    with pytest.raises(ConfigError, match=r"labels must be 3, .*found 2"):
+    with pytest.raises(ConfigError, match=r"labels: must be 3, .*found 2"):
         many(normal(3, 4, 2, 2), torch.tensor([0, 0, 0]))

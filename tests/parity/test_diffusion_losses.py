@@ -16,7 +16,7 @@ from ant_lightning import (
     denoising_loss,
     variational_bound,
 )
-from ant_lightning.diffusion.samplers.respacing import space_timesteps
+from ant_lightning.diffusion.samplers.spacing import space_timesteps
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}

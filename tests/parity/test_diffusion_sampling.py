@@ -15,8 +15,8 @@ from ant_lightning import (
     LinearSchedule,
     ScaledLinearSchedule,
 )
-from ant_lightning.diffusion.samplers.respacing import space_timesteps
-from ant_lightning.diffusion.samplers.steps import ancestral_step, ddim_inverse_step, ddim_step
+from ant_lightning.diffusion.samplers.ddim import ancestral_step, ddim_inverse_step, ddim_step
+from ant_lightning.diffusion.samplers.spacing import space_timesteps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "C_diffusion"
 SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}

@@ -15,7 +15,7 @@ from ant_lightning import (
     LinearSchedule,
     ScaledLinearSchedule,
 )
-from ant_lightning.diffusion.samplers.respacing import latent_ddim_timesteps, space_timesteps
+from ant_lightning.diffusion.samplers.spacing import latent_ddim_timesteps, space_timesteps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "C_diffusion"
 SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}
@@ -78,7 +78,7 @@ def test_latent_diffusion_tables():
 def test_latent_diffusion_ddim_timesteps(case):
     process = DiscreteDiffusion(ScaledLinearSchedule())
     if "raises" in case:
-        with pytest.raises(ConfigError, match=r"num_steps .* found 1000"):
+        with pytest.raises(ConfigError, match=r"num_steps: .* found 1000"):
             latent_ddim_timesteps(1000, case["S"])
         return
     quadratic = case["method"] == "quad"

@@ -1,0 +1,157 @@
+"""The contract of every sampler: a path of network calls from noise to an image."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ant_lightning.diffusion.forward import at_least_float32
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jaxtyping import Float
+
+    from ant_lightning.diffusion.process import DiscreteDiffusion
+
+__all__ = ["Denoiser", "SampleStep", "Sampler"]
+
+Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleStep:
+    """Result of one step.
+
+    Attributes:
+        index: Place of the step on the path, from 0.
+        timestep: The (original) timestep that was denoised.
+        x: The new state `[b, c, ...]`.
+        x_start: The predicted image `[b, c, ...]`.
+    """
+
+    index: int
+    timestep: int
+    x: Tensor
+    x_start: Tensor
+
+
+class Sampler(ABC):
+    """Base of the samplers: a path of network calls from `x_T` `[b, c, ...]` to an image.
+
+    A subclass implements `num_calls`, `is_random` and `_steps`.
+
+    `denoiser(x, t)` is given the state and int64 `[b]` original timesteps (those of training,
+    whatever the spacing), and returns the network's output. `noise()` returns standard normal
+    values shaped like x; the caller keys them by image, so that an image does not depend on its
+    batch. It is called once in each random step, in order; a deterministic sampler never calls it.
+
+    Attributes:
+        is_multistep: Whether a step depends on more than the state, as in multistep solvers.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import DDIM, DiscreteDiffusion, Sampler
+        >>> sampler = DDIM(num_steps=10)
+        >>> isinstance(sampler, Sampler)
+        True
+        >>> process, x_T = DiscreteDiffusion(), torch.zeros(1, 3, 4, 4)
+        >>> steps = sampler.trajectory(process, lambda x, t: torch.zeros_like(x), x_T)
+        >>> [step.timestep for step in steps]
+        [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
+    """
+
+    is_multistep: ClassVar[bool] = False
+
+    def __repr__(self) -> str:
+        settings = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
+    @property
+    @abstractmethod
+    def is_random(self) -> bool:
+        """Whether the steps use noise."""
+
+    @abstractmethod
+    def num_calls(self, process: DiscreteDiffusion) -> int:
+        """Number of network calls on a whole path."""
+
+    @abstractmethod
+    def _steps(
+        self,
+        process: DiscreteDiffusion,
+        denoiser: Denoiser,
+        x: Tensor,
+        *,
+        noise: Callable[[], Tensor] | None,
+        clip_denoised: bool,
+        first_step: int,
+    ) -> Iterator[SampleStep]:
+        """The steps of `trajectory`, whose arguments are checked."""
+
+    def trajectory(
+        self,
+        process: DiscreteDiffusion,
+        denoiser: Denoiser,
+        x_T: Float[Tensor, "b c ..."],
+        *,
+        noise: Callable[[], Tensor] | None = None,
+        clip_denoised: bool = True,
+        first_step: int = 0,
+    ) -> Iterator[SampleStep]:
+        """Make the steps one by one.
+
+        Args:
+            process: That of training, not respaced: the sampler chooses its timesteps itself.
+            denoiser: The network.
+            x_T: Standard normal, or the state before `first_step`. The state is kept in float32 at
+                least.
+            noise: Source of the noise.
+            clip_denoised: Whether to clip each predicted `x_start` to [-1, 1]; not for latents.
+            first_step: Index of the first step to make.
+
+        Raises:
+            ConfigError: If `first_step` is not on the path, or a random sampler has no `noise`.
+        """
+        num_calls = self.num_calls(process)
+        if not 0 <= first_step < num_calls:
+            raise ConfigError(f"first_step: must be in [0, {num_calls}), found {first_step}")
+        if self.is_random and noise is None:
+            raise ConfigError(f"noise: must be given to {type(self).__name__}, found None")
+        return self._steps(
+            process,
+            denoiser,
+            at_least_float32(x_T),
+            noise=noise,
+            clip_denoised=clip_denoised,
+            first_step=first_step,
+        )
+
+    def sample(
+        self,
+        process: DiscreteDiffusion,
+        denoiser: Denoiser,
+        x_T: Float[Tensor, "b c ..."],
+        *,
+        noise: Callable[[], Tensor] | None = None,
+        clip_denoised: bool = True,
+        first_step: int = 0,
+    ) -> Float[Tensor, "b c ..."]:
+        """Run `trajectory` to its end without gradients; returns the last state."""
+        steps = self.trajectory(
+            process,
+            denoiser,
+            x_T,
+            noise=noise,
+            clip_denoised=clip_denoised,
+            first_step=first_step,
+        )
+        with torch.no_grad():
+            *_, last = steps
+        return last.x

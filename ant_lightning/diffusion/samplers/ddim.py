@@ -1,0 +1,268 @@
+"""DDPM and DDIM, equal to the official loops, on float64 tables."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ant_lightning.diffusion.forward import at_least_float32, gather
+from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep
+from ant_lightning.diffusion.samplers.spacing import latent_ddim_timesteps, space_timesteps
+from ant_lightning.errors import ConfigError, check_at_least
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from jaxtyping import Float, Int
+
+    from ant_lightning.diffusion.process import DiscreteDiffusion, PMeanVariance
+
+__all__ = ["DDIM", "DDPM", "ancestral_step", "ddim_inverse_step", "ddim_step"]
+
+
+class _RespacedSampler(Sampler):
+    """A sampler that steps down a respaced process."""
+
+    def __init__(self, *, num_steps: int, spacing: str, spacings: tuple[str, ...]) -> None:
+        check_at_least(1, num_steps=num_steps)
+        if spacing not in spacings:
+            raise ConfigError(f"spacing: must be one of {', '.join(spacings)}, found {spacing}")
+        self.num_steps = num_steps
+        self.spacing = spacing
+
+    def respaced(self, process: DiscreteDiffusion) -> DiscreteDiffusion:
+        """The process on the timesteps of the path (built once per process)."""
+        total = process.num_timesteps
+        if self.num_steps > total:
+            raise ConfigError(
+                f"num_steps: must be at most the process' {total} timesteps, found {self.num_steps}"
+            )
+        if self._first_denoised:
+            quadratic = self.spacing == "ldm_quadratic"
+            path = latent_ddim_timesteps(total, self.num_steps, quadratic=quadratic)
+            return process.respace([0, *path])
+        counts = f"ddim{self.num_steps}" if self.spacing == "ddim" else [self.num_steps]
+        return process.respace(space_timesteps(total, counts))
+
+    @property
+    def _first_denoised(self) -> int:
+        # Latent diffusion stops at timestep 0 without denoising it: its last step leads to
+        # abar_0, not to 1. So 0 is in the table, but no step starts there.
+        return int(self.spacing in {"ldm", "ldm_quadratic"})
+
+    def num_calls(self, process: DiscreteDiffusion) -> int:
+        """Number of network calls on a whole path."""
+        return self.respaced(process).num_timesteps - self._first_denoised
+
+    @abstractmethod
+    def _step(
+        self, process: DiscreteDiffusion, model: PMeanVariance, t: Tensor, noise: Tensor | None
+    ) -> Tensor: ...
+
+    def _steps(
+        self,
+        process: DiscreteDiffusion,
+        denoiser: Denoiser,
+        x: Tensor,
+        *,
+        noise: Callable[[], Tensor] | None,
+        clip_denoised: bool,
+        first_step: int,
+    ) -> Iterator[SampleStep]:
+        process = self.respaced(process)
+        path = range(process.num_timesteps - 1, self._first_denoised - 1, -1)
+        for index, step in list(enumerate(path))[first_step:]:
+            model, t = _denoised(process, denoiser, x, step, clip_denoised)
+            # The step from timestep 0 adds no noise, so none is drawn for it.
+            drawn = noise() if noise is not None and self.is_random and step > 0 else None
+            x = self._step(process, model, t, drawn)
+            yield SampleStep(index, int(process.timestep_map[step]), x, model.x_start)
+
+
+class DDPM(_RespacedSampler):
+    """Ancestral sampling, with fixed or learned variance.
+
+    Args:
+        num_steps: Network calls for each image.
+        spacing: `even` includes the first and the last timestep; `ddim` is a whole stride from 0.
+
+    Raises:
+        ConfigError: If `num_steps` is below 1 or, once a process is known, above its timesteps or
+            impossible with that spacing.
+
+    Reference:
+        Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672 (fewer steps).
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import DDPM, DiscreteDiffusion
+        >>> def denoiser(x, t):  # the exact network if all pixels of all images are 0.5
+        ...     abar = process.alphas_cumprod[t].view(-1, 1, 1, 1)
+        ...     return (x - abar.sqrt() * 0.5) / (1 - abar).sqrt()
+        >>> process = DiscreteDiffusion()
+        >>> noise = lambda: torch.randn(2, 3, 4, 4)
+        >>> x = DDPM(num_steps=20).sample(process, denoiser, noise(), noise=noise)
+        >>> x.shape, round(x.mean().item(), 3)
+        (torch.Size([2, 3, 4, 4]), 0.5)
+    """
+
+    is_random = True
+
+    def __init__(self, num_steps: int = 250, *, spacing: Literal["even", "ddim"] = "even") -> None:
+        super().__init__(num_steps=num_steps, spacing=spacing, spacings=("even", "ddim"))
+
+    def _step(
+        self, process: DiscreteDiffusion, model: PMeanVariance, t: Tensor, noise: Tensor | None
+    ) -> Tensor:
+        return ancestral_step(model, t, noise)
+
+
+class DDIM(_RespacedSampler):
+    """DDIM sampling and inversion; a learned variance is ignored.
+
+    Args:
+        num_steps: Network calls for each image.
+        eta: 0 is deterministic, 1 as random as ancestral sampling.
+        spacing: `ddim` is guided diffusion's whole stride from timestep 0; `even` includes the
+            first and the last timestep; `ldm` is latent diffusion's 1, 1 + c, ..., which may make
+            more calls than `num_steps` and stops at timestep 0 without denoising it;
+            `ldm_quadratic` is its `quad`, dense near 0, which may make fewer: see
+            `latent_ddim_timesteps`.
+
+    Raises:
+        ConfigError: If `num_steps` is below 1, `eta` outside [0, 1] or, once a process is known,
+            `num_steps` above its timesteps or impossible with that spacing.
+
+    Reference:
+        Song et al., "Denoising Diffusion Implicit Models", arXiv 2010.02502.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import DDIM, DiscreteDiffusion
+        >>> def denoiser(x, t):  # the exact network if all pixels of all images are 0.5
+        ...     abar = process.alphas_cumprod[t].view(-1, 1, 1, 1)
+        ...     return (x - abar.sqrt() * 0.5) / (1 - abar).sqrt()
+        >>> process = DiscreteDiffusion()
+        >>> x = DDIM(num_steps=20).sample(process, denoiser, torch.zeros(1, 3, 4, 4))
+        >>> x.shape, round(x.mean().item(), 3)
+        (torch.Size([1, 3, 4, 4]), 0.5)
+    """
+
+    def __init__(
+        self,
+        num_steps: int = 50,
+        *,
+        eta: float = 0.0,
+        spacing: Literal["ddim", "even", "ldm", "ldm_quadratic"] = "ddim",
+    ) -> None:
+        spacings = ("ddim", "even", "ldm", "ldm_quadratic")
+        super().__init__(num_steps=num_steps, spacing=spacing, spacings=spacings)
+        if not 0 <= eta <= 1:
+            raise ConfigError(f"eta: must be in [0, 1], found {eta}")
+        self.eta = eta
+
+    @property
+    def is_random(self) -> bool:
+        """Whether `eta` is above 0."""
+        return self.eta > 0
+
+    def _step(
+        self, process: DiscreteDiffusion, model: PMeanVariance, t: Tensor, noise: Tensor | None
+    ) -> Tensor:
+        return ddim_step(process, model, t, eta=self.eta, noise=noise)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        process: DiscreteDiffusion,
+        denoiser: Denoiser,
+        x_start: Float[Tensor, "b c ..."],
+        *,
+        clip_denoised: bool = True,
+    ) -> Float[Tensor, "b c ..."]:
+        """Find the `x_T` from which sampling with `eta = 0` leads back, nearly, to `x_start`.
+
+        `x_start` is taken as the state at the path's first timestep. Each step evaluates the
+        network at the less noisy end, as the official code does, so the error falls with more
+        steps. The network is called once less than there are timesteps on the path.
+        """
+        path = self.respaced(process)
+        x = at_least_float32(x_start)
+        for step in range(path.num_timesteps - 1):
+            model, t = _denoised(path, denoiser, x, step, clip_denoised)
+            x = ddim_inverse_step(path, model, t)
+        return x
+
+
+def ancestral_step(
+    model: PMeanVariance, timesteps: Int[Tensor, " b"], noise: Float[Tensor, "b c ..."] | None
+) -> Float[Tensor, "b c ..."]:
+    """Sample `p(x_{t-1} | x_t)`: `mean + exp(½ log_variance) noise`, without noise at t = 0.
+
+    `noise=None` gives the mean.
+
+    Reference:
+        Ho et al., algorithm 2, arXiv 2006.11239.
+    """
+    if noise is None:
+        return model.mean
+    return model.mean + _nonzero(timesteps, noise) * (0.5 * model.log_variance).exp() * noise
+
+
+def ddim_step(
+    process: DiscreteDiffusion,
+    model: PMeanVariance,
+    timesteps: Int[Tensor, " b"],
+    *,
+    eta: float = 0.0,
+    noise: Float[Tensor, "b c ..."] | None = None,
+) -> Float[Tensor, "b c ..."]:
+    """One DDIM step; `eta = 0` is deterministic, `eta = 1` as random as ancestral sampling.
+
+    `x_{t-1} = sqrt(abar_prev) x_start + sqrt(1 - abar_prev - σ²) eps + σ noise`, with
+    `σ = eta sqrt((1 - abar_prev) / (1 - abar)) sqrt(1 - abar / abar_prev)`; no noise at t = 0.
+
+    Reference:
+        Song et al., "DDIM", equations 12 and 16, arXiv 2010.02502.
+    """
+    tables = process.tables(model.x_start.device)
+    previous = tables.alphas_cumprod_prev
+    variance = eta**2 * tables.posterior_variance  # σ²
+    # In float64: 1 - abar_prev - σ² cancels, and may end a little below 0 for eta = 1.
+    direction = (1 - previous - variance).clamp(min=0).sqrt()
+    x = model.x_start
+    x_prev = gather(previous.sqrt(), timesteps, x) * x + gather(direction, timesteps, x) * model.eps
+    if noise is None or eta == 0:
+        return x_prev
+    return x_prev + _nonzero(timesteps, x) * gather(variance.sqrt(), timesteps, x) * noise
+
+
+def ddim_inverse_step(
+    process: DiscreteDiffusion, model: PMeanVariance, timesteps: Int[Tensor, " b"]
+) -> Float[Tensor, "b c ..."]:
+    """One DDIM step backwards, to more noise: `sqrt(abar_next) x_start + sqrt(1 - abar_next) eps`.
+
+    After the last timestep `abar_next` is 0, which leaves eps.
+
+    Reference:
+        Song et al., section 4.3 (the ODE, integrated the other way), arXiv 2010.02502.
+    """
+    following = process.tables(model.x_start.device).alphas_cumprod_next
+    signal = gather(following.sqrt(), timesteps, model.x_start)
+    return signal * model.x_start + gather((1 - following).sqrt(), timesteps, model.eps) * model.eps
+
+
+def _denoised(
+    process: DiscreteDiffusion, denoiser: Denoiser, x: Tensor, step: int, clip_denoised: bool
+) -> tuple[PMeanVariance, Tensor]:
+    """Call the network at one timestep of a respaced process; also returns that timestep `[b]`."""
+    t = torch.full((len(x),), step, dtype=torch.int64, device=x.device)
+    output = denoiser(x, torch.full_like(t, int(process.timestep_map[step])))
+    return process.p_mean_variance(output, x, t, clip_denoised=clip_denoised), t
+
+
+def _nonzero(timesteps: Tensor, like: Tensor) -> Tensor:
+    return (timesteps != 0).to(like.dtype).view(-1, *[1] * (like.ndim - 1))

@@ -1,0 +1,123 @@
+"""Which timesteps a sampler visits: the spacings of guided diffusion and of latent diffusion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["latent_ddim_timesteps", "space_timesteps"]
+
+
+def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> list[int]:
+    """Choose timesteps: [0, T) is cut into equal sections, each visited at evenly spaced points.
+
+    Args:
+        num_timesteps: T.
+        section_counts: Number of points in each section, as integers or as "10,15,20"; they
+            include the first and the last timestep of a section. Or "ddimN": every c-th timestep
+            from 0 on, with the whole c that gives exactly N.
+
+    Returns:
+        The timesteps, increasing.
+
+    Raises:
+        ConfigError: If a count is not a whole number, is negative or exceeds its section, if all
+            are 0, or if no whole stride gives N.
+
+    Reference:
+        `space_timesteps` of guided-diffusion; Song et al., "DDIM", arXiv 2010.02502.
+
+    Example:
+        >>> from ant_lightning.diffusion.samplers.spacing import space_timesteps
+        >>> space_timesteps(10, [2, 3])
+        [0, 4, 5, 7, 9]
+        >>> space_timesteps(10, "ddim5")
+        [0, 2, 4, 6, 8]
+    """
+    strided = isinstance(section_counts, str) and section_counts.startswith("ddim")
+    try:
+        if isinstance(section_counts, str):
+            section_counts = [int(n) for n in section_counts.removeprefix("ddim").split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"section_counts: must be whole numbers like '10,15,20' or 'ddim50', "
+            f"found {section_counts!r}"
+        ) from error
+    if strided:
+        return _strided(num_timesteps, section_counts[0])
+    if not section_counts or min(section_counts) < 0 or sum(section_counts) == 0:
+        raise ConfigError(
+            f"section_counts: must be at least 0 and not all 0, found {list(section_counts)}"
+        )
+    size, extra = divmod(num_timesteps, len(section_counts))
+    timesteps: list[int] = []
+    start = 0
+    for section, count in enumerate(section_counts):
+        length = size + (section < extra)
+        if count > length:
+            raise ConfigError(
+                f"section_counts: must be at most {length} for section {section} of "
+                f"{num_timesteps} timesteps, found {count}"
+            )
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        # Sums of the stride, not products, as in the official code: halves round differently.
+        position = 0.0
+        for _ in range(count):
+            timesteps.append(start + round(position))
+            position += stride
+        start += length
+    return timesteps
+
+
+def latent_ddim_timesteps(
+    num_timesteps: int, num_steps: int, *, quadratic: bool = False
+) -> list[int]:
+    """Choose timesteps as latent diffusion's DDIM does: 1, 1 + c, ..., with c = T // num_steps.
+
+    There are more than `num_steps` of them if that does not divide T. The official code leaves its
+    tables for `num_steps` near T; here that is an error.
+
+    With `quadratic`, they are `1 + floor(x^2)` at `num_steps` evenly spaced x from 0 to
+    `sqrt(0.8 T)`: dense near 0, where some coincide. Each is returned once, so there may be fewer
+    than `num_steps`; the official code repeats the others as steps that do not change x.
+
+    Raises:
+        ConfigError: If the last timestep would not be below T.
+
+    Reference:
+        `make_ddim_timesteps` of latent-diffusion; Rombach et al., arXiv 2112.10752.
+
+    Example:
+        >>> from ant_lightning.diffusion.samplers.spacing import latent_ddim_timesteps
+        >>> latent_ddim_timesteps(1000, 4)
+        [1, 251, 501, 751]
+    """
+    timesteps: list[int] = []
+    if quadratic and num_steps > 0:
+        squares = np.linspace(0, np.sqrt(num_timesteps * 0.8), num_steps) ** 2
+        timesteps = sorted({int(square) + 1 for square in squares})
+    elif 0 < num_steps <= num_timesteps:
+        timesteps = [t + 1 for t in range(0, num_timesteps, num_timesteps // num_steps)]
+    if not timesteps or timesteps[-1] >= num_timesteps:
+        last = "1 + 0.8 T" if quadratic else "1 + k (T // num_steps)"
+        raise ConfigError(
+            f"num_steps: must be at least 1 and leave {last} below T = {num_timesteps} for spacing "
+            f"{'ldm_quadratic' if quadratic else 'ldm'}, found {num_steps}"
+        )
+    return timesteps
+
+
+def _strided(num_timesteps: int, count: int) -> list[int]:
+    for stride in range(1, num_timesteps):
+        if len(range(0, num_timesteps, stride)) == count:
+            return list(range(0, num_timesteps, stride))
+    raise ConfigError(
+        f"num_steps: must be reached exactly by a whole stride through {num_timesteps} timesteps, "
+        f"found {count}; take a divisor or the even spacing"
+    )
