@@ -112,33 +112,29 @@ def _full_affinity(path: Path, log_snr: Tensor) -> Tensor:
     """The affinity `[T, T]` in a file, checked against the schedule that it is used with."""
     try:
         tensors, entries = read_affinity_file(path, "affinity", "timesteps", "log_snr")
-    except FileError as error:
-        raise FileError(f"affinity: {error}") from error
-    num_timesteps, measured = entries["num_timesteps"], tensors["log_snr"]
-    affinity, timesteps = tensors["affinity"], tensors["timesteps"].tolist()
-    if num_timesteps != len(log_snr):
-        raise ConfigError(
-            f"affinity: must have the schedule's {len(log_snr)} timesteps, "
-            f"found {num_timesteps} in {path}"
-        )
-    try:
+        num_timesteps, measured = entries["num_timesteps"], tensors["log_snr"]
+        affinity, timesteps = tensors["affinity"], tensors["timesteps"].tolist()
+        if num_timesteps != len(log_snr):
+            raise ConfigError(
+                f"must have the schedule's {len(log_snr)} timesteps, found {num_timesteps}"
+            )
         check_grid(timesteps, num_timesteps, measured if len(measured) else None)
-    except ConfigError as error:
-        raise FileError(f"affinity: {path}: {error}") from None
-    if affinity.shape != (len(timesteps), len(timesteps)):
-        raise FileError(
-            f"affinity: {path}: must have a row and a column for each of {len(timesteps)} "
-            f"timesteps, found shape {list(affinity.shape)}"
-        )
-    if len(measured):
+        if affinity.shape != (len(timesteps), len(timesteps)):
+            raise ConfigError(
+                f"must have a row and a column for each of {len(timesteps)} timesteps, found shape "
+                f"{list(affinity.shape)}"
+            )
         # The same timestep of another schedule has another noise level. Float32 tables of one
         # schedule differ by 1e-3 or so at the ends, those of two schedules by whole units.
         ours = log_snr.detach().double().cpu()
-        apart = ~((measured - ours).abs() <= 0.01 + 1e-3 * ours.abs())
-        if apart.any():
-            t = int(apart.int().argmax())
+        if len(measured) and not torch.allclose(measured, ours, rtol=1e-3, atol=0.01):
+            t = int((measured - ours).abs().nan_to_num(torch.inf).argmax())
             raise ConfigError(
-                f"affinity: must be measured with the schedule that it is used for, found log-SNR "
-                f"{measured[t]:.4g} at timestep {t} in {path}; the schedule has {ours[t]:.4g}"
+                "must be measured with the schedule that it is used for, found log-SNR "
+                f"{measured[t]:.4g} at timestep {t}; the schedule has {ours[t]:.4g}"
             )
+    except FileError as error:  # it names the path
+        raise FileError(f"affinity: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"affinity: {path}: {error}") from None
     return spread_affinity(affinity, timesteps=timesteps, num_timesteps=num_timesteps)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ant_lightning.affinity.result import AffinityResult, check_grid
+from ant_lightning.affinity.sketch import HadamardSketch
 from ant_lightning.affinity.store import GradientStore
 from ant_lightning.balancing.parameters import same_tensors, trained_parameters
 from ant_lightning.errors import ConfigError, check_at_least
@@ -147,12 +148,16 @@ def task_affinity(
         log_snr = torch.as_tensor(log_snr).detach().cpu().double()
     check_grid(grid, num_timesteps, log_snr)
     gradient = FlatGradient(loss, parameters=parameters)
+    num_parameters, device = gradient.num_parameters, gradient.parameters[0].device
+    sketch = None
+    if sketch_dim is not None:
+        sketch = HadamardSketch(num_parameters, sketch_dim=sketch_dim, seed=seed, device=device)
     about = {
         "num_timesteps": num_timesteps,
         "model": model,
         "seed": seed,
         "sketch_dim": sketch_dim,
-        "num_parameters": gradient.num_parameters,
+        "num_parameters": num_parameters,
     }
     identity: dict[str, object] = {}
     if resume_dir is not None:  # the digest reads all weights
@@ -169,10 +174,9 @@ def task_affinity(
 
     with GradientStore(
         grid,
-        num_parameters=gradient.num_parameters,
-        sketch_dim=sketch_dim,
-        seed=seed,
-        device=gradient.parameters[0].device,
+        num_parameters=num_parameters,
+        sketch=sketch,
+        device=device,
         folder=None if resume_dir is None else Path(resume_dir),
         identity=identity,
         memory_budget_bytes=memory_budget_bytes,

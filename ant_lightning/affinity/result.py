@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -200,15 +200,10 @@ class AffinityResult:
                     raise ConfigError(f"results: must have equal {name}, found {one} and {two}")
             if not _equal_schedules(first.log_snr, other.log_snr):
                 raise ConfigError("results: must have equal log_snr, found different schedules")
-        return cls(
-            timesteps=first.timesteps,
-            num_timesteps=first.num_timesteps,
+        return replace(
+            first,
             half_dots=torch.cat([each.half_dots for each in results]),
-            seed=first.seed,
             model=", ".join(dict.fromkeys(each.model for each in results)),
-            num_parameters=first.num_parameters,
-            sketch_dim=first.sketch_dim,
-            log_snr=first.log_snr,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ant_lightning.affinity.sketch import HadamardSketch
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.identity import check_identity
 from ant_lightning.files.json_file import write_json
@@ -23,6 +21,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
     from torch import Tensor
+
+    from ant_lightning.affinity.sketch import HadamardSketch
 
 __all__ = ["GradientStore"]
 
@@ -41,8 +41,7 @@ class GradientStore:
     Args:
         timesteps: The grid.
         num_parameters: Length of a gradient.
-        sketch_dim: Length of a sketch, a power of two; `None` to keep gradients whole.
-        seed: Seed of the sketch.
+        sketch: Sketches gradients before they are kept; `None` to keep them whole.
         device: Device of the gradients, where dot products are made as well.
         folder: Where each gradient is kept in a file, so that a killed measurement can resume.
         identity: What the gradients depend on, by name; compared with that of the folder.
@@ -55,8 +54,7 @@ class GradientStore:
         gradients: The gradients kept so far, by timestep and half (0 or 1).
 
     Raises:
-        ConfigError: If the budget is too small, the disk has not enough space, or the folder
-            has gradients of another measurement.
+        ConfigError: If the budget is too small, or the folder has gradients of another measurement.
     """
 
     def __init__(
@@ -64,8 +62,7 @@ class GradientStore:
         timesteps: tuple[int, ...],
         *,
         num_parameters: int,
-        sketch_dim: int | None,
-        seed: int,
+        sketch: HadamardSketch | None,
         device: torch.device,
         folder: Path | None,
         identity: Mapping[str, Any],
@@ -76,13 +73,10 @@ class GradientStore:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if active else (0, 1)
         self.timesteps, self.own = timesteps, timesteps[self.rank :: self.world_size]
         self.gradients: dict[tuple[int, int], Tensor] = {}
-        self._width, self._sketch = sketch_dim or num_parameters, None
-        if sketch_dim is not None:
-            self._sketch = HadamardSketch(
-                num_parameters, sketch_dim=sketch_dim, seed=seed, device=device
-            )
-        # Rounding a sketch to bfloat16 adds about 0.1% to its standard error.
-        self._dtype = torch.float32 if sketch_dim is None else torch.bfloat16
+        self._sketch, self._width, self._dtype = sketch, num_parameters, torch.float32
+        if sketch is not None:
+            # Rounding a sketch to bfloat16 adds about 0.1% to its standard error.
+            self._width, self._dtype = sketch.sketch_dim, torch.bfloat16
         self._device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
         self._link = device if active and dist.get_backend() == "nccl" else torch.device("cpu")
         self._on_exit = ExitStack()
@@ -93,7 +87,6 @@ class GradientStore:
         elif not in_memory:
             name = self._on_exit.enter_context(TemporaryDirectory(prefix="affinity-"))
             self._folder = Path(name)
-        self._check_space()
 
     def __enter__(self) -> Self:
         return self
@@ -190,19 +183,6 @@ class GradientStore:
                 path = self._path(folder, timestep, half)
                 if path.exists():
                     self.gradients[timestep, half] = self._mapped(path)
-
-    def _check_space(self) -> None:
-        if self._folder is None:
-            return
-        missing = 2 * len(self.own) - len(self.gradients)
-        needed = missing * self._width * self._dtype.itemsize
-        free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            self._on_exit.close()
-            raise ConfigError(
-                f"resume_dir: needs {needed / 2**30:.1f} GiB on disk for gradients, found "
-                f"{free / 2**30:.1f} GiB free in {self._folder}; set sketch_dim, or fewer timesteps"
-            )
 
     def _path(self, folder: Path, timestep: int, half: int) -> Path:
         return folder / f"gradient_{timestep:06d}_{half}.safetensors"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ant_lightning.backbones.checkpoints import load_official_checkpoint, read_checkpoint
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.protocol import backbone_name
-from ant_lightning.models.saved_state import schedule_summary
+from ant_lightning.models.saved_state import saved_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +18,17 @@ if TYPE_CHECKING:
     from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["Specialist", "find_specialists", "specialist_network"]
+
+# What a specialist has in common with the multi-task model, as checkpoints name it, and the
+# setting that decides it. The interval comes last: another schedule has other clusters, and its
+# name is the better message.
+_SAME = {
+    "backbone": "model.backbone",
+    "schedule": "model.process.schedule (T, log-SNR at start, middle, end)",
+    "prediction_type": "model.process.prediction_type",
+    "variance_type": "model.process.variance_type",
+    "train_interval": "model.timesteps.interval",
+}
 
 
 class Specialist(NamedTuple):
@@ -93,24 +103,15 @@ def _checked(
             f"{where}: must be the checkpoint of a specialist (fit with model.timesteps.interval), "
             f"found {path}"
         )
-    process, steps = module.process, int(content["global_step"])
-    expected: dict[str, tuple[Any, Any]] = {
-        "model.backbone": (backbone_name(module.backbone), saved["backbone"]),
-        "model.process.schedule (T, log-SNR at start, middle, end)": (
-            schedule_summary(module),
-            saved["schedule"],
-        ),
-        "model.process.prediction_type": (process.prediction_type, saved["prediction_type"]),
-        "model.process.variance_type": (process.variance_type, saved["variance_type"]),
-        # Last: another schedule has other clusters, and its name is the better message.
-        "model.timesteps.interval": (list(interval), saved["train_interval"]),
-    }
+    steps = int(content["global_step"])
+    ours = {**saved_state(module), "train_interval": list(interval)}
+    pairs = {setting: (ours[name], saved[name]) for name, setting in _SAME.items()}
     if budget == "iterations" and module.trained_steps:
-        expected["optimizer steps"] = (module.trained_steps, steps)
-    for name, (ours, theirs) in expected.items():
-        if ours != theirs:
+        pairs["optimizer steps"] = (module.trained_steps, steps)
+    for setting, (expected, found) in pairs.items():
+        if found != expected:
             raise ConfigError(
-                f"{where}: must have {name} {ours} like the multi-task model for the interval "
-                f"{list(interval)}, found {theirs} in {path}"
+                f"{where}: must have {setting} {expected} like the multi-task model for the "
+                f"interval {list(interval)}, found {found} in {path}"
             )
     return Specialist(path, interval, budget, steps)

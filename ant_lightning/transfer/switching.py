@@ -85,7 +85,7 @@ class SpecialistSampler:
         for start, stop in self.intervals:
             if not any(start <= timestep < stop for timestep in visited):
                 raise ConfigError(
-                    f"sampling.sampler: must have a timestep in the interval [{start}, {stop}), "
+                    f"model.sampling.sampler: must have a timestep in [{start}, {stop}), "
                     f"found none in the {len(visited)} steps of {module.sampler}; take more steps"
                 )
             step, x, draws = entered.get((start, stop), (0, x_T.cpu(), 1))

@@ -93,8 +93,7 @@ def gradients(path):
     return GradientStore(
         (0,),
         num_parameters=4,
-        sketch_dim=None,
-        seed=0,
+        sketch=None,
         device=torch.device("cpu"),
         folder=path.parent,
         identity=IDENTITY,
