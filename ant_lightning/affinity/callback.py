@@ -121,7 +121,7 @@ class TaskAffinity(MeasuringCallback):
             return
         if trainer.state.fn == "fit":
             result = self._averaged(result)
-        for earlier in self._earlier:
+        for earlier in self._earlier:  # files of other programs may not say the model
             if earlier.model and earlier.model != result.model:
                 raise ConfigError(
                     f"average_with: must be measurements of the same model, {result.model!r}, "
@@ -179,6 +179,7 @@ class TaskAffinity(MeasuringCallback):
                 "timesteps: must be the grid of the checkpoint, which has "
                 f"{self._half_dots[0].shape[-1]} timesteps, found {len(result.timesteps)}"
             )
+        # Dot products are kept, not cosines: reliability and correction need them.
         self._half_dots.append(result.half_dots)
         return replace(result, half_dots=torch.cat(self._half_dots))
 

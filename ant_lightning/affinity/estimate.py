@@ -41,8 +41,8 @@ def plain_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c 
         >>> round(float(plain_affinity(half_dots)[0, 1]), 3)
         0.707
     """
-    dots = half_dots.sum(dim=(-4, -3))
-    dots = (dots + dots.mT) / 8  # symmetric to the last bit
+    dots = half_dots.sum(dim=(-4, -3))  # (A_i + B_i) · (A_j + B_j)
+    dots = (dots + dots.mT) / 8  # m_i · m_j, symmetric to the last bit
     lengths = _diagonal(dots).clamp(min=0).sqrt()
     cosine = (dots * _outer(torch.where(lengths > 0, 1 / lengths, 0.0))).clamp(-1, 1)
     cosine.diagonal(dim1=-2, dim2=-1).fill_(1.0)
@@ -85,11 +85,12 @@ def corrected_standard_error(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Te
     corrected = corrected_affinity(half_dots)
     aa, ab = half_dots[..., 0, 0, :, :], half_dots[..., 0, 1, :, :]
     ba, bb = half_dots[..., 1, 0, :, :], half_dots[..., 1, 1, :, :]
-    s_dot_d = aa - ab + ba - bb
+    s_dot_d = aa - ab + ba - bb  # (A_i + B_i) · (A_j - B_j)
     cross_error = (s_dot_d + s_dot_d.mT) / 4
     signal = _diagonal(_cross(half_dots))
     signal = torch.where(signal > 0, signal, torch.nan)
     relative = _diagonal(cross_error) / signal
+    # The error of x / sqrt(y z) is e(x) / sqrt(y z) - x / sqrt(y z) (e(y) / y + e(z) / z) / 2.
     draw = cross_error * _outer(signal.rsqrt())
     draw = draw - corrected / 2 * (relative.unsqueeze(-1) + relative.unsqueeze(-2))
     off_diagonal = ~torch.eye(draw.shape[-1], dtype=torch.bool, device=draw.device)

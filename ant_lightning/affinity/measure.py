@@ -160,7 +160,7 @@ def task_affinity(
         "num_parameters": num_parameters,
     }
     identity: dict[str, object] = {}
-    if resume_dir is not None:  # the digest reads all weights
+    if resume_dir is not None:  # gradients are valid only for these weights
         weights = tensors_digest(gradient.parameters)
         identity = {**about, "timesteps": grid, "weights": weights}
 
@@ -221,6 +221,7 @@ class FlatGradient:
             ConfigError: If the loss is not a scalar that depends on a parameter, or parameters were
                 frozen or thawed since the first gradient.
         """
+        # Vectors over different parameters have no dot product.
         if not same_tensors(self.parameters, trained_parameters(self._given)):
             raise ConfigError(
                 "parameters: must be the same for every gradient, found some that were frozen or "
@@ -231,6 +232,7 @@ class FlatGradient:
         with torch.inference_mode(False), torch.enable_grad():
             value = self._loss(timestep, half)
             for term in (value,) if isinstance(value, Tensor) else value:
+                # One term at a time: a generator of micro-batches then keeps one graph alive.
                 part = self._of_term(term)
                 total = part if total is None else total.add_(part)
         if total is None:

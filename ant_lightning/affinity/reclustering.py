@@ -85,6 +85,7 @@ class Reclustering(MeasuringCallback):
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any, **kwargs: Any
     ) -> None:
         """Measure and recluster if it is due; a skipped step does not count."""
+        # After a skipped step the weights are those that were measured before.
         step = trainer.global_step
         if step % self.recluster_every or pl_module.last_step_skipped:
             return

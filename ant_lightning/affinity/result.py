@@ -160,7 +160,7 @@ class AffinityResult:
             "reliability": self.reliability,
             "log_snr": torch.zeros(0).double() if self.log_snr is None else self.log_snr,
         }
-        numbers = {name: getattr(self, name) or 0 for name in _NUMBERS}
+        numbers = {name: getattr(self, name) or 0 for name in _NUMBERS}  # no sketch: 0
         write_tensors(path, tensors, {"format": _FORMAT, **numbers, "model": self.model})
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A random projection of gradients that keeps dot products, without a `p x m` matrix."""
+"""A random projection of gradients that preserves dot products, without a `p x m` matrix."""
 
 from __future__ import annotations
 
@@ -15,38 +15,45 @@ if TYPE_CHECKING:
 
 __all__ = ["HadamardSketch"]
 
-_CHUNK = 1 << 22  # numbers that are mixed at a time
+_CHUNK = 1 << 22  # numbers projected at a time, which bounds the working memory
 
 
 class HadamardSketch:
-    """Projects `[p]` to `[m]` so that dot products are unbiased: blocks of `m`, mixed and summed.
+    """Projects a vector `[p]` to `[m]` such that dot products are unbiased.
 
-    The row is cut into blocks `x_b` of m numbers, and with the Hadamard matrix `H` (entries ±1)
-    and diagonals of random signs `D_b` and `E_b`
+    The vector is cut into blocks `x_b` of m numbers. With the Hadamard matrix `H` (entries ±1) and
+    diagonal matrices of random signs `D_b` and `E_b`, the sketch is
 
         S x = m^-1/2 sum_b E_b H D_b x_b.
 
-    Each `m^-1/2 E_b H D_b` is a rotation, so products within a block are exact; the terms between
-    two blocks have mean 0 and variance 1/m, as if S were a dense matrix of random signs. Hence
+    Each `m^-1/2 E_b H D_b` is a rotation, so products within a block are exact. Terms between two
+    blocks have mean 0 and variance 1/m, as with a dense matrix of random signs. Hence
 
         E[Sx · Sy] = x · y,     Var[Sx · Sy] <= (|x|² |y|² + (x · y)²) / m,
 
-    and a cosine `c` of two sketches has standard error `(1 - c²) / sqrt(m)`. Unlike one that
-    hashes coordinates to m buckets, the error does not grow tails when a few numbers of the
-    gradient are much larger than the rest. Projecting costs about `4 p sqrt(m)` operations, and
-    two bytes for each parameter: its signs.
+    and the cosine `c` of two sketches has the standard error `(1 - c²) / sqrt(m)`. Unlike with a
+    sketch that hashes coordinates to m buckets, the error has no heavy tails if a few numbers of
+    the gradient are much larger than the rest. A projection takes about `4 p sqrt(m)` operations,
+    and the signs two bytes for each parameter.
 
     Args:
-        num_parameters: `p`.
-        sketch_dim: `m`, a power of two.
-        seed: Keys the signs; rows can be compared only if they have the same seed.
-        device: Where the rows are.
+        num_parameters: Length of the vectors `p`.
+        sketch_dim: Length of the sketches `m`, a power of two.
+        seed: Seed of the signs; only sketches with the same seed can be compared.
+        device: Device of the vectors.
 
     Raises:
         ConfigError: If `sketch_dim` is not a power of two, 2 or more.
 
     Reference:
         Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform", SIAM J. Comput. 2009.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning.affinity.sketch import HadamardSketch
+        >>> sketch = HadamardSketch(1000, sketch_dim=64, seed=0)
+        >>> sketch(torch.ones(1000)).shape
+        torch.Size([64])
     """
 
     def __init__(
@@ -62,24 +69,26 @@ class HadamardSketch:
         self.num_parameters = num_parameters
         self.sketch_dim = sketch_dim
         log2 = sketch_dim.bit_length() - 1
-        # H of size 2^(i+j) is the Kronecker product of two, so that two small products apply it.
+        # H of size 2^(i+j) is the Kronecker product of those of 2^i and 2^j: two small matrix
+        # products apply it.
         self._left = _hadamard(log2 // 2).to(device)
         self._right = _hadamard(log2 - log2 // 2).to(device)
         padded = -(-num_parameters // sketch_dim) * sketch_dim
         generator = keyed_generator(seed, "affinity-sketch")
-        # With one D for all blocks, rows whose blocks are alike would have twice the variance.
+        # With the same D for all blocks, vectors of equal blocks would have twice the variance.
         self._before = _signs(padded, generator).to(device)
         self._after = _signs(padded, generator).to(device)
 
-    def __call__(self, row: Float[Tensor, " p"]) -> Float[Tensor, " m"]:
-        """The sketch of a float32 row."""
+    def __call__(self, vector: Float[Tensor, " p"]) -> Float[Tensor, " m"]:
+        """The sketch of a float32 vector."""
         m = self.sketch_dim
-        total = torch.zeros(m, dtype=torch.float32, device=row.device)
+        total = torch.zeros(m, dtype=torch.float32, device=vector.device)
         step = max(1, _CHUNK // m) * m
         for start in range(0, self.num_parameters, step):
-            part = row[start : start + step]
+            part = vector[start : start + step]
             part = torch.nn.functional.pad(part, (0, -len(part) % m))
             signed = part * self._before[start : start + len(part)]
+            # (A kron B) x is A X B^T for x laid out as the matrix X; Hadamard's are symmetric.
             mixed = self._left @ signed.view(-1, len(self._left), len(self._right)) @ self._right
             mixed = mixed.view(-1).mul_(self._after[start : start + len(part)])
             total += mixed.view(-1, m).sum(0)

@@ -159,6 +159,7 @@ class GradientStore:
         one_gradient = 12 * num_parameters
         if self._sketch is not None:
             one_gradient = 6 * num_parameters + _SKETCH_BYTES
+        # Gradients are made first; dot products and blocks of columns need memory afterwards.
         least = max(one_gradient, products + least_block)
         if budget_bytes < least:
             raise ConfigError(
