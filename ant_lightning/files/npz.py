@@ -59,31 +59,6 @@ class NpzFile:
     def __contains__(self, name: object) -> bool:
         return name in self.headers
 
-    def check(self, name: str, *, shape: Sequence[int | None], kinds: str = "iuf") -> ArrayHeader:
-        """The header of an array that must be there; nothing is read.
-
-        Args:
-            name: Of the array.
-            shape: What its shape must be; `None` for any side.
-            kinds: Letters of numpy's kinds that it may have: `iuf` for numbers, `U` for text.
-
-        Raises:
-            FileError: If it is not there, or of another shape or type.
-        """
-        found = self.headers.get(name)
-        if found is None:
-            raise FileError(f"{self._path}: must hold {name}, found {sorted(self.headers)[:20]}")
-        if found.dtype.kind not in kinds or not (
-            len(found.shape) == len(shape)
-            and all(side in {None, other} for side, other in zip(shape, found.shape, strict=True))
-        ):
-            sides = ", ".join("n" if side is None else str(side) for side in shape)
-            raise FileError(
-                f"{self._path}: must hold {name} of kind {kinds} and shape [{sides}], found "
-                f"{found.dtype} of shape {list(found.shape)}"
-            )
-        return found
-
     def read(
         self, name: str, *, shape: Sequence[int | None], kinds: str = "iuf", finite: bool = False
     ) -> np.ndarray:
@@ -91,14 +66,25 @@ class NpzFile:
 
         Args:
             name: Of the array.
-            shape: As for `check`.
-            kinds: As for `check`.
+            shape: What its shape must be; `None` for any side.
+            kinds: Letters of numpy's kinds that it may have: `iuf` for numbers, `U` for text.
             finite: Whether NaN and infinity are refused.
 
         Raises:
-            FileError: As `check`, or if values are not finite.
+            FileError: If it is not there, or of another shape or type, or values are not finite.
         """
-        found = self.check(name, shape=shape, kinds=kinds)
+        found = self.headers.get(name)
+        if (
+            found is None
+            or found.dtype.kind not in kinds
+            or len(found.shape) != len(shape)
+            or any(side not in {None, n} for side, n in zip(shape, found.shape, strict=True))
+        ):
+            sides = ", ".join("n" if side is None else str(side) for side in shape)
+            what = f"{found.dtype} of shape {list(found.shape)}" if found else "nothing"
+            raise FileError(
+                f"{self._path}: must hold {name} of kind {kinds} and shape [{sides}], found {what}"
+            )
         with self.stream(name) as stream:
             data = stream.read()  # at its end the stream compares the checksum
         array = np.frombuffer(data, found.dtype)

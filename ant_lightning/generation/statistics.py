@@ -165,11 +165,10 @@ class ImageStatistics:
     @classmethod
     def _load_npz(cls, path: str | Path) -> ImageStatistics:
         with open_npz(path) as file:
-            (dimension,) = file.check("mu", shape=(None,), kinds="f").shape
-            mean, covariance = (
-                torch.from_numpy(file.read(name, shape=shape, kinds="f").astype(np.float64))
-                for name, shape in (("mu", (dimension,)), ("sigma", (dimension, dimension)))
-            )
+            mu = file.read("mu", shape=(None,), kinds="f")
+            dimension = len(mu)
+            sigma = file.read("sigma", shape=(dimension, dimension), kinds="f")
+            mean, covariance = (torch.from_numpy(each.astype(np.float64)) for each in (mu, sigma))
             features, extractor = None, ""
             if "extractor" in file:  # written by ant_lightning 0.1, which kept these there
                 extractor = file.text("extractor")

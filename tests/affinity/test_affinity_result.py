@@ -162,7 +162,7 @@ def test_mean_of_nothing_is_refused():
             {"half_dots": torch.full((1, 2, 2, 4, 4), torch.nan).double()},
             "must be finite",
         ),
-        ({"half_dots": None}, "must hold the tensor half_dots"),
+        ({"half_dots": None}, "must hold half_dots"),
         ({"timesteps": torch.tensor([0, 3, 7, 10])}, "timesteps: must increase within 0 .. 9"),
         ({"timesteps": torch.zeros(4)}, "timesteps as torch.int64 of shape"),
         ({"log_snr": torch.zeros(4).double()}, "log_snr: must have one value for each of 10"),

@@ -88,7 +88,7 @@ def test_files_that_are_no_reference_are_refused(tmp_path):
     crooked = np.eye(3)
     crooked[0, 1] = 0.5
     for arrays, message in (
-        ({"mu": np.zeros(3)}, r"sigma, found \['mu'\]"),
+        ({"mu": np.zeros(3)}, r"sigma of kind f and shape \[3, 3\], found nothing"),
         (good | {"sigma": np.eye(4)}, r"sigma .* shape \[3, 3\], found float64 of shape \[4, 4\]"),
         (good | {"mu": np.zeros((3, 1))}, r"mu .* shape \[n\], found float64 of shape \[3, 1\]"),
         (
