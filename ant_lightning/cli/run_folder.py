@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import tempfile
 from dataclasses import dataclass
 from importlib import import_module
@@ -153,21 +152,18 @@ class _Place:
     def of(cls, config: Any) -> _Place:  # noqa: ANN401
         trainer = config.trainer
         default = Path(trainer.get("default_root_dir") or ".")
-        given = trainer.get("logger")
-        if given in (None, True):  # the logger that Lightning would create
-            init = Namespace(save_dir=str(default), name=_DEFAULT_NAME, version=_slurm_job())
-            trainer.logger = given = Namespace(class_path=_DEFAULT_LOGGER, init_args=init)
-        loggers = [each for each in _as_list(given) if hasattr(each, "class_path")]
+        if trainer.get("logger") in (None, True):  # the logger that Lightning would create
+            job = SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
+            init = Namespace(save_dir=str(default), name=_DEFAULT_NAME, version=job)
+            trainer.logger = Namespace(class_path=_DEFAULT_LOGGER, init_args=init)
+        given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        loggers = [each for each in given if hasattr(each, "class_path")]
         loggers.sort(key=_writes_files, reverse=True)  # the first decides
         if not loggers:
             return cls([], [default / _DEFAULT_NAME], None)
-        roots = {
-            _root(each, default): None
-            for each in loggers
-            if each is loggers[0]
-            or (_writes_files(each) and _version(each.get("init_args") or {}) is None)
-        }
-        return cls(loggers, list(roots), _version(loggers[0].get("init_args") or {}))
+        free = [each for each in loggers if _writes_files(each) and _version(each) is None]
+        roots = [_root(each, default) for each in (loggers[0], *free)]
+        return cls(loggers, list(dict.fromkeys(roots)), _version(loggers[0]))
 
     @property
     def root(self) -> Path:
@@ -185,12 +181,14 @@ class _Place:
 
         It is free for every logger that is going to write into a folder of that name.
         """
-        there = [path.name for root in self.roots for path in root.glob("version_*")]
-        taken = [re.fullmatch(r"version_(\d+)", name) for name in there]
-        number = max((int(match.group(1)) + 1 for match in taken if match), default=0)
+        names = [path.name for root in self.roots for path in root.glob("version_*")]
+        taken = [int(name[8:]) for name in names if name[8:].isdecimal()]
+        number = max(taken, default=-1) + 1
+        node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+        is_first_rank = not getattr(rank_zero_only, "rank", None) and node == "0"
         while True:
             folder = self.root / f"version_{number}"
-            if not _is_first_rank():  # `RunRecord` broadcasts the first rank's folder later
+            if not is_first_rank:  # `RunRecord` broadcasts the first rank's folder later
                 return folder
             try:
                 folder.mkdir(parents=True)
@@ -208,18 +206,17 @@ class _Place:
         """Make every logger without a version log into `folder`, as the run in it did."""
         versions = logger_versions(folder)
         for logger in self.loggers:
-            kind = str(logger.class_path).rpartition(".")[-1]
-            if "init_args" not in logger:
-                logger.init_args = Namespace()
-            init = logger.init_args
-            if _version(init) is not None:
+            module, _, kind = str(logger.class_path).rpartition(".")
+            if _version(logger) is not None:
                 continue
+            logger.init_args = init = _init(logger)
             if _writes_files(logger):
                 init.version = folder.name
                 if folder.parent != self.root:
                     init.save_dir, init.name = str(folder.parent), ""
-            elif kind in versions:
-                setattr(init, _version_argument(logger.class_path), versions[kind])
+            elif kind in versions:  # a service: with this argument it continues an earlier run
+                known = inspect.signature(getattr(import_module(module), kind)).parameters
+                init[next(each for each in _VERSIONS if each in known)] = versions[kind]
 
 
 def _last(
@@ -261,16 +258,15 @@ def _check_free(
     place: _Place, dirpath: str | None, resumed: Path | None, checkpoint: str | None
 ) -> None:
     """Refuse to start a run in the folder of another, or where another keeps its checkpoints."""
-    folders: dict[str, Path] = {}
-    if place.version is not None:
-        folders["trainer.logger.version"] = place.root / place.version
-    if dirpath and "://" not in str(dirpath):
-        folders["checkpoint.dirpath"] = Path(dirpath)
-    for setting, folder in folders.items():
-        files = [*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")]
-        files += [] if setting == "checkpoint.dirpath" else folder.glob(RUN_MARK)
-        inside = [each for each in (resumed, checkpoint and Path(checkpoint).parent) if each]
-        if files and folder.resolve() not in [each.resolve() for each in inside]:
+    inside = {path.resolve() for path in (resumed, checkpoint and Path(checkpoint).parent) if path}
+    version = None if place.version is None else place.root / place.version
+    beside = Path(dirpath) if dirpath and "://" not in dirpath else None
+    for setting, folder, patterns in (
+        ("trainer.logger.version", version, ("*.ckpt", "checkpoints/*.ckpt", RUN_MARK)),
+        ("checkpoint.dirpath", beside, ("*.ckpt", "checkpoints/*.ckpt")),
+    ):
+        files = [each for pattern in patterns if folder for each in folder.glob(pattern)]
+        if folder and files and folder.resolve() not in inside:
             raise ConfigError(
                 f"{setting}: must be free for a new run, found {min(files)}; resume that run with "
                 f"--ckpt_path last, or choose another {setting.rpartition('.')[-1]}"
@@ -299,41 +295,24 @@ def _shortened(folder: Path) -> Path:
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
-def _as_list(value: Any) -> list[Any]:  # noqa: ANN401
-    return value if isinstance(value, list) else [value]
-
-
-def _root(logger: Any, default: Path) -> Path:  # noqa: ANN401
-    """Where a logger puts its versions; for one without folders, where its runs get theirs."""
-    init = logger.get("init_args") or Namespace()
-    files = _writes_files(logger)
-    names = [init.get(each) for each in (("name",) if files else _NAMES)]
-    name = next((each for each in names if each), None)
-    if name is None and not (files and "name" in init):
-        name = _DEFAULT_NAME
-    return Path(init.get("save_dir") or default) / (name or "")
-
-
 def _writes_files(logger: Any) -> bool:  # noqa: ANN401
     return str(logger.class_path).endswith(_FILE_LOGGERS)
 
 
-def _version(init: Any) -> str | None:  # noqa: ANN401
+def _init(logger: Any) -> Any:  # noqa: ANN401
+    return logger.get("init_args") or Namespace()
+
+
+def _root(logger: Any, default: Path) -> Path:  # noqa: ANN401
+    """Where a logger puts its versions; for one without folders, where its runs get theirs."""
+    init, files = _init(logger), _writes_files(logger)
+    names = ("name",) if files else _NAMES
+    unnamed = "" if files and "name" in init else _DEFAULT_NAME
+    name = next((init.get(each) for each in names if init.get(each)), unnamed)
+    return Path(init.get("save_dir") or default) / name
+
+
+def _version(logger: Any) -> str | None:  # noqa: ANN401
+    init = _init(logger)
     value = next((init.get(name) for name in _VERSIONS if init.get(name) is not None), None)
     return value if value is None or isinstance(value, str) else f"version_{value}"
-
-
-def _version_argument(class_path: str) -> str:
-    """The constructor argument with which a logger continues an earlier run of its service."""
-    module, _, name = class_path.rpartition(".")
-    known = inspect.signature(getattr(import_module(module), name)).parameters
-    return next((each for each in _VERSIONS if each in known), "version")
-
-
-def _slurm_job() -> int | None:
-    return SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
-
-
-def _is_first_rank() -> bool:
-    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-    return (getattr(rank_zero_only, "rank", None) or 0) == 0 and node == "0"
