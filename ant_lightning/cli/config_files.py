@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import get_loader
 
+from ant_lightning.cli.messages import no_such_setting
 from ant_lightning.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
@@ -37,18 +37,16 @@ _load = get_loader("yaml")  # the parser's own, for which 1e-3 is a number
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes the members of an enum, paths and numbers of NumPy as the plain values they are."""
+    """Writes enums, paths and numbers of NumPy as the plain values they are."""
+
+    def plain(self, value: Any) -> yaml.Node:  # noqa: ANN401
+        kinds = [kind for kind in (str, int, float) if isinstance(value, kind)]
+        found = value.value if isinstance(value, Enum) else (*kinds, str)[0](value)
+        return self.represent_data(found)
 
 
-_Dumper.add_multi_representer(Enum, lambda dumper, each: dumper.represent_data(each.value))
-_Dumper.add_multi_representer(PurePath, lambda dumper, each: dumper.represent_str(str(each)))
-for _kind in (str, int, float):  # `bool` has no subclasses
-    _Dumper.add_multi_representer(
-        _kind,
-        lambda dumper, each, kind=_kind: dumper.represent_data(
-            each.value if isinstance(each, Enum) else kind(each)
-        ),
-    )
+for _kind in (Enum, PurePath, str, int, float):  # `bool` has no subclasses
+    _Dumper.add_multi_representer(_kind, _Dumper.plain)
 
 
 class UnsafeYAMLError(yaml.YAMLError):  # type: ignore[misc]
@@ -70,7 +68,7 @@ def check_config_file(path: str | Path, *, known: Collection[str] | None = None)
 
     Args:
         path: The file.
-        known: Names that may stand at its top; None for any.
+        known: Names that may stand at its top; `None` for any.
 
     Raises:
         FileError: Naming the file, where in it, the rule and what was found.
@@ -82,26 +80,20 @@ def check_config_file(path: str | Path, *, known: Collection[str] | None = None)
     try:
         size = path.stat().st_size
         if size > _MAX_BYTES:
-            raise FileError(f"config: {path} must have at most {_MAX_BYTES} bytes, found {size}")
+            raise FileError(f"{path}: must have at most {_MAX_BYTES} bytes, found {size}")
         root = _checked(path.read_text(encoding="utf8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise FileError(
-            f"config: {path} must be YAML, found in line {line}: {error.problem}"
-        ) from error
+        raise FileError(f"{path}: must be YAML, found in line {line}: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FileError(f"config: {path} must be plain YAML in UTF-8, found: {error}") from error
+        raise FileError(f"{path}: must be plain YAML in UTF-8, found: {error}") from error
     if not isinstance(root, yaml.MappingNode):
         found = "nothing" if root is None else {"sequence": "a list"}.get(root.id, "one value")
-        raise FileError(f"config: {path} must hold settings by name, found {found}")
+        raise FileError(f"{path}: must hold settings by name, found {found}")
     for key, _ in root.value:
         if known is not None and key.value not in known:
-            close = get_close_matches(key.value, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-            raise FileError(
-                f"config: {path} line {key.start_mark.line + 1} has a setting that the command "
-                f"does not have, found {key.value!r}{hint}"
-            )
+            line = key.start_mark.line + 1
+            raise FileError(f"{path}: line {line}: {no_such_setting(key.value, known)}")
 
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is

@@ -13,17 +13,15 @@ from jsonargparse import ArgumentParser
 from ant_lightning.backbones.checkpoints import fill_backbone
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.messages import first_config_error
-from ant_lightning.data.latents.module import LatentsData
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.models.checkpoint_content import read_whole_checkpoint
 from ant_lightning.models.loadable import fill_module
-from ant_lightning.runtime.checkpoint_files import furthest_whole
+from ant_lightning.runtime.checkpoint_files import furthest_whole, read_whole_checkpoint
 from ant_lightning.runtime.run_record import newest_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["load_run"]
+__all__ = ["load_run", "make_part"]
 
 _TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
 
@@ -59,23 +57,26 @@ def load_run(
         raise ConfigError(f"weights: must be 'ema' or 'model', found {weights!r}")
     path, content = _checkpoint(Path(path))
     settings = _settings(path, content, config)
-    module: L.LightningModule = _made(settings, "model", trust)
+    module: L.LightningModule = make_part(_of_model(settings), L.LightningModule, trust)
     fill_module(module, content)
     if weights == "ema":
         fill_backbone(module.backbone, content, path=path, weights="ema")  # type: ignore[arg-type]
-    if "latent_space" not in content.get("ant_lightning", {}):
-        _take_latent_space(module, settings, trust)
+    data = settings.get("data") or {}
+    is_cache = str(data.get("class_path")).endswith("LatentsData")
+    if is_cache and "latent_space" not in content.get("ant_lightning", {}):
+        # Checkpoints of 0.1 do not say what their latents mean; the cache that they are of does.
+        module.latent_space = make_part(data, L.LightningDataModule, trust).latent_space
     return module.eval()
 
 
 def _checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint at `path`, or the one with the most steps in a run folder; its content."""
     if not path.is_dir():
-        return path, read_whole_checkpoint(path, setting="path")
+        return path, read_whole_checkpoint(path)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = furthest_whole(folder.glob("*.ckpt"))
     if found is None:
-        raise ConfigError(f"load_run: needs a checkpoint, found none in {folder}")
+        raise ConfigError(f"{folder}: needs a checkpoint, found none")
     return found
 
 
@@ -94,25 +95,33 @@ def _settings(path: Path, content: dict[str, Any], config: str | Path | None) ->
             "give the run's config.yaml, or use load_from_checkpoint with the module's arguments"
         )
     if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
-        raise FileError(f"config: {source} must hold the settings of a model, found none")
+        raise FileError(f"{source}: must hold the settings of a model, found none")
     return stored
 
 
-def _made(settings: dict[str, Any], name: str, trust: Sequence[str]) -> Any:  # noqa: ANN401
-    """Construct the model or the data that the settings describe."""
-    kinds = {"model": L.LightningModule, "data": L.LightningDataModule}
-    chosen = {**settings[name], "init_args": dict(settings[name].get("init_args") or {})}
-    chosen["init_args"].pop("init_from", None)  # the checkpoint's weights replace it
+def _of_model(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the model, with the seed of the run, which the command line had set."""
+    init = {**(settings["model"].get("init_args") or {})}
+    init.pop("init_from", None)  # the checkpoint's weights replace it
     seed = settings.get("seed_everything")
-    if chosen["init_args"].get("seed", 0) is None and type(seed) is int:
-        chosen["init_args"]["seed"] = seed
+    if init.get("seed", 0) is None and type(seed) is int:
+        init["seed"] = seed
+    return {**settings["model"], "init_args": init}
+
+
+def make_part(chosen: dict[str, Any], kind: type, trust: Sequence[str] = ()) -> Any:  # noqa: ANN401
+    """Make the object that a part of stored settings describes, `{class_path, init_args}`.
+
+    Raises:
+        ConfigError: If the settings name code that is not trusted, or cannot be made into one.
+    """
     _check_trusted(chosen, trust)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kinds[name], name, required=True)
+    parser.add_subclass_arguments(kind, "settings", required=True)
     try:
-        parsed = parser.parse_object({name: chosen})
+        parsed = parser.parse_object({"settings": chosen})
         _check_trusted(parsed.as_dict(), trust)  # the parser has expanded short names
-        return parser.instantiate_classes(parsed)[name]
+        return parser.instantiate_classes(parsed).settings
     except Exception as error:  # constructors may raise anything
         raise first_config_error(error) from error
 
@@ -141,15 +150,3 @@ def _imports(value: object) -> Iterator[str]:
     elif isinstance(value, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", value):
         # `find_spec` of a top-level name imports nothing; `weights.pt` names no package.
         yield from [value] if find_spec(value.partition(".")[0]) else []
-
-
-def _take_latent_space(
-    module: Any,  # noqa: ANN401
-    settings: dict[str, Any],
-    trust: Sequence[str],
-) -> None:
-    """Take the meaning of latents from the training cache; older checkpoints do not store it."""
-    data = settings.get("data")
-    cached = isinstance(data, dict) and str(data.get("class_path")).endswith(LatentsData.__name__)
-    if cached and getattr(module, "latent_space", 0) is None:
-        module.latent_space = _made(settings, "data", trust).latent_space

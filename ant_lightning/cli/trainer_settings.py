@@ -103,26 +103,22 @@ def trainer_error(error: Exception, settings: Any) -> ConfigError:  # noqa: ANN4
 
     That is the flag which the message names first, or else the one whose value it repeats.
     """
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     flags = {name: value for name, value in vars(settings).items() if value is not None}
-    named = [(at, name) for name in flags if (at := _place(name, text)) is not None]
-    named += [
-        (len(text) + at, name)
-        for name, value in flags.items()
-        if isinstance(value, str) and (at := _place(value, text)) is not None
-    ]
+    places = [(False, _place(name, text), name) for name in flags]
+    places += [(True, _place(v, text), name) for name, v in flags.items() if isinstance(v, str)]
+    named = [name for _, at, name in sorted(places) if at >= 0]
     if not named:
         hardware = ("accelerator", "devices", "strategy", "precision")
         found = ", ".join(f"{name} {flags[name]}" for name in hardware if name in flags)
-        return ConfigError(f"trainer: {text}; found {found}")
-    name = min(named)[1]
-    value = flags[name]
-    after = "" if _place(str(value), text) is not None else f", found {value}"
-    return ConfigError(f"trainer.{name}: {text.rstrip('.')}{after}")
+        return ConfigError(f"trainer: {text}, found {found}")
+    value = str(flags[named[0]])
+    found = "" if _place(value, text) >= 0 else f", found {value}"
+    return ConfigError(f"trainer.{named[0]}: {text}{found}")
 
 
-def _place(word: str, text: str) -> int | None:
-    """Where a message has a word, whatever stands between its parts."""
+def _place(word: str, text: str) -> int:
+    """Where a message has a word, whatever stands between its parts; -1 if nowhere."""
     pattern = rf"(?<![a-z0-9]){re.escape(word.replace('-', '_'))}"
     found = re.search(pattern, text.replace("-", "_"), re.IGNORECASE)
-    return None if found is None else found.start()
+    return found.start() if found else -1

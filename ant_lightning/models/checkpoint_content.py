@@ -1,75 +1,20 @@
-"""Whether what a checkpoint holds is a checkpoint, and one of the model that is to load it."""
+"""Whether the weights in a checkpoint are those of the module that is to load it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 from ant_lightning.backbones.checkpoint_layouts import bare_names
-from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files.torch_file import read_torch
+from ant_lightning.errors import ConfigError
 from ant_lightning.models.protocol import backbone_name
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import lightning as L
 
-__all__ = ["check_weights", "content_fault", "read_whole_checkpoint", "use_names_of"]
-
-_NEEDED = {"pytorch-lightning_version": str, "state_dict": Mapping, "global_step": int}
-_POSSIBLE = {
-    "epoch": int,
-    "loops": Mapping,
-    "callbacks": Mapping,
-    "optimizer_states": list,
-    "lr_schedulers": list,
-    "ant_lightning": Mapping,
-}
-_WORDS = {str: "a text", int: "a whole number", Mapping: "a dictionary", list: "a list"}
-
-
-def content_fault(content: object) -> str | None:
-    """What no checkpoint of Lightning can hold, in words; None if it could be one."""
-    if not isinstance(content, Mapping):
-        return f"must hold a dictionary, found {type(content).__name__}"
-    for name, kind in {**_NEEDED, **_POSSIBLE}.items():
-        if name not in content:
-            if name in _NEEDED:
-                return f"must hold {name} as Lightning writes it, found {sorted(map(str, content))}"
-        elif not isinstance(content[name], kind):
-            return f"must hold {_WORDS[kind]} as {name}, found {type(content[name]).__name__}"
-    try:
-        Version(content["pytorch-lightning_version"])
-    except InvalidVersion:
-        found = content["pytorch-lightning_version"]
-        return f"must hold a version as pytorch-lightning_version, found {found!r}"
-    return None
-
-
-def read_whole_checkpoint(path: Path, *, setting: str = "ckpt_path") -> dict[str, Any]:
-    """The content of a checkpoint, after checking that all its parts match their checksums.
-
-    Every byte is read once; no code of the file is run, and no tensor is copied.
-
-    Args:
-        path: The file.
-        setting: The setting to name in messages.
-
-    Raises:
-        FileError: If it is missing or damaged, would run code, or is not a Lightning checkpoint.
-    """
-    try:
-        content = read_torch(path)
-        fault = content_fault(content)
-    except FileError as error:
-        fault = str(error).removeprefix(f"{path}: ")
-    if fault is not None:
-        raise FileError(f"{setting}: {path}: {fault}")
-    return content  # type: ignore[return-value] # a mapping, or there were a fault
+__all__ = ["check_weights", "use_names_of"]
 
 
 def use_names_of(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.checkpoint_content import read_whole_checkpoint
+from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 
 if TYPE_CHECKING:
     from typing import Self
@@ -53,7 +53,7 @@ class LoadableModule(L.LightningModule):
                 "load_from_checkpoint: must be given arguments in place of hparams_file, and "
                 f"weights_only true, found {hparams_file} and {weights_only}"
             )
-        content = read_whole_checkpoint(Path(checkpoint_path), setting="checkpoint_path")
+        content = read_whole_checkpoint(Path(checkpoint_path))
         try:
             module = cls(**arguments)
         except TypeError as error:

@@ -5,20 +5,39 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from packaging.version import InvalidVersion, Version
 
 from ant_lightning.errors import CheckpointWriteError, FileError
 from ant_lightning.files.atomic import write_atomically
-from ant_lightning.models.checkpoint_content import content_fault, read_whole_checkpoint
+from ant_lightning.files.torch_file import read_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["AtomicCheckpointIO", "furthest_whole", "read_whole_checkpoint", "remove_unfinished"]
+__all__ = [
+    "AtomicCheckpointIO",
+    "content_fault",
+    "furthest_whole",
+    "read_whole_checkpoint",
+    "remove_unfinished",
+]
+
+_NEEDED = {"pytorch-lightning_version": str, "state_dict": Mapping, "global_step": int}
+_POSSIBLE = {
+    "epoch": int,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "ant_lightning": Mapping,
+}
+_WORDS = {str: "a text", int: "a whole number", Mapping: "a dictionary", list: "a list"}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -45,7 +64,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
         except (OSError, RuntimeError) as error:
-            refused = _system_error(error)
+            # PyTorch's writer hides the refusal behind a RuntimeError: its file came out too short.
+            refused: BaseException | None = error
+            while refused is not None and not isinstance(refused, OSError):
+                refused = refused.__cause__ or refused.__context__
             if refused is None:
                 raise
             reason = refused.strerror or str(refused)
@@ -63,6 +85,39 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **{**kwargs, "weights_only": True})
 
 
+def read_whole_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, after checking that all its parts match their checksums.
+
+    Every byte is read once; no code of the file is run, and no tensor is copied.
+
+    Raises:
+        FileError: If it is missing or damaged, would run code, or is not a Lightning checkpoint.
+    """
+    content = read_torch(path)
+    fault = content_fault(content)
+    if fault is not None:
+        raise FileError(f"{path}: {fault}")
+    return content  # type: ignore[return-value] # a mapping, or there were a fault
+
+
+def content_fault(content: object) -> str | None:
+    """What no checkpoint of Lightning can hold, in words; `None` if it could be one."""
+    if not isinstance(content, Mapping):
+        return f"must hold a dictionary, found {type(content).__name__}"
+    for name, kind in {**_NEEDED, **_POSSIBLE}.items():
+        if name not in content:
+            if name in _NEEDED:
+                return f"must hold {name} as Lightning writes it, found {sorted(map(str, content))}"
+        elif not isinstance(content[name], kind):
+            return f"must hold {_WORDS[kind]} as {name}, found {type(content[name]).__name__}"
+    version = content["pytorch-lightning_version"]
+    try:
+        Version(version)
+    except InvalidVersion:
+        return f"must hold a version as pytorch-lightning_version, found {version!r}"
+    return None
+
+
 def furthest_whole(
     paths: Iterable[Path],
     *,
@@ -74,22 +129,22 @@ def furthest_whole(
 
     Args:
         paths: The files.
-        accept: Called with a file and its content, before all of its bytes are checked; False for
-            a file that is not meant.
+        accept: Called with a file and its content, before all of its bytes are checked; `False`
+            leaves the file out.
     """
     found = [(path, _peek(path)) for path in paths]
-    # What cannot be read comes first, so that it is reported.
-    steps = {
-        path: sys.maxsize if content is None else content["global_step"] for path, content in found
-    }
-    for path, content in sorted(found, key=lambda each: (steps[each[0]], each[0]), reverse=True):
+
+    def steps(each: tuple[Path, dict[str, Any] | None]) -> tuple[int, Path]:
+        path, content = each  # what cannot be read comes first, so that it is reported
+        return sys.maxsize if content is None else content["global_step"], path
+
+    for path, content in sorted(found, key=steps, reverse=True):
         if content is not None and not accept(path, content):
             continue
         try:
             return path, read_whole_checkpoint(path)
         except FileError as error:
-            fault = str(error).removeprefix("ckpt_path: ")
-            warnings.warn(f"ckpt_path: skipped {fault}", stacklevel=2)
+            warnings.warn(f"ckpt_path: skipped {error}", stacklevel=2)
     return None
 
 
@@ -103,26 +158,16 @@ def _peek(path: Path) -> dict[str, Any] | None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that are no more have left half written."""
+    """Remove what processes that have ended left half written."""
     for path in folder.glob(".*.ckpt.*.tmp"):
         pid = path.name.split(".")[-2]
-        if pid.isdecimal() and (int(pid) == os.getpid() or not _alive(int(pid))):
+        if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             path.unlink(missing_ok=True)
 
 
-def _alive(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's process
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # else it is somebody else's
     return True
-
-
-def _system_error(error: BaseException) -> OSError | None:
-    """The refusal behind an error: PyTorch's writer reports that its file came out too short."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
-        seen = seen.__cause__ or seen.__context__
-    return seen

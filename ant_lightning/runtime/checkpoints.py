@@ -6,7 +6,6 @@ import copy
 import re
 import time
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from ant_lightning.runtime.checkpoint_files import AtomicCheckpointIO, remove_un
 from ant_lightning.runtime.stop_signal import StopSignal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import lightning as L
     from torch import Tensor
@@ -44,20 +43,17 @@ _BOOKKEEPING = (
 _OF_RUN = (*_BOOKKEEPING, "_kept_now", "_last_checkpoint_saved", "_last_global_step_saved")
 
 
-def _check_filename(name: str | None) -> None:
+def _check_filename(name: str) -> None:
     """Refuse a pattern that is found to be wrong only when the first checkpoint is due."""
-    if name is None:
-        return
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(name) if field is not None]
+        fields = [field for _, field, _, _ in Formatter().parse(name)]
     except ValueError as error:
         raise ConfigError(
-            f"checkpoint.filename: must have names in pairs of braces, found {name!r} ({error})"
+            f"filename: must have names in pairs of braces, found {name!r} ({error})"
         ) from error
     if "" in fields or ".." in Path(name).parts or Path(name).is_absolute():
         raise ConfigError(
-            "checkpoint.filename: must name a file below checkpoint.dirpath, as step_{step} does, "
-            f"found {name!r}"
+            f"filename: must name a file below dirpath, as step_{{step}} does, found {name!r}"
         )
 
 
@@ -86,10 +82,10 @@ class Checkpoints(ModelCheckpoint):
         self, *, at_steps: list[int] | None = None, keep_last: int = 2, **settings: Any
     ) -> None:
         if keep_last < 1:
-            raise ConfigError(f"checkpoint.keep_last: must be at least 1, found {keep_last}")
+            raise ConfigError(f"keep_last: must be at least 1, found {keep_last}")
         if any(step < 1 for step in at_steps or []):
-            raise ConfigError(f"checkpoint.at_steps: must each be at least 1, found {at_steps}")
-        _check_filename(settings.get("filename"))
+            raise ConfigError(f"at_steps: must each be at least 1, found {at_steps}")
+        _check_filename(settings.get("filename") or "")
         super().__init__(**settings)
         if self.filename and re.search(r"(\w+)[_=]\{\1[}:]", self.filename):
             self.auto_insert_metric_name = False  # the pattern says the name: step_{step}
@@ -107,10 +103,16 @@ class Checkpoints(ModelCheckpoint):
         """Depends on the monitor only, so that a change of saving intervals keeps the state."""
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
+    @property
+    def _last(self) -> Path:
+        return Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write whole files only, and clear away what a killed run left half written."""
-        if stage == "fit" and trainer.global_step == 0:
-            self._begin_run()
+        if stage == "fit" and trainer.global_step == 0:  # another run: forget the files of the last
+            vars(self).update(copy.deepcopy(self._first))
+            if self.dirpath == self._found_dirpath:
+                self.dirpath = None
         found = self.dirpath is None
         super().setup(trainer, pl_module, stage)
         if found:
@@ -120,16 +122,16 @@ class Checkpoints(ModelCheckpoint):
         cluster = trainer._accelerator_connector.cluster_environment
         if isinstance(cluster, SLURMEnvironment):
             cluster.auto_requeue = False  # it would save in the middle of a step, to another place
-        if stage == "fit" and trainer.is_global_zero and Path(str(self.dirpath)).is_dir():
-            remove_unfinished(Path(str(self.dirpath)))
+        if stage == "fit" and trainer.is_global_zero:
+            remove_unfinished(self._last.parent)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen for signals; go on with the files of the run that is resumed."""
         super().on_train_start(trainer, pl_module)
         self._signal.listen(trainer)
         self._take_over_last(trainer)
-        # Of a checkpoint made at the last step of an epoch Lightning counts the epoch as ended and
-        # as still going on: its start would be neither counted nor told to the callbacks.
+        # Lightning counts the epoch of a checkpoint made at its last step both as ended and as
+        # still going on: the next epoch's start would be neither counted nor told to callbacks.
         loop = trainer.fit_loop
         if loop.restarted_mid_epoch and loop.epoch_progress.current.completed == (
             loop.epoch_progress.current.ready
@@ -137,24 +139,19 @@ class Checkpoints(ModelCheckpoint):
             loop.reset_restart_stage()
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        *args: Any,
-        **kwargs: Any,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """Save when it is due by steps or by time; stop if a signal asked for it."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
             super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
-        if self._due_by_time(trainer):
+        if self._is_due_by_time(trainer):
             self._save(trainer)
             self._last_time_checked = time.monotonic()
-        if trainer.global_step in self.at_steps and not _is_trial(trainer):
-            path = Path(str(self.dirpath)) / f"step_{trainer.global_step}.ckpt"
+        if trainer.global_step in self.at_steps:
+            path = self._last.with_name(f"step_{trainer.global_step}{self.FILE_EXTENSION}")
             self._kept_now = str(path)
-            with self._failure_survived(trainer):
-                self._on_all_ranks(trainer, lambda: trainer.save_checkpoint(path))
+            self._try(trainer, self._write, trainer, trainer.save_checkpoint, path)
         self._signal.check(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -168,8 +165,8 @@ class Checkpoints(ModelCheckpoint):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring `last.ckpt` up to date if the run was killed before that, with no step left."""
         super().on_fit_end(trainer, pl_module)
-        last = self._take_over_last(trainer)
-        if self.save_last and last is not None and Path(str(trainer.ckpt_path)).name != last.name:
+        is_last = Path(str(trainer.ckpt_path)).name == self._last.name
+        if self._take_over_last(trainer) and self.save_last and not is_last:
             self._save(trainer)
 
     def on_exception(
@@ -180,15 +177,6 @@ class Checkpoints(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, SIGTERMException):
             self._save(trainer)
-
-    def _take_over_last(self, trainer: L.Trainer) -> Path | None:
-        """`last.ckpt` of the run that is resumed, if its files are in this folder."""
-        last = Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
-        resumed = trainer.ckpt_path
-        if resumed is None or Path(resumed).resolve().parent != last.parent.resolve():
-            return None
-        self.last_model_path = self.last_model_path or str(last)
-        return last
 
     def state_dict(self) -> dict[str, Any]:
         """That of `ModelCheckpoint`, and the newest files."""
@@ -208,11 +196,25 @@ class Checkpoints(ModelCheckpoint):
         """In the parent: take over the child's list of files."""
         vars(self).update(state)
 
-    def _begin_run(self) -> None:
-        """Forget an earlier run's files, so that they are not counted, replaced or removed."""
-        vars(self).update(copy.deepcopy(self._first))
-        if self.dirpath == self._found_dirpath:
-            self.dirpath = None
+    def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
+        """Whether a save would overwrite another state; a file of `at_steps` holds this one."""
+        return super().file_exists(filepath, trainer) and str(filepath) != self._kept_now
+
+    def _take_over_last(self, trainer: L.Trainer) -> bool:
+        """Whether the run that is resumed has its files in this folder; its `last.ckpt` is ours."""
+        resumed = trainer.ckpt_path
+        if resumed is None or Path(resumed).resolve().parent != self._last.parent.resolve():
+            return False
+        self.last_model_path = self.last_model_path or str(self._last)
+        return True
+
+    def _is_due_by_time(self, trainer: L.Trainer) -> bool:
+        """Whether `train_time_interval` has passed; rank 0 decides for all."""
+        if self._train_time_interval is None or self._last_time_checked is None:
+            return False
+        passed = time.monotonic() - self._last_time_checked
+        due = passed >= self._train_time_interval.total_seconds()
+        return bool(trainer.strategy.broadcast(due))
 
     def _save(self, trainer: L.Trainer) -> None:
         """Save now, unless there is nothing new."""
@@ -224,31 +226,19 @@ class Checkpoints(ModelCheckpoint):
         self._save_last_checkpoint(trainer, candidates)
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        """With the step that it is now: what an evaluation logged as `step` is from then."""
+        """Overwrite `step`: an evaluation may have logged an older one."""
         candidates = super()._monitor_candidates(trainer)
         return {**candidates, "step": torch.tensor(trainer.global_step)}
-
-    def _due_by_time(self, trainer: L.Trainer) -> bool:
-        """Whether `train_time_interval` has passed; rank 0 decides for all."""
-        if self._train_time_interval is None or self._last_time_checked is None:
-            return False
-        passed = time.monotonic() - self._last_time_checked
-        due = passed >= self._train_time_interval.total_seconds()
-        return bool(trainer.strategy.broadcast(due))
 
     def _save_topk_checkpoint(
         self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
     ) -> None:
-        if not _is_trial(trainer):
-            with self._failure_survived(trainer):
-                super()._save_topk_checkpoint(trainer, monitor_candidates)
+        self._try(trainer, super()._save_topk_checkpoint, trainer, monitor_candidates)
 
     def _save_last_checkpoint(
         self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
     ) -> None:
-        if not _is_trial(trainer):
-            with self._failure_survived(trainer):
-                super()._save_last_checkpoint(trainer, monitor_candidates)
+        self._try(trainer, super()._save_last_checkpoint, trainer, monitor_candidates)
 
     def _save_none_monitor_checkpoint(
         self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
@@ -265,9 +255,8 @@ class Checkpoints(ModelCheckpoint):
         while len(self._recent) > self.keep_last:
             self._remove_checkpoint(trainer, self._recent.pop(0))
 
-    def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
-        """Whether a save would overwrite another state; a file of `at_steps` holds this one."""
-        return super().file_exists(filepath, trainer) and str(filepath) != self._kept_now
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        self._write(trainer, super()._save_checkpoint, trainer, filepath)
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         """Never remove files of `at_steps`, even if they are also among the newest or best."""
@@ -275,16 +264,12 @@ class Checkpoints(ModelCheckpoint):
         if Path(filepath).name not in kept:
             super()._remove_checkpoint(trainer, filepath)
 
-    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        write = super()._save_checkpoint
-        self._on_all_ranks(trainer, lambda: write(trainer, filepath))
-
-    def _on_all_ranks(self, trainer: L.Trainer, write: Callable[[], None]) -> None:
+    def _write(self, trainer: L.Trainer, write: Callable[..., None], *args: Any) -> None:
         """Write a file; if that fails, it fails on every rank."""
         error: CheckpointWriteError | None = None
         with self._signal.held():
             try:
-                write()
+                write(*args)
             except CheckpointWriteError as failed:  # on rank 0, while the others wait at a barrier
                 trainer.strategy.barrier("Trainer.save_checkpoint")
                 error = failed
@@ -294,13 +279,13 @@ class Checkpoints(ModelCheckpoint):
         if error is not None:
             raise error
 
-    @contextmanager
-    def _failure_survived(self, trainer: L.Trainer) -> Iterator[None]:
-        """Inside, a file that cannot be written costs a warning and nothing else."""
-        before = {name: getattr(self, name) for name in _BOOKKEEPING}
-        before |= {"best_k_models": dict(self.best_k_models), "_recent": list(self._recent)}
+    def _try(self, trainer: L.Trainer, save: Callable[..., None], *args: Any) -> None:
+        """Save; a file that cannot be written costs a warning and nothing else."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined] # it must leave no files
+            return
+        before = {name: copy.copy(getattr(self, name)) for name in _BOOKKEEPING}
         try:
-            yield
+            save(*args)
             self._failed = None
         except CheckpointWriteError as error:
             vars(self).update(before)
@@ -309,8 +294,3 @@ class Checkpoints(ModelCheckpoint):
                 f"checkpoint: {error}; training goes on, the earlier checkpoints are kept, and "
                 "the next save tries again"
             )
-
-
-def _is_trial(trainer: L.Trainer) -> bool:
-    """Whether this is `fast_dev_run`, which must leave no files; Lightning saves at its end."""
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

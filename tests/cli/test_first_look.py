@@ -83,7 +83,7 @@ MORE = {
 }
 FILES = {
     "no YAML": ("trainer: {max_steps: 3", ["must be YAML, found in line"]),
-    "misspelt group": ("trainr: {max_steps: 3}", ["'trainr'", "did you mean 'trainer'"]),
+    "misspelt group": ("trainr: {max_steps: 3}", ["line 1: trainr: ", "did you mean 'trainer'"]),
     "misspelt setting": ("ema: {deacy: 0.9}", ["ema.deacy", "did you mean 'ema.decay'"]),
     "misspelt flag": ("trainer: {max_stepz: 3}", ["trainer.max_stepz", "'trainer.max_steps'"]),
     "clip": ("trainer: {gradient_clip_val: 1.0}", ["use model.optimization.clip_grad_norm", "1.0"]),

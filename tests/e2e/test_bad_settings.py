@@ -53,7 +53,7 @@ CONTENTS = {
     "bytes": (b"\xff\xfe\x80", "must be plain YAML in UTF-8"),
     "unknown setting": ("modle: {init_args: {}}\n", "did you mean 'model'"),
     "unknown setting within": ("trainer: {max_stepz: 1}\n", "max_stepz"),
-    "a number for a name": ("1: 2\n", "found '1'"),
+    "a number for a name": ("1: 2\n", "line 1: 1: the command has no such setting"),
     "the same twice": ("ema: {decay: 0.1}\nema: {decay: 0.2}\n", "line 2 has 'ema' twice"),
     "linked value set twice": ("data: {batch_size: 2,\n batch_size: 3}\n", "'batch_size' twice"),
     "code": ("model: !!python/object/apply:os.system [exit]\n", "could name code"),

@@ -38,9 +38,9 @@ from ant_lightning.files.identity import check_identity
 from ant_lightning.files.json_file import write_json
 from ant_lightning.files.torch_file import read_torch
 from ant_lightning.generation.inception import _check_weights
-from ant_lightning.models.checkpoint_content import content_fault
 from ant_lightning.models.first_stage.files import _check_numbers, _read_config
 from ant_lightning.models.saved_state import restore_state, saved_state
+from ant_lightning.runtime.checkpoint_files import content_fault
 from ant_lightning.transfer.gap import GapEstimate
 from ant_lightning.transfer.result import IntervalGap
 
