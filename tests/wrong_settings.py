@@ -83,7 +83,7 @@ SETTINGS = {
     "seed too large": (["--seed_everything=9999999999"], ["seed_everything", "9999999999"]),
     "optimizer beside the model": (
         ["--optimizer=SGD"],
-        ["optimizer: the command has no such setting"],
+        ["optimizer for model.optimization.optimizer"],
     ),
     # Ranges.
     "learning rate below 0": (

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ant_lightning
 from ant_lightning.cli.config_files import check_config_file, config_paths, load_yaml
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
+from ant_lightning.cli.renamed import refuse_old_names
 from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.cli.trainer_settings import check_run_settings, check_trainer_settings
 from ant_lightning.errors import ConfigError
@@ -59,6 +60,7 @@ def first_look(arguments: Sequence[str]) -> None:
             _merge(settings, _loaded(Path(value).read_text(encoding="utf8") if is_file else value))
         else:
             _merge(settings, _nested(name, value))
+    refuse_old_names(settings)
     _check_names(settings, known)
     check_run_settings(settings)
     if isinstance(settings.get("trainer"), dict):

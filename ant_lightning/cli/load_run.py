@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from ant_lightning.backbones.checkpoints import fill_backbone
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.messages import first_config_error
+from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.models.loadable import fill_module
 from ant_lightning.runtime.checkpoint_files import furthest_whole, read_whole_checkpoint
@@ -96,7 +97,7 @@ def _settings(path: Path, content: dict[str, Any], config: str | Path | None) ->
         )
     if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
         raise FileError(f"{source}: must hold the settings of a model, found none")
-    return stored
+    return with_new_names(stored)  # type: ignore[no-any-return]
 
 
 def _of_model(settings: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.checkpoint_files import furthest_whole
 from ant_lightning.runtime.run_record import RUN_MARK, logger_versions, newest_record
@@ -106,7 +107,7 @@ def stored_settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]
     saved = checkpoint.get("ant_lightning")
     found = saved.get("settings") if isinstance(saved, dict) else None
     if isinstance(found, dict):
-        return found
+        return with_new_names(found)  # type: ignore[no-any-return]
     record = newest_record(path.parent.parent)
     if record is None:
         return None
@@ -114,7 +115,8 @@ def stored_settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]
         content = yaml.safe_load(record.read_text(encoding="utf8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return content if isinstance(content, dict) and "model" in content else None
+    is_run = isinstance(content, dict) and "model" in content
+    return with_new_names(content) if is_run else None
 
 
 def check_writable(trainer: L.Trainer, folders: Mapping[str, str | Path | None]) -> None:

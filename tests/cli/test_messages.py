@@ -24,17 +24,17 @@ NESTED = """Parser key "model":
             "did you mean 'model.class_dropout'?",
         ),
         (
-            'Parser key "balancer":\n Expected a dot import path string: PCGrat',
+            'Parser key "tasks.balancer":\n Expected a dot import path string: PCGrat',
             "model.tasks.balancer: no class is called 'PCGrat'; did you mean 'PCGrad'?",
         ),
         (
-            "Parser key \"clip_grad_norm\":\n - Expected a <class 'float'>\n"
+            "Parser key \"optimization.clip_grad_norm\":\n - Expected a <class 'float'>\n"
             " - Expected a <class 'NoneType'>\n Given value type: <class 'str'>\n"
             " Given value: abc",
             "model.optimization.clip_grad_norm: must be a number, found abc",
         ),
         (
-            "Parser key \"balancer\":\n - Problem with given class_path 'ant_lightning.PCGrad':\n"
+            "Parser key \"tasks.balancer\":\n - Problem with given class_path 'ant_lightning.PCGrad':\n"
             " the following arguments are required: num_tasks",
             "model.tasks.balancer.num_tasks: needed, found nothing",
         ),

@@ -31,17 +31,29 @@ MODEL = {
     "class_path": "ant_lightning.DiTModule",
     "init_args": {
         "backbone": BACKBONE,
-        "schedule": {"class_path": "ant_lightning.CosineSchedule"},
-        "clustering": {
-            "class_path": "ant_lightning.SNRClustering",
-            "init_args": {"num_tasks": 3},
+        "process": {
+            "class_path": "ant_lightning.DiscreteDiffusion",
+            "init_args": {
+                "schedule": {"class_path": "ant_lightning.CosineSchedule"},
+                "variance_type": "learned_range",
+            },
         },
-        "balancer": {
-            "class_path": "ant_lightning.UncertaintyWeighting",
-            "init_args": {"num_tasks": 3},
+        "tasks": {
+            "clustering": {
+                "class_path": "ant_lightning.SNRClustering",
+                "init_args": {"num_tasks": 3},
+            },
+            "balancer": {
+                "class_path": "ant_lightning.UncertaintyWeighting",
+                "init_args": {"num_tasks": 3},
+            },
         },
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        "sampler": {"class_path": "ant_lightning.DDIM", "init_args": {"num_steps": 2}},
+        "optimization": {
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
+        },
+        "sampling": {
+            "sampler": {"class_path": "ant_lightning.DDIM", "init_args": {"num_steps": 2}}
+        },
     },
 }
 QUIET = {
@@ -153,7 +165,7 @@ def without(found, *names):
 
 def test_the_settings_in_a_checkpoint_come_before_those_in_the_folder(run, tmp_path):
     other = copy.deepcopy(MODEL)
-    other["init_args"]["sampler"]["init_args"]["num_steps"] = 5
+    other["init_args"]["sampling"]["sampler"]["init_args"]["num_steps"] = 5
     (tmp_path / "checkpoints").mkdir()
     path = stored(tmp_path / "checkpoints", content(run), other)
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
@@ -292,7 +304,7 @@ def test_the_file_that_it_started_from_is_not_asked_for_again(run, tmp_path):
 def test_settings_of_another_model_are_refused(run, tmp_path):
     model = copy.deepcopy(MODEL)
     model["init_args"]["backbone"]["init_args"]["hidden_size"] = 16
-    with pytest.raises(ConfigError, match=r"model.backbone: must be that of the checkpoint"):
+    with pytest.raises(ConfigError, match=r"backbone: must be that of the checkpoint"):
         load_run(stored(tmp_path, content(run), model))
     model = copy.deepcopy(MODEL)
     model["init_args"]["no_such"] = 1
