@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import get_loader
 
+import ant_lightning
 from ant_lightning.cli.messages import no_such_setting
 from ant_lightning.errors import ConfigError, FileError
 
@@ -20,6 +22,7 @@ __all__ = [
     "check_config_file",
     "config_paths",
     "dump_yaml",
+    "import_named_classes",
     "load_yaml",
 ]
 
@@ -61,6 +64,13 @@ def config_paths(args: Sequence[str]) -> list[str]:
         if name in {"--config", "-c"}:
             found += [value] if sign else list(args[i + 1 : i + 2])
     return [path for path in found if not path.lstrip().startswith("{")]
+
+
+def import_named_classes(args: Sequence[str]) -> None:
+    """Import our classes that a command line or its files name: the parser finds only those."""
+    texts = [*args, *(Path(path).read_text(encoding="utf8") for path in config_paths(args))]
+    for name in set(re.findall(r"\w+", " ".join(texts))).intersection(ant_lightning.__all__):
+        getattr(ant_lightning, name)
 
 
 def check_config_file(path: str | Path, *, known: Collection[str] | None = None) -> None:

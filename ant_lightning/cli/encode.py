@@ -9,8 +9,13 @@ import torch
 from jsonargparse import ArgumentParser, set_loader
 from yaml import YAMLError
 
-from ant_lightning.cli.config_files import check_config_file, config_paths, load_yaml
-from ant_lightning.cli.messages import first_config_error
+from ant_lightning.cli.config_files import (
+    check_config_file,
+    config_paths,
+    import_named_classes,
+    load_yaml,
+)
+from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.data.latents.writer import LatentWriter
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import ConfigError
@@ -45,23 +50,20 @@ def run_encode(args: Sequence[str]) -> int:
     )
     for path in config_paths(args):
         check_config_file(path)
-    try:
-        # Renamed in jsonargparse 4.49.
-        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        settings = instantiate(parser.parse_args(list(args)))
-    except Exception as error:  # the parser, and constructors of what the settings name
-        raise first_config_error(error) from error
-    rank, world_size = (int(os.environ.get(name, value)) for name, value in _RANKS)
-    device = _checked(_device() if settings.device == "auto" else settings.device)
-    settings.data.setup("predict")
-    writer: LatentWriter = settings.cache
-    count = writer.write(
-        settings.data,
-        settings.first_stage.to(device),
-        rank=rank,
-        world_size=world_size,
-        device=device,
-    )
+    import_named_classes(args)
+    with SettingPaths() as paths:
+        settings = paths.make(parser, lambda: parser.parse_args(list(args)))
+        rank, world_size = (int(os.environ.get(name, value)) for name, value in _RANKS)
+        device = _checked(_device() if settings.device == "auto" else settings.device)
+        settings.data.setup("predict")
+        writer: LatentWriter = settings.cache
+        count = writer.write(
+            settings.data,
+            settings.first_stage.to(device),
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
     print(f"rank {rank} of {world_size}: wrote {count} shards to {writer.output}")
     return count
 

@@ -12,8 +12,8 @@ from jsonargparse import ArgumentParser
 
 from ant_lightning.backbones.checkpoints import fill_backbone
 from ant_lightning.cli.config_files import check_config_file, load_yaml
-from ant_lightning.cli.messages import first_config_error
 from ant_lightning.cli.renamed import with_new_names
+from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.models.loadable import fill_module
 from ant_lightning.runtime.checkpoint_files import furthest_whole, read_whole_checkpoint
@@ -118,13 +118,15 @@ def make_part(chosen: dict[str, Any], kind: type, trust: Sequence[str] = ()) -> 
     """
     _check_trusted(chosen, trust)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "settings", required=True)
-    try:
-        parsed = parser.parse_object({"settings": chosen})
+    parser.add_subclass_arguments(kind, "model", required=True)
+
+    def parse() -> Any:  # noqa: ANN401
+        parsed = parser.parse_object({"model": chosen})
         _check_trusted(parsed.as_dict(), trust)  # the parser has expanded short names
-        return parser.instantiate_classes(parsed).settings
-    except Exception as error:  # constructors may raise anything
-        raise first_config_error(error) from error
+        return parsed
+
+    with SettingPaths() as paths:
+        return paths.make(parser, parse).model
 
 
 def _check_trusted(settings: object, trust: Sequence[str]) -> None:

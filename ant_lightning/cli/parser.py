@@ -20,7 +20,13 @@ from ant_lightning.callbacks.ema import EMA
 from ant_lightning.callbacks.progress import TrainingProgress
 from ant_lightning.callbacks.run_lines import RunLines
 from ant_lightning.callbacks.samples import SampleWriter
-from ant_lightning.cli.config_files import check_config_file, config_paths, dump_yaml, load_yaml
+from ant_lightning.cli.config_files import (
+    check_config_file,
+    config_paths,
+    dump_yaml,
+    import_named_classes,
+    load_yaml,
+)
 from ant_lightning.cli.messages import first_config_error, one_line
 from ant_lightning.cli.run_folder import (
     RunFolder,
@@ -64,12 +70,11 @@ class AntCLI(LightningCLI):
         self.run_folder: RunFolder | None = None
         self.paths = SettingPaths()
         try:
-            super().__init__(*args, **kwargs)
-        except BaseException as error:  # also Ctrl-C between choosing the folder and the first step
+            with self.paths:
+                super().__init__(*args, **kwargs)
+        except BaseException:  # also Ctrl-C between choosing the folder and the first step
             if self.run_folder is not None and self.run_folder.is_new:
                 remove_empty_run(self.run_folder.path)
-            if isinstance(error, ConfigError) and hasattr(self, "config"):
-                self.paths.add_to(error, self.config[command])
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -156,11 +161,11 @@ class AntCLI(LightningCLI):
         except Exception as error:  # constructors of what the settings name
             raise first_config_error(error) from error
         for name, made in {"model": self.model, "data": self.datamodule}.items():
-            self.paths.remember(made, vars(self.config[self.command][name].init_args))
+            self.paths.remember(made, vars(self.paths.settings[name].init_args))
 
     def before_instantiate_classes(self) -> None:
         """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
-        config = self.config[self.command]
+        self.paths.settings = config = self.config[self.command]
         content = _read_checkpoint(config)
         check_trainer_settings(config.trainer)
         # As the user gave it: starting from the record must create a new run in a new folder.
@@ -239,6 +244,7 @@ def run(args: Sequence[str]) -> AntCLI:
     keep_quiet(args[0])
     for path in config_paths(args):  # before the parser is made, which takes longer
         check_config_file(path)
+    import_named_classes(args)
     try:
         return AntCLI(
             L.LightningModule,

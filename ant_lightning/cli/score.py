@@ -10,8 +10,8 @@ import lightning as L
 from jsonargparse import ArgumentParser, set_loader
 from yaml import YAMLError
 
-from ant_lightning.cli.config_files import check_config_file, load_yaml
-from ant_lightning.cli.messages import first_config_error
+from ant_lightning.cli.config_files import check_config_file, import_named_classes, load_yaml
+from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.data.stored_images import StoredImages
 from ant_lightning.errors import ConfigError
@@ -44,15 +44,13 @@ def run_score(args: Sequence[str]) -> dict[str, float]:
     parser.add_argument("--devices", type=int, default=1, help="processes that share the images")
     parser.add_subclass_arguments(ImageDataModule, "data", required=True)
     parser.add_class_arguments(GenerationMetrics, "metrics")
-    try:
-        # Renamed in jsonargparse 4.49.
-        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        settings = instantiate(parser.parse_args(_without_the_run(args)))
-    except Exception as error:  # the parser, and constructors of what the settings name
-        raise first_config_error(error) from error
-    fabric = L.Fabric(accelerator=settings.accelerator, devices=settings.devices)
-    fabric.launch()
-    scores = score_images(settings.metrics, settings.data, StoredImages(settings.images), fabric)
+    import_named_classes(args)
+    with SettingPaths() as paths:
+        settings = paths.make(parser, lambda: parser.parse_args(_without_the_run(args)))
+        fabric = L.Fabric(accelerator=settings.accelerator, devices=settings.devices)
+        fabric.launch()
+        images = StoredImages(settings.images)
+        scores = score_images(settings.metrics, settings.data, images, fabric)
     if fabric.is_global_zero:
         for name, value in scores.items():
             print(f"{name:28} {value:.6g}")

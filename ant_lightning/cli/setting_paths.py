@@ -12,20 +12,42 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
+from ant_lightning.cli.messages import first_config_error
+from ant_lightning.errors import ConfigError
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from jsonargparse import ArgumentParser
 
 __all__ = ["SettingPaths"]
 
 
 class SettingPaths:
-    """Remembers from which arguments the objects of a configuration were made.
-
-    It is an instantiator of jsonargparse: `parser.add_instantiator(paths, object)`.
-    """
+    """Makes the objects of a configuration, and inside a `with` completes the errors they raise."""
 
     def __init__(self) -> None:
+        self.settings = Namespace()  # the configuration that the objects are made from
         self._made: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+    def __enter__(self) -> SettingPaths:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:  # noqa: ANN401
+        if isinstance(error, ConfigError):
+            self._add_to(error)
+
+    def make(self, parser: ArgumentParser, parse: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """Parse settings and make their objects.
+
+        Raises:
+            ConfigError: Whatever the parser or a constructor raised.
+        """
+        try:
+            self.settings = parse()
+            return parser.instantiate(self.settings, instantiators=[(self, object, True)])
+        except Exception as error:  # constructors may raise anything
+            raise first_config_error(error) from error
 
     def __call__(self, class_type: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Make an object; the parser calls this in place of `class_type(*args, **kwargs)`."""
@@ -36,13 +58,8 @@ class SettingPaths:
         self._made[id(made)] = (made, arguments)
         return made
 
-    def add_to(self, error: Exception, settings: Namespace) -> None:
-        """Complete the message if its first word is an argument of the object that raised it.
-
-        Args:
-            error: Raised by a constructor, or later by a method; its message is changed in place.
-            settings: The configuration that the objects are made from.
-        """
+    def _add_to(self, error: ConfigError) -> None:
+        """Complete the message if its first word is an argument of the object that raised it."""
         first = re.match(r"(\w+)[\w.,\[\] ]*:", str(error))
         name = first.group(1) if first else None
         for frame, _ in reversed(list(walk_tb(error.__traceback__))):
@@ -52,7 +69,7 @@ class SettingPaths:
             if frame.f_code.co_name == "__call__" and "class_type" in variables:
                 kind, arguments = variables["class_type"], variables["kwargs"]  # in a constructor
             if name in arguments:
-                path = _path_of(kind, arguments, settings)
+                path = _path_of(kind, arguments, self.settings)
                 error.args = (f"{path}.{error}" if path else str(error),)
                 return
 

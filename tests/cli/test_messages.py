@@ -34,7 +34,8 @@ NESTED = """Parser key "model":
             "model.optimization.clip_grad_norm: must be a number, found abc",
         ),
         (
-            "Parser key \"tasks.balancer\":\n - Problem with given class_path 'ant_lightning.PCGrad':\n"
+            'Parser key "tasks.balancer":\n'
+            " - Problem with given class_path 'ant_lightning.PCGrad':\n"
             " the following arguments are required: num_tasks",
             "model.tasks.balancer.num_tasks: needed, found nothing",
         ),

@@ -188,7 +188,6 @@ def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(tmp_path, trained, cap
     change(content)
     torch.save(content, tmp_path / "c.ckpt")
     line = refused(arguments(tmp_path, f"--ckpt_path={tmp_path / 'c.ckpt'}"), capsys)
-    assert "ckpt_path" in line
     assert words in line
 
 
