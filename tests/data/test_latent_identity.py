@@ -196,7 +196,7 @@ def test_drawn_images_are_told_by_their_settings(stage, tmp_path):
     writer = LatentWriter(str(tmp_path / "cache"))
     assert writer.write(shapes(), stage) == 2
     assert writer.write(shapes(batch_size=1), stage) == 0
-    with pytest.raises(ConfigError, match="shapes_seed 0, found 1"):
+    with pytest.raises(ConfigError, match="shapes_seed 0, and this run has 1"):
         writer.write(shapes(shapes_seed=1), stage)
 
 
@@ -257,4 +257,4 @@ def test_the_command_refuses_another_crop_in_one_line(cache, root, stage, capsys
     assert "wrote 0 shards" in capsys.readouterr().out
     assert command("--data.crop=resize") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "crop center_adm, found resize" in line
+    assert "crop center_adm, and this run has resize" in line

@@ -196,7 +196,7 @@ def test_a_cache_of_another_first_stage_or_other_images_is_refused(
             assert word in str(error.value)
     with pytest.raises(ConfigError, match=r"num_images.*14"):
         writer.write(shapes(num_images=14), stage)
-    with pytest.raises(ConfigError, match=r"shard_size 4, found 8"):
+    with pytest.raises(ConfigError, match=r"shard_size 4, and this run has 8"):
         LatentWriter(str(cache), shard_size=8).write(shapes(), stage)
 
 

@@ -29,7 +29,6 @@ from ant_lightning.data.class_map import read_class_map
 from ant_lightning.data.latents.cache import (
     CacheIndex,
     read_index,
-    write_index,
 )
 from ant_lightning.data.pictures import SUFFIXES, open_picture
 from ant_lightning.data.stored_images import npz_batches
@@ -103,7 +102,7 @@ def gradients(path):
 
 
 def index(path):
-    write_index(path.parent, INDEX)
+    write_json(path, INDEX.as_json())
 
 
 def shard(path):

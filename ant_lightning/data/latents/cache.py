@@ -10,13 +10,13 @@ import torch
 
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files.json_file import read_json, write_json
+from ant_lightning.files.json_file import read_json
 from ant_lightning.files.safetensors_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["INDEX_NAME", "CacheIndex", "Shard", "check_first_stage", "read_index", "write_index"]
+__all__ = ["INDEX_NAME", "CacheIndex", "Shard", "check_first_stage", "read_index"]
 
 INDEX_NAME = "index.json"
 _VERSION = 2  # 1 was that of version 0.1: arrays of numpy, without the identity of the images
@@ -61,9 +61,15 @@ class CacheIndex:
         _check("shard_size", [self.shard_size], least=1, most=2**40)
         counts = [self.num_images[split] for split in ("train", "held_out")]
         _check("num_images", counts, length=2, least=1, most=_MAX_SHARDS * self.shard_size)
-        kinds = self.space.fingerprint, self.space.source, self.identity
-        if self.dtype not in ("float32", "float16") or [*map(type, kinds)] != [str, str, dict]:
-            raise ValueError(f"dtype {self.dtype}, space {self.space}, identity {self.identity}")
+        texts = self.space.fingerprint, self.space.source, self.dtype
+        if self.dtype not in ("float32", "float16") or [*map(type, texts)] != [str] * 3:
+            raise ValueError(f"dtype {self.dtype}, space {self.space}")
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of the index file, with the identity of the images as `images.NAME`."""
+        content = asdict(self)
+        identity = {f"images.{name}": value for name, value in content.pop("identity").items()}
+        return {"format_version": _VERSION, **content, **identity}
 
     def shards(self, split: str) -> list[Shard]:
         """The shards of a split, `train` or `held_out`."""
@@ -126,18 +132,15 @@ def read_index(folder: Path) -> CacheIndex:
             f"{path}: format_version must be {_VERSION}, found {version!r:.20}; encode the images "
             "again into another folder"
         )
+    images = {name for name in content if name.startswith("images.")}
+    identity = {name.removeprefix("images."): content.pop(name) for name in images}
     try:
         content["space"] = LatentSpace(**content["space"])
         for name in ("image_shape", "moments_shape"):
             content[name] = tuple(content[name])
-        return CacheIndex(**content)
+        return CacheIndex(**content, identity=identity)
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise FileError(f"{path}: must be the index of a latent cache, found {error}") from error
-
-
-def write_index(folder: Path, index: CacheIndex) -> None:
-    """Write the index of a cache, whole or not at all."""
-    write_json(folder / INDEX_NAME, {"format_version": _VERSION, **asdict(index)})
 
 
 def check_first_stage(cache: LatentSpace, ours: LatentSpace, folder: Path) -> None:

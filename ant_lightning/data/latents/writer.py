@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
@@ -14,11 +14,11 @@ from ant_lightning.data.latents.cache import (
     Shard,
     check_first_stage,
     read_index,
-    write_index,
 )
 from ant_lightning.data.module import ImageDataModule, check_at_least
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files.identity import differences, shortened
+from ant_lightning.files.identity import check_identity
+from ant_lightning.files.json_file import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,26 +122,19 @@ class LatentWriter:
             identity=data.identity(found.identity if found else None),
         )
         shards = [*index.shards("train"), *index.shards("held_out")][rank::world_size]
-        if found is None:
-            write_index(self.output, index)
-        else:
-            self._check(found, index)
+        if found is not None:
+            check_first_stage(found.space, index.space, self.output)
+            # Equal fingerprints: the path of the first stage may differ.
+            index = replace(index, space=found.space)
+        path = self.output / INDEX_NAME
+        if check_identity(path, index.as_json(), setting="output"):
             shards = [shard for shard in shards if not self._is_whole(shard)]
+        else:
+            write_json(path, index.as_json())
         for shard in shards:
             moments, labels = self._encode(images[shard.split], encoder, shard, device)
             shard.write(self.output, moments=moments, labels=labels)
         return len(shards)
-
-    def _check(self, found: CacheIndex, index: CacheIndex) -> None:
-        """Refuse to go on with a cache of something else."""
-        check_first_stage(found.space, index.space, self.output)
-        # Equal fingerprints: the path of the first stage may differ.
-        found = replace(found, space=index.space)
-        for name, (then, now) in differences(_settings(found), _settings(index)).items():
-            raise ConfigError(
-                f"output: {self.output} has a cache made with {name} {shortened(then)}, found "
-                f"{shortened(now)}; use another folder"
-            )
 
     def _encode(
         self,
@@ -176,9 +169,3 @@ class LatentWriter:
         except FileError:
             return False  # missing, or damaged: written again
         return True
-
-
-def _settings(index: CacheIndex) -> dict[str, Any]:
-    """All that two calls for one cache must have in common, by name."""
-    settings = asdict(index)
-    return settings | {f"images.{name}": v for name, v in settings.pop("identity").items()}
