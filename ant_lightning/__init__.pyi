@@ -104,8 +104,10 @@ from ant_lightning.callbacks.excess_risk import (
 from ant_lightning.callbacks.progress import (
     TrainingProgress as TrainingProgress,
 )
-from ant_lightning.callbacks.samples import (
+from ant_lightning.callbacks.sample_grid import (
     SampleGrid as SampleGrid,
+)
+from ant_lightning.callbacks.sample_writer import (
     SampleWriter as SampleWriter,
 )
 from ant_lightning.cli.load_run import (

@@ -19,8 +19,6 @@ WITHOUT_EXAMPLE_YET = {
     "FirstStage",
     "LatentsData",
     "MultiTaskDiffusion",
-    "SampleGrid",
-    "SampleWriter",
     "ShardedStrategy",
     "load_run",
 }

@@ -1,23 +1,20 @@
-"""Where drawn images are kept: a folder of PNG files, or one npz file in ADM's format."""
+"""Where drawn images are kept: a folder of PNG files, or one npz file as ADM's evaluator reads."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
 import shutil
 import zipfile
-from abc import ABC, abstractmethod
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from ant_lightning.data.pictures import is_grey, open_picture
 from ant_lightning.data.stored_images import num_npz_images
 from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files.atomic import write_atomically
 from ant_lightning.files.identity import check_identity
 from ant_lightning.files.json_file import read_json, write_json
 
@@ -26,197 +23,132 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["NpzSamples", "PngSamples", "SampleFiles"]
+__all__ = ["NpzSamples", "PngSamples"]
 
 _NUMBER = re.compile(r"[0-9]{6,}")
 
 
-class SampleFiles(ABC):
-    """Images by index, from several ranks and perhaps several runs, all with the same identity.
+class PngSamples:
+    """`000000.png`, `000001.png`, ... in a folder, from several ranks and perhaps several runs.
+
+    `identity.json` says what they were made from.
 
     Args:
-        path: The folder or the file.
-        note: The file that stores the identity.
-        setting: The setting that gives `path`, for messages.
+        path: The folder.
     """
 
-    def __init__(self, path: Path, *, note: Path, setting: str) -> None:
-        self.path = path
-        self.note = note
-        self.setting = setting
+    setting = "folder"
 
-    def claim(self, identity: Mapping[str, Any], *, write: bool) -> None:
-        """Compare `identity` with that of the existing images, or store it if there are none.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.identity_file = path / "identity.json"
+        self._folder = path
+
+    def check(self, identity: Mapping[str, Any], *, store: bool) -> None:
+        """Compare `identity` with that of existing images, or store it if there are none.
 
         Raises:
             FileError: If existing images have another identity, or none is stored.
         """
-        stored = read_json(self.note, kind=dict) if self.note.exists() else {}
-        if self.note.exists() and "format" in stored:
-            check_identity(self.note, identity, setting=self.setting, content=self.path)
-            return
-        if self.note.exists() or self.holds_images():
+        known = self.identity_file.exists()
+        # Every identity has a format; the file of 0.1 had none, and its hash was weaker.
+        if known and "format" in read_json(self.identity_file, kind=dict):
+            check_identity(self.identity_file, identity, setting=self.setting, content=self.path)
+        elif known or self.holds_images():
             raise FileError(
-                f"{self.setting}: {self.path} holds images, or a note of ant_lightning 0.1, but no "
-                f"{self.note.name} that says how every image was made; choose another place, "
-                "or delete what is there"
+                f"{self.setting}: {self.path} holds images, or a file of ant_lightning 0.1, but no "
+                f"{self.identity_file.name} that says how every image was made; choose another "
+                "place, or delete what is there"
             )
-        if write:
-            write_json(self.note, identity)
-
-    @abstractmethod
-    def holds_images(self) -> bool:
-        """Whether there are any images, from any source."""
-
-    @abstractmethod
-    def present(self) -> set[int]:
-        """Indices of the images that are there already, from whichever rank."""
-
-    @abstractmethod
-    def write(self, indices: Sequence[int], images: Tensor) -> None:
-        """Keep uint8 images `[b, c, h, w]`; an image is there whole or not at all."""
-
-    def finish(self) -> None:  # noqa: B027 - a folder has nothing left to do
-        """Called on one rank, when all images are there."""
-
-
-class PngSamples(SampleFiles):
-    """`000000.png`, `000001.png`, ... in a folder, with `identity.json`."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, note=folder / "identity.json", setting="samples.folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        elif store:
+            write_json(self.identity_file, identity)
 
     def holds_images(self) -> bool:
-        """Whether there are pictures of any format: scoring would count them as generated."""
+        """Whether there are images of any format: scoring would count them as generated."""
         known = Image.registered_extensions()
         return any(path.suffix.lower() in known for path in self.path.rglob("*"))
 
     def present(self) -> set[int]:
-        """The indices in the file names, if they have the form that `write` gives them."""
-        numbers = [int(p.stem) for p in self.path.glob("*.png") if _NUMBER.fullmatch(p.stem)]
+        """Indices of the images that are there, by file names as `write` gives them."""
+        numbers = [int(p.stem) for p in self._folder.glob("*.png") if _NUMBER.fullmatch(p.stem)]
         return {number for number in numbers if self._file(number).exists()}
 
     def write(self, indices: Sequence[int], images: Tensor) -> None:
-        """One file each."""
+        """Write uint8 images `[b, c, h, w]`; a file is there whole or not at all."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         for index, image in zip(indices, images.permute(0, 2, 3, 1).numpy(), strict=True):
             target = self._file(index)
+            # Not flushed to the disk one by one: thousands of small files would take minutes.
             partial = target.with_suffix(".part")
-            grey = image.shape[-1] == 1
-            Image.fromarray(image[..., 0] if grey else image).save(partial, format="PNG")
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+                partial, format="PNG"
+            )
             partial.replace(target)
 
+    def finish(self) -> None:
+        """Called on one rank when all images are there."""
+
     def _file(self, index: int) -> Path:
-        return self.path / f"{index:06d}.png"
+        return self._folder / f"{index:06d}.png"
 
 
-class NpzSamples(SampleFiles):
+class NpzSamples(PngSamples):
     """`arr_0 [n, h, w, c]` uint8 in one npz file, as ADM's evaluator reads it.
 
-    Until all images are there each rank appends to a file of its own in `<file>.parts`: eight
-    bytes of the index, then the pixels. A record that a killed run left unfinished is cut off.
-    The identity is in `<file>.json`.
+    Until all images are there, they are PNG files in `<file>.parts`. The identity is in
+    `<file>.json`.
 
     Args:
         path: The npz file.
         num_images: `n`.
-        rank: Number of this rank.
 
     Raises:
         ConfigError: If the file is there with another number of images.
     """
 
-    def __init__(self, path: Path, *, num_images: int, rank: int) -> None:
-        note = path.with_name(path.name + ".json")
-        super().__init__(path, note=note, setting="samples.npz")
+    setting = "npz"
+
+    def __init__(self, path: Path, num_images: int) -> None:
+        super().__init__(path)
+        self.identity_file = path.with_name(path.name + ".json")
+        self._folder = path.with_name(path.name + ".parts")
         self.num_images = num_images
-        self._parts = path.with_name(path.name + ".parts")
-        self._own = self._parts / f"rank_{rank}.bin"
-        self._finished = path.exists()
-        if self._finished:
-            count = num_npz_images(path)
-            if count != num_images:
-                raise ConfigError(
-                    f"samples.npz: {path} is finished with {count} images; choose another file "
-                    f"for samples.num_images {num_images}"
-                )
+        if path.exists() and (count := num_npz_images(path)) != num_images:
+            raise ConfigError(
+                f"num_images: must be {count} as {path} holds, or choose another file, "
+                f"found {num_images}"
+            )
 
     def holds_images(self) -> bool:
         """Whether the file or parts of it exist."""
-        return self._finished or self._parts.exists()
+        return self.path.exists() or self._folder.exists()
 
     def present(self) -> set[int]:
-        """By the indices in the parts of all ranks, or all of a finished file."""
-        return set(range(self.num_images)) if self._finished else set(self._places())
-
-    def write(self, indices: Sequence[int], images: Tensor) -> None:
-        """Append a batch."""
-        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-        self._parts.mkdir(parents=True, exist_ok=True)
-        shape = self._image_shape()
-        if shape is None:
-            partial = self._own.with_suffix(".part")
-            partial.write_text(json.dumps(pixels.shape[1:]))
-            partial.replace(self._parts / "image_shape.json")
-        elif self._own.exists():
-            size = self._own.stat().st_size
-            os.truncate(self._own, size - size % _record(shape))
-        records = (
-            index.to_bytes(8, "little") + image.tobytes()
-            for index, image in zip(indices, pixels, strict=True)
-        )
-        with self._own.open("ab") as file:
-            file.write(b"".join(records))
+        """Indices of the images that are there."""
+        return set(range(self.num_images)) if self.path.exists() else super().present()
 
     def finish(self) -> None:
-        """Put the images into the order of their indices, one at a time; drop the parts."""
-        if self._finished:
-            return
-        places, shape = self._places(), self._image_shape() or (0, 0, 0)
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.num_images, *shape)}
-        partial = self.path.with_name(self.path.name + ".part")
-        with ExitStack() as stack:
-            parts = {part for part, _ in places.values()}
-            files = {part: stack.enter_context(part.open("rb")) for part in parts}
-            archive = stack.enter_context(zipfile.ZipFile(partial, "w"))
-            stream = stack.enter_context(archive.open("arr_0.npy", "w", force_zip64=True))
+        """Put the images into one file, in the order of their indices; delete the parts."""
+        if not self.path.exists():
+            write_atomically(self.path, self._write_npz)
+            shutil.rmtree(self._folder)
+
+    def _write_npz(self, file: BinaryIO) -> None:
+        """Write one image at a time: 50,000 images of 256 x 256 are 10 GB."""
+        channels = 1 if is_grey(self._file(0)) else 3
+        width, height = size = open_picture(self._file(0), channels=channels).size
+        shape = (self.num_images, height, width, channels)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        with (
+            zipfile.ZipFile(file, "w") as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as stream,
+        ):
             np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
             for index in range(self.num_images):
-                part, offset = places[index]
-                files[part].seek(offset)
-                stream.write(files[part].read(math.prod(shape)))
-        partial.replace(self.path)
-        shutil.rmtree(self._parts)
-        self._finished = True
-
-    def _image_shape(self) -> tuple[int, int, int] | None:
-        """`(h, w, c)`, once an image was written."""
-        note = self._parts / "image_shape.json"
-        if not note.exists():
-            return None
-        sides = read_json(note, kind=list)
-        if len(sides) != 3 or any(type(each) is not int or each < 1 for each in sides):
-            raise FileError(f"samples: {note} must hold the three sides of an image, found {sides}")
-        return sides[0], sides[1], sides[2]
-
-    def _places(self) -> dict[int, tuple[Path, int]]:
-        """File and position of the pixels of every image."""
-        shape = self._image_shape()
-        places: dict[int, tuple[Path, int]] = {}
-        if shape is None:
-            return places
-        record = _record(shape)
-        for part in sorted(self._parts.glob("rank_*.bin")):
-            size = part.stat().st_size
-            with part.open("rb") as file:
-                for start in range(0, size - size % record, record):
-                    file.seek(start)
-                    index = int.from_bytes(file.read(8), "little")
-                    if index < self.num_images:
-                        places[index] = (part, start + 8)
-        return places
-
-
-def _record(image_shape: tuple[int, int, int]) -> int:
-    """Bytes of an index and an image."""
-    return 8 + math.prod(image_shape)
+                picture = open_picture(self._file(index), channels=channels)
+                if picture.size != size:
+                    raise FileError(
+                        f"{self._file(index)}: must be {width} x {height} as image 0, found "
+                        f"{picture.width} x {picture.height}"
+                    )
+                stream.write(picture.tobytes())

@@ -19,7 +19,7 @@ from ant_lightning.callbacks.dashboard import Dashboard
 from ant_lightning.callbacks.ema import EMA
 from ant_lightning.callbacks.progress import TrainingProgress
 from ant_lightning.callbacks.run_lines import RunLines
-from ant_lightning.callbacks.samples import SampleWriter
+from ant_lightning.callbacks.sample_writer import SampleWriter
 from ant_lightning.cli.config_files import (
     check_config_file,
     config_paths,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,9 +10,9 @@ import torch
 
 from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import warn_of_empty_classes
-from ant_lightning.callbacks.figures import log_folder, save_figure
+from ant_lightning.callbacks.figures import append_row, save_figure
 from ant_lightning.data.batch import to_uint8
-from ant_lightning.data.module import needed_image_data
+from ant_lightning.data.module import check_at_least, needed_image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.figure import quality_history
@@ -23,7 +23,6 @@ from ant_lightning.generation.statistics import ImageStatistics
 if TYPE_CHECKING:
     import lightning as L
 
-    from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.models.module import MultiTaskDiffusion
 
@@ -84,9 +83,7 @@ class GenerationMetrics(RunCallback):
     ) -> None:
         if num_images is not None and num_images <= k:
             raise ConfigError(f"num_images: must be above k = {k}, found {num_images}")
-        for name, number in {"batch_size": batch_size, "every_n_epochs": every_n_epochs}.items():
-            if number < 1:
-                raise ConfigError(f"{name}: must be at least 1, found {number}")
+        check_at_least(1, batch_size=batch_size, every_n_epochs=every_n_epochs)
         if reference == "train" and with_train:
             raise ConfigError(
                 "with_train: must be false if training images are the reference, found true"
@@ -138,21 +135,21 @@ class GenerationMetrics(RunCallback):
         """Scores that know the real images; on several ranks, all must call it.
 
         Args:
-            data: Whose held-out and training images.
+            data: Has the held-out and training images.
             seed: Of subsets, splits and halves.
             device: Where features are computed.
             cache_dir: Where statistics are kept if no `cache_dir` was given.
         """
-        self.extractor.to(device)
         cache = cache_dir if self.cache_dir is None else Path(self.cache_dir)
-
-        def statistics(dataset: ImageDataset) -> ImageStatistics:
-            return real_statistics(data, dataset, self.extractor, cache_dir=cache, device=device)
-
-        if self.reference not in (None, "train"):
-            real = ImageStatistics.load(self.reference)
+        statistics = partial(
+            real_statistics, extractor=self.extractor, cache_dir=cache, device=device
+        )
+        if self.reference == "train":
+            real = statistics(data.train_images)
+        elif self.reference is None:
+            real = statistics(data.held_out_images)
         else:
-            real = statistics(data.train_images if self.reference else data.held_out_images)
+            real = ImageStatistics.load(self.reference)
         train = statistics(data.train_images) if self.with_train else None
         scores = GenerationScores(self.extractor, real=real, train=train, k=self.k, seed=seed)
         return scores.to(device)
@@ -168,10 +165,12 @@ class GenerationMetrics(RunCallback):
         if self._scores is None:
             if trainer.is_global_zero:
                 warn_of_empty_classes(data, pl_module.num_classes)
-            folder = trainer.logger and trainer.logger.save_dir
-            cache = Path(folder) / "reference_cache" if folder else None
+            logs = trainer.logger and trainer.logger.save_dir
             self._scores = self.new_scores(
-                data, seed=seed, device=pl_module.device, cache_dir=cache
+                data,
+                seed=seed,
+                device=pl_module.device,
+                cache_dir=Path(logs) / "reference_cache" if logs else None,
             )
         metric = self._scores
         mine = range(trainer.global_rank, num_images, trainer.world_size)
@@ -179,7 +178,7 @@ class GenerationMetrics(RunCallback):
             batch = mine[start : start + self.batch_size]
             metric.update(to_uint8(pl_module.sample(batch, seed=self.seed)))
         scores = metric.compute()
-        logits = metric.generated_images.compute().logits
+        logits = metric.generated.compute().logits
         if logits is not None and logits.shape[1] == pl_module.num_classes:
             asked = torch.arange(num_images, device=logits.device) % pl_module.num_classes
             scores["class_agreement"] = (logits.argmax(1) == asked).double().mean().item()
@@ -189,8 +188,6 @@ class GenerationMetrics(RunCallback):
         pl_module.log_dict(named, rank_zero_only=True)
         step = steps_of(trainer, pl_module)
         self._history[step] = scores
-        if not trainer.is_global_zero:
-            return
         row = {
             "stage": prefix,
             "scores": scores,
@@ -201,13 +198,12 @@ class GenerationMetrics(RunCallback):
             "guidance_scale": pl_module.guidance_scale,
             "seed": seed,
         }
-        with (log_folder(trainer) / "generation_metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        steps, history = zip(*sorted(self._history.items()), strict=True)
-        save_figure(
-            trainer,
-            quality_history(steps, history),
-            tag="2_quality/history",
-            explain="FID is good when it reaches the dashed line; generated images much nearer to "
-            "training images than held-out ones are copies.",
-        )
+        append_row(trainer, "generation_metrics.jsonl", row)
+        if trainer.is_global_zero:
+            save_figure(
+                trainer,
+                quality_history(self._history),
+                tag="2_quality/history",
+                explain="FID is good when it reaches the dashed line; generated images much nearer "
+                "to training images than held-out ones are copies.",
+            )

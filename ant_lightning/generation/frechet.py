@@ -145,15 +145,16 @@ def _reduced_root(covariance: Tensor) -> Tensor:
     return root
 
 
-def warn_if_rank_deficient(num_samples: int, num_features: int, *, what: str) -> None:
+def warn_if_rank_deficient(gaussian: GaussianStatistics, *, what: str) -> None:
     """Warn that n samples give a covariance of rank at most n - 1 when n <= d.
 
     FID is then still defined, but larger the smaller n is: only values at the same n compare.
     """
-    if num_samples <= num_features:
+    count, num_features = gaussian.num_samples, len(gaussian.mean)
+    if count is not None and count <= num_features:
         warnings.warn(
-            f"{num_samples} {what} for {num_features} features: the covariance has rank at most "
-            f"{num_samples - 1}, and FID is biased upwards; compare at the same number only",
+            f"{count} {what} for {num_features} features: the covariance has rank at most "
+            f"{count - 1}, and FID is biased upwards; compare at the same number only",
             RankDeficientWarning,
             stacklevel=3,
         )

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torchmetrics import MinMetric
 
+from ant_lightning.data.dataset import CHUNK
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.identity import tensors_digest
 from ant_lightning.generation.features import ImageFeatures
@@ -20,14 +21,12 @@ if TYPE_CHECKING:
     import torch
 
     from ant_lightning.data.dataset import ImageDataset
-    from ant_lightning.data.module import ImageDataModule
     from ant_lightning.generation.extractor import FeatureExtractor
 
 __all__ = ["real_statistics"]
 
 
 def real_statistics(
-    data: ImageDataModule,
     dataset: ImageDataset,
     extractor: FeatureExtractor,
     *,
@@ -37,8 +36,7 @@ def real_statistics(
     """Statistics and features of real images; ranks share the work.
 
     Args:
-        data: Whose pixels.
-        dataset: Its training or its held-out images.
+        dataset: The training or the held-out images.
         extractor: Gives the features.
         cache_dir: Where they are kept, each under a fingerprint of pixels, extractor and weights;
             `None` for nowhere. Processes may share the folder: files appear whole, and a damaged
@@ -53,7 +51,11 @@ def real_statistics(
         raise ConfigError(f"data: each of {ranks} ranks needs a real image, found {len(dataset)}")
     path, fingerprint, cached = None, "", None
     if cache_dir is not None:
-        fingerprint = _fingerprint(data.fingerprint(dataset), extractor)
+        network = tensors_digest([*extractor.parameters(), *extractor.buffers()])
+        depends_on = (dataset.fingerprint(), extractor.name, network)
+        # The form of 0.1, so that its files are found.
+        text = "".join(f"str {len(part)} {part};" for part in depends_on)
+        fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
         path = cache_dir / f"{fingerprint}.safetensors"
         cached = _load(path, fingerprint)
     # One rank may not see another's disk: unless all have the file, all compute together.
@@ -62,20 +64,13 @@ def real_statistics(
     if on_all_ranks.compute() == 1 and cached is not None:
         return cached
     images = ImageFeatures(extractor).to(device)
-    for batch in data.pixels(dataset, first=rank, every=ranks):
-        images.update(batch)
+    mine = range(rank, len(dataset), ranks)
+    for start in range(0, len(mine), CHUNK):
+        images.update(dataset.pixels(mine[start : start + CHUNK]))
     found = images.compute()
     if path is not None and rank == 0:
         found.save(path, fingerprint=fingerprint)
     return found
-
-
-def _fingerprint(pixels: str, extractor: FeatureExtractor) -> str:
-    """A hash of everything that the statistics depend on."""
-    network = tensors_digest([*extractor.parameters(), *extractor.buffers()])
-    # The form of 0.1, so that its files are found.
-    parts = "".join(f"str {len(part)} {part};" for part in (pixels, extractor.name, network))
-    return hashlib.sha256(parts.encode()).hexdigest()[:32]
 
 
 def _load(path: Path, fingerprint: str) -> ImageStatistics | None:

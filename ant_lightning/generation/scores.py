@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torchmetrics import Metric
@@ -49,28 +49,27 @@ class GenerationScores(Metric):
 
     Args:
         extractor: Gives the features.
-        real: Statistics of the real images, in place of `update(images, "real")`.
-        train: Those of the training images, in place of `update(images, "train")`; the companions
-            that need them are left out without.
+        real: Statistics of the real images.
+        train: Statistics of the training images; the companions that need them are left out
+            without.
         k: Neighbour of precision and recall; 0 leaves these two out.
         kid_subset_size: Images per KID subset; at most all of the smaller set are taken. If that
             is all of both sets, KID is computed once and has no `kid_std`.
         kid_num_subsets: KID subsets.
         num_splits: Splits of the Inception score; at most one per image.
         seed: Of subsets, splits and halves.
-        fid_only: Whether to leave out all but `fid`; then no features are kept, and memory does
-            not grow with the number of images.
 
     Raises:
-        ConfigError: In `compute`, if there are too few images, or real images of another extractor
-            or another size.
+        ConfigError: The real images have another extractor or another size; in `compute`, if there
+            are too few images.
 
     Example:
         >>> import torch
-        >>> from ant_lightning import DigitsFeatures, GenerationScores
+        >>> from ant_lightning import DigitsFeatures, GenerationScores, ImageFeatures
         >>> images = torch.randint(256, (99, 1, 8, 8), dtype=torch.uint8)
-        >>> scores = GenerationScores(DigitsFeatures())
-        >>> scores.update(images, "real")
+        >>> real = ImageFeatures(DigitsFeatures())
+        >>> real.update(images)
+        >>> scores = GenerationScores(DigitsFeatures(), real=real.compute())
         >>> scores.update(images)
         >>> found = scores.compute()
         >>> round(found["fid"], 4), found["precision"], found["recall"], found["num_images"]
@@ -83,90 +82,67 @@ class GenerationScores(Metric):
         self,
         extractor: FeatureExtractor,
         *,
-        real: ImageStatistics | None = None,
+        real: ImageStatistics,
         train: ImageStatistics | None = None,
         k: int = 3,
         kid_subset_size: int = 1000,
         kid_num_subsets: int = 100,
         num_splits: int = 10,
         seed: int = 2020,
-        fid_only: bool = False,
     ) -> None:
         super().__init__()
+        real.check(extractor)
+        self.generated = ImageFeatures(extractor)
+        self.real = real
+        self.of_train = train
         self.k = k
         self.kid_subset_size = kid_subset_size
         self.kid_num_subsets = kid_num_subsets
         self.num_splits = num_splits
         self.seed = seed
-        self.fid_only = fid_only
-        self._known = {"real": real, "train": train}
-        keep = not fid_only
-        self.generated_images = ImageFeatures(extractor, keep_features=keep)
-        self.real_images = ImageFeatures(extractor, keep_features=keep)
-        self.train_images = ImageFeatures(extractor, keep_features=keep)
 
-    def update(
-        self, images: Tensor, source: Literal["generated", "real", "train"] = "generated"
-    ) -> None:
-        """Add uint8 images `[n, c, h, w]`: generated, real, or training images.
+    def update(self, images: Tensor) -> None:
+        """Add generated uint8 images `[n, c, h, w]`.
 
         Raises:
-            ConfigError: Another dtype or shape, features that are not finite, or a source whose
-                statistics were given.
+            ConfigError: Another dtype or shape, or features that are not finite.
         """
-        if self._known.get(source) is not None:
-            raise ConfigError(f"source: {source} has statistics already, found more images of it")
-        if self._known["real"] is not None:
-            self._known["real"].check(self.generated_images.extractor, tuple(images.shape[1:]))
-        self._images(source).update(images)
+        self.real.check(self.generated.extractor, tuple(images.shape[1:]))
+        self.generated.update(images)
 
     def reset(self) -> None:
-        """Forget all images; statistics that were given stay."""
+        """Forget the generated images."""
         super().reset()
-        for source in ("generated", "real", "train"):
-            self._images(source).reset()
+        self.generated.reset()
 
     def compute(self) -> dict[str, float]:
         """The scores of the images of all ranks."""
-        generated = self.generated_images.compute()
-        real, train = self._statistics("real"), self._statistics("train")
-        if real is None:
-            raise ConfigError('real: needs statistics, or update(images, "real"), found neither')
-        num_images, num_features = generated.gaussian.num_samples or 0, len(generated.gaussian.mean)
-        if num_images <= self.k and not self.fid_only:
+        generated, real = self.generated.compute(), self.real
+        features = generated.features
+        num_images = 0 if features is None else len(features)
+        if features is None or num_images <= self.k:
             raise ConfigError(
                 f"k: must be less than the number of images ({num_images}), found {self.k}"
             )
-        warn_if_rank_deficient(num_images, num_features, what="generated images")
-        scores = {
-            "fid": frechet_distance(generated.gaussian, real.gaussian),
-            "num_images": float(num_images),
-        }
+        warn_if_rank_deficient(generated.gaussian, what="generated images")
+        warn_if_rank_deficient(real.gaussian, what="real images")
+        fid = frechet_distance(generated.gaussian, real.gaussian)
+        scores = {"fid": fid, "num_images": float(num_images)}
         if real.gaussian.num_samples is not None:
-            warn_if_rank_deficient(real.gaussian.num_samples, num_features, what="real images")
             scores["num_real"] = float(real.gaussian.num_samples)
-        if generated.features is None:
-            return scores
         if generated.logits is not None:
             splits = min(self.num_splits, num_images)
             score = inception_score(generated.logits, num_splits=splits, seed=self.seed)
             scores |= {"inception_score": score.mean, "inception_score_std": score.std}
-        features = generated.features
-        if real.features is not None:
-            scores |= self._against_real(features, real.features.to(features.device))
-        if train is not None and train.features is not None:
-            scores |= self._against_train(generated, real, train.features.to(features.device))
-        elif real.features is not None:
-            scores |= self._halves(real.features, num_images)
+        of_real = None if real.features is None else real.features.to(features.device)
+        if of_real is not None:
+            scores |= self._against_real(features, of_real)
+        if self.of_train is not None and self.of_train.features is not None:
+            of_train = self.of_train.features.to(features.device)
+            scores |= self._against_train(features, of_real, of_train)
+        elif of_real is not None:
+            scores |= self._halves(of_real, num_images)
         return scores
-
-    def _images(self, source: str) -> ImageFeatures:
-        images: ImageFeatures = getattr(self, f"{source}_images")
-        return images
-
-    def _statistics(self, source: str) -> ImageStatistics | None:
-        known, images = self._known[source], self._images(source)
-        return images.compute() if known is None and images.update_called else known
 
     def _against_real(self, generated: Tensor, real: Tensor) -> dict[str, float]:
         """What needs the real features themselves."""
@@ -189,26 +165,20 @@ class GenerationScores(Metric):
             return {}
         order = self._permutation(len(real))
         first, second = real[order[:half]], real[order[half : 2 * half]]
-        distance = frechet_distance(*map(GaussianStatistics.from_features, (first, second)))
-        return {"fid_real": distance, "fid_real_num_images": float(half)}
+        return {"fid_real": _fid(first, second), "fid_real_num_images": float(half)}
 
     def _against_train(
-        self, generated: ImageStatistics, real: ImageStatistics, train: Tensor
+        self, generated: Tensor, real: Tensor | None, train: Tensor
     ) -> dict[str, float]:
         """What shows whether the model copies its training images."""
-        features = generated.features
-        assert features is not None
         order = self._permutation(len(train))
-        count = len(train) if real.features is None else len(real.features)
-        part = GaussianStatistics.from_features(train[order[:count]])
-        scores = {"fid_train": frechet_distance(generated.gaussian, part)}
-        queries = {"nearest_train": features}
-        if real.features is not None:
-            same = train[order[: len(features)]]
-            moments = GaussianStatistics.from_features(same)
-            scores["fid_real"] = frechet_distance(moments, real.gaussian)
-            scores["fid_real_num_images"] = float(len(same))
-            queries["nearest_train_real"] = real.features.to(train.device)
+        part = train[order[: len(train) if real is None else len(real)]]
+        scores = {"fid_train": _fid(generated, part)}
+        queries = {"nearest_train": generated}
+        if real is not None:
+            same = train[order[: len(generated)]]
+            scores |= {"fid_real": _fid(same, real), "fid_real_num_images": float(len(same))}
+            queries["nearest_train_real"] = real
         for name, rows in queries.items():
             distances = nearest_distance(rows, train)
             scores[f"{name}_mean"] = distances.mean().item()
@@ -217,3 +187,7 @@ class GenerationScores(Metric):
 
     def _permutation(self, count: int) -> Tensor:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+
+
+def _fid(first: Tensor, second: Tensor) -> float:
+    return frechet_distance(*map(GaussianStatistics.from_features, (first, second)))

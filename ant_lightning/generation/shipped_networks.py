@@ -68,13 +68,17 @@ class _ShippedNetwork(FeatureExtractor):
 
     what: ClassVar[str]  # a name in `WEIGHTS`
     layers: ClassVar[Callable[[], nn.ModuleDict]]
+    channels: ClassVar[int]
+    size: ClassVar[int]
+    trunk: nn.Module
+    head: nn.Module
 
     def __init__(self, weights: str | Path | None = None) -> None:
         path = Path(weights or WEIGHTS[self.what])
         state, self.metadata = read_safetensors(path)
-        network = type(self).layers()
         super().__init__(num_features=64, name="")
-        self.trunk, self.head = network["trunk"], network["head"]
+        for name, module in type(self).layers().items():
+            self.add_module(name, module)
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
@@ -86,12 +90,25 @@ class _ShippedNetwork(FeatureExtractor):
         digest = hashlib.sha256()
         for key in sorted(state):
             digest.update(state[key].numpy().tobytes())
-        self.name = f"{self.what}-cnn-{self.num_features}-{digest.hexdigest()[:8]}"
+        self.name = f"{self.what}-cnn-64-{digest.hexdigest()[:8]}"
         self.requires_grad_(False).eval()
 
-    def _classified(self, images: Tensor) -> Features:
-        features = self.trunk(images)
+    def extract(self, images: Tensor) -> Features:
+        """Features `[n, 64]` and logits `[n, classes]` of uint8 images `[n, c, h, w]`.
+
+        Raises:
+            ConfigError: Another dtype, number of channels or size than the network takes.
+        """
+        check_images(images, channels=(self.channels,))
+        features = self.trunk(self.resized(images.to(torch.float32) / 127.5 - 1))
         return Features(features, self.head(features))
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Images `[n, c, size, size]`, of which a network may refuse other sizes."""
+        if images.shape[2:] == (self.size, self.size):
+            return images
+        size = (self.size, self.size)
+        return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 class DigitsFeatures(_ShippedNetwork):
@@ -118,17 +135,13 @@ class DigitsFeatures(_ShippedNetwork):
 
     what = "digits"
     layers = staticmethod(digits_layers)
+    channels, size = 1, 8
 
-    def extract(self, images: Tensor) -> Features:
-        """Features `[n, 64]` and logits `[n, 10]` of uint8 images `[n, 1, 8, 8]`.
-
-        Raises:
-            ConfigError: Another dtype, or another shape than `[n, 1, 8, 8]`.
-        """
-        check_images(images, channels=(1,))
+    def resized(self, images: Tensor) -> Tensor:
+        """Refuse all but 8 x 8."""
         if images.shape[2:] != (8, 8):
             raise ConfigError(f"images: must be 8 x 8 digits, found {list(images.shape[2:])}")
-        return self._classified(images.to(torch.float32) / 127.5 - 1)
+        return images
 
 
 class ShapesFeatures(_ShippedNetwork):
@@ -153,15 +166,4 @@ class ShapesFeatures(_ShippedNetwork):
 
     what = "shapes"
     layers = staticmethod(shapes_layers)
-
-    def extract(self, images: Tensor) -> Features:
-        """Features `[n, 64]` and logits `[n, 12]` of uint8 images `[n, 3, h, w]`.
-
-        Raises:
-            ConfigError: Another dtype, or another number of channels.
-        """
-        check_images(images, channels=(3,))
-        x = images.to(torch.float32) / 127.5 - 1
-        if images.shape[2:] != (32, 32):
-            x = F.interpolate(x, (32, 32), mode="bilinear", antialias=True, align_corners=False)
-        return self._classified(x)
+    channels, size = 3, 32

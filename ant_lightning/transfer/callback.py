@@ -276,9 +276,7 @@ class NegativeTransferGap(RunCallback):
             real = ImageStatistics.load(self.reference)
         else:
             cache = None if self.cache_dir is None else Path(self.cache_dir)
-            real = real_statistics(
-                data, data.held_out_images, extractor, cache_dir=cache, device=device
-            )
+            real = real_statistics(data.held_out_images, extractor, cache_dir=cache, device=device)
         real.check(extractor)
         return real.gaussian
 

@@ -93,9 +93,9 @@ FIGURES = {
         DiscreteDiffusion(CosineSchedule(100)).log_snr,
         last_step=100,
     ),
-    "one measurement": lambda: quality_history([7], [{"fid": 3.0, "fid_real": 1.0}]),
+    "one measurement": lambda: quality_history({7: {"fid": 3.0, "fid_real": 1.0}}),
     "a value that came later": lambda: quality_history(
-        [7, 9], [{"fid": 300.0}, {"fid": 2.0, "precision": 0.0}]
+        {7: {"fid": 300.0}, 9: {"fid": 2.0, "precision": 0.0}}
     ),
     "transfer of 0": lambda: transfer_heat_map(np.zeros((2, 2)), labels=["a", "b"], title="t"),
     "arrows": lambda: gradient_arrows(

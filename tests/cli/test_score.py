@@ -15,6 +15,7 @@ from ant_lightning import (
     DigitsFeatures,
     GenerationMetrics,
     GenerationScores,
+    ImageFeatures,
     StoredImages,
 )
 from ant_lightning.cli.main import main
@@ -41,13 +42,16 @@ def npz(tmp_path, images):
     return tmp_path / "all.npz"
 
 
-def expected(images, *, train=True):
-    data, scores = DigitsData(), GenerationScores(DigitsFeatures(), seed=0)
-    scores.update(images)
-    for dataset, source in ((data.held_out_images, "real"), (data.train_images, "train")):
+def expected(images):
+    data, extractor = DigitsData(), DigitsFeatures()
+    found = {}
+    for dataset, name in ((data.held_out_images, "real"), (data.train_images, "train")):
+        features = ImageFeatures(extractor)
         for batch in data.pixels(dataset):
-            if train or source == "real":
-                scores.update(batch, source)
+            features.update(batch)
+        found[name] = features.compute()
+    scores = GenerationScores(extractor, seed=0, **found)
+    scores.update(images)
     return scores.compute()
 
 

@@ -19,7 +19,7 @@ _CONTEXT.set_forkserver_preload(
     [
         "ant_lightning.models",
         "ant_lightning.callbacks.dashboard",
-        "ant_lightning.callbacks.samples",
+        "ant_lightning.callbacks.sample_writer",
         "ant_lightning.data.digits",
         "torch.distributed.fsdp",
         "torch.distributed.tensor",

@@ -114,7 +114,7 @@ def test_bad_input_names_the_rule_and_the_value():
 
 def test_too_few_images_warn_with_the_rank():
     with pytest.warns(RankDeficientWarning, match="64 real images for 64 .* rank at most 63"):
-        warn_if_rank_deficient(64, 64, what="real images")
+        warn_if_rank_deficient(_gaussian(np.zeros(64), np.eye(64), 64), what="real images")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_rank_deficient(65, 64, what="real images")
+        warn_if_rank_deficient(_gaussian(np.zeros(64), np.eye(64), 65), what="real images")

@@ -16,6 +16,7 @@ from ant_lightning import (
     ImageFeatures,
     ImageStatistics,
     ModuleFeatures,
+    frechet_distance,
     kernel_distance,
 )
 from ant_lightning.generation.frechet import RankDeficientWarning
@@ -23,15 +24,24 @@ from ant_lightning.generation.frechet import RankDeficientWarning
 SETTINGS = {"kid_num_subsets": 5, "kid_subset_size": 20}
 
 
+def statistics(images, extractor, *, batch_size=16):
+    features = ImageFeatures(extractor)
+    for batch in images.split(batch_size):
+        features.update(batch)
+    return features.compute()
+
+
 def scored(extractor, generated, real, train=None, *, batch_size=16, **settings):
     """Scores of images, or statistics in the place of real and training images."""
-    sets = {"generated": generated, "real": real, "train": train}
-    known = {name: each for name, each in sets.items() if isinstance(each, ImageStatistics)}
-    metric = GenerationScores(extractor, **(known | SETTINGS | settings))
-    for source, images in sets.items():
-        if isinstance(images, torch.Tensor):
-            for batch in images.split(batch_size):
-                metric.update(batch, source)
+    real, train = (
+        statistics(each, extractor, batch_size=batch_size)
+        if isinstance(each, torch.Tensor)
+        else each
+        for each in (real, train)
+    )
+    metric = GenerationScores(extractor, real=real, train=train, **(SETTINGS | settings))
+    for batch in generated.split(batch_size):
+        metric.update(batch)
     return metric.compute()
 
 
@@ -116,13 +126,9 @@ def test_a_model_that_memorises_is_shown_up_by_its_companions(sets, extractor):
 
 def test_statistics_that_are_known_score_as_the_images(sets, extractor):
     generated, real, train = sets
-    statistics = ImageStatistics.from_features(extractor(real))
-    known = ImageStatistics.from_features(extractor(train))
+    known = [ImageStatistics.from_features(extractor(images)) for images in (real, train)]
     whole = scored(extractor, generated, real, train)
-    assert scored(extractor, generated, statistics, known) == pytest.approx(whole, rel=1e-9)
-    metric = GenerationScores(extractor, real=statistics)
-    with pytest.raises(ConfigError, match="source: real has statistics already"):
-        metric.update(real, "real")
+    assert scored(extractor, generated, *known) == pytest.approx(whole, rel=1e-9)
 
 
 def test_the_size_of_the_batches_does_not_matter(sets, extractor):
@@ -146,14 +152,17 @@ def test_a_reset_forgets_images_and_keeps_statistics(sets, extractor):
     assert metric.compute() == once
 
 
-def test_fid_alone_keeps_no_features(sets, extractor):
+def test_moments_alone_keep_no_features(sets, extractor):
     generated, real, _ = sets
-    metric = GenerationScores(extractor, fid_only=True)
-    metric.update(generated)
-    metric.update(real, "real")
-    assert set(metric.compute()) == {"fid", "num_images", "num_real"}
-    assert metric.generated_images.features == []
-    assert metric.compute()["fid"] == pytest.approx(scored(extractor, generated, real)["fid"])
+    moments = []
+    for images in (generated, real):
+        features = ImageFeatures(extractor, keep_features=False)
+        for batch in images.split(16):
+            features.update(batch)
+        assert features.features == features.positions == []
+        moments.append(features.compute().gaussian)
+    fid = scored(extractor, generated, real)["fid"]
+    assert frechet_distance(*moments) == pytest.approx(fid, rel=1e-12)
 
 
 def test_too_few_images_warn_once_for_each_set_with_the_rank(sets, extractor):
@@ -168,8 +177,8 @@ def test_too_few_images_warn_once_for_each_set_with_the_rank(sets, extractor):
 
 def test_statistics_without_features_give_what_they_can(sets, extractor):
     generated, real, train = sets
-    statistics = ImageStatistics(GaussianStatistics.from_features(extractor(real)))
-    scores = scored(extractor, generated, statistics, train)
+    alone = ImageStatistics(GaussianStatistics.from_features(extractor(real)))
+    scores = scored(extractor, generated, alone, train)
     assert set(scores) == {
         "fid",
         "fid_train",
@@ -182,23 +191,17 @@ def test_statistics_without_features_give_what_they_can(sets, extractor):
 
 def test_bad_input_names_the_rule_and_the_value(sets, extractor):
     generated, real, _ = sets
-    metric = GenerationScores(extractor)
-    metric.update(generated)
-    with pytest.raises(ConfigError, match="real: needs statistics, or update"):
-        metric.compute()
     with pytest.raises(ConfigError, match=r"k: must be less than .*images \(3\), found 3"):
         scored(extractor, generated[:3], real)
-    statistics = ImageStatistics.from_features(
-        extractor(real), extractor="pool", image_shape=(1, 4, 4)
-    )
+    known = statistics(real, extractor)
     wide = generated.repeat(1, 1, 1, 2)
     with pytest.raises(
         ConfigError, match=r"shape of the images must be \(1, 4, 8\), found \(1, 4, 4\)"
     ):
-        scored(extractor, wide, statistics)
+        scored(extractor, wide, known)
     other = ModuleFeatures(_Pool(), num_features=4, name="other")
     with pytest.raises(ConfigError, match="its extractor must be other, found pool"):
-        scored(other, generated, statistics)
+        scored(other, generated, known)
 
 
 # --- the features of one set --------------------------------------------------------------------

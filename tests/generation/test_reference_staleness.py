@@ -38,7 +38,7 @@ def fill(root, seed):
 def mean(root, cache, extractor=0, **options):
     settings = {"image_size": 8, "batch_size": 1, "num_held_out": 3, "num_workers": 0}
     data = ImageFolderData(str(root), **{**settings, **options})
-    found = real_statistics(data, data.held_out_images, Projection(extractor), cache_dir=cache)
+    found = real_statistics(data.held_out_images, Projection(extractor), cache_dir=cache)
     return found.gaussian.mean
 
 
@@ -96,5 +96,5 @@ def test_a_failed_computation_leaves_nothing_behind(tmp_path):
     fill(root, seed=0)
     data = ImageFolderData(str(root), image_size=8, batch_size=1, num_held_out=3, num_workers=0)
     with pytest.raises(ConfigError, match="finite features"):
-        real_statistics(data, data.held_out_images, Projection(0, scale=torch.inf), cache_dir=cache)
+        real_statistics(data.held_out_images, Projection(0, scale=torch.inf), cache_dir=cache)
     assert not cache.exists()

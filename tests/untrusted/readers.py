@@ -83,6 +83,10 @@ def reference(path):
     np.savez(path, extractor=np.array("digits"), image_shape=np.array([1, 8, 8]), **arrays)
 
 
+def statistics(path):
+    ImageStatistics.from_features(torch.eye(3), extractor="e", image_shape=(1, 8, 8)).save(path)
+
+
 def images(path):
     np.savez_compressed(path, arr_0=np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3))
 
@@ -114,17 +118,13 @@ def class_map(path):
     path.write_text(json.dumps({"ant": 0, "bee": 1}))
 
 
-def notes(path):
-    claim(path, write=True)
+def identity_of_samples(path):
+    check_samples(path, store=True)
 
 
-def claim(path, *, write):
-    files = NpzSamples(path.with_suffix(""), num_images=1, rank=0)
-    files.claim({"format": 2, "seed": 0, "sampler": "DDIM"}, write=write)
-
-
-def image_shape(path):
-    path.write_text(json.dumps([8, 8, 1]))
+def check_samples(path, *, store):
+    files = NpzSamples(path.with_suffix(""), 1)
+    files.check({"format": 2, "seed": 0, "sampler": "DDIM"}, store=store)
 
 
 def config(path):
@@ -207,19 +207,13 @@ def read_run(path):
     restore_state(run_module(), content)
 
 
-def sample_shape(path):
-    """Read the note through the class that keeps it."""
-    samples = NpzSamples.__new__(NpzSamples)
-    samples._parts = path.parent
-    return samples._image_shape()
-
-
 # name of the reader -> (name of the file, write a good one, read it)
 READERS = {
     "affinity": ("a.npz", affinity, lambda p: GradientClustering(p, 2)(torch.zeros(10))),
     "affinity result": ("a.safetensors", affinity_result, AffinityResult.load),
     "affinity of 0.1": ("a.npz", affinity_of_0_1, AffinityResult.load),
     "reference": ("r.npz", reference, ImageStatistics.load),
+    "image statistics": ("r.safetensors", statistics, ImageStatistics.load),
     "images": ("i.npz", images, lambda p: list(npz_batches(p, batch_size=100))),
     "resume identity": ("identity.json", gradients, gradients),
     "gradient": (
@@ -234,12 +228,11 @@ READERS = {
         lambda p: [each.sum() for each in INDEX.shards("train")[0].read(p.parent)],
     ),
     "class map": ("map.json", class_map, read_class_map),
-    "notes of samples": (
+    "identity of samples": (
         "s.json",
-        notes,
-        lambda p: claim(p, write=False),
+        identity_of_samples,
+        lambda p: check_samples(p, store=False),
     ),
-    "shape of samples": ("image_shape.json", image_shape, sample_shape),
     "first stage config": ("config.json", config, lambda p: _check_numbers(_read_config(p, p), p)),
     "checkpoint": ("c.pt", lambda p: torch.save(TENSORS, p), read_checkpoint),
     "old checkpoint": ("c.pt", legacy, read_checkpoint),

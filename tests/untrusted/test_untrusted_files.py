@@ -202,7 +202,7 @@ def test_a_class_that_leads_out_of_the_folder_is_refused(tmp_path, name):
         READERS["class map"][2](path)
 
 
-@pytest.mark.parametrize("name", ["class map", "latent index", "notes of samples"])
+@pytest.mark.parametrize("name", ["class map", "latent index", "identity of samples"])
 @pytest.mark.parametrize("text", ["[" * 200_000, "1" * 20_000, "\udc80", '{"a": NaN', " " * 2**25])
 def test_hostile_json_is_refused(tmp_path, name, text):
     file, _, read = READERS[name]

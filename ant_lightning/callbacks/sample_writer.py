@@ -1,0 +1,146 @@
+"""Writes the images that `predict` draws."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ant_lightning.callbacks.base import RunCallback
+from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples
+from ant_lightning.callbacks.sample_identity import sample_identity
+from ant_lightning.data.batch import to_uint8
+from ant_lightning.data.module import check_at_least, needed_image_data
+from ant_lightning.errors import ConfigError
+from ant_lightning.models.latents import load_initial_weights
+from ant_lightning.runtime.run_record import run_folder
+
+if TYPE_CHECKING:
+    import lightning as L
+    from torch import Tensor
+
+    from ant_lightning.models.module import MultiTaskDiffusion
+
+__all__ = ["SampleWriter"]
+
+
+class SampleWriter(RunCallback):
+    """Writes the images of `predict` into a folder, or into one npz file for ADM's evaluator.
+
+    An image is a function of its index and of what `sample_identity` names, so that what is
+    written does not depend on the batch size or on the number of ranks. The identity is stored
+    with the images: a run of the same one draws what is missing, any other is refused, and so are
+    images without an identity.
+
+    Args:
+        num_images: How many, over all ranks.
+        batch_size: Images drawn at once.
+        folder: For PNG files; by default `samples` in the log folder.
+        npz: A file for all images (`arr_0 [n, h, w, c]`, uint8), in place of the folder.
+
+    Raises:
+        ConfigError: If a number is below 1, or folder and npz are both given.
+
+    Example:
+        >>> from ant_lightning import SampleWriter
+        >>> writer = SampleWriter(num_images=1000, npz="drawn.npz")
+        >>> writer.npz  # after `Trainer(callbacks=[writer]).predict(module, data)`
+        'drawn.npz'
+    """
+
+    def __init__(
+        self,
+        *,
+        num_images: int = 100,
+        batch_size: int = 100,
+        folder: str | None = None,
+        npz: str | None = None,
+    ) -> None:
+        check_at_least(1, num_images=num_images, batch_size=batch_size)
+        if folder is not None and npz is not None:
+            raise ConfigError(f"npz: must be None if a folder is given ({folder}), found {npz}")
+        if npz is not None and not npz.endswith(".npz"):
+            raise ConfigError(f"npz: must end in .npz, found {npz}")
+        super().__init__()
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.folder = folder
+        self.npz = npz
+        self._files: PngSamples | None = None  # once existing images are known to be of this run
+
+    def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
+        """Let the data module ask which images are missing, once the weights are loaded."""
+        if stage == "predict":  # every run has this callback, also that of an autoencoder
+            super().setup(trainer, pl_module, stage)
+            self._files = None
+            data = needed_image_data(trainer, "SampleWriter")
+            data.predict_indices = partial(self._missing_batches, trainer, pl_module)
+
+    def _missing_batches(
+        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
+    ) -> list[list[int]]:
+        """The batches of this rank, after checking that existing images have the same identity.
+
+        Lightning calls this after it has loaded a checkpoint, even if no image is missing.
+        """
+        path = Path(self.npz or self.folder or run_folder(trainer) / "samples")
+        files = PngSamples(path) if self.npz is None else NpzSamples(path, self.num_images)
+        load_initial_weights(pl_module)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        latents = pl_module.latent_space or getattr(data, "latent_space", None)
+        if latents is not None and pl_module.first_stage is None:
+            raise ConfigError(
+                "model.first_stage: needed to decode the sampled latents into images, found None"
+            )
+        identity = sample_identity(trainer, pl_module)
+        try:
+            files.check(identity, store=trainer.is_global_zero)
+        except OSError as error:
+            raise ConfigError(
+                f"{files.setting}: must be writable, found {path} ({error.strerror})"
+            ) from error
+        present = files.present()
+        # All ranks look before any writes, or they would share what is missing differently.
+        trainer.strategy.barrier()
+        self._files = files
+        missing = [i for i in range(self.num_images) if i not in present]
+        mine, size = missing[trainer.global_rank :: trainer.world_size], self.batch_size
+        # Lightning refuses a rank without a batch while others have one, and warns if none has.
+        return [mine[i : i + size] for i in range(0, len(mine), size)] or [[]]
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: MultiTaskDiffusion,
+        outputs: Tensor,
+        batch: list[int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write a batch."""
+        if self._files is not None and batch:
+            self._files.write(batch, to_uint8(outputs).cpu())
+
+    def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
+        """Join the ranks' parts, also when nothing was missing; say where the images are."""
+        if stage != "predict":
+            return
+        trainer.datamodule.predict_indices = None  # type: ignore[attr-defined]
+        if self._files is None:
+            return
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            found = len(self._files.present())
+            if found >= self.num_images:
+                self._files.finish()
+            share = "" if found >= self.num_images else f" of {self.num_images}"
+            print(f"{found}{share} images are in {self._files.path}")
+        trainer.strategy.barrier()  # when a rank goes on, the file is there
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Reset the data module, so that a later call does not use these indices."""
+        data = getattr(trainer, "datamodule", None)
+        if data is not None:
+            data.predict_indices = None
