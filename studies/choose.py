@@ -3,7 +3,7 @@
 `[studies.choose, --output, "<>", --yaml, "model: {...: VALUE}", "0.001=<a>", ...]`
 reads the excess risk of each run's folder, and writes `chosen.yaml` (the text with the best value)
 and `choice.json` (all scores). A run's score is the mean over clusters of the log excess risk at
-its end, so that no cluster counts more because its loss is large.
+its end, so that clusters with a large loss do not count more.
 """
 
 from __future__ import annotations

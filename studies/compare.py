@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studies.results import finished_rows
-from studies.statistics import paired_difference
+from studies.statistics import difference_text, mean_and_spread
 from studies.study import Study
 from studies.text_table import TextTable
 
@@ -32,15 +31,9 @@ def comparison(rows: Iterable[Mapping[str, Any]]) -> TextTable:
         line = [method]
         for metric in METRICS:
             values = [each[metric] for each in seeds.values() if metric in each]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            line.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
+            line.append(mean_and_spread(values, digits=3))
         gaps = [s["fid"] - vanilla[seed]["fid"] for seed, s in seeds.items() if seed in vanilla]
-        if method == "vanilla" or len(gaps) < 2:
-            line.append("")
-        else:
-            d = paired_difference(gaps)
-            said = "" if d.detected else ", no detectable difference"
-            line.append(f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]{said}")
+        line.append("" if method == "vanilla" else difference_text(gaps, digits=2))
         body.append(line)
     heads = ["method", *METRICS, "FID - vanilla, paired [95% interval]"]
     return TextTable("Methods at the same budget", heads, body)

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from studies.evidence_figure import convergence_figure, ratio_figure
 from studies.results import finished_rows
-from studies.statistics import PairedDifference, holm, paired_difference
+from studies.statistics import (
+    PairedDifference,
+    difference_text,
+    holm,
+    mean_and_spread,
+    paired_difference,
+)
 from studies.study import Study
 from studies.text_table import TextTable
 
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["EvidenceRows", "main"]
 
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
-# What separates the two of a pair is the question that it answers.
+# The question that each pair answers.
 CONTRASTS = {
     ("uw", "frozen_uw"): "does it matter that UW's weights are learned while training?",
     ("uw", "linear"): "UW's weights against equal ones",
@@ -51,7 +57,7 @@ class EvidenceRows:
 
     @classmethod
     def of(cls, rows: Mapping[str, Mapping[str, Any]]) -> EvidenceRows:
-        """From the rows of the study; those that measure nothing are left out."""
+        """From the rows of the study, without cells that measure nothing."""
         return cls(
             {
                 name: {
@@ -117,7 +123,7 @@ def cluster_differences(
 
 
 def percent(difference: PairedDifference, adjusted: float | None = None) -> str:
-    """A difference of logs as a change in per cent with its interval, and what it says."""
+    """A difference of logs as a change in per cent, with its interval and if it is detected."""
     mean, low, high = (100 * math.expm1(v) for v in difference[:3])
     text = f"{mean:+.1f}% [{low:+.1f}, {high:+.1f}]"
     if not difference.detected:
@@ -139,7 +145,7 @@ def risk_table(rows: EvidenceRows, group: str) -> TextTable:
 
 
 def score_table(rows: EvidenceRows, group: str) -> TextTable:
-    """FID and KID of each method with what they are read against."""
+    """FID and KID of each method, with the FID of real against real images."""
     body = []
     for method in rows.methods(group):
         names = [f"{seed}/{method}" for seed in rows.seeds(group)]
@@ -147,8 +153,7 @@ def score_table(rows: EvidenceRows, group: str) -> TextTable:
         line = [method, str(len(scores))]
         for metric in ("fid", "fid_real", "kid"):
             values = [each[metric] for each in scores if metric in each]
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            line.append(f"{statistics.mean(values):.4f}{spread}" if values else "")
+            line.append(mean_and_spread(values, digits=4))
         pairs = rows.paired(group, (method, "vanilla"))
         line.append("" if method == "vanilla" else fid_gap(rows, pairs))
         body.append(line)
@@ -157,12 +162,9 @@ def score_table(rows: EvidenceRows, group: str) -> TextTable:
 
 
 def fid_gap(rows: EvidenceRows, pairs: Sequence[tuple[str, str]]) -> str:
-    """Difference of FID over pairs of runs; nothing if there are fewer than two."""
-    if len(pairs) < 2:
-        return ""
-    d = paired_difference([rows.scores(a)["fid"] - rows.scores(b)["fid"] for a, b in pairs])
-    said = "" if d.detected else ", no detectable difference"
-    return f"{d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}]{said}"
+    """Difference of FID over pairs of runs; empty for fewer than two."""
+    gaps = [rows.scores(a)["fid"] - rows.scores(b)["fid"] for a, b in pairs]
+    return difference_text(gaps, digits=4)
 
 
 def bound_table(rows: EvidenceRows, group: str) -> TextTable:
@@ -202,7 +204,7 @@ def contrast_table(rows: EvidenceRows, groups: Iterable[str]) -> TextTable:
 
 
 def findings(rows: EvidenceRows, groups: Sequence[str]) -> str:
-    """Sentences: first where a method did worse than vanilla, then better, then neither."""
+    """Sentences: where a method is worse than vanilla, where better, and where neither."""
     lines = []
     for group in groups:
         found, adjusted = cluster_differences(rows, group)

@@ -1,8 +1,8 @@
 """A command of a study: the final weights of uncertainty weighting as a linear scalarization.
 
 `[studies.freeze, --checkpoint, "<uw>/checkpoints/last.ckpt", --output, "<>"]` writes
-`frozen.yaml` with a `LinearScalarization` of these weights. Whether learning them mattered, beyond
-where they end, is then a comparison of two runs.
+`frozen.yaml` with a `LinearScalarization` of these weights. A comparison of the two runs then shows
+whether learning the weights matters, or only their final values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands of a study, each in a process of its own that starts with everything imported."""
+"""Commands of a study, each in a process that is forked with everything imported."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def prepare_processes(commands: Iterable[Sequence[str]], *, threads: int) -> None:
-    """Start the server that forks the processes, once: it imports the command line beforehand.
+    """Start the server that forks the processes. It imports the command line once.
 
-    A fit of a minute would else begin with 6 s of imports.
+    Without it, each fit of a minute would begin with 6 s of imports.
 
     Args:
-        commands: Those that are going to be run.
-        threads: Of each process.
+        commands: The commands that will be run.
+        threads: Threads of each process.
     """
     if any(command[0] in CLI_COMMANDS for command in commands):
         _CONTEXT.set_forkserver_preload(["ant_lightning.cli.parser"])
@@ -71,7 +71,7 @@ def _run(command: Sequence[str], log: str, threads: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """A run that nobody waits for must not write beside the one that takes its place."""
+    """End with the parent: a leftover run must not write beside the one that replaces it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

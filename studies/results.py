@@ -1,4 +1,4 @@
-"""Rows of a study: one line of JSON for each finished cell, appended and never rewritten."""
+"""Rows of a study: one line of JSON for each finished cell, only ever appended."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["append_row", "collected", "finished_rows", "only_user", "read_rows",
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row and wait until it is on the disk.
 
-    A row that a killed process left half written is closed with a new line first; `read_rows`
-    passes over it.
+    If a killed process left an incomplete line, a new line is begun first; `read_rows` skips the
+    incomplete one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -38,7 +38,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """All whole rows of a file; none if there is no file."""
+    """All complete rows of a file; none if there is no file."""
     if not path.exists():
         return []
     rows = []
@@ -46,7 +46,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            continue  # half written when its process was killed: its cell is run again
+            continue  # incomplete, because its process was killed: the cell is run again
     return rows
 
 
@@ -66,7 +66,7 @@ def finished_rows(study: Study, path: Path) -> dict[str, dict[str, Any]]:
 
 
 def collected(cell: Cell, folder: Path) -> dict[str, Any]:
-    """What the files of a finished cell hold.
+    """The content of the files that a finished cell collects.
 
     Raises:
         ConfigError: If one of them was not written.
@@ -86,10 +86,10 @@ def collected(cell: Cell, folder: Path) -> dict[str, Any]:
 
 
 def restore_files(row: dict[str, Any], folder: Path) -> None:
-    """Write the files that a row keeps into its cell's folder, if that is gone.
+    """Write the files that a row keeps into its cell's folder, if the folder is gone.
 
-    So a study goes on elsewhere from its `results.jsonl` alone, as long as the cells that are left
-    read nothing else of those that are done.
+    A study can then be resumed elsewhere from its `results.jsonl` alone, if the remaining cells
+    need no other files of the finished ones.
     """
     if folder.exists():
         return
@@ -105,7 +105,7 @@ def restore_files(row: dict[str, Any], folder: Path) -> None:
 
 @contextmanager
 def only_user(folder: Path) -> Iterator[None]:
-    """Hold a study's folder alone; the lock goes with the process, however it ends.
+    """Lock a study's folder; the lock ends with the process, however it ends.
 
     Raises:
         ConfigError: If another process holds it.

@@ -1,4 +1,4 @@
-"""Runs the cells of a study that have no row yet, some at a time, and can be stopped anywhere."""
+"""Runs the cells of a study that have no row yet; an interrupted study resumes."""
 
 from __future__ import annotations
 
@@ -22,22 +22,36 @@ from studies.results import (
 from studies.study import CLI_COMMANDS, FOLDER, Cell, Study
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
     from collections.abc import Callable
     from multiprocessing.process import BaseProcess
     from pathlib import Path
 
-__all__ = ["missing_cells", "run_study"]
+__all__ = ["add_run_options", "missing_cells", "run_options", "run_study"]
 
 
 @dataclass
 class _Running:
-    """A cell at work: its folder, and the seconds of each command that is done."""
+    """A running cell, its folder, and the seconds of each finished command."""
 
     cell: Cell
     folder: Path
     seconds: list[float]
     process: BaseProcess
     since: float = field(default_factory=time.monotonic)
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """Add the options of `run_study` to a command."""
+    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each cell")
+    parser.add_argument("--only", default="*", help="pattern of names of cells, in quotes")
+    parser.add_argument("--rerun-changed", action="store_true", help="cells with new settings too")
+
+
+def run_options(settings: Namespace) -> dict[str, Any]:
+    """The arguments of `run_study` that these options stand for."""
+    return {name: vars(settings)[name] for name in ("jobs", "threads", "only", "rerun_changed")}
 
 
 def missing_cells(
@@ -84,25 +98,26 @@ def run_study(
     """Run what is missing; returns the names of cells that failed or wait for one that did.
 
     A finished cell is a line of `results.jsonl` in `folder` (see `finished_rows`) and is not run
-    again. One that was interrupted goes on behind its last finished command, in the same folder;
-    with `--ckpt_path=last` in the study a fit goes on inside. Of a finished cell whose folder is
-    gone, as where a study goes on with a copy of `results.jsonl`, the kept files come back. A cell
-    that failed is a line of `failures.jsonl` and runs again in the next call.
+    again. An interrupted cell resumes after its last finished command, in the same folder; with
+    `--ckpt_path=last` in the study a fit resumes from its checkpoint. If the folder of a finished
+    cell is gone, for instance because only `results.jsonl` was copied, the files that its row
+    keeps are restored. A failed cell is a line of `failures.jsonl` and runs again in the next
+    call.
 
     Args:
         study: The cells.
-        folder: Of the study; made if missing.
-        jobs: Cells at the same time.
-        threads: Of each.
-        only: Pattern of names of cells; what they need is run too.
-        rerun_changed: Run cells again whose settings changed.
-        report: Gets a line for each cell that ends.
+        folder: Folder of the study; made if missing.
+        jobs: Number of cells at the same time.
+        threads: Threads of each cell.
+        only: Pattern of names of cells; the cells that they need are run too.
+        rerun_changed: Whether to run cells again whose settings have changed.
+        report: Called with a line for each cell that ends.
 
     Raises:
         ConfigError: As `missing_cells`; if a number is below 1, or another process runs the study.
     """
     if jobs < 1 or threads < 1:
-        raise ConfigError(f"jobs and threads must be at least 1, found {jobs} and {threads}")
+        raise ConfigError(f"jobs, threads: must be at least 1, found {jobs} and {threads}")
     folder = folder.resolve()
     with only_user(folder):
         waiting = missing_cells(study, folder, only=only, rerun_changed=rerun_changed)

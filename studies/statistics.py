@@ -1,4 +1,4 @@
-"""What paired runs say: differences with intervals, corrected for how many were looked at."""
+"""Differences of paired runs with intervals, and Holm's correction for many comparisons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["PairedDifference", "holm", "paired_difference"]
+__all__ = ["PairedDifference", "difference_text", "holm", "mean_and_spread", "paired_difference"]
 
 
 class PairedDifference(NamedTuple):
@@ -26,7 +26,7 @@ class PairedDifference(NamedTuple):
 
     @property
     def detected(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return not self.low <= 0 <= self.high
 
 
@@ -45,13 +45,30 @@ def paired_difference(differences: Sequence[float], *, level: float = 0.95) -> P
         raise ConfigError(f"differences: an interval needs at least 2 pairs, found {n}")
     mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(n)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    # Differences that are all the same have no spread to be judged by.
+    # Without a spread there is no t statistic.
     p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
     return PairedDifference(mean, mean - half, mean + half, p_value)
 
 
+def difference_text(differences: Sequence[float], *, digits: int) -> str:
+    """Mean and interval of paired differences as text; empty for fewer than two."""
+    if len(differences) < 2:
+        return ""
+    d = paired_difference(differences)
+    text = f"{d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
+    return text if d.detected else f"{text}, no detectable difference"
+
+
+def mean_and_spread(values: Sequence[float], *, digits: int) -> str:
+    """Mean and standard deviation as text; empty without values."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: rejecting those below α keeps the chance of any false one below α.
+    """Adjusted p-values: rejecting those below α keeps the chance of any false rejection below α.
 
     The i-th smallest of m (from 0) becomes `max_{j <= i} min(1, (m - j) p_j)`.
 

@@ -1,8 +1,8 @@
 """`python -m studies.tables --dataset digits`: the poster's tables, run and written.
 
 Tables 1 and 2, the panel over guidance scales and table 3 go to `tables.md` and to CSV files in
-the study's folder. What is not finished, or failed, has an empty cell; the published value stands
-beside ours where the data set is the same.
+the study's folder. Cells that are not finished, or failed, are empty. Published values are shown
+beside ours for the same data set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 
 from ant_lightning.errors import ConfigError
 from studies.results import finished_rows
-from studies.runner import run_study
+from studies.runner import add_run_options, run_options, run_study
 from studies.study import Study
 from studies.text_table import TextTable
 
@@ -42,10 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--study", type=Path, default=_STUDY)
     parser.add_argument("--folder", type=Path, help="by default runs/tables_DATASET")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
-    parser.add_argument("--threads", type=int, default=1, help="of each cell")
-    parser.add_argument("--only", default="*", help="pattern of names of cells, in quotes")
-    parser.add_argument("--rerun-changed", action="store_true")
+    add_run_options(parser)
     parser.add_argument("--no-run", action="store_true", help="write the tables of what is there")
     settings = parser.parse_args(args)
     folder: Path = settings.folder or Path("runs") / f"tables_{settings.dataset}"
@@ -59,14 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
         )
         failed: list[str] = []
         if not settings.no_run:
-            failed = run_study(
-                study,
-                folder,
-                jobs=settings.jobs,
-                threads=settings.threads,
-                only=settings.only,
-                rerun_changed=settings.rerun_changed,
-            )
+            failed = run_study(study, folder, **run_options(settings))
     except ConfigError as error:
         print(f"tables: error: {error}", file=sys.stderr)
         return 2
