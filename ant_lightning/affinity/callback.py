@@ -13,7 +13,8 @@ import torch
 
 from ant_lightning.affinity.distance import distance_correlation
 from ant_lightning.affinity.figure import affinity_curves, affinity_heat_maps
-from ant_lightning.affinity.measure import NonFiniteGradientError, task_affinity, timestep_grid
+from ant_lightning.affinity.gradient import NonFiniteGradientError
+from ant_lightning.affinity.measure import task_affinity, timestep_grid
 from ant_lightning.affinity.result import AffinityResult
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import log_folder, save_figure

@@ -6,7 +6,8 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from ant_lightning.affinity.clustering import GradientClustering, spread_affinity
-from ant_lightning.affinity.measure import NonFiniteGradientError, task_affinity, timestep_grid
+from ant_lightning.affinity.gradient import NonFiniteGradientError
+from ant_lightning.affinity.measure import task_affinity, timestep_grid
 from ant_lightning.callbacks.figures import save_figure
 from ant_lightning.callbacks.fixed_loss import MeasuringCallback
 from ant_lightning.errors import ConfigError, check_at_least

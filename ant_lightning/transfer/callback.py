@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, ClassVar
@@ -13,11 +11,9 @@ from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.figures import append_row, save_figure
 from ant_lightning.callbacks.fixed_loss import measurement_bar
-from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.generation.extractor import FeatureExtractor
-from ant_lightning.generation.features import ImageFeatures
 from ant_lightning.generation.frechet import GaussianStatistics, frechet_distance
 from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.statistics import ImageStatistics
@@ -29,7 +25,7 @@ from ant_lightning.transfer.specialists import Specialist, find_specialists, spe
 from ant_lightning.transfer.switching import SpecialistSampler, using_network
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import lightning as L
     import torch
@@ -134,21 +130,7 @@ class NegativeTransferGap(RunCallback):
         """Check the specialists before anything is computed."""
         if trainer.state.fn != "validate":
             return
-        num_timesteps = pl_module.process.num_timesteps
-        intervals = self.intervals or list(pairwise(pl_module.clusters.boundaries))
-        intervals = [(int(start), int(stop)) for start, stop in intervals]
-        for start, stop in intervals:
-            if not 0 <= start < stop <= num_timesteps:
-                raise ConfigError(
-                    f"intervals: must satisfy 0 <= start < stop <= {num_timesteps}, found "
-                    f"[{start}, {stop})"
-                )
-        self._specialists = [
-            specialist
-            for budget, paths in self.paths.items()
-            if paths
-            for specialist in find_specialists(pl_module, paths, intervals, budget=budget)
-        ]
+        self._specialists = find_specialists(pl_module, self.paths, self.intervals)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure and publish."""
@@ -229,27 +211,19 @@ class NegativeTransferGap(RunCallback):
         trainer, seed = pl_module.trainer, self._seed(pl_module)
         num_images = self.num_images or len(data.held_out_images)
         check_at_least(trainer.world_size, num_images=num_images)
-        own = range(trainer.global_rank, num_images, trainer.world_size)
-        batches = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
         reference = self._reference(extractor.to(pl_module.device), data, pl_module.device)
-
-        def features(sample: Callable[[range], Tensor]) -> Tensor:
-            of_images = ImageFeatures(extractor).to(pl_module.device)
-            for batch in batches:
-                of_images.update(to_uint8(sample(batch)))
-            found = of_images.compute().features
-            assert found is not None
-            return found
 
         def fid(rows: Tensor) -> float:
             return frechet_distance(GaussianStatistics.from_features(rows), reference)
 
         intervals = [each.interval for each in self._specialists]
         sampler = SpecialistSampler(pl_module, intervals, seed=seed)
-        multitask = features(sampler.sample)
+        own = range(trainer.global_rank, num_images, trainer.world_size)
+        batches = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
+        multitask = sampler.features(extractor, batches)
         networks = self._networks(pl_module, bar)
         specialists = [
-            features(partial(sampler.sample_with, network, interval))
+            sampler.features(extractor, batches, (network, interval))
             for network, interval in zip(networks, intervals, strict=True)
         ]
         fid_gaps = negative_transfer_gap(

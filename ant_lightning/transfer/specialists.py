@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +12,7 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.models.saved_state import saved_state
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -49,28 +50,40 @@ class Specialist(NamedTuple):
 
 def find_specialists(
     module: MultiTaskDiffusion,
-    paths: Sequence[str],
-    intervals: Sequence[tuple[int, int]],
-    *,
-    budget: str,
+    paths: Mapping[str, Sequence[str] | None],
+    intervals: Sequence[tuple[int, int]] | None,
 ) -> list[Specialist]:
-    """Check that there is a fitting checkpoint for each interval.
+    """Check that each budget has a fitting checkpoint for each interval.
+
+    Args:
+        module: The multi-task model.
+        paths: The checkpoints of each budget; `None` for a budget without specialists.
+        intervals: `[start, stop)` each; by default the module's clusters.
 
     Raises:
         ConfigError: If one is missing, was trained on another interval, with another backbone,
             schedule or prediction, or (budget `iterations`) for another number of steps.
     """
-    if len(paths) != len(intervals):
-        missing = intervals[len(paths) :]
-        which = f"; the first that is missing is for {list(missing[0])}" if missing else ""
-        raise ConfigError(
-            f"by_{budget}: must be one checkpoint for each of the {len(intervals)} intervals "
-            f"{[list(each) for each in intervals]}, found {len(paths)}{which}"
-        )
-    return [
-        _checked(module, Path(path), interval, budget, f"by_{budget}[{i}]")
-        for i, (path, interval) in enumerate(zip(paths, intervals, strict=True))
-    ]
+    num_timesteps = module.process.num_timesteps
+    ends = [(int(a), int(b)) for a, b in intervals or pairwise(module.clusters.boundaries)]
+    for start, stop in ends:
+        if not 0 <= start < stop <= num_timesteps:
+            raise ConfigError(
+                f"intervals: must satisfy 0 <= start < stop <= {num_timesteps}, found "
+                f"[{start}, {stop})"
+            )
+    found = []
+    for budget, files in paths.items():
+        if files and len(files) != len(ends):
+            missing = ends[len(files) :]
+            which = f"; the first that is missing is for {list(missing[0])}" if missing else ""
+            raise ConfigError(
+                f"by_{budget}: must be one checkpoint for each of the {len(ends)} intervals "
+                f"{[list(each) for each in ends]}, found {len(files)}{which}"
+            )
+        for i, (file, interval) in enumerate(zip(files or (), ends, strict=False)):
+            found.append(_checked(module, Path(file), interval, budget, f"by_{budget}[{i}]"))
+    return found
 
 
 def specialist_network(

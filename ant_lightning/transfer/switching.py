@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import ConfigError
+from ant_lightning.generation.features import ImageFeatures
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor, nn
 
+    from ant_lightning.generation.extractor import FeatureExtractor
     from ant_lightning.models.denoiser import DiffusionModule
 
 __all__ = ["SpecialistSampler", "using_network"]
@@ -124,6 +127,29 @@ class SpecialistSampler:
             first_step=self.first_step[interval],
         )
         return module.decode(x_start)
+
+    def features(
+        self,
+        extractor: FeatureExtractor,
+        batches: Iterable[Sequence[int]],
+        specialist: tuple[nn.Module, tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """Features `[n, d]` of the images of all ranks, in the order of their indices.
+
+        Args:
+            extractor: Extractor, on the module's device.
+            batches: Indices of this rank's images: r, r + w, ... on rank r of w.
+            specialist: A specialist and its interval; `None` for the module's own images.
+        """
+        images = ImageFeatures(extractor).to(self.module.device)
+        for indices in batches:
+            if specialist is None:
+                images.update(to_uint8(self.sample(indices)))
+            else:
+                images.update(to_uint8(self.sample_with(*specialist, indices)))
+        features = images.compute().features
+        assert features is not None
+        return features
 
 
 @contextmanager

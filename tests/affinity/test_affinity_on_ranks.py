@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ant_lightning import task_affinity
-from ant_lightning.affinity.measure import NonFiniteGradientError
+from ant_lightning.affinity.gradient import NonFiniteGradientError
 
 GRID = (0, 2, 3, 6, 9)  # an odd number: the ranks have three and two
 

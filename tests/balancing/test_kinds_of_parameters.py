@@ -26,7 +26,7 @@ from ant_lightning import (
     task_gradients,
     transfer_matrix,
 )
-from ant_lightning.affinity.measure import FlatGradient
+from ant_lightning.affinity.gradient import FlatGradient
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop, UnsupportedError
 from ant_lightning.balancing.gradients import DenseTaskGradients
