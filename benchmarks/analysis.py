@@ -1,8 +1,8 @@
 """Metrics and task affinity at the sizes that papers use: time, memory, error.
 
-Each part runs in a process of its own, so that its peak memory is its own. `affinity` measures all
-timesteps of a DiT-S/2 (33 million parameters, 16 tokens) with real gradients of one image for each
-half, sketched; with `--state` it goes on where it was stopped.
+Each part runs in a separate process, so that its peak memory is measured alone. `affinity` measures
+all timesteps of a DiT-S/2 (33 million parameters, 16 tokens) with real, sketched gradients of one
+image for each half; with `--state` an interrupted measurement resumes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GIB = 2**20  # of ru_maxrss, which is in KiB
 
 
 def features(seed: int, *, count: int = 10_000, dimension: int = 2048) -> Tensor:
-    """Correlated features with a spectrum over two decades, as Inception's have."""
+    """Correlated features with a spectrum over two decades, as for Inception."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(0, -2, dimension)
     mixing = torch.linalg.qr(torch.randn(dimension, dimension, generator=generator)).Q
@@ -91,7 +91,7 @@ def sketch(_: argparse.Namespace) -> dict[str, Any]:
 
 
 def affinity(args: argparse.Namespace) -> dict[str, Any]:
-    """All timesteps of a model of 33 million parameters by sketches, every row a real gradient."""
+    """All timesteps of a model of 33 million parameters, with sketches of real gradients."""
     torch.manual_seed(0)
     model = DiT(
         input_size=8,
@@ -153,7 +153,7 @@ PARTS = {"fid": fid, "neighbours": neighbours, "sketch": sketch, "affinity": aff
 
 
 def measured(name: str, args: argparse.Namespace, queue: Any) -> None:  # noqa: ANN401
-    """Run a part in this process and send what it found, with the peak memory."""
+    """Run a part in this process and send its results and its peak memory."""
     torch.set_num_threads(args.threads)
     found = PARTS[name](args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,9 +1,9 @@
 """Peak memory of steps on a GPU, counted without one: `python -m benchmarks.counted_memory`.
 
-The steps of `benchmarks.methods` are made with tensors that have shapes and no numbers, and the
-bytes of those that are alive at once are added up: weights, Adam's two states, rows, activations,
-and whatever a call makes on its way. It is the most of three steps, as there. What is not a tensor
-of ours is not in it: work space of kernels, rounding of the allocator, Adam's own step.
+Runs the steps of `benchmarks.methods` with tensors that have shapes but no numbers, and adds up the
+bytes that are alive at once: weights, Adam's two states, rows, activations and intermediate
+results. The peak is over three steps, as there. It does not include the workspace of kernels, the
+allocator's rounding and Adam's own step.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _MAKERS = {
     _aten.randn.default,
     _aten.zeros.default,
 }
-_SMALL = 100_000  # new tensors of fewer numbers are real: timesteps, tasks, schedules
+_SMALL = 100_000  # smaller new tensors are real: timesteps, tasks, schedules
 
 
 class Shaped(Tensor):
-    """A tensor without numbers, in place of one on a GPU."""
+    """A tensor without numbers that stands for one on a GPU."""
 
     @staticmethod
     def __new__(cls: type[Shaped], value: Tensor) -> Shaped:
-        """In the shape and layout of `value`, which is on no device."""
+        """Make one with the shape and layout of `value`, which is on no device."""
         made: Shaped = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             value.shape,
@@ -72,7 +72,7 @@ class Shaped(Tensor):
         return hash((storage._cdata, self.value.storage_offset()))
 
     def tolist(self) -> list[list[bool]]:
-        """What one pass hears of its layers: reached by a gradient, and not mixing samples."""
+        """Answer one pass's check of a layer: reached by a gradient, samples not mixed."""
         return [[row == 0] * self.shape[1] for row in range(self.shape[0])]
 
     @classmethod
@@ -89,10 +89,10 @@ class _WatchedView(Shaped):
 
 
 class CountedGPU(TorchDispatchMode):
-    """Inside, large tensors and all that is made of them have no numbers, and are counted.
+    """Context in which large tensors, and tensors made of them, have no numbers and are counted.
 
     Attributes:
-        bytes: Of the tensors that are alive.
+        bytes: Bytes of the tensors that are alive.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class CountedGPU(TorchDispatchMode):
         self.bytes = LiveBytes()
 
     def __enter__(self) -> CountedGPU:
-        """Have the rules of a GPU, as far as memory is concerned, in place of the CPU's."""
+        """Use the rules of a GPU where they affect memory."""
         self._rules = ExitStack()
         cast = taps._cast
 
@@ -122,7 +122,7 @@ class CountedGPU(TorchDispatchMode):
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """The CPU's rules again."""
+        """Restore the rules of the CPU."""
         super().__exit__(*error)
         self._rules.close()
 
@@ -177,7 +177,7 @@ def _without_numbers(value: Tensor) -> Tensor:
 
 
 def _single(value: Tensor) -> Tensor:
-    """As autocast gives it to a norm on a GPU."""
+    """Cast as autocast does for a norm on a GPU."""
     return value.float() if torch.is_autocast_enabled("cpu") else value
 
 
@@ -205,7 +205,7 @@ def counted_memory(cell: Cell, names: Sequence[str]) -> tuple[dict[str, float], 
 
 
 def _chosen() -> Iterator[Cell]:
-    """The cells that are asked for on a GPU, and DiTs of those on the CPU."""
+    """The cells of a GPU run, and the DiTs of a CPU run."""
     for network in ("DiT-S/2", "DiT-B/2", "LDM FFHQ", "ADM light, 256 px"):
         for batch_size in (50, 256):
             yield Cell(network, batch_size, bf16=True)
@@ -222,7 +222,7 @@ def main() -> None:
     print(
         f"Counted, commit {origin['commit']}\n\n"
         "| network | batch | method | peak MiB | relative to vanilla | above vanilla, in k p 4 "
-        "bytes | asked, at most |\n|---|---|---|---|---|---|---|"
+        "bytes | target, at most |\n|---|---|---|---|---|---|---|"
     )
     memory: list[dict[str, Any]] = []
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Does affinity fall with the distance of timesteps? ADM, LDM and DiT trained on the digits.
 
 Each run is a plain training (no balancer) on the command line and a `validate` with `TaskAffinity`
-on the averaged weights; for LDM the autoencoder is trained first. A training that is out of time
-goes on at the next call, a finished measurement is a row of `results.jsonl`, and the table is of
+on the averaged weights; for LDM the autoencoder is trained first. A training that runs out of time
+resumes in the next call. A finished measurement is a row of `results.jsonl`, and the table shows
 all rows.
 """
 
@@ -28,7 +28,7 @@ def command_line(*args: str) -> None:
     """One call of `ant-lightning` on one thread.
 
     Raises:
-        RuntimeError: With the end of its output if it fails.
+        RuntimeError: If it fails; the message has the end of its output.
     """
     done = subprocess.run(
         [sys.executable, "-m", "ant_lightning", *args],
@@ -44,7 +44,7 @@ def command_line(*args: str) -> None:
 def train(
     model: str, seed: int, *, steps: int, minutes: float, folder: Path
 ) -> tuple[list[str], Path, dict[str, int]]:
-    """Train for at most `minutes` more; options, checkpoint, steps and seconds of it so far."""
+    """Train for at most `minutes` more; returns options, checkpoint, steps and seconds so far."""
     name = f"{model}_seed{seed}"
     checkpoint = folder / name / "checkpoints" / "last.ckpt"
     common = [arg for file in files_of(model) for arg in ("--config", str(CONFIGS / file))]
@@ -84,7 +84,7 @@ def place(folder: Path, name: str) -> list[str]:
 
 
 def progress_of(checkpoint: Path) -> dict[str, int]:
-    """Steps and seconds behind a checkpoint, 0 if there is none."""
+    """Steps and seconds of training of a checkpoint, 0 if there is none."""
     if not checkpoint.exists():
         return {"steps": 0, "seconds": 0}
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
@@ -133,7 +133,7 @@ def measure(
 
 
 def correlations(result: AffinityResult) -> dict[str, object]:
-    """Spearman's rank correlation of both estimates with both distances, and what to read first."""
+    """Spearman's correlation of both estimates with both distances, and the main results."""
     n = len(result.timesteps)
     pairs = result.plain[~torch.eye(n, dtype=torch.bool)]
     row: dict[str, object] = {

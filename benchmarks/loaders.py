@@ -1,14 +1,14 @@
 """Do loading and the cache of latents keep up? `python -m benchmarks.loaders`.
 
-Images/s, each in one process without workers, what is compared in turns in one run:
+Images/s in one process without workers; the compared rows take turns in one run:
 
 * `ImageFolderData` at 256 px (ADM's crop) from files of three kinds, against the images/s that a
-  training step of DiT-S/2 takes (forward, backward and AdamW on latents of 32 x 32 x 4);
-* `LatentsData` through its training loader, against encoding with an autoencoder of the size of
-  Stable Diffusion's (random weights: the speed does not depend on them).
+training step of DiT-S/2 takes (forward, backward and AdamW on latents of 32 x 32 x 4); *
+`LatentsData` through its training loader, against encoding with an autoencoder of the size of
+Stable Diffusion's (random weights: the speed does not depend on them).
 
-The pictures are 1/f noise, which is about as hard to decode as photographs are; files and cache lie
-in the system's file cache after the first pass, so that decoding and copying are timed, not a disk.
+The images are 1/f noise, about as hard to decode as photographs. After the first pass, files and
+cache are in the system's file cache, so decoding and copying are timed and not the disk.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write_folder(folder: Path, kind: str, count: int) -> ImageFolderData:
 
 
 class RandomMoments:
-    """Stands for the first stage while the cache is written: reading costs the same."""
+    """Replaces the first stage while the cache is written; reading costs the same."""
 
     space = LatentSpace(kind="kl", scale=1.0, shift=0.0, fingerprint="random", source="random")
 
@@ -82,7 +82,7 @@ class RandomMoments:
 
 
 def batches(data: ImageDataModule) -> Callable[[], int]:
-    """Takes the next batch of the training loader."""
+    """Calls that take the next batch of the training loader."""
 
     def endless() -> Iterator[Batch]:
         loader = data.train_dataloader()
@@ -126,10 +126,10 @@ def autoencoder(folder: Path) -> FirstStage:
 def images_per_second(
     calls: dict[str, Callable[[], int]], seconds: float, rounds: int
 ) -> dict[str, list[float]]:
-    """Images that repeated calls handle in a second, one figure for each round of turns."""
+    """Images per second of repeated calls, one number for each round."""
     speeds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
-        call()  # the first call pays for what is made once
+        call()  # the first call includes one-time costs
     for _ in range(rounds):
         for name, call in calls.items():
             start, count = time.perf_counter(), 0

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work: of a process of its own, or of its tensors, counted."""
+"""Peak memory of a piece of work: measured in a separate process, or counted over its tensors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["LiveBytes", "added_memory"]
 
 
 class LiveBytes:
-    """Bytes of the storages of tensors, each from when it is added until nothing needs it.
+    """Bytes of tensor storages, each from when it is added until it is freed.
 
     Attributes:
-        now: Of those that are alive.
-        peak: Of those that were alive at one time, at most.
+        now: Bytes that are alive.
+        peak: Largest number of bytes that were alive at one time.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class LiveBytes:
         self._alive: set[int] = set()
 
     def add(self, tensor: Tensor) -> None:
-        """Count what `tensor` looks into, once."""
+        """Count the storage of `tensor`, once."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive:
@@ -47,9 +47,9 @@ def added_memory(
 ) -> float:
     """MiB that `work(*arguments)` adds to a fresh process that ran `prepare(*arguments)`.
 
-    The high-water mark of resident memory during the work, less what was resident before; on a GPU
-    that of the tensors there. Both functions must be found by name in their modules. `prepare` is
-    for imports, and for work space of kernels that is made once.
+    The maximum resident memory during the work, minus the resident memory before; on a GPU, the
+    peak of its tensors. Both functions must be importable by name. `prepare` is for imports and for
+    the workspace of kernels that is allocated once.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as fresh:
@@ -71,7 +71,7 @@ def _measure(
         work(*arguments)
         return (torch.cuda.max_memory_allocated() - held) / 2**20
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the maximum
     work(*arguments)
     return (_status("VmHWM") - before) / 1024
 

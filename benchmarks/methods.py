@@ -1,15 +1,15 @@
 """Times and memory of training steps, against vanilla: `python -m benchmarks.methods`.
 
-Speed is a ratio to vanilla training in the same run, on the same global batch, of one thread. The
-methods take turns, step by step, forwards and backwards, so that drifts of the machine hit all of
-them; it is the ratio of the median times, with a 95% bootstrap interval over rounds, and the same
-of processor time, which other processes disturb less. Nash with a refresh every 25 steps is 24
-steps between refreshes and one of `nash every step`. Memory is that of a process of its own for
-each method: what making the network and three steps add at their highest. On a GPU the methods of a
-cell share one network, and memory is what three steps of each add to what the others hold.
+Speed is relative to vanilla training in the same run, on the same global batch, with one thread.
+The methods take turns, step by step, in forward and reverse order, so that drifts of the machine
+affect all of them. It is the ratio of the median times, with a 95% bootstrap interval over rounds;
+the same ratio of processor time is disturbed less by other processes. Nash with a refresh every 25
+steps counts as 24 steps between refreshes and one step of `nash every step`. Memory is measured in
+a separate process for each method: the peak that the network and three steps add. On a GPU the
+methods of a cell share one network, and memory is what three steps of each add.
 
-`--quick` (the default) takes the cells that carry thresholds, `--all` the whole grid, which on a
-CPU takes hours. On a GPU there are other cells, the most telling ones first, and both are the same;
+`--quick` (the default) runs the cells that have targets, `--all` the whole grid, which takes hours
+on a CPU. On a GPU there are other cells, the most informative first, and both options are the same;
 `--minutes` starts no further cell after that time.
 """
 
@@ -79,7 +79,7 @@ def small_things() -> list[Row]:
 
 
 def asked_speed(cell: Cell, name: str) -> float | None:
-    """The ratio to vanilla that is asked for, if any."""
+    """The target for the speed relative to vanilla, if there is one."""
     if name in {"uw", "nash"}:
         return {"uw": 0.995, "nash": 0.99}[name]
     if name not in {"pcgrad", "nash every step"}:
@@ -87,7 +87,7 @@ def asked_speed(cell: Cell, name: str) -> float | None:
     if cell.device != "cpu" and cell.batch_size < 256:
         return None
     if cell.network.startswith("0.3M") or cell.network.endswith("/16"):
-        return 0.8  # bound by the calls
+        return 0.8  # bound by call overhead
     return 0.95 if name == "pcgrad" else 0.94
 
 
@@ -129,7 +129,7 @@ def speeds(cell: Cell, names: Sequence[str], rounds: int) -> Iterator[Row]:
 def _steppers(
     cell: Cell, names: Sequence[str], warm_ups: int
 ) -> tuple[dict[str, Stepper], dict[str, str], dict[str, float]]:
-    """Each method after some steps; why others cannot be; on a GPU the MiB that each needs."""
+    """Each method after some steps, the reasons of those that cannot run, and MiB on a GPU."""
     on_gpu = cell.device != "cpu"
     steppers, failed, memory = {}, {}, {}
     shared = cell.build() if on_gpu else None
@@ -143,7 +143,7 @@ def _steppers(
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() if on_gpu else 0
         try:
-            # The hooks of autogram stay on its network.
+            # The hooks of autogram stay on its network, so it gets one of its own.
             stepper = Stepper(name, cell, None if name == TORCHJD[0] else shared)
             for _ in range(warm_ups):
                 stepper.step()
@@ -167,7 +167,7 @@ def _medians(times: dict[str, np.ndarray[Any, Any]], name: str, picks: Any) -> A
 
 
 def warm_up(name: str, cell: Cell) -> None:
-    """Imports, threads and work space of the kernels."""
+    """Imports, threads and workspace of the kernels."""
     Stepper("vanilla", Cell("0.3M/16", K, cell.device)).step()
 
 
@@ -190,7 +190,7 @@ def memories(cell: Cell, names: Sequence[str]) -> dict[str, float]:
 
 
 def cells(every: bool) -> list[tuple[Cell, int, bool]]:
-    """What is measured: cell, rounds, whether its memory is."""
+    """The cells, with the number of rounds and whether memory is measured."""
     if torch.cuda.is_available():
         dits = [("DiT-S/2", 256), ("DiT-B/2", 256), ("DiT-S/2", 50), ("DiT-B/2", 50)]
         unets = [("LDM FFHQ", 50), ("ADM light, 256 px", 50)]
@@ -259,13 +259,13 @@ def main() -> None:
     chosen = cells(args.all or bool(args.cells))
     if args.cells:
         chosen = [each for each in chosen if {each[0].network, str(each[0])} & set(args.cells)]
-    print(f"{machine()}; commit {commit()}\n\n| | median ms | 95% ms | asked |\n|---|---|---|---|")
+    print(f"{machine()}; commit {commit()}\n\n| | median ms | 95% ms | target |\n|---|---|---|---|")
     small = small_things()
     for row in small:
         print(f"| {row['name']} | {row['median']:.3f} | {row['high']:.3f} | {row['asked']} |")
     print(
         "\n| network | batch | method | engine | speed relative to vanilla [95%] | by processor "
-        "time [95%] | asked | vanilla ms |\n|---|---|---|---|---|---|---|---|",
+        "time [95%] | target | vanilla ms |\n|---|---|---|---|---|---|---|---|",
         flush=True,
     )
     steps: list[Row] = []
@@ -292,7 +292,7 @@ def main() -> None:
         args.output.write_text(json.dumps(result, indent=1))
     print(
         "\n| network | batch | method | peak MiB | relative to vanilla | above vanilla, in "
-        "k p 4 bytes | asked, at most |\n|---|---|---|---|---|---|---|"
+        "k p 4 bytes | target, at most |\n|---|---|---|---|---|---|---|"
     )
     print("\n".join(lines))
 

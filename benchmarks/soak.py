@@ -23,7 +23,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 class Meter(L.Callback):
-    """Looks at this process every few seconds of training; evaluations do not count as time."""
+    """Samples this process every few seconds of training, without the time of evaluations."""
 
     def __init__(self, every: float) -> None:
         self.every = every
@@ -65,7 +65,7 @@ class Meter(L.Callback):
 
 
 def memory() -> dict[str, float]:
-    """Resident memory, and that of it which is no file: pages of files come and go."""
+    """Resident memory, and the private part of it: pages of files come and go."""
     lines = Path("/proc/self/status").read_text().splitlines()
     kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
     names = {"resident_mb": "VmRSS", "anonymous_mb": "RssAnon"}
@@ -73,12 +73,12 @@ def memory() -> dict[str, float]:
 
 
 def clocks() -> np.ndarray:
-    """Seconds on the wall and of this process on the CPU, which other processes do not change."""
+    """Wall-clock seconds, and processor seconds of this process."""
     return np.array([time.monotonic(), time.process_time()])
 
 
 def summary(samples: list[dict[str, float]], *, warm_up: float) -> dict[str, float]:
-    """The last quarter after the warm-up against the first, medians of each."""
+    """Medians of the first and of the last quarter after the warm-up."""
     end = samples[-1]["seconds"]
     warm = [each for each in samples if each["seconds"] > warm_up * end]
     quarter = max(1, len(warm) // 4)
@@ -130,7 +130,7 @@ def main() -> None:
         f"--trainer.logger.init_args.save_dir={options.out}",
     ]
     trainer = run([*settings, *limits]).trainer
-    # By name: as a script this file is a module of another name than the one the parser finds.
+    # By name: run as a script, this module has another name than the one the parser imports.
     meter = next(c for c in trainer.callbacks if type(c).__name__ == "Meter")  # type: ignore[attr-defined]
     found = summary(meter.samples, warm_up=options.warm_up)
     record = {

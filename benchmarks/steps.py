@@ -1,8 +1,8 @@
 """Training steps to be timed: every method and every engine on the same network and batch.
 
-`official` is the method of the authors' code: k retained backward passes over the batch. Of the two
-engines of TorchJD `autojac` is given the mean losses of the tasks and differentiates them together;
-`autogram` makes the Gramian of the samples' losses, of which that of the tasks follows, and then
+`official` is the method of the authors' code: k backward passes over the batch with a retained
+graph. Of TorchJD's two engines, `autojac` differentiates the mean losses of the tasks together;
+`autogram` makes the Gramian of the samples' losses, from which that of the tasks follows, and then
 one ordinary backward pass.
 """
 
@@ -72,7 +72,7 @@ METHODS: dict[str, Callable[[], Balancer | None]] = {
     "nash every step": lambda: NashMTL(K, update_every=1),
     "official": lambda: PCGrad(K),
 }
-# Engines, and what does not run in `multitask_backward`: with PCGrad on every step.
+# Engines, and methods outside `multitask_backward`; all with PCGrad on every step.
 ENGINES: dict[str, type[Engine]] = {
     "loop": Loop,
     "one_pass": OnePass,
@@ -84,7 +84,7 @@ TORCHJD = ("torchjd autogram", "torchjd autojac")
 
 @dataclass(frozen=True)
 class Cell:
-    """What is trained: `3M/64` is a DiT of 3M parameters at 64 tokens; others go by their name."""
+    """What is trained: `3M/64` is a DiT of 3M parameters at 64 tokens; others have names."""
 
     network: str
     batch_size: int
@@ -120,7 +120,7 @@ class Stepper:
     """One method or engine in one cell, stepped by hand.
 
     Args:
-        name: Of the method or engine.
+        name: Name of the method or engine.
         cell: What is trained.
         model: The cell's network if several share one, as on a GPU; a new one by default.
     """
@@ -159,7 +159,7 @@ class Stepper:
 
     @property
     def engine_name(self) -> str:
-        """How the task gradients were made, if any were."""
+        """The engine that made the task gradients, if any."""
         if self.foreign:
             return self.name
         if not isinstance(self.balancer, GradientBalancer):
@@ -202,7 +202,7 @@ class Stepper:
             torch.cuda.synchronize()
 
     def _foreign(self, losses: Callable[[Tensor], Tensor], tasks: Tensor) -> Tensor:
-        """Gradients of one graph of the whole batch; the norm of their combination."""
+        """Gradients from one graph of the whole batch; returns the norm of their combination."""
         values = losses(torch.arange(self.cell.batch_size))
         means = (tasks == torch.arange(K)[:, None]).to(values)
         means /= means.sum(1, keepdim=True)
@@ -210,7 +210,7 @@ class Stepper:
         for p in self.shared:
             p.grad = None
         if self.autogram is not None:
-            # Of the samples: of the five means it takes 1.4 times as long.
+            # For the samples: with the five means it takes 1.4 times as long.
             gramian = means @ self.autogram.compute_gramian(values) @ means.T
             task_losses.backward(aggregation.PCGradWeighting()(gramian) / K)
         elif self.name in TORCHJD:
@@ -221,7 +221,7 @@ class Stepper:
         return torch.nn.utils.get_total_norm([p.grad for p in self.shared if p.grad is not None])
 
     def _official(self, task_losses: Tensor) -> None:
-        """k backward passes, rows that are concatenated, their products."""
+        """k backward passes, concatenated rows, and their products."""
         assert self.balancer is not None
         rows = []
         for loss in task_losses:

@@ -1,7 +1,7 @@
 """`make demo`: train a small model with ANT-UW on real digits, then measure it and show it.
 
-Training and measurement are two calls of the command line that a user has, with the shipped
-configs; this file only chooses them and prints one table.
+Training and measurement are two ordinary calls of the command line with the shipped configs; this
+file chooses them and prints a table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def demo(model: str, folder: Path, *, minutes: float, options: list[str]) -> Ant
         minutes *= 2 / 3
     common += options
     limit = [max_time(minutes)]
-    # The measurement follows as a command of its own, so none is needed while training.
+    # A separate command measures the model afterwards.
     if ant_lightning(["fit", *common, *limit, "--trainer.limit_val_batches=0"]):
         sys.exit(1)
     checkpoint = folder / f"{model}_{version}" / "checkpoints" / "last.ckpt"

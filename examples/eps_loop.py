@@ -1,7 +1,7 @@
 """A plain PyTorch loop that predicts noise, with PCGrad over five clusters of timesteps.
 
-Run it with `python examples/eps_loop.py`. No Lightning is imported: `multitask_backward` stands
-where `loss.backward()` would.
+Run it with `python examples/eps_loop.py`. It needs no Lightning: `multitask_backward` replaces
+`loss.backward()`.
 """
 
 import torch
@@ -25,7 +25,7 @@ class Denoiser(nn.Module):
         self.head = nn.Linear(64, 2)
 
     def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Noise `[b, 2]` in points `[b, 2]` at timesteps `[b]`."""
+        """Predict the noise `[b, 2]` in points `[b, 2]` at timesteps `[b]`."""
         time = t[:, None] / 1000
         return self.head(self.layers(torch.cat([x_t, time], dim=1)))
 

@@ -1,8 +1,7 @@
 """A plain flow-matching loop, time in [0, 1], with uncertainty weighting over five clusters.
 
-Nothing here is a diffusion process: the clusters are intervals of a grid over [0, 1], grouped by
-the log signal-to-noise ratio of the straight path x_t = (1 - t) x_0 + t noise, and a time is drawn
-inside its grid cell.
+The clusters are intervals of a grid over [0, 1], grouped by the log signal-to-noise ratio of the
+straight path x_t = (1 - t) x_0 + t noise. A time is drawn uniformly inside its grid cell.
 """
 
 import torch
