@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,7 +30,7 @@ class PairedDifference(NamedTuple):
 
 
 def paired_difference(differences: Sequence[float], *, level: float = 0.95) -> PairedDifference:
-    """Student's t interval `mean ± t s / sqrt(n)` of paired differences.
+    """Student's t-test of paired differences, with the interval `mean ± t s / sqrt(n)`.
 
     Args:
         differences: One for each pair, at least 2.
@@ -40,14 +39,14 @@ def paired_difference(differences: Sequence[float], *, level: float = 0.95) -> P
     Raises:
         ConfigError: If there are fewer than 2 differences.
     """
-    n = len(differences)
-    if n < 2:
-        raise ConfigError(f"differences: an interval needs at least 2 pairs, found {n}")
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / math.sqrt(n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    # Without a spread there is no t statistic.
-    p_value = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
-    return PairedDifference(mean, mean - half, mean + half, p_value)
+    if len(differences) < 2:
+        raise ConfigError(f"differences: must be at least 2, found {len(differences)}")
+    mean = statistics.mean(differences)
+    if statistics.stdev(differences) == 0:  # no spread to judge them by
+        return PairedDifference(mean, mean, mean, float(mean == 0))
+    test = stats.ttest_1samp(differences, 0.0)
+    interval = test.confidence_interval(level)
+    return PairedDifference(mean, float(interval.low), float(interval.high), float(test.pvalue))
 
 
 def difference_text(differences: Sequence[float], *, digits: int) -> str:

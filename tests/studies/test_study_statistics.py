@@ -30,7 +30,7 @@ def test_the_paired_interval_is_the_textbook_one():
     assert not found.detected
     assert paired_difference([1.0, 1.1, 0.9]).detected
     assert paired_difference([0.5, 0.5]).p_value == 0
-    with pytest.raises(ConfigError, match="at least 2 pairs, found 1"):
+    with pytest.raises(ConfigError, match="must be at least 2, found 1"):
         paired_difference([1.0])
 
 
