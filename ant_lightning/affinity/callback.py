@@ -63,7 +63,7 @@ class TaskAffinity(MeasuringCallback):
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> from ant_lightning import TaskAffinity
         >>> TaskAffinity(num_points=50, num_images=256).num_points
         50

@@ -41,7 +41,7 @@ class GradientClustering(Clustering):
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import GradientClustering
         >>> affinity = torch.block_diag(torch.ones(3, 3), torch.ones(5, 5))
@@ -96,7 +96,7 @@ def spread_affinity(
     Returns:
         `[T, T]`, float64, on the CPU.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import spread_affinity
         >>> affinity = torch.tensor([[1.0, 0.25], [0.25, 1.0]])

@@ -62,7 +62,7 @@ def affinity_by_distance(
     Raises:
         ConfigError: If shapes do not fit, no pair is finite, or `num_bins` is below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import affinity_by_distance
         >>> affinity = torch.tensor([[1.0, 0.8, 0.1], [0.8, 1.0, 0.6], [0.1, 0.6, 1.0]])
@@ -112,7 +112,7 @@ def distance_correlation(
     Raises:
         ConfigError: If shapes do not fit, no pair is finite, or a setting is out of its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import distance_correlation
         >>> timesteps = torch.arange(5.0)

@@ -33,7 +33,7 @@ def plain_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import plain_affinity
         >>> gradients = torch.tensor([[3.0, 0.0], [1.0, 1.0]])  # two timesteps, equal halves
@@ -56,7 +56,7 @@ def corrected_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, 
     to ±1, which would bias averages. They are NaN where `A_i · B_i` or `A_j · B_j` is not
     positive. The diagonal is 1 by construction.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import corrected_affinity
         >>> a, b = torch.tensor([[2.0, 1.0], [1.0, 1.0]]), torch.tensor([[2.0, -1.0], [1.0, 1.0]])
@@ -110,7 +110,7 @@ def split_half_reliability(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tens
     Reference:
         Brown, "Some experimental results in the correlation of mental abilities", 1910.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import split_half_reliability
         >>> halves = torch.tensor([[[2.0, 0.0]], [[1.0, 3**0.5]]])  # the halves have cosine 0.5

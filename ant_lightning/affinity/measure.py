@@ -36,7 +36,7 @@ def timestep_grid(num_timesteps: int, *, num_points: int = 100) -> tuple[int, ..
     Raises:
         ConfigError: If either number is below 1.
 
-    Example:
+    Examples:
         >>> from ant_lightning import timestep_grid
         >>> timestep_grid(1000, num_points=4)
         (0, 333, 666, 999)
@@ -104,7 +104,7 @@ def task_affinity(
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import task_affinity
         >>> weight = torch.zeros(2, requires_grad=True)

@@ -48,7 +48,7 @@ class Reclustering(MeasuringCallback):
     Raises:
         ConfigError: If a number is out of its range.
 
-    Example:
+    Examples:
         >>> from ant_lightning import Reclustering
         >>> Reclustering(recluster_every=1000, num_points=20).recluster_every
         1000

@@ -57,7 +57,7 @@ class AffinityResult:
     Raises:
         ConfigError: If shapes or values do not fit each other.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import AffinityResult
         >>> gradients = torch.tensor([[1.0, 0.0], [1.0, 1.0]]).double()  # two timesteps

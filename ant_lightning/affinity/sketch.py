@@ -48,7 +48,7 @@ class HadamardSketch:
     Reference:
         Ailon and Chazelle, "The fast Johnson-Lindenstrauss transform", SIAM J. Comput. 2009.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning.affinity.sketch import HadamardSketch
         >>> sketch = HadamardSketch(1000, sketch_dim=64, seed=0)

@@ -108,7 +108,7 @@ def load_official_checkpoint(
         ConfigError: If the file is missing, damaged or would run code, holds no such weights, or
             has missing, extra or misshapen entries or another class count.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from tempfile import NamedTemporaryFile
         >>> from ant_lightning import DiT, load_official_checkpoint

@@ -179,7 +179,7 @@ class DiT(nn.Module):
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import DiT
         >>> dit = DiT(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=10)

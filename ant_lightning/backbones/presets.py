@@ -71,7 +71,7 @@ def _preset(
 Args:
     {arguments}
 
-Example:
+Examples:
     >>> import torch
     >>> from ant_lightning import {name}
     >>> with torch.device("meta"):  # allocates no memory

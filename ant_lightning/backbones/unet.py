@@ -91,7 +91,7 @@ class UNet(nn.Module):
         Dhariwal and Nichol, arXiv 2105.05233; Choi et al. (P2), arXiv 2204.00227; Rombach et
         al. (LDM), arXiv 2112.10752.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import UNet
         >>> unet = UNet(input_size=8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1)

@@ -36,7 +36,7 @@ class ConflictMonitor(RunCallback):
     Raises:
         ConfigError: If a number is out of range.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> from ant_lightning import ConflictMonitor
         >>> trainer = L.Trainer(callbacks=[ConflictMonitor(probe_every_n_steps=100)], logger=False)

@@ -36,7 +36,7 @@ class StepCost(RunCallback):
     Raises:
         ConfigError: If `skip_steps` is below 0.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> from ant_lightning import StepCost
         >>> trainer = L.Trainer(callbacks=[StepCost(skip_steps=20)], logger=False)

@@ -31,7 +31,7 @@ class Dashboard(RunCallback):
     Attributes:
         pictures: Files of the figures of this run, by tag; `save_figure` adds them.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> from ant_lightning import ConflictMonitor, Dashboard
         >>> trainer = L.Trainer(callbacks=[ConflictMonitor(), Dashboard()], logger=False)

@@ -46,7 +46,7 @@ class ExcessRisk(RunCallback):
     Raises:
         ConfigError: If a number is below 1, or the data's exact denoiser is not known.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> from ant_lightning import ExcessRisk, SNRClustering
         >>> risk = ExcessRisk(images_per_timestep=4, clustering=SNRClustering(num_tasks=3))

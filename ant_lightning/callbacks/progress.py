@@ -33,7 +33,7 @@ class TrainingProgress(TQDMProgressBar):
         refresh_rate: Steps between redraws; the bar is also redrawn when a second has passed.
         line_interval: Seconds between two lines.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> from ant_lightning import TrainingProgress
         >>> trainer = L.Trainer(callbacks=[TrainingProgress(line_interval=60.0)], logger=False)

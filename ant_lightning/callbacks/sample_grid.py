@@ -40,7 +40,7 @@ class SampleGrid(RunCallback):
     Raises:
         ConfigError: A number is below 1.
 
-    Example:
+    Examples:
         >>> from ant_lightning import SampleGrid
         >>> grid = SampleGrid(num_images=64)  # for `Trainer(callbacks=[grid])`
         >>> print(grid.path)  # of the last picture

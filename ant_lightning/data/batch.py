@@ -20,7 +20,7 @@ class Batch(NamedTuple):
         labels: `[b]` int64; zeros for data without classes.
         indices: `[b]` int64, position of each image in its data set: randomness is keyed by it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import Batch
         >>> batch = Batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 4]), torch.tensor([17, 9]))

@@ -37,7 +37,7 @@ class StoredImages:
     Raises:
         ConfigError: There are no images.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from tempfile import NamedTemporaryFile
         >>> from ant_lightning import StoredImages

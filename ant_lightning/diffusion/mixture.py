@@ -29,7 +29,7 @@ class GaussianMixture:
     Raises:
         ConfigError: If a shape, a weight or a covariance breaks these rules.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import GaussianMixture
         >>> mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 2), torch.eye(2)[None])

@@ -36,7 +36,7 @@ class NoiseSchedule(ABC):
     Raises:
         ConfigError: If `num_timesteps` is below 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import NoiseSchedule
         >>> class ConstantSchedule(NoiseSchedule):
@@ -97,7 +97,7 @@ class LinearSchedule(NoiseSchedule):
     Reference:
         Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
 
-    Example:
+    Examples:
         >>> from ant_lightning import LinearSchedule
         >>> [round(beta, 4) for beta in LinearSchedule(100)()[[0, -1]].tolist()]
         [0.001, 0.2]
@@ -131,7 +131,7 @@ class CosineSchedule(NoiseSchedule):
     Reference:
         Nichol and Dhariwal, "Improved DDPM", equation 17, arXiv 2102.09672.
 
-    Example:
+    Examples:
         >>> from ant_lightning import CosineSchedule
         >>> [round(beta, 3) for beta in CosineSchedule(1000)()[[0, 500, 999]].tolist()]
         [0.0, 0.003, 0.999]
@@ -166,7 +166,7 @@ class ScaledLinearSchedule(NoiseSchedule):
         Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
         arXiv 2112.10752.
 
-    Example:
+    Examples:
         >>> from ant_lightning import ScaledLinearSchedule
         >>> [round(beta, 4) for beta in ScaledLinearSchedule(1000)()[[0, -1]].tolist()]
         [0.0015, 0.0195]
@@ -191,7 +191,7 @@ class TableSchedule(NoiseSchedule):
     Args:
         betas: The betas.
 
-    Example:
+    Examples:
         >>> from ant_lightning import TableSchedule
         >>> TableSchedule([0.1, 0.2])().tolist()
         [0.1, 0.2]

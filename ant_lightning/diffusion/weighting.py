@@ -25,7 +25,7 @@ __all__ = ["P2", "LossWeighting", "MinSNR"]
 class LossWeighting(ABC):
     """Base of the weightings: calling one gives the weights of the mse, `[T]` in float64.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import LossWeighting
         >>> class SNRWeighting(LossWeighting):
@@ -73,7 +73,7 @@ class MinSNR(LossWeighting):
         Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy",
         arXiv 2303.09556.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import MinSNR
         >>> MinSNR(gamma=5.0)(torch.tensor([0.5, 10.0]), "eps").tolist()
@@ -107,7 +107,7 @@ class P2(LossWeighting):
         Choi et al., "Perception Prioritized Training of Diffusion Models", equation 8,
         arXiv 2204.00227.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import P2
         >>> P2(gamma=1.0, k=1.0)(torch.tensor([1.0, 3.0]), "eps").tolist()

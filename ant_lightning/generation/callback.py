@@ -57,7 +57,7 @@ class GenerationMetrics(RunCallback):
     Raises:
         ConfigError: If a number is out of range, or the training images are to be compared twice.
 
-    Example:
+    Examples:
         >>> from ant_lightning import DigitsFeatures, GenerationMetrics
         >>> metrics = GenerationMetrics(DigitsFeatures(), num_images=1000)
         >>> metrics.last_scores  # after `Trainer(callbacks=[metrics]).validate(module, data)`

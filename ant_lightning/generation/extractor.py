@@ -20,7 +20,7 @@ __all__ = ["FeatureExtractor", "Features", "ModuleFeatures", "check_images"]
 class Features(NamedTuple):
     """Features `[n, d]` of n images and, if the network classifies, logits `[n, c]`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import Features
         >>> Features(torch.zeros(2, 1)).logits is None
@@ -42,7 +42,7 @@ class FeatureExtractor(nn.Module, ABC):
         num_features: Number d of the features.
         name: Identifies network and weights; cached statistics are kept under it.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import FeatureExtractor, Features
         >>> class MeanColour(FeatureExtractor):
@@ -90,7 +90,7 @@ class ModuleFeatures(FeatureExtractor):
         num_features: Number d of the features.
         name: See `FeatureExtractor`; change it when the weights change.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import ModuleFeatures
         >>> pixels = ModuleFeatures(torch.nn.Identity(), num_features=2, name="pixels")

@@ -28,7 +28,7 @@ class ImageFeatures(Metric):
         keep_features: Whether to keep features and logits. Without, memory does not grow with the
             number of images.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import ImageFeatures, ModuleFeatures
         >>> pixels = ModuleFeatures(torch.nn.Identity(), num_features=1, name="pixels")

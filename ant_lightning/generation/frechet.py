@@ -28,7 +28,7 @@ class GaussianStatistics:
         covariance: The covariance `[d, d]`.
         num_samples: How many samples n they come from; `None` if a file does not say.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import GaussianStatistics
         >>> gaussian = GaussianStatistics.from_features(torch.tensor([[0.0], [2.0], [4.0]]))
@@ -95,7 +95,7 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
         Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
         Equilibrium", equation (6), arXiv 1706.08500.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import GaussianStatistics, frechet_distance
         >>> narrow = GaussianStatistics(torch.zeros(2), torch.eye(2))

@@ -36,7 +36,7 @@ class InceptionFeatures(FeatureExtractor):
         Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
         Equilibrium", arXiv 1706.08500; Obukhov et al., torch-fidelity.
 
-    Example:
+    Examples:
         >>> from ant_lightning import InceptionFeatures
         >>> InceptionFeatures("weights.pth")
         Traceback (most recent call last):

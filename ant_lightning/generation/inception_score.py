@@ -49,7 +49,7 @@ def inception_score(
     Reference:
         Salimans et al., "Improved Techniques for Training GANs", section 4, arXiv 1606.03498.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import inception_score
         >>> certain_and_varied = 100 * torch.eye(4)

@@ -40,7 +40,7 @@ def kernel_distance(
     Reference:
         Bińkowski et al., "Demystifying MMD GANs", equation (4), arXiv 1801.01401.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import kernel_distance
         >>> near, far = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])

@@ -49,7 +49,7 @@ def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3) -> Precisio
         Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative
         Models", equations (1) and (2), arXiv 1904.06991.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import precision_recall
         >>> real = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
@@ -79,7 +79,7 @@ def nearest_distance(generated: Tensor, train: Tensor) -> Tensor:
     Raises:
         ConfigError: The dimensions differ or a set is empty.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import nearest_distance
         >>> nearest_distance(torch.tensor([[0.0, 3.0]]), torch.tensor([[4.0, 0.0], [9.0, 9.0]]))

@@ -63,7 +63,7 @@ class GenerationScores(Metric):
         ConfigError: The real images have another extractor or another size; in `compute`, if there
             are too few images.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import DigitsFeatures, GenerationScores, ImageFeatures
         >>> images = torch.randint(256, (99, 1, 8, 8), dtype=torch.uint8)

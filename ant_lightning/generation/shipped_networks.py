@@ -124,7 +124,7 @@ class DigitsFeatures(_ShippedNetwork):
     Raises:
         ConfigError: The file is missing, or its entries are not those of this network.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import DigitsFeatures
         >>> digits = DigitsFeatures()
@@ -157,7 +157,7 @@ class ShapesFeatures(_ShippedNetwork):
     Raises:
         ConfigError: The file is missing, or its entries are not those of this network.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import ShapesFeatures
         >>> ShapesFeatures()(torch.zeros(5, 3, 64, 64, dtype=torch.uint8)).shape

@@ -36,7 +36,7 @@ class ImageStatistics:
         extractor: Name of the extractor; empty if unknown, as in a file of the ADM evaluator.
         image_shape: Shape `(c, h, w)` of one image; `None` if unknown.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import ImageStatistics
         >>> real = ImageStatistics.from_features(torch.tensor([[0.0], [2.0], [4.0]]))

@@ -34,7 +34,7 @@ class ADMModule(MultiTaskDiffusion):
     Reference:
         Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", arXiv 2105.05233.
 
-    Example:
+    Examples:
         >>> from ant_lightning import ADMModule, SNRClustering, Tasks, UNet
         >>> network = UNet(
         ...     input_size=8, in_channels=1, out_channels=2, model_channels=32,
@@ -95,7 +95,7 @@ class DiTModule(MultiTaskDiffusion):
     Reference:
         Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748.
 
-    Example:
+    Examples:
         >>> from ant_lightning import DDIM, DiT, DiTModule, Sampling, SNRClustering, Tasks
         >>> network = DiT(
         ...     input_size=8, patch_size=4, in_channels=1, hidden_size=8, depth=1, num_heads=1,
@@ -152,7 +152,7 @@ class LDMModule(MultiTaskDiffusion):
         Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
         arXiv 2112.10752.
 
-    Example:
+    Examples:
         >>> from ant_lightning import LDMModule, ScaledLinearSchedule, SNRClustering, Tasks, UNet
         >>> from ant_lightning import DiscreteDiffusion
         >>> network = UNet(

@@ -41,7 +41,7 @@ class Tasks:
     Raises:
         ConfigError: If `placement` does not fit the balancer or the engine.
 
-    Example:
+    Examples:
         >>> from ant_lightning import SNRClustering, Tasks, UncertaintyWeighting
         >>> tasks = Tasks(SNRClustering(num_tasks=5), balancer=UncertaintyWeighting(num_tasks=5))
         >>> tasks.weighting, tasks.engine, tasks.placement
@@ -85,7 +85,7 @@ class TimestepSampling:
     Raises:
         ConfigError: If the interval is empty, or the method is `stratified` with an interval.
 
-    Example:
+    Examples:
         >>> from ant_lightning import TimestepSampling
         >>> TimestepSampling(interval=(0, 200)).interval
         (0, 200)
@@ -127,7 +127,7 @@ class Optimization:
     Raises:
         ConfigError: If a setting is out of range, or there is a warm-up beside a scheduler.
 
-    Example:
+    Examples:
         >>> from ant_lightning import Optimization
         >>> Optimization(warmup_steps=1000).clip_grad_norm
         1.0
@@ -168,7 +168,7 @@ class Sampling:
         clip_denoised: Whether predicted images are clipped to [-1, 1] in every step; by default
             pixels are and latents are not.
 
-    Example:
+    Examples:
         >>> from ant_lightning import DDIM, Sampling
         >>> Sampling(DDIM(num_steps=50), guidance_scale=1.5).sampler.num_steps
         50

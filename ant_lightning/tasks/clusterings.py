@@ -23,7 +23,7 @@ class Clustering(ABC):
 
     Subclasses implement `__call__`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import Clustering, TimestepClusters
         >>> class Halves(Clustering):
@@ -61,7 +61,7 @@ class TimestepClustering(Clustering):
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import TimestepClustering
         >>> TimestepClustering(num_tasks=3)(torch.linspace(5, -5, 100)).boundaries
@@ -99,7 +99,7 @@ class SNRClustering(Clustering):
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import SNRClustering
         >>> SNRClustering(num_tasks=3)(torch.tensor([9.0, 8.9, 1.0, 0.9, 0.8, -5.0])).boundaries
@@ -132,7 +132,7 @@ class FixedClustering(Clustering):
     Raises:
         ConfigError: If the boundaries are not such integers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import FixedClustering
         >>> FixedClustering([0, 30, 100])(torch.linspace(5, -5, 100)).num_tasks

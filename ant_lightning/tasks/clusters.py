@@ -32,7 +32,7 @@ class TimestepClusters:
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import TimestepClusters
         >>> clusters = TimestepClusters((0, 3, 10))

@@ -37,7 +37,7 @@ def timestep_costs(num_timesteps: int) -> Float[Tensor, "T T"]:
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> from ant_lightning import timestep_costs
         >>> timestep_costs(4)[0].tolist()
         [0.0, 1.0, 2.0, 6.0]
@@ -65,7 +65,7 @@ def snr_costs(log_snr: Float[Tensor, " T"], *, power: float = 1) -> Float[Tensor
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
         The official code rounds half a centre to even; here it is always rounded up.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import snr_costs
         >>> snr_costs(torch.tensor([9.0, 6.0, 0.0]))[0].tolist()
@@ -103,7 +103,7 @@ def affinity_costs(affinity: Float[Tensor, "T T"]) -> Float[Tensor, "T T"]:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
         In the official code a single timestep costs -1; here minus its affinity with itself.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import affinity_costs
         >>> affinity = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 1.0]])

@@ -46,7 +46,7 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import partition, snr_costs
         >>> partition(snr_costs(torch.tensor([9.0, 8.0, 1.0, 0.0, -1.0])), num_tasks=2)

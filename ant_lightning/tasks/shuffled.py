@@ -71,7 +71,7 @@ class ShuffledClustering(Clustering):
         clustering: Clustering that determines the sizes.
         seed: Seed of the permutation. It is part of the clustering, not the seed of the run.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import ShuffledClustering, TimestepClustering
         >>> clusters = ShuffledClustering(TimestepClustering(2))(torch.linspace(5, -5, 6))

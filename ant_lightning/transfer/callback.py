@@ -78,7 +78,7 @@ class NegativeTransferGap(RunCallback):
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> from ant_lightning import NegativeTransferGap
         >>> gap = NegativeTransferGap(by_samples=["low.ckpt", "high.ckpt"], num_draws=4)
         >>> gap.paths["samples"]

@@ -69,7 +69,7 @@ def negative_transfer_gap(
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import negative_transfer_gap
         >>> multitask = torch.tensor([0.5, 0.7, 0.9, 0.7])  # losses of four images

@@ -57,7 +57,7 @@ def transfer_matrix(
         Fifty et al., "Efficiently Identifying Task Groupings for Multi-Task Learning", section 3,
         arXiv 2109.04617.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import transfer_matrix
         >>> x = torch.zeros(1, requires_grad=True)

@@ -47,7 +47,7 @@ class TransferMatrix(MeasuringCallback):
         Fifty et al., "Efficiently Identifying Task Groupings for Multi-Task Learning",
         arXiv 2109.04617.
 
-    Example:
+    Examples:
         >>> from ant_lightning import TransferMatrix
         >>> TransferMatrix(lr=0.01, num_images=128).images
         'held_out'

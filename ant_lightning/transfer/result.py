@@ -71,7 +71,7 @@ class TransferGapResult:
         sampler_steps: Denoising steps for one image of each kind.
         sampler_steps_unshared: The same if all trajectories started from noise.
 
-    Example:
+    Examples:
         >>> from ant_lightning.transfer import GapEstimate, IntervalGap, TransferGapResult
         >>> gap = IntervalGap(
         ...     start=0,

@@ -31,7 +31,7 @@ class LatentSpace:
     Raises:
         ConfigError: If the kind is another, or the scale or the shift is out of its range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import LatentSpace
         >>> space = LatentSpace(kind="kl", scale=0.5, shift=1.0, fingerprint="", source="")

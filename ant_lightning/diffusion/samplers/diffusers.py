@@ -71,7 +71,7 @@ class DiffusersSampler(Sampler):
     Reference:
         Lu et al., "DPM-Solver++", arXiv 2211.01095; Zhao et al., "UniPC", arXiv 2302.04867.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from diffusers import UniPCMultistepScheduler
         >>> from ant_lightning import DiffusersSampler, DiscreteDiffusion

@@ -33,7 +33,7 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
     Reference:
         `space_timesteps` of guided-diffusion; Song et al., "DDIM", arXiv 2010.02502.
 
-    Example:
+    Examples:
         >>> from ant_lightning.diffusion.samplers.spacing import space_timesteps
         >>> space_timesteps(10, [2, 3])
         [0, 4, 5, 7, 9]
@@ -93,7 +93,7 @@ def latent_ddim_timesteps(
     Reference:
         `make_ddim_timesteps` of latent-diffusion; Rombach et al., arXiv 2112.10752.
 
-    Example:
+    Examples:
         >>> from ant_lightning.diffusion.samplers.spacing import latent_ddim_timesteps
         >>> latent_ddim_timesteps(1000, 4)
         [1, 251, 501, 751]
