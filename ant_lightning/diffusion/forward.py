@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     from jaxtyping import Float, Int
 
     from ant_lightning.diffusion.schedules import NoiseSchedule
+
+    Images: TypeAlias = Float[Tensor, "b c ..."]
+    Timesteps: TypeAlias = Int[Tensor, " b"]
 
 __all__ = ["ForwardProcess", "Tables", "at_least_float32", "gather"]
 
@@ -79,9 +84,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def gather(
-    table: Float[Tensor, " T"], timesteps: Int[Tensor, " b"], like: Float[Tensor, "b ..."]
-) -> Float[Tensor, "b ..."]:
+def gather(table: Float[Tensor, " T"], timesteps: Timesteps, like: Images) -> Images:
     """The table at `timesteps`, shaped `[b, 1, ...]` and cast (float32 at least) to fit `like`.
 
     Raises:
@@ -162,21 +165,13 @@ class ForwardProcess:
             gather(tables.sqrt_one_minus_alphas_cumprod, timesteps, x),
         )
 
-    def q_sample(
-        self,
-        x_start: Float[Tensor, "b c ..."],
-        timesteps: Int[Tensor, " b"],
-        noise: Float[Tensor, "b c ..."],
-    ) -> Float[Tensor, "b c ..."]:
+    def q_sample(self, x_start: Images, timesteps: Timesteps, noise: Images) -> Images:
         """Noise images: `x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise`."""
         a, s = self.levels(x_start, timesteps)
         return a * x_start + s * noise
 
     def q_posterior(
-        self,
-        x_start: Float[Tensor, "b c ..."],
-        x_t: Float[Tensor, "b c ..."],
-        timesteps: Int[Tensor, " b"],
+        self, x_start: Images, x_t: Images, timesteps: Timesteps
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log-variance of `q(x_{t-1} | x_t, x_start)`.
 

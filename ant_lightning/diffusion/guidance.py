@@ -13,7 +13,7 @@ from ant_lightning.errors import ConfigError, check_at_least
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Float, Int
+    from ant_lightning.diffusion.forward import Images, Timesteps
 
 __all__ = ["GuidedDenoiser"]
 
@@ -73,9 +73,7 @@ class GuidedDenoiser:
         self.scale = scale
         self.guided_channels = guided_channels
 
-    def __call__(
-        self, x_t: Float[Tensor, "b c ..."], t: Int[Tensor, " b"]
-    ) -> Float[Tensor, "b o ..."]:
+    def __call__(self, x_t: Images, t: Timesteps) -> Images:
         """The guided output, with as many channels as the network's.
 
         Raises:

@@ -12,8 +12,9 @@ from ant_lightning.diffusion.forward import gather
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
 
+    from ant_lightning.diffusion.forward import Images, Timesteps
     from ant_lightning.diffusion.process import DiscreteDiffusion
 
 __all__ = [
@@ -38,11 +39,11 @@ class DenoisingLoss(NamedTuple):
 
 def denoising_loss(
     process: DiscreteDiffusion,
-    model_output: Float[Tensor, "b o ..."],
-    x_start: Float[Tensor, "b c ..."],
-    x_t: Float[Tensor, "b c ..."],
-    timesteps: Int[Tensor, " b"],
-    noise: Float[Tensor, "b c ..."],
+    model_output: Images,
+    x_start: Images,
+    x_t: Images,
+    timesteps: Timesteps,
+    noise: Images,
     *,
     weights: Float[Tensor, " T"] | None = None,
     vb_scale: float = 1.0,
@@ -98,10 +99,10 @@ def denoising_loss(
 
 def variational_bound(
     process: DiscreteDiffusion,
-    model_output: Float[Tensor, "b o ..."],
-    x_start: Float[Tensor, "b c ..."],
-    x_t: Float[Tensor, "b c ..."],
-    timesteps: Int[Tensor, " b"],
+    model_output: Images,
+    x_start: Images,
+    x_t: Images,
+    timesteps: Timesteps,
 ) -> Float[Tensor, " b"]:
     """Term of the variational bound at one timestep of each image, in bits per dimension, `[b]`.
 
@@ -137,12 +138,7 @@ def variational_bound(
     return nats / math.log(2)
 
 
-def normal_kl(
-    mean1: Float[Tensor, "b ..."],
-    log_variance1: Float[Tensor, "b ..."],
-    mean2: Float[Tensor, "b ..."],
-    log_variance2: Float[Tensor, "b ..."],
-) -> Float[Tensor, "b ..."]:
+def normal_kl(mean1: Images, log_variance1: Images, mean2: Images, log_variance2: Images) -> Images:
     """KL divergence of `N(mean1, exp(log_variance1))` from `N(mean2, exp(log_variance2))`, in nats.
 
     `½ (lv2 - lv1 - 1 + exp(lv1 - lv2) + (m1 - m2)² exp(-lv2))`.
@@ -153,9 +149,7 @@ def normal_kl(
     return 0.5 * (torch.expm1(difference) - difference + distance)
 
 
-def discretized_gaussian_log_likelihood(
-    x: Float[Tensor, "b ..."], *, mean: Float[Tensor, "b ..."], log_scale: Float[Tensor, "b ..."]
-) -> Float[Tensor, "b ..."]:
+def discretized_gaussian_log_likelihood(x: Images, *, mean: Images, log_scale: Images) -> Images:
     """Log-probability, in nats, of the 8-bit bin of `x` under `N(mean, exp(log_scale)²)`.
 
     `x` holds pixels in [-1, 1]; a bin is 2/255 wide, and those at -1 and 1 are open outwards.

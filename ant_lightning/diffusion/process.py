@@ -18,7 +18,7 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Float, Int
+    from ant_lightning.diffusion.forward import Images, Timesteps
 
 __all__ = ["DiscreteDiffusion", "PMeanVariance", "VarianceType"]
 
@@ -96,9 +96,7 @@ class DiscreteDiffusion(ForwardProcess):
         """Channels of the network's output for images of `channels`: twice for learned_range."""
         return 2 * channels if self.variance_type == "learned_range" else channels
 
-    def split_output(
-        self, model_output: Float[Tensor, "b o ..."], channels: int
-    ) -> tuple[Float[Tensor, "b c ..."], Float[Tensor, "b c ..."] | None]:
+    def split_output(self, model_output: Images, channels: int) -> tuple[Images, Images | None]:
         """Split the output into the prediction and, for learned_range, the variance values.
 
         Both are cast to float32 at least: a loss must not be reduced in half precision.
@@ -117,12 +115,7 @@ class DiscreteDiffusion(ForwardProcess):
             return model_output, None
         return model_output[:, :channels], model_output[:, channels:]
 
-    def target(
-        self,
-        x_start: Float[Tensor, "b c ..."],
-        noise: Float[Tensor, "b c ..."],
-        timesteps: Int[Tensor, " b"],
-    ) -> Float[Tensor, "b c ..."]:
+    def target(self, x_start: Images, noise: Images, timesteps: Timesteps) -> Images:
         """What the network should predict: the noise, `x_start`, or `v = a noise - s x_start`."""
         if self.prediction_type != "v":
             return noise if self.prediction_type == "eps" else x_start
@@ -132,12 +125,12 @@ class DiscreteDiffusion(ForwardProcess):
     def _convert(
         self,
         to: PredictionType,
-        prediction: Float[Tensor, "b c ..."],
-        x_t: Float[Tensor, "b c ..."],
-        timesteps: Int[Tensor, " b"],
+        prediction: Images,
+        x_t: Images,
+        timesteps: Timesteps,
         *,
         prediction_type: PredictionType | None = None,
-    ) -> Float[Tensor, "b c ..."]:
+    ) -> Images:
         """Convert a prediction (of this process' type unless another is named)."""
         a, s = self.levels(x_t, timesteps)
         return convert(prediction, prediction_type or self.prediction_type, to, x_t=x_t, a=a, s=s)
@@ -147,12 +140,7 @@ class DiscreteDiffusion(ForwardProcess):
     to_v = partialmethod(_convert, "v")
 
     def p_mean_variance(
-        self,
-        model_output: Float[Tensor, "b o ..."],
-        x_t: Float[Tensor, "b c ..."],
-        timesteps: Int[Tensor, " b"],
-        *,
-        clip_denoised: bool = True,
+        self, model_output: Images, x_t: Images, timesteps: Timesteps, *, clip_denoised: bool = True
     ) -> PMeanVariance:
         """The reverse step `p(x_{t-1} | x_t)` that the network's output stands for.
 

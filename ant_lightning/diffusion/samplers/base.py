@@ -16,8 +16,7 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from jaxtyping import Float
-
+    from ant_lightning.diffusion.forward import Images
     from ant_lightning.diffusion.process import DiscreteDiffusion
 
 __all__ = ["Denoiser", "SampleStep", "Sampler"]
@@ -99,7 +98,7 @@ class Sampler(ABC):
         self,
         process: DiscreteDiffusion,
         denoiser: Denoiser,
-        x_T: Float[Tensor, "b c ..."],
+        x_T: Images,
         *,
         noise: Callable[[], Tensor] | None = None,
         clip_denoised: bool = True,
@@ -137,12 +136,12 @@ class Sampler(ABC):
         self,
         process: DiscreteDiffusion,
         denoiser: Denoiser,
-        x_T: Float[Tensor, "b c ..."],
+        x_T: Images,
         *,
         noise: Callable[[], Tensor] | None = None,
         clip_denoised: bool = True,
         first_step: int = 0,
-    ) -> Float[Tensor, "b c ..."]:
+    ) -> Images:
         """Run `trajectory` to its end without gradients; returns the last state."""
         steps = self.trajectory(
             process,

@@ -16,8 +16,7 @@ from ant_lightning.errors import ConfigError, check_at_least
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from jaxtyping import Float, Int
-
+    from ant_lightning.diffusion.forward import Images, Timesteps
     from ant_lightning.diffusion.process import DiscreteDiffusion, PMeanVariance
 
 __all__ = ["DDIM", "DDPM", "ancestral_step", "ddim_inverse_step", "ddim_step"]
@@ -179,10 +178,10 @@ class DDIM(_RespacedSampler):
         self,
         process: DiscreteDiffusion,
         denoiser: Denoiser,
-        x_start: Float[Tensor, "b c ..."],
+        x_start: Images,
         *,
         clip_denoised: bool = True,
-    ) -> Float[Tensor, "b c ..."]:
+    ) -> Images:
         """Find the `x_T` from which sampling with `eta = 0` leads back, nearly, to `x_start`.
 
         `x_start` is taken as the state at the path's first timestep. Each step evaluates the
@@ -197,9 +196,7 @@ class DDIM(_RespacedSampler):
         return x
 
 
-def ancestral_step(
-    model: PMeanVariance, timesteps: Int[Tensor, " b"], noise: Float[Tensor, "b c ..."] | None
-) -> Float[Tensor, "b c ..."]:
+def ancestral_step(model: PMeanVariance, timesteps: Timesteps, noise: Images | None) -> Images:
     """Sample `p(x_{t-1} | x_t)`: `mean + exp(½ log_variance) noise`, without noise at t = 0.
 
     `noise=None` gives the mean.
@@ -215,11 +212,11 @@ def ancestral_step(
 def ddim_step(
     process: DiscreteDiffusion,
     model: PMeanVariance,
-    timesteps: Int[Tensor, " b"],
+    timesteps: Timesteps,
     *,
     eta: float = 0.0,
-    noise: Float[Tensor, "b c ..."] | None = None,
-) -> Float[Tensor, "b c ..."]:
+    noise: Images | None = None,
+) -> Images:
     """One DDIM step; `eta = 0` is deterministic, `eta = 1` as random as ancestral sampling.
 
     `x_{t-1} = sqrt(abar_prev) x_start + sqrt(1 - abar_prev - σ²) eps + σ noise`, with
@@ -241,8 +238,8 @@ def ddim_step(
 
 
 def ddim_inverse_step(
-    process: DiscreteDiffusion, model: PMeanVariance, timesteps: Int[Tensor, " b"]
-) -> Float[Tensor, "b c ..."]:
+    process: DiscreteDiffusion, model: PMeanVariance, timesteps: Timesteps
+) -> Images:
     """One DDIM step backwards, to more noise: `sqrt(abar_next) x_start + sqrt(1 - abar_next) eps`.
 
     After the last timestep `abar_next` is 0, which leaves eps.
