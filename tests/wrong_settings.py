@@ -268,7 +268,7 @@ SETTINGS = {
             "--model.tasks.clustering=GradientClustering",
             "--model.tasks.clustering.affinity=/nope.npz",
         ],
-        ["/nope.npz must be a readable"],
+        ["model.tasks.clustering.affinity: /nope.npz: must be a readable"],
     ),
     "no initial weights": (["--model.init_from=/nope.pt"], ["init_from", "/nope.pt"]),
     "log folder": (["--trainer.logger.save_dir=/proc/x"], ["logger.save_dir", "/proc/x"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class GradientClustering(Clustering):
         """
         affinity = self.affinity
         if not isinstance(affinity, Tensor):
-            affinity = _full_affinity(Path(affinity), log_snr)
+            affinity = _full_affinity(affinity, log_snr)
         if len(affinity) != len(log_snr):
             raise ConfigError(
                 f"affinity: must have the schedule's {len(log_snr)} timesteps, "
@@ -75,7 +75,7 @@ class GradientClustering(Clustering):
         """Description of the measured model; `None` if the affinity does not come with one."""
         if isinstance(self.affinity, Tensor):
             return None
-        return read_affinity_file(self.affinity)[1]["model"] or None
+        return _read(self.affinity)[1]["model"] or None
 
 
 def spread_affinity(
@@ -108,10 +108,17 @@ def spread_affinity(
     return affinity.cpu().double()[nearest][:, nearest]
 
 
-def _full_affinity(path: Path, log_snr: Tensor) -> Tensor:
-    """The affinity `[T, T]` in a file, checked against the schedule that it is used with."""
+def _read(path: str | Path, *names: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        tensors, entries = read_affinity_file(path, "affinity", "timesteps", "log_snr")
+        return read_affinity_file(path, *names)
+    except FileError as error:
+        raise FileError(f"affinity: {error}") from error
+
+
+def _full_affinity(path: str | Path, log_snr: Tensor) -> Tensor:
+    """The affinity `[T, T]` in a file, checked against the schedule that it is used with."""
+    tensors, entries = _read(path, "affinity", "timesteps", "log_snr")
+    try:
         num_timesteps, measured = entries["num_timesteps"], tensors["log_snr"]
         affinity, timesteps = tensors["affinity"], tensors["timesteps"].tolist()
         if num_timesteps != len(log_snr):
@@ -133,8 +140,6 @@ def _full_affinity(path: Path, log_snr: Tensor) -> Tensor:
                 "must be measured with the schedule that it is used for, found log-SNR "
                 f"{measured[t]:.4g} at timestep {t}; the schedule has {ours[t]:.4g}"
             )
-    except FileError as error:  # it names the path
-        raise FileError(f"affinity: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"affinity: {path}: {error}") from None
     return spread_affinity(affinity, timesteps=timesteps, num_timesteps=num_timesteps)
