@@ -1,4 +1,4 @@
-"""Data sets that give images by the batch, at any positions."""
+"""Data sets that return a whole batch of images for a list of positions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ant_lightning.data.batch import Batch, to_uint8
 
 __all__ = ["CHUNK", "ImageDataset", "TensorImages"]
 
-CHUNK = 256  # images that are read at once where all are
+CHUNK = 256  # images in memory where a whole data set is read
 
 
 class ImageDataset(Dataset[Batch], ABC):
     """Images that are fetched by the batch.
 
-    `load` gets positions and the epoch; an augmentation must be a function of (seed, epoch,
-    position) alone, and is left out for `epoch=None`.
+    `load` gets positions and the epoch. So that runs can be resumed, an augmentation must be a
+    function of (seed, epoch, position) alone; with `epoch=None` there is none.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class ImageDataset(Dataset[Batch], ABC):
         return to_uint8(self.load(list(indices), epoch=None).images)
 
     def fingerprint(self) -> str:
-        """A hash of all pixels: what is computed of them may be kept under it."""
+        """A hash of all pixels, which identifies results that were computed from them."""
         digest = hashlib.sha256()
         for start in range(0, len(self), CHUNK):
             pixels = self.pixels(range(start, min(start + CHUNK, len(self))))

@@ -34,7 +34,7 @@ class DigitsData(ImageDataModule):
     Args:
         batch_size: Images of one optimizer step, over all ranks.
         num_held_out: Images that are never trained on: validation, test, reference of FID.
-        split_seed: Decides which; part of the data set, so not the seed of the run.
+        split_seed: Seed of the split, which belongs to the data set and not to the run.
         seed: Order of the training images; by default the seed of the run.
 
     Raises:
@@ -51,8 +51,8 @@ class DigitsData(ImageDataModule):
 
     image_shape = (1, 8, 8)
     num_classes = 10
-    deciding = ("num_held_out", "split_seed")
-    settings_suffice = True
+    identity_settings = ("num_held_out", "split_seed")
+    settings_determine_images = True
 
     def __init__(
         self,

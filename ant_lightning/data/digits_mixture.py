@@ -21,7 +21,8 @@ __all__ = ["DigitsMixtureData", "digits_mixture"]
 def digits_mixture(num_components: int = 40, regularization: float = 3e-3) -> GaussianMixture:
     """The mixture that fits all 1,797 real digits, of 64 numbers in about [-1, 1].
 
-    Expectation maximisation from a seeded k-means; `regularization` is added to the variances.
+    Expectation maximisation that starts from k-means with a fixed seed; `regularization` is added
+    to the variances. The last fit is kept.
     """
     from sklearn import mixture  # noqa: PLC0415 - half a second, and only digits need it
 
@@ -32,15 +33,16 @@ def digits_mixture(num_components: int = 40, regularization: float = 3e-3) -> Ga
     weights, means, covariances = (
         torch.from_numpy(each) for each in (fit.weights_, fit.means_, fit.covariances_)
     )
+    # The fit's rounding leaves sums of weights and symmetry off by a last bit.
     return GaussianMixture(weights / weights.sum(), means, (covariances + covariances.mT) / 2)
 
 
 class DigitsMixtureData(ImageDataModule):
     """8x8 grey images from a full-covariance Gaussian mixture that was fitted to the real digits.
 
-    No image is seen twice in training, so that nothing can be memorised, and `E[eps | x_t]` is
-    known in closed form (`mixture.denoise`): what a model's loss exceeds the best possible one by
-    can be measured (`ExcessRisk`). A few pixels lie outside [-1, 1]. There are no labels.
+    No image is seen twice in training, so nothing can be memorised. `E[eps | x_t]` is known in
+    closed form (`mixture.denoise`), so `ExcessRisk` can measure how far a model's loss is above the
+    best possible one. A few pixels lie outside [-1, 1]. There are no labels.
 
     Args:
         batch_size: Images of one optimizer step, over all ranks.
@@ -48,7 +50,7 @@ class DigitsMixtureData(ImageDataModule):
         num_held_out: Further images, for validation and metrics.
         num_components: Components of the mixture.
         regularization: Added to the variance of each pixel.
-        images_seed: Decides the images; part of the data set, so not the seed of the run.
+        images_seed: Seed of the images, which belong to the data set and not to the run.
         num_workers: Loading processes of each rank.
         seed: Order of the training images; by default the seed of the run.
 
@@ -67,8 +69,14 @@ class DigitsMixtureData(ImageDataModule):
 
     image_shape = (1, 8, 8)
     num_classes = 0
-    deciding = ("num_images", "num_held_out", "num_components", "regularization", "images_seed")
-    settings_suffice = True
+    identity_settings = (
+        "num_images",
+        "num_held_out",
+        "num_components",
+        "regularization",
+        "images_seed",
+    )
+    settings_determine_images = True
 
     def __init__(
         self,
@@ -108,7 +116,7 @@ class DigitsMixtureData(ImageDataModule):
 
 
 class _Draws(ImageDataset):
-    """An image is a function of (seed, epoch, index): every epoch has images of its own."""
+    """Images that are functions of (seed, epoch, index): every epoch has new ones."""
 
     def __init__(self, data: DigitsMixtureData, stream: str, count: int) -> None:
         self._mixture, self._seed = data.mixture, data.images_seed

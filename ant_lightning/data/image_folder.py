@@ -35,8 +35,9 @@ __all__ = ["ImageFolderData", "is_flipped"]
 class ImageFolderData(ImageDataModule):
     """Images of a folder, in folders of their classes or all in one, as FFHQ and CelebA-HQ come.
 
-    Class names are the sorted names of the folders unless `class_map` says otherwise; they are
-    written to `class_map.json` in the log folder, and into the checkpoint, which refuses others.
+    Classes are numbered in the order of their folders' names, unless `class_map` says otherwise.
+    The names are written to `class_map.json` in the log folder and to every checkpoint, which
+    cannot be loaded with other classes.
 
     Args:
         root: The folder.
@@ -50,9 +51,9 @@ class ImageFolderData(ImageDataModule):
         crop: `center_adm` as ADM and DiT crop, or `resize`.
         exif_rotation: Whether to apply the EXIF orientation of photos, as viewers do.
         flip: Whether training images are mirrored in half of the epochs.
-        validate_images: Decode every image before training and `raise` at broken ones, or `skip`
-            and count them; `off` finds them only when their turn comes.
-        split_seed: Decides which images are held out; part of the data set, not of the run.
+        validate_images: `raise`: decode every image before training, and refuse broken ones.
+            `skip`: leave broken ones out. `off`: a broken image ends the run when it is loaded.
+        split_seed: Seed of the split, which belongs to the data set and not to the run.
         num_workers: Loading processes of each rank.
         seed: Order of the images, and flips; by default the seed of the run.
 
@@ -77,7 +78,7 @@ class ImageFolderData(ImageDataModule):
         (torch.Size([3, 3, 8, 8]), ['cat', 'dog'])
     """
 
-    deciding = ("crop", "exif_rotation", "num_held_out", "split_seed", "class_names")
+    identity_settings = ("crop", "exif_rotation", "num_held_out", "split_seed", "class_names")
 
     def __init__(
         self,
@@ -120,6 +121,7 @@ class ImageFolderData(ImageDataModule):
         self._number_classes(names)
         number = {name: i for i, name in enumerate(self.class_names)}
         labels = torch.tensor([number[name] for name in names] or [0] * len(paths))
+        # Broken images are left out before the split, which is over what is trained on.
         kept = self._whole_images(paths)
         empty = set(labels.tolist()) - set(labels[kept].tolist())
         if empty and names:
@@ -159,7 +161,8 @@ class ImageFolderData(ImageDataModule):
             content = hashlib.sha256(b"".join(pool.map(_file_digest, paths))).hexdigest()
         images = hashlib.sha256(names + content.encode()).hexdigest()[:16]
         if images == known.get(IMAGES_DIGEST):
-            times = known.get("times", times)  # copied or touched, but unchanged
+            # Copied or touched, but unchanged: the identity must stay equal.
+            times = known.get("times", times)
         return {IMAGES_DIGEST: images, "times": times}
 
     def setup(self, stage: str) -> None:
@@ -235,7 +238,7 @@ class _FolderImages(ImageDataset):
         return len(self.paths)
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """The images at `indices`, mirrored by the coin of (seed, epoch, index)."""
+        """The images at `indices`, mirrored where `is_flipped` says so."""
         shape = (len(indices), self._size, self._size, self._channels)
         pixels = np.empty(shape, dtype=np.uint8)
         for row, index in enumerate(indices):
@@ -252,9 +255,9 @@ class _FolderImages(ImageDataset):
         return Batch(images, self.labels[rows], rows)
 
     def fingerprint(self) -> str:
-        """A hash of the files' names, sizes and times and of how they are rotated and cropped.
+        """A hash of the files' names, sizes and times, and of how they are rotated and cropped.
 
-        Decoding a large folder to hash its pixels would take as long as what is to be saved.
+        To hash the pixels, a large folder would have to be decoded.
         """
         rule = f"{(self._channels, self._size, self._size)} {self._crop} {self._exif_rotation};"
         return hashlib.sha256(rule.encode() + self.file_facts()).hexdigest()
@@ -271,9 +274,9 @@ class _FolderImages(ImageDataset):
 
 
 def is_flipped(seed: int | None, epoch: int | None, index: int) -> bool:
-    """Whether the image at `index` is mirrored in `epoch`: a fair coin of these three numbers.
+    """Whether the image at `index` is mirrored in `epoch`: a fair coin, keyed by these numbers.
 
-    Never without a seed or an epoch.
+    Without a seed or an epoch it is not.
     """
     if seed is None or epoch is None:
         return False
@@ -281,9 +284,9 @@ def is_flipped(seed: int | None, epoch: int | None, index: int) -> bool:
 
 
 def _broken_images(paths: list[Path]) -> dict[Path, str]:
-    """Decode every image and give what is wrong with those that fail.
+    """Decode every image; returns the errors of those that fail.
 
-    With several ranks each decodes its share, and all get the same answer.
+    With several ranks each decodes its share, and all return the errors of all.
     """
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     mine = paths[dist.get_rank() :: ranks] if ranks > 1 else paths

@@ -29,14 +29,16 @@ _CONSEQUENCES = {
     "num_images": "the number of steps done is kept, but images come in another order from now on",
     "seed": "images come in another order from now on",
 }
+# In words, what is no setting of a data module.
+_LABELS = {"world_size": "number of ranks", "num_images": "number of training images"}
 
 
 class ShuffledLoader:
     """Batches of a permutation of the data for each epoch; the end of an epoch is dropped.
 
-    One pass over the object yields `len(loader)` batches from where the last pass ended, or from
-    the position of a loaded state: a run that was stopped in the middle of an epoch sees the
-    batches it would have seen. Rank r of N gets the r-th slice of each global batch, so the global
+    Iterating over it yields `len(loader)` batches, beginning where the last iteration ended or at
+    the position of a loaded state: a run that is resumed in the middle of an epoch sees the batches
+    that it would have seen. Rank r of N gets the r-th slice of each global batch, so the global
     batches do not depend on N.
 
     Args:
@@ -101,7 +103,7 @@ class ShuffledLoader:
                     self._iterator = self._stream()
                 batch = next(self._iterator)
             except RuntimeError as error:
-                died = dead_worker(error)
+                died = dead_worker(error)  # torch reports a killed worker as a RuntimeError
                 if died is None:
                     raise
                 raise died from error
@@ -113,7 +115,7 @@ class ShuffledLoader:
         return {"position": self.position, **self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the batches that `state` had taken, and say what is no longer the same."""
+        """Continue after the batches of `state`, and report settings that differ from it."""
         # With another batch size the epochs have another length: keep the number of images seen.
         self.position = state["position"] * state["batch_size"] // self.batch_size
         self._iterator = None
@@ -122,13 +124,14 @@ class ShuffledLoader:
             then = state.get(name, now)
             if then != now:
                 say = rank_zero_info if name == "num_workers" else rank_zero_warn
-                say(f"{name}: the checkpoint has {then}, this run {now}: {consequence}")
+                label = _LABELS.get(name, name)
+                say(f"{label}: the checkpoint has {then}, this run {now}: {consequence}")
 
     def _stream(self) -> Iterator[Batch]:
         """Batches without end: workers are started once, not every epoch."""
         loader = DataLoader(
             self.dataset,
-            batch_size=None,
+            batch_size=None,  # a key of the sampler is a whole batch
             sampler=self._keys(),
             pin_memory=False,
             **worker_settings(self._settings["num_workers"]),
@@ -141,6 +144,7 @@ class ShuffledLoader:
         size = self.batch_size // self._settings["world_size"]
         epoch, first = divmod(self.position, num_batches)
         while True:
+            # To overfit, every epoch repeats the first batches of epoch 0.
             order_of = 0 if self._overfit_batches else epoch
             generator = keyed_generator(self._settings["seed"], "order", order_of)
             order = randperm(len(self.dataset), generator=generator)
@@ -151,10 +155,10 @@ class ShuffledLoader:
 
 
 class RankKeys(DistributedSampler[Any], SequentialSampler):
-    """Keys of one rank, in order.
+    """The keys of one rank, in order.
 
-    Lightning shares the keys of every sampler but a `DistributedSampler` among the ranks, here for
-    a second time, and with `overfit_batches` replaces every one but a `SequentialSampler`.
+    It has these two bases for Lightning, which would distribute the keys of any other sampler among
+    the ranks once more, and would replace it if `overfit_batches` is set.
 
     Args:
         keys: What the data set is asked for.

@@ -35,15 +35,16 @@ IMAGES_DIGEST = "digest of the images"  # a name in `identity`, worded for messa
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Training images in a resumable random order, held-out images in order.
+    """Training images in a random order that can be resumed, held-out images in order.
 
-    A subclass sets `image_shape` and `num_classes` and says in `prepare` what the images are.
+    A subclass sets `image_shape` and `num_classes`, and returns its images from `prepare`.
 
     Attributes:
         image_shape: `(c, h, w)` of what the network sees.
         num_classes: 0 for data without labels.
-        deciding: Names of further settings that determine the images.
-        settings_suffice: Whether these determine every pixel, as for images that are drawn.
+        identity_settings: Names of further settings that determine the images.
+        settings_determine_images: Whether equal settings give equal images, as where a program
+            draws them. Otherwise the pixels are compared too.
 
     Args:
         batch_size: Images of one optimizer step, over all ranks.
@@ -72,8 +73,8 @@ class ImageDataModule(L.LightningDataModule):
 
     image_shape: tuple[int, int, int]
     num_classes: int = 0
-    deciding: ClassVar[tuple[str, ...]] = ()
-    settings_suffice: ClassVar[bool] = False
+    identity_settings: ClassVar[tuple[str, ...]] = ()
+    settings_determine_images: ClassVar[bool] = False
 
     def __init__(self, *, batch_size: int, num_workers: int, seed: int | None) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class ImageDataModule(L.LightningDataModule):
         _ = self._parts
 
     def train_dataloader(self) -> ShuffledLoader:
-        """Shuffled, endless, resumable."""
+        """The training images in random order; see `ShuffledLoader`."""
         rank, world_size = self._ranks()
         return ShuffledLoader(
             self.train_images,
@@ -120,7 +121,7 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """The held-out images."""
+        """The held-out images, each once."""
         rank, world_size = self._ranks()
         return evaluation_loader(
             self.held_out_images,
@@ -133,7 +134,7 @@ class ImageDataModule(L.LightningDataModule):
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Indices of the images that `predict` draws; `SampleWriter` says which are missing.
+        """Indices of the images that `predict` draws, as `SampleWriter` asks for them.
 
         Raises:
             ConfigError: If there is no `SampleWriter`.
@@ -169,26 +170,31 @@ class ImageDataModule(L.LightningDataModule):
             yield dataset.pixels(mine[start : start + CHUNK])
 
     def fingerprint(self, dataset: ImageDataset) -> str:
-        """A hash of the images of `dataset`: what is computed of them may be kept under it."""
+        """A hash that changes with the images of `dataset`, for results computed from them."""
         return dataset.fingerprint()
 
     def settings(self) -> dict[str, Any]:
         """The settings that determine the images, by name."""
-        names = ("image_shape", "num_classes", *self.deciding)
+        names = ("image_shape", "num_classes", *self.identity_settings)
         return {name: getattr(self, name) for name in names}
 
     def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
-        """Digests that distinguish images with the same settings; here of all pixels and labels.
+        """Digests that distinguish images with equal settings; here of all pixels and labels.
 
         Args:
-            known: An earlier `identity`, which may tell a subclass that it need not read the files.
+            known: An earlier `identity`: if it shows that nothing changed, a subclass need not read
+                its files again.
         """
         del known
-        return {} if self.settings_suffice else {IMAGES_DIGEST: tensors_digest(self._tensors())}
+        return (
+            {}
+            if self.settings_determine_images
+            else {IMAGES_DIGEST: tensors_digest(self._tensors())}
+        )
 
     def identity(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What determines the images and their split, to be stored with results made from them."""
-        _ = self._parts  # finds the classes
+        _ = self._parts  # a folder's classes are known only after it was searched
         return {"data": type(self).__name__, **self.settings(), **self.digests(known or {})}
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,6 +204,7 @@ class ImageDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warn if the settings differ from those in the checkpoint."""
         stored, current = state_dict.get("settings", {}), self.settings()
+        # Names that an older version did not store are not compared.
         found = differences(stored, {name: current.get(name) for name in stored})
         if found:
             each = "; ".join(
@@ -214,6 +221,7 @@ class ImageDataModule(L.LightningDataModule):
         for part in self._parts:
             yield torch.tensor(len(part))
             for start in range(0, len(part), CHUNK):
+                # As uint8, which an image has on every machine; floats may differ in the last bit.
                 batch = part.load(list(range(len(part))[start : start + CHUNK]), epoch=None)
                 yield to_uint8(batch.images)
                 yield batch.labels
@@ -224,6 +232,7 @@ class ImageDataModule(L.LightningDataModule):
         batches = len(self.train_images) // self.batch_size
         if not wanted or not batches:  # the loader reports a data set smaller than a batch
             return None
+        # A float is a share of the epoch, as in Lightning.
         number = int(wanted * batches) if isinstance(wanted, float) else min(wanted, batches)
         if number < 1:
             raise ConfigError(
@@ -246,16 +255,16 @@ def check_at_least(least: int, **settings: int) -> None:
 
 
 def image_data(trainer: L.Trainer) -> ImageDataModule | None:
-    """The trainer's data module; `None` if it has loaders alone, or one that is not of images."""
+    """The trainer's data module, if it is an `ImageDataModule`."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, ImageDataModule) else None
 
 
 def needed_image_data(trainer: L.Trainer, who: str) -> ImageDataModule:
-    """The trainer's data module, for a callback that needs one.
+    """The trainer's `ImageDataModule`, for the callback called `who`.
 
     Raises:
-        ConfigError: If there is none of our kind; names the callback `who`.
+        ConfigError: If the trainer has loaders alone, or another data module.
     """
     data = image_data(trainer)
     if data is None:

@@ -1,4 +1,4 @@
-"""Coloured shapes that are drawn when they are asked for: labelled images of any size."""
+"""Coloured shapes, drawn on demand: labelled images of any size."""
 
 from __future__ import annotations
 
@@ -31,17 +31,20 @@ def draw_shapes(numbers: Tensor, *, labels: Tensor, num_classes: int, image_size
         num_classes: Number of classes.
         image_size: `s`, in pixels.
     """
-    axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1
+    axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1  # centres of the pixels
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     size = (0.3 + 0.3 * numbers[:, 2])[:, None, None]
     centre = (numbers[:, :2] * 2 - 1) * 0.35
     angle = (numbers[:, 3] * 2 * math.pi)[:, None, None]
     x, y = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
+    # (u, v): coordinates of the shape, in which it has radius 1.
     u = (x * angle.cos() + y * angle.sin()) / size
     v = (y * angle.cos() - x * angle.sin()) / size
     distance = _distances(u, v, labels % len(KINDS)) * size
+    # Anti-aliasing: the share of a pixel that lies inside, if the edge were straight.
     cover = (0.5 - distance * image_size / 2).clamp(0, 1)[:, None]
     num_hues = -(-num_classes // len(KINDS))
+    # The classes of one shape divide the circle of hues; 0.6 leaves gaps between them.
     hue = (labels // len(KINDS) + 0.6 * numbers[:, 4]) / num_hues
     shape = _colours(hue, 0.9, 0.6 + 0.4 * numbers[:, 5])
     ground = _colours(numbers[:, 6], 0.3, 0.1 + 0.3 * numbers[:, 7])
@@ -58,7 +61,7 @@ class ShapesData(ImageDataModule):
         num_held_out: Further images, for validation and metrics.
         num_classes: Six shapes times as many hues as are needed.
         batch_size: Images of one optimizer step, over all ranks.
-        shapes_seed: Decides the images; part of the data set, so not the seed of the run.
+        shapes_seed: Seed of the images, which belong to the data set and not to the run.
         num_workers: Loading processes of each rank.
         seed: Order of the training images; by default the seed of the run.
 
@@ -73,8 +76,8 @@ class ShapesData(ImageDataModule):
         (torch.Size([2, 3, 16, 16]), [0, 1])
     """
 
-    deciding = ("num_images", "num_held_out", "shapes_seed")
-    settings_suffice = True
+    identity_settings = ("num_images", "num_held_out", "shapes_seed")
+    settings_determine_images = True
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class ShapesData(ImageDataModule):
 
 
 class _Shapes(ImageDataset):
-    """An image is a function of (seed, index)."""
+    """Images that are functions of (seed, index)."""
 
     def __init__(self, data: ShapesData, *, first: int, count: int) -> None:
         self._seed, self._num_classes = data.shapes_seed, data.num_classes
@@ -130,14 +133,14 @@ class _Shapes(ImageDataset):
 
 
 def _distances(u: Tensor, v: Tensor, kinds: Tensor) -> Tensor:
-    """About the signed distance to the edge of each image's shape, of radius 1; negative inside."""
+    """Approximate signed distance to the edge of each image's shape; negative inside."""
     radius = (u.square() + v.square()).sqrt()
     box = torch.maximum(u.abs(), v.abs())
     small = torch.minimum(u.abs(), v.abs())
     half, root = 0.5, math.sqrt(3) / 2
     triangle = torch.stack([v - half, root * u - half * v - half, -root * u - half * v - half])
     turned = torch.maximum((u + v).abs(), (u - v).abs()) / math.sqrt(2)
-    every = [
+    every = [  # in the order of KINDS
         radius - 1,
         box - 0.85,
         triangle.amax(0),

@@ -1,4 +1,4 @@
-"""Processes that load data: the signals they leave to the run, and what is said when one dies."""
+"""Processes that load data: which signals end them, and the error when one dies."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from ant_lightning.errors import DataLoadingError
 
 __all__ = ["dead_worker", "worker_settings"]
 
-# A worker that is killed is noticed wherever the main thread happens to be.
+# What torch's signal handler raises in the main thread, wherever that happens to be.
 _DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (?:is killed|exited)[^.]*")
 
 
 def worker_settings(num_workers: int) -> dict[str, Any]:
     """The arguments of a `DataLoader` that concern its processes.
 
-    A scheduler that wants a run to stop tells all of its processes, as SLURM does. The run then
-    finishes its step and saves, for which it may need another batch; so its workers go on until it
+    A scheduler such as SLURM sends its signal to all processes of a run. The run then finishes its
+    step and saves, and may need another batch to do so; so workers ignore the signal until the run
     ends them. They are forked: a fork server, the default from Python 3.14 on, would be one more
-    process that the signal ends, and take the workers with it.
+    process that the signal ends, and its workers with it.
     """
     settings: dict[str, Any] = {"num_workers": num_workers}
     if num_workers and hasattr(signal, "sigwaitinfo"):  # not on macOS
-        settings |= {"multiprocessing_context": "fork", "worker_init_fn": _obey_the_run_alone}
+        settings |= {"multiprocessing_context": "fork", "worker_init_fn": _end_with_the_run}
     return settings
 
 
-def _obey_the_run_alone(worker: int) -> None:
-    """SIGTERM and SIGUSR1 end this process only if the run sends them."""
+def _end_with_the_run(worker: int) -> None:
+    """Let SIGTERM and SIGUSR1 end this process only if the run's main process sends them."""
     signals = {signal.SIGTERM, signal.SIGUSR1}
     run = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
-    def obey() -> None:
+    def wait() -> None:
         while signal.sigwaitinfo(signals).si_pid != run:
             pass
         os._exit(0)
 
-    threading.Thread(target=obey, name="signals", daemon=True).start()
+    threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def dead_worker(error: BaseException) -> DataLoadingError | None:
-    """What to say of the death of a loading process; None if `error` is something else."""
+    """The error for a loading process that died; `None` if `error` is something else."""
     found = _DIED.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None

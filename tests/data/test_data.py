@@ -92,9 +92,9 @@ def test_what_changed_since_the_checkpoint_is_said(data, caplog):
     assert "num_workers: the checkpoint has 3, this run 0: batches and res" in caplog.text
     for changed, words in [
         ({"batch_size": 200}, r"batch_size: the checkpoint has 200, this run 100: the"),
-        ({"num_images": 300}, r"num_images: the checkpoint has 300, this run 1437"),
+        ({"num_images": 300}, r"number of training images: the checkpoint has 300, this run 1437"),
         ({"seed": 3}, r"seed: the checkpoint has 3, this run 1: images come in another"),
-        ({"world_size": 4}, r"world_size: the checkpoint has 4, this run 1: the batch of"),
+        ({"world_size": 4}, r"number of ranks: the checkpoint has 4, this run 1: the batch of"),
     ]:
         with pytest.warns(UserWarning, match=words):
             loader().load_state_dict(state(loader(**changed), 5))

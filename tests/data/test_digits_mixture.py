@@ -104,7 +104,7 @@ def test_the_data_are_endless_reproducible_and_look_like_digits():
         (lambda: DigitsMixtureData(num_images=0), "^num_images: .* found 0"),
         (lambda: DigitsMixtureData(num_components=0).mixture, "^num_components: .* found 0"),
         (lambda: DigitsMixtureData(regularization=0).mixture, "^regularization: .* found 0"),
-        (lambda: GaussianMixture(one(1.0), torch.zeros(1, 2), torch.eye(2)), "mixture: weights"),
+        (lambda: GaussianMixture(one(1.0), torch.zeros(1, 2), torch.eye(2)), "^means: must be"),
         (
             lambda: GaussianMixture(one(0.5), torch.zeros(1, 2), torch.eye(2)[None]),
             "positive with sum 1",

@@ -188,7 +188,7 @@ def test_an_image_that_breaks_meanwhile_is_named_and_nothing_is_lost(tmp_path, i
     arguments = (train_on_folder, stderr, tmp_path / "run", images, Corrupt(path))
     assert process(command_line, *arguments) == 2
     line = stderr.read_text().splitlines()[-1]
-    assert line.startswith(f"ant-lightning: error: image {path}: cannot be decoded")
+    assert line.startswith(f"ant-lightning: error: {path}: cannot be decoded")
     last = tmp_path / "run" / "last.ckpt"
     assert 4 <= torch.load(last, weights_only=True)["global_step"] <= 7
     # Without it the run goes on, and says that the order of the images is another.

@@ -32,7 +32,7 @@ class CacheIndex:
         image_shape: `(c, h, w)` of the images.
         moments_shape: `(c, h, w)` of the moments.
         dtype: `float32` or `float16`.
-        views: 2 with the mirrored images, else 1.
+        views: 2 if mirrored images were encoded too, else 1.
         num_classes: 0 for images without labels.
         num_images: Images of each split.
         shard_size: Images of a shard.
@@ -53,7 +53,7 @@ class CacheIndex:
     identity: dict[str, Any]
 
     def __post_init__(self) -> None:
-        # The largest sides and counts keep a damaged index from asking for all memory.
+        # The upper bounds keep a damaged index from claiming more shards than memory can list.
         _check("image_shape", self.image_shape, length=3, least=1, most=2**16)
         _check("moments_shape", self.moments_shape, length=3, least=1, most=2**16)
         _check("views", [self.views], least=1, most=2)
@@ -113,7 +113,7 @@ class Shard:
 
     @property
     def _metadata(self) -> dict[str, object]:
-        """Tells a shard from those of another place or another first stage."""
+        """Distinguishes a shard from others of the same shape."""
         fingerprint = self.index.space.fingerprint
         return {"first_stage": fingerprint, "split": self.split, "shard": self.number}
 
@@ -157,6 +157,6 @@ def check_first_stage(cache: LatentSpace, ours: LatentSpace, folder: Path) -> No
 
 
 def _check(name: str, values: Any, *, length: int = 1, least: int, most: int) -> None:  # noqa: ANN401
-    """Whether `values`, as read from JSON, are whole numbers of this range."""
+    """Refuse `values`, as read from JSON, that are not whole numbers of this range."""
     if len(values) != length or any(type(v) is not int or not least <= v <= most for v in values):
         raise ValueError(f"{name} {str(values)[:100]}")

@@ -45,7 +45,7 @@ class LatentsData(ImageDataModule):
         ConfigError: If the cache is incomplete or damaged, or of other images than `images`.
     """
 
-    settings_suffice = True
+    settings_determine_images = True
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class LatentsData(ImageDataModule):
     def settings(self) -> dict[str, Any]:
         """The first stage and the images that the cache was made of."""
         images = {f"images.{name}": value for name, value in self.index.identity.items()}
-        images.pop("images.times", None)  # times differ between copies
+        images.pop("images.times", None)  # a copy of the same files has other times
         return {**super().settings(), "first_stage": self.latent_space.fingerprint, **images}
 
     def _check_images(self, images: ImageDataModule) -> None:
@@ -104,7 +104,7 @@ class _CachedMoments(ImageDataset):
     def __init__(
         self, data: LatentsData, split: str, real: ImageDataset | None, *, flip_seed: int | None
     ) -> None:
-        # Opening every shard checks its header and length, so that a fault shows at once.
+        # Reading a shard maps it and checks its header and length, so that a fault shows at once.
         shards = [shard.read(data.cache) for shard in data.index.shards(split)]
         self._moments = [moments for moments, _ in shards]
         self.labels = torch.cat([labels for _, labels in shards])
@@ -116,7 +116,7 @@ class _CachedMoments(ImageDataset):
         return len(self.labels)
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """Moments at `indices`, of the mirrored image by the coin of (seed, epoch, index)."""
+        """Moments at `indices`, of the mirrored images where `is_flipped` says so."""
         moments = []
         for index in indices:
             shard, position = divmod(index, self._shard_size)

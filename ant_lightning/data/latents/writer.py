@@ -30,7 +30,7 @@ __all__ = ["Encoder", "LatentWriter"]
 
 
 class Encoder(Protocol):
-    """What the writer asks of a first stage."""
+    """What `LatentWriter` needs of a first stage."""
 
     @property
     def space(self) -> LatentSpace:
@@ -46,11 +46,10 @@ class Encoder(Protocol):
 class LatentWriter:
     """Writes the moments of all images, plain and mirrored, so that training needs no encoder.
 
-    Shards are dealt out to the ranks in turn and need no communication; a rank holds one of them in
-    memory. Interrupt it at any time: a shard is written whole or not at all, and the next call
-    writes those that are missing. A folder with the cache of another first stage, of other images
-    (their bytes are compared, as times change in a copy), of another split, crop or size is
-    refused.
+    Rank r of N writes the shards r, r + N, ..., without communication, and holds one in memory.
+    Interrupt it at any time: a shard is written whole or not at all, and the next call writes those
+    that are missing. A folder with the cache of another first stage, or of other images (their
+    bytes are compared, because a copy changes the times), another split, crop or size is refused.
 
     Args:
         output: Folder of the cache.
@@ -124,9 +123,10 @@ class LatentWriter:
         shards = [*index.shards("train"), *index.shards("held_out")][rank::world_size]
         if found is not None:
             check_first_stage(found.space, index.space, self.output)
-            # Equal fingerprints: the path of the first stage may differ.
+            # Equal fingerprints, so the same weights; the path to them may differ.
             index = replace(index, space=found.space)
         path = self.output / INDEX_NAME
+        # Without an index nothing tells which images the shards in the folder were made of.
         if check_identity(path, index.as_json(), setting="output"):
             shards = [shard for shard in shards if not self._is_whole(shard)]
         else:
@@ -150,6 +150,7 @@ class LatentWriter:
         for first in range(0, len(rows), self.batch_size):
             batch = dataset.load(rows[first : first + self.batch_size], epoch=None)
             pixels = batch.images.to(device)
+            # The moments of a mirrored image are not the mirrored moments.
             views = [pixels, pixels.flip(-1)] if self.flip else [pixels]
             parts = [encoder.encode_moments(view).float().cpu() for view in views]
             moments.append(torch.stack(parts, dim=1).to(getattr(torch, self.dtype)))
