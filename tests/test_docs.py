@@ -1,11 +1,13 @@
 """The docs say what the code is: links, paths, names and examples."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import ant_lightning
+from ant_lightning.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -78,3 +80,22 @@ before = model.conv.weight.detach().clone()
     scope = {}
     exec(prelude + loop, scope)
     assert not scope["torch"].equal(scope["model"].conv.weight, scope["before"])
+
+
+def commands():
+    """The `fit` commands of the pages, without those that leave out their configs."""
+    blocks = [block for page in PAGES for block in code_blocks(page, "sh")]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [
+        line.partition("#")[0] for line in lines if line.startswith("ant-lightning fit --config")
+    ]
+    return sorted({line for line in found if "..." not in line})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_settings_of_the_commands_in_the_docs_exist(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:  # the parser ends there
+        main([*shlex.split(command)[1:], "--print_config"])
+    assert end.value.code == 0
+    assert "class_path: ant_lightning." in capsys.readouterr().out
