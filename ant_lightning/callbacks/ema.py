@@ -212,7 +212,7 @@ class EMA(RunCallback):
 
     def _swap_out(self, pl_module: MultiTaskDiffusion) -> None:
         if self._live is not None:
-            reshard(pl_module)
+            reshard(pl_module.backbone)
             _copy(self._live, self._weights(pl_module))
             self._live = None
 

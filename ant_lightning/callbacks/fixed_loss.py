@@ -17,9 +17,8 @@ from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
-from ant_lightning.models.denoiser import Draws
-from ant_lightning.models.draws import step_noise
-from ant_lightning.models.scaling import gradient_scaler, loss_scale
+from ant_lightning.models.draws import Draws, step_noise
+from ant_lightning.models.optimizers import gradient_scaler, loss_scale
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from ant_lightning.callbacks.sample_identity import sample_identity
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.module import check_at_least, needed_image_data
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.latents import load_initial_weights
 from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ class SampleWriter(RunCallback):
         """
         path = Path(self.npz or self.folder or run_folder(trainer) / "samples")
         files = PngSamples(path) if self.npz is None else NpzSamples(path, self.num_images)
-        load_initial_weights(pl_module)
+        pl_module.load_initial_weights()
         data = trainer.datamodule  # type: ignore[attr-defined]
         latents = pl_module.latent_space or getattr(data, "latent_space", None)
         if latents is not None and pl_module.first_stage is None:

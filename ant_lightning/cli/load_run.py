@@ -15,7 +15,7 @@ from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.models.loadable import fill_module
+from ant_lightning.models.base import BaseModule
 from ant_lightning.runtime.checkpoint_files import furthest_whole, read_whole_checkpoint
 from ant_lightning.runtime.run_record import newest_record
 
@@ -58,8 +58,8 @@ def load_run(
         raise ConfigError(f"weights: must be 'ema' or 'model', found {weights!r}")
     path, content = _checkpoint(Path(path))
     settings = _settings(path, content, config)
-    module: L.LightningModule = make_part(_of_model(settings), L.LightningModule, trust)
-    fill_module(module, content)
+    module: BaseModule = make_part(_of_model(settings), L.LightningModule, trust)
+    module.load_content(content)
     if weights == "ema":
         fill_backbone(module.backbone, content, path=path, weights="ema")  # type: ignore[arg-type]
     data = settings.get("data") or {}

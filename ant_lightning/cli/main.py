@@ -85,7 +85,7 @@ def _run(arguments: Sequence[str]) -> int:
     from ant_lightning.cli.report import run_report  # noqa: PLC0415
     from ant_lightning.cli.score import run_score  # noqa: PLC0415
     from ant_lightning.data.workers import dead_worker  # noqa: PLC0415
-    from ant_lightning.runtime.peers import first_failure  # noqa: PLC0415
+    from ant_lightning.runtime.rank_watch import first_failure  # noqa: PLC0415
 
     try:
         if arguments[0] == "report":

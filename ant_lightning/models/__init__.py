@@ -1,7 +1,8 @@
 """LightningModules."""
 
 from ant_lightning.models.autoencoder import AutoencoderModule
-from ant_lightning.models.denoiser import DiffusionModule, Draws
+from ant_lightning.models.denoiser import DiffusionModule
+from ant_lightning.models.draws import Draws
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.models.presets import ADMModule, DiTModule, LDMModule

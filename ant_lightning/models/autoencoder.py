@@ -14,19 +14,16 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.module import image_data
-from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.errors import ConfigError, NonFiniteError, check_at_least
 from ant_lightning.files.torch_file import not_finite
-from ant_lightning.models.checkpoint_content import check_weights, use_names_of
+from ant_lightning.models.base import BaseModule
 from ant_lightning.models.draws import step_noise
-from ant_lightning.models.loadable import LoadableModule
 from ant_lightning.models.optimizers import OptimizerFactory
 from ant_lightning.models.settings import Optimization
-from ant_lightning.runtime.csv_rows import keep_csv_rows
-from ant_lightning.runtime.peers import PeerWatch
 from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -43,7 +40,7 @@ class _Averages(Protocol):
     def averaged(self, pl_module: L.LightningModule) -> AbstractContextManager[None]: ...
 
 
-class AutoencoderModule(LoadableModule):
+class AutoencoderModule(BaseModule):
     """Trains an `AutoencoderKL` of diffusers on `E|x - D(z)|^p + w KL(q(z|x) || N(0, 1))`.
 
     Both terms are means: over the numbers of an image, and over those of a latent. When `fit`
@@ -59,10 +56,10 @@ class AutoencoderModule(LoadableModule):
         norm_num_groups: Groups of the group norms; must divide every width.
         reconstruction: `l1` or `l2`.
         kl_weight: `w`.
-        optimizer: Made with the parameters; AdamW with learning rate 1e-3 by default.
-        clip_grad_norm: Largest norm of the gradient; None for no clipping.
+        optimizer: Makes the optimizer from the parameters; default AdamW, learning rate 1e-3.
+        clip_grad_norm: Largest norm of the gradient; `None` for no clipping.
         export: Folder that `fit` writes; by default `first_stage` in the log folder.
-        seed: Of the posterior's noise.
+        seed: Seed of the posterior's noise.
 
     Raises:
         ConfigError: If a setting is out of range, or the images do not fit.
@@ -71,6 +68,13 @@ class AutoencoderModule(LoadableModule):
     Reference:
         Rombach et al., arXiv 2112.10752, section 3.1, without its perceptual and adversarial
         losses, which need a network trained elsewhere.
+
+    Example:
+        >>> import torch
+        >>> from ant_lightning import AutoencoderModule
+        >>> module = AutoencoderModule(in_channels=1, latent_channels=2, widths=(16, 16))
+        >>> module.backbone.encode(torch.zeros(3, 1, 8, 8)).latent_dist.mean.shape
+        torch.Size([3, 2, 4, 4])
     """
 
     def __init__(
@@ -100,19 +104,17 @@ class AutoencoderModule(LoadableModule):
             )
         if not 1 <= layers_per_block <= 64:
             raise ConfigError(f"layers_per_block: must be from 1 to 64, found {layers_per_block}")
-        if kl_weight < 0:
-            raise ConfigError(f"kl_weight: must be at least 0, found {kl_weight}")
+        check_at_least(0, kl_weight=kl_weight)
         from diffusers import AutoencoderKL  # noqa: PLC0415 - 5 s that only first stages need
 
-        levels = len(widths)
         # Called `backbone` as in the other modules: EMA averages it, checkpoints hold it.
-        self.backbone: Any = AutoencoderKL(
+        self.backbone = AutoencoderKL(
             in_channels=in_channels,
             out_channels=in_channels,
             latent_channels=latent_channels,
             block_out_channels=widths,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
             layers_per_block=layers_per_block,
             norm_num_groups=norm_num_groups,
         )
@@ -122,40 +124,12 @@ class AutoencoderModule(LoadableModule):
         self.optimizer_factory = OptimizerFactory(self.optimization)
         self.export = export
         self.seed = seed
-        self.factor = 2 ** (levels - 1)
+        self.factor = 2 ** (len(widths) - 1)
         self.last_step_skipped = False  # what EMA asks every module
-
-    @property
-    def log_due(self) -> bool:
-        """Whether the step just made is one of every `trainer.log_every_n_steps`."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self.global_step % max(1, every) == 0
-
-    def log_now(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Send numbers to the loggers at this step."""
-        for logger in self.loggers:
-            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.global_step)
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """What every run has, also without the command line."""
-        keep_csv_rows(self.trainer)  # the last hook before Lightning makes the writer
-        return [PeerWatch()]
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """All parameters in one group."""
         return self.optimizer_factory.make(self.backbone.parameters())[0]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the optimizer's settings, to compare them when the run is resumed."""
-        state = {"optimization": self.optimizer_factory.described()}
-        checkpoint.setdefault("ant_lightning", {}).update(state)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the weights of another model; apply the settings of this run."""
-        use_names_of(self, checkpoint)
-        check_weights(self, checkpoint)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            self.optimizer_factory.resume(self.trainer, checkpoint)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Clip as the module says, whatever the Trainer's flag."""
@@ -164,6 +138,19 @@ class AutoencoderModule(LoadableModule):
                 self.backbone.parameters(), self.optimization.clip_grad_norm
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the optimizer's settings, to compare them when the run is resumed."""
+        state = {"optimization": self.optimizer_factory.described()}
+        checkpoint.setdefault("ant_lightning", {}).update(state)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of another model; apply the settings of this run."""
+        self.use_own_names(checkpoint)
+        self.check_weights(checkpoint)
+        if self.is_training_run:
+            stored = checkpoint.get("ant_lightning", {}).get("optimization")
+            self.optimizer_factory.resume(self.trainer, checkpoint, stored)
+
     def setup(self, stage: str) -> None:
         """Refuse images that do not fit, and Trainer settings that would be ignored or misapplied.
 
@@ -171,6 +158,7 @@ class AutoencoderModule(LoadableModule):
             ConfigError: Names the setting, the rule and the value found.
         """
         trainer: Any = self.trainer
+        data = image_data(trainer)
         if stage == "predict":
             raise ConfigError(
                 "predict: an AutoencoderModule draws no images; use its export as the "
@@ -178,8 +166,8 @@ class AutoencoderModule(LoadableModule):
             )
         if stage == "fit" and trainer.accumulate_grad_batches != 1:
             raise ConfigError(
-                "trainer.accumulate_grad_batches: the noise of a step is that of one batch, so it "
-                "must be 1; use a larger data.batch_size, found "
+                "trainer.accumulate_grad_batches: must be 1, because the noise of a step is that "
+                "of one batch; use a larger data.batch_size, found "
                 f"{trainer.accumulate_grad_batches}"
             )
         if stage == "fit" and trainer.gradient_clip_val is not None:
@@ -187,21 +175,19 @@ class AutoencoderModule(LoadableModule):
                 "trainer.gradient_clip_val: must be left out; use clip_grad_norm in its "
                 f"place, found {trainer.gradient_clip_val}"
             )
-        data = image_data(trainer)
-        if data is None:
-            if stage == "fit" and self.export is not None:
-                raise ConfigError(
-                    "export: the scale of the latents is measured on held-out images, so "
-                    "the trainer needs an ant_lightning.ImageDataModule, found none"
-                )
-            return
-        channels, height, width = data.image_shape
-        ours = self.backbone.config.in_channels
-        if channels != ours or height % self.factor or width % self.factor:
+        if stage == "fit" and data is None and self.export is not None:
             raise ConfigError(
-                f"in_channels: the autoencoder takes {ours} channels and sides that are "
-                f"multiples of {self.factor}, found images of {tuple(data.image_shape)}"
+                "export: the scale of the latents is measured on held-out images, so "
+                "the trainer needs an ant_lightning.ImageDataModule, found none"
             )
+        if data is not None:
+            channels, height, width = data.image_shape
+            ours = self.backbone.config.in_channels
+            if channels != ours or height % self.factor or width % self.factor:
+                raise ConfigError(
+                    f"in_channels: the autoencoder takes {ours} channels and sides that are "
+                    f"multiples of {self.factor}, found images of {tuple(data.image_shape)}"
+                )
 
     def losses(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean reconstruction error and mean KL divergence; without noise, from the means."""
@@ -216,12 +202,8 @@ class AutoencoderModule(LoadableModule):
         """The weighted sum of the two terms, with noise of (seed, step, position in the batch)."""
         check_batch(batch)
         b, _, height, width = batch.images.shape
-        shape = (
-            self.backbone.config.latent_channels,
-            height // self.factor,
-            width // self.factor,
-        )
-        rank = self.trainer.global_rank
+        channels, rank = self.backbone.config.latent_channels, self.trainer.global_rank
+        shape = channels, height // self.factor, width // self.factor
         mine = slice(rank * b, (rank + 1) * b)
         noise = step_noise(
             mine, shape, self.seed, self.global_step, self.device, stream="posterior"
@@ -235,7 +217,7 @@ class AutoencoderModule(LoadableModule):
         if self.log_due and not bool(loss.isfinite()):
             raise NonFiniteError(
                 f"the loss of step {self.global_step} is {loss.item()}, so the autoencoder has "
-                "diverged; a lower learning rate or model.clip_grad_norm may help"
+                "diverged; a lower learning rate or clip_grad_norm may help"
             )
         return loss
 
@@ -254,14 +236,12 @@ class AutoencoderModule(LoadableModule):
 
     def on_fit_end(self) -> None:
         """Measure the latents and write the folder that `FirstStage` loads."""
-        trainer = self.trainer
+        trainer: Any = self.trainer
         data = image_data(trainer)
-        dry_run: bool = trainer.fast_dev_run  # type: ignore[attr-defined]
         folder = Path(self.export or run_folder(trainer) / "first_stage")
-        if data is None or not trainer.is_global_zero or dry_run:
+        if data is None or not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        ema = next((c for c in callbacks if isinstance(c, _Averages)), None)
+        ema = next((c for c in trainer.callbacks if isinstance(c, _Averages)), None)
         with nullcontext() if ema is None else ema.averaged(self):
             scale, shift = self.latent_scale(data.held_out_images.load, len(data.held_out_images))
             numbers = {**self.backbone.state_dict(), "its scale": torch.tensor([scale, shift])}
@@ -274,6 +254,16 @@ class AutoencoderModule(LoadableModule):
             _replace_folder(folder, self.backbone.save_pretrained)
         print(f"first stage {folder}: scale {scale:.4f}, shift {shift:.4f}")
 
+    @torch.no_grad()
+    def latent_scale(self, load: Any, count: int) -> tuple[float, float]:  # noqa: ANN401
+        """`1 / std(z)` and `mean(z)` over the numbers of at most 1,024 images' latents."""
+        parts = []
+        for rows in torch.arange(min(count, 1024)).split(64):
+            images = load(rows.tolist(), epoch=None).images.to(self.device, self.dtype)
+            parts.append(self.backbone.encode(images).latent_dist.mean.double().flatten())
+        z = torch.cat(parts)
+        return float(1 / z.std()), float(z.mean())
+
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the measured scale of the latents."""
         config = self.backbone.config
@@ -282,18 +272,6 @@ class AutoencoderModule(LoadableModule):
     def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
         """In the parent: take over the scale that belongs to the weights."""
         self.backbone.register_to_config(**state)
-
-    @torch.no_grad()
-    def latent_scale(self, load: Any, count: int) -> tuple[float, float]:  # noqa: ANN401
-        """`1 / std(z)` and `mean(z)` over the numbers of at most 1,024 images' latents."""
-        rows = range(min(count, 1024))
-        batches = [list(rows[i : i + 64]) for i in range(0, len(rows), 64)]
-        parts = []
-        for batch in batches:
-            images = load(batch, epoch=None).images.to(self.device, self.dtype)
-            parts.append(self.backbone.encode(images).latent_dist.mean.double().flatten())
-        z = torch.cat(parts)
-        return float(1 / z.std()), float(z.mean())
 
 
 def _replace_folder(folder: Path, save: Callable[[Path], object]) -> None:

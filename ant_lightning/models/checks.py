@@ -1,4 +1,4 @@
-"""Settings that contradict each other are refused before a run starts."""
+"""What the trainer, the data and the layers of a network must allow before a run starts."""
 
 from __future__ import annotations
 
@@ -10,65 +10,19 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ant_lightning.balancing.base import GradientBalancer
+from ant_lightning.balancing.base import Balancer, GradientBalancer
 from ant_lightning.data.module import image_data
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.protocol import backbone_name
+from ant_lightning.models.backbone import backbone_name
 from ant_lightning.runtime.sharded_strategy import ShardedStrategy
-from ant_lightning.tasks.clusterings import Clustering
 
 if TYPE_CHECKING:
+    import lightning as L
     from lightning.pytorch.strategies import Strategy
 
-    from ant_lightning.models.module import MultiTaskDiffusion
+    from ant_lightning.tasks.clusterings import Clustering
 
-__all__ = ["check_settings", "check_strategy", "check_trainer", "warn_of_other_model"]
-
-
-def check_settings(module: MultiTaskDiffusion) -> None:
-    """Check the arguments of a module against each other.
-
-    Raises:
-        ConfigError: Naming the setting, the rule and the value found.
-    """
-    balancer, clusters = module.balancer, module.clusters
-    by_gradient = isinstance(balancer, GradientBalancer)
-    if balancer is not None and balancer.num_tasks != clusters.num_tasks:
-        raise ConfigError(
-            f"tasks.balancer.num_tasks: must equal the number of clusters {clusters.num_tasks}, "
-            f"found {balancer.num_tasks}"
-        )
-    interval = module.timesteps.interval
-    if interval is not None and balancer is not None:
-        raise ConfigError(
-            "timesteps.interval: a specialist has one task, so tasks.balancer must be None, found "
-            f"{type(balancer).__name__}"
-        )
-    if interval is not None and interval[1] > clusters.num_timesteps:
-        raise ConfigError(
-            f"timesteps.interval: must end at {clusters.num_timesteps} or before, found "
-            f"{list(interval)}"
-        )
-    if by_gradient and module.timesteps.method == "uniform":
-        raise ConfigError(
-            "timesteps.method: must be 'stratified', because a gradient balancer needs samples of "
-            "every task in each batch, found 'uniform'"
-        )
-    parts = module.optimization.accumulate_grad_batches
-    if parts > 1 and module.tasks.engine not in {"auto", "loop"}:
-        raise ConfigError(
-            f"tasks.engine: must be 'auto' or 'loop' with accumulate_grad_batches {parts}, because "
-            f"it needs the images of a step in one pass, found {module.tasks.engine!r}"
-        )
-    _check_batch_norm(module)
-    _check_sampling(module)
-    needed = module.process.output_channels(module.image_shape[0])
-    found = int(module.backbone.out_channels)  # type: ignore[arg-type]
-    if found != needed:
-        raise ConfigError(
-            f"backbone.out_channels: variance_type {module.process.variance_type!r} needs "
-            f"{needed}, found {found}"
-        )
+__all__ = ["check_batch_norm", "check_strategy", "check_trainer", "warn_of_other_model"]
 
 
 def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
@@ -99,26 +53,31 @@ def check_strategy(strategy: Strategy) -> None:
             "must be 'auto', 'ddp' or (experimental) ant_lightning.ShardedStrategy, "
             f"found {type(strategy).__name__}"
         )
-    if isinstance(strategy, DDPStrategy):
-        ignored = ("ddp_comm_hook", "model_averaging_period")
-        for name in ignored:
-            if getattr(strategy, f"_{name}", None) is not None:
-                raise ConfigError(
-                    f"trainer.strategy.{name}: gradients are reduced by the training step and not "
-                    f"by DDP, so it must be None, found {getattr(strategy, f'_{name}')}"
-                )
+    for name in ("ddp_comm_hook", "model_averaging_period"):  # of DDP's own reduction
+        value = getattr(strategy, f"_{name}", None)
+        if value is not None:
+            raise ConfigError(
+                f"trainer.strategy.{name}: gradients are reduced by the training step and not "
+                f"by DDP, so it must be None, found {value}"
+            )
 
 
-def check_trainer(module: MultiTaskDiffusion) -> None:
+def check_trainer(
+    trainer: L.Trainer, *, backbone: nn.Module, balancer: Balancer | None, parts: int
+) -> None:
     """Check the data and the Trainer's flags against the module.
+
+    Args:
+        trainer: The trainer, with its data.
+        backbone: The network.
+        balancer: Weights the tasks.
+        parts: `accumulate_grad_batches`.
 
     Raises:
         ConfigError: Naming the setting, the rule and the value found.
     """
-    trainer = module.trainer
-    synchronised = any(isinstance(m, nn.SyncBatchNorm) for m in module.backbone.modules())
-    by_gradient = isinstance(module.balancer, GradientBalancer)
-    if synchronised and by_gradient:
+    by_gradient = isinstance(balancer, GradientBalancer)
+    if by_gradient and any(isinstance(m, nn.SyncBatchNorm) for m in backbone.modules()):
         raise ConfigError(
             "trainer.sync_batchnorm: with a gradient balancer, ranks run the network a different "
             "number of times and would wait for each other forever, so it must be false, found true"
@@ -127,10 +86,10 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
     if data is None:
         return
     batch_size = data.batch_size
-    if by_gradient and batch_size < module.num_tasks:
+    if isinstance(balancer, GradientBalancer) and batch_size < balancer.num_tasks:
         raise ConfigError(
             f"data.batch_size: a gradient balancer needs at least one image for each of the "
-            f"{module.num_tasks} tasks, found {batch_size}"
+            f"{balancer.num_tasks} tasks, found {batch_size}"
         )
     interval, batches = trainer.val_check_interval, len(data.train_images) // batch_size
     by_epoch = trainer.check_val_every_n_epoch is not None
@@ -140,7 +99,6 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
             f"of an epoch, so at most {batches} (or set check_val_every_n_epoch to None to count "
             f"those of the run), found {interval}"
         )
-    parts = module.optimization.accumulate_grad_batches
     if parts * trainer.world_size > batch_size:
         raise ConfigError(
             "optimization.accumulate_grad_batches: each part needs an image, so at most "
@@ -148,18 +106,24 @@ def check_trainer(module: MultiTaskDiffusion) -> None:
         )
 
 
-def _check_batch_norm(module: MultiTaskDiffusion) -> None:
-    """Batch norm mixes samples of a pass: refuse engines with one pass, warn of several passes."""
-    named = module.backbone.named_modules()
+def check_batch_norm(
+    backbone: nn.Module, balancer: Balancer | None, *, engine: str, parts: int
+) -> None:
+    """Batch norm mixes samples of a pass: refuse engines with one pass, warn of several passes.
+
+    Raises:
+        ConfigError: If task gradients would come from one pass over samples of all tasks.
+    """
+    named = backbone.named_modules()
     found = [(n, m) for n, m in named if isinstance(m, _BatchNorm) and m.training]
-    by_task = isinstance(module.balancer, GradientBalancer)
-    if not found or not (by_task or module.optimization.accumulate_grad_batches > 1):
+    by_task = isinstance(balancer, GradientBalancer)
+    if not found or not (by_task or parts > 1):
         return
     layer = f"{type(found[0][1]).__name__} {found[0][0]!r} ({len(found)} such layers in all)"
-    if by_task and module.tasks.engine not in {"auto", "loop"}:
+    if by_task and engine not in {"auto", "loop"}:
         raise ConfigError(
             "tasks.engine: batch norm mixes the samples of tasks, so with a gradient balancer it "
-            f"must be 'auto' or 'loop', found {module.tasks.engine!r} and {layer}"
+            f"must be 'auto' or 'loop', found {engine!r} and {layer}"
         )
     warnings.warn(
         "backbone: batch norm normalises each task (of a gradient balancer) and each part of "
@@ -167,26 +131,3 @@ def _check_batch_norm(module: MultiTaskDiffusion) -> None:
         f"statistics in evaluation; group or layer norm has no such gap; found {layer}",
         stacklevel=4,
     )
-
-
-def _check_sampling(module: MultiTaskDiffusion) -> None:
-    """Check what sampling and guidance need of the backbone."""
-    channels, guided = module.image_shape[0], module.sampling.guided_channels
-    if guided is not None and not 1 <= guided <= channels:
-        raise ConfigError(
-            f"sampling.guided_channels: must be from 1 to the {channels} channels of an image, or "
-            f"None for all, found {guided}"
-        )
-    if not 0 <= module.class_dropout < 1:
-        raise ConfigError(
-            f"class_dropout: must be at least 0 and below 1, found {module.class_dropout}"
-        )
-    if module.null_class is not None:
-        return
-    why = "the backbone has no null class (num_classes or class_dropout_prob is 0)"
-    if module.class_dropout:
-        raise ConfigError(f"class_dropout: must be 0 because {why}, found {module.class_dropout}")
-    if module.guidance_scale != 1.0:
-        raise ConfigError(
-            f"sampling.guidance_scale: must be 1 because {why}, found {module.guidance_scale}"
-        )

@@ -3,80 +3,114 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
+from torch import nn
+from torchmetrics import Metric
 
-from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.vmap import note
 from ant_lightning.data.batch import check_batch
+from ant_lightning.data.latents.cache import check_first_stage
+from ant_lightning.data.module import image_data
 from ant_lightning.diffusion.guidance import GuidedDenoiser
 from ant_lightning.diffusion.losses import denoising_loss
+from ant_lightning.diffusion.samplers.ddim import DDPM
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.image_requests import as_indices, as_labels
-from ant_lightning.models.latents import holds_moments, sample_latents
-from ant_lightning.models.loadable import LoadableModule
-from ant_lightning.models.protocol import check_output
-from ant_lightning.randomness import ImageNoise
-from ant_lightning.runtime.csv_rows import keep_csv_rows
-from ant_lightning.runtime.peers import PeerWatch
+from ant_lightning.models.backbone import check_backbone, check_output
+from ant_lightning.models.base import BaseModule
+from ant_lightning.models.draws import Draws, step_noise
+from ant_lightning.models.requests import as_indices, as_labels
+from ant_lightning.randomness import ImageNoise, run_seed
 from ant_lightning.runtime.sharding import gather_for_evaluation, reshard, shard_backbone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ant_lightning.data.batch import Batch
     from ant_lightning.data.latents.space import LatentSpace
     from ant_lightning.diffusion.process import DiscreteDiffusion
     from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.first_stage.first_stage import FirstStage
-    from ant_lightning.models.settings import Sampling, Tasks
+    from ant_lightning.models.settings import Sampling
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["DiffusionModule", "Draws"]
+__all__ = ["DiffusionModule", "TaskMeans"]
+
+_GOLDEN = 0.6180339887498949
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What is random in the loss of a batch: `timesteps`, `tasks` and `labels` `[b]`, `noise`."""
+class TaskMeans(Metric):
+    """Mean loss of each task, `[k]` float64; sums over batches and ranks.
 
-    timesteps: Tensor
-    tasks: Tensor
-    noise: Tensor
-    labels: Tensor | None
-
-
-class DiffusionModule(LoadableModule):
-    """A diffusion model that can be evaluated and sampled; `MultiTaskDiffusion` trains it.
-
-    Attributes:
-        backbone: The network, called as `backbone(x_t, timesteps, labels)`.
-        process: Noise schedule and meaning of the network's output.
-        clusters: The tasks that losses are reported for.
-        sampler: How images are drawn from noise.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        sampling: How images are drawn from noise.
-        first_stage: Autoencoder whose latents are denoised; None for pixels or cached latents.
-        latent_space: Meaning of the latents; None for pixels.
-        seed: Seed of everything that is drawn.
+    Args:
+        num_tasks: `k`.
     """
 
-    backbone: nn.Module
-    process: DiscreteDiffusion
-    clusters: TimestepClusters
-    sampler: Sampler
-    guidance_scale: float
-    sampling: Sampling
-    tasks: Tasks
-    first_stage: FirstStage | None
-    latent_space: LatentSpace | None
-    seed: int
-    trained_steps: int
-    _validation_sums: Tensor
+    sums: Tensor  # [2, k]: losses, samples
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        zeros = torch.zeros(2, num_tasks, dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, tasks: Tensor) -> None:
+        """Add the losses `[b]` of samples of `tasks` `[b]`."""
+        values = torch.stack([losses.double(), torch.ones_like(losses, dtype=torch.float64)]).cpu()
+        # On the CPU, where the order of the sum is fixed.
+        added = torch.zeros(self.sums.shape, dtype=torch.float64).index_add_(1, tasks.cpu(), values)
+        self.sums += added.to(self.sums.device)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """The mean over all samples, and that of each task."""
+        return self.sums[0].sum() / self.sums[1].sum(), self.sums[0] / self.sums[1]
+
+
+class DiffusionModule(BaseModule):
+    """A diffusion model that can be evaluated and sampled; `MultiTaskDiffusion` trains it.
+
+    Args:
+        backbone: The network, called as `backbone(x_t, timesteps, labels)`.
+        process: Noise schedule, meaning of the network's output and weights of the loss.
+        clusters: The tasks that losses are reported for.
+        sampling: How images are drawn from noise.
+        first_stage: Autoencoder whose latents are denoised; `None` for pixels or cached latents.
+        seed: Seed of everything that is drawn; by default that of `seed_everything`.
+
+    Attributes:
+        latent_space: Meaning of the latents; `None` for pixels.
+        trained_steps: Optimizer steps that trained the weights.
+
+    Raises:
+        ConfigError: If the backbone or the sampling do not fit the process.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        process: DiscreteDiffusion,
+        clusters: TimestepClusters,
+        sampling: Sampling,
+        first_stage: FirstStage | None,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        check_backbone(backbone)
+        self.backbone = backbone
+        self.process = process
+        self.clusters = clusters
+        self.sampling = sampling
+        self.sampler: Sampler = sampling.sampler or DDPM(num_steps=250)
+        self.guidance_scale = sampling.guidance_scale
+        self.first_stage = first_stage
+        self.latent_space: LatentSpace | None = None if first_stage is None else first_stage.space
+        self.seed = run_seed(seed)
+        self.trained_steps = 0
+        self.validation_losses = TaskMeans(clusters.num_tasks)
+        self._check_sampling()
 
     @property
     def num_tasks(self) -> int:
@@ -86,18 +120,18 @@ class DiffusionModule(LoadableModule):
     @property
     def num_classes(self) -> int:
         """Classes the backbone is conditioned on; 0 for none."""
-        return int(self.backbone.num_classes or 0)  # type: ignore[arg-type]
+        return int(self.backbone.num_classes or 0)
 
     @property
     def null_class(self) -> int | None:
-        """The label that stands for no class; None if the backbone has none."""
+        """The label that stands for no class; `None` if the backbone has none."""
         return getattr(self.backbone, "null_class", None)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(c, h, w)` of what is denoised."""
-        size = int(self.backbone.input_size)  # type: ignore[arg-type]
-        return int(self.backbone.in_channels), size, size  # type: ignore[arg-type]
+        size = int(self.backbone.input_size)
+        return int(self.backbone.in_channels), size, size
 
     @property
     def clip_denoised(self) -> bool:
@@ -105,23 +139,24 @@ class DiffusionModule(LoadableModule):
         chosen = self.sampling.clip_denoised
         return self.latent_space is None if chosen is None else chosen
 
-    def configure_callbacks(self) -> list[L.Callback]:
-        """What every run has, also without the command line."""
-        keep_csv_rows(self.trainer)  # the last hook before Lightning makes the writer
-        return [PeerWatch()]
-
     def configure_model(self) -> None:
         """Shard the backbone if the strategy is `ShardedStrategy`."""
         if self._trainer is not None:
-            shard_backbone(self)
+            shard_backbone(self.backbone, self.trainer)
+
+    def setup(self, stage: str) -> None:
+        """Compare the data with the backbone and the first stage."""
+        data: Any = image_data(self.trainer)
+        if stage != "predict" and data is not None:
+            self._bind(data)
 
     def on_validation_start(self) -> None:
         """Ranks may have unequally many batches: have the whole backbone on each."""
-        gather_for_evaluation(self)
+        gather_for_evaluation(self.backbone)
 
     def on_validation_end(self) -> None:
         """Go back to shards."""
-        reshard(self)
+        reshard(self.backbone)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_end = on_predict_end = on_validation_end
@@ -178,8 +213,33 @@ class DiffusionModule(LoadableModule):
         return check_output(self.backbone, self.backbone(x_t.to(dtype), timesteps, labels), x_t)
 
     def encode(self, batch: Batch, *, step: int | None = None) -> Tensor:
-        """What is denoised: images, or latents with the noise of `step`, or of their indices."""
-        return sample_latents(self, batch, step=step)
+        """What is denoised `[b, c, h, w]`: images, or latents of images or of cached moments.
+
+        The noise of latents is that of the training step `step`, or by default that of each
+        image's index.
+
+        Raises:
+            ConfigError: If images must be encoded and there is no first stage.
+        """
+        space, moments = self.latent_space, batch.images
+        if space is None:
+            return moments
+        if not self._holds_moments(batch):
+            if self.first_stage is None:
+                raise ConfigError(
+                    "first_stage: needed to encode images, found None with a batch of shape "
+                    f"{list(moments.shape)}"
+                )
+            moments = self.first_stage.encode_moments(moments)
+        if step is None:
+            noise = self.image_noise(batch.indices.tolist(), stream="posterior")()
+        else:
+            b, rank = len(moments), self.trainer.global_rank
+            mine = slice(rank * b, (rank + 1) * b)
+            noise = step_noise(
+                mine, self.image_shape, self.seed, step, moments.device, stream="posterior"
+            )
+        return space.sample(moments.float(), noise)
 
     def decode(self, x_start: Tensor) -> Tensor:
         """Images in [-1, 1] of what was denoised; latents stay such without a first stage."""
@@ -189,11 +249,11 @@ class DiffusionModule(LoadableModule):
 
     def images_of(self, batch: Batch) -> Tensor:
         """The images of a batch in [-1, 1], decoded where it holds cached moments."""
-        return self.decode(self.encode(batch)) if holds_moments(self, batch) else batch.images
+        return self.decode(self.encode(batch)) if self._holds_moments(batch) else batch.images
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the sums of the last epoch."""
-        self._validation_sums = torch.zeros(2, self.num_tasks, dtype=torch.float64)
+        """Forget the losses of the last epoch."""
+        self.validation_losses.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum the unweighted losses of held-out images, each with noise of its own.
@@ -205,36 +265,27 @@ class DiffusionModule(LoadableModule):
             ConfigError: If the loader does not give a `Batch` that fits the backbone.
         """
         check_batch(batch)
-        steps = (batch.indices.cpu().double() * 0.6180339887498949) % 1
+        steps = (batch.indices.cpu().double() * _GOLDEN) % 1
         timesteps = (steps * self.clusters.num_timesteps).long().to(self.device)
-        tasks = self.clusters.task_of(timesteps).cpu()
-        noise = ImageNoise(
-            batch.indices.tolist(),
-            shape=tuple(self.image_shape),
-            seed=self.seed,
-            stream="validation",
-            device=self.device,
-        )()
+        tasks = self.clusters.task_of(timesteps)
+        noise = self.image_noise(batch.indices.tolist(), stream="validation")()
         labels = batch.labels if self.num_classes else None
-        draws = Draws(timesteps, tasks, noise, labels)
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
+        draws = Draws(timesteps, tasks, noise, labels)
         rows = torch.arange(len(batch.images), device=self.device)
         self.losses(self.encode(batch), draws, unweighted=unweighted)(rows)
-        values = torch.stack([unweighted.cpu().double(), torch.ones(len(rows)).double()])
-        self._validation_sums.index_add_(1, tasks, values)
+        self.validation_losses.update(unweighted, tasks)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all timesteps and over those of each task."""
-        sums = default_reduction().all_reduce_(self._validation_sums.to(self.device)).cpu()
+        loss, by_task = self.validation_losses.compute()
         # Ranks agree already; Lightning wants to be told to average all the same.
-        loss = (sums[0].sum() / sums[1].sum()).float()
-        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val/loss", loss.float(), prog_bar=True, sync_dist=True)
         # Lightning uses this as the step of everything logged here. In an evaluation the trainer's
         # own count is 0 or belongs to another module.
-        fitting = self.trainer.state.fn == "fit"
-        step = self.global_step if fitting else self.trained_steps
+        step = self.global_step if self.is_training_run else self.trained_steps
         self.log("step", float(step), sync_dist=True)
-        for task, value in enumerate((sums[0] / sums[1]).tolist()):
+        for task, value in enumerate(by_task.tolist()):
             self.log(f"val/task_{task}/loss", value, sync_dist=True)
 
     on_test_epoch_start = on_validation_epoch_start
@@ -280,12 +331,15 @@ class DiffusionModule(LoadableModule):
             )
         return self.decode(x_start)
 
-    def image_noise(self, indices: Iterable[int], *, seed: int | None = None) -> ImageNoise:
-        """The noise that the images of these indices are drawn from."""
+    def image_noise(
+        self, indices: Iterable[int], *, seed: int | None = None, stream: str = "sample"
+    ) -> ImageNoise:
+        """Noise of the images of these indices."""
         return ImageNoise(
             indices,
             shape=self.image_shape,
             seed=self.seed if seed is None else seed,
+            stream=stream,
             device=self.device,
         )
 
@@ -317,7 +371,9 @@ class DiffusionModule(LoadableModule):
             raise ConfigError(
                 f"guidance_scale: must be 1 because the backbone has no null class, found {scale}"
             )
-        chosen = as_labels(labels, len(indices), num_classes=classes, null_class=null)
+        chosen = None
+        if labels is not None:
+            chosen = as_labels(labels, len(indices), num_classes=classes, null_class=null)
         return GuidedDenoiser(
             denoise or self.denoise,
             None if chosen is None else chosen.to(self.device),
@@ -338,10 +394,66 @@ class DiffusionModule(LoadableModule):
             return torch.empty(0, *self.image_shape)
         return self.sample(batch)
 
+    def _holds_moments(self, batch: Batch) -> bool:
+        """Whether the images of a batch are cached moments; a first stage changes their size."""
+        space, shape = self.latent_space, tuple(batch.images.shape[1:])
+        return space is not None and shape == space.moments_shape(self.image_shape)
+
+    def _check_sampling(self) -> None:
+        """Check what the process and the sampling need of the backbone."""
+        if self.sampling.sampler is not None:
+            self.sampler.num_calls(self.process)  # refuses what the schedule has no timesteps for
+        channels, guided = self.image_shape[0], self.sampling.guided_channels
+        needed, found = self.process.output_channels(channels), int(self.backbone.out_channels)
+        if found != needed:
+            raise ConfigError(
+                f"backbone.out_channels: must be {needed} with variance_type "
+                f"{self.process.variance_type!r}, found {found}"
+            )
+        if guided is not None and not 1 <= guided <= channels:
+            raise ConfigError(
+                f"sampling.guided_channels: must be from 1 to the {channels} channels of an image, "
+                f"or None for all, found {guided}"
+            )
+        if self.null_class is None and self.guidance_scale != 1.0:
+            raise ConfigError(
+                "sampling.guidance_scale: must be 1 because the backbone has no null class "
+                f"(num_classes or class_dropout_prob is 0), found {self.guidance_scale}"
+            )
+
+    def _bind(self, data: Any) -> None:  # noqa: ANN401 - attributes that only some data have
+        """Take the meaning of cached moments from the data, and compare shapes and classes."""
+        cached = getattr(data, "latent_space", None)
+        shape = data.image_shape
+        if cached is not None:
+            if self.first_stage is not None:
+                check_first_stage(cached, self.first_stage.space, data.cache)
+            self.latent_space = cached
+            shape = cached.latent_shape(data.moments_shape)
+        elif self.first_stage is not None:
+            shape = self.first_stage.latent_shape(shape)
+        if tuple(shape) != self.image_shape:
+            what = "images" if self.latent_space is None else "latents"
+            raise ConfigError(
+                f"backbone: in_channels and input_size must fit the {what} "
+                f"{tuple(shape)}, found {self.image_shape}"
+            )
+        # Without labels every image is of class 0, which is what a network of one class expects.
+        if self.num_classes > 1 and not data.num_classes:
+            raise ConfigError(
+                "data: must have labels for a backbone with num_classes = "
+                f"{self.num_classes}, found 0 classes"
+            )
+        if self.num_classes and max(1, data.num_classes) != self.num_classes:
+            raise ConfigError(
+                f"backbone.num_classes: must be the {data.num_classes} classes of the data "
+                f"(or 0 to ignore labels), found {self.num_classes}"
+            )
+
 
 @contextmanager
-def _evaluating(module: L.LightningModule) -> Iterator[None]:
-    """Context in which the module is in evaluation mode; restores the modes afterwards."""
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put the module into evaluation mode; restore the modes afterwards."""
     training = [each for each in module.modules() if each.training]
     module.eval()
     try:

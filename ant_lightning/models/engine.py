@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ant_lightning.balancing.gradients import DenseTaskGradients
-    from ant_lightning.models.module import MultiTaskDiffusion
+    from ant_lightning.models.settings import Tasks
 
-__all__ = ["engine_and_rows"]
+__all__ = ["engine_and_buffers"]
 
 _ENGINES: dict[str, type[Engine]] = {
     "auto": Auto,
@@ -32,32 +32,30 @@ _ENGINES: dict[str, type[Engine]] = {
 }
 
 
-def engine_and_rows(module: MultiTaskDiffusion) -> tuple[Engine, DenseTaskGradients | None]:
-    """A new engine, and new buffers for the ranks and the device of this run if it needs any.
+def engine_and_buffers(
+    tasks: Tasks, backbone: nn.Module
+) -> tuple[Engine, DenseTaskGradients | None]:
+    """A new engine, and buffers for the ranks and the device of this run if it needs any.
 
-    `auto` is the loop for a compiled network, which no other engine can look into. Buffers that are
-    not needed in every step are made when they are, so that they are not held beside the
-    activations of ordinary steps.
+    `auto` is the loop for a compiled network, which no other engine can look into.
 
     Raises:
-        ConfigError: If a parameter cannot be trained; `multitask_backward` checks it in every step.
+        ConfigError: If a parameter cannot be trained.
     """
-    name = module.tasks.engine
-    if name == "auto" and any(_is_compiled(m) for m in module.backbone.modules()):
+    name, balancer = tasks.engine, tasks.balancer
+    if name == "auto" and any(_is_compiled(module) for module in backbone.modules()):
         name = "loop"
-    engine = _ENGINES[name]()
-    shared = trained_parameters(module.backbone.parameters())
-    if not isinstance(module.balancer, GradientBalancer) or name == "low_memory":
-        return engine, None
-    reduction = default_reduction()
-    if module.tasks.placement == "sorted":
-        rows: DenseTaskGradients = PlacedTaskGradients(
-            module.num_tasks, shared, reduction=reduction
-        )
+    parameters = trained_parameters(backbone.parameters())
+    if not isinstance(balancer, GradientBalancer) or name == "low_memory":
+        return _ENGINES[name](), None
+    k, reduction = balancer.num_tasks, default_reduction()
+    if tasks.placement == "sorted":
+        buffers: DenseTaskGradients = PlacedTaskGradients(k, parameters, reduction=reduction)
     else:
-        rows = differentiation(shared, reduction).new_rows(module.num_tasks)
-    rows.keep = module.balancer.update_every == 1
-    return engine, rows
+        buffers = differentiation(parameters, reduction).new_rows(k)
+    # Buffers that not every step needs are not held beside the activations of the other steps.
+    buffers.keep = balancer.update_every == 1
+    return _ENGINES[name](), buffers
 
 
 def _is_compiled(module: nn.Module) -> bool:

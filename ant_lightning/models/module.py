@@ -2,63 +2,63 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
+from ant_lightning.backbones.checkpoints import load_official_checkpoint
 from ant_lightning.balancing.backward import BackwardReport, multitask_backward, task_gradients
-from ant_lightning.balancing.base import SampleBalancer
-from ant_lightning.balancing.engines import Engine
-from ant_lightning.balancing.gradients import DenseTaskGradients
+from ant_lightning.balancing.base import GradientBalancer, SampleBalancer
 from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.shards import local_part
 from ant_lightning.data.batch import check_batch
+from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import DiscreteDiffusion
-from ant_lightning.diffusion.samplers.ddim import DDPM
 from ant_lightning.errors import ConfigError, NonFiniteError
-from ant_lightning.models.checkpoint_content import use_names_of
+from ant_lightning.models.backbone import backbone_name
 from ant_lightning.models.checks import (
-    check_settings,
+    check_batch_norm,
     check_strategy,
     check_trainer,
     warn_of_other_model,
 )
-from ant_lightning.models.denoiser import DiffusionModule, Draws
-from ant_lightning.models.draws import dropped_labels, sample_shares, spread_order, step_noise
-from ant_lightning.models.engine import engine_and_rows
+from ant_lightning.models.denoiser import DiffusionModule
+from ant_lightning.models.draws import Draws, TrainingDraws, sample_shares
+from ant_lightning.models.engine import engine_and_buffers
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.freezing import TrainedParameters
-from ant_lightning.models.latents import bind_data, load_initial_weights, restore_latent_space
 from ant_lightning.models.optimizers import (
     OptimizerFactory,
+    back_off,
     forget_balancers_schedule,
+    gradient_scaler,
+    loss_scale,
     say_changed,
 )
-from ant_lightning.models.protocol import check_backbone
 from ant_lightning.models.running_statistics import RunningStatistics
-from ant_lightning.models.saved_state import restore_state, saved_state
-from ant_lightning.models.scaling import back_off, gradient_scaler, loss_scale
 from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
-from ant_lightning.randomness import keyed_generator, keyed_seed, run_seed
+from ant_lightning.models.state import CheckpointState, schedule_summary
+from ant_lightning.randomness import keyed_seed
 from ant_lightning.runtime.rank_agreement import check_ranks_agree
-from ant_lightning.tasks.clusters import TimestepClusters
+from ant_lightning.runtime.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import lightning as L
     from torch import Tensor
 
+    from ant_lightning.balancing.engines import Engine
+    from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.data.batch import Batch
+    from ant_lightning.tasks.clusters import TimestepClusters
 
 __all__ = ["MultiTaskDiffusion"]
 
-# State that training changes besides the weights.
+# What training changes besides the weights.
 _OF_RUN = (
     "clusters",
     "cluster_history",
@@ -74,8 +74,7 @@ class MultiTaskDiffusion(DiffusionModule):
     """A diffusion model trained on clusters of timesteps as tasks.
 
     One optimization step serves every method: draw timesteps, let `multitask_backward` fill the
-    gradients, clip, step. It is manual optimization, so clipping and accumulation are arguments
-    here and not of the Trainer.
+    gradients, clip, step.
 
     Args:
         backbone: The network, called as `backbone(x_t, timesteps, labels)`.
@@ -85,18 +84,36 @@ class MultiTaskDiffusion(DiffusionModule):
         optimization: How the weights are optimised.
         sampling: How images are drawn from noise.
         class_dropout: Share of labels replaced by the null class, for guidance.
-        first_stage: Autoencoder whose latents are denoised; None for pixels.
+        first_stage: Autoencoder whose latents are denoised; `None` for pixels.
         init_from: Official checkpoint that the backbone starts from. A checkpoint that is loaded
-            later replaces its weights, and then the file need not be there any more.
-        init_weights: Which of its weights, if it has both: the averages or the live ones.
+            later replaces its weights, and then the file need not exist any more.
+        init_weights: Which weights of that file, if it has both: the averages or the live ones.
         seed: Seed of timesteps, noise and dropout; by default that of `seed_everything`.
 
     Raises:
         ConfigError: If settings contradict each other.
-        NonFiniteError: In training, after `max_skipped_steps` skipped steps in a row.
+        NonFiniteError: In training, after `optimization.max_skipped_steps` skipped steps in a row.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
+
+    Example:
+        >>> from ant_lightning import CosineSchedule, DDIM, DiscreteDiffusion, DiT
+        >>> from ant_lightning import MultiTaskDiffusion, Sampling, SNRClustering, Tasks
+        >>> network = DiT(
+        ...     input_size=8, patch_size=4, in_channels=1, hidden_size=8, depth=1, num_heads=1,
+        ...     num_classes=0, learn_sigma=False,
+        ... )
+        >>> module = MultiTaskDiffusion(
+        ...     network,
+        ...     process=DiscreteDiffusion(CosineSchedule(1000)),
+        ...     tasks=Tasks(SNRClustering(num_tasks=5)),
+        ...     sampling=Sampling(DDIM(num_steps=2)),
+        ... )
+        >>> module.clusters.boundaries
+        (0, 146, 387, 613, 854, 1000)
+        >>> module.sample(3).shape
+        torch.Size([3, 1, 8, 8])
     """
 
     def __init__(
@@ -114,115 +131,128 @@ class MultiTaskDiffusion(DiffusionModule):
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        check_backbone(backbone)
+        super().__init__(
+            backbone,
+            process=process,
+            clusters=tasks.clustering(process.log_snr),
+            sampling=sampling,
+            first_stage=first_stage,
+            seed=seed,
+        )
         self.automatic_optimization = False
-        self.backbone = backbone
-        self.process = process
-        warn_of_other_model(tasks.clustering, backbone)
-        self.first_clusters: TimestepClusters = tasks.clustering(process.log_snr)
-        self.clusters = self.first_clusters
-        self.cluster_history = [(0, self.clusters.boundaries)]  # by the steps that were made before
-        self.balancer = tasks.balancer
         self.tasks = tasks
+        self.balancer = tasks.balancer
         specialist = timesteps.interval is not None
         by_default = "uniform" if tasks.balancer is None or specialist else "stratified"
         method: Any = timesteps.method or by_default
         self.timesteps = replace(timesteps, method=method)
         self.optimization = optimization
-        self.sampling = sampling
-        self.optimizer_factory = OptimizerFactory(
-            optimization, path="optimization.", balancer=tasks.balancer
-        )
         self.class_dropout = class_dropout
-        self.sampler = sampling.sampler or DDPM(num_steps=250)
-        self.guidance_scale = sampling.guidance_scale
-        self.first_stage = first_stage
-        self.latent_space = None if first_stage is None else first_stage.space
         self.init_from = init_from
         self.init_weights: Literal["ema", "model"] = init_weights
         self.init_due = init_from is not None
-        self.seed = run_seed(seed)
+        self.first_clusters = self.clusters
+        self.cluster_history = [(0, self.clusters.boundaries)]  # by the steps that were made before
         self.last_report: BackwardReport | None = None
         self.last_step_skipped = False
         self.num_skipped_steps = 0
         self.num_skipped_in_a_row = 0
-        self.trained_steps = 0  # steps that trained the weights, for evaluations
+        self._check_settings()
+        warn_of_other_model(tasks.clustering, backbone)
+        self.optimizer_factory = OptimizerFactory(
+            optimization, path="optimization.", balancer=tasks.balancer
+        )
+        self.draws = TrainingDraws(
+            timesteps=self.timesteps,
+            placement=tasks.placement,
+            class_dropout=class_dropout,
+            null_class=self.null_class,
+            num_classes=self.num_classes,
+            image_shape=self.image_shape,
+            seed=self.seed,
+        )
         self._engine: Engine | None = None
-        self._row_buffers: DenseTaskGradients | None = None
+        self._gradients: DenseTaskGradients | None = None
         self._trained = TrainedParameters()
-        self._validation_sums = torch.zeros(0)
-        if sampling.sampler is not None:
-            sampling.sampler.num_calls(
-                self.process
-            )  # refuses what the schedule has no timesteps for
-        check_settings(self)
         if init_from is not None and Path(init_from).is_file():
-            load_initial_weights(self)
+            self.load_initial_weights()
+
+    def load_initial_weights(self) -> None:
+        """Fill the backbone from `init_from`, once, unless a checkpoint was loaded.
+
+        This happens when the module is constructed or, if the file is missing then, when the
+        weights are needed.
+
+        Raises:
+            ConfigError: If the file does not fit.
+        """
+        if self.init_from is None or not self.init_due:
+            return
+        try:
+            report = load_official_checkpoint(
+                self.backbone, self.init_from, weights=self.init_weights
+            )
+        except ConfigError as error:
+            raise ConfigError(f"init_from: {error}") from error
+        self.init_due = False
+        rank_zero_only(print)(f"init_from {report}")
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """The backbone's parameters in one group, the balancer's own in another."""
-        load_initial_weights(self)
-        groups = [self._trained.begin(self.backbone), self._own_parameters]
-        named = [{"params": each} for each in groups if each]
-        steps = None if self._trainer is None else _planned_steps(self._trainer)
-        optimizer, scheduler = self.optimizer_factory.make(named, num_steps=steps)
+        self.load_initial_weights()
+        own = [] if self.balancer is None else list(self.balancer.parameters())
+        groups = [self._trained.begin(self.backbone), own]
+        optimizer, scheduler = self.optimizer_factory.make(
+            [{"params": each} for each in groups if each], trainer=self._trainer
+        )
         return optimizer if scheduler is None else ([optimizer], [scheduler])
-
-    @property
-    def _own_parameters(self) -> list[nn.Parameter]:
-        return [] if self.balancer is None else list(self.balancer.parameters())
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
         """As in the base class, but load `init_from` first if that is still due."""
-        load_initial_weights(self)
+        self.load_initial_weights()
         return super().denoise(x_t, timesteps, labels)
+
+    def configure_model(self) -> None:
+        """Shard the backbone if the strategy is `ShardedStrategy`."""
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if self.tasks.placement == "sorted" and isinstance(strategy, ShardedStrategy):
+            raise ConfigError(
+                "tasks.placement: must be 'spread' under FSDP2, which sums gradients itself, "
+                "found 'sorted'"
+            )
+        super().configure_model()
 
     def setup(self, stage: str) -> None:
         """Refuse, before anything is wrapped or moved, a strategy or data that do not fit."""
         if stage == "fit":
             check_strategy(self.trainer.strategy)
-            if self.global_step == 0:
-                self._begin_run()
-        if stage != "predict":
-            bind_data(self)
+            if self.global_step == 0:  # not a resumed run: count anew, but keep the clusters
+                first = self.cluster_history[0]  # of the settings: checkpoints must agree with it
+                now = (0, self.clusters.boundaries)
+                self.cluster_history = [first] if now == first else [first, now]
+                self.num_skipped_steps = self.num_skipped_in_a_row = 0
+        super().setup(stage)
 
     def on_fit_start(self) -> None:
         """Refuse, before the first step, what manual optimization cannot honour."""
-        check_trainer(self)
-        self._engine, self._row_buffers = engine_and_rows(self)
+        check_trainer(
+            self.trainer,
+            backbone=self.backbone,
+            balancer=self.balancer,
+            parts=self.optimization.accumulate_grad_batches,
+        )
+        self._engine, self._gradients = engine_and_buffers(self.tasks, self.backbone)
 
     def draw(self, batch: Batch, *, step: int) -> Draws:
-        """Timesteps, tasks, noise and dropped labels of a training step, a function of its number.
-
-        They are those of the global batch, of which each rank takes its part. With the placement
-        `spread` the same images get the same draws on any number of ranks, and the part of each
-        rank has its share of each task. With `sorted` a part has as few tasks as can be, and the
-        parts go round among the ranks, so that no task is bound to a rank's images.
-        """
-        b, device = len(batch.images), batch.images.device
-        ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        mine = slice(rank * b, (rank + 1) * b)
-        generator = keyed_generator(self.seed, "timesteps", step)
-        if self.timesteps.method == "stratified":
-            timesteps, tasks = self.clusters.sample(
-                b * ranks, generator=generator, allocation=self.timesteps.allocation
-            )
-            if self.tasks.placement == "sorted":
-                part = (rank + step) % ranks
-                order = torch.arange(part * b, (part + 1) * b)
-            else:
-                order = spread_order(b * ranks)[mine]
-            timesteps, tasks = timesteps[order], tasks[order]
-        else:
-            start, stop = self.timesteps.interval or (0, self.clusters.num_timesteps)
-            timesteps = torch.randint(start, stop, (b * ranks,), generator=generator)[mine]
-            tasks = self.clusters.task_of(timesteps)
-        noise = step_noise(mine, self.image_shape, self.seed, step, device)
-        null, share = self.null_class, self.class_dropout
-        labels = dropped_labels(batch.labels, null, share, mine, self.seed, step)
-        timesteps = timesteps.to(device, non_blocking=True)
-        return Draws(timesteps, tasks, noise, labels if self.num_classes else None)
+        """Timesteps, tasks, noise and labels of this rank in a training step."""
+        trainer = self.trainer
+        return self.draws(
+            batch,
+            self.clusters,
+            step=step,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One step of any method.
@@ -235,9 +265,11 @@ class MultiTaskDiffusion(DiffusionModule):
         torch.manual_seed(keyed_seed(self.seed, "network", self.global_step, self.global_rank))
         draws = self.draw(batch, step=self.global_step)
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
-        log_snr = None
+        log_snr = priors = None
         if isinstance(self.balancer, SampleBalancer):
             log_snr = self.process.log_snr.to(self.device, non_blocking=True)[draws.timesteps]
+        if self.balancer is not None and self.tasks.weighting == "by_size":
+            priors = self.clusters.sizes.double() / self.clusters.num_timesteps
         x_start = self.encode(batch, step=self.global_step)
         statistics = RunningStatistics(self.backbone)
         report = multitask_backward(
@@ -246,23 +278,22 @@ class MultiTaskDiffusion(DiffusionModule):
             self._trained.follow(self.backbone, self.trainer.optimizers[0]),
             self.balancer,
             num_tasks=self.num_tasks,
-            priors=self._priors(),
+            priors=priors,
             micro_batch_size=-(-len(batch.images) // self.optimization.accumulate_grad_batches),
             engine=self._engine,
-            gradients=self._row_buffers,
+            gradients=self._gradients,
             loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
             log_snr=log_snr,
         )
         statistics.keep() if report.finite else statistics.restore()
         self._finish_step(report)
+        self.last_report = report
         loss = unweighted.mean()  # at uniform timesteps, whatever they were drawn from
         if self.timesteps.method == "stratified":
-            shares = sample_shares(
-                self.clusters.sizes, report.num_samples, self.timesteps.allocation
-            )
+            allocation = self.timesteps.allocation
+            shares = sample_shares(self.clusters.sizes, report.num_samples, allocation)
             tasks = draws.tasks.to(shares.device, non_blocking=True)
             loss = (unweighted * shares[tasks]).sum().float() * self.trainer.world_size
-        self.last_report = report
         if self.log_due:
             loss = default_reduction().all_reduce_(loss.detach()) / self.trainer.world_size
             self.log("train/loss", loss, prog_bar=True, logger=False)
@@ -276,22 +307,12 @@ class MultiTaskDiffusion(DiffusionModule):
             )
         return {"loss": loss}
 
-    @property
-    def log_due(self) -> bool:
-        """Whether the step just made is one of every `trainer.log_every_n_steps`."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self.global_step % max(1, every) == 0
-
-    def log_now(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Send numbers to the loggers at this optimizer step, skipped steps not counted.
-
-        `self.log` keeps to batches, and loses what is logged off its own rhythm.
-        """
-        for logger in self.loggers:
-            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.global_step)
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Update `trained_steps`."""
+        self.trained_steps = self.global_step
 
     def task_gradients(self, batch: Batch, *, step: int) -> DenseTaskGradients:
-        """The task gradients at the current weights on the draws of `step`, for looking at."""
+        """The task gradients at the current weights on the draws of `step`; trains nothing."""
         draws = self.draw(batch, step=step)
         statistics = RunningStatistics(self.backbone)
         losses = statistics.once(self.losses(self.encode(batch, step=step), draws))
@@ -315,9 +336,31 @@ class MultiTaskDiffusion(DiffusionModule):
         self.clusters = clusters
         self.cluster_history.append((self.global_step, clusters.boundaries))
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Update `trained_steps`."""
-        self.trained_steps = self.global_step
+    def checkpoint_state(self) -> CheckpointState:
+        """What a checkpoint of this module holds besides weights."""
+        optimizer = optimization = None
+        if self.is_training_run:
+            made = self.trainer.optimizers or self.optimizer_factory.make([torch.zeros(1)])
+            optimizer = type(made[0]).__name__
+            optimization = self.optimizer_factory.described()
+        space, interval = self.latent_space, self.timesteps.interval
+        return CheckpointState(
+            cluster_history=self.cluster_history,
+            num_skipped_steps=self.num_skipped_steps,
+            num_skipped_in_a_row=self.num_skipped_in_a_row,
+            world_size=0 if self._trainer is None else self.trainer.world_size,
+            backbone=backbone_name(self.backbone),
+            prediction_type=self.process.prediction_type,
+            variance_type=self.process.variance_type,
+            schedule=schedule_summary(self.process),
+            balancer=None if self.balancer is None else type(self.balancer).__name__,
+            optimizer=optimizer,
+            first_stage=None if space is None else space.fingerprint,
+            train_interval=None if interval is None else list(interval),
+            latent_space=None if space is None else asdict(space),
+            optimization=optimization,
+            trained=self._trained.state(self.backbone),
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what no hyperparameter file should decide: clusters and counts.
@@ -325,26 +368,40 @@ class MultiTaskDiffusion(DiffusionModule):
         Raises:
             DivergedRanksError: On every rank, if they no longer agree.
         """
-        check_ranks_agree(self)
-        space = self.latent_space and asdict(self.latent_space)
-        state = {**saved_state(self), "latent_space": space}
-        if self.trainer.state.fn == "fit":
-            state["optimization"] = self.optimizer_factory.described()
-        state["trained"] = self._trained.state(self.backbone)
-        checkpoint.setdefault("ant_lightning", {}).update(state)
+        counts = [self.global_step, self.num_skipped_steps, *self.clusters.boundaries]
+        check_ranks_agree(self.backbone, self.balancer, counts, device=self.device)
+        checkpoint.setdefault("ant_lightning", {}).update(self.checkpoint_state().state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the checkpoint with the settings and name what differs."""
-        use_names_of(self, checkpoint)
+        """Compare the checkpoint with the settings; take its clusters and counts.
+
+        The settings say which clusters a run starts with. Where training changed them, the
+        checkpoint goes on with the last ones, under any callbacks.
+
+        Raises:
+            ConfigError: Naming what differs, with both values.
+        """
+        self.use_own_names(checkpoint)
         forget_balancers_schedule(checkpoint)
-        restore_state(self, checkpoint)
-        restore_latent_space(self, checkpoint["ant_lightning"].get("latent_space"))
+        state = CheckpointState.of_checkpoint(checkpoint)
+        state.check_fits(self.checkpoint_state())
+        self.check_weights(checkpoint)
+        self.cluster_history = state.cluster_history
+        # Only the settings know a placebo; its boundaries alone do not show it.
+        unchanged = self.first_clusters.boundaries == state.clusters.boundaries
+        self.clusters = self.first_clusters if unchanged else state.clusters
+        self.num_skipped_steps = state.num_skipped_steps
+        self.num_skipped_in_a_row = state.num_skipped_in_a_row
+        self.trained_steps = int(checkpoint["global_step"])
+        if self.latent_space is None and state.latent_space is not None:
+            # Without it, latents would be treated as pixels and clipped during sampling.
+            self.latent_space = LatentSpace(**state.latent_space)
         self.init_due = False
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            _use_old_keys(checkpoint)
+        if self.is_training_run:
+            self._warn_of_other_ranks(state.world_size)
             self._keep_fixed_weights(checkpoint)
-            self.optimizer_factory.resume(self.trainer, checkpoint)
-            self._trained.load(checkpoint["ant_lightning"].get("trained"))
+            self.optimizer_factory.resume(self.trainer, checkpoint, state.optimization)
+            self._trained.load(state.trained)
 
     def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the state that training changed besides the weights."""
@@ -355,13 +412,45 @@ class MultiTaskDiffusion(DiffusionModule):
         """In the parent: take over the state that training in the child changed."""
         vars(self).update(state)
 
-    def _begin_run(self) -> None:
-        """Reset the counts of an earlier run, but keep its weights and clusters."""
-        first = self.cluster_history[0]  # from the settings: checkpoints must agree with it
-        now = (0, self.clusters.boundaries)
-        self.cluster_history = [first] if now == first else [first, now]
-        self.num_skipped_steps = 0
-        self.num_skipped_in_a_row = 0
+    def _check_settings(self) -> None:
+        """Check the arguments against each other."""
+        balancer, interval = self.balancer, self.timesteps.interval
+        parts, engine = self.optimization.accumulate_grad_batches, self.tasks.engine
+        if balancer is not None and balancer.num_tasks != self.num_tasks:
+            raise ConfigError(
+                f"tasks.balancer.num_tasks: must equal the number of clusters {self.num_tasks}, "
+                f"found {balancer.num_tasks}"
+            )
+        if interval is not None and balancer is not None:
+            raise ConfigError(
+                "timesteps.interval: a specialist has one task, so tasks.balancer must be None, "
+                f"found {type(balancer).__name__}"
+            )
+        if interval is not None and interval[1] > self.clusters.num_timesteps:
+            raise ConfigError(
+                f"timesteps.interval: must end at {self.clusters.num_timesteps} or before, found "
+                f"{list(interval)}"
+            )
+        if isinstance(balancer, GradientBalancer) and self.timesteps.method == "uniform":
+            raise ConfigError(
+                "timesteps.method: must be 'stratified', because a gradient balancer needs samples "
+                "of every task in each batch, found 'uniform'"
+            )
+        if parts > 1 and engine not in {"auto", "loop"}:
+            raise ConfigError(
+                f"tasks.engine: must be 'auto' or 'loop' with accumulate_grad_batches {parts}, "
+                f"because it needs the images of a step in one pass, found {engine!r}"
+            )
+        if not 0 <= self.class_dropout < 1:
+            raise ConfigError(
+                f"class_dropout: must be at least 0 and below 1, found {self.class_dropout}"
+            )
+        if self.null_class is None and self.class_dropout:
+            raise ConfigError(
+                "class_dropout: must be 0 because the backbone has no null class (num_classes or "
+                f"class_dropout_prob is 0), found {self.class_dropout}"
+            )
+        check_batch_norm(self.backbone, balancer, engine=engine, parts=parts)
 
     def _finish_step(self, report: BackwardReport) -> None:
         """Clip and step, or skip."""
@@ -376,8 +465,7 @@ class MultiTaskDiffusion(DiffusionModule):
             # At least float32: the first parameter may be bfloat16 and others not.
             dtype = torch.promote_types(grads[0].dtype, torch.float32)
             torch._foreach_mul_(grads, factor.to(dtype))
-        optimizer = self.optimizers()
-        optimizer.step()  # type: ignore[union-attr]
+        self.optimizers().step()  # type: ignore[union-attr]
         scheduler = self.lr_schedulers()
         if scheduler is not None:
             self.optimizer_factory.step(scheduler)
@@ -397,11 +485,6 @@ class MultiTaskDiffusion(DiffusionModule):
                 f"with a NaN or an infinity; losses per task {report.task_losses.tolist()}"
             )
 
-    def _priors(self) -> Tensor | None:
-        if self.balancer is None or self.tasks.weighting == "equal":
-            return None
-        return self.clusters.sizes.double() / self.clusters.num_timesteps
-
     def _keep_fixed_weights(self, checkpoint: dict[str, Any]) -> None:
         """Make the weights of `LinearScalarization` in the settings override the stored ones."""
         name = "balancer.weights"
@@ -413,29 +496,21 @@ class MultiTaskDiffusion(DiffusionModule):
         if then != now and self.trainer.is_global_zero:
             say_changed({"model.tasks.balancer.weights": (then, now)})
 
-
-def _use_old_keys(checkpoint: dict[str, Any]) -> None:
-    """Rename the states of `Checkpoints` of version 0.1, which has the saving intervals in them."""
-    states = checkpoint.get("callbacks") or {}
-    for key in list(states):
-        old = re.match(r"(Checkpoints\{'monitor': .*?, 'mode': '\w+'), ", key)
-        if old:
-            states[old.group(1) + "}"] = states.pop(key)
-
-
-def _planned_steps(trainer: L.Trainer) -> float | None:
-    """Optimizer steps after which a run ends; infinity without a limit, `None` if unknown.
-
-    `Trainer.estimated_stepping_batches` would set up the loader before a checkpoint restores its
-    position.
-    """
-    by_steps = float("inf") if trainer.max_steps in (-1, None) else trainer.max_steps
-    epochs, limit = trainer.max_epochs, trainer.limit_train_batches
-    if epochs in (-1, None):
-        return by_steps
-    data: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(data, "train_images"):  # loaders, or the user's own data module
-        return None
-    batches = len(data.train_images) // data.batch_size
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return min(by_steps, epochs * batches)
+    def _warn_of_other_ranks(self, then: int) -> None:
+        """Warn of what depends on the number of ranks besides rounding; 0 is not known."""
+        now = self.trainer.world_size
+        reasons = {
+            "tasks.placement 'sorted' pairs images with other timesteps": (
+                self.tasks.placement == "sorted"
+            ),
+            "dropout inside the network draws other masks": any(
+                isinstance(part, nn.Dropout) and part.p > 0 for part in self.backbone.modules()
+            ),
+        }
+        found = [reason for reason, holds in reasons.items() if holds]
+        if then and then != now and found:
+            rank_zero_warn(
+                f"world_size: the checkpoint has {then}, this run {now}: "
+                f"{' and '.join(found)}, so results agree with those of the run that was stopped "
+                "in distribution alone"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.base import Balancer
     from ant_lightning.models.settings import Optimization
 
-__all__ = ["OptimizerFactory", "forget_balancers_schedule", "say_changed"]
+__all__ = [
+    "OptimizerFactory",
+    "back_off",
+    "forget_balancers_schedule",
+    "gradient_scaler",
+    "loss_scale",
+    "say_changed",
+]
 
 Made = TypeVar("Made")
 
@@ -69,15 +77,14 @@ class OptimizerFactory:
         self.path = path
         self.balancer = balancer
 
-    def make(self, groups: Any, *, num_steps: float | None = None) -> tuple[Optimizer, Any]:  # noqa: ANN401
+    def make(self, groups: Any, *, trainer: L.Trainer | None = None) -> tuple[Optimizer, Any]:  # noqa: ANN401
         """The optimizer, and its scheduler or `None`.
 
         Step the scheduler with `step`: it only knows the optimizer's first group.
 
         Args:
             groups: Parameters, or the parameter groups of the backbone and the balancer.
-            num_steps: Optimizer steps of the run; infinity if only time ends it, `None` if not
-                known.
+            trainer: Its run must end before the schedule does.
 
         Raises:
             ConfigError: If the optimizer or the scheduler refuses its settings, at once or in a
@@ -98,7 +105,7 @@ class OptimizerFactory:
             factory = partial(LambdaLR, lr_lambda=lambda step: min(1.0, (step + 1) / steps))
         if factory is None:
             return optimizer, None
-        self._try_scheduler(factory, num_steps)
+        self._try_scheduler(factory, None if trainer is None else _planned_steps(trainer))
         with _backbone_only(optimizer):
             return optimizer, self._made("lr_scheduler", factory, optimizer)
 
@@ -131,7 +138,9 @@ class OptimizerFactory:
         )
         return plain
 
-    def resume(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    def resume(
+        self, trainer: L.Trainer, checkpoint: dict[str, Any], stored: dict[str, Any] | None
+    ) -> None:
         """Make the settings of this run override those in a checkpoint, and print what changed.
 
         The optimizer keeps its moments. The learning rates are those that a run with the current
@@ -141,11 +150,12 @@ class OptimizerFactory:
         Args:
             trainer: Whose run resumes.
             checkpoint: As Lightning loaded it; its optimizer and scheduler states are replaced.
+            stored: What `described` gave when the checkpoint was written; `None` in version 0.1.
 
         Raises:
             ConfigError: If a setting needs state that the checkpoint does not hold.
         """
-        stored = (checkpoint.get("ant_lightning") or {}).get("optimization")
+        _use_new_keys(checkpoint)
         changed = self._apply(checkpoint, stored)
         if changed:
             # A sharded strategy has loaded the optimizer already; others load it from `checkpoint`.
@@ -319,3 +329,54 @@ def _of_scheduler(state: dict[str, Any]) -> dict[str, Any]:
         for name, value in state.items()
         if name not in _NOT_SETTINGS and isinstance(value, bool | int | float | str | list | tuple)
     }
+
+
+def _use_new_keys(checkpoint: dict[str, Any]) -> None:
+    """Rename the states of `Checkpoints` of version 0.1, whose keys hold the saving intervals."""
+    states = checkpoint.get("callbacks") or {}
+    for key in list(states):
+        old = re.match(r"(Checkpoints\{'monitor': .*?, 'mode': '\w+'), ", key)
+        if old:
+            states[old.group(1) + "}"] = states.pop(key)
+
+
+def _planned_steps(trainer: L.Trainer) -> float | None:
+    """Optimizer steps after which a run ends; infinity without a limit, `None` if unknown.
+
+    `Trainer.estimated_stepping_batches` would set up the loader before a checkpoint restores its
+    position.
+    """
+    by_steps = float("inf") if trainer.max_steps in (-1, None) else trainer.max_steps
+    epochs, limit = trainer.max_epochs, trainer.limit_train_batches
+    if epochs in (-1, None):
+        return by_steps
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "train_images"):  # loaders, or the user's own data module
+        return None
+    batches = len(data.train_images) // data.batch_size
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return min(by_steps, epochs * batches)
+
+
+def gradient_scaler(trainer: L.Trainer) -> torch.amp.GradScaler | None:
+    """The scaler of `precision="16-mixed"`; `None` for every other precision."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | float:
+    """What losses are multiplied with before they are differentiated; waits for no device."""
+    if scaler is None:
+        return 1.0
+    return scaler.scale(torch.ones((), device=device, dtype=torch.float32))
+
+
+def back_off(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
+    """Shrink the scale as after an overflow; the optimizer makes no step.
+
+    The gradients that overflowed are gone, so the scaler is shown one infinity in their place.
+    """
+    parameter = optimizer.param_groups[0]["params"][0]
+    parameter.grad = torch.full_like(parameter, torch.inf)
+    scaler.unscale_(optimizer)
+    scaler.update()
+    parameter.grad = None

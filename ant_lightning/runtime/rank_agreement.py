@@ -10,45 +10,48 @@ import torch.distributed as dist
 
 from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.errors import DivergedRanksError
+from ant_lightning.runtime.rank_watch import several_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ant_lightning.models.module import MultiTaskDiffusion
-
 __all__ = ["check_ranks_agree"]
 
 
-def check_ranks_agree(module: MultiTaskDiffusion) -> None:
+def check_ranks_agree(
+    backbone: nn.Module, balancer: nn.Module | None, counts: list[int], *, device: torch.device
+) -> None:
     """Compare weights, balancer and counts of all ranks bit by bit; a no-op on one process.
 
-    Every rank must call this together, and raises together. Three numbers for each rank cross the
-    network; on an accelerator it waits once.
+    Every rank must call this together, and all raise together. Three numbers of each rank cross
+    the network; an accelerator is waited for once.
+
+    Args:
+        backbone: The network; sharded parameters are skipped.
+        balancer: Compared with its whole state; `None` for none.
+        counts: The step, and what else must be equal.
+        device: Where tensors are exchanged.
 
     Raises:
         DivergedRanksError: Naming what differs and on which ranks.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not several_ranks():
         return
-    balancer = module.balancer
-    counts = [module.global_step, module.num_skipped_steps, *module.clusters.boundaries]
     ours = {
-        "weights of the backbone": _digest([_bit_sums(_tensors(module.backbone))]),
+        "weights of the backbone": _digest([_bit_sums(_tensors(backbone))]),
         "state of the balancer": _digest([] if balancer is None else _tensors(balancer)),
         "number of steps or boundaries of clusters": _digest([torch.tensor(counts)]),
     }
-    mine = torch.tensor(list(ours.values()), device=module.device)
+    mine = torch.tensor(list(ours.values()), device=device)
     every = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
-    table = torch.stack(every).cpu()
-    for name, column in zip(ours, table.unbind(1), strict=True):
-        # The majority is taken for right: that is where to look first.
-        usual = column.mode().values
-        if bool((column != usual).any()):
-            ranks = torch.nonzero(column != usual).flatten().tolist()
+    for name, column in zip(ours, torch.stack(every).cpu().unbind(1), strict=True):
+        # The value of most ranks is taken to be right: look at the others first.
+        others = torch.nonzero(column != column.mode().values).flatten().tolist()
+        if others:
             raise DivergedRanksError(
                 f"{name}: must be the same on all {len(column)} ranks, found another on ranks "
-                f"{ranks} at step {module.global_step}; no checkpoint was written"
+                f"{others} at step {counts[0]}; no checkpoint was written"
             )
 
 
@@ -59,16 +62,16 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _bit_sums(tensors: list[Tensor]) -> Tensor:
-    """Sum of the bit patterns of each tensor modulo 2^64, `[n]`, taken where they are.
+    """Sum of the bit patterns of each tensor modulo 2^64, `[n]`, on its device.
 
-    Integers: no rounding hides a difference, and only one number a tensor leaves the device.
+    Integers: no rounding hides a difference, and only one number per tensor leaves the device.
     """
     sums = [_bits(tensor).sum(dtype=torch.int64) for tensor in tensors]
     return torch.stack(sums) if sums else torch.zeros(1, dtype=torch.int64)
 
 
 def _digest(tensors: list[Tensor]) -> int:
-    """A 63-bit hash of every byte, on the host."""
+    """A 63-bit hash of every byte, computed on the host."""
     hashed = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         hashed.update(_bits(tensor).cpu().numpy().tobytes())

@@ -14,14 +14,14 @@ from ant_lightning.runtime.sharded_strategy import ShardedStrategy
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ant_lightning.models.denoiser import DiffusionModule
+    import lightning as L
 
 __all__ = ["gather_for_evaluation", "reshard", "shard_backbone"]
 
 _log = logging.getLogger(__name__)
 
 
-def shard_backbone(module: DiffusionModule) -> None:
+def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
     """Shard the backbone's parameters under `ShardedStrategy`; a no-op under any other.
 
     Every block (the entries of the backbone's `ModuleList`s) is gathered when it is needed, and
@@ -30,41 +30,45 @@ def shard_backbone(module: DiffusionModule) -> None:
     Raises:
         ConfigError: Naming the setting, the rule and the value found.
     """
-    strategy = module.trainer.strategy
+    strategy, precision = trainer.strategy, trainer.precision  # type: ignore[attr-defined]
     if not isinstance(strategy, ShardedStrategy):
         return
-    _check(module)
+    if precision not in {"32-true", "bf16-mixed"}:
+        raise ConfigError(
+            f"trainer.precision: must be 32-true or bf16-mixed under FSDP2, found {precision}"
+        )
     from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: PLC0415 - a second
 
-    if isinstance(module.backbone, FSDPModule):
+    if isinstance(backbone, FSDPModule):
         return
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
-            "trainer.strategy: sharded parameters that not every rank uses need torch >= 2.14"
+            "trainer.strategy: FSDP2 with parameters that not every rank uses needs torch >= 2.14, "
+            f"found {torch.__version__}"
         )
     mesh = strategy.device_mesh["data_parallel"]
-    for unit in [*_blocks(module.backbone), module.backbone]:
+    for unit in [*_blocks(backbone), backbone]:
         fully_shard(unit, mesh=mesh)
-    for unit in _units(module):
+    for unit in _units(backbone):
         unit.set_reduce_scatter_unused_params(True)
-    if module.trainer.is_global_zero:
+    if trainer.is_global_zero:
         _log.warning("FSDP2 is experimental: parameters are sharded over %d ranks", mesh.size())
 
 
-def gather_for_evaluation(module: DiffusionModule) -> None:
+def gather_for_evaluation(backbone: nn.Module) -> None:
     """Have the whole backbone on every rank, whose batches need not be equally many."""
     # Buffers made in inference mode could not be filled again in training.
     with torch.inference_mode(False):
-        for unit in _units(module):
+        for unit in _units(backbone):
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
 
 
-def reshard(module: DiffusionModule) -> None:
+def reshard(backbone: nn.Module) -> None:
     """Undo `gather_for_evaluation`."""
-    for unit in _units(module):
+    for unit in _units(backbone):
         unit.reshard()
-        unit.set_reshard_after_forward(unit is not module.backbone, recurse=False)
+        unit.set_reshard_after_forward(unit is not backbone, recurse=False)
 
 
 def _blocks(backbone: nn.Module) -> Iterator[nn.Module]:
@@ -73,23 +77,10 @@ def _blocks(backbone: nn.Module) -> Iterator[nn.Module]:
             yield from (each for each in child if any(True for _ in each.parameters()))
 
 
-def _units(module: DiffusionModule) -> list[Any]:
+def _units(backbone: nn.Module) -> list[Any]:
     """Modules of the backbone that were sharded each on its own; none without sharding."""
-    if not hasattr(module.backbone, "unshard"):
+    if not hasattr(backbone, "unshard"):
         return []
     from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
 
-    return [each for each in module.backbone.modules() if isinstance(each, FSDPModule)]
-
-
-def _check(module: DiffusionModule) -> None:
-    """Check what sharded parameters do not go with."""
-    if module.tasks.placement == "sorted":
-        raise ConfigError(
-            "tasks.placement: FSDP2 sums gradients itself, so it must be 'spread', found 'sorted'"
-        )
-    precision = module.trainer.precision  # type: ignore[attr-defined]
-    if precision not in {"32-true", "bf16-mixed"}:
-        raise ConfigError(
-            "trainer.precision: sharded parameters need 32-true or bf16-mixed, found " + precision
-        )
+    return [each for each in backbone.modules() if isinstance(each, FSDPModule)]

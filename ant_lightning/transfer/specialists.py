@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ant_lightning.backbones.checkpoints import load_official_checkpoint, read_checkpoint
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.saved_state import saved_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -99,7 +98,7 @@ def specialist_network(
     Raises:
         ConfigError: If the weights do not fit the backbone.
     """
-    network = copy.deepcopy(module.backbone)
+    network: nn.Module = copy.deepcopy(module.backbone)
     load_official_checkpoint(network, specialist.path, weights="ema" if averaged else "model")
     return network.eval().requires_grad_(False).to(module.device)
 
@@ -117,7 +116,7 @@ def _checked(
             f"found {path}"
         )
     steps = int(content["global_step"])
-    ours = {**saved_state(module), "train_interval": list(interval)}
+    ours = {**module.checkpoint_state().state_dict(), "train_interval": list(interval)}
     pairs = {setting: (ours[name], saved[name]) for name, setting in _SAME.items()}
     if budget == "iterations" and module.trained_steps:
         pairs["optimizer steps"] = (module.trained_steps, steps)

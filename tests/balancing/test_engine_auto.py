@@ -13,7 +13,7 @@ from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.reduction import Reduction
-from ant_lightning.models.engine import engine_and_rows
+from ant_lightning.models.engine import engine_and_buffers
 
 
 class Embedded(nn.Module):
@@ -113,9 +113,9 @@ def test_multiplications_are_those_of_the_layers():
 
 def test_auto_is_the_loop_for_a_compiled_network():
     model = tiny_digits.module(balancer=PCGrad(3))
-    assert type(engine_and_rows(model)[0]) is Auto
+    assert type(engine_and_buffers(model.tasks, model.backbone)[0]) is Auto
     model.backbone.blocks[0].compile(backend="eager")
-    assert type(engine_and_rows(model)[0]) is Loop
+    assert type(engine_and_buffers(model.tasks, model.backbone)[0]) is Loop
     model = tiny_digits.module(balancer=PCGrad(3))
     model.backbone = torch.compile(model.backbone, backend="eager")
-    assert type(engine_and_rows(model)[0]) is Loop
+    assert type(engine_and_buffers(model.tasks, model.backbone)[0]) is Loop

@@ -22,7 +22,7 @@ from ant_lightning.balancing.low_memory import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.reduction import Reduction
 from ant_lightning.balancing.taps import Taps
-from ant_lightning.models.engine import engine_and_rows
+from ant_lightning.models.engine import engine_and_buffers
 from benchmarks.counted_memory import counted_memory
 from benchmarks.memory import LiveBytes
 from benchmarks.steps import Cell, K
@@ -186,7 +186,7 @@ def test_rows_are_held_where_every_step_needs_them(every, held, placement):
     model = tiny_digits.module(
         balancer=NashMTL(3, update_every=every), engine="loop", placement=placement
     )
-    engine, rows = engine_and_rows(model)
+    engine, rows = engine_and_buffers(model.tasks, model.backbone)
     x, t = torch.randn(6, *model.image_shape), torch.arange(6)
 
     def losses(rows):

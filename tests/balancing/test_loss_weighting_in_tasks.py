@@ -16,7 +16,7 @@ from ant_lightning import (
     UncertaintyWeighting,
     multitask_backward,
 )
-from ant_lightning.models.denoiser import Draws
+from ant_lightning.models.draws import Draws
 
 K = 3
 BALANCERS = {

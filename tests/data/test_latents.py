@@ -316,7 +316,7 @@ def test_samples_are_images_and_validation_runs(stage, tmp_path):
     ("data", "module", "words"),
     [
         ({"image_size": 32}, {}, ["input_size", "latents", "(4, 16, 16)", "(4, 8, 8)"]),
-        ({"image_size": 15}, {}, ["first_stage.source", "multiples of 2", "(3, 15, 15)"]),
+        ({"image_size": 15}, {}, ["source", "multiples of 2", "(3, 15, 15)"]),
         ({"num_classes": 4}, {}, ["num_classes", "4", "3"]),
         ({}, {"no_stage": True}, ["first_stage", "ShapesData"]),
     ],

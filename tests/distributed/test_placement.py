@@ -109,7 +109,7 @@ def test_in_training_the_slices_go_round_the_ranks(tmp_path):
 
 
 def test_placement_without_a_gradient_balancer_is_refused():
-    with pytest.raises(ConfigError, match=r"tasks\.placement.*'sorted'.*UncertaintyWeighting"):
+    with pytest.raises(ConfigError, match=r"placement: .*'sorted'.*UncertaintyWeighting"):
         module("uw", placement="sorted")
 
 

@@ -14,7 +14,7 @@ from tiny_runs import TinyData, module, trainer
 
 from ant_lightning import DDIM, Checkpoints, DiTModule, GenerationMetrics, TaskAffinity
 from ant_lightning.data.dataset import TensorImages
-from ant_lightning.runtime.peers import PeerWatch, first_failure, warn_of_shared_store
+from ant_lightning.runtime.rank_watch import RankWatch, first_failure, warn_of_shared_store
 
 ERROR = "ValueError: the disk of rank 1 is full"
 
@@ -160,7 +160,7 @@ def test_all_ranks_end_with_the_first_error(tmp_path, case):
 
 class Stuck(DiTModule):
     def configure_callbacks(self):
-        return [PeerWatch(poll=0.1, grace=0.5)]
+        return [RankWatch(poll=0.1, grace=0.5)]
 
     def losses(self, *args, **kwargs):
         while self.global_rank == 0:  # as in a collective that does not see that a peer is gone

@@ -92,8 +92,11 @@ def merged(model, method, place):
         merge(result, {"model": yaml.safe_load(Path(file).read_text())["model"]})
     for option in options[6:]:
         path, value = option.removeprefix("--model.").split("=")
-        owner, name = path.split(".")
-        merge(result, {"model": {"init_args": {owner: {"init_args": {name: value}}}}})
+        *groups, owner, name = path.split(".")
+        setting = {owner: {"init_args": {name: value}}}
+        for group in groups:
+            setting = {group: setting}
+        merge(result, {"model": {"init_args": setting}})
     return result
 
 

@@ -17,7 +17,7 @@ from ant_lightning import (
     UncertaintyWeighting,
 )
 from ant_lightning.cli.main import main
-from ant_lightning.models.saved_state import restore_state
+from ant_lightning.models.state import CheckpointState
 
 NONE = {"warmup_steps": 0}
 schedulers = torch.optim.lr_scheduler
@@ -262,4 +262,4 @@ def test_another_first_stage_is_refused(tmp_path):
     latent.latent_space = space
     rule = r"first_stage \(its fingerprint\): the checkpoint has another, .* say this"
     with pytest.raises(ConfigError, match=rule):
-        restore_state(latent, content)
+        CheckpointState.of_checkpoint(content).check_fits(latent.checkpoint_state())

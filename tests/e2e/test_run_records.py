@@ -101,7 +101,7 @@ class TestRecord:
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
         again = logs / "run" / "version_1" / "config.yaml"
         settings = yaml.safe_load(again.read_text())
-        assert settings["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.5
+        assert settings["model"]["init_args"]["optimization"]["optimizer"]["init_args"]["lr"] == 0.5
 
     @pytest.mark.parametrize("name", ["config.yaml", "mine.yaml"])
     def test_a_file_of_the_user_is_not_replaced(self, tmp_path, monkeypatch, name):

@@ -22,7 +22,7 @@ from ant_lightning import (
     partition,
     timestep_costs,
 )
-from ant_lightning.models.saved_state import FORMAT_VERSION
+from ant_lightning.models.state import FORMAT_VERSION
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "H_checkpoints"
 METHODS = ["uw", "nash"]
@@ -55,7 +55,7 @@ def test_a_checkpoint_of_a_later_version_is_refused(tmp_path):
     later = torch.load(GOLDEN / "v1_uw.ckpt", weights_only=True)
     later["ant_lightning"]["format_version"] = FORMAT_VERSION + 1
     torch.save(later, tmp_path / "later.ckpt")
-    with pytest.raises(ConfigError, match=r"format version 2, written by a newer ant_lightning"):
+    with pytest.raises(ConfigError, match=r"found 2, written by a newer ant_lightning"):
         fit(tmp_path, method="uw", resume=tmp_path / "later.ckpt")
 
 

@@ -171,7 +171,7 @@ def test_bad_sources_are_named(tiny_first_stages, tmp_path):
     kl = tiny_first_stages / "kl"
     refused(["no such file", "missing/place/x"], "missing/place/x")
     refused(["owner/no-such-name", "hub"], "owner/no-such-name", local_files_only=True)
-    refused(["first_stage.kind", "'kl'", "'vq'"], str(kl), kind="vq")
+    refused(["kind", "'kl'", "'vq'"], str(kl), kind="vq")
     refused(["scale", "-1"], str(kl), scale=-1.0)
     refused(["config.json", str(tmp_path)], str(tmp_path))
     weights = (kl / "diffusion_pytorch_model.safetensors").read_bytes()
@@ -188,7 +188,7 @@ def test_bad_sources_are_named(tiny_first_stages, tmp_path):
     torch.save(
         {"state_dict": {"encoder.down.0.block.0.conv1.weight": torch.zeros(1)}}, tmp_path / "a"
     )
-    refused(["has no entry", "conv2"], str(tmp_path / "a"))
+    refused(["has no entry", "conv_in"], str(tmp_path / "a"))
 
 
 def test_images_that_do_not_fit_are_refused(tiny_first_stages):

@@ -154,14 +154,14 @@ def test_every_module_is_made_of_a_checkpoint_and_its_arguments(tmp_path, kind):
         loaded.load_from_checkpoint(path, **arguments())
 
 
+SHORT = DiscreteDiffusion(CosineSchedule(50), variance_type="learned_range")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"backbone": adm()}, "the checkpoint has TinyDiT, the settings say UNet"),
-        (
-            {"process": DiscreteDiffusion(CosineSchedule(50))},
-            "tasks.clustering",
-        ),
+        ({"process": SHORT}, "tasks.clustering"),
         ({"hparams_file": "hparams.yaml"}, "hparams_file"),
         ({"weights_only": False}, "weights_only true, found None and False"),
         ({"no_such": 1}, "found others .*no_such"),
@@ -456,7 +456,7 @@ def made_of(backbone):
         (lambda: Net(in_channels=0), "Net.in_channels must be a whole number of at least 1"),
         (lambda: Net(num_classes=-1), "Net.num_classes must be a whole number of at least 0"),
         (lambda: Net(null_class="none"), "Net.null_class must be a whole number"),
-        (lambda: Net(out_channels=1), "out_channels.* needs 2, found 1"),
+        (lambda: Net(out_channels=1), "out_channels: must be 2 .* found 1"),
         (OneInput, r"OneInput.forward must take \(x_t, timesteps, labels\), found \(x_t"),
         (nn.Identity, "must be a torch.nn.Module with parameters, found Identity"),
         (lambda: lambda x, t, y: x, "must be a torch.nn.Module with parameters, found function"),

@@ -135,7 +135,7 @@ def test_weights_that_are_not_finite_are_not_loaded(tmp_path, stages, value):
     weights["decoder.conv_in.bias"][1] = value
     save_file(weights, path)
     (tmp_path / "config.json").write_text((stages / "kl" / "config.json").read_text())
-    with pytest.raises(FileError, match=r"first_stage.source: .*decoder.conv_in.bias has a NaN"):
+    with pytest.raises(FileError, match=r"decoder.conv_in.bias is not"):
         FirstStage(str(tmp_path))
 
     network = tiny_digits.TinyDiT()

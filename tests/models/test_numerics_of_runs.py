@@ -6,20 +6,32 @@ import lightning as L
 import pytest
 import torch
 from grouped import grouped
-from test_numerics import METHODS
 
 from ant_lightning import (
     ConfigError,
     ConflictMonitor,
+    ContinuousUncertainty,
     CosineSchedule,
     DigitsData,
     DiT,
     DiTModule,
+    LinearScalarization,
     LossWeighting,
+    NashMTL,
+    PCGrad,
     TimestepClustering,
+    UncertaintyWeighting,
 )
 
 LR, CLIP = 0.1, 0.01
+METHODS = {
+    "vanilla": lambda k: None,
+    "linear": LinearScalarization,
+    "uw": UncertaintyWeighting,
+    "continuous_uw": ContinuousUncertainty,
+    "pcgrad": PCGrad,
+    "nash": NashMTL,
+}
 
 
 class Factor(LossWeighting):

@@ -34,11 +34,11 @@ from ant_lightning.data.pictures import SUFFIXES, open_picture
 from ant_lightning.data.stored_images import npz_batches
 from ant_lightning.errors import FileError
 from ant_lightning.files.identity import check_identity
-from ant_lightning.files.json_file import write_json
+from ant_lightning.files.json_file import read_json, write_json
 from ant_lightning.files.torch_file import read_torch
 from ant_lightning.generation.inception import _check_weights
-from ant_lightning.models.first_stage.files import _check_numbers, _read_config
-from ant_lightning.models.saved_state import restore_state, saved_state
+from ant_lightning.models.first_stage.files import check_config
+from ant_lightning.models.state import CheckpointState
 from ant_lightning.runtime.checkpoint_files import content_fault
 from ant_lightning.transfer.gap import GapEstimate
 from ant_lightning.transfer.result import IntervalGap
@@ -195,7 +195,8 @@ def run(path):
     state = {f"backbone.{name}": value for name, value in NETWORK.state_dict().items()}
     version = {"pytorch-lightning_version": "2.6.0", "global_step": 3, "epoch": 0}
     kept = {"loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
-    torch.save({**version, **kept, "state_dict": state, "ant_lightning": saved_state(MODULE)}, path)
+    own = MODULE.checkpoint_state().state_dict()
+    torch.save({**version, **kept, "state_dict": state, "ant_lightning": own}, path)
 
 
 def read_run(path):
@@ -204,7 +205,13 @@ def read_run(path):
     fault = content_fault(content)
     if fault is not None:
         raise FileError(f"ckpt_path: {path}: {fault}")
-    restore_state(run_module(), content)
+    module = run_module()
+    CheckpointState.of_checkpoint(content).check_fits(module.checkpoint_state())
+    module.check_weights(content)
+
+
+def read_config(path):
+    check_config(read_json(path, kind=dict), path)
 
 
 # name of the reader -> (name of the file, write a good one, read it)
@@ -233,7 +240,7 @@ READERS = {
         identity_of_samples,
         lambda p: check_samples(p, store=False),
     ),
-    "first stage config": ("config.json", config, lambda p: _check_numbers(_read_config(p, p), p)),
+    "first stage config": ("config.json", config, read_config),
     "checkpoint": ("c.pt", lambda p: torch.save(TENSORS, p), read_checkpoint),
     "old checkpoint": ("c.pt", legacy, read_checkpoint),
     "safetensors": ("c.safetensors", lambda p: save_file(TENSORS, p), read_checkpoint),

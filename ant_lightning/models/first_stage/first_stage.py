@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ant_lightning.data.latents.space import LatentSpace
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.models.first_stage.files import load_autoencoder
 
 if TYPE_CHECKING:
@@ -46,6 +46,18 @@ class FirstStage(nn.Module):
     Reference:
         Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
         arXiv 2112.10752.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from ant_lightning import AutoencoderModule, FirstStage
+        >>> network = AutoencoderModule(in_channels=1, widths=(16, 16)).backbone
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     network.save_pretrained(folder)
+        ...     first_stage = FirstStage(folder)
+        >>> first_stage.latent_shape((1, 8, 8)), first_stage.space.scale
+        ((4, 4, 4), 0.18215)
+        >>> first_stage.decode(torch.zeros(2, 4, 4, 4)).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(
@@ -59,14 +71,12 @@ class FirstStage(nn.Module):
         local_files_only: bool = False,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ConfigError(f"first_stage.batch_size: must be at least 1, found {batch_size}")
+        check_at_least(1, batch_size=batch_size)
         autoencoder, config = load_autoencoder(source, local_files_only=local_files_only)
         found = _KINDS[config["_class_name"]]
         if kind not in {None, found}:
             raise ConfigError(
-                f"first_stage.kind: must be {found!r}, as {source} is {config['_class_name']}, "
-                f"found {kind!r}"
+                f"kind: must be {found!r}, as {source} is {config['_class_name']}, found {kind!r}"
             )
         autoencoder.eval().requires_grad_(False)
         # In a list, so that torch does not see a child: then no state dict holds its weights, no
@@ -79,20 +89,14 @@ class FirstStage(nn.Module):
             self.latent_channels = int(settings.vq_embed_dim or settings.latent_channels)
         self.factor = 2 ** (len(settings.block_out_channels) - 1)
         if self.factor < 2:
-            raise ConfigError(
-                f"first_stage.source: must reduce the size of images, {source} does not"
-            )
+            raise ConfigError(f"source: must reduce the size of images, found {source}")
         self.batch_size = batch_size
         scale = config.get("scaling_factor") if scale is None else scale
-        shift = config.get("shift_factor") if shift is None else shift
         scale = _SCALES[found] if scale is None else scale
-        shift = 0.0 if shift is None else shift
+        shift = (config.get("shift_factor") or 0.0) if shift is None else shift
+        fingerprint = _fingerprint(autoencoder, scale, shift)
         self.space = LatentSpace(
-            kind=found,
-            scale=scale,
-            shift=shift,
-            fingerprint=_fingerprint(autoencoder, scale, shift),
-            source=source,
+            kind=found, scale=scale, shift=shift, fingerprint=fingerprint, source=source
         )
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -104,8 +108,8 @@ class FirstStage(nn.Module):
         channels, height, width = image_shape
         if channels != self.in_channels or height % self.factor or width % self.factor:
             raise ConfigError(
-                f"first_stage.source: {self.space.source} takes images of {self.in_channels} "
-                f"channels and sides that are multiples of {self.factor}, found {image_shape}"
+                f"source: {self.space.source} takes images of {self.in_channels} channels and "
+                f"sides that are multiples of {self.factor}, found {image_shape}"
             )
         return self.latent_channels, height // self.factor, width // self.factor
 
@@ -116,25 +120,16 @@ class FirstStage(nn.Module):
     def encode_moments(self, images: Tensor) -> Tensor:
         """Moments `[b, 2c, h, w]` (KL: mean and log-variance) or `[b, c, h, w]` of images."""
         self.latent_shape(tuple(images.shape[1:]))  # type: ignore[arg-type]
-
-        def encode(part: Tensor) -> Tensor:
-            found = self._autoencoder.encode(part)
-            moments: Tensor = (
-                found.latent_dist.parameters if self.space.kind == "kl" else found.latents
-            )
-            return moments
-
-        return self._in_parts(encode, images)
+        if self.space.kind == "vq":
+            return self._in_parts(lambda part: self._autoencoder.encode(part).latents, images)
+        return self._in_parts(
+            lambda part: self._autoencoder.encode(part).latent_dist.parameters, images
+        )
 
     def decode(self, x_start: Tensor) -> Tensor:
         """Images in [-1, 1] of latents `[b, c, h, w]`; VQ latents are quantised first."""
-
-        def decode(part: Tensor) -> Tensor:
-            images: Tensor = self._autoencoder.decode(part).sample
-            return images
-
         z = x_start / self.space.scale + self.space.shift
-        return self._in_parts(decode, z).clamp(-1, 1)
+        return self._in_parts(lambda part: self._autoencoder.decode(part).sample, z).clamp(-1, 1)
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Converts requested image indices and labels, given in any of several forms."""
+"""Indices and labels of the images that are asked for, given in any of several forms."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def as_indices(indices: int | Iterable[int] | Tensor) -> list[int]:
 
 
 def as_labels(
-    labels: int | Iterable[int] | Tensor | None,
+    labels: int | Iterable[int] | Tensor,
     num_images: int,
     *,
     num_classes: int,
     null_class: int | None,
-) -> Tensor | None:
-    """One label for each image, `[n]`; None for a network without classes.
+) -> Tensor:
+    """One label for each image, `[n]`.
 
     Args:
         labels: One label for all images, or one for each.
@@ -56,8 +56,6 @@ def as_labels(
     Raises:
         ConfigError: If the number of labels is wrong, or the network lacks one of the classes.
     """
-    if labels is None:
-        return None
     if not num_classes:
         raise ConfigError(f"labels: must be left out for a network without classes, found {labels}")
     try:

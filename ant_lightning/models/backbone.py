@@ -12,8 +12,8 @@ from ant_lightning.errors import ConfigError
 
 __all__ = ["backbone_name", "check_backbone", "check_output"]
 
-# Attributes of a network, each with its smallest valid value.
-_SIZES = {"input_size": 1, "in_channels": 1, "out_channels": 1, "num_classes": 0}
+# Attributes of a network, each with its smallest valid value; `null_class` may be missing.
+_SIZES = {"input_size": 1, "in_channels": 1, "out_channels": 1, "num_classes": 0, "null_class": 0}
 
 
 def backbone_name(backbone: nn.Module) -> str:
@@ -36,18 +36,19 @@ def check_backbone(backbone: nn.Module) -> None:
     name = backbone_name(backbone)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # third-party classes may warn of deprecated attributes
-        missing = [each for each in _SIZES if not hasattr(backbone, each)]
+        sizes = {each: getattr(backbone, each) for each in _SIZES if hasattr(backbone, each)}
+    missing = [each for each in _SIZES if each not in sizes and each != "null_class"]
     if missing:
         raise ConfigError(
-            f"backbone: {name} must have the attributes {', '.join(_SIZES)} (0 for no "
+            f"backbone: {name} must have the attributes {', '.join(list(_SIZES)[:4])} (0 for no "
             f"classes), found no {', '.join(missing)}"
         )
-    sizes = {each: getattr(backbone, each) or 0 for each in _SIZES}
-    for each, value in {**sizes, "null_class": getattr(backbone, "null_class", None) or 0}.items():
-        if not isinstance(value, int) or value < _SIZES.get(each, 0):
+    for each, value in sizes.items():
+        least = _SIZES[each]
+        if not isinstance(value or 0, int) or (value or 0) < least:
             raise ConfigError(
-                f"backbone: {name}.{each} must be a whole number of at least "
-                f"{_SIZES.get(each, 0)}, found {getattr(backbone, each)!r}"
+                f"backbone: {name}.{each} must be a whole number of at least {least}, "
+                f"found {value!r}"
             )
     try:
         signature(backbone.forward).bind(None, None, None)

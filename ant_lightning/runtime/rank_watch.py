@@ -1,4 +1,4 @@
-"""A rank that fails tells the others why, so that none of them waits for it without end."""
+"""A rank that fails tells the others why, so that none of them waits for it forever."""
 
 from __future__ import annotations
 
@@ -20,30 +20,29 @@ from ant_lightning.errors import message_of
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["PeerWatch", "first_failure", "warn_of_shared_store"]
+__all__ = ["RankWatch", "first_failure", "several_ranks", "warn_of_shared_store"]
 
 _log = logging.getLogger(__name__)
 _PREFIX = "ranks: "
-# What gloo says of a peer that is gone depends on how far the call had come.
+# What gloo and NCCL say of a rank that is gone depends on how far the call had come.
 _LOST = re.compile(
     r"gloo/|connection (?:closed|reset) by peer|remote worker|nccl(?:RemoteError|SystemError)",
     re.IGNORECASE,
 )
 
 
-class PeerWatch(L.Callback):
+class RankWatch(L.Callback):
     """Ends all ranks of a run within a bounded time of the first error of any of them.
 
     A rank that raises leaves its error in the store of the process group, and waits a moment for
-    the others to read it. A rank that is told so in the middle of a collective, or finds its peers
-    gone, raises with a note that quotes the first error. A rank that is stuck (NCCL does not
-    notice that a peer is gone) ends its process `grace` seconds after it was told. A rank that was
-    killed leaves no error: its peers say that they lost one, or the launcher ends them. On one
-    process it does nothing.
+    the others to read it. A rank that fails because another is gone raises with a note that quotes
+    the first error. A rank that is stuck (NCCL does not notice that a rank is gone) ends its
+    process `grace` seconds after it was told. A rank that was killed leaves no error: the others
+    say that they lost one, or the launcher ends them. On one process it does nothing.
 
     Args:
         poll: Seconds between two looks at the store.
-        grace: Seconds that a rank has to come to an end by itself.
+        grace: Seconds that a rank has to end by itself.
     """
 
     def __init__(self, *, poll: float = 0.5, grace: float = 30.0) -> None:
@@ -56,15 +55,14 @@ class PeerWatch(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start to watch."""
         self._stop.set()  # of a run before this one
-        if not _several():
+        if not several_ranks():
             return
         warn_of_shared_store()
         # A key of its own for every run: torchrun's store may outlive the ranks it restarts.
         self._key = f"ant_lightning/failed/{trainer.strategy.broadcast(uuid4().hex)}"
-        self._first = None
-        self._stop = threading.Event()
+        self._first, self._stop = None, threading.Event()
         threading.Thread(
-            target=self._watch, args=(_store(), self._stop), name="peer-watch", daemon=True
+            target=self._watch, args=(_store(), self._stop), name="rank-watch", daemon=True
         ).start()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -74,10 +72,10 @@ class PeerWatch(L.Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Tell the others, or say who failed before this rank did."""
+        """Tell the others, or say which rank failed first."""
         self._stop.set()
-        # A signal is no failure of a rank, and comes to all of them.
-        if not self._key or not _several() or not isinstance(exception, Exception):
+        # A signal is not the failure of one rank, and reaches all of them.
+        if not self._key or not several_ranks() or not isinstance(exception, Exception):
             return
         rank, text = dist.get_rank(), message_of(exception)
         lost = isinstance(exception, dist.DistError) or bool(
@@ -95,14 +93,14 @@ class PeerWatch(L.Callback):
             _log.error("rank %d ends after %s", rank, first)
 
     def _tell(self, own: str, *, others: int) -> str:
-        """Leave the error if it is the first, and wait until the others have heard of it.
+        """Leave the error if it is the first, and wait until the others have read it.
 
         Returns:
             The first error.
         """
         store = _store()
         first: str = store.compare_set(self._key, "", own).decode()
-        # The thread may have said already that this rank has heard.
+        # The thread may have counted this rank already.
         heard = store.add(f"{self._key}/heard", int(self._first is None))
         deadline = time.monotonic() + 10 * self.poll
         while first == own and heard <= others and time.monotonic() < deadline:
@@ -134,7 +132,7 @@ def first_failure(error: BaseException) -> str | None:
 
 
 def warn_of_shared_store() -> None:
-    """Restarted ranks may read the addresses of those before them, and wait for each other."""
+    """Warn that restarted ranks may read the addresses of the ranks before them, and hang."""
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         rank_zero_warn(
@@ -143,10 +141,11 @@ def warn_of_shared_store() -> None:
         )
 
 
-def _several() -> bool:
+def several_ranks() -> bool:
+    """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _store() -> Store:
-    """A connection of its own to the store of the default process group."""
+    """A separate connection to the store of the default process group."""
     return dist.distributed_c10d._get_default_store().clone()

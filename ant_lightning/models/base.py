@@ -1,0 +1,154 @@
+"""What our modules share: loading, logging at optimizer steps, weights of other wrappings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
+from torch import Tensor
+
+from ant_lightning.backbones.checkpoint_layouts import bare_names
+from ant_lightning.errors import ConfigError
+from ant_lightning.models.backbone import backbone_name
+from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
+from ant_lightning.runtime.csv_rows import keep_csv_rows
+from ant_lightning.runtime.rank_watch import RankWatch
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import torch
+
+__all__ = ["BaseModule"]
+
+
+class BaseModule(L.LightningModule):
+    """A LightningModule with a `backbone` that can be constructed from a checkpoint."""
+
+    backbone: Any
+
+    @_restricted_classmethod  # called on an instance, it would leave the instance unchanged
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,  # noqa: N805
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **arguments: Any,
+    ) -> Self:
+        """Construct the module from its arguments and load the live weights of a checkpoint.
+
+        `ant_lightning.load_run` needs no arguments and loads the averaged weights.
+
+        Args:
+            checkpoint_path: The checkpoint.
+            map_location: The module's device; by default the CPU.
+            hparams_file: Must be `None`: the settings are `arguments`.
+            strict: Passed to `load_state_dict`; the weights' names are checked in any case.
+            weights_only: Must not be `False`: nothing in the file may run.
+            arguments: All constructor arguments, as for training.
+
+        Raises:
+            ConfigError: If an argument is missing, or the checkpoint belongs to another model.
+            FileError: If the file is damaged, or would run code.
+        """
+        if hparams_file is not None or weights_only is False:
+            raise ConfigError(
+                "load_from_checkpoint: must be given arguments in place of hparams_file, and "
+                f"weights_only true, found {hparams_file} and {weights_only}"
+            )
+        content = read_whole_checkpoint(Path(checkpoint_path))
+        try:
+            module = cls(**arguments)
+        except TypeError as error:
+            raise ConfigError(
+                f"load_from_checkpoint: {cls.__name__} needs the arguments that it was trained "
+                f"with, found others ({error}); ant_lightning.load_run(path) takes them from the "
+                "settings of the run"
+            ) from error
+        module.load_content(content, strict=strict is not False)
+        return module.to(map_location or "cpu")
+
+    def load_content(self, content: dict[str, Any], *, strict: bool = True) -> None:
+        """Load the state and the live weights of a checkpoint that was read.
+
+        Raises:
+            ConfigError: If the checkpoint belongs to another model.
+        """
+        self.on_load_checkpoint(content)
+        self.load_state_dict(content["state_dict"], strict=strict)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What every run has, also without the command line."""
+        keep_csv_rows(self.trainer)  # the last hook before Lightning makes the writer
+        return [RankWatch()]
+
+    @property
+    def log_due(self) -> bool:
+        """Whether the step just made is one of every `trainer.log_every_n_steps`."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.global_step % max(1, every) == 0
+
+    def log_now(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """Send numbers to the loggers at this optimizer step, skipped steps not counted.
+
+        `self.log` counts batches, and drops what is logged at other steps than its own.
+        """
+        for logger in self.loggers:
+            logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.global_step)
+
+    @property
+    def is_training_run(self) -> bool:
+        """Whether the module belongs to a trainer that runs `fit`."""
+        return self._trainer is not None and self.trainer.state.fn == "fit"
+
+    def use_own_names(self, checkpoint: dict[str, Any]) -> None:
+        """Rename the weights of a checkpoint, and their averages, to those of this module.
+
+        The names differ if only one of them was wrapped by torch (`torch.compile`, DDP).
+        """
+        saved = checkpoint.get("ant_lightning", {})
+        if saved.get("backbone") == "OptimizedModule":  # what 0.1 called every compiled network
+            saved["backbone"] = backbone_name(self.backbone)
+        weights = checkpoint.get("state_dict")
+        if weights is not None:
+            checkpoint["state_dict"] = _renamed(weights, self.state_dict())
+        own = dict(self.backbone.named_parameters())
+        for state in checkpoint.get("callbacks", {}).values():
+            if isinstance(state, dict) and isinstance(state.get("averages"), Mapping):
+                state["averages"] = _renamed(state["averages"], own)
+
+    def check_weights(self, checkpoint: Mapping[str, Any]) -> None:
+        """Compare names and shapes of a checkpoint's weights with those of this module.
+
+        Raises:
+            ConfigError: Naming the part that differs, and the first weight that does, both ways.
+        """
+        theirs = checkpoint.get("state_dict")
+        if theirs is None:  # a strategy that shards the model has loaded it
+            return
+        ours = {name: _shape(value) for name, value in self.state_dict().items()}
+        saved = {str(name): _shape(value) for name, value in theirs.items()}
+        different = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
+        if different:
+            part, _, rest = different[0].partition(".")
+            then, now = (each.get(different[0], "no") for each in (saved, ours))
+            raise ConfigError(
+                f"{part}: must be that of the checkpoint in ckpt_path, which has {then} {rest}, "
+                f"found {now} {rest}; {len(different)} of its weights differ"
+            )
+
+
+def _renamed(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:
+    if tensors.keys() == own.keys():
+        return tensors
+    names = bare_names(own)
+    return {names.get(bare, name): tensors[name] for bare, name in bare_names(tensors).items()}
+
+
+def _shape(value: object) -> str:
+    return f"{list(value.shape)} as" if isinstance(value, Tensor) else "values as"
