@@ -25,6 +25,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Args:
         timeout: Seconds that ranks wait for each other in a collective.
+
+    Example:
+        >>> import lightning as L
+        >>> from ant_lightning import ShardedStrategy
+        >>> trainer = L.Trainer(
+        ...     accelerator="cpu", devices=2, strategy=ShardedStrategy(), logger=False
+        ... )
+        >>> trainer.strategy.num_processes
+        2
     """
 
     def __init__(self, *, timeout: float = 1800.0) -> None:
