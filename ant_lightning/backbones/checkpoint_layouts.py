@@ -14,7 +14,7 @@ from ant_lightning.errors import ConfigError
 
 __all__ = [
     "FIRST_STAGE_PREFIX",
-    "StoredWeights",
+    "CheckpointReport",
     "Weights",
     "bare_names",
     "find_weights",
@@ -35,20 +35,32 @@ _CLASS_TABLE = ("class_embedder.embedding.weight", "cond_stage_model.embedding.w
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredWeights:
-    """The backbone's weights as found in one file.
+class CheckpointReport:
+    """The backbone's weights in a file, and what else is in it.
 
     Attributes:
-        layout: Kind of file.
-        weights: Which of its weights these are; `None` if the file holds one set.
-        tensors: Values by name in the backbone; unknown entries keep their name in the file.
-        ignored: Number of entries that are not the backbone's, by the first part of their name.
+        path: The file.
+        layout: `state dict`, `training file`, `latent-diffusion` or `lightning`.
+        weights: `ema` or `model`; `None` if the file holds one set.
+        num_tensors: Entries of the backbone.
+        num_parameters: Numbers in them.
+        ignored: Number of entries left out by the first part of their name (`optimizer`, ..).
     """
 
-    layout: Literal["state dict", "training file", "latent-diffusion", "lightning"]
+    path: Path
+    layout: str
     weights: Weights | None
-    tensors: dict[str, Tensor]
+    num_tensors: int
+    num_parameters: int
     ignored: dict[str, int]
+
+    def __str__(self) -> str:
+        which = "" if self.weights is None else f", {self.weights} weights"
+        left = ", ".join(f"{name} ({count})" for name, count in sorted(self.ignored.items()))
+        return (
+            f"{self.path}: {self.layout}{which}, {self.num_tensors} tensors, "
+            f"{self.num_parameters} parameters; left out: {left or 'nothing'}"
+        )
 
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:
@@ -84,7 +96,7 @@ def nested_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def find_weights(
     content: Mapping[str, Any], names: Iterable[str], *, weights: Weights, path: Path
-) -> StoredWeights:
+) -> tuple[dict[str, Tensor], CheckpointReport]:
     """Find the backbone's weights in a file's content.
 
     Args:
@@ -92,6 +104,10 @@ def find_weights(
         names: The backbone's own bare state-dict names.
         weights: Which weights, in files that hold both.
         path: The file, for messages.
+
+    Returns:
+        Values by name in the backbone (unknown entries keep their name in the file), and the
+        report.
 
     Raises:
         ConfigError: If there are no weights, or not the requested ones.
@@ -126,8 +142,14 @@ def find_weights(
         layout, which, found = "state dict", None, tensors
         has_dict = "state_dict" in content
         ignored = [n for n, v in content.items() if has_dict or not isinstance(v, Tensor)]
-    counts = Counter(str(name).split(".")[0] for name in ignored)
-    return StoredWeights(layout=layout, weights=which, tensors=found, ignored=dict(counts))  # type: ignore[arg-type]
+    return found, CheckpointReport(
+        path=path,
+        layout=layout,
+        weights=which,
+        num_tensors=len(found),
+        num_parameters=sum(value.numel() for value in found.values()),
+        ignored=dict(Counter(str(name).split(".")[0] for name in ignored)),
+    )
 
 
 def _is_state_dict(value: object) -> TypeGuard[Mapping[str, Tensor]]:

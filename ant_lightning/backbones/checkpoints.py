@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ant_lightning.backbones.checkpoint_layouts import Weights, bare_names, find_weights
+from ant_lightning.backbones.checkpoint_layouts import (
+    CheckpointReport,
+    Weights,
+    bare_names,
+    find_weights,
+)
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.safetensors_file import read_safetensors
 from ant_lightning.files.torch_file import not_finite, read_torch
@@ -35,35 +39,6 @@ _CLASS_TABLES = (
     "label_emb.weight",
     "class_embedder.embedding.weight",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointReport:
-    """What was loaded, and what was left in the file.
-
-    Attributes:
-        path: The file.
-        layout: `state dict`, `training file`, `latent-diffusion` or `lightning`.
-        weights: `ema` or `model`; `None` if the file holds one set.
-        num_tensors: Entries loaded.
-        num_parameters: Numbers in them.
-        ignored: Number of entries left out by the first part of their name (`optimizer`, ..).
-    """
-
-    path: Path
-    layout: str
-    weights: Weights | None
-    num_tensors: int
-    num_parameters: int
-    ignored: dict[str, int]
-
-    def __str__(self) -> str:
-        which = "" if self.weights is None else f", {self.weights} weights"
-        left = ", ".join(f"{name} ({count})" for name, count in sorted(self.ignored.items()))
-        return (
-            f"{self.path}: {self.layout}{which}, {self.num_tensors} tensors, "
-            f"{self.num_parameters} parameters; left out: {left or 'nothing'}"
-        )
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
@@ -132,19 +107,12 @@ def fill_backbone(
         raise ConfigError(f"backbone: must have memory to load {path} into, found the meta device")
     own_names = bare_names(own)
     target = {bare: own[name] for bare, name in own_names.items()}
-    stored = find_weights(content, target, weights=weights, path=path)
-    problems = _problems(stored.tensors, target)
+    tensors, report = find_weights(content, target, weights=weights, path=path)
+    problems = _problems(tensors, target)
     if problems:
         raise ConfigError(f"{path}: must fit the network, found " + "; ".join(problems))
-    backbone.load_state_dict({own_names[name]: t for name, t in stored.tensors.items()})
-    return CheckpointReport(
-        path=path,
-        layout=stored.layout,
-        weights=stored.weights,
-        num_tensors=len(target),
-        num_parameters=sum(value.numel() for value in target.values()),
-        ignored=stored.ignored,
-    )
+    backbone.load_state_dict({own_names[name]: tensor for name, tensor in tensors.items()})
+    return report
 
 
 def _problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:

@@ -145,6 +145,11 @@ def test_presets_have_the_published_sizes(size, patch):
     assert (model.out_channels, model.null_class) == (3, 10)
 
 
+def test_a_preset_has_no_argument_for_what_it_fixes():
+    with pytest.raises(TypeError, match="depth"):
+        ant_lightning.dit_s_2(depth=3)
+
+
 def test_a_preset_is_named_in_a_configuration_as_a_class_is():
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
