@@ -111,7 +111,7 @@ class MultiTaskDiffusion(DiffusionModule):
         ...     sampling=Sampling(DDIM(num_steps=2)),
         ... )
         >>> module.clusters.boundaries
-        (0, 146, 387, 613, 854, 1000)
+        (0, 133, 372, 653, 881, 1000)
         >>> module.sample(3).shape
         torch.Size([3, 1, 8, 8])
     """
