@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from ant_lightning.data.shapes import draw_shapes
-from ant_lightning.generation.shipped_networks import WEIGHTS, digits_layers, shapes_layers
+from ant_lightning.generation.shipped_networks import NETWORKS, weights_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ def train_digits_network(*, seed: int, length: int = 60) -> tuple[nn.ModuleDict,
             for rows in shuffled[: num_batches * _DIGITS_BATCH].split(_DIGITS_BATCH):
                 yield _shifted(images[rows], generator), labels[rows]
 
-    network = _initial(digits_layers, seed)
+    network = _initial("digits", seed)
     _fit(network, batches(), num_steps=length * num_batches, max_lr=4e-3)
     return network, {
         **_accuracy(network, images[held_out], labels[held_out]),
@@ -79,7 +79,7 @@ def train_shapes_network(*, seed: int, length: int = 1500) -> tuple[nn.ModuleDic
             noise = torch.randn(images.shape, generator=generator)
             yield (images + strength * noise).clamp(-1, 1), labels
 
-    network = _initial(shapes_layers, seed)
+    network = _initial("shapes", seed)
     _fit(network, batches(), num_steps=length, max_lr=6e-3)
     held_out = _shapes(_SHAPES_HELD_OUT, torch.Generator().manual_seed(seed + 1))
     return network, {
@@ -90,20 +90,20 @@ def train_shapes_network(*, seed: int, length: int = 1500) -> tuple[nn.ModuleDic
     }
 
 
-NETWORKS = {"digits": train_digits_network, "shapes": train_shapes_network}
+_TRAIN = {"digits": train_digits_network, "shapes": train_shapes_network}
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Train, write the safetensors file, print the held-out accuracy."""
     parser = argparse.ArgumentParser(description="Train a network of the metrics.")
-    parser.add_argument("network", choices=sorted(NETWORKS))
+    parser.add_argument("network", choices=sorted(_TRAIN))
     parser.add_argument("--output", type=Path, help="safetensors file, by default the shipped one")
     parser.add_argument("--seed", type=int, default=0, help="of images, weights and batches")
     parser.add_argument("--length", type=int, help="epochs of digits, steps of shapes")
     options = parser.parse_args(args)
-    output = options.output or WEIGHTS[options.network]
+    output = options.output or weights_file(options.network)
     length = {} if options.length is None else {"length": options.length}
-    network, metadata = NETWORKS[options.network](seed=options.seed, **length)
+    network, metadata = _TRAIN[options.network](seed=options.seed, **length)
     state = {name: value.contiguous() for name, value in network.state_dict().items()}
     save_file(state, output, metadata=metadata)
     output.chmod(0o644)  # safetensors writes 0600, which an installed package cannot use
@@ -113,10 +113,10 @@ def main(args: Sequence[str] | None = None) -> None:
     )
 
 
-def _initial(layers: Callable[[], nn.ModuleDict], seed: int) -> nn.ModuleDict:
+def _initial(name: str, seed: int) -> nn.ModuleDict:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return layers()
+        return NETWORKS[name].layers()
 
 
 def _fit(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ant_lightning.data.pictures import is_grey, open_picture
-from ant_lightning.data.stored_images import num_npz_images
+from ant_lightning.data.stored_images import StoredImages
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.atomic import write_atomically
 from ant_lightning.files.identity import check_identity
@@ -113,7 +113,7 @@ class NpzSamples(PngSamples):
         self.identity_file = path.with_name(path.name + ".json")
         self._folder = path.with_name(path.name + ".parts")
         self.num_images = num_images
-        if path.exists() and (count := num_npz_images(path)) != num_images:
+        if path.exists() and (count := StoredImages(path).num_images) != num_images:
             raise ConfigError(
                 f"num_images: must be {count} as {path} holds, or choose another file, "
                 f"found {num_images}"

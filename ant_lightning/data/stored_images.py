@@ -13,14 +13,14 @@ import torch
 from ant_lightning.data.image_search import find_images
 from ant_lightning.data.pictures import is_grey, open_picture
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.files.npz import open_npz
+from ant_lightning.files.npz import ArrayHeader, open_npz
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
-__all__ = ["StoredImages", "npz_batches", "num_npz_images"]
+__all__ = ["StoredImages"]
 
 _MAX_SIDE = 2**14
 
@@ -35,7 +35,7 @@ class StoredImages:
         path: The folder or the file.
 
     Raises:
-        ConfigError: There are no images.
+        ConfigError: There are no images, or images of another kind.
 
     Examples:
         >>> import numpy as np
@@ -53,11 +53,15 @@ class StoredImages:
         self._files: Sequence[Path] = ()
         if self.path.is_dir():
             self._files = find_images(self.path, labels="none", setting="images")[0]
-        elif not self.path.exists():
+            self.num_images = len(self._files)
+        elif self.path.exists():
+            with open_npz(self.path) as file:
+                self._shape = _checked_shape(self.path, file.headers.get("arr_0"))
+            self.num_images = self._shape[0]
+        else:
             raise ConfigError(f"images: must be a folder or an npz file, found {self.path}")
-        self.num_images = len(self._files) or num_npz_images(self.path)
         if not self.num_images:
-            raise ConfigError(f"images: must hold at least one image (arr_0), found {self.path}")
+            raise ConfigError(f"images: must hold at least one image, found {self.path}")
 
     def batches(
         self, *, batch_size: int = 250, limit: int | None = None, first: int = 0, every: int = 1
@@ -79,11 +83,21 @@ class StoredImages:
                 yield self._read(mine[start : start + batch_size])
             return
         start = 0
-        for batch in npz_batches(self.path, batch_size=batch_size):
+        for batch in self._npz_batches(batch_size):
             wanted = [i - start for i in range(start, start + len(batch)) if i in mine]
             start += len(batch)
             if wanted:
                 yield batch[wanted]
+
+    def _npz_batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Batches of all images, read as a stream: 50,000 images of 256 x 256 are 10 GB."""
+        count, *sides = self._shape
+        with open_npz(self.path) as file, file.stream("arr_0") as stream:
+            for start in range(0, count, batch_size):
+                shape = (min(batch_size, count - start), *sides)
+                data = bytearray(stream.read(math.prod(shape)))
+                pixels = torch.frombuffer(data, dtype=torch.uint8)
+                yield pixels.view(shape).permute(0, 3, 1, 2)
 
     def _read(self, indices: range) -> Tensor:
         channels, (width, height) = self._channels_and_size
@@ -105,50 +119,20 @@ class StoredImages:
         return channels, open_picture(self._files[0], channels=channels).size
 
 
-def npz_batches(path: str | Path, *, batch_size: int) -> Iterator[Tensor]:
-    """Yield uint8 batches `[b, c, h, w]` from the array `arr_0` of an npz file.
-
-    `arr_0` is uint8 `[n, h, w, c]` with 1 or 3 channels, or grey `[n, h, w]`. It is read as a
-    stream: 50,000 images of 256 x 256 are 10 GB.
-
-    Raises:
-        FileError: No such file or array, another dtype (16-bit images) or shape, or the file
-            ends early.
-    """
-    with open_npz(path) as file:
-        header = file.headers.get("arr_0")
-        if header is None:
-            raise FileError(f"{path}: must hold an array arr_0 of images, found none")
-        shape = header.shape
-        if header.dtype != np.uint8:
-            raise FileError(f"{path}: arr_0 must be uint8 images (8 bits), found {header.dtype}")
-        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-            raise FileError(
-                f"{path}: arr_0 must have shape [n, h, w] or [n, h, w, c] with 1 or 3 channels, "
-                f"found {list(shape)}"
-            )
-        height, width, channels = (*shape[1:], 1)[:3]
-        if header.fortran_order or not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
-            raise FileError(
-                f"{path}: arr_0 must be in C order with sides of 1 to {_MAX_SIDE}, found "
-                f"{list(shape)}"
-            )
-        with file.stream("arr_0") as stream:
-            for start in range(0, shape[0], batch_size):
-                sides = (min(batch_size, shape[0] - start), height, width, channels)
-                data = bytearray(stream.read(math.prod(sides)))
-                if len(data) != math.prod(sides):
-                    raise FileError(f"{path}: arr_0 must hold {shape[0]} images, found its end")
-                pixels = torch.frombuffer(data, dtype=torch.uint8)
-                yield pixels.view(sides).permute(0, 3, 1, 2)
-
-
-def num_npz_images(path: str | Path) -> int:
-    """Number of images in `arr_0` of an npz file, from its header; 0 without such an array.
-
-    Raises:
-        FileError: No such file, or no npz file of plain arrays.
-    """
-    with open_npz(path) as file:
-        header = file.headers.get("arr_0")
-        return header.shape[0] if header and header.shape else 0
+def _checked_shape(path: Path, header: ArrayHeader | None) -> tuple[int, ...]:
+    """Shape `(n, h, w, c)` of the images in an npz file."""
+    shape = header.shape if header else ()
+    if (
+        header is None
+        or header.dtype != np.uint8
+        or header.fortran_order
+        or len(shape) not in {3, 4}
+        or shape[3:] not in {(), (1,), (3,)}
+        or not all(1 <= side <= _MAX_SIDE for side in shape[1:3])
+    ):
+        found = "nothing" if header is None else f"{header.dtype} of shape {list(shape)}"
+        raise FileError(
+            f"{path}: arr_0 must be uint8 images [n, h, w] or [n, h, w, c] with 1 or 3 channels, "
+            f"in C order, with sides of at most {_MAX_SIDE}, found {found}"
+        )
+    return (*shape, 1)[:4]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,68 +15,71 @@ from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.safetensors_file import read_safetensors
 from ant_lightning.generation.extractor import FeatureExtractor, Features, check_images
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+__all__ = ["NETWORKS", "DigitsFeatures", "ShapesFeatures", "ShippedNetwork", "weights_file"]
 
-__all__ = ["WEIGHTS", "DigitsFeatures", "ShapesFeatures", "digits_layers", "shapes_layers"]
 
-WEIGHTS = {
-    name: Path(__file__).with_name(f"{name}_network.safetensors") for name in ("digits", "shapes")
+class ShippedNetwork(NamedTuple):
+    """A small CNN with 64 features.
+
+    Attributes:
+        convolutions: Channels in and out of each convolution, and the max-pooling behind it.
+        average: Average-pooling behind the last one.
+        size: Side of the images in pixels.
+        num_classes: Number of the classes.
+    """
+
+    convolutions: tuple[tuple[int, int, int], ...]
+    average: int
+    size: int
+    num_classes: int
+
+    def layers(self) -> nn.ModuleDict:
+        """The untrained network: images in [-1, 1] to features by `trunk`, to logits by `head`.
+
+        SiLU instead of ReLU: no feature can die, so that the covariance of many images is regular.
+        """
+        parts: dict[str, nn.Module] = {}
+        size = self.size // self.average
+        for i, (before, after, pool) in enumerate(self.convolutions, 1):
+            parts[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1)
+            parts[f"act{i}"] = nn.SiLU()
+            parts[f"pool{i}"] = nn.MaxPool2d(pool)
+            size //= pool
+        parts["average"], parts["flatten"] = nn.AvgPool2d(self.average), nn.Flatten()
+        parts["fc"], parts["act"] = nn.Linear(after * size**2, 64), nn.SiLU()
+        trunk = nn.Sequential(OrderedDict(parts))
+        return nn.ModuleDict({"trunk": trunk, "head": nn.Linear(64, self.num_classes)})
+
+
+NETWORKS = {
+    "digits": ShippedNetwork(((1, 32, 1), (32, 32, 2)), average=1, size=8, num_classes=10),
+    "shapes": ShippedNetwork(
+        ((3, 16, 2), (16, 32, 2), (32, 48, 2)), average=2, size=32, num_classes=12
+    ),
 }
 
 
-def digits_layers() -> nn.ModuleDict:
-    """The untrained network: `[n, 1, 8, 8]` in [-1, 1] to 64 features, to 10 logits.
-
-    SiLU instead of ReLU: no feature can die, so that the covariance of many digits is regular.
-    """
-    trunk = nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(1, 32, 3, padding=1),
-            act1=nn.SiLU(),
-            conv2=nn.Conv2d(32, 32, 3, padding=1),
-            act2=nn.SiLU(),
-            pool=nn.MaxPool2d(2),
-            flatten=nn.Flatten(),
-            fc=nn.Linear(32 * 4 * 4, 64),
-            act3=nn.SiLU(),
-        )
-    )
-    return nn.ModuleDict({"trunk": trunk, "head": nn.Linear(64, 10)})
+def weights_file(name: str) -> Path:
+    """The shipped weights of a network of `NETWORKS`."""
+    return Path(__file__).with_name(f"{name}_network.safetensors")
 
 
-def shapes_layers() -> nn.ModuleDict:
-    """The untrained network: `[n, 3, 32, 32]` in [-1, 1] to 64 features, to 12 logits."""
-    layers: dict[str, nn.Module] = {}
-    for i, (before, after) in enumerate(pairwise((3, 16, 32, 48)), 1):
-        layers[f"conv{i}"] = nn.Conv2d(before, after, 3, padding=1)
-        layers[f"act{i}"] = nn.SiLU()
-        layers[f"pool{i}"] = nn.MaxPool2d(2)
-    top = OrderedDict(
-        pool=nn.AvgPool2d(2), flatten=nn.Flatten(), fc=nn.Linear(192, 64), act=nn.SiLU()
-    )
-    trunk = nn.Sequential(OrderedDict(layers) | top)
-    return nn.ModuleDict({"trunk": trunk, "head": nn.Linear(64, 12)})
-
-
-class _ShippedNetwork(FeatureExtractor):
-    """A trunk that gives features and a head that classifies them, read from a safetensors file.
+class _ShippedFeatures(FeatureExtractor):
+    """A network of `NETWORKS` with its weights.
 
     `metadata` is what the file says of itself, such as the held-out accuracy.
     """
 
-    what: ClassVar[str]  # a name in `WEIGHTS`
-    layers: ClassVar[Callable[[], nn.ModuleDict]]
-    channels: ClassVar[int]
-    size: ClassVar[int]
+    what: ClassVar[str]  # its name in `NETWORKS`
     trunk: nn.Module
     head: nn.Module
 
     def __init__(self, weights: str | Path | None = None) -> None:
-        path = Path(weights or WEIGHTS[self.what])
+        network = NETWORKS[self.what]
+        path = Path(weights or weights_file(self.what))
         state, self.metadata = read_safetensors(path)
         super().__init__(num_features=64, name="")
-        for name, module in type(self).layers().items():
+        for name, module in network.layers().items():
             self.add_module(name, module)
         try:
             self.load_state_dict(state)
@@ -99,19 +101,20 @@ class _ShippedNetwork(FeatureExtractor):
         Raises:
             ConfigError: Another dtype, number of channels or size than the network takes.
         """
-        check_images(images, channels=(self.channels,))
-        features = self.trunk(self.resized(images.to(torch.float32) / 127.5 - 1))
+        network = NETWORKS[self.what]
+        check_images(images, channels=(network.convolutions[0][0],))
+        x = images.to(torch.float32) / 127.5 - 1
+        if images.shape[2:] != (network.size, network.size):
+            x = self._resized(x, network.size)
+        features = self.trunk(x)
         return Features(features, self.head(features))
 
-    def resized(self, images: Tensor) -> Tensor:
-        """Images `[n, c, size, size]`, of which a network may refuse other sizes."""
-        if images.shape[2:] == (self.size, self.size):
-            return images
-        size = (self.size, self.size)
-        return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+    def _resized(self, images: Tensor, size: int) -> Tensor:
+        sides = (size, size)
+        return F.interpolate(images, sides, mode="bilinear", antialias=True, align_corners=False)
 
 
-class DigitsFeatures(_ShippedNetwork):
+class DigitsFeatures(_ShippedFeatures):
     """A CNN of 43,050 parameters on scikit-learn's 8x8 digits: 64 features, 10 class logits.
 
     It takes uint8 `[n, 1, 8, 8]`, where 0 to 255 stand for the digits' 0 to 16. Held-out accuracy
@@ -134,17 +137,12 @@ class DigitsFeatures(_ShippedNetwork):
     """
 
     what = "digits"
-    layers = staticmethod(digits_layers)
-    channels, size = 1, 8
 
-    def resized(self, images: Tensor) -> Tensor:
-        """Refuse all but 8 x 8."""
-        if images.shape[2:] != (8, 8):
-            raise ConfigError(f"images: must be 8 x 8 digits, found {list(images.shape[2:])}")
-        return images
+    def _resized(self, images: Tensor, size: int) -> Tensor:
+        raise ConfigError(f"images: must be 8 x 8 digits, found {list(images.shape[2:])}")
 
 
-class ShapesFeatures(_ShippedNetwork):
+class ShapesFeatures(_ShippedFeatures):
     """A CNN of 32,092 parameters on coloured shapes: 64 features, 12 class logits.
 
     It takes uint8 `[n, 3, h, w]`; another size than 32 x 32 is resized to it, antialiased. The
@@ -165,5 +163,3 @@ class ShapesFeatures(_ShippedNetwork):
     """
 
     what = "shapes"
-    layers = staticmethod(shapes_layers)
-    channels, size = 3, 32

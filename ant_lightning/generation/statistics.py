@@ -38,8 +38,9 @@ class ImageStatistics:
 
     Examples:
         >>> import torch
-        >>> from ant_lightning import ImageStatistics
-        >>> real = ImageStatistics.from_features(torch.tensor([[0.0], [2.0], [4.0]]))
+        >>> from ant_lightning import GaussianStatistics, ImageStatistics
+        >>> features = torch.tensor([[0.0], [2.0], [4.0]])
+        >>> real = ImageStatistics(GaussianStatistics.from_features(features), features)
         >>> real.gaussian.mean
         tensor([2.], dtype=torch.float64)
     """
@@ -58,18 +59,6 @@ class ImageStatistics:
         self.logits = logits
         self.extractor = extractor
         self.image_shape = image_shape
-
-    @classmethod
-    def from_features(
-        cls,
-        features: Tensor,
-        *,
-        extractor: str = "",
-        image_shape: tuple[int, int, int] | None = None,
-    ) -> ImageStatistics:
-        """The statistics of features `[n, d]`, which are kept."""
-        gaussian = GaussianStatistics.from_features(features)
-        return cls(gaussian, features, extractor=extractor, image_shape=image_shape)
 
     def check(
         self, extractor: FeatureExtractor, image_shape: tuple[int, ...] | None = None

@@ -17,9 +17,9 @@ from ant_lightning import (
     LatentSpace,
     LinearSchedule,
     SampleWriter,
+    StoredImages,
 )
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples
-from ant_lightning.data.stored_images import npz_batches
 from ant_lightning.errors import FileError
 
 
@@ -44,7 +44,7 @@ def test_ranks_and_killed_runs_make_one_npz(tmp_path):
     stored = np.load(path, allow_pickle=False)["arr_0"]
     assert stored.dtype == np.uint8
     assert np.array_equal(stored, images.permute(0, 2, 3, 1).numpy())
-    assert torch.equal(torch.cat(list(npz_batches(path, batch_size=3))), images)
+    assert torch.equal(torch.cat(list(StoredImages(path).batches(batch_size=3))), images)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["all.npz"]
     assert NpzSamples(path, 7).present() == set(range(7))
     with pytest.raises(ConfigError, match=r"num_images: must be 7 as .*found 9"):

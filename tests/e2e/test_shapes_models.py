@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ant_lightning import ConfigError, ShapesData, ShapesFeatures
 from ant_lightning.cli.parser import run
-from ant_lightning.generation.shipped_networks import WEIGHTS
+from ant_lightning.generation.shipped_networks import weights_file
 from studies.extractor_networks import main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -47,7 +47,7 @@ def test_every_config_of_shapes_trains_and_is_scored(tmp_path):
 
 
 def test_the_shipped_network_knows_the_shapes_at_every_size():
-    assert WEIGHTS["shapes"].stat().st_size <= 150_000
+    assert weights_file("shapes").stat().st_size <= 150_000
     extractor = ShapesFeatures()
     stated = float(extractor.metadata["held_out_accuracy"])
     assert stated >= 0.95

@@ -126,7 +126,7 @@ def test_a_model_that_memorises_is_shown_up_by_its_companions(sets, extractor):
 
 def test_statistics_that_are_known_score_as_the_images(sets, extractor):
     generated, real, train = sets
-    known = [ImageStatistics.from_features(extractor(images)) for images in (real, train)]
+    known = [statistics(images, extractor, batch_size=99) for images in (real, train)]
     whole = scored(extractor, generated, real, train)
     assert scored(extractor, generated, *known) == pytest.approx(whole, rel=1e-9)
 
@@ -138,9 +138,7 @@ def test_the_size_of_the_batches_does_not_matter(sets, extractor):
 
 def test_a_reset_forgets_images_and_keeps_statistics(sets, extractor):
     generated, real, train = sets
-    metric = GenerationScores(
-        extractor, real=ImageStatistics.from_features(extractor(real)), **SETTINGS
-    )
+    metric = GenerationScores(extractor, real=statistics(real, extractor), **SETTINGS)
     metric.update(generated)
     once = metric.compute()
     metric.reset()

@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from ant_lightning import ConfigError, GaussianStatistics, ImageStatistics, ModuleFeatures
-from ant_lightning.data.stored_images import npz_batches
+from ant_lightning import (
+    ConfigError,
+    GaussianStatistics,
+    ImageStatistics,
+    ModuleFeatures,
+    StoredImages,
+)
 
 
 @pytest.fixture
 def reference():
     features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    return ImageStatistics.from_features(features, extractor="network-1", image_shape=(1, 8, 8))
+    gaussian = GaussianStatistics.from_features(features)
+    return ImageStatistics(gaussian, features, extractor="network-1", image_shape=(1, 8, 8))
 
 
 def _assert_same(first, second):
@@ -149,7 +155,7 @@ def test_image_batches_are_streamed_in_order(tmp_path):
     np.savez(tmp_path / "plain.npz", images)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images, arr_1=np.arange(7))
     for name in ("plain", "packed"):
-        batches = list(npz_batches(tmp_path / f"{name}.npz", batch_size=3))
+        batches = list(StoredImages(tmp_path / f"{name}.npz").batches(batch_size=3))
         assert [len(batch) for batch in batches] == [3, 3, 1]
         joined = torch.cat(batches)
         assert joined.dtype == torch.uint8
@@ -160,22 +166,25 @@ def test_grey_images_have_one_channel(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (4, 5, 6), dtype=np.uint8)
     for index, array in enumerate((images, images[..., None])):
         np.savez(tmp_path / f"{index}.npz", array)
-        (batch,) = npz_batches(tmp_path / f"{index}.npz", batch_size=9)
+        (batch,) = StoredImages(tmp_path / f"{index}.npz").batches()
         np.testing.assert_array_equal(batch.numpy(), images[:, None])
 
 
 def test_files_that_hold_no_uint8_images_are_refused(tmp_path):
     path = tmp_path / "images.npz"
     for arrays, message in (
-        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "must hold an array arr_0"),
-        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint16)}, "8 bits.*found uint16"),
-        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"found \[2, 3, 8, 8\]"),
-        ({"arr_0": np.zeros((2, 8), np.uint8)}, r"found \[2, 8\]"),
+        (
+            {"images": np.zeros((2, 8, 8, 3), np.uint8)},
+            "arr_0 must be uint8 images .* found nothing",
+        ),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint16)}, "uint8 images.*found uint16"),
+        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"found uint8 of shape \[2, 3, 8, 8\]"),
+        ({"arr_0": np.zeros((2, 8), np.uint8)}, r"found uint8 of shape \[2, 8\]"),
         ({"arr_0": np.zeros((3, 8, 8, 2), np.uint8).T}, "C order"),
     ):
         np.savez(path, **arrays)
         with pytest.raises(ConfigError, match=message):
-            next(npz_batches(path, batch_size=9))
+            StoredImages(path)
 
 
 def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
@@ -185,4 +194,4 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
         archive.writestr("arr_0.npy", buffer.getvalue() + bytes(64))
     with pytest.raises(ConfigError, match="bytes by its header"):
-        next(npz_batches(tmp_path / "images.npz", batch_size=9))
+        StoredImages(tmp_path / "images.npz")

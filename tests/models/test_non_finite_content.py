@@ -13,6 +13,7 @@ from ant_lightning import (
     ConfigError,
     DigitsData,
     FirstStage,
+    GaussianStatistics,
     ImageStatistics,
     LatentWriter,
     SampleWriter,
@@ -173,11 +174,11 @@ def test_latents_that_are_not_finite_are_not_stored(tmp_path, stages, dtype, val
 def test_a_reference_that_is_not_finite_leaves_the_file_that_is_there(tmp_path, value):
     features = torch.from_numpy(np.random.default_rng(0).normal(size=(9, 3)))
     path = tmp_path / "reference.safetensors"
-    ImageStatistics.from_features(features).save(path)
+    ImageStatistics(GaussianStatistics.from_features(features)).save(path)
     before = path.read_bytes()
     features[4, 1] = value
     with pytest.raises(ConfigError, match="mean: must be finite to be stored"):
-        ImageStatistics.from_features(features).save(path)
+        ImageStatistics(GaussianStatistics.from_features(features)).save(path)
     assert path.read_bytes() == before
     assert ImageStatistics.load(path).gaussian.num_samples == 9
 

@@ -15,10 +15,12 @@ from ant_lightning import (
     DigitsFeatures,
     DiT,
     DiTModule,
+    GaussianStatistics,
     GradientClustering,
     ImageStatistics,
     LatentSpace,
     SNRClustering,
+    StoredImages,
     TransferGapResult,
     load_official_checkpoint,
 )
@@ -31,7 +33,6 @@ from ant_lightning.data.latents.cache import (
     read_index,
 )
 from ant_lightning.data.pictures import SUFFIXES, open_picture
-from ant_lightning.data.stored_images import npz_batches
 from ant_lightning.errors import FileError
 from ant_lightning.files.identity import check_identity
 from ant_lightning.files.json_file import read_json, write_json
@@ -84,7 +85,8 @@ def reference(path):
 
 
 def statistics(path):
-    ImageStatistics.from_features(torch.eye(3), extractor="e", image_shape=(1, 8, 8)).save(path)
+    gaussian = GaussianStatistics.from_features(torch.eye(3))
+    ImageStatistics(gaussian, torch.eye(3), extractor="e", image_shape=(1, 8, 8)).save(path)
 
 
 def images(path):
@@ -221,7 +223,7 @@ READERS = {
     "affinity of 0.1": ("a.npz", affinity_of_0_1, AffinityResult.load),
     "reference": ("r.npz", reference, ImageStatistics.load),
     "image statistics": ("r.safetensors", statistics, ImageStatistics.load),
-    "images": ("i.npz", images, lambda p: list(npz_batches(p, batch_size=100))),
+    "images": ("i.npz", images, lambda p: list(StoredImages(p).batches())),
     "resume identity": ("identity.json", gradients, gradients),
     "gradient": (
         "gradient_000000_1.safetensors",
