@@ -8,12 +8,19 @@ from ant_lightning.affinity.estimate import (
     plain_affinity,
     split_half_reliability,
 )
-from ant_lightning.affinity.measure import task_affinity, timestep_grid
+from ant_lightning.affinity.gradient import NonFiniteGradientError
+from ant_lightning.affinity.measure import (
+    AffinityReliabilityWarning,
+    task_affinity,
+    timestep_grid,
+)
 from ant_lightning.affinity.result import AffinityResult
 
 __all__ = [
+    "AffinityReliabilityWarning",
     "AffinityResult",
     "GradientClustering",
+    "NonFiniteGradientError",
     "affinity_by_distance",
     "corrected_affinity",
     "corrected_standard_error",

@@ -137,6 +137,7 @@ class FixedLoss:
         self._num_images = num_images
         self._batch_size = batch_size
         self._seed = seed
+        # The names of the random streams are part of the values: changing one changes results.
         order = torch.randperm(len(dataset), generator=keyed_generator(seed, "probe halves"))
         self._halves = order.tensor_split([len(order) // 2])
 
@@ -146,7 +147,7 @@ class FixedLoss:
         The halves of the data set are disjoint. Each timestep draws its own images and noise:
         what timesteps share would look like affinity.
         """
-        num = self._num_images // 2
+        num = self._num_images // 2  # of each half
         indices = self._images(self._halves[half], num, "probe images", timestep, half)
         timesteps = torch.full((num,), timestep)
         for losses in self._losses(indices, timesteps, f"probe half {half}", timestep):
