@@ -75,7 +75,7 @@ def affinity_by_distance(
     check_at_least(1, num_bins=num_bins)
     values, distances, _, _ = _pairs(affinity, positions)
     limits = {"bins": num_bins, "range": (0, float(distances.max()))}
-    columns = [values.numpy(), distances.numpy()]
+    columns = [values.numpy(), distances.numpy()]  # both averaged over the pairs of a bin
     (mean, distance), _, _ = binned_statistic(distances, columns, "mean", **limits)
     std, _, _ = binned_statistic(distances, values, "std", **limits)
     count, _, _ = binned_statistic(distances, values, "count", **limits)

@@ -154,7 +154,7 @@ class NegativeTransferGap(RunCallback):
     def _networks(self, pl_module: MultiTaskDiffusion, bar: tqdm) -> Iterator[nn.Module]:
         """The network of each specialist; one at a time is on the device."""
         averaged = callback_of(pl_module.trainer, EMA) is not None
-        bar.update()  # what precedes them is done
+        bar.update()  # the multi-task model, which is measured before
         for specialist in self._specialists:
             yield specialist_network(pl_module, specialist, averaged=averaged)
             bar.update()
@@ -177,6 +177,7 @@ class NegativeTransferGap(RunCallback):
             with using_network(pl_module, network):
                 own = losses(specialist.interval)
             of_all = multitask[specialist.interval]
+            # Resampling a mean costs next to nothing; each resample of FID needs a covariance.
             (gap,) = negative_transfer_gap(
                 [own], of_all, statistic=_mean, num_resamples=1000, seed=seed
             )
@@ -226,10 +227,12 @@ class NegativeTransferGap(RunCallback):
             sampler.features(extractor, batches, (network, interval))
             for network, interval in zip(networks, intervals, strict=True)
         ]
+        # All in one call: its resamples are the same for every specialist.
         fid_gaps = negative_transfer_gap(
             specialists, multitask, statistic=fid, num_resamples=self.num_resamples, seed=seed
         )
         base = fid(multitask)
+        # The steps before an interval are those of the model's own trajectory: computed once.
         num_steps = sampler.num_steps * (1 + len(intervals))
         return replace(
             result,

@@ -101,7 +101,7 @@ def negative_transfer_gap(
     draws = torch.stack(
         [gaps_of(torch.randint(n, (n,), generator=generator)) for _ in range(num_resamples)]
     )
-    draws += gaps - draws.mean(0)
+    draws += gaps - draws.mean(0)  # removes the bias of a statistic that depends on n
     tail = (1 - confidence) / 2
     low, high = draws.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
     columns = zip(gaps.tolist(), low.tolist(), high.tolist(), strict=True)

@@ -54,6 +54,7 @@ def interval_losses(
     trainer, device = module.trainer, module.device
     own = torch.arange(trainer.global_rank, num_images, trainer.world_size)
     images, draws = own.repeat_interleave(num_draws), torch.arange(num_draws).repeat(len(own))
+    # In [0, 1): from the golden-ratio offset of the image, `num_draws` equal steps.
     position = (images.double() * _GOLDEN + draws.double() / num_draws) % 1
     timesteps = start + (position * (stop - start)).long().clamp(max=stop - start - 1)
     keys = (images * num_draws + draws).tolist()

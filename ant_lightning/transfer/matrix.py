@@ -72,6 +72,7 @@ def transfer_matrix(
         raise ConfigError(f"lr: must be above 0, found {lr}")
     check_at_least(1, num_tasks=num_tasks)
     shared = trained_parameters(parameters)
+    # Validation may run under inference_mode, where parameters could not be stepped.
     with torch.inference_mode(False):
         before = _losses(losses, num_tasks)
         for task, loss in enumerate(before.tolist()):

@@ -146,6 +146,7 @@ class TransferGapResult:
 def _read(kind: type[Row], row: Mapping[str, Any]) -> Row:
     """A dataclass from the entries of a row, by the types of its fields."""
     values = {}
+    # Types are texts here: annotations are not evaluated.
     for field in fields(kind):  # type: ignore[arg-type]
         value = row[field.name]
         if field.type in ("int", "str"):

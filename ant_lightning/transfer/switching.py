@@ -110,7 +110,7 @@ class SpecialistSampler:
         module, (start, stop) = self.module, interval
         x, num_draws = self._states[interval, tuple(indices)]
         noise = module.image_noise(indices, seed=self.seed)
-        for _ in range(num_draws):  # skip the draws of the steps before the state
+        for _ in range(num_draws):  # skip the noise of the steps before the state
             noise()
 
         def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
