@@ -279,8 +279,6 @@ def test_weighting_is_a_base_class():
         (lambda: P2(k=0.0), "k: must be above 0, found 0.0"),
         (lambda: MinSNR()(torch.zeros(3), "eps"), "snr: must be above 0, found 0.0"),
         (lambda: MinSNR()(torch.ones(3), "x_0"), "prediction_type: .*found x_0"),
-        (lambda: space_timesteps(100, "10,b"), "section_counts: .*10,b"),
-        (lambda: space_timesteps(100, "ddim"), "section_counts"),
         (lambda: space_timesteps(100, [3, -1]), r"found \[3, -1\]"),
         (lambda: space_timesteps(100, []), r"found \[\]"),
         (lambda: space_timesteps(10, [4, 6]), "at most 5 for section 1 of 10 timesteps, found 6"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from spacings import spaced
 
 from ant_lightning import (
     P2,
@@ -16,7 +17,6 @@ from ant_lightning import (
     denoising_loss,
     variational_bound,
 )
-from ant_lightning.diffusion.samplers.spacing import space_timesteps
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}
@@ -38,7 +38,7 @@ def official(name, mean, var):
         variance_type=var,
     )
     if facts["respacing"]:
-        process = process.respace(space_timesteps(1000, facts["respacing"]))
+        process = process.respace(spaced(1000, facts["respacing"]))
     return process, np.load(GOLDEN / "C_diffusion" / f"{name}.npz")
 
 

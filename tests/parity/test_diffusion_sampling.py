@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from spacings import spaced
 
 from ant_lightning import (
     DDIM,
@@ -16,7 +17,6 @@ from ant_lightning import (
     ScaledLinearSchedule,
 )
 from ant_lightning.diffusion.samplers.ddim import ancestral_step, ddim_inverse_step, ddim_step
-from ant_lightning.diffusion.samplers.spacing import space_timesteps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "C_diffusion"
 SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}
@@ -56,7 +56,7 @@ def test_single_steps(name, combo, clip):
         SCHEDULES[facts["schedule"]](), prediction_type=mean, variance_type=var
     )
     if facts["respacing"]:
-        process = process.respace(space_timesteps(1000, facts["respacing"]))
+        process = process.respace(spaced(1000, facts["respacing"]))
     prefix = f"{mean}_{var}/{'clip' if clip else 'noclip'}/"
     exact = all_steps(process, golden, facts, dtype=torch.float64, clip=clip)
     single = all_steps(process, golden, facts, dtype=torch.float32, clip=clip)

