@@ -48,7 +48,7 @@ class EMA(RunCallback):
     Raises:
         ConfigError: If `decay` is out of range.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> from ant_lightning import EMA
         >>> trainer = L.Trainer(callbacks=[EMA(decay=0.999)], logger=False)
@@ -222,7 +222,7 @@ def averaged_weights(
 ) -> AbstractContextManager[None]:
     """Inside, `pl_module` has its EMA weights if the trainer keeps them.
 
-    Example:
+    Examples:
         >>> import torch, lightning as L
         >>> from ant_lightning import averaged_weights
         >>> trainer = L.Trainer(logger=False)  # without an EMA, the weights stay as they are

@@ -40,7 +40,7 @@ class SampleWriter(RunCallback):
     Raises:
         ConfigError: If a number is below 1, or folder and npz are both given.
 
-    Example:
+    Examples:
         >>> from ant_lightning import SampleWriter
         >>> writer = SampleWriter(num_images=1000, npz="drawn.npz")
         >>> writer.npz  # after `Trainer(callbacks=[writer]).predict(module, data)`

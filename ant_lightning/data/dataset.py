@@ -23,7 +23,7 @@ class ImageDataset(Dataset[Batch], ABC):
     `load` gets positions and the epoch. So that runs can be resumed, an augmentation must be a
     function of (seed, epoch, position) alone; with `epoch=None` there is none.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import Batch, ImageDataset
         >>> class Gradients(ImageDataset):
@@ -70,7 +70,7 @@ class TensorImages(ImageDataset):
         images: `[n, c, h, w]` in [-1, 1].
         labels: `[n]` int64.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import TensorImages
         >>> data = TensorImages(torch.zeros(5, 1, 8, 8), torch.arange(5))

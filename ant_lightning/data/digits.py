@@ -40,7 +40,7 @@ class DigitsData(ImageDataModule):
     Raises:
         ConfigError: If a size does not fit the 1,797 images.
 
-    Example:
+    Examples:
         >>> from ant_lightning import DigitsData
         >>> data = DigitsData(batch_size=128, seed=0)
         >>> len(data.train_images), len(data.held_out_images)

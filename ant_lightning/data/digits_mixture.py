@@ -57,7 +57,7 @@ class DigitsMixtureData(ImageDataModule):
     Raises:
         ConfigError: If a number is out of its range.
 
-    Example:
+    Examples:
         >>> from ant_lightning import DigitsMixtureData
         >>> data = DigitsMixtureData(num_images=100, num_held_out=10, num_components=1, seed=0)
         >>> first, second = (data.train_images.load([0], epoch=epoch).images for epoch in (0, 1))

@@ -63,7 +63,7 @@ class ImageFolderData(ImageDataModule):
     Raises:
         ConfigError: Naming the setting or the file, if the folder cannot be used.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from PIL import Image

@@ -54,7 +54,7 @@ class ImageDataModule(L.LightningDataModule):
     Raises:
         ConfigError: If a number is out of its range.
 
-    Example:
+    Examples:
         Grey noise, from tensors in memory:
 
         >>> import torch

@@ -68,7 +68,7 @@ class ShapesData(ImageDataModule):
     Raises:
         ConfigError: If a number is out of its range.
 
-    Example:
+    Examples:
         >>> from ant_lightning import ShapesData
         >>> data = ShapesData(image_size=16, num_classes=12, seed=0)
         >>> batch = data.train_images.load([0, 13], epoch=None)  # a disc, a square of another hue

@@ -41,7 +41,7 @@ class GuidedDenoiser:
         Ho and Salimans, "Classifier-Free Diffusion Guidance", equation 6 (its w is scale - 1),
         arXiv 2207.12598.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import GuidedDenoiser
         >>> def model(x, t, labels):  # predicts its label

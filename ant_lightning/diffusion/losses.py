@@ -70,7 +70,7 @@ def denoising_loss(
         Nichol and Dhariwal, "Improved DDPM", equation 16, arXiv 2102.09672. Its factor 0.001 is
         absent, as in the official code: the term of one timestep stands for the sum over 1000.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import DiscreteDiffusion, denoising_loss
         >>> process, x_start = DiscreteDiffusion(), torch.zeros(2, 3, 8, 8)
@@ -119,7 +119,7 @@ def variational_bound(
     Reference:
         Ho et al., equation 5, arXiv 2006.11239.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import DiscreteDiffusion, variational_bound
         >>> process, x_start = DiscreteDiffusion(), torch.zeros(1, 3, 8, 8)

@@ -56,7 +56,7 @@ class DiscreteDiffusion(ForwardProcess):
     Reference:
         Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672 (learned range).
 
-    Example:
+    Examples:
         >>> from ant_lightning import CosineSchedule, DiscreteDiffusion, MinSNR
         >>> process = DiscreteDiffusion(CosineSchedule(1000), loss_weighting=MinSNR(gamma=5.0))
         >>> process.num_timesteps, process.loss_weights.shape

@@ -69,7 +69,7 @@ class AutoencoderModule(BaseModule):
         Rombach et al., arXiv 2112.10752, section 3.1, without its perceptual and adversarial
         losses, which need a network trained elsewhere.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import AutoencoderModule
         >>> module = AutoencoderModule(in_channels=1, latent_channels=2, widths=(16, 16))

@@ -26,7 +26,7 @@ class ShardedStrategy(ModelParallelStrategy):
     Args:
         timeout: Seconds that ranks wait for each other in a collective.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> from ant_lightning import ShardedStrategy
         >>> trainer = L.Trainer(

@@ -61,7 +61,7 @@ class LatentWriter:
     Raises:
         ConfigError: If a size is below 1.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from ant_lightning import LatentsData, LatentSpace, LatentWriter, ShapesData
         >>> class Halving:  # stands for a `FirstStage`

@@ -54,7 +54,7 @@ class Sampler(ABC):
     Attributes:
         is_multistep: Whether a step depends on more than the state, as in multistep solvers.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import DDIM, DiscreteDiffusion, Sampler
         >>> sampler = DDIM(num_steps=10)

@@ -100,7 +100,7 @@ class DDPM(_RespacedSampler):
     Reference:
         Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672 (fewer steps).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import DDPM, DiscreteDiffusion
         >>> def denoiser(x, t):  # the exact network if all pixels of all images are 0.5
@@ -143,7 +143,7 @@ class DDIM(_RespacedSampler):
     Reference:
         Song et al., "Denoising Diffusion Implicit Models", arXiv 2010.02502.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from ant_lightning import DDIM, DiscreteDiffusion
         >>> def denoiser(x, t):  # the exact network if all pixels of all images are 0.5

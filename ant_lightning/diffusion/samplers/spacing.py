@@ -31,7 +31,7 @@ def space_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> list[i
     Reference:
         `space_timesteps` of guided-diffusion.
 
-    Example:
+    Examples:
         >>> from ant_lightning.diffusion.samplers.spacing import space_timesteps
         >>> space_timesteps(10, [2, 3])
         [0, 4, 5, 7, 9]
@@ -69,7 +69,7 @@ def strided_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     Reference:
         The spacing "ddimN" of guided-diffusion; Song et al., "DDIM", arXiv 2010.02502.
 
-    Example:
+    Examples:
         >>> from ant_lightning.diffusion.samplers.spacing import strided_timesteps
         >>> strided_timesteps(10, 5)
         [0, 2, 4, 6, 8]

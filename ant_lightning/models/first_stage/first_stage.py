@@ -47,7 +47,7 @@ class FirstStage(nn.Module):
         Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
         arXiv 2112.10752.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from ant_lightning import AutoencoderModule, FirstStage
         >>> network = AutoencoderModule(in_channels=1, widths=(16, 16)).backbone
