@@ -184,7 +184,7 @@ class DiffusionModule(BaseModule):
         x_t = self.process.q_sample(x_start, draws.timesteps, draws.noise)
 
         def losses_of(rows: Tensor) -> Tensor:
-            rows = rows.to(x_t.device, non_blocking=True)
+            rows = rows.to(x_t.device, non_blocking=True)  # no wait: the copy is queued
             timesteps = draws.timesteps[rows]
             labels = None if draws.labels is None else draws.labels[rows]
             output = self.denoise(x_t[rows], timesteps, labels)
@@ -197,7 +197,7 @@ class DiffusionModule(BaseModule):
                 draws.noise[rows],
                 weights=self.process.loss_weights,
             )
-            if unweighted is not None:
+            if unweighted is not None:  # also inside `vmap`, where values cannot be assigned
                 note(unweighted, rows, terms.mse)
             return terms.loss
 
@@ -265,6 +265,7 @@ class DiffusionModule(BaseModule):
             ConfigError: If the loader does not give a `Batch` that fits the backbone.
         """
         check_batch(batch)
+        # Fixed draws: validation losses of two runs, or of two steps, differ by the weights alone.
         steps = (batch.indices.cpu().double() * _GOLDEN) % 1
         timesteps = (steps * self.clusters.num_timesteps).long().to(self.device)
         tasks = self.clusters.task_of(timesteps)

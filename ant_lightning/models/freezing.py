@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ant_lightning.errors import ConfigError
 
@@ -71,25 +71,14 @@ class TrainedParameters:
         return parameters
 
     def state(self, network: nn.Module) -> dict[str, list[str]] | None:
-        """State for a checkpoint; None if nothing was frozen or thawed since the start."""
+        """State for a checkpoint; `None` if nothing was frozen or thawed since the start."""
         now = _trained(network)
         if self._start is None or now == self._start:
             return None
         return {"start": self._start, "now": now, "optimized": sorted(self._optimized)}
 
-    def load(self, state: Any) -> None:  # noqa: ANN401 - of a file
-        """Keep what `state` returned, for `begin`.
-
-        Raises:
-            ConfigError: If `state` has another form.
-        """
-        if state is not None:
-            names = ("start", "now", "optimized")
-            lists = [state.get(name) for name in names] if isinstance(state, dict) else [None]
-            if not all(isinstance(n, list) and all(type(s) is str for s in n) for n in lists):
-                raise ConfigError(
-                    f"ckpt_path: its trained parameters must be lists of names, found {state!r:.80}"
-                )
+    def load(self, state: dict[str, list[str]] | None) -> None:
+        """Keep what `state` returned, for `begin`."""
         self._loaded = state
 
 

@@ -171,6 +171,7 @@ class MultiTaskDiffusion(DiffusionModule):
             image_shape=self.image_shape,
             seed=self.seed,
         )
+        # Made in `on_fit_start`, when the ranks and the device are known.
         self._engine: Engine | None = None
         self._gradients: DenseTaskGradients | None = None
         self._trained = TrainedParameters()
@@ -245,14 +246,8 @@ class MultiTaskDiffusion(DiffusionModule):
 
     def draw(self, batch: Batch, *, step: int) -> Draws:
         """Timesteps, tasks, noise and labels of this rank in a training step."""
-        trainer = self.trainer
-        return self.draws(
-            batch,
-            self.clusters,
-            step=step,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-        )
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return self.draws(batch, self.clusters, step=step, rank=rank, world_size=world_size)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One step of any method.
@@ -261,9 +256,10 @@ class MultiTaskDiffusion(DiffusionModule):
             ConfigError: If the loader does not give a `Batch` that fits the backbone.
         """
         check_batch(batch)
-        # For what the network itself draws: dropout.
+        # Dropout inside the network: other masks on each rank, the same ones in a resumed run.
         torch.manual_seed(keyed_seed(self.seed, "network", self.global_step, self.global_rank))
         draws = self.draw(batch, step=self.global_step)
+        # Filled by `losses`: what is logged must not depend on the balancer's weights.
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
         log_snr = priors = None
         if isinstance(self.balancer, SampleBalancer):
@@ -271,6 +267,7 @@ class MultiTaskDiffusion(DiffusionModule):
         if self.balancer is not None and self.tasks.weighting == "by_size":
             priors = self.clusters.sizes.double() / self.clusters.num_timesteps
         x_start = self.encode(batch, step=self.global_step)
+        # The network runs once for each task or part, but batch norm must count one step.
         statistics = RunningStatistics(self.backbone)
         report = multitask_backward(
             statistics.once(self.losses(x_start, draws, unweighted=unweighted)),
@@ -288,11 +285,13 @@ class MultiTaskDiffusion(DiffusionModule):
         statistics.keep() if report.finite else statistics.restore()
         self._finish_step(report)
         self.last_report = report
-        loss = unweighted.mean()  # at uniform timesteps, whatever they were drawn from
+        # The mean over uniform timesteps, whatever they were drawn from: comparable between methods.
+        loss = unweighted.mean()
         if self.timesteps.method == "stratified":
             allocation = self.timesteps.allocation
             shares = sample_shares(self.clusters.sizes, report.num_samples, allocation)
             tasks = draws.tasks.to(shares.device, non_blocking=True)
+            # The shares sum to 1 over all ranks, and the reduction below divides by their number.
             loss = (unweighted * shares[tasks]).sum().float() * self.trainer.world_size
         if self.log_due:
             loss = default_reduction().all_reduce_(loss.detach()) / self.trainer.world_size
@@ -461,6 +460,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.num_skipped_in_a_row = 0
         if self.optimization.clip_grad_norm is not None:
             grads = [local_part(p.grad) for p in self.backbone.parameters() if p.grad is not None]
+            # As `clip_grad_norm_`, but the norm is known, of all ranks, and nothing waits for it.
             factor = (self.optimization.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
             # At least float32: the first parameter may be bfloat16 and others not.
             dtype = torch.promote_types(grads[0].dtype, torch.float32)

@@ -107,6 +107,9 @@ class CheckpointState:
             state["num_skipped_steps"] = int(saved["num_skipped_steps"])
             for name in ("num_skipped_in_a_row", "world_size"):
                 state[name] = int(saved.get(name, 0))
+            if state.get("trained") is not None:
+                names = {each: state["trained"][each] for each in ("start", "now", "optimized")}
+                state["trained"] = {each: [str(name) for name in names[each]] for each in names}
             if state.get("latent_space") is not None:
                 LatentSpace(**state["latent_space"])
             found = cls(**state)

@@ -114,9 +114,7 @@ def test_the_learning_rate_is_that_of_a_run_with_these_settings(
 
 
 def test_a_setting_that_needs_another_state_is_refused(tmp_path):
-    rule = (
-        r"model\.optimization\.optimizer\.amsgrad: must stay False in a resumed run, .* found True"
-    )
+    rule = r"optimization\.optimizer\.amsgrad: must stay False in a resumed run, .* found True"
     with pytest.raises(ConfigError, match=rule):
         resumed(tmp_path, {"optimizer": adamw()}, {"optimizer": adamw(amsgrad=True)})
 
@@ -134,7 +132,7 @@ def test_a_scheduler_that_is_over_is_refused(tmp_path):
     def one_cycle(optimizer):
         return schedulers.OneCycleLR(optimizer, max_lr=0.1, total_steps=3)
 
-    with pytest.raises(ConfigError, match=r"optimization\.lr_scheduler.*found 3"):
+    with pytest.raises(ConfigError, match=r"optimization\.lr_scheduler: must last .* steps is 3"):
         resumed(tmp_path, {}, {"lr_scheduler": one_cycle})
 
 
@@ -185,7 +183,7 @@ def test_the_autoencoder_takes_its_settings_too(tmp_path, capsys):
 
     run(0.001, 2)
     assert run(0.5, 3, resume=tmp_path / "ckpt" / "last.ckpt") == 0.5
-    assert "model.optimization.optimizer.lr: 0.5 from now on" in capsys.readouterr().out
+    assert "model.optimizer.lr: 0.5 from now on" in capsys.readouterr().out
 
 
 def test_another_optimizer_is_refused(tmp_path):
