@@ -285,7 +285,7 @@ class MultiTaskDiffusion(DiffusionModule):
         statistics.keep() if report.finite else statistics.restore()
         self._finish_step(report)
         self.last_report = report
-        # The mean over uniform timesteps, whatever they were drawn from: comparable between methods.
+        # The mean over uniform timesteps, so that it can be compared between methods.
         loss = unweighted.mean()
         if self.timesteps.method == "stratified":
             allocation = self.timesteps.allocation
