@@ -66,11 +66,11 @@ class RunCallback(Callback):
             self.reset()
         self._module = weakref.ref(pl_module)
 
-    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+    def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the state, for the parent's copy of this object."""
         return {name: getattr(self, name) for name in self.of_run}
 
-    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+    def load_child_state(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
         """In the parent: take over the state of the child's copy of this object."""
         self.__dict__.update(state)
         self._module = weakref.ref(pl_module)

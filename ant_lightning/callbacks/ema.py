@@ -173,9 +173,9 @@ class EMA(RunCallback):
         self.num_updates = int(state_dict["num_updates"])
         self._made_of = None
 
-    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+    def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the averages, if the parent gets the weights too."""
-        return super().hand_back(trainer) if trainer.state.fn == "fit" else {}
+        return super().child_state(trainer) if trainer.state.fn == "fit" else {}
 
     def _bind(self, pl_module: MultiTaskDiffusion) -> None:
         """Drop the averages if they belong to other weights; move them to the weights' device."""

@@ -7,7 +7,7 @@ from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.models.presets import ADMModule, DiTModule, LDMModule
 from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
-from ant_lightning.runtime.child_processes import take_state_along
+from ant_lightning.runtime.child_processes import return_child_states
 
 __all__ = [
     "ADMModule",
@@ -24,4 +24,4 @@ __all__ = [
     "TimestepSampling",
 ]
 
-take_state_along()
+return_child_states()

@@ -264,12 +264,12 @@ class AutoencoderModule(BaseModule):
         z = torch.cat(parts)
         return float(1 / z.std()), float(z.mean())
 
-    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+    def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the measured scale of the latents."""
         config = self.backbone.config
         return {name: config[name] for name in ("scaling_factor", "shift_factor")}
 
-    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+    def load_child_state(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
         """In the parent: take over the scale that belongs to the weights."""
         self.backbone.register_to_config(**state)
 

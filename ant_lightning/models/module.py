@@ -402,12 +402,12 @@ class MultiTaskDiffusion(DiffusionModule):
             self.optimizer_factory.resume(self.trainer, checkpoint, state.optimization)
             self._trained.load(state.trained)
 
-    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+    def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the state that training changed besides the weights."""
         fitted = trainer.state.fn == "fit"  # otherwise the parent's weights are unchanged
         return {name: getattr(self, name) for name in _OF_RUN if fitted}
 
-    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+    def load_child_state(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
         """In the parent: take over the state that training in the child changed."""
         vars(self).update(state)
 

@@ -188,11 +188,11 @@ class Checkpoints(ModelCheckpoint):
         if self.dirpath == state_dict.get("dirpath"):
             self._recent = list(state_dict.get("recent", []))
 
-    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+    def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the files it wrote; Lightning itself returns only the best one."""
         return {name: getattr(self, name) for name in ("dirpath", *_OF_RUN)}
 
-    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+    def load_child_state(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
         """In the parent: take over the child's list of files."""
         vars(self).update(state)
 

@@ -1,4 +1,4 @@
-"""Returns state from child processes to their parent: `ddp_notebook`, `ddp_fork`, `ddp_spawn`.
+"""State of child processes for their parent: `ddp_notebook`, `ddp_fork`, `ddp_spawn`.
 
 Lightning itself returns only the weights and the logged numbers. Averages, counts, clusters and
 results would be lost with the children.
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
     import lightning as L
 
-__all__ = ["HandsBack", "take_state_along"]
+__all__ = ["HasChildState", "return_child_states"]
 
 _KEY = "ant_lightning"
 
 
 @runtime_checkable
-class HandsBack(Protocol):
+class HasChildState(Protocol):
     """A module or callback whose state must outlive the child process."""
 
-    def hand_back(self, trainer: L.Trainer) -> dict[str, Any]:
+    def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child: state for the parent's copy, whose weights change only after `fit`."""
 
-    def take_back(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
+    def load_child_state(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
         """In the parent: take over the state of the child's copy of this object."""
 
 
-def take_state_along() -> None:
-    """Patch Lightning's launcher of child processes so that it returns our state too.
+def return_child_states() -> None:
+    """Patch Lightning's launcher so that child processes return our state too.
 
     The parent creates the launcher before it knows the module, and calls neither module nor
     callbacks afterwards, so the launcher's class is the only place to hook in.
@@ -43,7 +43,7 @@ def take_state_along() -> None:
     update = _MultiProcessingLauncher.update_main_process_results
 
     def get_extra_results(self: _MultiProcessingLauncher, trainer: L.Trainer) -> dict[str, Any]:
-        states = [(name, each.hand_back(trainer)) for name, each in _holders(trainer)]
+        states = [(name, each.child_state(trainer)) for name, each in _holders(trainer)]
         buffer = io.BytesIO()  # tensors in a child's memory cannot be shared
         torch.save(states, buffer)
         return {**collect(self, trainer), _KEY: buffer.getvalue()}
@@ -58,16 +58,16 @@ def take_state_along() -> None:
         for name, each in _holders(trainer):
             found = next((i for i, (other, _) in enumerate(states) if other == name), None)
             if found is not None:
-                each.take_back(states.pop(found)[1], trainer.lightning_module)
+                each.load_child_state(states.pop(found)[1], trainer.lightning_module)
 
     _MultiProcessingLauncher.get_extra_results = get_extra_results  # type: ignore[method-assign]
     _MultiProcessingLauncher.update_main_process_results = update_main_process_results  # type: ignore[method-assign]
 
 
-def _holders(trainer: L.Trainer) -> Iterator[tuple[str, HandsBack]]:
+def _holders(trainer: L.Trainer) -> Iterator[tuple[str, HasChildState]]:
     """Our module and callbacks by name; the parent's and the child's lists may differ."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     named = [("module", trainer.lightning_module), *((c.state_key, c) for c in callbacks)]
     for name, each in named:
-        if isinstance(each, HandsBack):
+        if isinstance(each, HasChildState):
             yield name, each
