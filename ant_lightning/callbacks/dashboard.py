@@ -47,17 +47,17 @@ class Dashboard(RunCallback):
         """Write charts and text once; an autoencoder has no tasks to chart."""
         if not trainer.is_global_zero or not isinstance(pl_module, MultiTaskDiffusion):
             return
-        charts = _content()["charts"]
+        content = _content()
         layout = {
             group: {
                 title: ["Multiline", _patterns(tags, pl_module.num_tasks)]
                 for title, (_, tags) in of_group.items()
             }
-            for group, of_group in charts.items()
+            for group, of_group in content["charts"].items()
         }
         for logger in _tensorboards(trainer):
             logger.experiment.add_custom_scalars(layout)
-            logger.experiment.add_text("0_how_to_read", _guide(pl_module, charts))
+            logger.experiment.add_text("0_how_to_read", _guide(pl_module, content))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the figures on one page; the callbacks that draw them come first in the list."""
@@ -72,8 +72,8 @@ class Dashboard(RunCallback):
             logger.experiment.add_image("0_page/overview", page, step, dataformats="HWC")
 
 
-def _content() -> dict[str, dict[str, Any]]:
-    content: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text())
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
     return content
 
 
@@ -87,23 +87,16 @@ def _patterns(tags: list[str], num_tasks: int) -> list[str]:
     return [f"^{tag}$" for tag in dict.fromkeys(each)]
 
 
-def _guide(pl_module: MultiTaskDiffusion, charts: dict[str, Any]) -> str:
+def _guide(pl_module: MultiTaskDiffusion, content: dict[str, Any]) -> str:
     """Markdown with one line for each thing to look at."""
+    charts = []
+    for group, of_group in content["charts"].items():
+        charts.append(f"{group[0]}. **{group[2:]}** (Custom Scalars; figures in Images)")
+        charts += [f"    * *{title}*: {sentence}" for title, (sentence, _) in of_group.items()]
     labels = enumerate(task_labels(pl_module.clusters))
-    tasks = ", ".join(f"task {i} = {label}" for i, label in labels)
-    method = "vanilla" if pl_module.balancer is None else type(pl_module.balancer).__name__
-    lines = [
-        f"**{type(pl_module.backbone).__name__} trained with {method}.** A task is an interval of "
-        f"timesteps, from little noise to much: {tasks}.",
-        "",
-        "`0_page/overview` (Images, click to enlarge) has the figures on one page. One by one:",
-        "",
-        "1. `1_samples/grid` (Images): generated beside real; left should look like right.",
-    ]
-    for group, of_group in charts.items():
-        lines.append(f"{group[0]}. **{group[2:]}** (Custom Scalars; figures in Images)")
-        lines += [f"    * *{title}*: {sentence}" for title, (sentence, _) in of_group.items()]
-    lines.append(
-        "5. `4_conflict/gradient_cosines` (Images): blue pairs of tasks hurt each other, red help."
+    return "\n".join(content["guide"]).format(
+        network=type(pl_module.backbone).__name__,
+        method="vanilla" if pl_module.balancer is None else type(pl_module.balancer).__name__,
+        tasks=", ".join(f"task {i} = {label}" for i, label in labels),
+        charts="\n".join(charts),
     )
-    return "\n".join(lines)
