@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientStore"]
 
-_BYTES_PER_NUMBER = 24  # of a block of columns: float32 as read and as summed, and float64
+_BYTES_PER_NUMBER = 24  # of a block of columns: float32 and float64, with copies
 _BLOCK_BYTES = 1 << 28  # larger blocks are not faster
 _MIN_COLUMNS = 256  # narrower blocks would spend their time on overhead
 _SKETCH_BYTES = 4 << 24  # working memory of a sketch
@@ -43,8 +43,8 @@ class GradientStore:
         num_parameters: Length of a gradient.
         sketch: Sketches gradients before they are kept; `None` to keep them whole.
         device: Device of the gradients, where dot products are made as well.
-        folder: Where each gradient is kept in a file, so that a killed measurement can resume.
-        identity: What the gradients depend on, by name; compared with that of the folder.
+        folder: Folder with a file for each gradient, from which a killed measurement resumes.
+        identity: Everything that the gradients depend on, by name; it must equal the folder's.
         memory_budget_bytes: Memory for gradients and dot products. Gradients that do not fit go to
             a temporary folder. `None` for no limit.
         sharded: Whether ranks share the grid; otherwise this process has all of it.
@@ -78,6 +78,7 @@ class GradientStore:
             # Rounding a sketch to bfloat16 adds about 0.1% to its standard error.
             self._width, self._dtype = sketch.sketch_dim, torch.bfloat16
         self._device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+        # NCCL sums only tensors on GPUs, gloo best those on the CPU.
         self._link = device if active and dist.get_backend() == "nccl" else torch.device("cpu")
         self._on_exit = ExitStack()
         in_memory, self._block_bytes = self._plan(memory_budget_bytes, num_parameters)
@@ -166,7 +167,8 @@ class GradientStore:
                 f"memory_budget_bytes: must be at least {least} for {num_parameters} parameters "
                 f"and {n} timesteps, found {budget_bytes}"
             )
-        kept = 2 * len(self.own) * self._width * self._dtype.itemsize
+        # Of the rank with the most timesteps: ranks must have equal blocks to sum them.
+        kept = 2 * -(-n // self.world_size) * self._width * self._dtype.itemsize
         in_memory = kept + least <= budget_bytes
         free = budget_bytes - products - (kept if in_memory else 0)
         return in_memory, max(least_block, min(_BLOCK_BYTES, free))

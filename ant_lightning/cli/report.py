@@ -245,9 +245,11 @@ def _log_snr(setting: dict[str, Any] | None) -> torch.Tensor | None:
 
 
 def _affinity(folder: Path) -> str:
-    if not (folder / "task_affinity.safetensors").is_file():
+    files = [folder / f"task_affinity.{kind}" for kind in ("safetensors", "npz")]  # npz: of 0.1
+    found = [path for path in files if path.is_file()]
+    if not found:
         return ""
-    result = AffinityResult.load(folder / "task_affinity.safetensors")
+    result = AffinityResult.load(found[0])
     axis = "timestep" if result.log_snr is None else "log_snr"
     figure = affinity_heat_maps(result, axis=axis)  # type: ignore[arg-type]
     return (
