@@ -14,9 +14,11 @@ from ant_lightning import (
     NegativeTransferGap,
     Reclustering,
     SampleWriter,
+    StoredImages,
     TaskAffinity,
     TransferMatrix,
 )
+from ant_lightning.cli.score import score_images
 from ant_lightning.generation.extractor import Features
 
 INTERVAL = (0, 300)
@@ -131,3 +133,22 @@ def test_two_ranks_recluster_as_one_does(tmp_path):
         assert history == one
         for mine, theirs in zip(own, weights, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=ROUNDING)
+
+
+def stored_scores(rank, folder, ranks):
+    """Scores of images in an npz file."""
+    fabric = L.Fabric(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto")
+    fabric.launch()
+    metrics = GenerationMetrics(Projection(), batch_size=4)
+    return score_images(metrics, TinyData(), StoredImages(folder / "stored.npz"), fabric)
+
+
+def test_two_ranks_score_stored_images_as_one_does(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (21, 4, 4, 1), dtype=np.uint8)
+    np.savez(tmp_path / "stored.npz", arr_0=pixels)
+    (one,) = run_ranks(stored_scores, 1, tmp_path / "one", tmp_path, 1)
+    assert one["num_images"] == 21
+    for two in run_ranks(stored_scores, 2, tmp_path / "two", tmp_path, 2):
+        assert two.keys() == one.keys()
+        for name, value in one.items():
+            np.testing.assert_allclose(two[name], value, rtol=1e-6, err_msg=name)

@@ -7,7 +7,6 @@ from hypothesis import given, settings, strategies as st
 from scipy.spatial.distance import cdist
 
 from ant_lightning import ConfigError, nearest_distance, precision_recall
-from ant_lightning.generation.neighbours import manifold_membership, neighbour_radii
 
 
 def _brute_force(real, generated, k, distances):
@@ -34,11 +33,10 @@ def test_every_decision_is_exact_on_integers_where_ties_and_copies_abound(
     rng = np.random.default_rng(seed)
     real, generated = (rng.integers(0, levels, (size, 3)) + offset for size in sizes)
     expected = _brute_force(real, generated, k, _integer_distances)
-    found = manifold_membership(
+    found = precision_recall(
         torch.from_numpy(real).float(), torch.from_numpy(generated).float(), k=k
     )
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(ours.numpy(), theirs)
+    assert found == (expected[0].mean(), expected[1].mean())
     nearest = nearest_distance(torch.from_numpy(generated).float(), torch.from_numpy(real).float())
     brute = np.sqrt(_integer_distances(generated, real).min(1))
     np.testing.assert_allclose(nearest.numpy(), brute, rtol=1e-15)
@@ -58,9 +56,10 @@ def test_several_blocks_give_what_one_matrix_gives():
 
 
 def test_radii_do_not_count_the_point_itself_but_count_its_copies():
-    points = torch.tensor([[0.0], [0.0], [1.0], [4.0], [10.0]])
-    assert neighbour_radii(points, k=1).tolist() == [0, 0, 1, 9, 36]
-    assert neighbour_radii(points, k=2).tolist() == [1, 1, 1, 16, 81]
+    real = torch.tensor([[0.0], [0.0], [1.0], [4.0], [10.0]])  # radii 0, 0, 1, 3, 6
+    generated = torch.tensor([[-0.5], [0.1], [3.5], [17.0], [30.0]])
+    assert precision_recall(real, generated, k=1).precision == 2 / 5
+    assert precision_recall(real, generated, k=2).precision == 4 / 5  # radii 1, 1, 1, 4, 9
 
 
 def test_copies_are_inside_even_where_every_radius_is_zero():
@@ -84,7 +83,8 @@ def test_bad_input_names_the_rule_and_the_value():
     for k in (0, 4):
         with pytest.raises(ConfigError, match=rf"less than the number of images \(4\), found {k}"):
             precision_recall(points, torch.zeros(9, 2), k=k)
-    with pytest.raises(ConfigError, match=r"shape \[n, 2\] with n >= 1, found \[3, 5\]"):
+    with pytest.raises(ConfigError, match=r"found \[4, 2\] and \[3, 5\]"):
         precision_recall(points, torch.zeros(3, 5), k=1)
-    with pytest.raises(ConfigError, match=r"n >= 1, found \[0, 2\]"):
-        nearest_distance(points[:0], points)
+    for generated, train in ((points[:0], points), (points, points[:0])):
+        with pytest.raises(ConfigError, match=r"\[m, 2\] with m >= 1"):
+            nearest_distance(generated, train)
