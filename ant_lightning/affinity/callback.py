@@ -71,7 +71,7 @@ class TaskAffinity(MeasuringCallback):
 
     result: AffinityResult | None
     _half_dots: list[Tensor]
-    of_run: ClassVar = {"result": NoneType, "_half_dots": list}
+    run_state: ClassVar = {"result": NoneType, "_half_dots": list}
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ class RunCallback(Callback):
 
     Attributes:
         module_type: Class of the modules that the callback works with.
-        of_run: Names of the attributes that hold the state, each with a factory of its initial
+        run_state: Names of the attributes that hold the state, each with a factory of its initial
             value.
 
     Raises:
@@ -42,7 +42,7 @@ class RunCallback(Callback):
     """
 
     module_type: ClassVar[type[L.LightningModule]] = MultiTaskDiffusion
-    of_run: ClassVar[Mapping[str, Callable[[], Any]]] = {}
+    run_state: ClassVar[Mapping[str, Callable[[], Any]]] = {}
 
     def __init__(self) -> None:
         # Weak: otherwise the callback would keep the module and its GPU memory alive.
@@ -51,7 +51,7 @@ class RunCallback(Callback):
 
     def reset(self) -> None:
         """Reset the state to its initial values."""
-        for name, make in self.of_run.items():
+        for name, make in self.run_state.items():
             setattr(self, name, make())
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:  # noqa: ANN401
@@ -68,7 +68,7 @@ class RunCallback(Callback):
 
     def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the state, for the parent's copy of this object."""
-        return {name: getattr(self, name) for name in self.of_run}
+        return {name: getattr(self, name) for name in self.run_state}
 
     def load_child_state(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
         """In the parent: take over the state of the child's copy of this object."""

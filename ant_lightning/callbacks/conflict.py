@@ -47,7 +47,7 @@ class ConflictMonitor(RunCallback):
     _window: list[tuple[Tensor, Tensor]]  # losses and weights [k] of the steps since the last log
     _history: list[tuple[int, Tensor, Tensor]]
     _cosines: list[Tensor]
-    of_run: ClassVar = {"_window": list, "_history": list, "_cosines": list}
+    run_state: ClassVar = {"_window": list, "_history": list, "_cosines": list}
 
     def __init__(self, *, log_every_n_steps: int = 50, probe_every_n_steps: int = 200) -> None:
         check_at_least(1, log_every_n_steps=log_every_n_steps)

@@ -46,7 +46,7 @@ class StepCost(RunCallback):
 
     module_type = L.LightningModule
     _seconds: list[float]
-    of_run: ClassVar = {"_seconds": list}
+    run_state: ClassVar = {"_seconds": list}
 
     def __init__(self, *, skip_steps: int = 10) -> None:
         check_at_least(0, skip_steps=skip_steps)

@@ -41,7 +41,7 @@ class Dashboard(RunCallback):
 
     module_type = L.LightningModule
     pictures: dict[str, Path]
-    of_run: ClassVar = {"pictures": dict}
+    run_state: ClassVar = {"pictures": dict}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write charts and text once; an autoencoder has no tasks to chart."""

@@ -60,7 +60,7 @@ class EMA(RunCallback):
     num_updates: int
     _averages: dict[str, Tensor]
     _made_of: str | None  # digest of the live weights; None while they change, or were just loaded
-    of_run: ClassVar = {"num_updates": int, "_averages": dict, "_made_of": NoneType}
+    run_state: ClassVar = {"num_updates": int, "_averages": dict, "_made_of": NoneType}
 
     def __init__(self, *, decay: float = 0.9999, warmup: bool = True) -> None:
         if not 0 <= decay < 1:

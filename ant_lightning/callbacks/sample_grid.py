@@ -48,7 +48,7 @@ class SampleGrid(RunCallback):
     """
 
     path: Path | None
-    of_run: ClassVar = {"path": NoneType}
+    run_state: ClassVar = {"path": NoneType}
 
     def __init__(
         self, *, num_images: int = 100, columns: int | None = None, every_n_epochs: int = 1

@@ -66,7 +66,7 @@ class GenerationMetrics(RunCallback):
 
     last_scores: dict[str, float]
     _history: dict[int, dict[str, float]]
-    of_run: ClassVar = {"last_scores": dict, "_history": dict}
+    run_state: ClassVar = {"last_scores": dict, "_history": dict}
 
     def __init__(
         self,

@@ -86,7 +86,7 @@ class NegativeTransferGap(RunCallback):
     """
 
     result: TransferGapResult | None
-    of_run: ClassVar = {"result": NoneType}
+    run_state: ClassVar = {"result": NoneType}
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class TransferMatrix(MeasuringCallback):
     """
 
     matrix: Tensor | None
-    of_run: ClassVar = {"matrix": NoneType}
+    run_state: ClassVar = {"matrix": NoneType}
 
     def __init__(
         self,

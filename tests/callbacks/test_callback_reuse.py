@@ -64,7 +64,7 @@ def test_every_callback_with_state_is_tried_here():
     callbacks = [
         each for each in public if isinstance(each, type) and issubclass(each, RunCallback)
     ]
-    assert {each.__name__ for each in callbacks if each.of_run} == {*MAKERS, *OTHERS}
+    assert {each.__name__ for each in callbacks if each.run_state} == {*MAKERS, *OTHERS}
 
 
 def test_a_callback_refuses_modules_that_are_not_ours():
@@ -99,7 +99,7 @@ def flat(value):
 
 
 def state(callback):
-    return flat({name: getattr(callback, name) for name in callback.of_run})
+    return flat({name: getattr(callback, name) for name in callback.run_state})
 
 
 def second():
