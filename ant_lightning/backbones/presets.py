@@ -61,7 +61,7 @@ def _preset(
         signature.bind(*args, **kwargs)  # a TypeError for what is fixed
         return network(*args, **{**settings, **kwargs})  # type: ignore[arg-type]
 
-    # The command line reads the signature and the docstring, and finds the function by its name.
+    # The command line reads the signature, and finds the function by its name.
     build.__signature__ = signature  # type: ignore[attr-defined]
     build.__name__ = build.__qualname__ = name
     described = re.findall(r"^    ((\w+): .+(?:\n     .+)*)", inspect.getdoc(network) or "", re.M)

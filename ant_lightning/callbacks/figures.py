@@ -60,14 +60,14 @@ def log_folder(trainer: L.Trainer) -> Path:
     That of the `RunRecord` on the command line. From Python it is that of the first logger.
     `Trainer.log_dir` is a broadcast, which hangs if only one rank calls it.
     """
-    record = callback_of(trainer, RunRecord)
-    folder: str | Path | None = trainer.default_root_dir
+    record, logger = callback_of(trainer, RunRecord), trainer.logger
+    folder: str | Path | None
     if record is not None:
         folder = record.run_folder
-    elif trainer.loggers:
-        logger = trainer.loggers[0]
-        with_versions = isinstance(logger, TensorBoardLogger | CSVLogger)
-        folder = logger.log_dir if with_versions else logger.save_dir
+    elif isinstance(logger, TensorBoardLogger | CSVLogger):
+        folder = logger.log_dir
+    else:
+        folder = logger.save_dir if logger is not None else None
     path = Path(folder or trainer.default_root_dir)
     path.mkdir(parents=True, exist_ok=True)
     return path
