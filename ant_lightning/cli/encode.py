@@ -34,7 +34,7 @@ def run_encode(args: Sequence[str]) -> int:
     """Encode the data of `args` (without the command's name); returns the shards that were written.
 
     Several processes share the work if a launcher such as `torchrun` sets `RANK`, `WORLD_SIZE` and
-    `LOCAL_RANK`; they need not be able to talk to each other.
+    `LOCAL_RANK`; they do not communicate.
 
     Raises:
         ConfigError: For anything wrong with the arguments or the files they name.
@@ -53,8 +53,8 @@ def run_encode(args: Sequence[str]) -> int:
     import_named_classes(args)
     with SettingPaths() as paths:
         settings = paths.make(parser, lambda: parser.parse_args(list(args)))
-        rank, world_size = (int(os.environ.get(name, value)) for name, value in _RANKS)
-        device = _checked(_device() if settings.device == "auto" else settings.device)
+        rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        device = _device(settings.device)
         settings.data.setup("predict")
         writer: LatentWriter = settings.cache
         count = writer.write(
@@ -68,20 +68,14 @@ def run_encode(args: Sequence[str]) -> int:
     return count
 
 
-_RANKS = (("RANK", "0"), ("WORLD_SIZE", "1"))
-
-
-def _checked(name: str) -> torch.device:
-    """A device that is there."""
+def _device(name: str) -> torch.device:
+    """The device of this name; `auto` is this process's GPU, if there is one."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device=name).device  # fails if there is no such device here
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"device: must be auto, cpu, cuda or cuda:1, .. of this machine, found {name!r} "
             f"({str(error).splitlines()[0]})"
         ) from error
-
-
-def _device() -> str:
-    """This process's GPU, if there is one."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
