@@ -81,6 +81,8 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     """
     from safetensors import safe_open  # noqa: PLC0415 - other formats do without
 
+    if not Path(path).is_file():
+        raise FileError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -231,7 +231,7 @@ BAD = {
     ),
     "missing": (
         damage("train_00002.safetensors", lambda p: p.unlink()),
-        ["train_00002.safetensors: truncated or not a safetensors file (No such file"],
+        ["train_00002.safetensors: no such file"],
     ),
     "wrong shape": (
         damage("train_00000.safetensors", resave),
