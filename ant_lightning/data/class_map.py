@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
-from ant_lightning.errors import FileError
+from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.json_file import read_json, write_json
 
-__all__ = ["read_class_map", "write_class_map"]
+__all__ = ["number_classes", "read_class_map", "record_classes", "write_class_map"]
 
 
 def read_class_map(path: str | Path) -> list[str]:
@@ -36,3 +37,44 @@ def read_class_map(path: str | Path) -> list[str]:
 def write_class_map(path: str | Path, names: list[str]) -> None:
     """Write what `read_class_map` reads."""
     write_json(Path(path), {name: number for number, name in enumerate(names)})
+
+
+def number_classes(found: list[str], path: str | None) -> list[str]:
+    """Class names in the order of their numbers.
+
+    Args:
+        found: The class of each image; empty without classes.
+        path: A class map, which is written if it does not exist; `None` sorts the names.
+
+    Raises:
+        ConfigError: If the class map lacks a class.
+    """
+    names = sorted(set(found))
+    if path is None or not names:
+        return names
+    if not Path(path).exists():
+        write_class_map(path, names)
+        return names
+    known = read_class_map(path)
+    missing = sorted(set(names) - set(known))
+    if missing:
+        raise ConfigError(
+            f"class_map: must have every class, found no class {missing[0]!r} in {path}"
+        )
+    return known if found else []
+
+
+def record_classes(path: Path, names: list[str]) -> None:
+    """Write a class map, but not over a file that may be somebody else's."""
+    try:
+        known = read_class_map(path) if path.exists() else None
+    except FileError:
+        known = []
+    if known is None:
+        write_class_map(path, names)
+    elif known != names:
+        warnings.warn(
+            f"{path}: has other classes and is not overwritten; this run's classes are in its "
+            "checkpoints",
+            stacklevel=2,
+        )

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
-from ant_lightning.data.batch import Batch
-from ant_lightning.data.class_map import read_class_map, write_class_map
+from ant_lightning.data.class_map import number_classes, record_classes
 from ant_lightning.data.dataset import ImageDataset
+from ant_lightning.data.folder_images import FolderImages, broken_images
 from ant_lightning.data.image_search import find_images
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, check_at_least
-from ant_lightning.data.pictures import Crop, open_picture, read_picture
-from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.data.pictures import Crop, read_picture
+from ant_lightning.errors import ConfigError
 from ant_lightning.files.identity import shortened
-from ant_lightning.randomness import keyed_generator, keyed_seed
+from ant_lightning.randomness import keyed_generator
 from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
-__all__ = ["ImageFolderData", "is_flipped"]
+__all__ = ["ImageFolderData"]
 
 
 class ImageFolderData(ImageDataModule):
@@ -118,7 +113,8 @@ class ImageFolderData(ImageDataModule):
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Find, check, number and split the images."""
         paths, names = find_images(self.root, labels=self.labels)
-        self._number_classes(names)
+        self.class_names = number_classes(names, self.class_map)
+        self.num_classes = len(self.class_names)
         number = {name: i for i, name in enumerate(self.class_names)}
         labels = torch.tensor([number[name] for name in names] or [0] * len(paths))
         # Broken images are left out before the split, which is over what is trained on.
@@ -139,10 +135,21 @@ class ImageFolderData(ImageDataModule):
         )
         held_out = sorted(kept[i] for i in order[: self.num_held_out].tolist())
         train = sorted(set(kept) - set(held_out))
-        return (
-            _FolderImages(self, [paths[i] for i in train], labels[train], flip=self.flip),
-            _FolderImages(self, [paths[i] for i in held_out], labels[held_out], flip=False),
+        channels, image_size, _ = self.image_shape
+        read = partial(
+            read_picture,
+            image_size=image_size,
+            channels=channels,
+            crop=self.crop,
+            exif_rotation=self.exif_rotation,
         )
+        flip_seed = self.seed if self.flip else None
+        parts = ((train, flip_seed), (held_out, None))
+        self._images = tuple(
+            FolderImages(self.root, [paths[i] for i in part], labels[part], read=read, flip_seed=s)
+            for part, s in parts
+        )
+        return self._images[0], self._images[1]
 
     def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
         """A digest of the names and bytes of all files.
@@ -150,16 +157,13 @@ class ImageFolderData(ImageDataModule):
         Bytes are compared because times change in a copy and other images can have the same sizes.
         If names, sizes and times still match `known`, so do the bytes, and they are not read again.
         """
-        parts = (self.train_images, self.held_out_images)
-        facts = b"".join(part.file_facts() for part in parts)  # type: ignore[attr-defined]
-        times = hashlib.sha256(facts).hexdigest()[:16]
+        times = hashlib.sha256(b"".join(part.file_facts() for part in self._images)).hexdigest()[
+            :16
+        ]
         if times == known.get("times") and IMAGES_DIGEST in known:
             return {IMAGES_DIGEST: known[IMAGES_DIGEST], "times": times}
-        paths = [path for part in parts for path in part.paths]  # type: ignore[attr-defined]
-        names = b"".join(os.fsencode(path.relative_to(self.root)) + b"\0" for path in paths)
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the GIL
-            content = hashlib.sha256(b"".join(pool.map(_file_digest, paths))).hexdigest()
-        images = hashlib.sha256(names + content.encode()).hexdigest()[:16]
+        content = b"".join(part.file_digests() for part in self._images)
+        images = hashlib.sha256(content).hexdigest()[:16]
         if images == known.get(IMAGES_DIGEST):
             # Copied or touched, but unchanged: the identity must stay equal.
             times = known.get("times", times)
@@ -171,7 +175,7 @@ class ImageFolderData(ImageDataModule):
         if stage == "fit" and self.class_names and self.trainer is not None:
             path = run_folder(self.trainer) / "class_map.json"
             if self.trainer.is_global_zero:
-                _record_classes(path, self.class_names)
+                record_classes(path, self.class_names)
 
     def state_dict(self) -> dict[str, Any]:
         """The class names, and the settings that determine the images."""
@@ -189,26 +193,9 @@ class ImageFolderData(ImageDataModule):
         # Version 0.1 stored no settings and ignored EXIF orientation.
         super().load_state_dict({"settings": {"exif_rotation": False}, **state_dict})
 
-    def _number_classes(self, found: list[str]) -> None:
-        """Class names in the order of their numbers."""
-        names = sorted(set(found))
-        if self.class_map is not None and Path(self.class_map).exists():
-            known = read_class_map(self.class_map)
-            unknown = sorted(set(names) - set(known))
-            if unknown:
-                raise ConfigError(
-                    f"class_map: {self.class_map} must have the classes of {self.root}, found no "
-                    f"class {unknown[0]!r}"
-                )
-            names = known if found else []
-        elif self.class_map is not None:
-            write_class_map(self.class_map, names)
-        self.class_names = names
-        self.num_classes = len(names)
-
     def _whole_images(self, paths: list[Path]) -> list[int]:
         """Positions of the images that can be decoded."""
-        broken = {} if self.validate_images == "off" else _broken_images(paths)
+        broken = {} if self.validate_images == "off" else broken_images(paths)
         if broken:
             listed = "; ".join(list(broken.values())[:5])
             more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
@@ -218,112 +205,3 @@ class ImageFolderData(ImageDataModule):
             self.num_skipped = len(broken)
             warnings.warn(f"root: left out {report}", stacklevel=2)
         return [i for i, path in enumerate(paths) if path not in broken]
-
-
-class _FolderImages(ImageDataset):
-    """Image files, decoded when they are asked for."""
-
-    def __init__(
-        self, data: ImageFolderData, paths: list[Path], labels: Tensor, *, flip: bool
-    ) -> None:
-        self.paths = paths
-        self.labels = labels
-        self._root = data.root
-        self._channels, self._size, _ = data.image_shape
-        self._crop = data.crop
-        self._exif_rotation = data.exif_rotation
-        self._flip_seed = data.seed if flip else None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """The images at `indices`, mirrored where `is_flipped` says so."""
-        shape = (len(indices), self._size, self._size, self._channels)
-        pixels = np.empty(shape, dtype=np.uint8)
-        for row, index in enumerate(indices):
-            picture = read_picture(
-                self.paths[index],
-                image_size=self._size,
-                channels=self._channels,
-                crop=self._crop,
-                exif_rotation=self._exif_rotation,
-            )
-            pixels[row] = picture[:, ::-1] if is_flipped(self._flip_seed, epoch, index) else picture
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-        rows = torch.tensor(indices)
-        return Batch(images, self.labels[rows], rows)
-
-    def fingerprint(self) -> str:
-        """A hash of the files' names, sizes and times, and of how they are rotated and cropped.
-
-        To hash the pixels, a large folder would have to be decoded.
-        """
-        rule = f"{(self._channels, self._size, self._size)} {self._crop} {self._exif_rotation};"
-        return hashlib.sha256(rule.encode() + self.file_facts()).hexdigest()
-
-    def file_facts(self) -> bytes:
-        """Names, sizes and times, including the inode change time, which unpacking cannot set."""
-        facts = []
-        for path in self.paths:
-            found = path.stat()
-            name = os.fsencode(path.relative_to(self._root))  # need not be UTF-8
-            times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
-            facts.append(name + f"\0{times};".encode())
-        return b"".join(facts)
-
-
-def is_flipped(seed: int | None, epoch: int | None, index: int) -> bool:
-    """Whether the image at `index` is mirrored in `epoch`: a fair coin, keyed by these numbers.
-
-    Without a seed or an epoch it is not.
-    """
-    if seed is None or epoch is None:
-        return False
-    return bool(keyed_seed(seed, "flip", epoch, index) & 1)
-
-
-def _broken_images(paths: list[Path]) -> dict[Path, str]:
-    """Decode every image; returns the errors of those that fail.
-
-    With several ranks each decodes its share, and all return the errors of all.
-    """
-    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    mine = paths[dist.get_rank() :: ranks] if ranks > 1 else paths
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the GIL
-        faults = zip(mine, pool.map(_fault, mine), strict=True)
-        found = {path: fault for path, fault in faults if fault is not None}
-    if ranks == 1:
-        return found
-    parts: list[dict[Path, str]] = [{}] * ranks
-    dist.all_gather_object(parts, found)
-    return dict(sorted((k, v) for part in parts for k, v in part.items()))
-
-
-def _fault(path: Path) -> str | None:
-    try:
-        open_picture(path, channels=3)
-    except FileError as error:
-        return str(error)
-    return None
-
-
-def _file_digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _record_classes(path: Path, names: list[str]) -> None:
-    """Write a class map, but not over a file that may be somebody else's."""
-    try:
-        known = read_class_map(path) if path.exists() else None
-    except FileError:
-        known = []
-    if known is None:
-        write_class_map(path, names)
-    elif known != names:
-        warnings.warn(
-            f"{path}: has other classes and is not overwritten; this run's classes are in its "
-            "checkpoints",
-            stacklevel=2,
-        )

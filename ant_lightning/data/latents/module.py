@@ -9,7 +9,7 @@ import torch
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.dataset import ImageDataset
-from ant_lightning.data.image_folder import is_flipped
+from ant_lightning.data.folder_images import is_flipped
 from ant_lightning.data.latents.cache import read_index
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import ConfigError

@@ -1,0 +1,127 @@
+"""Image files as a data set: decoded on demand, and checked and identified as a whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ant_lightning.data.batch import Batch
+from ant_lightning.data.dataset import ImageDataset
+from ant_lightning.data.pictures import open_picture
+from ant_lightning.errors import FileError
+from ant_lightning.randomness import keyed_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FolderImages", "broken_images", "is_flipped"]
+
+
+class FolderImages(ImageDataset):
+    """Image files, decoded when they are loaded.
+
+    Args:
+        root: The folder.
+        paths: The files, below `root`.
+        labels: Class of each file, `[n]`.
+        read: `read_picture` with all settings but the path.
+        flip_seed: Seed of the mirrored images; `None` mirrors none.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: list[Path],
+        labels: Tensor,
+        *,
+        read: partial[np.ndarray],
+        flip_seed: int | None,
+    ) -> None:
+        self.root = root
+        self.paths = paths
+        self.labels = labels
+        self._read = read
+        self._flip_seed = flip_seed
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, indices: list[int], *, epoch: int | None) -> Batch:
+        """The images at `indices`, mirrored where `is_flipped` says so."""
+        pictures = [self._read(self.paths[index]) for index in indices]
+        for row, index in enumerate(indices):
+            if is_flipped(self._flip_seed, epoch, index):
+                pictures[row] = pictures[row][:, ::-1]
+        pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+        rows = torch.tensor(indices)
+        return Batch(pixels.float() / 127.5 - 1, self.labels[rows], rows)
+
+    def fingerprint(self) -> str:
+        """A hash of the files' names, sizes and times, and of how they are rotated and cropped.
+
+        To hash the pixels, a large folder would have to be decoded.
+        """
+        return hashlib.sha256(f"{self._read.keywords};".encode() + self.file_facts()).hexdigest()
+
+    def file_facts(self) -> bytes:
+        """Names, sizes and times, including the inode change time, which unpacking cannot set."""
+        facts = []
+        for path in self.paths:
+            found = path.stat()
+            name = os.fsencode(path.relative_to(self.root))  # need not be UTF-8
+            times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+            facts.append(name + f"\0{times};".encode())
+        return b"".join(facts)
+
+    def file_digests(self) -> bytes:
+        """Digests of the names and bytes of all files."""
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # hashing releases the GIL
+            return b"".join(pool.map(self._file_digest, self.paths))
+
+    def _file_digest(self, path: Path) -> bytes:
+        name = os.fsencode(path.relative_to(self.root))
+        with path.open("rb") as file:
+            return name + b"\0" + hashlib.file_digest(file, "sha256").digest()
+
+
+def is_flipped(seed: int | None, epoch: int | None, index: int) -> bool:
+    """Whether the image at `index` is mirrored in `epoch`: a fair coin, keyed by these numbers.
+
+    Without a seed or an epoch it is not.
+    """
+    if seed is None or epoch is None:
+        return False
+    return bool(keyed_seed(seed, "flip", epoch, index) & 1)
+
+
+def broken_images(paths: list[Path]) -> dict[Path, str]:
+    """Decode every image; returns the errors of those that fail.
+
+    With several ranks each decodes its share, and all return the errors of all.
+    """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    mine = paths[dist.get_rank() :: ranks] if ranks > 1 else paths
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the GIL
+        faults = zip(mine, pool.map(_fault, mine), strict=True)
+        found = {path: fault for path, fault in faults if fault is not None}
+    if ranks == 1:
+        return found
+    parts: list[dict[Path, str]] = [{}] * ranks
+    dist.all_gather_object(parts, found)
+    return dict(sorted((k, v) for part in parts for k, v in part.items()))
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        open_picture(path, channels=3)
+    except FileError as error:
+        return str(error)
+    return None
