@@ -16,7 +16,7 @@ from ant_lightning.balancing.low_memory import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.vmap import Vmap
 from ant_lightning.cli.parser import run
-from ant_lightning.models import module as multitask
+from ant_lightning.models import draws
 from ant_lightning.models.draws import step_noise
 
 pytestmark = [
@@ -57,7 +57,7 @@ def test_training_makes_the_parameters_of_the_cpu(method, tmp_path, monkeypatch)
     def noise(mine, shape, seed, step, device):  # as it is drawn on the CPU
         return step_noise(mine, shape, seed, step, torch.device("cpu")).to(device)
 
-    monkeypatch.setattr(multitask, "step_noise", noise)
+    monkeypatch.setattr(draws, "step_noise", noise)
     start = weights(tiny_fit.module(method))
     expected = trained(tmp_path / "cpu", method) - start
     found = trained(tmp_path / "gpu", method, **GPU) - start

@@ -22,7 +22,7 @@ from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.low_memory import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
-from ant_lightning.models import module as multitask
+from ant_lightning.models import draws
 from ant_lightning.models.draws import step_noise
 
 MOST = {"pcgrad": 0, "nash": 1}
@@ -121,7 +121,7 @@ def test_a_training_step_waits_for_a_gpu_no_more_than_its_gradients_do(name, tmp
     def noise(mine, shape, seed, step, device):  # generators there are none of
         return Remote(step_noise(mine, shape, seed, step, torch.device("cpu")))
 
-    monkeypatch.setattr(multitask, "step_noise", noise)
+    monkeypatch.setattr(draws, "step_noise", noise)
     with gpu:
         (optimizer,), _ = module.configure_optimizers()
         monkeypatch.setattr(module, "optimizers", lambda: optimizer)
