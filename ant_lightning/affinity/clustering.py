@@ -104,6 +104,7 @@ def spread_affinity(
         [1.0, 1.0, 0.25, 0.25]
     """
     grid = torch.as_tensor(timesteps).double()
+    # `searchsorted` puts a timestep in the middle of two grid points to the lower one.
     nearest = torch.searchsorted((grid[1:] + grid[:-1]) / 2, torch.arange(num_timesteps).double())
     return affinity.cpu().double()[nearest][:, nearest]
 

@@ -48,7 +48,7 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
     }
     for panel, (title, values) in zip(top, maps.items(), strict=True):
         mesh = panel.pcolormesh(edges, edges, values.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-        panel.set_facecolor("0.8")
+        panel.set_facecolor("0.8")  # shows where an entry is NaN
         panel.set_title(title, fontsize=9)
         panel.set_ylabel(NOISE_AXES[axis])
         panel.set_box_aspect(1)
@@ -87,6 +87,7 @@ def affinity_curves(result: AffinityResult, *, num_bins: int = 20) -> Figure:
             "corrected": (result.corrected, "tab:orange"),
         }
         for label, (values, color) in curves.items():
+            # No curve without a finite pair: every corrected estimate may be NaN.
             if bool(values.triu(diagonal=1).nan_to_num().any()):
                 positions = _positions(result, axis)
                 low = _curve(panel, values, positions, label=label, color=color, num_bins=num_bins)

@@ -107,6 +107,7 @@ class AffinityResult:
         """Approximate standard error of `corrected`; checkpoints count as independent."""
         errors = corrected_standard_error(self.half_dots)
         counts = (~errors.isnan()).sum(0)
+        # Of a mean of `counts` independent estimates: sqrt(sum e²) / counts.
         mean = errors.square().nansum(0).sqrt() / counts.clamp(min=1)
         return torch.where(counts > 0, mean, torch.nan)
 
@@ -198,6 +199,7 @@ class AffinityResult:
                 one, two = getattr(first, name), getattr(other, name)
                 if one != two:
                     raise ConfigError(f"results: must have equal {name}, found {one} and {two}")
+            # Cosines of two schedules at one timestep belong to different noise levels.
             if not _equal_schedules(first.log_snr, other.log_snr):
                 raise ConfigError("results: must have equal log_snr, found different schedules")
         return replace(
@@ -250,6 +252,7 @@ def read_affinity_file(path: str | Path, *names: str) -> tuple[dict[str, Tensor]
             sides = [side if isinstance(side, int) else None for side in shape]
             kinds = "iuf" if dtype.is_floating_point else "iu"
             tensors[name] = torch.from_numpy(file.read(name, shape=sides, kinds=kinds)).to(dtype)
+        # A file that somebody wrote for clustering has no more than it needs.
         entries = {name: file.number(name) for name in _NUMBERS if name in file}
         entries["model"] = file.text("model") if "model" in file else ""
         entries["num_timesteps"] = file.number("num_timesteps")

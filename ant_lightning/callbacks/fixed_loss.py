@@ -93,6 +93,7 @@ class MeasuringCallback(RunCallback):
             batch_size=self.batch_size,
             seed=self.seed_of(pl_module),
         )
+        # In `fit` the backbone has the live weights, in a validation the averages.
         ema = callback_of(trainer, EMA)
         live = nullcontext() if ema is None else ema.live(pl_module)
         training = pl_module.backbone.training
@@ -220,7 +221,7 @@ def batched_losses(
         steps = timesteps[part]
         unweighted = torch.zeros(len(steps), device=device)
         with pl_module.trainer.precision_plugin.forward_context():
-            with torch.no_grad():
+            with torch.no_grad():  # the first stage is not measured
                 x_start = pl_module.encode(batch)
             draws = Draws(
                 steps.to(device),
@@ -230,7 +231,7 @@ def batched_losses(
             )
             losses = pl_module.losses(x_start, draws, unweighted=unweighted)
             weighted = losses(torch.arange(len(steps), device=device))
-        yield weighted, unweighted
+        yield weighted, unweighted  # and free its graph before the next batch
 
 
 def measurement_bar(trainer: L.Trainer, description: str, **settings: Any) -> tqdm:

@@ -143,6 +143,8 @@ class TimestepClusters:
         Raises:
             ConfigError: As `counts`.
         """
+        # One draw of counts and one uniform number for each sample, in float64: clusters of a
+        # million timesteps would show the grid of float32.
         counts = self.counts(batch_size, generator=generator, allocation=allocation)
         tasks = _numbered(counts.cumsum(0), batch_size)
         uniform = torch.rand(

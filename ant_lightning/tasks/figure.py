@@ -37,6 +37,7 @@ def importance_density(clusters: TimestepClusters) -> NDArray[np.float64]:
     With equally many samples for every cluster it is `T / (k |I_i|)` for t in I_i; its mean is 1.
     """
     sizes = clusters.sizes.numpy()
+    # Timestep t of task i has the probability 1 / (k |I_i|), with uniform sampling 1 / T.
     density: NDArray[np.float64] = np.repeat(
         clusters.num_timesteps / (clusters.num_tasks * sizes.astype(np.float64)), sizes
     )

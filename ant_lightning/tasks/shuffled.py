@@ -46,6 +46,7 @@ class ShuffledClusters(TimestepClusters):
     def task_of(self, timesteps: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Task of each timestep, same shape and device."""
         super().task_of(timesteps)  # checks them
+        # The inverse permutation: the place of each timestep.
         places = torch.tensor(self.order, device=timesteps.device).argsort()
         return super().task_of(places[timesteps])
 

@@ -42,6 +42,7 @@ def transfer_gap_bars(results: Mapping[str, TransferGapResult]) -> Figure:
         row[0].set_ylabel(f"{label}\n(below 0: negative transfer)", fontsize=9)
         for panel, budget in zip(row, first.budgets, strict=True):
             _bars(panel, results, kind, budget)
+    # Titles on the top row and timesteps on the bottom row only: panels share their axes.
     for panel, budget in zip(panels[0], first.budgets, strict=True):
         same = _SAME.get(budget, budget)
         panel.set_title(f"specialists matched by {budget}: {same}", fontsize=9)
@@ -65,6 +66,7 @@ def _bars(panel: Axes, results: Mapping[str, TransferGapResult], kind: str, budg
         middle, low, high = estimates.T
         at = np.arange(len(gaps)) + (place - (len(results) - 1) / 2) * width
         panel.bar(at, middle, width, color=colors[place], label=name)
+        # Without resamples the ends are NaN: no error bar.
         errors = np.nan_to_num(np.stack([middle - low, high - middle])).clip(min=0)
         panel.errorbar(at, middle, errors, fmt="none", ecolor="0.25", elinewidth=1, capsize=2)
         labels = [f"{gap.start}-{gap.stop - 1}" for gap in gaps]

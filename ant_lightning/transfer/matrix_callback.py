@@ -90,6 +90,7 @@ class TransferMatrix(MeasuringCallback):
                 lr=self.lr,
                 num_tasks=pl_module.num_tasks,
             )
+        # The diagonal is left out: a step harms its own task only if `lr` is too large.
         harmful = (self.matrix < 0) & ~torch.eye(len(self.matrix), dtype=torch.bool)
         pl_module.log("transfer/harmful_pairs", float(harmful.sum()), rank_zero_only=True)
         if not trainer.is_global_zero:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["IntervalGap", "TransferGapResult"]
 
-_MAX_BYTES = 2**24
+_MAX_BYTES = 2**24  # a row has some kilobytes
 Row = TypeVar("Row", "IntervalGap", "TransferGapResult")
 _UNKNOWN = GapEstimate(math.nan, math.nan, math.nan)
 
@@ -26,7 +26,7 @@ _UNKNOWN = GapEstimate(math.nan, math.nan, math.nan)
 class IntervalGap:
     """Both gaps of one interval and one specialist.
 
-    A further column is a field here and a value in `NegativeTransferGap`; files follow.
+    A new column is a field with a default here, and a value in `NegativeTransferGap`.
 
     Attributes:
         start: First timestep of the interval.
@@ -148,6 +148,8 @@ def _read(kind: type[Row], row: Mapping[str, Any]) -> Row:
     values = {}
     # Types are texts here: annotations are not evaluated.
     for field in fields(kind):  # type: ignore[arg-type]
+        if field.name not in row and field.default is not MISSING:
+            continue  # a column that is newer than the row
         value = row[field.name]
         if field.type in ("int", "str"):
             if type(value).__name__ != field.type:

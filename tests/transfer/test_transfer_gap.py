@@ -121,6 +121,17 @@ def test_a_result_survives_its_file_and_its_row(tmp_path):
     assert measured.gaps[0].relative_loss_gap.low == pytest.approx(-0.3)
 
 
+def test_a_row_without_columns_that_came_later_is_read():
+    row = result().row()
+    for gap in row["gaps"]:
+        del gap["fid_gap"]
+    gaps = TransferGapResult.from_row(row).gaps
+    assert all(math.isnan(gap.fid_gap.value) for gap in gaps)
+    del row["gaps"][0]["loss_gap"]
+    with pytest.raises(ConfigError, match="loss_gap"):
+        TransferGapResult.from_row(row)
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "text.json").write_text("no")
     (tmp_path / "other.json").write_text(json.dumps({**result().row(), "num_images": "3"}))
