@@ -48,6 +48,7 @@ def check_batch(batch: object) -> None:
             "batch: must be an ant_lightning.Batch, so let the data set return "
             f"Batch(image, label, index), found a {type(batch).__name__}{inside}"
         )
+    # Dtypes and shapes alone: values would have to be copied from an accelerator.
     images, labels, indices = batch
     if not images.is_floating_point():
         raise ConfigError(f"batch.images: must be floating point in [-1, 1], found {images.dtype}")

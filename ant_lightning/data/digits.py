@@ -71,6 +71,7 @@ class DigitsData(ImageDataModule):
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Training and held-out images."""
         images, labels = load_digits()
+        # A split of its own seed: runs with different seeds hold out the same images.
         order = torch.randperm(
             len(images), generator=keyed_generator(self.split_seed, "digits split")
         )

@@ -107,6 +107,7 @@ def broken_images(paths: list[Path]) -> dict[Path, str]:
 
     With several ranks each decodes its share, and all return the errors of all.
     """
+    # `setup` runs on every rank after the processes have met.
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     mine = paths[dist.get_rank() :: ranks] if ranks > 1 else paths
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the GIL
@@ -114,7 +115,7 @@ def broken_images(paths: list[Path]) -> dict[Path, str]:
         found = {path: fault for path, fault in faults if fault is not None}
     if ranks == 1:
         return found
-    parts: list[dict[Path, str]] = [{}] * ranks
+    parts: list[dict[Path, str]] = [{}] * ranks  # filled by all_gather_object
     dist.all_gather_object(parts, found)
     return dict(sorted((k, v) for part in parts for k, v in part.items()))
 

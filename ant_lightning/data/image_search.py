@@ -58,7 +58,7 @@ def find_images(
         raise ConfigError(f"{setting}: must hold images ({kinds}), found none in {folder}{others}")
     if skipped:
         rank_zero_warn(f"{setting}: skipped {skipped}")
-    flat = [path for path in paths if path.parent == folder]
+    flat = [path for path in paths if path.parent == folder]  # in no folder of a class
     if labels == "none" or (labels == "auto" and len(flat) == len(paths)):
         return paths, []
     if flat:
@@ -68,6 +68,7 @@ def find_images(
         )
     names = [path.relative_to(folder).parts[0] for path in paths]
     without = sorted(set(content.folders) - set(names))
+    # A class that lost its images by a mistake would otherwise vanish silently.
     if without:
         why = content.skipped(below=folder / without[0]) or "it holds no picture files"
         raise ConfigError(
@@ -121,6 +122,7 @@ def _search(root: Path, setting: str) -> _Content:
         folder = folder_links.pop(0) if is_link else folders.pop()
         real = os.path.realpath(folder)
         above = (top, os.path.realpath(folder.parent)) if is_link else ()
+        # A link to a parent would search the whole tree again below it.
         if real in seen or any(Path(each).is_relative_to(real) for each in above):
             content.repeats.append(folder)
             continue
@@ -138,6 +140,7 @@ def _search(root: Path, setting: str) -> _Content:
                 images[os.path.join(real, entry.name)] = path
             elif path.suffix.lower() not in _TEXT:
                 content.others.append(path)
+    # Last, because a link must not take the place of the file it leads to.
     for path in file_links:
         if images.setdefault(os.path.realpath(path), path) is not path:
             content.repeats.append(path)

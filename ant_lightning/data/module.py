@@ -125,6 +125,7 @@ class ImageDataModule(L.LightningDataModule):
         rank, world_size = self._ranks()
         return evaluation_loader(
             self.held_out_images,
+            # Training's batches fit into memory; a rank gets its share of them here too.
             batch_size=max(1, self.batch_size // world_size),
             rank=rank,
             world_size=world_size,
@@ -145,7 +146,7 @@ class ImageDataModule(L.LightningDataModule):
                 "or batches of indices in place of the data: DataLoader(range(8), batch_size=4)"
             )
         batches = self.predict_indices()
-        own = RankKeys(range(len(batches)))
+        own = RankKeys(range(len(batches)))  # each rank was given its own batches
         return DataLoader(batches, batch_size=None, sampler=own, collate_fn=list)  # type: ignore[arg-type]
 
     def pixels(

@@ -33,7 +33,9 @@ if features.check("avif"):
 if features.check("jpg_2000"):
     _FORMATS["JPEG2000"] = (".jp2", ".j2k")
 SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
+# Pillow's modes without colour.
 _GREY = frozenset({"1", "L", "LA", "I", "I;16", "I;16B"})
+# By the value of the EXIF orientation tag; 1 and unknown values turn nothing.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -64,6 +66,7 @@ def read_picture(
     """
     picture = open_picture(path, channels=channels, exif_rotation=exif_rotation)
     size = (image_size, image_size)
+    # As in guided-diffusion's `center_crop_arr`: box filters halve, bicubic does the rest.
     if crop == "center_adm":
         while min(picture.size) >= 2 * image_size:
             half = (picture.width // 2, picture.height // 2)
@@ -93,11 +96,11 @@ def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Im
     """
     try:
         with Image.open(path, formats=_formats(path)) as file:
-            file.load()
+            file.load()  # decodes here, where errors are caught
             picture = _in_8_bits(file, "RGB" if channels == 3 else "L")
             turn = _turn(file) if exif_rotation else None
             return picture if turn is None else picture.transpose(turn)
-    except Exception as error:  # Pillow reports damage by any error, or not before numbers misfit
+    except Exception as error:  # damage makes Pillow raise errors of many kinds
         raise FileError(f"{path}: cannot be decoded, truncated or damaged ({error})") from error
 
 
@@ -133,6 +136,7 @@ def _in_8_bits(file: Image.Image, mode: str) -> Image.Image:
         values = np.asarray(file)
         if int(values.max()) > 65535 or int(values.min()) < 0:
             raise ValueError(f"must have 8 or 16 bits, found the value {values.max()}")
+        # 65535 becomes 255.
         picture = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
     elif file.mode == "F":
         raise ValueError("must have 8 or 16 bits, found floats")

@@ -33,6 +33,7 @@ def differences(
     the value "nothing" there. If a name differs (another class, say), names below it are not
     listed: `model.optimization.optimizer` stands for `model.optimization.optimizer.lr`.
     """
+    # Through JSON and back, so that a tuple equals the list that was read.
     stored, current = json.loads(json.dumps(dict(stored))), json.loads(json.dumps(dict(current)))
     names = [*current, *(name for name in stored if name not in current)]
     pairs = {name: (stored.get(name, "nothing"), current.get(name, "nothing")) for name in names}

@@ -27,7 +27,7 @@ def read_json(path: str | Path, *, kind: type[Content]) -> Content:
         content = json.loads(path.read_text(encoding="utf8")) if size <= _MAX_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
         # ValueError: bytes that are not text, text that is not JSON, numbers without end.
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error  # the path is said already
         raise FileError(f"{path}: must be a JSON file, found: {reason}") from error
     if size > _MAX_BYTES:
         raise FileError(f"{path}: must have at most {_MAX_BYTES} bytes, found {size}")

@@ -44,6 +44,7 @@ class NpzFile:
         self._path, self._archive = path, archive
         entries = archive.infolist()
         self._entries = {entry.filename.removesuffix(".npy"): entry for entry in entries}
+        # Entries that overlap are a way to unpack a small file to petabytes.
         packed = sum(entry.compress_size for entry in entries)
         if len(entries) > _MAX_ARRAYS or packed > path.stat().st_size:
             raise ValueError(f"{len(entries)} arrays of {packed} bytes")
@@ -116,6 +117,7 @@ class NpzFile:
         entry = self._entries[name]
         with self._archive.open(entry) as stream:
             header = _read_header(stream)
+            # What the header claims must be what the entry holds.
             size = stream.tell() + math.prod(header.shape) * header.dtype.itemsize
         if header.dtype.kind not in "biufU" or min(header.shape, default=0) < 0:
             raise ValueError(f"{name} of {header.dtype}, shape {header.shape}: no plain numbers")

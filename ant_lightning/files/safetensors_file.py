@@ -28,6 +28,7 @@ def write_tensors(
     from safetensors.torch import save  # noqa: PLC0415 - other formats do without
 
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # As bytes: safetensors' own writer neither flushes nor keeps the usual permissions.
     content = save(on_cpu, metadata={_KEY: json.dumps(metadata)})
     write_atomically(Path(path), lambda file: file.write(content))
 

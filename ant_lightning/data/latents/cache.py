@@ -102,6 +102,7 @@ class Shard:
         n, index = self.num_images, self.index
         shape = (n, index.views, *index.moments_shape)
         expected = {"moments": (getattr(torch, index.dtype), shape), "labels": (torch.int64, (n,))}
+        # Nothing is read but the header: tensors are pages of the file.
         try:
             tensors, _ = read_tensors(self._path(folder), expected, self._metadata)
         except FileError as error:

@@ -27,7 +27,7 @@ class LatentsData(ImageDataModule):
     """Moments of a first stage from a cache that `ant-lightning encode` wrote.
 
     The batches' images are moments, from which the module draws a latent in every step; its first
-    stage, if it has one, must be the one of the cache. `LatentWriter` has an example.
+    stage, if it has one, must be the one of the cache.
 
     Args:
         cache: Folder of the cache.
@@ -43,6 +43,21 @@ class LatentsData(ImageDataModule):
 
     Raises:
         ConfigError: If the cache is incomplete or damaged, or of other images than `images`.
+
+    Example:
+        >>> import tempfile
+        >>> from ant_lightning import LatentsData, LatentSpace, LatentWriter, ShapesData
+        >>> class Subsampling:  # stands for a `FirstStage`
+        ...     space = LatentSpace(kind="vq", scale=1.0, shift=0.0, fingerprint="", source="")
+        ...     moments_shape = staticmethod(lambda shape: (shape[0], shape[1] // 4, shape[2] // 4))
+        ...     encode_moments = staticmethod(lambda images: images[:, :, ::4, ::4])
+        >>> images = ShapesData(image_size=16, num_images=6, num_held_out=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = LatentWriter(folder).write(images, Subsampling())
+        ...     data = LatentsData(folder, batch_size=3, images=images)
+        ...     batches = [batch.images.shape for batch in data.train_dataloader()]
+        >>> data.moments_shape, batches
+        ((3, 4, 4), [torch.Size([3, 3, 4, 4]), torch.Size([3, 3, 4, 4])])
     """
 
     settings_determine_images = True
@@ -71,6 +86,7 @@ class LatentsData(ImageDataModule):
         """Map the shards of both splits, and compare the cache with `images`."""
         if self.images is not None:
             self._check_images(self.images)
+        # Without mirrored moments in the cache every image stays as it is.
         seed = self.seed if self.flip and self.index.views == 2 else None
         real = None if self.images is None else self.images.train_images
         held_out = None if self.images is None else self.images.held_out_images
@@ -123,6 +139,7 @@ class _CachedMoments(ImageDataset):
             view = int(is_flipped(self._flip_seed, epoch, index))
             moments.append(self._moments[shard][position, view])
         rows = torch.tensor(indices)
+        # Only here are the pages of the mapped files read.
         return Batch(torch.stack(moments).float(), self.labels[rows], rows)
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
