@@ -44,7 +44,7 @@ def first_look(arguments: Sequence[str]) -> None:
     if command == "report":
         for folder in args:
             if not folder.startswith("-") and not Path(folder).is_dir():
-                raise ConfigError(f"report: must be the log folder of a run, found {folder}")
+                raise ConfigError(f"{folder}: must be the log folder of a run")
         return
     _check_command(command, args)
     known = top_settings(command)

@@ -9,7 +9,7 @@ from ant_lightning.files.identity import differences
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["changed_settings", "trained_settings"]
+__all__ = ["changed_settings", "flat_settings", "trained_settings"]
 
 _GROUPS = ("seed_everything", "ema", "data", "model")
 # These change speed, files or how images are drawn, but not what is trained.
@@ -38,7 +38,7 @@ def changed_settings(
 
     Settings that only one side has, because another version of this package wrote it, are ignored.
     """
-    then, now = _flat(trained_settings(stored)), _flat(trained_settings(current))
+    then, now = flat_settings(trained_settings(stored)), flat_settings(trained_settings(current))
     both = then.keys() & now.keys()
     changed = differences(
         {name: then[name] for name in then if name in both},
@@ -51,7 +51,7 @@ def _is_neutral(name: str) -> bool:
     return name in _NEUTRAL or name.startswith(tuple(f"{each}." for each in _NEUTRAL))
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 - whatever YAML holds
+def flat_settings(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 - whatever YAML holds
     """Flatten nested settings to `model.optimization.optimizer.lr: 0.1`.
 
     `model.optimization.optimizer` holds the class.
@@ -64,7 +64,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 - whate
         found[name] = _class(str(inner.pop("class_path")))
         inner = {**(inner.get("init_args") or {}), **(inner.get("dict_kwargs") or {})}
     for key, each in inner.items():
-        found |= _flat(each, f"{name}.{key}" if name else str(key))
+        found |= flat_settings(each, f"{name}.{key}" if name else str(key))
     return found
 
 

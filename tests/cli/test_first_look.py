@@ -78,7 +78,7 @@ MORE = {
     "option of encode": (["encode", "--cache.shard=3"], ["cache.shard: ", "'cache.shard_size'"]),
     "option of another command": (["encode", "--ema.decay=0.9"], ["ema: ", "no such"]),
     "data of encode": (["encode", "--data=ant_lightning.data.DigitData"], ["DigitsData"]),
-    "report": (["report", "/nope"], ["report: must be the log folder of a run", "/nope"]),
+    "report": (["report", "/nope"], ["/nope: must be the log folder of a run"]),
     "encode without its config": (["encode", "--config=/nope"], ["config", "found nothing"]),
 }
 FILES = {

@@ -225,8 +225,8 @@ COMMANDS = {
     ),
     "encode by what is not there": (ENCODE, "first_stage.source: no such file or folder"),
     "encode by a folder": (["encode", f"--config={CONFIGS}"], "config: must be a YAML file"),
-    "report nothing": (["report"], "report: the following arguments are required: folders"),
-    "report what is not there": (["report", "/nope"], "report: must be the log folder of a run"),
+    "report nothing": (["report"], "report: needs the log folders of runs, found none"),
+    "report what is not there": (["report", "/nope"], "/nope: must be the log folder of a run"),
 }
 
 

@@ -11,13 +11,13 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from ant_lightning import ConfigError, CosineSchedule, DiscreteDiffusion, TransferGapResult
+from ant_lightning.cli.curves import read_curves
 from ant_lightning.cli.main import main as ant_lightning
 from ant_lightning.cli.report import write_report
 from ant_lightning.transfer.gap import GapEstimate
 from ant_lightning.transfer.result import IntervalGap
 from studies.ntg import gap_results, gap_table, main as ntg_main, mean_table
 from studies.results import append_row, read_rows
-from studies.run_curves import read_curves
 from studies.study import Study
 from studies.tables import TableRows, main, poster_tables, tables_study
 from studies.text_table import TextTable
@@ -274,6 +274,8 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
         assert f"(report_{name}.png)" in text
         assert (tmp_path / f"report_{name}.png").stat().st_size > 5000
     assert "(1_samples_grid.png)" in text
-    with pytest.raises(ConfigError, match=r"must be the log folder of a run, with config\.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"must be the log folder of a run, found no config\.yaml"
+    ):
         write_report(tmp_path / "checkpoints")
     assert ant_lightning(["report", str(tmp_path / "checkpoints")]) == 2

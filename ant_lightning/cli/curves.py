@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import TYPE_CHECKING
 
-import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
-
-    from matplotlib.axes import Axes
 
 __all__ = ["Curve", "curves_figure", "read_curves"]
 
@@ -37,26 +31,22 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     Of a step that was logged more than once (a resumed run) the last value is kept.
     """
     from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - slow
-        LegacyEventFileLoader,
+        EventFileLoader,
     )
     from tensorboard.util.tensor_util import make_ndarray  # noqa: PLC0415
 
     found: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("events.out.tfevents*")):
-        for event in LegacyEventFileLoader(str(path)).Load():
+        for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.WhichOneof("value") == "simple_value":
-                    number = value.simple_value
-                elif value.metadata.plugin_data.plugin_name == "scalars":
+                if value.metadata.plugin_data.plugin_name == "scalars":
                     number = float(make_ndarray(value.tensor))
-                else:
-                    continue
-                found.setdefault(value.tag, {})[event.step] = number
+                    found.setdefault(value.tag, {})[event.step] = number
     return {name: sorted(points.items()) for name, points in found.items()}
 
 
 def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:
-    """A panel for each subject of which there are curves; None if there is none."""
+    """A panel for each subject of which there are curves; `None` if there is none."""
     chosen = {
         title: [name for name in sorted(curves) if re.fullmatch(pattern, name)]
         for title, pattern in _PANELS.items()
@@ -65,35 +55,23 @@ def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:
     if not shown:
         return None
     columns = min(3, len(shown))
-    rows = math.ceil(len(shown) / columns)
+    rows = -(-len(shown) // columns)
     figure = Figure(figsize=(4 * columns, 3.1 * rows), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, (title, names) in zip(axes, shown.items(), strict=False):
-        _panel(axis, title, names, curves)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
+    for axis, (title, names) in zip(axes, shown.items(), strict=False):
+        for name in names:
+            steps, values = zip(*curves[name], strict=True)
+            label = name.split("/")[1].replace("_", " ") if "task_" in name else name
+            axis.plot(
+                steps, values, marker="o" if len(steps) < 20 else "", markersize=3, label=label
+            )
+        if all(value > 0 for name in names for _, value in curves[name]):
+            axis.set_yscale("log")
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.tick_params(labelsize=7, which="both")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=6, framealpha=0.6)
     return figure
-
-
-def _panel(axis: Axes, title: str, names: Sequence[str], curves: Mapping[str, Curve]) -> None:
-    colors = colormaps["viridis"](np.linspace(0, 0.85, len(names)))
-    lowest = math.inf
-    for name, color in zip(names, colors, strict=True):
-        steps, values = zip(*curves[name], strict=True)
-        marker = "o" if len(steps) < 20 else ""
-        task = re.search(r"task_\d+", name)
-        label = task.group().replace("_", " ") if task else name
-        axis.plot(
-            steps, values, marker=marker, markersize=3, linewidth=1.2, color=color, label=label
-        )
-        lowest = min(lowest, *values)
-    if lowest > 0:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_title(title, fontsize=9)
-    axis.set_xlabel("optimizer step", fontsize=8)
-    axis.tick_params(labelsize=7, which="both")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=6, framealpha=0.6)
