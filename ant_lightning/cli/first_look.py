@@ -46,7 +46,6 @@ def first_look(arguments: Sequence[str]) -> None:
             if not folder.startswith("-") and not Path(folder).is_dir():
                 raise ConfigError(f"{folder}: must be the log folder of a run")
         return
-    _check_command(command, args)
     known = top_settings(command)
     for path in config_paths(args):
         check_config_file(path, known=known)
@@ -73,14 +72,6 @@ def first_look(arguments: Sequence[str]) -> None:
     missing = [name for name in ("data", "model") if settings.get(name) is None]
     if missing and command != "encode" and not set(args) & set(_FLAGS):
         raise ConfigError(needed(", ".join(missing)))
-
-
-def _check_command(command: str, args: Sequence[str]) -> None:
-    if command == "test" and any(arg.partition("=")[0] == "--images" for arg in args):
-        raise ConfigError(
-            "images: `ant-lightning score --images FOLDER|FILE.npz` scores stored images, found "
-            "the option of test in ant_lightning 0.1"
-        )
 
 
 def top_settings(command: str) -> list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ant_lightning.cli.first_look import first_look
@@ -48,7 +49,8 @@ Configs are merged from left to right: a base, then one fragment for each choice
   ant-lightning fit --config ... --print_config        the merged config, without running it
 """
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-COMMANDS = ("fit", "validate", "test", "predict", "score", "encode", "report")
+OTHERS = ("encode", "report", "score")  # a module each; the rest are the Trainer's
+COMMANDS = ("fit", "validate", "test", "predict", *OTHERS)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -59,7 +61,8 @@ def main(args: Sequence[str] | None = None) -> int:
         that was told to stop and left a checkpoint to resume from (130 for Ctrl-C).
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    if not arguments or arguments[0] in {"-h", "--help"}:
+    asked = arguments[:2] if arguments[:1] == ["report"] else arguments[:1]
+    if not arguments or {"-h", "--help"}.intersection(asked):
         print(HELP)
         return 0
     if arguments[0] not in COMMANDS:
@@ -80,22 +83,16 @@ def _run(arguments: Sequence[str]) -> int:
     # Imported here: 6 s that help must not wait for.
     from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: PLC0415
 
-    from ant_lightning.cli.encode import run_encode  # noqa: PLC0415
-    from ant_lightning.cli.parser import run  # noqa: PLC0415
-    from ant_lightning.cli.report import run_report  # noqa: PLC0415
-    from ant_lightning.cli.score import run_score  # noqa: PLC0415
     from ant_lightning.data.workers import dead_worker  # noqa: PLC0415
     from ant_lightning.runtime.rank_watch import first_failure  # noqa: PLC0415
 
+    command = arguments[0]
     try:
-        if arguments[0] == "report":
-            run_report(arguments[1:])
-        elif arguments[0] == "score":
-            run_score(arguments[1:])
-        elif arguments[0] == "encode":
-            run_encode(arguments[1:])
+        if command in OTHERS:
+            module = import_module(f"ant_lightning.cli.{command}")
+            getattr(module, f"run_{command}")(arguments[1:])
         else:
-            run(arguments)
+            import_module("ant_lightning.cli.parser").run(arguments)
     except (CheckpointWriteError, DataLoadingError, DivergedRanksError, NonFiniteError) as error:
         return _fail(str(error), 1)
     except SIGTERMException as error:

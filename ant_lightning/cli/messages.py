@@ -28,14 +28,14 @@ _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 _NOISE = ("Expected a <class 'NoneType'>", "Expected a <class 'str'>", "Expected a path but")
 
 
-def first_config_error(error: BaseException) -> ConfigError:
+def first_config_error(error: BaseException, options: Iterable[str] = ()) -> ConfigError:
     """Our own error if the parser wrapped one, else the parser's as one of ours."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, ConfigError):
             return seen
         seen = seen.__cause__ or seen.__context__
-    return ConfigError(one_line(str(error)))
+    return ConfigError(one_line(str(error), options))
 
 
 def one_line(message: str, options: Iterable[str] = ()) -> str:

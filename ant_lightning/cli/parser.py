@@ -47,7 +47,7 @@ from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.quiet import keep_quiet
 from ant_lightning.runtime.run_record import RunRecord, remove_empty_run
-from ant_lightning.runtime.settings import changed_settings, trained_settings
+from ant_lightning.runtime.settings import changed_settings, flat_settings, trained_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,17 +100,11 @@ class AntCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""
-        subparser = self._subcommand_parsers[args[0]]
-        known = sorted({action.dest.split(".")[0] for action in subparser._actions} - {"help"})
-        for path in config_paths(args):
-            check_config_file(path, known=known)
+        options = self._subcommand_parsers[args[0]]._option_string_actions
         try:
             self.config = parser.parse_args(args)
-        except ArgumentError as error:
-            options = subparser._option_string_actions
-            raise ConfigError(one_line(str(error), options)) from error
         except Exception as error:  # only the parser runs here, so it is the arguments
-            raise first_config_error(error) from error
+            raise first_config_error(error, options) from error
         config = self.config[args[0]]
         for name in ("trainer", "ema", "checkpoint", "samples"):
             if not isinstance(config.get(name), Namespace):
@@ -166,33 +160,20 @@ class AntCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
         self.paths.settings = config = self.config[self.command]
-        content = _read_checkpoint(config)
+        path = str(config.ckpt_path or "last")
+        named = path != "last" and "://" not in path
+        content = read_whole_checkpoint(Path(path)) if named else None  # or it is refused
         check_trainer_settings(config.trainer)
         # As the user gave it: starting from the record must create a new run in a new folder.
         self._dump_config()
         given = config.clone()
         if content is not None and self.command == "fit":
-            _say_changes(content, Path(config.ckpt_path), self.config_dump)
+            _say_changes(content, Path(path), self.config_dump)
         self.run_folder = choose_run_folder(config, self.command, self.config_dump, content)
-        local = config.ckpt_path and "://" not in config.ckpt_path
-        evaluated = str(Path(config.ckpt_path).absolute()) if local else config.ckpt_path
+        is_local = config.ckpt_path and "://" not in config.ckpt_path
+        evaluated = str(Path(config.ckpt_path).absolute()) if is_local else config.ckpt_path
         given.ckpt_path = None if self.command == "fit" else evaluated
         self._record = self._parser(self.command).dump(given, skip_none=False)
-
-
-def _read_checkpoint(config: Any) -> dict[str, Any] | None:  # noqa: ANN401 - a namespace of the parser
-    """Refuse a checkpoint that is damaged or would run code, before anything starts.
-
-    Returns:
-        Its content, or None if no local file is named.
-
-    Raises:
-        ConfigError: Naming the setting or the file.
-    """
-    path = config.get("ckpt_path")
-    if not path or path == "last" or "://" in path:
-        return None
-    return read_whole_checkpoint(Path(path))
 
 
 # The module compares and applies these itself, in `resume_with_settings`.
@@ -207,21 +188,16 @@ _MODULES_OWN = (
 _START_ONLY = ("model.init_from", "model.init_weights")
 
 
-def _has_pcgrad(config: dict[str, Any]) -> bool:
-    balancer = (config["model"].get("init_args", {}).get("tasks") or {}).get("balancer") or {}
-    return str(balancer.get("class_path")).endswith(".PCGrad")
-
-
 def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) -> None:
     """Print one line for each setting that differs from the resumed run's."""
     stored = stored_settings(content, path)
     if stored is None or getattr(rank_zero_only, "rank", None):
         return
+    balancer = flat_settings(config).get("model.tasks.balancer")
     for name, pair in changed_settings(stored, config).items():
         if not name.startswith(_MODULES_OWN):
-            kept = name in _START_ONLY or (
-                name == "model.tasks.balancer.seed" and _has_pcgrad(config)
-            )
+            is_drawn = name == "model.tasks.balancer.seed" and balancer == "PCGrad"
+            kept = is_drawn or name in _START_ONLY
             effect = "has no effect in a resumed run" if kept else "from now on"
             say_changed({name: pair}, effect=effect)
 

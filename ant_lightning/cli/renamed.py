@@ -25,6 +25,7 @@ _CLASSES = {"DiffusionProcess": "DiscreteDiffusion", "ReferenceStatistics": "Ima
 _OPTIONS = {
     "optimizer": "model.optimization.optimizer",  # where Lightning's own command line has them
     "lr_scheduler": "model.optimization.lr_scheduler",
+    "images": "ant-lightning score --images",
 }
 _GROUPS = {
     "process": ("schedule", "prediction_type", "variance_type", "loss_weighting"),

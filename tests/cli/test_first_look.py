@@ -48,7 +48,7 @@ MORE = {
     "group": (["fit", "--trainr.max_steps=3"], ["trainr: the command", "'trainer'"]),
     "flag": (["fit", "--trainer.max_stepz", "3"], ["trainer.max_stepz: ", "'trainer.max_steps'"]),
     "flag without its group": (["fit", "--max_steps=3"], ["max_steps: ", "'trainer.max_steps'"]),
-    "images of fit": (["fit", "--images=x"], ["images: the command has no such setting"]),
+    "images of fit": (["fit", "--images=x"], ["found images for ant-lightning score --images"]),
     "balancer": (
         ["fit", "--model.tasks.balancer=PCGrat"],
         ["model.tasks.balancer", "did you mean 'PCGrad'"],
