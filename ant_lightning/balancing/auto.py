@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
 from ant_lightning.balancing.one_pass import OnePass
@@ -14,10 +13,6 @@ from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
     from ant_lightning.balancing.batch import TaskBatch
     from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
 
@@ -76,31 +71,8 @@ class Auto(Engine):
         return of_task >= max(in_all, for_each * sum(p.numel() for p in batch.shared))
 
 
-class _Counter(TorchFunctionMode):
-    """Adds up the multiplications of linear and convolution layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,  # noqa: ANN401 - torch's signature
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        output = func(*args, **(kwargs or {}))
-        if func in _LAYERS or func in _TRANSPOSED:
-            weight: Tensor = args[1] if len(args) > 1 else (kwargs or {})["weight"]
-            # Each position of the feature map uses the whole weight once.
-            maps = output if func in _LAYERS else args[0]
-            self.total += weight.numel() * (maps.numel() // len(weight))
-        return output
-
-
-_LAYERS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
-_TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+# A linear layer is a product of matrices; attention is not counted.
+_LAYERS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
 
 
 @torch.no_grad()
@@ -110,7 +82,7 @@ def multiplications(batch: TaskBatch) -> float:
     The random generators are restored, and autocast's cache is off: it would hold copies of the
     weights until the step is over.
     """
-    rows, counter = batch.order[:2], _Counter()
+    rows, counter = batch.order[:2], FlopCounterMode(display=False)
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -118,4 +90,5 @@ def multiplications(batch: TaskBatch) -> float:
             batch.evaluate(rows)
     finally:
         torch.set_autocast_cache_enabled(caching)
-    return counter.total / len(rows)
+    flops = counter.get_flop_counts().get("Global", {})
+    return sum(flops.get(layer, 0) for layer in _LAYERS) / 2 / len(rows)  # and as many additions
