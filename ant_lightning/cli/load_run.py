@@ -36,9 +36,6 @@ def load_run(
 ) -> L.LightningModule:
     """The module of a run with its trained weights, in evaluation mode on the CPU.
 
-        module = load_run("runs/digits/version_0")
-        images = module.sample(16)
-
     The settings come from the checkpoint, or else from `config.yaml` in the run's folder. Nothing
     in the checkpoint can run, and the settings may only name classes of ant_lightning, torch,
     lightning and diffusers.
@@ -53,6 +50,31 @@ def load_run(
         ConfigError: If there is no checkpoint or no settings, the settings name a class that is not
             trusted, or they do not fit the checkpoint.
         FileError: If the checkpoint is damaged, or would run code.
+
+    Examples:
+        `load_run("runs/digits/version_0").sample(16)` draws images with a trained model. Here a
+        checkpoint and its settings are written and loaded again.
+
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from lightning import Trainer
+        >>> from ant_lightning import DiT, DiTModule, SNRClustering, Tasks, load_run
+        >>> sizes = {"input_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+        >>> module = DiTModule(DiT(**sizes), tasks=Tasks(SNRClustering(num_tasks=3)))
+        >>> backbone = {"class_path": "ant_lightning.DiT", "init_args": sizes}
+        >>> snr = {"class_path": "ant_lightning.SNRClustering", "init_args": {"num_tasks": 3}}
+        >>> settings = {"backbone": backbone, "tasks": {"clustering": snr}}
+        >>> config = {"model": {"class_path": "ant_lightning.DiTModule", "init_args": settings}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+        ...     trainer.strategy.connect(module)
+        ...     trainer.save_checkpoint(f"{folder}/step_0.ckpt")
+        ...     _ = Path(f"{folder}/config.yaml").write_text(json.dumps(config))
+        ...     loaded = load_run(
+        ...         f"{folder}/step_0.ckpt", weights="model", config=f"{folder}/config.yaml"
+        ...     )
+        >>> loaded.num_tasks, loaded.training
+        (3, False)
     """
     if weights not in {"ema", "model"}:
         raise ConfigError(f"weights: must be 'ema' or 'model', found {weights!r}")

@@ -58,24 +58,29 @@ def _check_filename(name: str) -> None:
 
 
 class Checkpoints(ModelCheckpoint):
-    """`ModelCheckpoint` that loses nothing but the steps since the last checkpoint.
+    """Lightning's `ModelCheckpoint`, made safe against faults: only complete files count.
 
-    It also saves when training ends, wherever that is, and when SIGTERM, SIGUSR1 or Ctrl-C ask the
-    run to stop (see `StopSignal`). A file replaces another only when it is whole and on the disk. A
-    save that fails is reported, leaves the earlier checkpoints where they are, and is made up for
-    by the next one; if it was the last save of the run, the run fails. A checkpoint holds the
-    weights after the optimizer step.
+    It also saves at the end of training, and when SIGTERM, SIGUSR1 or Ctrl-C ask the run to stop
+    (see `StopSignal`). A new file replaces an old one only when it is complete and on the disk. A
+    save that fails gives a warning and leaves the earlier checkpoints untouched; if it was the last
+    save of the run, the run fails. A checkpoint holds the weights after the optimizer step.
 
     Args:
-        at_steps: Optimizer steps after which a checkpoint `step_N.ckpt` is kept besides.
-        keep_last: Without `monitor`, how many of the newest checkpoints stay beside `last.ckpt`:
-            one that turns out to be damaged has a predecessor.
-        settings: Everything that `ModelCheckpoint` takes. A `filename` that spells out a value's
-            name, such as `step_{step}`, gives `step_800.ckpt`, not `step_step=800.ckpt`.
+        at_steps: Optimizer steps after which an additional checkpoint `step_N.ckpt` is kept.
+        keep_last: Without `monitor`, the number of newest checkpoints kept beside `last.ckpt`, in
+            case the newest is damaged.
+        settings: All arguments of `ModelCheckpoint`. A `filename` that has a value's name in it,
+            such as `step_{step}`, gives `step_800.ckpt` and not `step_step=800.ckpt`.
 
     Raises:
         ConfigError: If `keep_last` is below 1.
         CheckpointWriteError: When training ends and its last checkpoint cannot be written.
+
+    Examples:
+        >>> from ant_lightning import Checkpoints
+        >>> checkpoints = Checkpoints(filename="step_{step}", every_n_train_steps=800)
+        >>> checkpoints.format_checkpoint_name({"step": 800})
+        'step_800.ckpt'
     """
 
     def __init__(
