@@ -18,7 +18,7 @@ from ant_lightning.affinity.measure import task_affinity, timestep_grid
 from ant_lightning.affinity.result import AffinityResult
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import log_folder, save_figure
-from ant_lightning.callbacks.fixed_loss import MeasuringCallback, measurement_bar
+from ant_lightning.callbacks.measuring import MeasuringCallback, measurement_bar
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.tasks.figure import NOISE_AXES
 

@@ -9,7 +9,7 @@ from ant_lightning.affinity.clustering import GradientClustering, spread_affinit
 from ant_lightning.affinity.gradient import NonFiniteGradientError
 from ant_lightning.affinity.measure import task_affinity, timestep_grid
 from ant_lightning.callbacks.figures import save_figure
-from ant_lightning.callbacks.fixed_loss import MeasuringCallback
+from ant_lightning.callbacks.measuring import MeasuringCallback
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.figure import boundaries_figure

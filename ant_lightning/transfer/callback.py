@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.figures import append_row, save_figure
-from ant_lightning.callbacks.fixed_loss import measurement_bar
+from ant_lightning.callbacks.fixed_loss import FixedLoss
+from ant_lightning.callbacks.measuring import measurement_bar
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.generation.extractor import FeatureExtractor
@@ -19,7 +20,6 @@ from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.statistics import ImageStatistics
 from ant_lightning.transfer.figure import transfer_gap_bars
 from ant_lightning.transfer.gap import negative_transfer_gap
-from ant_lightning.transfer.interval_losses import interval_losses
 from ant_lightning.transfer.result import IntervalGap, TransferGapResult
 from ant_lightning.transfer.specialists import Specialist, find_specialists, specialist_network
 from ant_lightning.transfer.switching import SpecialistSampler, using_network
@@ -165,17 +165,19 @@ class NegativeTransferGap(RunCallback):
         """The loss gap of every specialist."""
         num_held_out = min(len(dataset), self.num_held_out or len(dataset))
         check_at_least(pl_module.trainer.world_size, num_held_out=num_held_out)
-        seed, sizes = self._seed(pl_module), (num_held_out, self.num_draws, self.batch_size)
-
-        def losses(interval: tuple[int, int]) -> Tensor:
-            return interval_losses(pl_module, dataset, interval, *sizes, seed=seed)
-
-        multitask = {each.interval: losses(each.interval) for each in self._specialists}
+        seed, num_draws = self._seed(pl_module), self.num_draws
+        loss = FixedLoss(
+            pl_module, dataset, num_images=num_held_out, batch_size=self.batch_size, seed=seed
+        )
+        multitask = {
+            each.interval: loss.in_interval(*each.interval, num_draws=num_draws)
+            for each in self._specialists
+        }
         gaps = []
         networks = self._networks(pl_module, bar)
         for specialist, network in zip(self._specialists, networks, strict=True):
             with using_network(pl_module, network):
-                own = losses(specialist.interval)
+                own = loss.in_interval(*specialist.interval, num_draws=num_draws)
             of_all = multitask[specialist.interval]
             # Resampling a mean costs next to nothing; each resample of FID needs a covariance.
             (gap,) = negative_transfer_gap(

@@ -10,7 +10,7 @@ import torch
 
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import save_figure
-from ant_lightning.callbacks.fixed_loss import MeasuringCallback
+from ant_lightning.callbacks.measuring import MeasuringCallback
 from ant_lightning.callbacks.task_figures import transfer_heat_map
 from ant_lightning.errors import ConfigError
 from ant_lightning.transfer.matrix import transfer_matrix
