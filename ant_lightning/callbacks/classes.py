@@ -15,36 +15,32 @@ if TYPE_CHECKING:
 
 __all__ = ["EmptyClassWarning", "images_by_class", "warn_of_empty_classes"]
 
-_NAMED = 8  # classes that a message lists
-
 
 class EmptyClassWarning(UserWarning):
-    """A class that images are drawn of has no real image."""
+    """A class that images are generated of has no real image."""
 
 
 def warn_of_empty_classes(data: ImageDataModule, num_classes: int) -> None:
-    """Warn of classes without a training or a held-out image, naming them.
+    """Warn of classes without a training or a held-out image, naming the first eight.
 
-    Generated images are of all classes alike, so that a class without real images makes FID worse
-    for a reason that is not the model's.
+    Images are generated of all classes alike: a class without real images makes FID worse for a
+    reason that is not the model's.
 
     Args:
-        data: Whose training and held-out images; labels that are not known are not looked at.
+        data: Its images are looked at unless their labels are unknown before loading.
         num_classes: Of the model; 0 or 1 for none.
     """
-    if num_classes < 2:
-        return
     for kind, dataset, why in (
         ("training", data.train_images, "the model cannot learn what it is asked to draw"),
         ("held-out", data.held_out_images, "they are compared with images of other classes"),
     ):
-        labels = getattr(dataset, "labels", None)
-        if labels is None:
+        labels: Tensor | None = getattr(dataset, "labels", None)
+        if labels is None or num_classes < 2:
             continue
-        present = torch.bincount(labels.cpu(), minlength=num_classes) > 0
-        empty = torch.nonzero(~present).flatten().tolist()
+        present = set(labels.tolist())
+        empty = [str(each) for each in range(num_classes) if each not in present]
         if empty:
-            names = ", ".join(map(str, empty[:_NAMED])) + (", ..." if len(empty) > _NAMED else "")
+            names = ", ".join([*empty[:8], "..."] if len(empty) > 8 else empty)
             warnings.warn(
                 f"data: {len(empty)} of {num_classes} classes have no {kind} image (class "
                 f"{names}): {why}",
@@ -56,9 +52,9 @@ def warn_of_empty_classes(data: ImageDataModule, num_classes: int) -> None:
 def images_by_class(
     dataset: ImageDataset, num_images: int, *, num_classes: int
 ) -> list[int | None]:
-    """Positions of images of the classes 0, 1, .. k - 1, 0, 1, ..; None where a class has none.
+    """Positions of images of classes 0, 1, ..., k - 1, 0, 1, ...; `None` for a class without any.
 
-    Where labels are only known once images are loaded, the first `10 num_images` are looked at.
+    If labels are only known once images are loaded, the first `10 num_images` are loaded.
     """
     labels: Tensor | None = getattr(dataset, "labels", None)
     if labels is None:

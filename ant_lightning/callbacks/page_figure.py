@@ -1,4 +1,4 @@
-"""Pictures that were drawn before, one below the other, each under its heading."""
+"""One page of several figures, each under its heading."""
 
 from __future__ import annotations
 
@@ -20,15 +20,12 @@ _FONT = 22
 
 
 def stacked_page(pictures: Mapping[str, Path]) -> NDArray[np.uint8]:
-    """One picture `[h, w, 3]` of image files under their headings, as wide as the widest.
+    """Image files under their headings as one picture `[h, w, 3]`.
 
     Args:
-        pictures: Files by heading, from top to bottom.
+        pictures: Files by heading, from top to bottom; the page is as wide as the widest.
     """
-    opened = {}
-    for title, path in pictures.items():
-        with Image.open(path) as file:
-            opened[title] = file.convert("RGB")
+    opened = {title: Image.open(path).convert("RGB") for title, path in pictures.items()}
     width = max(picture.width for picture in opened.values())
     height = sum(_HEADING + picture.height for picture in opened.values())
     page = Image.new("RGB", (width, height), "white")

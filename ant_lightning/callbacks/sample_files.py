@@ -1,4 +1,4 @@
-"""Where drawn images are kept: a folder of PNG files, or one npz file as ADM's evaluator reads."""
+"""Files of generated images: a folder of PNG files, or one npz file for the ADM evaluator."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NUMBER = re.compile(r"[0-9]{6,}")
 class PngSamples:
     """`000000.png`, `000001.png`, ... in a folder, from several ranks and perhaps several runs.
 
-    `identity.json` says what they were made from.
+    `identity.json` names everything that the images depend on.
 
     Args:
         path: The folder.
@@ -51,14 +51,14 @@ class PngSamples:
             FileError: If existing images have another identity, or none is stored.
         """
         known = self.identity_file.exists()
-        # Every identity has a format; the file of 0.1 had none, and its hash was weaker.
+        # The file of 0.1 had no format, and a hash of a sample of the weights only.
         if known and "format" in read_json(self.identity_file, kind=dict):
             check_identity(self.identity_file, identity, setting=self.setting, content=self.path)
         elif known or self.holds_images():
             raise FileError(
                 f"{self.setting}: {self.path} holds images, or a file of ant_lightning 0.1, but no "
-                f"{self.identity_file.name} that says how every image was made; choose another "
-                "place, or delete what is there"
+                f"{self.identity_file.name} with their settings; choose another place, or delete "
+                "what is there"
             )
         elif store:
             write_json(self.identity_file, identity)

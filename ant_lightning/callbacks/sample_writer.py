@@ -26,10 +26,10 @@ __all__ = ["SampleWriter"]
 class SampleWriter(RunCallback):
     """Writes the images of `predict` into a folder, or into one npz file for ADM's evaluator.
 
-    An image is a function of its index and of what `sample_identity` names, so that what is
-    written does not depend on the batch size or on the number of ranks. The identity is stored
-    with the images: a run of the same one draws what is missing, any other is refused, and so are
-    images without an identity.
+    An image is a function of its index and of the settings in `sample_identity`; it does not depend
+    on the batch size or the number of ranks. The identity is stored with the images. A later run
+    with the same identity draws the missing images; any other run is refused, as are images
+    without an identity.
 
     Args:
         num_images: How many, over all ranks.
@@ -99,7 +99,8 @@ class SampleWriter(RunCallback):
                 f"{files.setting}: must be writable, found {path} ({error.strerror})"
             ) from error
         present = files.present()
-        # All ranks look before any writes, or they would share what is missing differently.
+        # All ranks look before one writes; otherwise they would divide the missing images
+        # differently.
         trainer.strategy.barrier()
         self._files = files
         missing = [i for i in range(self.num_images) if i not in present]

@@ -1,4 +1,4 @@
-"""What turns images into features: the interface of every extractor."""
+"""The interface of feature extractors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of a set of images, whose images the ranks share."""
+"""Mean, covariance and features of a set of images, each rank holding its share."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["ImageFeatures"]
 
 
 class ImageFeatures(Metric):
-    """Statistics of a set of images from one pass through an extractor.
+    """Mean, covariance and features of a set of images, from one pass through an extractor.
 
-    Count, sum and sum of outer products are float64 states that ranks add up, so that FID does not
-    need the features themselves. These are kept, for the scores that do, in the order of the
-    image index if rank r of N is given the images r, r + N, r + 2 N, ...: what is computed of them
-    then does not depend on the number of ranks.
+    Count, sum and sum of outer products are float64 states that are summed over ranks: FID needs
+    no more. KID, precision, recall and the nearest training image need the features, which are
+    gathered. Rank r of N must be given the images r, r + N, r + 2 N, ...; the features are then in
+    the order of the images, and no score depends on the number of ranks.
 
     Args:
         extractor: The network; images are moved to its device.
-        keep_features: Whether to keep features and logits. Without, memory does not grow with the
+        keep_features: Whether to keep features and logits; if not, memory does not grow with the
             number of images.
 
     Examples:
@@ -65,7 +65,7 @@ class ImageFeatures(Metric):
             ConfigError: Another dtype or shape, or features that are not finite.
         """
         check_images(images)
-        # A run in half precision is measured in full precision.
+        # Scores of a run in half precision are still computed in full precision.
         with torch.autocast(self.device.type, enabled=False):
             features, logits = self.extractor.extract(images.to(self.device))
         features = features.float()
@@ -100,7 +100,8 @@ class ImageFeatures(Metric):
         """
         features = logits = None
         if self.keep_features and int(self.count):
-            # Positions count per rank and the sort is stable: image 0 of rank 0, 0 of rank 1, ...
+            # Gathered is rank 0's share, then rank 1's, ... A position counts within a share, so
+            # a stable sort interleaves them: position 0 of rank 0, 0 of rank 1, ..., 1 of rank 0.
             order = dim_zero_cat(self.positions).argsort(stable=True)
             features = dim_zero_cat(self.features)[order]
             logits = dim_zero_cat(self.logits)[order] if len(self.logits) else None

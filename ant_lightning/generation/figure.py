@@ -1,4 +1,4 @@
-"""Pictures of image quality over training: each metric with what it is to be read against."""
+"""Figure of image quality over training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["quality_history"]
 
-# Panel -> score -> label, colour and style; dashed is what another line is to be compared with.
+# Panel -> score -> label, colour and style. Dashed lines are references for the others.
 _PANELS = {
     "FID (lower is better)": {
         "fid": ("to held-out images", "tab:blue", "o-"),
@@ -47,7 +47,7 @@ def quality_history(history: Mapping[int, Mapping[str, float]]) -> Figure:
             if name not in last:
                 continue
             values = [history[step].get(name, float("nan")) for step in steps]
-            if style == "--":  # it hardly changes: one level, also for a single measurement
+            if style == "--":  # it hardly changes: one level, visible after one measurement too
                 axis.axhline(values[-1], linestyle=style, color=color, label=label)
             else:
                 axis.plot(steps, values, style, color=color, markersize=4, label=label)

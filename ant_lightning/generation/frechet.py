@@ -68,6 +68,8 @@ class GaussianStatistics:
         if count < 2:
             raise ConfigError(f"num_samples: must be at least 2 for a covariance, found {count}")
         mean = total / count
+        # The difference loses digits if the mean is far larger than the spread: features of
+        # networks are not, and float64 has 9 digits more than they do.
         return cls(mean, (outer - count * torch.outer(mean, mean)) / (count - 1), count)
 
 
@@ -121,6 +123,7 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
         root_1 = _reduced_root(cov_1) if root_1 is None else root_1
         root_2 = _reduced_root(cov_2) if root_2 is None else root_2
         trace_root = torch.linalg.svdvals(root_1.T @ root_2).sum()
+    # Equation (6).
     distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * trace_root
     return max(0.0, float(distance))
 

@@ -35,8 +35,8 @@ def inception_score(
     There are two ways to split. `num_splits` is torch-fidelity's: images are shuffled by `seed`,
     then split i ends at (i + 1) n // num_splits. `split_size` is the ADM evaluator's: splits of
     that many images, of which the last may be shorter, all of one weight (it uses 5000 and
-    `seed=None`). torch-fidelity's own is NaN if
-    a class has probability 0 for all images of a split.
+    `seed=None`). torch-fidelity's own function is NaN if a class has probability 0 for all images
+    of a split.
 
     Args:
         logits: Class scores `[n, c]`.

@@ -24,7 +24,7 @@ def kernel_distance(
 
         sum_{i≠j} (k(x_i, x_j) + k(y_i, y_j)) / (s (s - 1)) - 2 / s² sum_{i,j} k(x_i, y_j)
 
-    by torch-fidelity's function, but in float64 where its command computes in float32.
+    by torch-fidelity's function, in float64 (its own command gives it float32 features).
 
     Args:
         real: Features `[n, d]`.

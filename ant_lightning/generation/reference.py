@@ -1,4 +1,4 @@
-"""Statistics of a data set's real images: computed by all ranks together, then cached."""
+"""Statistics of real images: computed by all ranks together, then cached."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def real_statistics(
     Args:
         dataset: The training or the held-out images.
         extractor: Gives the features.
-        cache_dir: Where they are kept, each under a fingerprint of pixels, extractor and weights;
-            `None` for nowhere. Processes may share the folder: files appear whole, and a damaged
-            one is computed again.
-        device: Where features are computed.
+        cache_dir: Folder of the cache, where a file is named by a fingerprint of pixels, extractor
+            and weights; `None` caches nothing. Processes may share it: files are written whole,
+            and a damaged file is computed again.
+        device: Device of the extractor.
 
     Raises:
         ConfigError: Fewer images than ranks.
@@ -53,12 +53,12 @@ def real_statistics(
     if cache_dir is not None:
         network = tensors_digest([*extractor.parameters(), *extractor.buffers()])
         depends_on = (dataset.fingerprint(), extractor.name, network)
-        # The form of 0.1, so that its files are found.
+        # Hashed as 0.1 did, to find its files.
         text = "".join(f"str {len(part)} {part};" for part in depends_on)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
         path = cache_dir / f"{fingerprint}.safetensors"
         cached = _load(path, fingerprint)
-    # One rank may not see another's disk: unless all have the file, all compute together.
+    # A rank may not see another's disk. If one lacks the file, all compute: it is collective.
     on_all_ranks = MinMetric().to(device)
     on_all_ranks.update(float(cached is not None))
     if on_all_ranks.compute() == 1 and cached is not None:

@@ -1,4 +1,4 @@
-"""Every score of generated images at once, each beside what makes it readable."""
+"""All scores of generated images, with the numbers that they are to be compared with."""
 
 from __future__ import annotations
 
@@ -34,24 +34,23 @@ class GenerationScores(Metric):
 
     - `fid`, `kid`, `kid_std`, `precision`, `recall`: generated against real images;
       `inception_score` and `inception_score_std` if the extractor gives logits.
-    - `fid_real`: real against real images. With training images: as many random training images as
-      there are generated ones, in their place. Without: two disjoint random halves of the real
-      images. `fid_real_num_images` says how many (of each half). A FID below it says nothing,
-      unless `fid_train` and `nearest_train_*` show that the model copies.
-    - `fid_train`: generated images against as many random training images as there are real ones.
+    - `fid_real`: the FID of real images. If there are training images, as many of them as there
+      are generated images are scored in their place; otherwise two disjoint random halves of the
+      real images are compared. `fid_real_num_images` is the number of images (of each half). A
+      smaller FID means nothing, unless `fid_train` and `nearest_train_*` reveal copies.
+    - `fid_train`: generated images against as many random training images as real ones.
     - `nearest_train_mean`, `nearest_train_median`: feature distance of generated images to the
       nearest training image; `nearest_train_real_*` the same of real images, which must then be
       held out.
     - `num_images` generated, `num_real` (if known).
 
-    Real statistics without features (a file of the ADM evaluator) give `fid` alone of what needs
-    real images. Ranks and the order of the images: see `ImageFeatures`.
+    If the statistics of the real images have no features, as a file of the ADM evaluator, only
+    `fid` is computed of the scores that need real images. See `ImageFeatures` for several ranks.
 
     Args:
         extractor: Gives the features.
         real: Statistics of the real images.
-        train: Statistics of the training images; the companions that need them are left out
-            without.
+        train: Statistics of the training images; `None` leaves out the scores that need them.
         k: Neighbour of precision and recall; 0 leaves these two out.
         kid_subset_size: Images per KID subset; at most all of the smaller set are taken. If that
             is all of both sets, KID is computed once and has no `kid_std`.
@@ -145,9 +144,9 @@ class GenerationScores(Metric):
         return scores
 
     def _against_real(self, generated: Tensor, real: Tensor) -> dict[str, float]:
-        """What needs the real features themselves."""
+        """The scores that need features of real images."""
         size = min(self.kid_subset_size, len(generated), len(real))
-        # Subsets of all images would be one and the same: their spread of 0 would mislead.
+        # Subsets that hold all images are equal: a spread of 0 would mislead.
         whole = size == len(generated) == len(real)
         num_subsets = 1 if whole else self.kid_num_subsets
         kid = kernel_distance(
@@ -170,7 +169,7 @@ class GenerationScores(Metric):
     def _against_train(
         self, generated: Tensor, real: Tensor | None, train: Tensor
     ) -> dict[str, float]:
-        """What shows whether the model copies its training images."""
+        """The scores that reveal copies of training images."""
         order = self._permutation(len(train))
         part = train[order[: len(train) if real is None else len(real)]]
         scores = {"fid_train": _fid(generated, part)}

@@ -1,4 +1,4 @@
-"""Small classifiers as extractors, whose weights are shipped with the package."""
+"""Extractors whose weights are shipped with the package: small classifiers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ShippedNetwork(NamedTuple):
     num_classes: int
 
     def layers(self) -> nn.ModuleDict:
-        """The untrained network: images in [-1, 1] to features by `trunk`, to logits by `head`.
+        """The untrained network: `trunk` maps images in [-1, 1] to features, `head` to logits.
 
         SiLU instead of ReLU: no feature can die, so that the covariance of many images is regular.
         """
@@ -67,7 +67,8 @@ def weights_file(name: str) -> Path:
 class _ShippedFeatures(FeatureExtractor):
     """A network of `NETWORKS` with its weights.
 
-    `metadata` is what the file says of itself, such as the held-out accuracy.
+    Attributes:
+        metadata: Texts in the header of the file, such as the held-out accuracy.
     """
 
     what: ClassVar[str]  # its name in `NETWORKS`

@@ -1,4 +1,4 @@
-"""What the scores need of a set of images, and its files."""
+"""Statistics of a set of images, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ _KIND = "image statistics 1"
 
 
 class ImageStatistics:
-    """What the scores need of a set of images.
+    """Statistics of a set of images: all that `GenerationScores` needs of them.
 
     Args:
-        gaussian: Mean and covariance of the features; FID needs nothing else.
-        features: The features `[n, d]`, if they were kept: precision, recall, KID and the
-            companions of FID need them.
+        gaussian: Mean and covariance of the features; FID needs no more.
+        features: The features `[n, d]`, if they were kept; all other scores need them.
         logits: Class scores `[n, c]`, if the extractor classifies; not stored in files.
         extractor: Name of the extractor; empty if unknown, as in a file of the ADM evaluator.
         image_shape: Shape `(c, h, w)` of one image; `None` if unknown.
@@ -65,7 +64,7 @@ class ImageStatistics:
     ) -> None:
         """Refuse to be compared with features of another extractor or images of another size.
 
-        What a file does not say is not compared.
+        A property that a file does not state is not compared.
 
         Raises:
             ConfigError: Naming both values.
@@ -83,7 +82,7 @@ class ImageStatistics:
 
         Args:
             path: The file; it is there whole or not at all.
-            fingerprint: Of the images and the extractor, stored with the statistics.
+            fingerprint: Hash of the images and the extractor, stored with the statistics.
 
         Raises:
             ConfigError: The statistics have a NaN or an infinity; a file that is there stays.
@@ -112,7 +111,7 @@ class ImageStatistics:
 
         Args:
             path: A safetensors file, or an npz file with `mu [d]` and `sigma [d, d]`.
-            fingerprint: What the file must have; `None` accepts any.
+            fingerprint: The fingerprint that the file must have; `None` accepts any.
 
         Raises:
             FileError: No such file, content missing, or values that are no mean and covariance.
@@ -120,7 +119,7 @@ class ImageStatistics:
         found = cls._load_npz(path) if Path(path).suffix == ".npz" else cls._load(path, fingerprint)
         mean, covariance = found.gaussian.mean, found.gaussian.covariance
         scale = covariance.diagonal().abs().amax()
-        # Written so that a NaN fails too.
+        # Comparisons with NaN are false, so that NaN is refused too.
         symmetric = bool(((covariance - covariance.T).abs() <= 1e-6 * scale).all())
         if not symmetric or not bool(mean.isfinite().all()):
             raise FileError(f"{path}: must hold a finite mean and a symmetric covariance")
