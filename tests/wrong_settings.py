@@ -209,7 +209,7 @@ SETTINGS = {
     ),
     "checks past the epoch": (
         ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=100000"],
-        ["trainer.val_check_interval", "at most 71", "100000"],
+        ["trainer.val_check_interval", "the 71 batches", "100000"],
     ),
     "warm-up and scheduler": (
         [
@@ -239,11 +239,11 @@ SETTINGS = {
     ),
     "parts above images": (
         ["--model.optimization.accumulate_grad_batches=50"],
-        ["optimization.accumulate_grad_batches", "at most 20", "50"],
+        ["optimization.accumulate_grad_batches", "the 20 images", "50"],
     ),
     "specialist of a balancer": (
         ["--model.timesteps.interval=[0,100]"],
-        ["timesteps.interval", "balancer must be None", "UncertaintyWeighting"],
+        ["timesteps.interval", "must be None with UncertaintyWeighting", "[0, 100]"],
     ),
     "placement": (["--model.tasks.placement=sorted"], ["placement", "'spread'", "'sorted'"]),
     "pixels of another size": (

@@ -177,8 +177,8 @@ class AutoencoderModule(BaseModule):
             )
         if stage == "fit" and data is None and self.export is not None:
             raise ConfigError(
-                "export: the scale of the latents is measured on held-out images, so "
-                "the trainer needs an ant_lightning.ImageDataModule, found none"
+                "export: must be None without an ant_lightning.ImageDataModule, whose held-out "
+                f"images give the scale of the latents, found {self.export}"
             )
         if data is not None:
             channels, height, width = data.image_shape

@@ -49,16 +49,16 @@ def check_strategy(strategy: Strategy) -> None:
     works = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy))
     if not works or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
         raise ConfigError(
-            "trainer.strategy: task gradients are taken and summed by the training step, so it "
-            "must be 'auto', 'ddp' or (experimental) ant_lightning.ShardedStrategy, "
+            "trainer.strategy: must be 'auto', 'ddp' or (experimental) "
+            "ant_lightning.ShardedStrategy, because the training step sums gradients itself, "
             f"found {type(strategy).__name__}"
         )
     for name in ("ddp_comm_hook", "model_averaging_period"):  # of DDP's own reduction
         value = getattr(strategy, f"_{name}", None)
         if value is not None:
             raise ConfigError(
-                f"trainer.strategy.{name}: gradients are reduced by the training step and not "
-                f"by DDP, so it must be None, found {value}"
+                f"trainer.strategy.{name}: must be None, because the training step sums gradients "
+                f"and not DDP, found {value}"
             )
 
 
@@ -79,8 +79,8 @@ def check_trainer(
     by_gradient = isinstance(balancer, GradientBalancer)
     if by_gradient and any(isinstance(m, nn.SyncBatchNorm) for m in backbone.modules()):
         raise ConfigError(
-            "trainer.sync_batchnorm: with a gradient balancer, ranks run the network a different "
-            "number of times and would wait for each other forever, so it must be false, found true"
+            "trainer.sync_batchnorm: must be false with a gradient balancer, because ranks run the "
+            "network a different number of times and would wait forever, found true"
         )
     data = image_data(trainer)
     if data is None:
@@ -88,21 +88,20 @@ def check_trainer(
     batch_size = data.batch_size
     if isinstance(balancer, GradientBalancer) and batch_size < balancer.num_tasks:
         raise ConfigError(
-            f"data.batch_size: a gradient balancer needs at least one image for each of the "
-            f"{balancer.num_tasks} tasks, found {batch_size}"
+            f"data.batch_size: must be at least the {balancer.num_tasks} tasks of a gradient "
+            f"balancer, found {batch_size}"
         )
     interval, batches = trainer.val_check_interval, len(data.train_images) // batch_size
     by_epoch = trainer.check_val_every_n_epoch is not None
     if by_epoch and isinstance(interval, int) and interval > max(1, batches):
         raise ConfigError(
-            "trainer.val_check_interval: with check_val_every_n_epoch set it counts the batches "
-            f"of an epoch, so at most {batches} (or set check_val_every_n_epoch to None to count "
-            f"those of the run), found {interval}"
+            f"trainer.val_check_interval: must be at most the {batches} batches of an epoch (or "
+            f"check_val_every_n_epoch be None, to count the batches of the run), found {interval}"
         )
     if parts * trainer.world_size > batch_size:
         raise ConfigError(
-            "optimization.accumulate_grad_batches: each part needs an image, so at most "
-            f"{batch_size // trainer.world_size}, found {parts}"
+            "optimization.accumulate_grad_batches: must be at most the "
+            f"{batch_size // trainer.world_size} images of a rank, found {parts}"
         )
 
 
@@ -122,8 +121,8 @@ def check_batch_norm(
     layer = f"{type(found[0][1]).__name__} {found[0][0]!r} ({len(found)} such layers in all)"
     if by_task and engine not in {"auto", "loop"}:
         raise ConfigError(
-            "tasks.engine: batch norm mixes the samples of tasks, so with a gradient balancer it "
-            f"must be 'auto' or 'loop', found {engine!r} and {layer}"
+            "tasks.engine: must be 'auto' or 'loop' with a gradient balancer and batch norm, which "
+            f"mixes the samples of tasks in a pass, found {engine!r} and {layer}"
         )
     warnings.warn(
         "backbone: batch norm normalises each task (of a gradient balancer) and each part of "

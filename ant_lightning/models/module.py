@@ -422,8 +422,8 @@ class MultiTaskDiffusion(DiffusionModule):
             )
         if interval is not None and balancer is not None:
             raise ConfigError(
-                "timesteps.interval: a specialist has one task, so tasks.balancer must be None, "
-                f"found {type(balancer).__name__}"
+                f"timesteps.interval: must be None with {type(balancer).__name__}, because a "
+                f"specialist has one task, found {list(interval)}"
             )
         if interval is not None and interval[1] > self.clusters.num_timesteps:
             raise ConfigError(
@@ -510,7 +510,7 @@ class MultiTaskDiffusion(DiffusionModule):
         found = [reason for reason, holds in reasons.items() if holds]
         if then and then != now and found:
             rank_zero_warn(
-                f"world_size: the checkpoint has {then}, this run {now}: "
+                f"number of ranks: the checkpoint has {then}, this run {now}: "
                 f"{' and '.join(found)}, so results agree with those of the run that was stopped "
                 "in distribution alone"
             )

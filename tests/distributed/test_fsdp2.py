@@ -114,7 +114,7 @@ def test_a_sharded_run_resumes_to_the_last_bit(two_ranks):
 @needs_unused_shards
 def test_one_process_goes_on_from_a_sharded_checkpoint(two_ranks, folder):
     last = next((folder / "parts").glob("last.ckpt"))
-    with pytest.warns(UserWarning, match="world_size: the checkpoint has 2, this run 1"):
+    with pytest.warns(UserWarning, match="number of ranks: the checkpoint has 2, this run 1"):
         one = run(1, "nash", folder / "one", resume=last, steps=6, sharded=False)
     whole = two_ranks[0][-2]
     assert largest_difference(one["weights"], whole["weights"]) < ROUNDING

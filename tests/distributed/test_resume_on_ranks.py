@@ -88,7 +88,7 @@ def said(function, *args, **settings):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         function(*args, **settings)
-    return [str(each.message) for each in found if "world_size" in str(each.message)]
+    return [str(each.message) for each in found if "number of ranks" in str(each.message)]
 
 
 def on_two_ranks(rank, folder):
@@ -143,7 +143,7 @@ def assert_close(path, other):
 def test_one_process_goes_on_from_two_ranks(two_ranks, folder, method):
     resume = folder / method / "plain" / "step_3.ckpt"
     on = folder / method / "on_one"
-    with pytest.warns(UserWarning, match="world_size: the checkpoint has 2, this run 1: the "):
+    with pytest.warns(UserWarning, match="number of ranks: the checkpoint has 2, this run 1: the "):
         run(on, method, ranks=1, resume=resume)
     assert_close(on / "last.ckpt", folder / method / "plain" / "last.ckpt")
 
@@ -153,7 +153,7 @@ def test_two_ranks_go_on_from_one_process_and_say_what_is_not_the_same(two_ranks
     assert second == []
     (line,) = first
     assert line == (
-        "world_size: the checkpoint has 1, this run 2: the batch of a step has the same "
+        "number of ranks: the checkpoint has 1, this run 2: the batch of a step has the same "
         "images, timesteps and noise, but sums are rounded in another order, so results are no "
         "longer the same bit for bit"
     )

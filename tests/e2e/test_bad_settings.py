@@ -244,10 +244,10 @@ def test_a_folder_of_something_else_is_not_reported(tmp_path, capsys, text):
 
 def test_a_device_that_is_not_there_is_refused():
     from ant_lightning import ConfigError
-    from ant_lightning.cli.encode import _checked
+    from ant_lightning.cli.encode import _device
 
     with pytest.raises(ConfigError, match=r"device: must be auto, cpu, cuda .* found 'foo'"):
-        _checked("foo")
+        _device("foo")
 
 
 @pytest.mark.parametrize("name", ["num_res_blocks", "transformer_depth"])

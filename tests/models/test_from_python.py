@@ -518,7 +518,7 @@ def test_the_command_line_does_not_refer_an_autoencoder_to_a_setting_it_lacks(se
             None,
             "gradient_clip_val.* use clip_grad_norm",
         ),
-        ({}, "first_stage", "export: .* needs an ant_lightning.ImageDataModule"),
+        ({}, "first_stage", "export: must be None without an ant_lightning.ImageDataModule"),
     ],
 )
 def test_an_autoencoder_names_settings_that_it_has(tmp_path, options, export, message):

@@ -123,7 +123,7 @@ def test_nothing_is_said_where_batch_norm_sees_the_whole_batch():
 def test_engines_of_one_pass_are_refused_with_batch_norm(engine):
     with pytest.raises(ConfigError) as error:
         tiny_digits.module(Normed(), balancer=PCGrad(3), engine=engine)
-    assert str(error.value).startswith("tasks.engine: batch norm mixes the samples")
+    assert str(error.value).startswith("tasks.engine: must be 'auto' or 'loop'")
     assert f"found '{engine}' and BatchNorm2d 'norm'" in str(error.value)
 
 
