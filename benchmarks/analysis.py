@@ -131,7 +131,7 @@ def affinity(args: argparse.Namespace) -> dict[str, Any]:
         num_timesteps=1000,
         timesteps=range(0, 1000, 1000 // args.points),
         sketch_dim=args.sketch_dim,
-        memory_budget_bytes=4 * 2**30,
+        memory_budget_mb=4096,
         resume_dir=args.state,
         warn_below=-1,
         on_progress=seen,

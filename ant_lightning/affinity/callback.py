@@ -50,7 +50,7 @@ class TaskAffinity(MeasuringCallback):
         images: Images to measure on: those that are trained on (`train`), or `held_out`.
         sketch_dim: Keep gradients as random projections of this length, a power of two. For models
             whose gradients fit neither in memory nor on disk.
-        memory_budget_mb: Memory of each rank for gradients; what does not fit goes to disk.
+        memory_budget_mb: MiB of each rank for gradients; what does not fit goes to disk.
         resume_dir: Folder for finished gradients, from which a killed measurement resumes. It is
             emptied at the end.
         average_with: Files of earlier measurements to average with, one for each checkpoint.
@@ -140,7 +140,7 @@ class TaskAffinity(MeasuringCallback):
         self._half_dots = list(state_dict["half_dots"])
 
     def _measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> AffinityResult:
-        process, budget = pl_module.process, self.memory_budget_mb
+        process = pl_module.process
         folder = None
         if self.resume_dir is not None:
             folder = Path(self.resume_dir) / f"step_{steps_of(trainer, pl_module)}"
@@ -161,7 +161,7 @@ class TaskAffinity(MeasuringCallback):
                 or timestep_grid(process.num_timesteps, num_points=self.num_points),
                 log_snr=process.log_snr,
                 sketch_dim=self.sketch_dim,
-                memory_budget_bytes=None if budget is None else int(2**20 * budget),
+                memory_budget_mb=self.memory_budget_mb,
                 resume_dir=folder,
                 seed=self.seed_of(pl_module),
                 model=f"{type(pl_module.backbone).__name__}, {self.weights} weights",

@@ -55,7 +55,7 @@ def task_affinity(
     timesteps: Sequence[int] | None = None,
     log_snr: Float[Tensor, " T"] | None = None,
     sketch_dim: int | None = None,
-    memory_budget_bytes: int | None = None,
+    memory_budget_mb: float | None = None,
     resume_dir: str | Path | None = None,
     seed: int = 0,
     model: str = "",
@@ -69,7 +69,7 @@ def task_affinity(
     plain cosine, their difference shows how much of it is noise. The gradients are kept
 
     - whole, in memory: `8 n p` bytes for `n` timesteps and `p` parameters;
-    - whole, on disk, if that exceeds `memory_budget_bytes`; each number is written and read once;
+    - whole, on disk, if that exceeds `memory_budget_mb`; each number is written and read once;
     - as sketches of length `m` (`HadamardSketch`): `4 n m` bytes, with a standard error of the
       cosine `c` of `(1 - c²) / sqrt(m)`.
 
@@ -85,7 +85,7 @@ def task_affinity(
         timesteps: The grid, increasing; by default 100 timesteps, evenly spread.
         log_snr: Log-SNR of the schedule, kept with the result for its figures.
         sketch_dim: Length `m` of the sketches, a power of two; `None` to keep gradients whole.
-        memory_budget_bytes: Memory of each rank for gradients and their products, without the
+        memory_budget_mb: MiB of each rank for gradients and their products, without the
             model, its activations and autograd's gradients. What does not fit goes to
             `resume_dir`, or to a temporary folder (`TMPDIR` chooses where).
         resume_dir: Folder for finished gradients (`8 p` or `4 m` bytes a timestep), from which a
@@ -153,7 +153,7 @@ def task_affinity(
         device=device,
         folder=None if resume_dir is None else Path(resume_dir),
         identity=identity,
-        memory_budget_bytes=memory_budget_bytes,
+        memory_budget_mb=memory_budget_mb,
         sharded=sharded,
     ) as store:
         failure = _fill(store, gradient, on_progress or (lambda done, total: None))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientStore"]
 
+_MIB = 1 << 20
 _BYTES_PER_NUMBER = 24  # of a block of columns: float32 and float64, with copies
 _BLOCK_BYTES = 1 << 28  # larger blocks are not faster
 _MIN_COLUMNS = 256  # narrower blocks would spend their time on overhead
@@ -45,8 +46,8 @@ class GradientStore:
         device: Device of the gradients, where dot products are made as well.
         folder: Folder with a file for each gradient, from which a killed measurement resumes.
         identity: Everything that the gradients depend on, by name; it must equal the folder's.
-        memory_budget_bytes: Memory for gradients and dot products. Gradients that do not fit go to
-            a temporary folder. `None` for no limit.
+        memory_budget_mb: MiB for gradients and dot products. Gradients that do not fit go to a
+            temporary folder. `None` for no limit.
         sharded: Whether ranks share the grid; otherwise this process has all of it.
 
     Attributes:
@@ -66,7 +67,7 @@ class GradientStore:
         device: torch.device,
         folder: Path | None,
         identity: Mapping[str, Any],
-        memory_budget_bytes: int | None,
+        memory_budget_mb: float | None,
         sharded: bool,
     ) -> None:
         active = sharded and dist.is_available() and dist.is_initialized()
@@ -81,7 +82,7 @@ class GradientStore:
         # NCCL sums only tensors on GPUs, gloo best those on the CPU.
         self._link = device if active and dist.get_backend() == "nccl" else torch.device("cpu")
         self._on_exit = ExitStack()
-        in_memory, self._block_bytes = self._plan(memory_budget_bytes, num_parameters)
+        in_memory, self._block_bytes = self._plan(memory_budget_mb, num_parameters)
         self._folder = folder
         if folder is not None:
             self._resume(folder, identity)
@@ -149,11 +150,11 @@ class GradientStore:
         gram = (gram + gram.T) / 2
         return gram.view(2, n, 2, n).transpose(1, 2).contiguous().cpu()
 
-    def _plan(self, budget_bytes: int | None, num_parameters: int) -> tuple[bool, int]:
+    def _plan(self, budget_mb: float | None, num_parameters: int) -> tuple[bool, int]:
         """Whether gradients stay in memory, and the bytes of a block of columns."""
-        if budget_bytes is None:
+        if budget_mb is None:
             return True, _BLOCK_BYTES
-        n = len(self.timesteps)
+        n, budget = len(self.timesteps), int(budget_mb * _MIB)
         products = 3 * (2 * n) ** 2 * 8
         least_block = 2 * n * _BYTES_PER_NUMBER * min(self._width, _MIN_COLUMNS)
         # A gradient and its copies on the way to the disk, or a gradient and the sketch's signs.
@@ -162,15 +163,15 @@ class GradientStore:
             one_gradient = 6 * num_parameters + _SKETCH_BYTES
         # Gradients are made first; dot products and blocks of columns need memory afterwards.
         least = max(one_gradient, products + least_block)
-        if budget_bytes < least:
+        if budget < least:
             raise ConfigError(
-                f"memory_budget_bytes: must be at least {least} for {num_parameters} parameters "
-                f"and {n} timesteps, found {budget_bytes}"
+                f"memory_budget_mb: must be at least {-(-least // _MIB)} for {num_parameters} "
+                f"parameters and {n} timesteps, found {budget_mb:g}"
             )
         # Of the rank with the most timesteps: ranks must have equal blocks to sum them.
         kept = 2 * -(-n // self.world_size) * self._width * self._dtype.itemsize
-        in_memory = kept + least <= budget_bytes
-        free = budget_bytes - products - (kept if in_memory else 0)
+        in_memory = kept + least <= budget
+        free = budget - products - (kept if in_memory else 0)
         return in_memory, max(least_block, min(_BLOCK_BYTES, free))
 
     def _resume(self, folder: Path, identity: Mapping[str, Any]) -> None:

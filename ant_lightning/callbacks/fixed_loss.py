@@ -55,7 +55,7 @@ class FixedLoss:
     ) -> None:
         if len(dataset) < 2:
             raise ConfigError(
-                f"num_images: two disjoint halves need 2 images or more, found {len(dataset)}"
+                f"data: must have at least 2 images, for two disjoint halves, found {len(dataset)}"
             )
         self._module = pl_module
         self._dataset = dataset

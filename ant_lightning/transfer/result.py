@@ -19,6 +19,7 @@ __all__ = ["IntervalGap", "TransferGapResult"]
 
 _MAX_BYTES = 2**24  # a row has some kilobytes
 Row = TypeVar("Row", "IntervalGap", "TransferGapResult")
+_WRONG = (LookupError, TypeError, ValueError, OverflowError)  # entries missing or of other types
 _UNKNOWN = GapEstimate(math.nan, math.nan, math.nan)
 
 
@@ -119,7 +120,7 @@ class TransferGapResult:
         """
         try:
             return _read(cls, row)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except _WRONG as error:
             raise FileError(f"row: must be a negative-transfer gap, found {error!r}") from error
 
     def save(self, path: str | Path) -> None:
@@ -138,9 +139,9 @@ class TransferGapResult:
         try:
             if path.stat().st_size > _MAX_BYTES:
                 raise ValueError(f"more than {_MAX_BYTES} bytes")
-            return cls.from_row(json.loads(path.read_text(encoding="utf8").splitlines()[-1]))
-        except (OSError, ValueError, IndexError, RecursionError) as error:
-            raise FileError(f"{path}: must be a file of negative-transfer gaps, {error}") from error
+            return _read(cls, json.loads(path.read_text(encoding="utf8").splitlines()[-1]))
+        except (OSError, RecursionError, *_WRONG) as error:
+            raise FileError(f"{path}: must be a negative-transfer gap, found {error!r}") from error
 
 
 def _read(kind: type[Row], row: Mapping[str, Any]) -> Row:

@@ -163,7 +163,7 @@ def test_streamed_equals_exact_and_cleans_up(tmp_path, monkeypatch):
         most_on_disk.append(sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors")))
 
     budget = 12 * 51_016 + 100_000
-    streamed = measure(toy, memory_budget_bytes=budget, on_progress=look)
+    streamed = measure(toy, memory_budget_mb=budget / 2**20, on_progress=look)
     exact = measure(toy)
     rows = 2 * len(GRID) * 4 * 51_016
     assert rows > 4 * budget  # it could not have been held
@@ -174,14 +174,14 @@ def test_streamed_equals_exact_and_cleans_up(tmp_path, monkeypatch):
 
 def test_budget_that_holds_the_rows_touches_no_disk(tmp_path, monkeypatch, small):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    result = measure(Toy(width=40), memory_budget_bytes=1 << 24)
+    result = measure(Toy(width=40), memory_budget_mb=16)
     assert torch.equal(result.half_dots, small.half_dots)
 
 
 @pytest.mark.parametrize("sketch_dim", [None, 64])
 def test_budget_too_small_for_one_gradient_is_refused(sketch_dim):
-    with pytest.raises(ConfigError, match=r"memory_budget_bytes: must be at least \d+.*found 1000"):
-        measure(Toy(width=40), memory_budget_bytes=1000, sketch_dim=sketch_dim)
+    with pytest.raises(ConfigError, match=r"memory_budget_mb: must be at least \d+ .*found 0.001"):
+        measure(Toy(width=40), memory_budget_mb=0.001, sketch_dim=sketch_dim)
 
 
 @pytest.mark.parametrize("sketch_dim", [None, 64])
@@ -289,7 +289,7 @@ def test_memory_of_a_sketch_is_that_of_n_times_m_floats():
         device=torch.device("cpu"),
         folder=None,
         identity={},
-        memory_budget_bytes=None,
+        memory_budget_mb=None,
         sharded=False,
     )
     for timestep in GRID:

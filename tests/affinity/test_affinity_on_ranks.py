@@ -49,7 +49,7 @@ def on_rank(rank, folder, queue):
     alone = Linear()
     measure(alone, sharded=False)
     # In memory, with blocks of columns that the budget makes narrow: equal ones on both ranks.
-    narrow = measure(Linear(), memory_budget_bytes=3 * 8 * 700 + 2_400 + 10 * 24 * 300)
+    narrow = measure(Linear(), memory_budget_mb=(3 * 8 * 700 + 2_400 + 10 * 24 * 300) / 2**20)
     assert torch.equal(narrow.half_dots.float(), exact.half_dots.float())
     streamed = measure(Linear(), resume_dir=f"{folder}/state")
     again = Linear()

@@ -102,7 +102,7 @@ def gradients(path):
         device=torch.device("cpu"),
         folder=path.parent,
         identity=IDENTITY,
-        memory_budget_bytes=None,
+        memory_budget_mb=None,
         sharded=False,
     )
 
