@@ -121,6 +121,7 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], conditioning: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b n d"]:
+        # adaLN-Zero: section 3.2 and figure 3 of the paper.
         vectors = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors
         x = (gate * self.attn(_modulate(self.norm1(x), shift, scale))).add_(x)
@@ -289,7 +290,7 @@ class DiT(nn.Module):
         size = self.input_size
         if x.shape[2:] != (size, size):
             raise ConfigError(f"x: must be {size} x {size}, found {x.shape[2]} x {x.shape[3]}")
-        tokens = self.x_embedder(x) + self.pos_embed
+        tokens = self.x_embedder(x) + self.pos_embed  # [b, n, d]
         conditioning = self.t_embedder(timesteps)
         if self.y_embedder is not None:
             table = self.y_embedder["embedding_table"]

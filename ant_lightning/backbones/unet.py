@@ -196,6 +196,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage(resample(channels, Downsample)))
                 skips.append(channels)
 
+        # The bottom has attention whatever `attention_resolutions` says, as in the official code.
         self.middle_block = Stage(
             res_block(channels, channels),
             attention(channels),
@@ -253,7 +254,7 @@ class UNet(nn.Module):
             embedding = embedding + self.label_emb(labels)
 
         checkpointing = self.gradient_checkpointing
-        skips = []
+        skips = []  # feature maps for the way up
         for stage in self.input_blocks:
             x = stage(x, embedding, context, checkpointing=checkpointing)
             skips.append(x)

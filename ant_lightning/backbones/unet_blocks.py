@@ -137,6 +137,7 @@ class ResBlock(nn.Module):
         vectors = self.emb_layers(embedding)[:, :, None, None]
         norm_out, activation, dropout, conv_out = self.out_layers
         if self.use_scale_shift_norm:
+            # Adaptive group normalisation: section 3 of the paper.
             scale, shift = vectors.chunk(2, dim=1)
             # Not addcmul: its backward pass multiplies the whole map by 1 as well.
             h = (norm_out(h) * (1 + scale)).add_(shift)

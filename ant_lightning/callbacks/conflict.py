@@ -142,7 +142,7 @@ class ConflictMonitor(RunCallback):
         """Norms and conflicts of a Gramian `[k, k]`; keeps its cosines for the figure."""
         norms = gramian.diagonal().clamp(min=0).sqrt()
         cosines = gramian / norms.outer(norms)
-        self._cosines.append(cosines)
+        self._cosines.append(cosines)  # NaN for a task without a gradient; left out of means
         logs = {f"train/task_{i}/grad_norm": norm for i, norm in enumerate(norms.tolist())}
         pairs = torch.triu_indices(len(norms), len(norms), offset=1)
         if pairs.numel():

@@ -101,6 +101,7 @@ class EMA(RunCallback):
         if self.warmup:
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
         weights = self._weights(pl_module)
+        # In place and for all tensors at once: m + (1 - d) (w - m).
         torch._foreach_lerp_(
             [self._averages[name] for name in weights],
             [w.detach().to(_dtype(w)) for w in weights.values()],

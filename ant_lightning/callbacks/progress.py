@@ -106,6 +106,7 @@ class TrainingProgress(TQDMProgressBar):
     ) -> None:
         """Stop the clock; log and start a new mean at every logged step."""
         now = time.perf_counter()
+        # Loading and validation are not part of the speed.
         self._seconds += now - self._step_begun
         self._num_images += len(batch.images) * trainer.world_size
         self.images_per_second = self._num_images / self._seconds

@@ -57,7 +57,7 @@ def _tables(betas: Float[Tensor, " T"]) -> Tables:
     """
     abar = torch.cumprod(1 - betas, dim=0)
     previous = torch.cat([betas.new_ones(1), abar[:-1]])
-    variance = betas * (1 - previous) / (1 - abar)
+    variance = betas * (1 - previous) / (1 - abar)  # equation 7
     # The posterior at t = 0 has no variance: its logarithm repeats that of t = 1. With a single
     # timestep there is no t = 1, and the only step adds no noise: any value would do.
     first = variance[1:2] if len(betas) > 1 else betas
@@ -72,6 +72,7 @@ def _tables(betas: Float[Tensor, " T"]) -> Tables:
         sqrt_one_minus_alphas_cumprod=(1 - abar).sqrt(),
         posterior_variance=variance,
         posterior_log_variance_clipped=torch.cat([first, variance[1:]]).log(),
+        # Equation 7: the mean is coef1 x_start + coef2 x_t.
         posterior_mean_coef1=betas * previous.sqrt() / (1 - abar),
         posterior_mean_coef2=(1 - previous) * (1 - betas).sqrt() / (1 - abar),
         fixed_large_variance=large,
@@ -148,6 +149,7 @@ class ForwardProcess:
     @property
     def log_snr(self) -> Float[Tensor, " T"]:
         """`log(abar) - log(1 - abar)`."""
+        # Not snr.log(): 1 - abar loses digits where abar is near 1.
         return self.alphas_cumprod.log() - torch.log1p(-self.alphas_cumprod)
 
     def tables(self, device: torch.device) -> Tables:
@@ -168,7 +170,7 @@ class ForwardProcess:
     def q_sample(self, x_start: Images, timesteps: Timesteps, noise: Images) -> Images:
         """Noise images: `x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise`."""
         a, s = self.levels(x_start, timesteps)
-        return a * x_start + s * noise
+        return a * x_start + s * noise  # Ho et al., equation 4
 
     def q_posterior(
         self, x_start: Images, x_t: Images, timesteps: Timesteps

@@ -94,6 +94,7 @@ class GuidedDenoiser:
         labels = torch.cat([self.labels, torch.full_like(self.labels, self.null_label)])
         cond, uncond = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
         cond_part, uncond_part = cond[:, :num_guided], uncond[:, :num_guided]
+        # Equation 6, with scale = w + 1.
         guided = uncond_part + self.scale * (cond_part - uncond_part)
         # Unguided channels, and the variance values behind the prediction, stay conditional.
         return torch.cat([guided, cond[:, num_guided:]], dim=1)

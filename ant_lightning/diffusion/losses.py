@@ -92,6 +92,7 @@ def denoising_loss(
         loss = gather(weights.to(mse.device, non_blocking=True), timesteps, mse) * mse
     if values is None:
         return DenoisingLoss(loss=loss, mse=mse, vb=None)
+    # Equation 16: the bound trains the variance alone.
     frozen = torch.cat([prediction.detach(), values], dim=1)
     vb = vb_scale * variational_bound(process, frozen, x_start, x_t, timesteps)
     return DenoisingLoss(loss=loss + vb, mse=mse, vb=vb)
@@ -134,6 +135,7 @@ def variational_bound(
     nll = -discretized_gaussian_log_likelihood(
         x_start.to(model.mean.dtype), mean=model.mean, log_scale=0.5 * model.log_variance
     )
+    # L_0 at t = 0, L_{t-1} elsewhere.
     nats = torch.where(timesteps == 0, _per_image(nll), _per_image(kl))
     return nats / math.log(2)
 

@@ -120,7 +120,7 @@ class DiscreteDiffusion(ForwardProcess):
         if self.prediction_type != "v":
             return noise if self.prediction_type == "eps" else x_start
         a, s = self.levels(x_start, timesteps)
-        return a * noise - s * x_start
+        return a * noise - s * x_start  # Salimans and Ho, arXiv 2202.00512, appendix D
 
     def _convert(
         self,
@@ -158,6 +158,7 @@ class DiscreteDiffusion(ForwardProcess):
         mean, variance, log_variance = self.q_posterior(x_start, x_t, timesteps)
         tables = self.tables(x_t.device)
         if values is not None:
+            # Equation 15, with the network's values in [-1, 1] and not in [0, 1].
             fraction = (values + 1) / 2
             log_beta = gather(tables.log_betas, timesteps, x_t)
             log_variance = fraction * log_beta + (1 - fraction) * log_variance
@@ -165,6 +166,7 @@ class DiscreteDiffusion(ForwardProcess):
         elif self.variance_type == "fixed_large":
             variance = gather(tables.fixed_large_variance, timesteps, x_t)
             log_variance = gather(tables.fixed_large_log_variance, timesteps, x_t)
+        # Not the network's own eps: DDIM must step with the one of the clipped x_start.
         eps = self.to_eps(x_start, x_t, timesteps, prediction_type="x0")
         return PMeanVariance(
             mean, variance.expand_as(mean), log_variance.expand_as(mean), x_start, eps

@@ -146,6 +146,7 @@ class CosineSchedule(NoiseSchedule):
     def _betas(self) -> Tensor:
         u = torch.arange(self.num_timesteps + 1, dtype=torch.float64) / self.num_timesteps
         abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
+        # Clipped: the last beta would be 1.
         return (1 - abar[1:] / abar[:-1]).clamp(max=self.max_beta)
 
 

@@ -232,10 +232,11 @@ def ddim_step(
     """
     tables = process.tables(model.x_start.device)
     previous = tables.alphas_cumprod_prev
-    variance = eta**2 * tables.posterior_variance  # σ²
+    variance = eta**2 * tables.posterior_variance  # σ², equation 16
     # In float64: 1 - abar_prev - σ² cancels, and may end a little below 0 for eta = 1.
     direction = (1 - previous - variance).clamp(min=0).sqrt()
     x = model.x_start
+    # Equation 12.
     x_prev = gather(previous.sqrt(), timesteps, x) * x + gather(direction, timesteps, x) * model.eps
     if noise is None or eta == 0:
         return x_prev
