@@ -35,9 +35,6 @@ class BaseModule(L.LightningModule):
         cls,  # noqa: N805
         checkpoint_path: str | Path,
         map_location: torch.device | str | None = None,
-        hparams_file: None = None,
-        strict: bool | None = None,
-        weights_only: bool | None = True,
         **arguments: Any,
     ) -> Self:
         """Construct the module from its arguments and load the live weights of a checkpoint.
@@ -47,20 +44,13 @@ class BaseModule(L.LightningModule):
         Args:
             checkpoint_path: The checkpoint.
             map_location: The module's device; by default the CPU.
-            hparams_file: Must be `None`: the settings are `arguments`.
-            strict: Passed to `load_state_dict`; the weights' names are checked in any case.
-            weights_only: Must not be `False`: nothing in the file may run.
-            arguments: All constructor arguments, as for training.
+            arguments: All constructor arguments, as for training; the file holds none, and
+                nothing in it can run.
 
         Raises:
             ConfigError: If an argument is missing, or the checkpoint belongs to another model.
             FileError: If the file is damaged, or would run code.
         """
-        if hparams_file is not None or weights_only is False:
-            raise ConfigError(
-                "load_from_checkpoint: must be given arguments in place of hparams_file, and "
-                f"weights_only true, found {hparams_file} and {weights_only}"
-            )
         content = read_whole_checkpoint(Path(checkpoint_path))
         try:
             module = cls(**arguments)
@@ -70,17 +60,17 @@ class BaseModule(L.LightningModule):
                 f"with, found others ({error}); ant_lightning.load_run(path) takes them from the "
                 "settings of the run"
             ) from error
-        module.load_content(content, strict=strict is not False)
+        module.load_content(content)
         return module.to(map_location or "cpu")
 
-    def load_content(self, content: dict[str, Any], *, strict: bool = True) -> None:
+    def load_content(self, content: dict[str, Any]) -> None:
         """Load the state and the live weights of a checkpoint that was read.
 
         Raises:
             ConfigError: If the checkpoint belongs to another model.
         """
         self.on_load_checkpoint(content)
-        self.load_state_dict(content["state_dict"], strict=strict)
+        self.load_state_dict(content["state_dict"])
 
     def configure_callbacks(self) -> list[L.Callback]:
         """What every run has, also without the command line."""

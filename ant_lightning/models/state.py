@@ -90,17 +90,15 @@ class CheckpointState:
                 "weights use init_from"
             )
         version = saved.get("format_version")
-        if type(version) is not int:
-            raise ConfigError(
-                f"ckpt_path: format_version must be a whole number, found {version!r}"
-            )
-        if version > FORMAT_VERSION:
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise ConfigError(
                 f"ckpt_path: must have a format version up to {FORMAT_VERSION}, found {version}, "
                 "written by a newer ant_lightning"
             )
         state = {name: saved[name] for name in cls.__annotations__ if name in saved}
         try:
+            if not isinstance(version, int):
+                raise TypeError(f"format_version {version!r}")
             # 0.1 had no history before clusters could change.
             history = saved.get("cluster_history") or [(0, saved["boundaries"])]
             state["cluster_history"] = [(int(step), tuple(each)) for step, each in history]

@@ -163,7 +163,7 @@ SHORT = DiscreteDiffusion(CosineSchedule(50), variance_type="learned_range")
         ({"backbone": adm()}, "the checkpoint has TinyDiT, the settings say UNet"),
         ({"process": SHORT}, "tasks.clustering"),
         ({"hparams_file": "hparams.yaml"}, "hparams_file"),
-        ({"weights_only": False}, "weights_only true, found None and False"),
+        ({"weights_only": False}, "weights_only"),
         ({"no_such": 1}, "found others .*no_such"),
     ],
 )
