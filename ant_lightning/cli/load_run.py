@@ -13,11 +13,11 @@ from jsonargparse import ArgumentParser
 from ant_lightning.backbones.checkpoints import fill_backbone
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.renamed import with_new_names
+from ant_lightning.cli.run_folder import stored_settings
 from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.models.base import BaseModule
 from ant_lightning.runtime.checkpoint_files import furthest_whole, read_whole_checkpoint
-from ant_lightning.runtime.run_record import newest_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -105,21 +105,20 @@ def _checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
 
 def _settings(path: Path, content: dict[str, Any], config: str | Path | None) -> dict[str, Any]:
     """The settings of the run: from `config`, its checkpoint or its folder, in this order."""
-    stored, source = content.get("ant_lightning", {}).get("settings"), path
-    folder = path.resolve().parent.parent
-    record = config if config is not None or stored is not None else newest_record(folder)
-    if record is not None:
-        source = Path(record)
-        check_config_file(source)
-        stored = load_yaml(source.read_text(encoding="utf8"))
+    if config is None:
+        stored = stored_settings(content, path.resolve())
+    else:
+        check_config_file(config)
+        stored = with_new_names(load_yaml(Path(config).read_text(encoding="utf8")))
+        if not isinstance(stored.get("model"), dict):
+            raise FileError(f"{config}: must hold the settings of a model, found none")
     if stored is None:
         raise ConfigError(
-            f"config: needed, as {path} holds no settings and there is no config.yaml in {folder}; "
-            "give the run's config.yaml, or use load_from_checkpoint with the module's arguments"
+            f"config: needed, as {path} holds no settings and no config.yaml lies in its run's "
+            "folder; give the run's config.yaml, or use load_from_checkpoint with the module's "
+            "arguments"
         )
-    if not isinstance(stored, dict) or not isinstance(stored.get("model"), dict):
-        raise FileError(f"{source}: must hold the settings of a model, found none")
-    return with_new_names(stored)  # type: ignore[no-any-return]
+    return stored
 
 
 def _of_model(settings: dict[str, Any]) -> dict[str, Any]:

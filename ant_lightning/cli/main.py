@@ -1,5 +1,29 @@
-"""The console script `ant-lightning`; help and mistakes are answered without loading the rest."""
+r"""usage: ant-lightning {fit,validate,test,predict,score,encode} --config FILE [options]
+       ant-lightning report RUN_FOLDER
 
+Diffusion training as multi-task learning over clusters of timesteps.
+
+  fit        train                         --ckpt_path last resumes
+  validate   loss, FID and its companions  --ckpt_path FILE
+  test       the same, logged as test/...  --ckpt_path FILE
+  predict    write images                  --ckpt_path FILE --samples.num_images 1000
+                                           (PNG files; --samples.npz FILE.npz for one file)
+  score      FID ... of stored images      --images FOLDER or FILE.npz
+  encode     write a cache of latents      --config configs/imagenet/encode.yaml
+  report     write report.md into the log folder of a run
+
+Configs are merged from left to right: a base, then one fragment for each choice, then options:
+
+  ant-lightning fit --config configs/digits/dit.yaml \
+      --config configs/balancer/uw.yaml --config configs/clustering/snr.yaml \
+      --trainer.max_steps 2000
+
+  ant-lightning fit --help                             all options of fit (takes some seconds)
+  ant-lightning fit --model.help DiTModule             the options of a class
+  ant-lightning fit --config ... --print_config        the merged config, without running it
+"""
+
+# The text above is what `ant-lightning --help` prints, before anything else is imported.
 from __future__ import annotations
 
 import errno
@@ -23,31 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-HELP = """\
-usage: ant-lightning {fit,validate,test,predict,score,encode} --config FILE [--config ...] [options]
-       ant-lightning report RUN_FOLDER
-
-Diffusion training as multi-task learning over clusters of timesteps.
-
-  fit        train                         --ckpt_path last resumes
-  validate   loss, FID and its companions  --ckpt_path FILE
-  test       the same, logged as test/...  --ckpt_path FILE
-  predict    write images                  --ckpt_path FILE --samples.num_images 1000
-                                           (PNG files; --samples.npz FILE.npz for one file)
-  score      FID ... of stored images      --images FOLDER or FILE.npz
-  encode     write a cache of latents      --config configs/imagenet/encode.yaml
-  report     write report.md into the log folder of a run
-
-Configs are merged from left to right: a base, then one fragment for each choice, then options:
-
-  ant-lightning fit --config configs/digits/dit.yaml \\
-      --config configs/balancer/uw.yaml --config configs/clustering/snr.yaml \\
-      --trainer.max_steps 2000
-
-  ant-lightning fit --help                             all options of fit (takes some seconds)
-  ant-lightning fit --model.help DiTModule             the options of a class
-  ant-lightning fit --config ... --print_config        the merged config, without running it
-"""
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 OTHERS = ("encode", "report", "score")  # a module each; the rest are the Trainer's
 COMMANDS = ("fit", "validate", "test", "predict", *OTHERS)
@@ -63,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if args is None else args)
     asked = arguments[:2] if arguments[:1] == ["report"] else arguments[:1]
     if not arguments or {"-h", "--help"}.intersection(asked):
-        print(HELP)
+        print(__doc__)
         return 0
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from pickle import UnpicklingError
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ from ant_lightning.cli.trainer_settings import (
     trainer_error,
 )
 from ant_lightning.data.module import ImageDataModule
-from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
+from ant_lightning.errors import CheckpointWriteError, ConfigError
 from ant_lightning.models.optimizers import say_changed
 from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
@@ -237,11 +236,6 @@ def run(args: Sequence[str]) -> AntCLI:
         )
     except (ArgumentError, MisconfigurationException) as error:
         raise ConfigError(one_line(str(error))) from error
-    except UnpicklingError as error:  # of `last`: a file that is named was looked at before
-        raise FileError(
-            "ckpt_path: refused, reading the last checkpoint would run code, or it is damaged; "
-            "delete it and resume from the one before"
-        ) from error
     except (ConfigError, CheckpointWriteError):
         raise
     except Exception as error:
@@ -250,5 +244,5 @@ def run(args: Sequence[str]) -> AntCLI:
         said = " ".join(str(error).split())[:300]
         raise ConfigError(
             "ckpt_path: must be a whole checkpoint of a run with these settings, found one that "
-            f"cannot be gone on with ({type(error).__name__}: {said})"
+            f"cannot be resumed ({type(error).__name__}: {said})"
         ) from error

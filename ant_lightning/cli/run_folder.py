@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from ant_lightning.cli.config_files import load_yaml
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.checkpoint_files import furthest_whole
@@ -100,23 +102,18 @@ def choose_run_folder(
 
 
 def stored_settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
-    """The settings of the run that wrote a checkpoint; None if unknown.
+    """The settings of the run that wrote a checkpoint, in today's names; `None` if unknown.
 
     Runs of version 0.1 store them only in the `config.yaml` of their folder.
     """
     saved = checkpoint.get("ant_lightning")
     found = saved.get("settings") if isinstance(saved, dict) else None
-    if isinstance(found, dict):
-        return with_new_names(found)  # type: ignore[no-any-return]
     record = newest_record(path.parent.parent)
-    if record is None:
-        return None
-    try:
-        content = yaml.safe_load(record.read_text(encoding="utf8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    is_run = isinstance(content, dict) and "model" in content
-    return with_new_names(content) if is_run else None
+    if not isinstance(found, dict) and record is not None:
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            found = load_yaml(record.read_text(encoding="utf8"))
+    is_run = isinstance(found, dict) and isinstance(found.get("model"), dict)
+    return with_new_names(found) if is_run else None
 
 
 def check_writable(trainer: L.Trainer, folders: Mapping[str, str | Path | None]) -> None:
@@ -241,7 +238,7 @@ def _last(
     if others:
         changed, path = min(others, key=lambda each: len(each[0]))
         name, pair = next(iter(changed.items()))
-        then, now = ("null" if each is None else each for each in pair)
+        then, now = pair
         raise ConfigError(
             f"ckpt_path: 'last' must be of a run with the same {name}, found {then} in {path} and "
             f"{now} here; to resume with a changed setting give the path of the checkpoint, to "
@@ -262,7 +259,7 @@ def _check_free(
     """Refuse to start a run in the folder of another, or where another keeps its checkpoints."""
     inside = {path.resolve() for path in (resumed, checkpoint and Path(checkpoint).parent) if path}
     version = None if place.version is None else place.root / place.version
-    beside = Path(dirpath) if dirpath and "://" not in dirpath else None
+    beside = Path(dirpath) if dirpath and "://" not in str(dirpath) else None
     for setting, folder, patterns in (
         ("trainer.logger.version", version, ("*.ckpt", "checkpoints/*.ckpt", RUN_MARK)),
         ("checkpoint.dirpath", beside, ("*.ckpt", "checkpoints/*.ckpt")),

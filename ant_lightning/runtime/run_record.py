@@ -103,12 +103,8 @@ class RunRecord(L.Callback):
         if not self._started:
             for logger in trainer.loggers:  # a TensorBoard thread may still be writing
                 logger.finalize("failed")
-            self.discard()
-
-    def discard(self) -> None:
-        """Remove the folder if it was created for this run and holds only logger headers."""
-        if self._is_new and not getattr(rank_zero_only, "rank", 0):
-            remove_empty_run(self.run_folder)
+            if self._is_new and not getattr(rank_zero_only, "rank", 0):
+                remove_empty_run(self.run_folder)
 
     def _write(self, name: str) -> None:
         newest, free = _numbered(self.run_folder, name)
