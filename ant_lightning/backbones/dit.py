@@ -14,8 +14,9 @@ from ant_lightning.backbones.layers import (
     arrange,
     check_classes,
     check_images,
+    embed_timesteps,
     run_block,
-    timestep_embedding,
+    timestep_mlp,
 )
 from ant_lightning.errors import ConfigError, check_at_least
 
@@ -57,23 +58,6 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-
-
-class TimestepEmbedder(nn.Module):
-    """Map timesteps `[b]`, integer or fractional, to vectors `[b, d]`."""
-
-    def __init__(self, *, hidden_size: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(_TIMESTEP_FEATURES, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-        )
-
-    def forward(self, timesteps: Tensor) -> Float[Tensor, "b d"]:
-        features = timestep_embedding(timesteps, _TIMESTEP_FEATURES)
-        embedding: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
-        return embedding
 
 
 class Attention(nn.Module):
@@ -240,10 +224,11 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(
             patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size
         )
-        self.t_embedder = TimestepEmbedder(hidden_size=hidden_size)
+        # Dicts, because official files have the names "t_embedder.mlp.0" and
+        # "y_embedder.embedding_table".
+        self.t_embedder = nn.ModuleDict({"mlp": timestep_mlp(_TIMESTEP_FEATURES, hidden_size)})
         self.y_embedder = None
         if num_classes > 0:
-            # A dict, because official files name the table "y_embedder.embedding_table".
             table = nn.Embedding(num_classes + (self.null_class is not None), hidden_size)
             self.y_embedder = nn.ModuleDict({"embedding_table": table})
         mlp_size = int(hidden_size * mlp_ratio)
@@ -291,7 +276,7 @@ class DiT(nn.Module):
         if x.shape[2:] != (size, size):
             raise ConfigError(f"x: must be {size} x {size}, found {x.shape[2]} x {x.shape[3]}")
         tokens = self.x_embedder(x) + self.pos_embed  # [b, n, d]
-        conditioning = self.t_embedder(timesteps)
+        conditioning = embed_timesteps(self.t_embedder["mlp"], timesteps)
         if self.y_embedder is not None:
             table = self.y_embedder["embedding_table"]
             conditioning = conditioning + table(self._check_labels(labels, timesteps))

@@ -14,7 +14,16 @@ from ant_lightning.errors import ConfigError, check_at_least
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["arrange", "check_classes", "check_images", "run_block", "timestep_embedding", "zeroed"]
+__all__ = [
+    "arrange",
+    "check_classes",
+    "check_images",
+    "embed_timesteps",
+    "run_block",
+    "timestep_embedding",
+    "timestep_mlp",
+    "zeroed",
+]
 
 Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
 
@@ -48,6 +57,20 @@ def timestep_embedding(
     if dim % 2:
         features.append(torch.zeros_like(angles[:, :1]))
     return torch.cat(features, dim=-1)
+
+
+def timestep_mlp(num_features: int, hidden_size: int) -> nn.Sequential:
+    """Two linear layers that map features of the timestep to vectors, for `embed_timesteps`."""
+    return nn.Sequential(
+        nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+    )
+
+
+def embed_timesteps(mlp: nn.Module, timesteps: Tensor) -> Float[Tensor, "b d"]:
+    """Vectors `[b, d]` of timesteps `[b]`, integer or fractional, in the dtype of the layers."""
+    weight = mlp.get_parameter("0.weight")
+    embedding: Tensor = mlp(timestep_embedding(timesteps, weight.shape[1]).to(weight.dtype))
+    return embedding
 
 
 def check_classes(num_classes: int, class_dropout_prob: float) -> None:

@@ -13,8 +13,9 @@ from ant_lightning.backbones.layers import (
     arrange,
     check_classes,
     check_images,
+    embed_timesteps,
     run_block,
-    timestep_embedding,
+    timestep_mlp,
     zeroed,
 )
 from ant_lightning.backbones.spatial_transformer import SpatialTransformer
@@ -143,7 +144,6 @@ class UNet(nn.Module):
         self.input_size = input_size
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.model_channels = model_channels
         self.num_classes = num_classes
         self.class_dropout_prob = class_dropout_prob if num_classes > 0 else 0.0
         self.null_class = num_classes if self.class_dropout_prob > 0 else None
@@ -170,11 +170,7 @@ class UNet(nn.Module):
         resample = partial(
             _resample, res_block=res_block if resblock_updown else None, conv=conv_resample
         )
-        self.time_embed = nn.Sequential(
-            nn.Linear(model_channels, emb_channels),
-            nn.SiLU(),
-            nn.Linear(emb_channels, emb_channels),
-        )
+        self.time_embed = timestep_mlp(model_channels, emb_channels)
         self.label_emb = None
         if num_classes > 0 and context_dim is None:
             self.label_emb = nn.Embedding(num_embeddings, emb_channels)
@@ -248,8 +244,7 @@ class UNet(nn.Module):
                 f"{x.shape[2]} x {x.shape[3]}"
             )
         context = self._context(labels, context)
-        features = timestep_embedding(timesteps, self.model_channels)
-        embedding = self.time_embed(features.to(next(self.time_embed.parameters()).dtype))
+        embedding = embed_timesteps(self.time_embed, timesteps)
         if self.label_emb is not None:
             embedding = embedding + self.label_emb(labels)
 
