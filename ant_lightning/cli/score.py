@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, set_loader
 from yaml import YAMLError
 
 from ant_lightning.cli.config_files import check_config_file, import_named_classes, load_yaml
+from ant_lightning.cli.renamed import refuse_old_names
 from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.data.stored_images import StoredImages
@@ -106,7 +107,11 @@ def _without_the_run(args: Sequence[str]) -> list[str]:
 
 def _used_settings(config: dict[str, Any]) -> dict[str, Any]:
     used: dict[str, Any] = {name: config[name] for name in ("data", "metrics") if name in config}
-    for callback in (config.get("trainer") or {}).get("callbacks") or []:
+    trainer = config.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+    for each in callbacks if isinstance(callbacks, list) else []:
+        callback = each if isinstance(each, dict) else {"class_path": each}
         if str(callback.get("class_path")).rpartition(".")[2] == GenerationMetrics.__name__:
             used["metrics"] = callback.get("init_args", {})
+    refuse_old_names(used)
     return used

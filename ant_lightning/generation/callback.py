@@ -43,7 +43,8 @@ class GenerationMetrics(RunCallback):
 
     Args:
         extractor: What turns images into features.
-        num_images: Images that are drawn; by default as many as are held out.
+        num_images: Images that are drawn; by default as many as are held out. Of stored images, by
+            default all are scored.
         batch_size: Images drawn at once.
         every_n_epochs: Validations between two measurements.
         reference: File of `ImageStatistics`, or `train` for the training images, against which

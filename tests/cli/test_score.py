@@ -95,6 +95,11 @@ def test_what_cannot_be_scored_is_named(tmp_path, npz, capsys):
     for name, side in (("a.png", 8), ("b.png", 9)):
         Image.fromarray(np.zeros((side, side), dtype=np.uint8)).save(tmp_path / "sizes" / name)
     assert "b.png must be 8 x 8" in error(f"--images={tmp_path / 'sizes'}")
+    old = tmp_path / "old.yaml"
+    old.write_text("data: {class_path: ant_lightning.data.DigitsData, init_args: {batch_size: 8}}")
+    assert "ant_lightning.data.DigitsData for ant_lightning.DigitsData" in error(
+        f"--config={old}", f"--images={npz}"
+    )
     assert main(["test", f"--config={BASE}", f"--images={npz}"]) == 2
     assert "ant-lightning score --images" in capsys.readouterr().err
 
