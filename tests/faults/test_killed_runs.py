@@ -21,7 +21,7 @@ _CONTEXT.set_forkserver_preload(
         "ant_lightning.models",
         "ant_lightning.callbacks.dashboard",
         "ant_lightning.callbacks.sample_writer",
-        "ant_lightning.data",
+        "ant_lightning.data.digits",
         "torchjd.aggregation",
     ]
 )
