@@ -18,6 +18,7 @@ from ant_lightning.errors import ConfigError, NonFiniteError, check_at_least
 from ant_lightning.files.torch_file import not_finite
 from ant_lightning.models.base import BaseModule
 from ant_lightning.models.draws import step_noise
+from ant_lightning.models.old_checkpoints import upgrade
 from ant_lightning.models.optimizers import OptimizerFactory
 from ant_lightning.models.settings import Optimization
 from ant_lightning.runtime.run_record import run_folder
@@ -146,6 +147,7 @@ class AutoencoderModule(BaseModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of another model; apply the settings of this run."""
         self.use_own_names(checkpoint)
+        upgrade(checkpoint)
         self.check_weights(checkpoint)
         if self.is_training_run:
             stored = checkpoint.get("ant_lightning", {}).get("optimization")

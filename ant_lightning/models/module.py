@@ -32,10 +32,10 @@ from ant_lightning.models.draws import Draws, TrainingDraws, sample_shares
 from ant_lightning.models.engine import engine_and_buffers
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.freezing import TrainedParameters
+from ant_lightning.models.old_checkpoints import upgrade
 from ant_lightning.models.optimizers import (
     OptimizerFactory,
     back_off,
-    forget_balancers_schedule,
     gradient_scaler,
     loss_scale,
     say_changed,
@@ -381,7 +381,7 @@ class MultiTaskDiffusion(DiffusionModule):
             ConfigError: Naming what differs, with both values.
         """
         self.use_own_names(checkpoint)
-        forget_balancers_schedule(checkpoint)
+        upgrade(checkpoint)
         state = CheckpointState.of_checkpoint(checkpoint)
         state.check_fits(self.checkpoint_state())
         self.check_weights(checkpoint)

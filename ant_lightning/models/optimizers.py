@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "OptimizerFactory",
     "back_off",
-    "forget_balancers_schedule",
     "gradient_scaler",
     "loss_scale",
     "say_changed",
@@ -37,16 +35,6 @@ __all__ = [
 
 Made = TypeVar("Made")
 
-# Attributes in which schedulers keep one value per parameter group.
-_BY_GROUP = (
-    "base_lrs",
-    "_last_lr",
-    "lr_lambdas",
-    "max_lrs",
-    "min_lrs",
-    "base_momentums",
-    "max_momentums",
-)
 # In a scheduler's state but not settings: its counts, and what it derives from the optimizer.
 _NOT_SETTINGS = {
     "_get_lr_called_within_step",
@@ -154,7 +142,6 @@ class OptimizerFactory:
         Raises:
             ConfigError: If a setting needs state that the checkpoint does not hold.
         """
-        _use_new_keys(checkpoint)
         changed = self._apply(checkpoint, stored)
         if changed:
             # A sharded strategy has loaded the optimizer already; others load it from `checkpoint`.
@@ -220,8 +207,6 @@ class OptimizerFactory:
                 stored |= {"lr_scheduler": "one" if schedulers else None}
             current = {name: current[name] for name in current if name in stored}
             stored = {name: stored[name] for name in current}
-        # Earlier versions wrote `model.optimizer.lr` for `optimizer.lr`.
-        stored = {name.removeprefix("model."): value for name, value in stored.items()}
         changed = differences(stored, current)
         if not changed:
             return {}
@@ -278,19 +263,6 @@ def say_changed(changed: dict[str, tuple[Any, Any]], *, effect: str = "from now 
         print(f"{name}: {now} {effect}, the checkpoint has {then}", flush=True)
 
 
-def forget_balancers_schedule(checkpoint: dict[str, Any]) -> None:
-    """Undo, in a checkpoint of version 0.1, the scheduler's changes to the balancer's rate."""
-    for state in checkpoint.get("lr_schedulers") or []:
-        for each in (state, *state.get("_schedulers", [])):
-            for name in _BY_GROUP:
-                if isinstance(each.get(name), list):
-                    each[name] = each[name][:1]
-    for state in checkpoint.get("optimizer_states") or []:
-        for group in state.get("param_groups", [])[1:]:
-            if "initial_lr" in group:
-                group["lr"] = group.pop("initial_lr")
-
-
 @contextmanager
 def _backbone_only(optimizer: Optimizer) -> Iterator[None]:
     """Hide all but the optimizer's first group: schedulers change all they see."""
@@ -321,15 +293,6 @@ def _of_scheduler(state: dict[str, Any]) -> dict[str, Any]:
         for name, value in state.items()
         if name not in _NOT_SETTINGS and isinstance(value, bool | int | float | str | list | tuple)
     }
-
-
-def _use_new_keys(checkpoint: dict[str, Any]) -> None:
-    """Rename the states of `Checkpoints` of version 0.1, whose keys hold the saving intervals."""
-    states = checkpoint.get("callbacks") or {}
-    for key in list(states):
-        old = re.match(r"(Checkpoints\{'monitor': .*?, 'mode': '\w+'), ", key)
-        if old:
-            states[old.group(1) + "}"] = states.pop(key)
 
 
 def _planned_steps(trainer: L.Trainer) -> float | None:

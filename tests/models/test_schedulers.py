@@ -10,7 +10,7 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
 from ant_lightning import ConfigError, DigitsData
-from ant_lightning.models.optimizers import forget_balancers_schedule
+from ant_lightning.models.old_checkpoints import upgrade
 
 BALANCER_LR = 0.025
 FACTORIES = {
@@ -92,7 +92,7 @@ def test_states_that_were_saved_with_the_balancers_rate_go_on(name):
         optimizer.step()
         old.step()
     checkpoint = {"lr_schedulers": [old.state_dict()]}
-    forget_balancers_schedule(checkpoint)
+    upgrade(checkpoint)
     new_optimizer, scheduler, step_scheduler = made(FACTORIES[name])
     scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
     for ours, then in zip(new_optimizer.param_groups, optimizer.param_groups, strict=True):
