@@ -97,7 +97,7 @@ class MultiTaskDiffusion(DiffusionModule):
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
 
-    Example:
+    Examples:
         >>> from ant_lightning import CosineSchedule, DDIM, DiscreteDiffusion, DiT
         >>> from ant_lightning import MultiTaskDiffusion, Sampling, SNRClustering, Tasks
         >>> network = DiT(

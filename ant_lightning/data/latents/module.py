@@ -44,7 +44,7 @@ class LatentsData(ImageDataModule):
     Raises:
         ConfigError: If the cache is incomplete or damaged, or of other images than `images`.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from ant_lightning import LatentsData, LatentSpace, LatentWriter, ShapesData
         >>> class Subsampling:  # stands for a `FirstStage`
