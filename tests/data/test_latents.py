@@ -346,7 +346,7 @@ def test_missing_labels_are_refused_for_a_conditional_model_only(stage, tmp_path
 
 def test_metrics_on_a_cache_need_its_images(cache):
     data = LatentsData(str(cache), batch_size=4)
-    with pytest.raises(ConfigError, match=r"^data.images: .*reference"):
+    with pytest.raises(ConfigError, match=r"^images: .*reference"):
         list(data.pixels(data.held_out_images))
     data = LatentsData(str(cache), batch_size=4, images=shapes())
     (pixels,) = data.pixels(data.held_out_images)

@@ -159,7 +159,7 @@ class _CachedMoments(ImageDataset):
         """
         if self._real is None:
             raise ConfigError(
-                "data.images: must be given for metrics, as a latent cache has no real images; or "
+                "images: must be given for metrics, as a latent cache has no real images; or "
                 "give GenerationMetrics a reference file and with_train: false; found None"
             )
         return self._real
