@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["ImageStatistics"]
 
 _KIND = "image statistics 1"
+_TENSORS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
+    "mean": (torch.float64, ("d",)),
+    "covariance": (torch.float64, ("d", "d")),
+    "features": (torch.float32, ("n", "d")),  # n = 0 if they were not kept
+}
+_ENTRIES = {"kind": _KIND, "extractor": str, "num_images": int, "image_shape": list}
 
 
 class ImageStatistics:
@@ -118,34 +124,21 @@ class ImageStatistics:
         """
         found = cls._load_npz(path) if Path(path).suffix == ".npz" else cls._load(path, fingerprint)
         mean, covariance = found.gaussian.mean, found.gaussian.covariance
-        scale = covariance.diagonal().abs().amax()
         # Comparisons with NaN are false, so that NaN is refused too.
-        symmetric = bool(((covariance - covariance.T).abs() <= 1e-6 * scale).all())
+        asymmetry = (covariance - covariance.T).abs()
+        symmetric = len(mean) and bool((asymmetry <= 1e-6 * covariance.abs().amax()).all())
         if not symmetric or not bool(mean.isfinite().all()):
             raise FileError(f"{path}: must hold a finite mean and a symmetric covariance")
         return found
 
     @classmethod
     def _load(cls, path: str | Path, fingerprint: str | None) -> ImageStatistics:
-        shapes = {
-            "mean": (torch.float64, ("d",)),
-            "covariance": (torch.float64, ("d", "d")),
-            "features": (torch.float32, ("n", "d")),
-        }
-        entries = {
-            "kind": _KIND,
-            "extractor": str,
-            "fingerprint": fingerprint or str,
-            "num_images": int,
-            "image_shape": list,
-        }
-        tensors, metadata = read_tensors(path, shapes, entries)
-        gaussian = GaussianStatistics(
-            tensors["mean"], tensors["covariance"], metadata["num_images"] or None
-        )
+        entries = _ENTRIES | {"fingerprint": fingerprint or str}
+        tensors, metadata = read_tensors(path, _TENSORS, entries)
+        count, features = metadata["num_images"], tensors["features"]
         return cls(
-            gaussian,
-            tensors["features"] if len(tensors["features"]) else None,
+            GaussianStatistics(tensors["mean"], tensors["covariance"], count or None),
+            features if len(features) else None,
             extractor=metadata["extractor"],
             image_shape=tuple(metadata["image_shape"]) or None,  # type: ignore[arg-type]
         )

@@ -20,6 +20,7 @@ from ant_lightning import (
 )
 from ant_lightning.cli.score import score_images
 from ant_lightning.generation.extractor import Features
+from ant_lightning.generation.reference import real_statistics
 
 INTERVAL = (0, 300)
 
@@ -152,3 +153,19 @@ def test_two_ranks_score_stored_images_as_one_does(tmp_path):
         assert two.keys() == one.keys()
         for name, value in one.items():
             np.testing.assert_allclose(two[name], value, rtol=1e-6, err_msg=name)
+
+
+def cached_statistics(rank, folder):
+    """Statistics of real images, twice, with a disk for each rank, of which rank 0 has the file."""
+    dataset, cache = TinyData().held_out_images, folder / str(rank)
+    for _ in range(2):
+        found = real_statistics(dataset, Projection(), cache_dir=cache)
+    return found.features, cache.exists()
+
+
+def test_ranks_that_see_different_caches_compute_together(tmp_path):
+    (one,) = run_ranks(cached_statistics, 1, tmp_path / "one", tmp_path / "a")
+    two = run_ranks(cached_statistics, 2, tmp_path / "two", tmp_path / "b")
+    assert [exists for _, exists in two] == [True, False]
+    for features, _ in two:
+        torch.testing.assert_close(features, one[0])

@@ -103,6 +103,7 @@ def test_files_that_are_no_reference_are_refused(tmp_path):
         ),
         (good | {"sigma": crooked}, "symmetric"),
         (good | {"sigma": np.full((3, 3), np.nan)}, "finite"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "finite"),
         (good | {"mu": np.array([0, np.inf, 0])}, "finite"),
     ):
         np.savez(path, **arrays)
