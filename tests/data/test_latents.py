@@ -335,7 +335,7 @@ def test_data_that_do_not_fit_the_first_stage_or_the_classes_are_refused(
 def test_missing_labels_are_refused_for_a_conditional_model_only(stage, tmp_path):
     data = shapes()
     data.num_classes = 0
-    with pytest.raises(ConfigError, match=r"labels are missing.*num_classes = 3.*found 0"):
+    with pytest.raises(ConfigError, match=r"must have labels .*num_classes = 3, found 0"):
         trainer(tmp_path).fit(unet_module(stage), datamodule=data)
     data = shapes()
     data.num_classes = 0
