@@ -84,12 +84,9 @@ class SampleGrid(RunCallback):
         chosen: list[int | None] = list(range(min(len(dataset), self.num_images)))
         if classes:
             chosen = images_by_class(dataset, self.num_images, num_classes=classes)
-        places = [place for place, index in enumerate(chosen) if index is not None]
-        indices = [index for index in chosen if index is not None]
-        images = pl_module.images_of(dataset.load(indices or [0], epoch=None))
-        grid = images.new_zeros(len(chosen), *images.shape[1:])
-        grid[places] = images[: len(places)]
-        return grid
+        images = pl_module.images_of(dataset.load([index or 0 for index in chosen], epoch=None))
+        images[[index is None for index in chosen]] = 0.0
+        return images
 
 
 def sample_grid(
