@@ -26,6 +26,7 @@ from ant_lightning.runtime.sharding import gather_for_evaluation, reshard, shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import Self
 
     from torch import Tensor
 
@@ -66,6 +67,10 @@ class TaskMeans(Metric):
     def compute(self) -> tuple[Tensor, Tensor]:
         """The mean over all samples, and that of each task."""
         return self.sums[0].sum() / self.sums[1].sum(), self.sums[0] / self.sums[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Iterable[str] = "") -> Self:
+        # Follow the module to its device, but stay float64 where it is cast (bf16-true).
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
 
 class DiffusionModule(BaseModule):

@@ -156,3 +156,12 @@ def test_means_of_tasks_do_not_depend_on_batches_or_ranks():
         torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0, equal_nan=True)
     whole.reset()
     assert whole.sums.sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_means_of_tasks_stay_float64_in_a_module_that_is_cast(dtype):
+    module = torch.nn.ModuleList([TaskMeans(2)]).to(dtype)
+    module[0].update(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 1, 1]))
+    mean, _ = module[0].compute()
+    assert mean.dtype == torch.float64
+    assert float(mean) == pytest.approx(0.2, rel=1e-7)
