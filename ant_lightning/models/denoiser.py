@@ -25,8 +25,7 @@ from ant_lightning.randomness import ImageNoise, run_seed
 from ant_lightning.runtime.sharding import gather_for_evaluation, reshard, shard_backbone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-    from typing import Self
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -68,7 +67,9 @@ class TaskMeans(Metric):
         """The mean over all samples, and that of each task."""
         return self.sums[0].sum() / self.sums[1].sum(), self.sums[0] / self.sums[1]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Iterable[str] = "") -> Self:
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
+    ) -> nn.Module:
         # Follow the module to its device, but stay float64 where it is cast (bf16-true).
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
