@@ -69,6 +69,7 @@ def config_paths(args: Sequence[str]) -> list[str]:
 def import_named_classes(args: Sequence[str]) -> None:
     """Import our classes that a command line or its files name: the parser finds only those."""
     texts = [*args, *(Path(path).read_text(encoding="utf8") for path in config_paths(args))]
+    # A word that is no class at all costs an import and does no harm.
     for name in set(re.findall(r"\w+", " ".join(texts))).intersection(ant_lightning.__all__):
         getattr(ant_lightning, name)
 
@@ -154,6 +155,7 @@ def _size(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
         raise _unsafe(node, f"more than {_MAX_DEPTH} levels, or an alias inside what it stands for")
     if node.tag not in _PLAIN:
         raise _unsafe(node, f"the tag {node.tag!r}, which could name code; plain values have none")
+    # An alias is the same node again: it is counted each time, but looked at once.
     if id(node) not in sizes:
         size = 1 + sum(_size(child, sizes, depth + 1) for child in _children(node))
         if size > _MAX_NODES:

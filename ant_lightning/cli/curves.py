@@ -39,6 +39,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     for path in sorted(folder.glob("events.out.tfevents*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
+                # The loader turns old simple values into this form.
                 if value.metadata.plugin_data.plugin_name == "scalars":
                     number = float(make_ndarray(value.tensor))
                     found.setdefault(value.tag, {})[event.step] = number

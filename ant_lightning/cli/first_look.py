@@ -52,6 +52,7 @@ def first_look(arguments: Sequence[str]) -> None:
     options = _options([each for each in args if each not in _FLAGS])
     if known is None or options is None:
         return
+    # Merged as the parser does: only the value that counts in the end is checked.
     settings: dict[str, Any] = {}
     for name, value in options:
         if name in {"config", "c"}:
@@ -64,6 +65,7 @@ def first_look(arguments: Sequence[str]) -> None:
     check_run_settings(settings)
     if isinstance(settings.get("trainer"), dict):
         check_trainer_settings(settings["trainer"])
+    # The class checks its arguments too, after the imports.
     samples = settings.get("samples")
     for name, value in samples.items() if isinstance(samples, dict) else ():
         if name in {"num_images", "batch_size"} and type(value) is int and value < 1:
@@ -83,6 +85,7 @@ def top_settings(command: str) -> list[str] | None:
     method = arguments_of("Trainer", command)
     if method is None:
         return None
+    # Arguments of the Trainer's method that the command line hands over itself.
     handed_over = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
     own = {"config", "print_config", "seed_everything", "trainer", "model", "data", *_RUN_GROUPS}
     return sorted(own | (method - handed_over))
@@ -141,6 +144,7 @@ def _merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
 
 def _check_names(settings: dict[str, Any], known: Sequence[str]) -> None:
     """Check the names at the top, and those inside groups whose class is fixed."""
+    # `arguments_of` is None for a class whose source does not tell: then any name passes.
     inside = {g: arguments_of(kind) for g, kind in _GROUPS.items() if g in known}
     paths = [*known, *(f"{g}.{name}" for g, names in inside.items() for name in names or ())]
     for group, inner in settings.items():

@@ -100,9 +100,11 @@ def _run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
+        # Loggers write without a file name in their error; it is their folder that is full.
         where = error.filename or "trainer.logger.save_dir"
         return _fail(f"{where}: could not be written: {error.strerror}", 1)
     except RuntimeError as error:
+        # A loading process or another rank may be to blame, which says so in its own words.
         died = dead_worker(error)
         first = str(died) if died else first_failure(error)
         if first is None:

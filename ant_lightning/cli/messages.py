@@ -52,6 +52,7 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
     unrecognized = re.match(r"unrecognized arguments: --([\w.]+)", text)
     if unrecognized:
         return no_such_setting(unrecognized.group(1), (each.lstrip("-") for each in options))
+    # The path of nested keys, without the parser's own levels.
     keys = [key for key in re.findall(r'Parser key "([^"]+)"', text) if key != "config"]
     setting = ".".join(keys).replace(".init_args", "")
     unaccepted = re.search(r"class_path '([\w.]+)\.(\w+)': Option '([\w.]+)' is not accepted", text)
@@ -61,6 +62,7 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
         return no_such_setting(f"{setting}.{name}", (f"{setting}.{n}" for n in known), owner)
     missing = re.search(r"arguments are required: ([\w., ]+?)(?: - |$)", text)
     if missing:
+        # Settings at the top are named with the command in front: fit.data.
         names = re.sub(r"\b(?:fit|validate|test|predict)\.", "", missing.group(1))
         return f"{setting}.{names}: needed, found nothing" if setting else needed(names)
     return _innermost(text, setting)
@@ -94,6 +96,7 @@ def unknown_class(setting: str, found: str) -> str:
 
 def _innermost(text: str, setting: str) -> str:
     """The rule of the deepest type that failed, and the value found."""
+    # The alternatives of the last union, or else what follows the last key.
     inner = text[max(text.rfind("Errors:") + len("Errors:"), text.rfind('": ') + 2) :]
     inner, _, rest = inner.partition("Given ")
     items = [item.strip(" -") for item in re.split(r"(?:^| )- ", inner.partition(". Got value")[0])]
@@ -104,6 +107,7 @@ def _innermost(text: str, setting: str) -> str:
         r"Expected a dot import path string: (\S+)|class_path '([\w.]+)': module '[\w.]+' has no",
         text,
     )
+    # Where a number may stand as well as a class, the number was meant.
     types = [rule for rule in rules if rule.startswith(("a ", "true", "one of"))]
     if unknown and not types:
         return unknown_class(setting, unknown.group(1) or unknown.group(2))
@@ -114,6 +118,7 @@ def _innermost(text: str, setting: str) -> str:
     found = value.group(1) if value else ""
     nested = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", found)
     found = nested.group(1).strip("'") if nested else found
+    # A namespace is the whole object; what is wrong in it is in the rule.
     said = not found or found in rule or found.startswith("Namespace(")
     return f"{setting}: {rule}" + ("" if said else f", found {found[:100]}")
 

@@ -105,6 +105,7 @@ class AntCLI(LightningCLI):
         except Exception as error:  # only the parser runs here, so it is the arguments
             raise first_config_error(error, options) from error
         config = self.config[args[0]]
+        # jsonargparse accepts None or a number where a group of settings belongs.
         for name in ("trainer", "ema", "checkpoint", "samples"):
             if not isinstance(config.get(name), Namespace):
                 raise ConfigError(f"{name}: must hold settings by name, found {config.get(name)!r}")
@@ -139,12 +140,14 @@ class AntCLI(LightningCLI):
                 is_new=self.run_folder.is_new,
             )
             callbacks.insert(0, record)  # others ask it for the folder
+        # A folder that cannot be written to is found before the first step, not at the first save.
         dirpath = self._get(self.config_init, "checkpoint").dirpath
         check_writable(trainer, {"checkpoint.dirpath": dirpath})
         return trainer
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
+        # After Lightning's own for the model and the data, which save_hyperparameters needs.
         self.parser.add_instantiator(self.paths, object)
 
     def instantiate_classes(self) -> None:
@@ -153,6 +156,7 @@ class AntCLI(LightningCLI):
             super().instantiate_classes()
         except Exception as error:  # constructors of what the settings name
             raise first_config_error(error) from error
+        # Lightning's instantiators made these two.
         for name, made in {"model": self.model, "data": self.datamodule}.items():
             self.paths.remember(made, vars(self.paths.settings[name].init_args))
 
@@ -238,7 +242,7 @@ def run(args: Sequence[str]) -> AntCLI:
         raise ConfigError(one_line(str(error))) from error
     except (ConfigError, CheckpointWriteError):
         raise
-    except Exception as error:
+    except Exception as error:  # torch and Lightning raise anything for parts that do not fit
         if not _restoring(error):
             raise
         said = " ".join(str(error).split())[:300]

@@ -43,6 +43,7 @@ _OF_MODULES = {
     "train_interval": "timesteps.interval",
     **{name: f"{group}.{name}" for group, names in _GROUPS.items() for name in names},
 }
+# Their variance was learned unless set otherwise, now a setting of their default process.
 _LEARNED_VARIANCE = ("ADMModule", "DiTModule")
 _ARGUMENTS = {
     **dict.fromkeys(("LDMModule", "MultiTaskDiffusion", *_LEARNED_VARIANCE), _OF_MODULES),
@@ -92,6 +93,7 @@ def with_new_names(settings: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
 
 def _arguments(kind: str, arguments: dict[str, Any]) -> dict[str, str]:
     """The arguments of a class that have another name now, also of the user's own module."""
+    # Version 0.1 required both of these of every module, and no other class has both.
     is_module = {"backbone", "clustering"} <= arguments.keys()
     return _OF_MODULES if is_module else _ARGUMENTS.get(kind, {})
 

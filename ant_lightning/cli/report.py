@@ -169,6 +169,7 @@ def _clusters(
     curves: Mapping[str, Curve],
 ) -> str:
     boundaries = (state.get("ant_lightning") or {}).get("boundaries")
+    # `make_part` refuses a file that names classes of packages that are not trusted.
     process = (config["model"].get("init_args") or {}).get("process")
     if boundaries is None or process is None:
         return ""

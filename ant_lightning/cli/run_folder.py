@@ -6,26 +6,22 @@ checkpoints, the settings (`config.yaml`), pictures and tables.
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from jsonargparse import Namespace
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ant_lightning.cli.config_files import load_yaml
 from ant_lightning.cli.renamed import with_new_names
+from ant_lightning.cli.run_versions import RunVersions
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.checkpoint_files import furthest_whole
-from ant_lightning.runtime.run_record import RUN_MARK, logger_versions, newest_record
+from ant_lightning.runtime.run_record import RUN_MARK, newest_record
 from ant_lightning.runtime.settings import changed_settings
 
 if TYPE_CHECKING:
@@ -34,12 +30,6 @@ if TYPE_CHECKING:
     import lightning as L
 
 __all__ = ["RunFolder", "check_writable", "choose_run_folder", "stored_settings"]
-
-_FILE_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # one folder per version
-_DEFAULT_LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"
-_DEFAULT_NAME = "lightning_logs"
-_NAMES = ("project", "experiment_name", "name")  # how other loggers name a group of runs
-_VERSIONS = ("version", "id", "run_id", "experiment_key")
 
 
 @dataclass(frozen=True)
@@ -76,7 +66,7 @@ def choose_run_folder(
         ConfigError: If `last` finds only runs with other settings, or no checkpoint (for commands
             that need one), or a new run would write into another run's folder.
     """
-    place = _Place.of(config)
+    place = RunVersions.of(config)
     dirpath = config.checkpoint.get("dirpath")
     is_last = config.ckpt_path == "last"
     if is_last:
@@ -84,6 +74,7 @@ def choose_run_folder(
         found = _last(folders or [place.root], settings, needed=command != "fit")
         path, content = found or (None, None)
         config.ckpt_path = path and str(path)
+    # The run's own folder, also if the logger of this command would log elsewhere.
     own = _run_of(Path(config.ckpt_path), content) if content is not None else None
     if config.trainer.get("fast_dev_run"):
         return None
@@ -126,6 +117,7 @@ def check_writable(trainer: L.Trainer, folders: Mapping[str, str | Path | None])
     for setting, folder in [*places, *folders.items()]:
         if not trainer.is_global_zero or folder is None or "://" in str(folder):
             continue
+        # The folder may have to be made: the nearest one that is there decides.
         existing = Path(folder)
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
@@ -137,85 +129,6 @@ def check_writable(trainer: L.Trainer, folders: Mapping[str, str | Path | None])
                 f"{setting}: must be a folder that can be written to, found {folder} "
                 f"({error.strerror})"
             ) from error
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the loggers' settings put runs: `root / version`."""
-
-    loggers: list[Any]
-    roots: list[Path]  # of all file loggers without a version; the first is the run's
-    version: str | None
-
-    @classmethod
-    def of(cls, config: Any) -> _Place:  # noqa: ANN401
-        trainer = config.trainer
-        default = Path(trainer.get("default_root_dir") or ".")
-        if trainer.get("logger") in (None, True):  # the logger that Lightning would create
-            job = SLURMEnvironment.job_id() if SLURMEnvironment.detect() else None
-            init = Namespace(save_dir=str(default), name=_DEFAULT_NAME, version=job)
-            trainer.logger = Namespace(class_path=_DEFAULT_LOGGER, init_args=init)
-        given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        loggers = [each for each in given if hasattr(each, "class_path")]
-        loggers.sort(key=_writes_files, reverse=True)  # the first decides
-        if not loggers:
-            return cls([], [default / _DEFAULT_NAME], None)
-        free = [each for each in loggers if _writes_files(each) and _version(each) is None]
-        roots = [_root(each, default) for each in (loggers[0], *free)]
-        return cls(loggers, list(dict.fromkeys(roots)), _version(loggers[0]))
-
-    @property
-    def root(self) -> Path:
-        """The folder of the run's folder."""
-        return self.roots[0]
-
-    def runs(self) -> list[Path]:
-        """The folders that may belong to this run."""
-        if self.version is not None:
-            return [self.root / self.version]
-        return [each.parent for each in sorted(self.root.glob("*/checkpoints"))]
-
-    def reserve(self) -> Path:
-        """Create the next free `version_N`; runs that start at once get different folders.
-
-        It is free for every logger that is going to write into a folder of that name.
-        """
-        names = [path.name for root in self.roots for path in root.glob("version_*")]
-        taken = [int(name[8:]) for name in names if name[8:].isdecimal()]
-        number = max(taken, default=-1) + 1
-        node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
-        is_first_rank = not getattr(rank_zero_only, "rank", None) and node == "0"
-        while True:
-            folder = self.root / f"version_{number}"
-            if not is_first_rank:  # `RunRecord` broadcasts the first rank's folder later
-                return folder
-            try:
-                folder.mkdir(parents=True)
-            except FileExistsError:
-                number += 1
-            except OSError as error:
-                raise ConfigError(
-                    "trainer.logger.save_dir: must be a folder that can be written to, found "
-                    f"{self.root} ({error.strerror})"
-                ) from error
-            else:
-                return folder
-
-    def bind(self, folder: Path) -> None:
-        """Make every logger without a version log into `folder`, as the run in it did."""
-        versions = logger_versions(folder)
-        for logger in self.loggers:
-            module, _, kind = str(logger.class_path).rpartition(".")
-            if _version(logger) is not None:
-                continue
-            logger.init_args = init = _init(logger)
-            if _writes_files(logger):
-                init.version = folder.name
-                if folder.parent != self.root:
-                    init.save_dir, init.name = str(folder.parent), ""
-            elif kind in versions:  # a service: with this argument it continues an earlier run
-                known = inspect.signature(getattr(import_module(module), kind)).parameters
-                init[next(each for each in _VERSIONS if each in known)] = versions[kind]
 
 
 def _last(
@@ -236,6 +149,7 @@ def _last(
     if found is not None:
         return found
     if others:
+        # Of several runs the one with the fewest differences is most likely meant.
         changed, path = min(others, key=lambda each: len(each[0]))
         name, pair = next(iter(changed.items()))
         then, now = pair
@@ -254,7 +168,7 @@ def _last(
 
 
 def _check_free(
-    place: _Place, dirpath: str | None, resumed: Path | None, checkpoint: str | None
+    place: RunVersions, dirpath: str | None, resumed: Path | None, checkpoint: str | None
 ) -> None:
     """Refuse to start a run in the folder of another, or where another keeps its checkpoints."""
     inside = {path.resolve() for path in (resumed, checkpoint and Path(checkpoint).parent) if path}
@@ -292,26 +206,3 @@ def _shortened(folder: Path) -> Path:
     """Relative to the working folder if it lies below, as settings name it."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
-
-
-def _writes_files(logger: Any) -> bool:  # noqa: ANN401
-    return str(logger.class_path).endswith(_FILE_LOGGERS)
-
-
-def _init(logger: Any) -> Any:  # noqa: ANN401
-    return logger.get("init_args") or Namespace()
-
-
-def _root(logger: Any, default: Path) -> Path:  # noqa: ANN401
-    """Where a logger puts its versions; for one without folders, where its runs get theirs."""
-    init, files = _init(logger), _writes_files(logger)
-    names = ("name",) if files else _NAMES
-    unnamed = "" if files and "name" in init else _DEFAULT_NAME
-    name = next((init.get(each) for each in names if init.get(each)), unnamed)
-    return Path(init.get("save_dir") or default) / name
-
-
-def _version(logger: Any) -> str | None:  # noqa: ANN401
-    init = _init(logger)
-    value = next((init.get(name) for name in _VERSIONS if init.get(name) is not None), None)
-    return value if value is None or isinstance(value, str) else f"version_{value}"

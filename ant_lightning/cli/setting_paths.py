@@ -62,6 +62,8 @@ class SettingPaths:
         """Complete the message if its first word is an argument of the object that raised it."""
         first = re.match(r"(\w+)[\w.,\[\] ]*:", str(error))
         name = first.group(1) if first else None
+        # From the innermost frame outwards: the object whose method raised comes before the one
+        # that holds it. A constructor's object is not there yet; the parser's call names its class.
         for frame, _ in reversed(list(walk_tb(error.__traceback__))):
             variables = frame.f_locals
             made, arguments = self._made.get(id(variables.get("self")), (None, {}))
@@ -77,6 +79,7 @@ class SettingPaths:
 def _path_of(kind: Any, arguments: dict[str, Any], settings: Namespace) -> str | None:  # noqa: ANN401
     """The first setting that makes an object of this class from these arguments."""
     for path, class_path, inner in _objects(settings, ""):
+        # Two objects of one class are told apart by their plain arguments.
         fits = class_path is None or class_path.rpartition(".")[-1] == kind.__name__
         if fits and inner.keys() == arguments.keys():
             plain = {n: v for n, v in arguments.items() if v is None or type(v) in _PLAIN}

@@ -103,6 +103,7 @@ def trainer_error(error: Exception, settings: Any) -> ConfigError:  # noqa: ANN4
 
     That is the flag which the message names first, or else the one whose value it repeats.
     """
+    # Lightning writes `max_steps`, max-steps or devices='0'; so words are compared loosely.
     text = " ".join(str(error).split()).rstrip(".")
     flags = {name: value for name, value in vars(settings).items() if value is not None}
     places = [(False, _place(name, text), name) for name in flags]

@@ -153,6 +153,7 @@ class Checkpoints(ModelCheckpoint):
         if self._is_due_by_time(trainer):
             self._save(trainer)
             self._last_time_checked = time.monotonic()
+        # Beside the intervals, and never removed.
         if trainer.global_step in self.at_steps:
             path = self._last.with_name(f"step_{trainer.global_step}{self.FILE_EXTENSION}")
             self._kept_now = str(path)
@@ -288,6 +289,7 @@ class Checkpoints(ModelCheckpoint):
         """Save; a file that cannot be written costs a warning and nothing else."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined] # it must leave no files
             return
+        # ModelCheckpoint notes a file before it is written; a failed one must not be counted.
         before = {name: copy.copy(getattr(self, name)) for name in _BOOKKEEPING}
         try:
             save(*args)
