@@ -20,7 +20,7 @@ __all__ = ["Dashboard"]
 
 
 class Dashboard(RunCallback):
-    """Arranges what other callbacks log for a reader who is in a hurry.
+    """Collects what other callbacks log, with explanations, on one page of TensorBoard.
 
     After each validation the tab "Images" gets one page (`0_page/overview`, click to enlarge) with
     the figures of the other callbacks, each below the question that it answers; the page is also
