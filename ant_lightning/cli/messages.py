@@ -129,4 +129,6 @@ def _rule(alternative: str) -> str:
     if choices:
         return f"one of {choices.group(1)}"
     kind = re.match(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", alternative)
-    return _TYPES.get(kind.group(1), f"a {kind.group(1)}") if kind else alternative
+    if kind:
+        return _TYPES.get(kind.group(1), f"a {kind.group(1)}")
+    return re.sub(r"^Expected ", "must be ", alternative)
