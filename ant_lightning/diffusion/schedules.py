@@ -66,7 +66,7 @@ class NoiseSchedule(ABC):
         if outside.any():
             first = int(outside.nonzero()[0, 0])
             raise ConfigError(
-                f"num_timesteps: every beta must be inside (0, 1), found betas[{first}] = "
+                f"{type(self).__name__}: every beta must be inside (0, 1), found betas[{first}] = "
                 f"{float(betas[first])} for {self.num_timesteps} timesteps"
             )
         return betas
@@ -83,8 +83,8 @@ def _check_range(beta_start: float, beta_end: float) -> None:
 class LinearSchedule(NoiseSchedule):
     """Betas rise linearly: `betas = linspace(c beta_start, c beta_end, T)` with `c = 1000 / T`.
 
-    The factor c keeps the total noise about the same for any T. Below T = 21 the default
-    `beta_end` would exceed 1 and is refused.
+    The factor c keeps the total noise about the same for any T. For T of 20 or less
+    the default's last beta is 1 or more, which is refused.
 
     Args:
         num_timesteps: T.

@@ -40,31 +40,33 @@ __all__ = ["NegativeTransferGap"]
 
 
 class NegativeTransferGap(RunCallback):
-    """Compares the model of a `validate` with a specialist for each interval of timesteps.
+    """During `validate`, compares the model with a specialist for each interval of timesteps.
 
     The loss gap is the specialist's held-out loss inside its interval minus the model's, with the
     same images, timesteps and noise. The FID gap is the FID with the specialist sampling inside
-    its interval and the model outside, minus the FID of the model alone, for the same indices.
+    its interval and the model outside, minus the FID of the model alone, for images of the same indices.
     Below 0 is negative transfer. Both have a bootstrap interval over images; it does not cover
     other trainings, which need other seeds.
 
-    Specialists are runs of `fit` with `model.timesteps.interval`. A specialist with as many
-    iterations as the multi-task model has seen about k times as many images of its interval. For
-    `by_samples`, take checkpoints that saw equally many, for instance after a k-th of the steps.
+    Specialists are runs of `fit` with `model.timesteps.interval`. After the same number of
+    iterations a specialist has seen about k times as many images of its interval as the multi-task
+    model, k being the number of clusters. For `by_samples`, use checkpoints that saw equally many,
+    for instance after a k-th of the steps.
 
     Ranks share the images. The result is a line of `negative_transfer_gap.jsonl` in the run's
     folder, which `TransferGapResult.load` reads; bars are drawn. In `fit` the callback does
     nothing.
 
     Args:
-        by_iterations: Checkpoint of each interval's specialist with the model's iterations.
-        by_samples: Checkpoint of each interval's specialist with the model's images of the
-            interval.
+        by_iterations: Checkpoints, one for each interval, of specialists trained for as many
+            iterations as the model.
+        by_samples: Checkpoints, one for each interval, of specialists that saw as many images of
+            their interval as the model.
         intervals: `[start, stop)` each; by default the model's clusters.
         extractor: Extractor of image features; `None` for the loss gap alone.
         num_images: Images of each FID; by default as many as are held out.
         batch_size: Images, or losses, computed at once.
-        num_draws: Timesteps of each held-out image's loss.
+        num_draws: Timesteps drawn for each held-out image; its loss is their mean.
         num_held_out: Held-out images of the loss gap; by default all.
         num_resamples: Bootstrap samples of the FID gap; the loss gap has 1000.
         reference: File of reference statistics; by default those of the held-out images.

@@ -1,4 +1,4 @@
-"""The negative-transfer gap: is a model of one interval better there than a model of all?"""
+"""The negative-transfer gap: loss of a specialist minus loss of the multi-task model."""
 
 from __future__ import annotations
 

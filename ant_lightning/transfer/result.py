@@ -27,13 +27,14 @@ _UNKNOWN = GapEstimate(math.nan, math.nan, math.nan)
 class IntervalGap:
     """Both gaps of one interval and one specialist.
 
-    A new column is a field with a default here, and a value in `NegativeTransferGap`.
+    To add a column, add a field with a default here and fill it in `NegativeTransferGap`
+    (`transfer/callback.py`, `_loss_gaps`). Files written before then are still read.
 
     Attributes:
         start: First timestep of the interval.
         stop: Timestep after the last.
-        budget: How the specialist was matched with the multi-task model: `iterations`, or `samples`
-            of its interval.
+        budget: What the specialist had as much of as the multi-task model: `iterations` (optimizer
+            steps) or `samples` (images of its interval).
         specialist_steps: Optimizer steps of the specialist.
         multitask_loss: Mean held-out loss of the multi-task model inside the interval.
         specialist_loss: Mean held-out loss of the specialist inside the interval.
@@ -56,7 +57,7 @@ class IntervalGap:
 
     @property
     def relative_loss_gap(self) -> GapEstimate:
-        """The loss gap divided by the multi-task loss, comparable between intervals."""
+        """The loss gap divided by the multi-task loss, comparable between intervals; not written to the file."""
         return GapEstimate(*(value / self.multitask_loss for value in self.loss_gap))
 
 
@@ -69,7 +70,7 @@ class TransferGapResult:
         multitask_steps: Optimizer steps of the multi-task model.
         num_images: Generated images of each FID; 0 if none was measured.
         num_held_out: Images of each loss.
-        sampler_steps: Denoising steps for one image of each kind.
+        sampler_steps: Denoising steps for one image of the model and one with each specialist.
         sampler_steps_unshared: The same if all trajectories started from noise.
 
     Examples:
