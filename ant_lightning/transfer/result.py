@@ -57,7 +57,7 @@ class IntervalGap:
 
     @property
     def relative_loss_gap(self) -> GapEstimate:
-        """The loss gap divided by the multi-task loss, comparable between intervals; not written to the file."""
+        """The loss gap divided by the multi-task loss; derived, so not in the file."""
         return GapEstimate(*(value / self.multitask_loss for value in self.loss_gap))
 
 
