@@ -45,8 +45,8 @@ class NegativeTransferGap(RunCallback):
     The loss gap is the specialist's held-out loss inside its interval minus the model's, with the
     same images, timesteps and noise. The FID gap is the FID with the specialist sampling inside
     its interval and the model outside, minus the FID of the model alone, for images of the same
-    indices. Below 0 is negative transfer. Both have a bootstrap interval over images; it does not cover
-    other trainings, which need other seeds.
+    indices. Below 0 is negative transfer. Both have a bootstrap interval over images; it does not
+    cover other trainings, which need other seeds.
 
     Specialists are runs of `fit` with `model.timesteps.interval`. After the same number of
     iterations a specialist has seen about k times as many images of its interval as the multi-task
