@@ -1,198 +1,100 @@
-"""Reference statistics and image batches as npz files, and the cache."""
+"""Statistics of real images are never those of other images, another crop or another network."""
 
-import io
-import pickle
-import zipfile
+import os
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from ant_lightning import (
-    ConfigError,
-    GaussianStatistics,
-    ImageStatistics,
-    ModuleFeatures,
-    StoredImages,
+from ant_lightning import ConfigError, FeatureExtractor, ImageFolderData
+from ant_lightning.generation.extractor import Features
+from ant_lightning.generation.reference import real_statistics
+
+
+class Projection(FeatureExtractor):
+    """Whose name says nothing of its weights."""
+
+    def __init__(self, seed, scale=1.0):
+        super().__init__(num_features=2, name="projection")
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("weight", scale * torch.randn(8 * 8 * 3, 2, generator=generator))
+
+    def extract(self, images):
+        return Features(images.flatten(1).float() @ self.weight)
+
+
+def fill(root, seed):
+    root.mkdir(exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for i in range(6):
+        noise = np.random.default_rng((seed, i)).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+        # The same size of the file whatever the pixels, and the time that an archive gives it.
+        Image.fromarray(noise).save(root / f"{i}.png", compress_level=0, exif=exif)
+        os.utime(root / f"{i}.png", (0, 0))
+
+
+def mean(root, cache, extractor=0, **options):
+    settings = {"image_size": 8, "batch_size": 1, "num_held_out": 3, "num_workers": 0}
+    data = ImageFolderData(str(root), **{**settings, **options})
+    found = real_statistics(data.held_out_images, Projection(extractor), cache_dir=cache)
+    return found.gaussian.mean
+
+
+@pytest.mark.filterwarnings("ignore::ant_lightning.generation.frechet.RankDeficientWarning")
+@pytest.mark.parametrize(
+    "changed", [{"extractor": 1}, {"crop": "resize"}, {"exif_rotation": False}, {"split_seed": 3}]
 )
+def test_another_network_crop_rotation_or_split_is_computed_anew(tmp_path, changed):
+    root, cache = tmp_path / "images", tmp_path / "cache"
+    fill(root, seed=0)
+    before = mean(root, cache)
+    assert torch.equal(mean(root, cache), before)
+    assert len(list(cache.iterdir())) == 1
+    found = mean(root, cache, **changed)
+    assert len(list(cache.iterdir())) == 2
+    torch.testing.assert_close(found, mean(root, tmp_path / "other", **changed))
 
 
-@pytest.fixture
-def reference():
-    features = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    gaussian = GaussianStatistics.from_features(features)
-    return ImageStatistics(gaussian, features, extractor="network-1", image_shape=(1, 8, 8))
+@pytest.mark.filterwarnings("ignore::ant_lightning.generation.frechet.RankDeficientWarning")
+def test_other_images_of_the_same_names_sizes_and_times_are_computed_anew(tmp_path):
+    root, cache = tmp_path / "images", tmp_path / "cache"
+    fill(root, seed=0)
+    before = mean(root, cache)
+    sizes = [path.stat().st_size for path in sorted(root.iterdir())]
+    fill(root, seed=1)
+    assert [path.stat().st_size for path in sorted(root.iterdir())] == sizes
+    found = mean(root, cache)
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, mean(root, tmp_path / "other"))
 
 
-def _assert_same(first, second):
-    assert torch.equal(first.gaussian.mean, second.gaussian.mean)
-    assert torch.equal(first.gaussian.covariance, second.gaussian.covariance)
-    assert first.gaussian.num_samples == second.gaussian.num_samples
-    assert torch.equal(first.features, second.features)
-    assert (first.extractor, first.image_shape) == (second.extractor, second.image_shape)
+@pytest.mark.filterwarnings("ignore::ant_lightning.generation.frechet.RankDeficientWarning")
+def test_a_damaged_renamed_or_older_file_is_made_again_with_a_warning(tmp_path):
+    root, cache = tmp_path / "images", tmp_path / "cache"
+    fill(root, seed=0)
+    before = mean(root, cache)
+    (path,) = cache.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.warns(UserWarning, match=rf"computed again: .*{path.name}.*truncated"):
+        assert torch.equal(mean(root, cache), before)
+    mean(root, cache, extractor=1)
+    (other,) = set(cache.iterdir()) - {path}
+    other.replace(path)
+    with pytest.warns(UserWarning, match="its metadata fingerprint must be"):
+        assert torch.equal(mean(root, cache), before)
+    assert path.read_bytes() == whole
+    path.replace(path.with_suffix(".npz"))
+    with pytest.warns(UserWarning, match=r"the \.npz beside it was written by ant_lightning 0\.1"):
+        assert torch.equal(mean(root, cache), before)
 
 
-def test_what_is_saved_is_loaded(tmp_path, reference):
-    path = tmp_path / "folder" / "reference.safetensors"
-    reference.save(path, fingerprint="abc")
-    _assert_same(ImageStatistics.load(path, fingerprint="abc"), reference)
-    assert [entry.name for entry in path.parent.iterdir()] == ["reference.safetensors"]
-    with pytest.raises(ConfigError, match="its metadata fingerprint must be 'b', found 'abc'"):
-        ImageStatistics.load(path, fingerprint="b")
-    alone = ImageStatistics(reference.gaussian)
-    alone.save(path)
-    loaded = ImageStatistics.load(path)
-    assert (loaded.features, loaded.extractor, loaded.image_shape) == (None, "", None)
-
-
-def test_the_adm_evaluator_can_read_an_npz(tmp_path, reference):
-    path = tmp_path / "reference.npz"
-    reference.save(path)
-    exact = reference.features.double().numpy()
-    with np.load(path, allow_pickle=False) as file:
-        assert sorted(file) == ["mu", "sigma"]
-        np.testing.assert_allclose(file["mu"], exact.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(file["sigma"], np.cov(exact, rowvar=False), rtol=1e-12)
-    assert ImageStatistics.load(path).gaussian.mean.tolist() == reference.gaussian.mean.tolist()
-
-
-def test_a_reference_of_0_1_keeps_its_features(tmp_path, reference):
-    path = tmp_path / "reference.npz"
-    np.savez(
-        path,
-        mu=reference.gaussian.mean,
-        sigma=reference.gaussian.covariance,
-        features=reference.features,
-        extractor=np.array("network-1"),
-        fingerprint=np.array("abc"),
-        num_samples=np.array(9),
-        image_shape=np.array([1, 8, 8]),
-    )
-    loaded = ImageStatistics.load(path)
-    assert torch.equal(loaded.features, reference.features)
-    assert (loaded.extractor, loaded.gaussian.num_samples) == ("network-1", 9)
-
-
-def test_a_file_of_the_adm_evaluator_is_read_without_its_other_arrays(tmp_path):
-    path = tmp_path / "adm.npz"
-    sigma = np.diag([1.0, 2.0, 3.0]).astype(np.float32)
-    images = np.zeros((5, 8, 8, 3), np.uint8)
-    np.savez(path, arr_0=images, mu=np.arange(3.0), sigma=sigma, mu_s=np.zeros(7))
-    loaded = ImageStatistics.load(path)
-    assert loaded.gaussian.mean.tolist() == [0, 1, 2]
-    assert loaded.gaussian.covariance.dtype == torch.float64
-    assert loaded.gaussian.num_samples is None
-    assert loaded.features is None
-    assert (loaded.extractor, loaded.image_shape) == ("", None)
-
-
-def test_files_that_are_no_reference_are_refused(tmp_path):
-    path = tmp_path / "reference.npz"
-    with pytest.raises(ConfigError, match="readable npz file"):
-        ImageStatistics.load(path)
-    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
-    crooked = np.eye(3)
-    crooked[0, 1] = 0.5
-    for arrays, message in (
-        ({"mu": np.zeros(3)}, r"sigma of kind f and shape \[3, 3\], found nothing"),
-        (good | {"sigma": np.eye(4)}, r"sigma .* shape \[3, 3\], found float64 of shape \[4, 4\]"),
-        (good | {"mu": np.zeros((3, 1))}, r"mu .* shape \[n\], found float64 of shape \[3, 1\]"),
-        (
-            good | {"features": np.zeros((5, 2))},
-            r"features .* shape \[n, 3\], found float64 of shape \[5, 2\]",
-        ),
-        (good | {"sigma": crooked}, "symmetric"),
-        (good | {"sigma": np.full((3, 3), np.nan)}, "finite"),
-        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "finite"),
-        (good | {"mu": np.array([0, np.inf, 0])}, "finite"),
-    ):
-        np.savez(path, **arrays)
-        with pytest.raises(ConfigError, match=message):
-            ImageStatistics.load(path)
-    np.savez(path, **good)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ConfigError, match="readable npz file"):
-        ImageStatistics.load(path)
-
-
-def test_pickled_arrays_are_refused_and_not_run(tmp_path):
-    path, trace = tmp_path / "reference.npz", tmp_path / "trace"
-
-    class Harmful:
-        def __reduce__(self):
-            return (type(trace).touch, (trace,))
-
-    np.savez(path, mu=np.array([Harmful()], dtype=object), sigma=np.eye(1))
-    with pytest.raises(ConfigError, match="plain numbers"):
-        ImageStatistics.load(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("mu.npy", pickle.dumps(Harmful()))
-    with pytest.raises(ConfigError, match="readable npz file"):
-        ImageStatistics.load(path)
-    assert not trace.exists()
-
-
-def test_a_reference_of_something_else_is_refused(reference):
-    def extractor(name="network-1", size=4):
-        return ModuleFeatures(torch.nn.Identity(), num_features=size, name=name)
-
-    reference.check(extractor(), (1, 8, 8))
-    reference.check(extractor())
-    with pytest.raises(ConfigError, match="number of features must be 64, found 4"):
-        reference.check(extractor(size=64))
-    with pytest.raises(ConfigError, match="extractor must be network-2, found network-1"):
-        reference.check(extractor("network-2"))
-    with pytest.raises(ConfigError, match=r"must be \(1, 16, 16\), found \(1, 8, 8\)"):
-        reference.check(extractor(), (1, 16, 16))
-    unnamed = ImageStatistics(GaussianStatistics(torch.zeros(4), torch.eye(4)))
-    unnamed.check(extractor("any"), (3, 9, 9))
-
-
-# --- image batches ------------------------------------------------------------------------------
-
-
-def test_image_batches_are_streamed_in_order(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (7, 5, 4, 3), dtype=np.uint8)
-    np.savez(tmp_path / "plain.npz", images)
-    np.savez_compressed(tmp_path / "packed.npz", arr_0=images, arr_1=np.arange(7))
-    for name in ("plain", "packed"):
-        batches = list(StoredImages(tmp_path / f"{name}.npz").batches(batch_size=3))
-        assert [len(batch) for batch in batches] == [3, 3, 1]
-        joined = torch.cat(batches)
-        assert joined.dtype == torch.uint8
-        np.testing.assert_array_equal(joined.numpy(), images.transpose(0, 3, 1, 2))
-
-
-def test_grey_images_have_one_channel(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (4, 5, 6), dtype=np.uint8)
-    for index, array in enumerate((images, images[..., None])):
-        np.savez(tmp_path / f"{index}.npz", array)
-        (batch,) = StoredImages(tmp_path / f"{index}.npz").batches()
-        np.testing.assert_array_equal(batch.numpy(), images[:, None])
-
-
-def test_files_that_hold_no_uint8_images_are_refused(tmp_path):
-    path = tmp_path / "images.npz"
-    for arrays, message in (
-        (
-            {"images": np.zeros((2, 8, 8, 3), np.uint8)},
-            "arr_0 must be uint8 images .* found nothing",
-        ),
-        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint16)}, "uint8 images.*found uint16"),
-        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"found uint8 of shape \[2, 3, 8, 8\]"),
-        ({"arr_0": np.zeros((2, 8), np.uint8)}, r"found uint8 of shape \[2, 8\]"),
-        ({"arr_0": np.zeros((3, 8, 8, 2), np.uint8).T}, "C order"),
-    ):
-        np.savez(path, **arrays)
-        with pytest.raises(ConfigError, match=message):
-            StoredImages(path)
-
-
-def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
-    buffer = io.BytesIO()
-    header = {"descr": "|u1", "fortran_order": False, "shape": (10**12, 8, 8, 3)}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
-        archive.writestr("arr_0.npy", buffer.getvalue() + bytes(64))
-    with pytest.raises(ConfigError, match="bytes by its header"):
-        StoredImages(tmp_path / "images.npz")
+def test_a_failed_computation_leaves_nothing_behind(tmp_path):
+    root, cache = tmp_path / "images", tmp_path / "cache"
+    fill(root, seed=0)
+    data = ImageFolderData(str(root), image_size=8, batch_size=1, num_held_out=3, num_workers=0)
+    with pytest.raises(ConfigError, match="finite features"):
+        real_statistics(data.held_out_images, Projection(0, scale=torch.inf), cache_dir=cache)
+    assert not cache.exists()
