@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
     from ant_lightning.data.batch import Batch
 
@@ -132,12 +133,9 @@ class AutoencoderModule(BaseModule):
         """All parameters in one group."""
         return self.optimizer_factory.make(self.backbone.parameters())[0]
 
-    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Clip as the module says, whatever the Trainer's flag."""
-        if self.optimization.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(
-                self.backbone.parameters(), self.optimization.clip_grad_norm
-            )
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clip as the module says; `setup` refuses the Trainer's flag."""
+        self.clip_gradients(optimizer, self.optimization.clip_grad_norm, "norm")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the optimizer's settings, to compare them when the run is resumed."""

@@ -342,13 +342,9 @@ class DiffusionModule(BaseModule):
         self, indices: Iterable[int], *, seed: int | None = None, stream: str = "sample"
     ) -> ImageNoise:
         """Noise of the images of these indices."""
-        return ImageNoise(
-            indices,
-            shape=self.image_shape,
-            seed=self.seed if seed is None else seed,
-            stream=stream,
-            device=self.device,
-        )
+        seed = self.seed if seed is None else seed
+        shape, device = self.image_shape, self.device
+        return ImageNoise(indices, shape=shape, seed=seed, stream=stream, device=device)
 
     def guided(
         self,
@@ -378,12 +374,11 @@ class DiffusionModule(BaseModule):
             raise ConfigError(
                 f"guidance_scale: must be 1 because the backbone has no null class, found {scale}"
             )
-        chosen = None
         if labels is not None:
-            chosen = as_labels(labels, len(indices), num_classes=classes, null_class=null)
+            labels = as_labels(labels, len(indices), num_classes=classes, null_class=null)
         return GuidedDenoiser(
             denoise or self.denoise,
-            None if chosen is None else chosen.to(self.device),
+            None if labels is None else labels.to(self.device),
             null_label=null,
             scale=scale,
             guided_channels=self.sampling.guided_channels,
