@@ -50,41 +50,35 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Whole tensors on rank 0, numbered as the optimizer of one process numbers them."""
-        from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415 - a second
-            StateDictOptions,
-            get_optimizer_state_dict,
-        )
+        import torch.distributed.checkpoint.state_dict as dcp  # noqa: PLC0415 - a second
 
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
         assert self.model is not None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        found = get_optimizer_state_dict(self.model, optimizer, options=options)
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        found = dcp.get_optimizer_state_dict(self.model, optimizer, options=options)
         if not found:
             return found
-        numbers = {name: i for i, name in enumerate(self._names(optimizer))}
-        return _renamed(found, numbers)
+        # By number: a run of one process or of DDP reads the same file.
+        return _renamed(found, {name: i for i, name in enumerate(self._names(optimizer))})
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Every rank reads the file and keeps its shards."""
-        from torch.distributed.checkpoint.state_dict import (  # noqa: PLC0415
-            StateDictOptions,
-            set_model_state_dict,
-            set_optimizer_state_dict,
-        )
+        import torch.distributed.checkpoint.state_dict as dcp  # noqa: PLC0415
 
         assert self.model is not None
         checkpoint: dict[str, Any] = torch.load(
             checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only
         )
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         states = checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=False):
             names = dict(enumerate(self._names(optimizer)))
-            set_optimizer_state_dict(self.model, optimizer, _renamed(state, names), options=options)
+            state = _renamed(state, names)  # noqa: PLW2901
+            dcp.set_optimizer_state_dict(self.model, optimizer, state, options=options)
         return checkpoint
 
     def _names(self, optimizer: Optimizer) -> list[str]:
