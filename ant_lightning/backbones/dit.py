@@ -146,7 +146,7 @@ class DiT(nn.Module):
         num_heads: Attention heads.
         mlp_ratio: Width of a block's MLP over `hidden_size`.
         class_dropout_prob: Above 0, the label table has one more row, the null class at index
-            `num_classes`. The training step uses the probability itself.
+            `num_classes`. Labels are dropped by the module's `class_dropout`.
         num_classes: Number of classes; 0 builds no label table. 1 is the unconditional variant
             of the ANT repository: one row, no null class whatever `class_dropout_prob` is,
             and `labels` may be left out.

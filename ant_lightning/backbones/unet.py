@@ -72,7 +72,7 @@ class UNet(nn.Module):
         conv_resample: Without `resblock_updown`: whether a convolution changes the resolution.
         num_classes: Number of classes; 0 is unconditional.
         class_dropout_prob: Above 0, the label table has one more row, the null class at index
-            `num_classes`. The training step uses the probability itself.
+            `num_classes`. Labels are dropped by the module's `class_dropout`.
         use_spatial_transformer: Whether attention is a transformer with cross-attention to a
             context.
         transformer_depth: Blocks of each transformer.

@@ -61,6 +61,7 @@ def run_score(args: Sequence[str]) -> dict[str, float]:
                 "scores": scores,
                 "extractor": settings.metrics.extractor.name,
                 "reference": settings.metrics.reference or "held-out images",
+                "k": settings.metrics.k,
             }
             with Path(settings.output).open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -16,6 +16,7 @@ from ant_lightning.data.module import check_at_least, needed_image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.figure import quality_history
+from ant_lightning.generation.neighbours import NUM_NEIGHBOURS
 from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.scores import GenerationScores
 from ant_lightning.generation.statistics import ImageStatistics
@@ -52,7 +53,7 @@ class GenerationMetrics(RunCallback):
         with_train: Whether to compare with the training images too (memorisation).
         cache_dir: Where statistics of real images are kept, each under a fingerprint of images and
             extractor; by default `reference_cache` in the folder of the logs of all runs.
-        k: Neighbour of precision and recall; 0 leaves these two out.
+        k: Precision and recall use the distance to the k-th nearest neighbour; 0 leaves them out.
         seed: Of the images; by default that of the module.
 
     Raises:
@@ -79,7 +80,7 @@ class GenerationMetrics(RunCallback):
         reference: str | None = None,
         with_train: bool = True,
         cache_dir: str | None = None,
-        k: int = 3,
+        k: int = NUM_NEIGHBOURS,
         seed: int | None = None,
     ) -> None:
         if num_images is not None and num_images <= k:
@@ -198,6 +199,7 @@ class GenerationMetrics(RunCallback):
             "sampler": str(pl_module.sampler),
             "guidance_scale": pl_module.guidance_scale,
             "seed": seed,
+            "k": self.k,
         }
         append_row(trainer, "generation_metrics.jsonl", row)
         if trainer.is_global_zero:

@@ -14,6 +14,9 @@ __all__ = ["PrecisionRecall", "nearest_distance", "precision_recall"]
 _BLOCK_ELEMENTS = 4_000_000  # 32 MB of float64, of which a few are there at a time
 
 
+NUM_NEIGHBOURS = 3  # the k of the papers and of the official evaluators
+
+
 class PrecisionRecall(NamedTuple):
     """Shares in [0, 1]: generated in the real manifold, real in the generated manifold."""
 
@@ -21,8 +24,11 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3) -> PrecisionRecall:
-    """Precision and recall of generated features against real ones, by torch-fidelity in float64.
+def precision_recall(
+    real: Tensor, generated: Tensor, *, k: int = NUM_NEIGHBOURS
+) -> PrecisionRecall:
+    """Precision and recall of generated features against real ones, computed by torch-fidelity in
+    float64.
 
     Every point of a set owns the closed ball that reaches its k-th nearest neighbour within the
     set, itself not counted; the manifold is the union of the balls. Precision is the share of

@@ -16,7 +16,11 @@ from ant_lightning.generation.frechet import (
 )
 from ant_lightning.generation.inception_score import inception_score
 from ant_lightning.generation.kid import kernel_distance
-from ant_lightning.generation.neighbours import nearest_distance, precision_recall
+from ant_lightning.generation.neighbours import (
+    NUM_NEIGHBOURS,
+    nearest_distance,
+    precision_recall,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +55,7 @@ class GenerationScores(Metric):
         extractor: Gives the features.
         real: Statistics of the real images.
         train: Statistics of the training images; `None` leaves out the scores that need them.
-        k: Neighbour of precision and recall; 0 leaves these two out.
+        k: Precision and recall use the distance to the k-th nearest neighbour; 0 leaves them out.
         kid_subset_size: Images per KID subset; at most all of the smaller set are taken. If that
             is all of both sets, KID is computed once and has no `kid_std`.
         kid_num_subsets: KID subsets.
@@ -83,7 +87,7 @@ class GenerationScores(Metric):
         *,
         real: ImageStatistics,
         train: ImageStatistics | None = None,
-        k: int = 3,
+        k: int = NUM_NEIGHBOURS,
         kid_subset_size: int = 1000,
         kid_num_subsets: int = 100,
         num_splits: int = 10,

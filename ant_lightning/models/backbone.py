@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.errors import ConfigError
 
-__all__ = ["backbone_name", "check_backbone", "check_output"]
+__all__ = ["NO_NULL_CLASS", "backbone_name", "check_backbone", "check_output"]
 
 # Attributes of a network, each with its smallest valid value; `null_class` may be missing.
 _SIZES = {"input_size": 1, "in_channels": 1, "out_channels": 1, "num_classes": 0, "null_class": 0}
+
+
+# Ends the error of a setting that needs one.
+NO_NULL_CLASS = (
+    "because the backbone has no null class (a DiT or UNet has one with num_classes above 1 and "
+    "class_dropout_prob above 0, a network of your own with an attribute null_class)"
+)
 
 
 def backbone_name(backbone: nn.Module) -> str:

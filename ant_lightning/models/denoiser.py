@@ -17,7 +17,7 @@ from ant_lightning.diffusion.guidance import GuidedDenoiser
 from ant_lightning.diffusion.losses import denoising_loss
 from ant_lightning.diffusion.samplers.ddim import DDPM
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.backbone import check_backbone, check_output
+from ant_lightning.models.backbone import NO_NULL_CLASS, check_backbone, check_output
 from ant_lightning.models.base import BaseModule
 from ant_lightning.models.draws import Draws, step_noise
 from ant_lightning.models.requests import as_indices, as_labels
@@ -327,7 +327,7 @@ class DiffusionModule(BaseModule):
             seed: In place of the module's.
 
         Raises:
-            ConfigError: If the indices, labels or guidance are none that the backbone can have.
+            ConfigError: If the backbone does not support these indices, labels or guidance.
         """
         indices = as_indices(indices)
         noise = self.image_noise(indices, seed=seed)
@@ -364,16 +364,14 @@ class DiffusionModule(BaseModule):
             denoise: In place of the module's own.
 
         Raises:
-            ConfigError: If the labels or the guidance are none that the backbone can have.
+            ConfigError: If the backbone does not support these labels or this guidance.
         """
         indices, classes, null = list(indices), self.num_classes, self.null_class
         if labels is None and classes:
             labels = [index % classes for index in indices]
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         if scale != 1.0 and null is None:
-            raise ConfigError(
-                f"guidance_scale: must be 1 because the backbone has no null class, found {scale}"
-            )
+            raise ConfigError(f"guidance_scale: must be 1 {NO_NULL_CLASS}, found {scale}")
         if labels is not None:
             labels = as_labels(labels, len(indices), num_classes=classes, null_class=null)
         return GuidedDenoiser(
@@ -419,8 +417,7 @@ class DiffusionModule(BaseModule):
             )
         if self.null_class is None and self.guidance_scale != 1.0:
             raise ConfigError(
-                "sampling.guidance_scale: must be 1 because the backbone has no null class "
-                f"(num_classes or class_dropout_prob is 0), found {self.guidance_scale}"
+                f"sampling.guidance_scale: must be 1 {NO_NULL_CLASS}, found {self.guidance_scale}"
             )
 
     def _bind(self, data: Any) -> None:  # noqa: ANN401 - attributes that only some data have

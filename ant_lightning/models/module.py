@@ -20,7 +20,7 @@ from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import DiscreteDiffusion
 from ant_lightning.errors import ConfigError, NonFiniteError
-from ant_lightning.models.backbone import backbone_name
+from ant_lightning.models.backbone import NO_NULL_CLASS, backbone_name
 from ant_lightning.models.checks import (
     check_batch_norm,
     check_strategy,
@@ -446,8 +446,7 @@ class MultiTaskDiffusion(DiffusionModule):
             )
         if self.null_class is None and self.class_dropout:
             raise ConfigError(
-                "class_dropout: must be 0 because the backbone has no null class (num_classes or "
-                f"class_dropout_prob is 0), found {self.class_dropout}"
+                f"class_dropout: must be 0 {NO_NULL_CLASS}, found {self.class_dropout}"
             )
         check_batch_norm(self.backbone, balancer, engine=engine, parts=parts)
 
@@ -460,7 +459,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.num_skipped_in_a_row = 0
         if self.optimization.clip_grad_norm is not None:
             grads = [local_part(p.grad) for p in self.backbone.parameters() if p.grad is not None]
-            # As `clip_grad_norm_`, but the norm is known, of all ranks, and nothing waits for it.
+            # As `clip_grad_norm_` with the norm that is known already: the host does not wait.
             factor = (self.optimization.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
             # At least float32: the first parameter may be bfloat16 and others not.
             dtype = torch.promote_types(grads[0].dtype, torch.float32)
