@@ -48,6 +48,9 @@ _LEARNED_VARIANCE = ("ADMModule", "DiTModule")
 _ARGUMENTS = {
     **dict.fromkeys(("LDMModule", "MultiTaskDiffusion", *_LEARNED_VARIANCE), _OF_MODULES),
     "TaskAffinity": {"state_dir": "resume_dir"},
+    **dict.fromkeys(
+        ("adm_imagenet64", "adm_imagenet256", "adm_p2_light"), {"learn_sigma": "out_channels"}
+    ),
 }
 
 
@@ -82,7 +85,10 @@ def with_new_names(settings: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
         moved = _arguments(kind, init)
         for old in [name for name in init if name in moved]:
             group, _, name = moved[old].rpartition(".")
-            (init.setdefault(group, {}) if group else init)[name] = init.pop(old)
+            value = init.pop(old)
+            if old == "learn_sigma":  # of RGB images, with channels for the variance or without
+                value = 6 if value else 3
+            (init.setdefault(group, {}) if group else init)[name] = value
         if moved is _OF_MODULES and "class_path" not in init.get("process", {"class_path": ""}):
             if kind in _LEARNED_VARIANCE:
                 init["process"].setdefault("variance_type", "learned_range")

@@ -81,6 +81,16 @@ def test_names_of_today_and_of_others_are_left_alone():
     assert with_new_names(shuffled) == shuffled
 
 
+@pytest.mark.parametrize(("learn_sigma", "out_channels"), [(True, 6), (False, 3)])
+def test_the_channels_of_a_published_network_are_translated(learn_sigma, out_channels):
+    init_args = {"learn_sigma": learn_sigma, "dropout": 0.1}
+    old = {"class_path": "ant_lightning.backbones.adm_p2_light", "init_args": init_args}
+    assert with_new_names(old) == {
+        "class_path": "ant_lightning.adm_p2_light",
+        "init_args": {"dropout": 0.1, "out_channels": out_channels},
+    }
+
+
 def test_a_run_of_version_0_1_is_loaded(old_run):
     saved = torch.load(GOLDEN / "v1_uw.ckpt", weights_only=True)
     module = load_run(old_run)
