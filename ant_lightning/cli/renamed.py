@@ -45,12 +45,11 @@ _OF_MODULES = {
 }
 # Their variance was learned unless set otherwise, now a setting of their default process.
 _LEARNED_VARIANCE = ("ADMModule", "DiTModule")
+_OF_UNETS = {"learn_sigma": "out_channels"}
 _ARGUMENTS = {
     **dict.fromkeys(("LDMModule", "MultiTaskDiffusion", *_LEARNED_VARIANCE), _OF_MODULES),
     "TaskAffinity": {"state_dir": "resume_dir"},
-    **dict.fromkeys(
-        ("adm_imagenet64", "adm_imagenet256", "adm_p2_light"), {"learn_sigma": "out_channels"}
-    ),
+    **dict.fromkeys(("adm_imagenet64", "adm_imagenet256", "adm_p2_light"), _OF_UNETS),
 }
 
 
