@@ -1,4 +1,4 @@
-"""Chooses an engine by the cost of a pass over one task."""
+"""`Auto`: chooses an engine by the cost of a forward pass over one task."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Auto", "multiplications"]
 
-# Multiplications of a forward pass over one task, in total and for each parameter, above which the
-# loop is as fast as one pass. Measured on a CPU: with 330 for each parameter the loop runs at 0.93
-# and one pass at 0.95 of vanilla's speed; with 1300 both are as fast as vanilla. On an H200, with
-# 1.1e12 in total, the loop runs at 0.81 (call overhead) and one pass at 0.95. The threshold for
-# each parameter on a GPU is an estimate.
+# Thresholds (in total, for each parameter) on the multiplications of a forward pass over one task.
+# Above both, the loop is as fast as one pass. Measured on a CPU: with 330 for each parameter the
+# loop runs at 0.93 and one pass at 0.95 of vanilla's speed; with 1300 both run at vanilla's speed.
+# On an H200, with 1.1e12 in total, the loop runs at 0.81 (call overhead) and one pass at 0.95. The
+# threshold for each parameter on a GPU is an estimate.
 _CPU = (1e9, 600)
 _OTHERS = (1e13, 8192)
 
@@ -31,11 +31,11 @@ class Auto(Engine):
     """`OnePass` where it is faster and supported, otherwise `Loop`.
 
     The loop holds the activations of one task, a k-th of those of `OnePass`. It is as fast once a
-    pass over one task has 1e9 multiplications and 600 for each parameter; 1e13 and 8192 on a GPU,
-    an estimate. Multiplications are counted in a forward pass over two samples before the first
-    call, without those of attention. The loop is also used for networks that `OnePass` does not
-    support (found in the first steps), for sharded parameters, and for batches that are computed
-    in parts.
+    forward pass over one task has 1e9 multiplications in total and 600 for each parameter (on a
+    GPU 1e13 and 8192, the latter an estimate). Multiplications are counted once, in a forward pass
+    over two samples before the first call; those of attention are left out. The loop is also used
+    for networks that `OnePass` does not support (detected in the first steps), for sharded
+    parameters, and for batches that are computed in parts.
 
     Attributes:
         used: The engine of the last call; the loop before the first.
@@ -59,11 +59,14 @@ class Auto(Engine):
                 self.used = self._one_pass
                 return self.used.task_gradients(batch, rows)
             except UnsupportedError as error:
+                # `OnePass` is not tried again: each try costs a forward pass.
                 self.reason = str(error)
         self.used = self._loop
         return self.used.task_gradients(batch, rows)
 
     def _bound_by_sums(self, batch: TaskBatch) -> bool:
+        """Whether a pass over one task is long enough to hide the call overhead of the loop."""
+        # Counted, not timed: a resumed run and every rank then make the same choice.
         if self._per_sample is None:
             self._per_sample = multiplications(batch)
         of_task = self._per_sample * len(batch) / batch.num_tasks
@@ -71,7 +74,7 @@ class Auto(Engine):
         return of_task >= max(in_all, for_each * sum(p.numel() for p in batch.shared))
 
 
-# A linear layer is a product of matrices; attention is not counted.
+# `mm` and `addmm` are the linear layers.
 _LAYERS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
 
 
@@ -79,8 +82,8 @@ _LAYERS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution}
 def multiplications(batch: TaskBatch) -> float:
     """Number of multiplications of a forward pass over one sample, without side effects.
 
-    The random generators are restored, and autocast's cache is off: it would hold copies of the
-    weights until the step is over.
+    The random generators are restored. Autocast's cache is off, because it would hold copies of
+    the weights until the step is over.
     """
     rows, counter = batch.order[:2], FlopCounterMode(display=False)
     caching = torch.is_autocast_cache_enabled()
@@ -91,4 +94,5 @@ def multiplications(batch: TaskBatch) -> float:
     finally:
         torch.set_autocast_cache_enabled(caching)
     flops = counter.get_flop_counts().get("Global", {})
-    return sum(flops.get(layer, 0) for layer in _LAYERS) / 2 / len(rows)  # and as many additions
+    # The counter counts a multiplication and its addition as two operations.
+    return sum(flops.get(layer, 0) for layer in _LAYERS) / 2 / len(rows)

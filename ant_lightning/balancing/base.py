@@ -20,11 +20,11 @@ __all__ = ["Balancer", "GradientBalancer", "LossBalancer", "SampleBalancer"]
 
 
 class Balancer(nn.Module, ABC):
-    """Base of all balancers. The weights refer to the mean over tasks: 1/k each for equal tasks.
+    """Base of all balancers. Equal weighting is 1/k for each task: the mean over tasks.
 
     All state is in parameters, buffers and the extra state, so a run resumed from a `state_dict`
-    equals one that was never stopped. Casts of the balancer or of a module that holds it
-    (`.half()`, `.to(torch.bfloat16)`) change its device but never its dtypes.
+    equals one that was never stopped. Moving or casting the balancer, or a module that holds it
+    (`.cuda()`, `.half()`, `.to(torch.bfloat16)`), changes its device but never its dtypes.
 
     Args:
         num_tasks: Number of tasks `k`.
@@ -69,7 +69,7 @@ class Balancer(nn.Module, ABC):
 
 
 class LossBalancer(Balancer):
-    """Base of the balancers that make one objective of the task losses.
+    """Base of the balancers that combine the task losses into one objective.
 
     `d objective / d task_losses` must be `loss_weights()`, which may depend on the balancer's
     state but not on the losses. The weighted losses of micro-batches can then be differentiated
@@ -101,7 +101,7 @@ class LossBalancer(Balancer):
     ) -> tuple[Float[Tensor, ""], list[Tensor]]:
         """The objective, and its gradients with respect to the balancer's trained parameters.
 
-        Autograd makes them from `forward`; a subclass may have a closed form.
+        Differentiates `forward` by autograd; a subclass may have a closed form.
 
         Args:
             task_losses: Mean loss of each task, `[k]`.
@@ -126,8 +126,8 @@ class SampleBalancer(Balancer):
     """Base of the balancers that weight each sample by its noise level; tasks only group reports.
 
     The objective is the mean of `forward` over the samples. Its derivative with respect to a
-    sample's loss must be `sample_weights` divided by the number of samples, which may depend on
-    the noise level and the balancer's state but not on the loss.
+    sample's loss must be `sample_weights` divided by the number of samples. The weights may depend
+    on the noise level and the balancer's state but not on the loss.
 
     Examples:
         >>> class HighNoise(SampleBalancer):
@@ -161,15 +161,15 @@ class SampleBalancer(Balancer):
 
     @property
     def task_weights(self) -> Float[Tensor, " k"]:
-        """Sum of each task's sample weights in the last batch, over the batch size, `[k]`."""
+        """Sum of each task's sample weights in the last batch, divided by the batch size, `[k]`."""
         return self.kept_weights
 
 
 class GradientBalancer(Balancer):
-    """Base of the balancers that make weights of the dot products of the task gradients.
+    """Base of the balancers that compute weights from the dot products of the task gradients.
 
-    A call refreshes the weights. Between refreshes they are kept for `update_every` steps: if
-    `refresh_due`, call the balancer with the Gramian; otherwise use `task_weights` and call
+    Calling the balancer with the Gramian refreshes the weights, which are used for `update_every`
+    steps. In each step, call the balancer if `refresh_due`; otherwise use `task_weights` and call
     `count_step`. `multitask_backward` does this.
 
     Args:
@@ -194,7 +194,8 @@ class GradientBalancer(Balancer):
         if update_every < 1:
             raise ConfigError(f"update_every: must be at least 1, found {update_every}")
         self.update_every = update_every
-        # A plain int: asking a counter on an accelerator would wait for it in every step.
+        # Steps that used the kept weights, the refresh included; 0 before the first refresh. A
+        # plain int: reading a counter on an accelerator would make the host wait in every step.
         self._num_steps_used = 0
         uniform = torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64)
         self.register_buffer("kept_weights", uniform)
@@ -228,7 +229,8 @@ class GradientBalancer(Balancer):
         self._check_tasks(gramian, "gramian", 2)
         with torch.no_grad():
             weights = self.solve(gramian.detach().double())
-        # Set, not copied: the buffer follows the Gramian's device without waiting for it.
+        # Replaces the buffer: a copy into it would wait if the Gramian is on another device. A
+        # clone, because the caller may change the weights it is given.
         self.kept_weights = weights.clone()
         self._num_steps_used = 1
         return weights
@@ -238,7 +240,7 @@ class GradientBalancer(Balancer):
         """The weights for a float64 Gramian; `forward` keeps them."""
 
     def get_extra_state(self) -> Tensor:
-        """Steps made with the kept weights."""
+        """Number of steps made with the kept weights."""
         return torch.tensor([self._num_steps_used])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -247,7 +249,7 @@ class GradientBalancer(Balancer):
 
 
 def check_min_loss(min_loss: float) -> float:
-    """Check the smallest loss that a learned weight is fitted to, and return it.
+    """Check and return `min_loss`, the smallest loss that a learned weight is fitted to.
 
     Raises:
         ConfigError: If it is negative or not finite.

@@ -23,12 +23,12 @@ __all__ = ["TaskBatch"]
 
 
 class TaskBatch:
-    """One batch of samples, sorted by task through an index.
+    """One batch of samples and an index, `order`, that sorts it by task; no sample is moved.
 
     Args:
-        losses: Gives one loss for each of the rows of the batch that it is called with.
+        losses: Called with some rows of the batch; returns one loss for each.
         tasks: Task of each sample of this rank, `[b]`.
-        balancer: Says how many tasks there are.
+        balancer: Determines the number of tasks.
         num_tasks: Number of tasks without a balancer; by default the largest task + 1.
         shared: The result of `trained_parameters`.
         reduction: How sums over ranks are made.
@@ -40,7 +40,7 @@ class TaskBatch:
         starts: Task i has the rows `order[starts[i]:starts[i + 1]]`; `k + 1` ints.
         tasks: Task of each sample, on the parameters' device.
         num_samples: Samples of each task on all ranks, `[k]` float64.
-        values: The losses that were recorded, `[b]` float64.
+        values: The recorded losses, `[b]` float64, in the original order of the batch.
 
     Raises:
         ConfigError: If the tasks are not one integer in `0 .. k-1` for each sample.
@@ -72,6 +72,8 @@ class TaskBatch:
                 f"found {int(on_host.min())} .. {largest}"
             )
         device = shared[0].device
+        # Counted and sorted on the host: `starts` are Python ints, which a device would have to be
+        # waited for.
         counts = torch.bincount(on_host, minlength=self.num_tasks)
         self.starts: list[int] = [0, *counts.cumsum(0).tolist()]
         self.order = on_host.argsort(stable=True).to(tasks.device, non_blocking=True)
@@ -107,7 +109,11 @@ class TaskBatch:
         return isinstance(self.loss_scale, torch.Tensor) or self.loss_scale != 1.0
 
     def passes(self, groups: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """Cut each group of rows into nearly equal pieces of at most `micro_batch_size`."""
+        """Cut each group of rows into nearly equal pieces of at most `micro_batch_size`.
+
+        For sharded parameters the number of pieces is the maximum over ranks, so a piece may be
+        empty; see `losses_of`.
+        """
         counts = [len(rows) for rows in groups]
         nums = self.differentiation.num_passes(counts, self.micro_batch_size)
         return [
@@ -115,7 +121,7 @@ class TaskBatch:
         ]
 
     def gradients_of(self, loss: Tensor) -> list[Tensor]:
-        """Gradients of `loss_scale * loss`, one tensor for each parameter."""
+        """Gradients of `loss_scale * loss`, one tensor for each parameter of `shared`."""
         return self.differentiation.gradients(loss * self.loss_scale)
 
     def tasks_of(self, rows: Tensor) -> Tensor:
@@ -144,21 +150,32 @@ class TaskBatch:
         self.values[rows] = known
 
     def losses_of(self, rows: Tensor) -> Tensor:
-        """`evaluate` and `record`.
+        """Evaluate and record the losses of `rows`.
 
         A pass is made even without rows, because other ranks may be waiting for it.
         """
         if not len(rows):
+            # An empty slice of a real loss: its sum is 0 but still has a graph, so the backward
+            # pass takes part in the collectives of FSDP2.
             return self._losses(self.order[:1])[:0].float()
         values = self.evaluate(rows)
         self.record(rows, values)
         return values
 
     def mean_losses(self) -> Tensor:
-        """Mean loss of each task over the samples of all ranks, once all were computed."""
+        """Mean loss of each task over the samples of all ranks, `[k]`.
+
+        Call it once, after all losses were recorded: it sums over ranks in place, and a second
+        call would sum again. A task without samples has 0 / 0, a NaN.
+        """
         return self.reduction.all_reduce_(self._sums) / self.num_samples
 
     def is_finite(self, *values: Tensor) -> bool:
-        """Whether the losses and `values` are finite on all ranks."""
+        """Whether the losses and `values` are finite on all ranks.
+
+        Call it after `mean_losses`: all ranks then hold the same sums and agree. `values` must be
+        equal on all ranks too.
+        """
+        # One transfer to the host for all checks.
         every = [self._sums.isfinite().all(), *(v.isfinite().all() for v in values)]
         return bool(torch.stack(every).all())

@@ -25,9 +25,10 @@ class ContinuousUncertainty(SampleBalancer):
     fixed loss the optimum is `u = ln L`, which gives a sample the weight `1 / L(c)`.
 
     This is the limit of `UncertaintyWeighting` for many clusters, up to the scale of the
-    objective, and has no number of clusters to choose: over `k` clusters that one settles at
-    `1 / (2 L_i)`, the same proportions once clusters are narrow. `min_loss` bounds the weights in
-    the same way: `u` is fitted to `max(L, min_loss)`, and no weight exceeds `1 / min_loss`.
+    objective, and has no number of clusters to choose: the weights of `UncertaintyWeighting`
+    settle at `1 / (2 L_i)`, which has the same proportions once clusters are narrow. `min_loss`
+    bounds the weights as it does there: `u` is fitted to `max(L, min_loss)`, and no weight exceeds
+    `1 / min_loss`.
 
     The parameters belong in a group of their own, without weight decay and outside gradient
     clipping and EMA. They stay in float32.
@@ -64,7 +65,9 @@ class ContinuousUncertainty(SampleBalancer):
             raise ConfigError(f"num_features: must be at least 1, found {num_features}")
         self.lr = lr
         self.min_loss = check_min_loss(min_loss)
-        generator = torch.Generator().manual_seed(0)  # part of the method, so not the run's seed
+        # A fixed seed: the features are part of the method, and runs with different seeds share
+        # them.
+        generator = torch.Generator().manual_seed(0)
         frequencies = torch.randn(num_features, generator=generator, dtype=torch.float32)
         phases = torch.rand(num_features, generator=generator, dtype=torch.float32)
         self.register_buffer("frequencies", 2 * math.pi * frequencies)
@@ -74,7 +77,10 @@ class ContinuousUncertainty(SampleBalancer):
 
     def log_variance(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """`u` at these noise levels, float32."""
+        # c = ln(sigma) / 4 is EDM2's noise condition; log_snr = -2 ln(sigma).
         c = -log_snr.to(self.weight).unsqueeze(-1) / 8
+        # EDM2's Fourier features have the factor sqrt(2), for a mean square of 1. Divided by
+        # sqrt(num_features), their vector has a length near 1 whatever their number.
         features = math.sqrt(2 / len(self.weight)) * (c * self.frequencies + self.phases).cos()
         with torch.autocast(features.device.type, enabled=False):
             return features @ self.weight + self.bias
@@ -82,11 +88,15 @@ class ContinuousUncertainty(SampleBalancer):
     def forward(
         self, losses: Float[Tensor, " b"], log_snr: Float[Tensor, " b"]
     ) -> Float[Tensor, " b"]:
-        """`exp(-u) L + u` of each sample, where `min_loss` is no bound."""
+        """`exp(-u) L + u` of each sample, as long as `min_loss` is not reached.
+
+        The gradient of each `L` is its weight, and that of `u` is `1 - exp(-u) max(L, min_loss)`.
+        """
         log_variance = self.log_variance(log_snr)
         losses = losses.to(log_variance)
         own = (-log_variance).exp() * losses.detach().clamp(min=self.min_loss)
-        # The value of `own` is taken off again: it is there for the gradient of u alone.
+        # `own - own.detach()` is 0: it only gives u its gradient. `_weights` is detached and
+        # bounded, and gives the losses theirs.
         return self._weights(log_variance) * losses + log_variance + (own - own.detach())
 
     def sample_weights(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -94,6 +104,7 @@ class ContinuousUncertainty(SampleBalancer):
         return self._weights(self.log_variance(log_snr))
 
     def _weights(self, log_variance: Tensor) -> Tensor:
+        """`exp(-u)`, at most `1 / min_loss`, detached."""
         log_variance = log_variance.detach()
         if self.min_loss > 0:
             log_variance = log_variance.clamp(min=math.log(self.min_loss))

@@ -26,7 +26,9 @@ __all__ = ["Differentiation", "ShardedDifferentiation", "differentiation"]
 
 
 class Differentiation:
-    """Differentiates whole parameters; ranks may make different numbers of passes.
+    """Differentiates parameters that each rank has as a whole.
+
+    No pass is collective, so ranks may make different numbers of passes.
 
     Args:
         parameters: What losses are differentiated with respect to.
@@ -42,12 +44,17 @@ class Differentiation:
         return DenseTaskGradients(num_tasks, self.parameters, reduction=self.reduction)
 
     def num_passes(self, counts: Sequence[int], size: int | None) -> list[int]:
-        """Passes of at most `size` samples over groups of as many samples as `counts` says."""
+        """Number of passes over each group, of at most `size` samples each.
+
+        Args:
+            counts: Number of samples of each group.
+            size: Largest number of samples in a pass; `None` for no limit.
+        """
         return [-(-count // (size or max(count, 1))) for count in counts]
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        """One tensor for each parameter, to be added up and given to `finish`."""
-        # Not `backward`: its hooks on the leaves are where DistributedDataParallel would reduce.
+        """Gradient of each parameter on this rank; add up those of all passes for `finish`."""
+        # Not `backward`: it runs the hooks on the leaves in which DistributedDataParallel reduces.
         found = torch.autograd.grad(
             loss, self.parameters, allow_unused=True, materialize_grads=True
         )
@@ -66,9 +73,9 @@ class Differentiation:
 class ShardedDifferentiation(Differentiation):
     """Differentiates parameters that FSDP2 (`fully_shard`) shards over all ranks.
 
-    `autograd.grad` does not see them: a backward pass leaves this rank's part of the gradient,
-    averaged over ranks, in `.grad`. Every pass is collective, so all ranks make the same number of
-    passes: a rank without samples passes one sample with a loss of weight 0.
+    `autograd.grad` does not see such parameters. A backward pass leaves this rank's part of the
+    gradient, averaged over ranks, in `.grad`. Every pass is collective, so all ranks make the same
+    number of passes; a rank without samples passes one sample, whose loss does not count.
 
     Raises:
         ConfigError: If a parameter is not in equal parts on all ranks.
@@ -87,12 +94,13 @@ class ShardedDifferentiation(Differentiation):
                 )
 
     def new_rows(self, num_tasks: int) -> DenseTaskGradients:
-        """Buffers for this rank's parts."""
+        """Buffers for this rank's parts of the gradients of `k` tasks."""
         return ShardedTaskGradients(num_tasks, self.parameters, reduction=self.reduction)
 
     def num_passes(self, counts: Sequence[int], size: int | None) -> list[int]:
         """Maximum over ranks: every FSDP2 pass is collective."""
         own = super().num_passes(counts, size)
+        # Each rank fills its own row of a table of zeros, so the sum over ranks is a gather.
         table = torch.zeros(
             self.reduction.world_size, len(own), device=local_part(self.parameters[0]).device
         )
@@ -101,9 +109,11 @@ class ShardedDifferentiation(Differentiation):
         return most
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
-        """This rank's parts of the sum over ranks."""
+        """This rank's part of each parameter's gradient, already summed over ranks."""
+        # `backward` adds to `.grad`, so it is emptied before and after.
         for p in self.parameters:
             p.grad = None
+        # FSDP2 averages over ranks; times their number this is the sum.
         (loss * self.reduction.world_size).backward()  # type: ignore[no-untyped-call]
         parts = []
         for p in self.parameters:
@@ -114,6 +124,8 @@ class ShardedDifferentiation(Differentiation):
     def finish(self, gradients: Sequence[Tensor]) -> Tensor:
         """Write `.grad` and return its L2 norm over all ranks."""
         assign_gradients(self.parameters, gradients)
+        # The passes have summed the gradients over ranks. Only the squared norms of the parts are
+        # left to add up. A small parameter may have no elements on this rank.
         norms = torch._foreach_norm([g for g in gradients if g.numel()], dtype=torch.float32)
         squares = [norm.double().square() for norm in norms]
         start = torch.zeros((), dtype=torch.float64, device=gradients[0].device)

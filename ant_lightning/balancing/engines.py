@@ -27,17 +27,17 @@ class UnsupportedError(ConfigError):
 
 
 class Engine(ABC):
-    """Computes the gradients of the tasks' mean losses; all engines give the same numbers."""
+    """Computes the gradients of the tasks' mean losses; all engines give the same result."""
 
     @abstractmethod
     def task_gradients(
         self, batch: TaskBatch, rows: DenseTaskGradients | None = None
     ) -> TaskGradients:
-        """Gradients of the losses of all samples, which are recorded in `batch`.
+        """Gradients of the mean loss of each task; records the losses of all samples in `batch`.
 
         Args:
             batch: The samples of this rank.
-            rows: Buffers to use again, for an engine that needs any.
+            rows: Buffers that are reused, by an engine that needs any.
         """
 
 
@@ -52,14 +52,18 @@ class Loop(Engine):
     def task_gradients(
         self, batch: TaskBatch, rows: DenseTaskGradients | None = None
     ) -> DenseTaskGradients:
-        """Row i is summed over the parts of task i."""
+        """Row i is the sum of the gradients of the parts of task i."""
         gradients = rows or new_rows(batch)
 
+        # A generator: `write` adds up one part before the next is computed, so the gradients of at
+        # most one part exist beside the row.
         def parts(task: int, passes: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
             count = batch.num_samples[task].clamp(min=1)
             for part in passes:
                 losses = batch.losses_of(part)
                 grads = batch.gradients_of(losses.sum() / count.to(losses.dtype))
+                # The loss scale protects the backward pass in float16. Rows are float32, and the
+                # Gramian must not contain it.
                 if batch.is_scaled:
                     torch._foreach_div_(grads, batch.loss_scale)
                 yield grads
@@ -76,11 +80,11 @@ def new_rows(batch: TaskBatch) -> DenseTaskGradients:
 
 
 def check_whole(batch: TaskBatch, engine: str) -> None:
-    """Refuse a batch that is computed in parts, and sharded parameters.
+    """Refuse sharded parameters and a batch that is computed in parts.
 
     Raises:
-        ConfigError: If the batch is.
-        UnsupportedError: If the parameters are.
+        ConfigError: If the batch is computed in parts.
+        UnsupportedError: If a parameter is sharded.
     """
     if is_sharded(batch.shared):
         raise UnsupportedError(

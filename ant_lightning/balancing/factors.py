@@ -1,11 +1,11 @@
 """Task gradients of layers with few positions, kept as two factors in place of a row.
 
-The gradient of a layer's weight is a sum over positions s of outer products of the output gradient
-and the input, `W_i = sum_s l_s r_s^T` over the positions of task i. With few positions these
-factors are smaller than one gradient. Their products give the Gramian,
-`<W_i, W_j> = sum_s sum_t (l_s . l_t) (r_s . r_t)`, and one product of the weighted factors gives
-the combination. In a DiT these layers are the modulations, with one position for each sample: a
-third of its parameters.
+The gradient of a layer's weight is a sum of outer products of the output gradient `l_s` and the
+input `r_s`: `W_i = sum_s l_s r_s^T` over the positions s of task i. With few positions these
+factors are smaller than one gradient. The Gramian needs only their dot products,
+`<W_i, W_j> = sum_s sum_t (l_s . l_t) (r_s . r_t)` over s of task i and t of task j. The
+combination is one product of the weighted factors. In a DiT the modulation layers have one
+position for each sample, and a third of its parameters.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = ["FactoredTaskGradients", "Factors", "layers_to_factor"]
 
-# At 200 positions their products cost as much as reading five rows on a CPU; on a GPU, at more.
+# Largest number of positions, over all samples. On a CPU the products of factors with 200 positions
+# cost as much as reading five rows; on a GPU it takes more positions.
 _MOST_POSITIONS = 256
 
 
 class Factors(NamedTuple):
-    """The weight gradient of a layer that is used once: `sum_s left[s]^T right[s]`.
+    """The weight gradient of a layer that is used once, `sum_s left[s]^T right[s]` over samples.
 
     Attributes:
         layer: The layer.
@@ -44,7 +45,7 @@ class Factors(NamedTuple):
 
     @classmethod
     def of(cls, layer: Layer, inputs: Tensor, grad: Tensor, loss_scale: Tensor | float) -> Factors:
-        """Make factors of a layer's inputs and its output gradient times `loss_scale`."""
+        """Factors from a layer's inputs and `grad`, its output gradient times `loss_scale`."""
         assert layer.factors is not None
         dtype = torch.promote_types(grad.dtype, torch.float32)
         left, right = layer.factors(inputs.to(dtype), grad.to(dtype))
@@ -54,7 +55,7 @@ class Factors(NamedTuple):
 
     @classmethod
     def zero(cls, layer: Layer, like: Tensor) -> Factors:
-        """The factors of a layer that no loss depends on."""
+        """Factors without positions, for a layer that no loss depends on: its gradient is 0."""
         _, rows, columns = layer.factor_sizes
         left, right = (like.new_zeros(len(like), 0, size) for size in (rows, columns))
         return cls(layer, left, right)
@@ -64,6 +65,8 @@ def layers_to_factor(taps: Taps) -> list[Layer]:
     """Layers that are used once and whose factors are smaller than one gradient."""
     found = []
     for layer in taps.layers:
+        # The gradient of a weight that is used twice is a sum over both uses; its Gramian would
+        # need the products of the factors of one use with those of the other.
         if layer.factors is None or any(taps.num_uses[id(p)] > 1 for p in layer.parameters):
             continue
         each, rows, columns = layer.factor_sizes
@@ -77,8 +80,8 @@ class FactoredTaskGradients(TaskGradients):
     """Rows of most parameters, and factors of the others.
 
     Args:
-        rows: Of the parameters that have no factors.
-        factors: Of each other layer, of the mean losses of the tasks.
+        rows: Task gradients of the parameters that have no factors.
+        factors: Factors of each other layer, for the mean losses of the tasks.
         tasks: Task of each sample, `[b]`.
     """
 
@@ -92,11 +95,14 @@ class FactoredTaskGradients(TaskGradients):
     def gramian(self) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64; before `combine_`."""
         total = self._rows.gramian()
-        products: dict[int, Tensor] = {}  # of positions, summed over layers with as many
+        # Dot products of all pairs of positions, summed over the layers with the same number of
+        # positions for each sample. They are summed over tasks only once for all these layers.
+        products: dict[int, Tensor] = {}
         with full_precision(self._tasks.device):
             for layer, left, right in self._factors:
                 lefts, rights = left.flatten(0, 1), right.flatten(0, 1)
                 inner = rights @ rights.mT
+                # The bias gradient is sum_s l_s: the bias acts as one more input that is always 1.
                 if layer.bias is not None:
                     inner += 1
                 inner *= lefts @ lefts.mT
@@ -104,6 +110,7 @@ class FactoredTaskGradients(TaskGradients):
                 products[left.shape[1]] = inner.double() if known is None else known.add_(inner)
         every = torch.arange(len(total), device=self._tasks.device)
         for count, inner in products.items():
+            # `members[i, s]` is 1 if position s is of task i.
             members = (self._tasks.repeat_interleave(count) == every[:, None]).double()
             total += members @ inner @ members.mT
         return total
