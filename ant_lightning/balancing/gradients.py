@@ -1,4 +1,4 @@
-"""The gradients of the tasks, of which a step uses the Gramian and one combination."""
+"""Task gradients; a training step uses only their Gramian and one linear combination."""
 
 from __future__ import annotations
 
@@ -28,8 +28,12 @@ __all__ = [
     "reduce_gradients_",
 ]
 
-_CHUNK = 1 << 16  # columns whose dot products are made in float32 before they are added in float64
-_COMBINED_ON_CPU, _COMBINED = 1 << 20, 1 << 24  # columns that are combined at a time
+# Columns whose dot products are summed in the rows' dtype; the sums of the chunks are added in
+# float64. From 1,024 to 131,072 columns make no difference in time (docs/benchmarks.md).
+_CHUNK = 1 << 16
+# Columns that are combined at a time. Larger on a GPU, where a combination of 130M parameters in
+# parts of the CPU's size made 370 calls.
+_COMBINED_ON_CPU, _COMBINED = 1 << 20, 1 << 24
 
 
 class TaskGradients(ABC):
@@ -51,7 +55,7 @@ class TaskGradients(ABC):
         """
 
     def release(self) -> None:
-        """Free what only `combine_` needs, after it was called or if it will not be."""
+        """Free what only `combine_` needs. Call it last, whether or not `combine_` was called."""
         return
 
 
@@ -60,16 +64,17 @@ class DenseTaskGradients(TaskGradients):
 
     The rows are float32 whatever the parameters are (float64 if one is float64). With `N` ranks a
     row is summed over ranks by one reduce-scatter as soon as its task is done, while the next
-    task is computed; the Gramian of the shards is all-reduced (k x k numbers) and the combination
-    is gathered: (k + 1) / 2 times the bytes of an all-reduce of one gradient.
+    task is computed. The Gramian of the shards is all-reduced (k x k numbers), and the combination
+    is gathered from its shards. In total this sends (k + 1) / 2 times the bytes of an all-reduce
+    of one gradient.
 
     Args:
         num_tasks: `k`.
         parameters: The shared parameters, `p` numbers in total. Memory is allocated when rows are
-            first written, and used again in every step until other parameters are bound.
+            first written, and reused in every step until other parameters are bound.
         reduction: How sums over ranks are made.
-        num_full: Number of whole rows that a rank holds at a time, with several ranks. With two,
-            one is sent while the next is computed.
+        num_full: With several ranks, the number of whole rows that a rank holds at a time. With
+            two, one is sent while the next is computed.
 
     Attributes:
         keep: Whether `release` keeps the buffers for the next rows.
@@ -87,7 +92,7 @@ class DenseTaskGradients(TaskGradients):
         self.reduction = reduction
         self.keep = True
         self._num_full = num_tasks if reduction.world_size == 1 else min(num_full, num_tasks)
-        self._pending: list[Callable[[], None]] = []
+        self._pending: list[Callable[[], None]] = []  # waits for the row sent from each buffer
         self._spent = False  # whether a combination has overwritten the first row
         self.parameters: list[nn.Parameter] = []
         self._empty = torch.empty(0)
@@ -97,6 +102,7 @@ class DenseTaskGradients(TaskGradients):
         """Use these parameters from now on: some may have been frozen or thawed."""
         if not parameters:
             raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
+        # A cast such as `.double()` changes the dtype but not the parameter objects.
         dtype = _sums_dtype(parameters)
         if same_tensors(parameters, self.parameters) and dtype == self._empty.dtype:
             return
@@ -106,7 +112,7 @@ class DenseTaskGradients(TaskGradients):
         self._drop()
 
     def _drop(self) -> None:
-        """Free the buffers, except those that `.grad` views."""
+        """Forget the buffers; memory that a `.grad` is a view of lives on until that goes."""
         self._full = self._shards = self._empty
         self._views: list[list[Tensor]] = []  # of each whole row
         self._blocks: list[Tensor] = []  # of all rows together
@@ -120,6 +126,7 @@ class DenseTaskGradients(TaskGradients):
         length = padded_length(sum(p.numel() for p in parameters), ranks)
         self._drop()
         self._full = self._empty.new_zeros(num_full, length)
+        # Zeros, not empty: the padding at the end of a row must not add to the Gramian.
         if ranks == 1:
             self._shards = self._full
         else:
@@ -132,7 +139,8 @@ class DenseTaskGradients(TaskGradients):
         """Set row `task` to the sum over all ranks of `gradients`, a tensor for each parameter."""
         self._hold(self.parameters)
         slot = task % len(self._full)
-        self._pending[slot]()
+        self._pending[slot]()  # this buffer may still be sending the row of an earlier task
+        # A rank without samples of the task sends zeros: the reduce-scatter is collective.
         if not self._accumulate(slot, gradients):
             self._full[slot].zero_()
         self._pending[slot] = self.reduction.reduce_scatter(self._shards[task], self._full[slot])
@@ -148,7 +156,7 @@ class DenseTaskGradients(TaskGradients):
         Args:
             tasks: Tasks that this rank has samples of, `m` of them.
             fill: Called once with a tensor `[m, *shape]` for each parameter, and fills them.
-            parameters: Parameters that have rows, if not all; `combine_` ignores the others.
+            parameters: Parameters that have rows, by default all; `combine_` ignores the others.
         """
         self._hold(self.parameters if parameters is None else parameters)
         self._grow(len(tasks))
@@ -160,13 +168,15 @@ class DenseTaskGradients(TaskGradients):
     def _spread(self, tasks: Sequence[int]) -> None:
         """Move whole rows `0 .. m-1` to the places of `tasks`, and sum them over ranks."""
         if self.reduction.world_size == 1:
-            # From the last row: rows move to the right, so none is overwritten before it has moved.
+            # The last row first: `tasks` ascends, so a row moves to a later place or stays, and
+            # none is overwritten before it has moved.
             for slot, task in reversed(list(enumerate(tasks))):
                 if slot != task:
                     self._full[task].copy_(self._full[slot])
             for task in set(range(self.num_tasks)).difference(tasks):
                 self._full[task].zero_()
             return
+        # Every rank sends a row for every task, since each reduce-scatter is collective.
         empty = torch.zeros_like(self._full[0])
         full = {task: self._full[slot] for slot, task in enumerate(tasks)}
         waits = [
@@ -199,7 +209,7 @@ class DenseTaskGradients(TaskGradients):
         self._blocks = []
 
     def _finish(self) -> None:
-        """Wait for this rank's shard of every row."""
+        """Wait until this rank's shard of every row has arrived."""
         for wait in self._pending:
             wait()
 
@@ -217,10 +227,12 @@ class DenseTaskGradients(TaskGradients):
         """
         assert not self._spent, "combine_ was called twice"
         self._spent = True
+        # The first whole row is the output: a buffer of its own would take another p numbers.
         weights = (task_weights.to(self._shards.device) * scale).to(self._shards.dtype)
         with full_precision(self._shards.device):
             if self.reduction.world_size == 1:
                 on_cpu = self._shards.device.type == "cpu"
+                # In parts: `mv` must not write into its input, so each takes a temporary.
                 for part in self._shards.split(_COMBINED_ON_CPU if on_cpu else _COMBINED, dim=1):
                     part[0].copy_(torch.mv(part.mT, weights))
             else:
@@ -241,10 +253,10 @@ class DenseTaskGradients(TaskGradients):
 
 
 class ShardedTaskGradients(DenseTaskGradients):
-    """Rows of this rank's parts of parameters that FSDP2 shards: `k p / N` numbers on each rank.
+    """Task gradients of parameters that FSDP2 shards: `k p / N` numbers on each rank.
 
-    Backward passes of FSDP2 have summed the parts over ranks, so all that crosses the network here
-    is the Gramian.
+    A row has this rank's part of each parameter's gradient. The backward passes of FSDP2 have
+    already summed these parts over ranks, so only the Gramian is communicated here.
 
     Args:
         num_tasks: `k`.
@@ -255,12 +267,14 @@ class ShardedTaskGradients(DenseTaskGradients):
     def __init__(
         self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
     ) -> None:
-        self._sharded: list[nn.Parameter] = []
+        self._sharded: list[nn.Parameter] = []  # before the base class, which calls `bind`
+        # The base class reduces nothing: to it, this rank's parts are whole parameters.
         super().__init__(num_tasks, parameters, reduction=Reduction())
         self._ranks = reduction
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
         """Use this rank's parts of these parameters from now on."""
+        # `local_part` makes new tensors in each call, so the comparison is of the parameters.
         if not same_tensors(parameters, self._sharded):
             self._sharded = list(parameters)
             super().bind([local_part(p) for p in parameters])  # type: ignore[misc]
@@ -271,6 +285,7 @@ class ShardedTaskGradients(DenseTaskGradients):
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write this rank's part of `scale * sum_i task_weights[i] g_i` into `.grad`."""
+        # The base class writes to the `.grad` of the local parts, which no optimizer reads.
         super().combine_(task_weights, scale=scale)
         assign_gradients(self._sharded, self._views[0])
 
@@ -282,6 +297,8 @@ def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reductio
             p.grad = torch.zeros_like(p)
     if reduction.world_size == 1:
         return
+    # One all-reduce of one flat vector, in float32 at least: a sum over ranks in bfloat16 would
+    # round at every rank.
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.empty(
         sum(p.numel() for p in parameters),
@@ -295,24 +312,29 @@ def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reductio
 
 
 def assign_gradients(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
-    """Set `.grad` of each parameter, in its own dtype; values are parts of a sharded one."""
+    """Set the `.grad` of each parameter, in its own dtype.
+
+    For a sharded parameter, the value is this rank's part.
+    """
     for p, value in zip(parameters, values, strict=True):
         p.grad = from_local(value.to(p.dtype), p)
 
 
 def _nothing() -> None:
-    """Wait for nothing: the buffer is unused."""
+    """Return at once: the buffer was not sent yet."""
 
 
 def _sums_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
-    """Dtype for sums over all gradients: float64 if any parameter is, else float32."""
+    """Dtype for sums over all gradients: float64 if any parameter is float64, else float32."""
     double = any(p.dtype == torch.float64 for p in parameters)
     return torch.float64 if double else torch.float32
 
 
 def _stride(p: Tensor) -> tuple[int, ...]:
-    """Strides of a parameter's gradient in autograd: its own, or row-major if it is not dense."""
-    if is_dense(p):  # channels-last, transposed: copies and the optimizer stay contiguous
+    """Strides that autograd gives the gradient of `p`: those of `p`, row-major if not dense."""
+    # With equal strides (channels-last, transposed), copies and the optimizer run over contiguous
+    # memory.
+    if is_dense(p):
         return p.stride()
     return torch.empty(p.shape, device="meta").stride()
 
@@ -337,7 +359,10 @@ def _blocks(rows: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def dot_products(rows: Tensor) -> Tensor:
-    """Dot products of rows `[k, p]`, float64: chunks in the rows' dtype, summed in float64."""
+    """Dot products of `rows [k, p]`, `[k, k]` float64.
+
+    Chunks of the columns are summed in the rows' dtype, and the chunks' sums in float64.
+    """
     num_tasks, length = rows.shape
     num_chunks = length // _CHUNK
     with full_precision(rows.device):
@@ -352,13 +377,17 @@ def dot_products(rows: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Context without TF32, bfloat16 and autocast: the Gramian needs full float32 products."""
+    """Context without TF32, bfloat16 and autocast: the Gramian needs full float32 products.
+
+    The settings are global to the process; they are restored when the context ends.
+    """
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        # A training step runs inside the autocast of mixed precision, and so do these products.
+        # A training step calls this inside the autocast of mixed precision, which would cast the
+        # matrix products.
         with torch.autocast(device.type, enabled=False):
             yield
     finally:

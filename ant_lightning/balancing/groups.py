@@ -18,9 +18,10 @@ __all__ = ["Groups"]
 class Groups:
     """The groups of a batch; group i has the samples `starts[i] .. starts[i + 1] - 1`.
 
-    Groups of equal size are summed in one call. If few groups are longer than the shortest, the
-    batch is reordered: first as many samples of each group as the shortest has, then the surplus
-    samples. One call sums the former, and one call the surplus of each longer group.
+    Groups of equal size are summed in one call. If at most half of the groups are longer than the
+    shortest, the batch is reordered: first the even part, which has as many samples of each group
+    as the shortest group has; then the surplus of each longer group. One call sums the even part,
+    and one call each surplus. Otherwise each group takes one call.
 
     Attributes:
         sizes: Number of samples of each group.
@@ -33,7 +34,8 @@ class Groups:
         shortest = min(self.sizes)
         num_longer = sum(size > shortest for size in self.sizes)
         shared = 2 * num_longer <= len(self.sizes) and len(self.sizes) > 1
-        self._even = shortest if shared else 0  # samples of each group that are summed in one call
+        self._even = shortest if shared else 0  # samples of each group in the even part
+        # Of each group, the samples behind the even part: all of them if there is none.
         rests = [(group, start + self._even, stop) for group, (start, stop) in enumerate(spans)]
         rests = [rest for rest in rests if rest[1] < rest[2]]
         pieces = [torch.arange(start, start + self._even) for start, _ in spans]
@@ -58,13 +60,13 @@ class Groups:
         return self._of_samples.to(device, non_blocking=True)
 
     def pieces(self) -> Iterator[tuple[int, slice]]:
-        """Pairs of a group and a slice of its samples; a group may have two slices."""
+        """Pairs of a group and a slice of its samples; a longer group has two slices."""
         for group in range(len(self) if self._even else 0):
             yield group, slice(group * self._even, (group + 1) * self._even)
         yield from self._rests
 
     def _evenly(self, values: Tensor) -> Tensor:
-        """The part of `values` that is summed in one call, `[m, even, ...]`."""
+        """The even part of `values [b, ...]`, as `[m, even, ...]`."""
         if self._rests:
             values = values[: self._even * len(self)]
         return values.view(len(self), self._even, *values.shape[1:])
@@ -76,8 +78,8 @@ class Groups:
 
         Args:
             values: `[b, ...]`.
-            dims: Further dimensions that are summed over, without the first.
-            out: Written to, in its own dtype, if given and of the shape of the sums.
+            dims: Further dimensions of `values` that are summed over; the first always is.
+            out: The sums are written here, in its dtype, if it is given and has their shape.
         """
         kept = [size for dim, size in enumerate(values.shape) if dim not in dims][1:]
         shape = torch.Size([len(self), *kept])
@@ -97,7 +99,7 @@ class Groups:
         Args:
             left: `[b, n, o]`.
             right: `[b, n, i]`.
-            out: `[m, o, i]`, written to if given.
+            out: `[m, o, i]`; the products are written here if it is given.
         """
         if self._even:
             a, b = self._evenly(left).flatten(1, 2), self._evenly(right).flatten(1, 2)
@@ -110,6 +112,7 @@ class Groups:
                 out[group].addmm_(a, b)
             else:
                 torch.mm(a, b, out=out[group])
+        # Nothing has written to the block of an empty group, which may be reused memory.
         if not self._even:
             for group in (group for group, size in enumerate(self.sizes) if not size):
                 out[group].zero_()

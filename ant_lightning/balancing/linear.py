@@ -1,4 +1,4 @@
-"""Linear scalarization: fixed weights, the control of every comparison."""
+"""Linear scalarization: fixed weights for the task losses."""
 
 from __future__ import annotations
 

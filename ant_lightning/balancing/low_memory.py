@@ -26,17 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = ["LowMemory"]
 
-_SHARE = 8  # a slice of a layer's task gradients has at most 1 / _SHARE of the parameters' number
+_SHARE = 8  # a slice of a layer's task gradients, of all tasks, has at most p / _SHARE numbers
 
 
 class LowMemory(Engine):
     """The Gramian layer by layer, then the weighted sum of the losses differentiated once more.
 
     One forward and two backward passes over the whole batch. A layer's task gradients are made as
-    in `OnePass`, in slices of its outputs that have `p / 8` numbers in all, added to the Gramian
-    and dropped; a parameter that is used more than once is held as a whole, `k` times. The
-    activations stay until the second pass. What it needs of the network is what `OnePass` does.
-    With `N` ranks the slices are all-reduced: `k + 1` times the bytes of one gradient.
+    in `OnePass`, but in slices over its outputs, of at most `p / 8` numbers for all tasks. Each
+    slice is added to the Gramian and dropped. For a parameter that is used more than once, the
+    gradients of all `k` tasks are held until its last use. The activations stay until the second
+    backward pass. The network must meet the conditions of `OnePass`. With several ranks the slices
+    are all-reduced, which with the combination sends `k + 1` times the bytes of one gradient.
     """
 
     def __init__(self) -> None:
@@ -63,14 +64,14 @@ class LowMemory(Engine):
 
 
 class _GramianAdder:
-    """Sums the dot products of the layers' task gradients."""
+    """Adds the dot products of each layer's task gradients to the Gramian, in a backward pass."""
 
     def __init__(self, losses: TappedLosses, groups: Groups) -> None:
         self._batch = losses.batch
         self._groups = groups
         self._most = max(1, sum(p.numel() for p in self._batch.shared) // _SHARE)
         self._uses_left = dict(losses.taps.num_uses)
-        self._held: dict[int, Tensor] = {}
+        self._held: dict[int, Tensor] = {}  # sums so far of parameters that will be used again
         device = self._batch.shared[0].device
         self.gramian = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=device)
 
@@ -78,11 +79,14 @@ class _GramianAdder:
         """Add one use of a layer."""
         weight, groups = layer.weight, self._groups
         pieces = [grad]
+        # Only for a weight that is used once: dot products are additive over slices of a gradient,
+        # but not over the uses that add up to it.
         once = self._uses_left[id(weight)] == 1 and id(weight) not in self._held
         if once and layer.channel_dim is not None:
             num = -(-len(groups) * weight.numel() // self._most)
             num = min(num, grad.shape[layer.channel_dim])
             pieces = list(grad.tensor_split(num, dim=layer.channel_dim))
+        # The last slice goes through `_take`, which counts the use.
         for piece in pieces[:-1]:
             self._add(layer.weight_gradients(inputs, piece, groups, None))
         self._take(weight, layer.weight_gradients(inputs, pieces[-1], groups, None))
@@ -90,7 +94,7 @@ class _GramianAdder:
             self._take(layer.bias, layer.bias_gradients(grad, groups))
 
     def _take(self, parameter: nn.Parameter, block: Tensor) -> None:
-        """Add the block of a parameter after its last use."""
+        """Count a use of a parameter; add its block to the Gramian if it was the last use."""
         key = id(parameter)
         if key in self._held:
             block = block + self._held.pop(key)
@@ -101,17 +105,19 @@ class _GramianAdder:
             self._add(block)
 
     def _add(self, block: Tensor) -> None:
+        """Add the dot products of a block `[k, ...]` of task gradients, summed over ranks first."""
         flat = block.flatten(1)
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         if self._batch.is_scaled:
             flat = flat / self._batch.loss_scale
+        # Every rank takes part in every slice: their number depends on `k` and the layer's shape.
         if self._batch.reduction.world_size > 1:
             flat = self._batch.reduction.all_reduce_(flat.contiguous())
         self.gramian += dot_products(flat)
 
 
 class _StreamedTaskGradients(TaskGradients):
-    """A Gramian, and the losses whose weighted sum has the combined gradient."""
+    """A Gramian, and the losses; the gradient of their weighted sum is the combination."""
 
     def __init__(self, losses: TappedLosses, gramian: Tensor) -> None:
         self._losses: TappedLosses | None = losses
@@ -133,15 +139,17 @@ class _StreamedTaskGradients(TaskGradients):
             torch.empty_like(p, dtype=dtype)[None]
             for p, dtype in zip(batch.shared, dtypes, strict=True)
         ]
+        # One group with all samples: the tasks differ only in the weights of their samples.
         writer = BlockWriter(batch.shared, blocks, Groups([0, len(batch)]))
         weights = task_weights.to(batch.num_samples) / batch.num_samples.clamp(min=1)
         losses.backward(batch.per_sample(weights, losses.rows), writer)
         writer.finish()
+        # The pass has multiplied the gradient by `loss_scale` already.
         if isinstance(scale, torch.Tensor) or scale != batch.loss_scale:
             torch._foreach_mul_(blocks, scale / batch.loss_scale)
         assign_gradients(batch.shared, [block[0] for block in blocks])
         reduce_gradients_(batch.shared, reduction=batch.reduction)
 
     def release(self) -> None:
-        """Let go of the activations."""
+        """Free the graph and the activations."""
         self._losses = None

@@ -33,13 +33,13 @@ def nash_weights(
     """The positive `alpha` with `(G + ridge D) alpha = 1 / alpha`, where `D` is the diagonal of G.
 
     With `C = D^-1/2 G D^-1/2` and `alpha = D^-1/2 b`, `b` is the minimum of the strictly convex
-    `1/2 b^T (C + ridge) b - sum_i log b_i`. It is found by damped Newton steps of length
-    `1 / (1 + lambda)` while the Newton decrement `lambda` is above 1/4, and of length 1 below. The
-    ridge ensures a solution for gradients that oppose each other exactly.
+    `1/2 b^T (C + ridge) b - sum_i log b_i`. Newton's method finds it, with damped steps of length
+    `1 / (1 + lambda)` while the Newton decrement `lambda` is above 1/4, and steps of length 1
+    below. The ridge ensures a solution for gradients that oppose each other exactly.
 
     A task without a gradient (`G[i, i] = 0`) is left out and gets the smallest alpha of the
-    others, 1 if there are none. The update does not depend on it, and the task does not dominate
-    if its gradient comes back before the next refresh.
+    others, or 1 if there are none. The update does not depend on this alpha now. It is small so
+    that the task does not dominate if its gradient comes back before the next refresh.
 
     Args:
         gramian: `G[i, j] = g_i . g_j`, `[k, k]`.
@@ -71,6 +71,7 @@ def nash_weights(
     active = squared_norms > 0
     if active.any():
         inverse_norms = 1 / np.sqrt(squared_norms[active])
+        # Cosines between the gradients: norms that span decades would make G ill-conditioned.
         C = G[np.ix_(active, active)] * inverse_norms[:, None] * inverse_norms
         C = (C + C.T) / 2 + ridge * np.eye(len(C))
         b = _newton(C) if solver == "newton" else _cvxpy(C)
@@ -85,10 +86,11 @@ def _newton(C: Array, *, start: Array | None = None, max_steps: int = 200) -> Ar
     total = C.sum()
     if not total > 0:
         raise NashSolverError("the Gramian is not positive semi-definite")
-    # By default, start from the best of all equal weights.
+    # By default, start from the best vector of equal weights: b = c minimises
+    # c^2 total / 2 - k log c at c = sqrt(k / total).
     b = np.full(k, np.sqrt(k / total)) if start is None else start
     for _ in range(max_steps):
-        # In units of b: gradient b * (C b) - 1, Hessian diag(b) C diag(b) + 1.
+        # Relative to b: gradient b * (C b) - 1, Hessian diag(b) C diag(b) + I.
         hessian = C * b[:, None] * b
         gradient = hessian.sum(1) - 1
         hessian[np.diag_indices(k)] += 1
@@ -97,6 +99,8 @@ def _newton(C: Array, *, start: Array | None = None, max_steps: int = 200) -> Ar
         if not squared >= 0 or np.isinf(squared):
             break
         decrement = float(np.sqrt(squared))
+        # For a semi-definite C the Hessian is at least I, so no entry of `step`
+        # exceeds the decrement: b changes by less than b itself and stays positive.
         b = b * (1 - step / (1 + decrement if decrement > 0.25 else 1))
         # The error of the step just made is of the order of decrement^2.
         if decrement < 1e-7:
@@ -105,7 +109,7 @@ def _newton(C: Array, *, start: Array | None = None, max_steps: int = 200) -> Ar
 
 
 def _cvxpy(C: Array) -> Array:
-    """The same minimum, by an interior-point solver."""
+    """The minimum of `1/2 b^T C b - sum log b`, by an interior-point solver, then refined."""
     import cvxpy as cp  # noqa: PLC0415 - 0.5 s of imports that only this solver needs
 
     b = cp.Variable(len(C))
@@ -114,7 +118,8 @@ def _cvxpy(C: Array) -> Array:
     tight = {"tol_gap_abs": 1e-13, "tol_gap_rel": 1e-13, "tol_feas": 1e-13}
     try:
         with warnings.catch_warnings():
-            # Warns that tolerances were not quite reached; only Newton's residual matters.
+            # The warning says that tolerances were not quite reached. Newton's steps refine the
+            # solution anyway, and raise if they do not converge.
             warnings.filterwarnings("ignore", message="Solution may be inaccurate")
             problem.solve(solver=cp.CLARABEL, **tight)
     except cp.error.SolverError as error:
@@ -128,9 +133,10 @@ def _cvxpy(C: Array) -> Array:
 class NashMTL(GradientBalancer):
     """Nash-MTL: the weights `alpha / k` of the bargaining solution, refreshed every 25 steps.
 
-    `alpha` comes from `nash_weights`. On a refresh the update has the norm `sqrt(k) / k`, whatever
-    the scale of the gradients. If no solution is found, the last weights are kept (1/k before the
-    first refresh), `num_failures` is increased, and the first failure gives a `UserWarning`.
+    `alpha` comes from `nash_weights`. On a refresh the update has the norm `sqrt(k) / k` whatever
+    the scale of the gradients, since `alpha^T G alpha = k`. If no solution is found, the last
+    weights are kept (1/k before the first refresh), `num_failures` is increased, and the first
+    failure gives a `UserWarning`.
 
     Args:
         num_tasks: Number of tasks `k`.
@@ -181,7 +187,7 @@ class NashMTL(GradientBalancer):
             return self.kept_weights.to(gramian)
 
     def get_extra_state(self) -> Tensor:
-        """Steps made with the kept weights, and failures."""
+        """Numbers of steps made with the kept weights and of failures."""
         return torch.cat([super().get_extra_state(), torch.tensor([self.num_failures])])
 
     def set_extra_state(self, state: Tensor) -> None:
