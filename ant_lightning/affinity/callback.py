@@ -1,4 +1,4 @@
-"""`TaskAffinity`: measures task affinity in validation; writes a file, figures and numbers."""
+"""`TaskAffinity`: measures task affinity in validation, saves it, draws it and logs numbers."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _log = logging.getLogger(__name__)
 class TaskAffinity(MeasuringCallback):
     """Measures how well the gradients at different timesteps agree, at the end of a validation.
 
-    In `validate`, the result describes the checkpoint. In `fit`, cosines are averaged over the
-    validations so far, also across a resume. The result is written to `task_affinity.safetensors`
-    in the run's folder, which `GradientClustering` reads; figures go to the loggers and to PNG
-    files.
+    In `validate`, the result describes the checkpoint. In `fit`, cosines are averaged over all
+    validations so far, those before a resume included. The result is written to
+    `task_affinity.safetensors` in the run's folder; `GradientClustering` reads this file. Figures
+    go to the loggers and to PNG files.
 
     Args:
         num_points: Timesteps of the grid, evenly spread.
@@ -70,7 +70,7 @@ class TaskAffinity(MeasuringCallback):
     """
 
     result: AffinityResult | None
-    _half_dots: list[Tensor]
+    _half_dots: list[Tensor]  # [1, 2, 2, n, n] of each validation of this run
     run_state: ClassVar = {"result": NoneType, "_half_dots": list}
 
     def __init__(
@@ -106,7 +106,7 @@ class TaskAffinity(MeasuringCallback):
         self._earlier = [AffinityResult.load(path) for path in average_with or []]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """Measure and publish; a gradient that is not finite stops an evaluation, not training."""
+        """Measure and publish; a gradient that is not finite stops `validate`, but not `fit`."""
         if not self.is_due(trainer):
             return
         try:
@@ -122,7 +122,7 @@ class TaskAffinity(MeasuringCallback):
             return
         if trainer.state.fn == "fit":
             result = self._averaged(result)
-        for earlier in self._earlier:  # files of other programs may not say the model
+        for earlier in self._earlier:  # a file from another program may not name its model
             if earlier.model and earlier.model != result.model:
                 raise ConfigError(
                     f"average_with: must be measurements of the same model, {result.model!r}, "
@@ -143,6 +143,7 @@ class TaskAffinity(MeasuringCallback):
         process = pl_module.process
         folder = None
         if self.resume_dir is not None:
+            # Finished gradients are valid for one set of weights: one folder for each step.
             folder = Path(self.resume_dir) / f"step_{steps_of(trainer, pl_module)}"
         with (
             self.fixed_loss(trainer, pl_module) as loss,
@@ -165,10 +166,10 @@ class TaskAffinity(MeasuringCallback):
                 resume_dir=folder,
                 seed=self.seed_of(pl_module),
                 model=f"{type(pl_module.backbone).__name__}, {self.weights} weights",
-                warn_below=-1,
+                warn_below=-1,  # `_publish` warns about the average instead
                 on_progress=show,
             )
-        trainer.strategy.barrier()  # other ranks may still read the folder
+        trainer.strategy.barrier()  # other ranks may still read the folder that rank 0 deletes
         if folder is not None and trainer.is_global_zero:
             shutil.rmtree(folder)
         return result
@@ -191,6 +192,7 @@ class TaskAffinity(MeasuringCallback):
         numbers = {"affinity/lowest_reliability": float(result.reliability.min())}
         timesteps = torch.tensor(result.timesteps, dtype=torch.float64)
         for axis, positions in (("timestep", timesteps), ("log_snr", result.grid_log_snr)):
+            # Two timesteps are one pair, which has no rank correlation.
             if positions is not None and len(timesteps) > 2:
                 correlation = distance_correlation(result.plain, positions)
                 numbers[f"affinity/spearman_{axis}"] = correlation.estimate

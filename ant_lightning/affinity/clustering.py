@@ -26,8 +26,8 @@ __all__ = ["GradientClustering", "spread_affinity"]
 class GradientClustering(Clustering):
     """Clusters of similar gradients: the partition with the smallest sum of `affinity_costs`.
 
-    An affinity that was measured on a grid of timesteps is first spread to all timesteps: see
-    `spread_affinity`.
+    The affinity in a file was measured on a grid of timesteps. `spread_affinity` extends it to all
+    timesteps first.
 
     Args:
         affinity: Affinity `[T, T]`, or the path of a file that `AffinityResult.save` wrote. A
@@ -83,10 +83,10 @@ def spread_affinity(
 ) -> Float[Tensor, "T T"]:
     """Spread affinity from a grid of timesteps to all timesteps, by nearest neighbour.
 
-    Each timestep takes row and column of the nearest grid point, the lower one if two are equally
-    near. Interpolation would be smoother, but a measured affinity has a spike of 1 on its
-    diagonal. Interpolating makes ridges at the grid points, which favours centres on the grid.
-    With nearest neighbours `affinity[t, t]` is 1 for all t.
+    Each timestep takes the row and column of the nearest grid point, the lower one of two that are
+    equally near. Interpolation would be smoother, but a measured affinity has a spike of 1 on its
+    diagonal: interpolated, it becomes a ridge at each grid point, and clusters would prefer centres
+    on the grid. With nearest neighbours `affinity[t, t]` is 1 for all t.
 
     Args:
         affinity: Affinity on the grid.
@@ -104,12 +104,13 @@ def spread_affinity(
         [1.0, 1.0, 0.25, 0.25]
     """
     grid = torch.as_tensor(timesteps).double()
-    # `searchsorted` puts a timestep in the middle of two grid points to the lower one.
+    # `searchsorted` has side="left": a timestep midway between two grid points takes the lower.
     nearest = torch.searchsorted((grid[1:] + grid[:-1]) / 2, torch.arange(num_timesteps).double())
     return affinity.cpu().double()[nearest][:, nearest]
 
 
 def _read(path: str | Path, *names: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`read_affinity_file`, with errors that name the argument."""
     try:
         return read_affinity_file(path, *names)
     except FileError as error:
@@ -126,14 +127,15 @@ def _full_affinity(path: str | Path, log_snr: Tensor) -> Tensor:
             raise ConfigError(
                 f"must have the schedule's {len(log_snr)} timesteps, found {num_timesteps}"
             )
+        # An empty log-SNR means that the file has none.
         check_grid(timesteps, num_timesteps, measured if len(measured) else None)
         if affinity.shape != (len(timesteps), len(timesteps)):
             raise ConfigError(
                 f"must have a row and a column for each of {len(timesteps)} timesteps, found shape "
                 f"{list(affinity.shape)}"
             )
-        # The same timestep of another schedule has another noise level. Float32 tables of one
-        # schedule differ by 1e-3 or so at the ends, those of two schedules by whole units.
+        # The same timestep of another schedule has another noise level. Two float32 tables of one
+        # schedule differ by about 1e-3 at the ends; tables of two schedules by whole units.
         ours = log_snr.detach().double().cpu()
         if len(measured) and not torch.allclose(measured, ours, rtol=1e-3, atol=0.01):
             t = int((measured - ours).abs().nan_to_num(torch.inf).argmax())

@@ -74,6 +74,7 @@ def affinity_by_distance(
 
     check_at_least(1, num_bins=num_bins)
     values, distances, _, _ = _pairs(affinity, positions)
+    # By default scipy's bins begin at the smallest distance, not at 0.
     limits = {"bins": num_bins, "range": (0, float(distances.max()))}
     columns = [values.numpy(), distances.numpy()]  # both averaged over the pairs of a bin
     (mean, distance), _, _ = binned_statistic(distances, columns, "mean", **limits)
@@ -94,10 +95,11 @@ def distance_correlation(
 ) -> Correlation:
     """Spearman's rank correlation of affinity and `|position_i - position_j|`, pairs i < j.
 
-    The pairs of one timestep are not independent, so the bootstrap resamples timesteps, not pairs.
-    A pair counts as often as the product of its two timesteps' counts. Ranks are those of all
-    pairs: ranking each resample anew hardly changes the interval. The interval describes the
-    choice of timesteps, not other trainings: use several seeds for those.
+    Pairs that share a timestep are not independent, so the bootstrap resamples timesteps, not
+    pairs. The weight of a pair is the product of its two timesteps' counts in the resample. Ranks
+    are computed once, over all pairs: ranking each resample anew hardly changes the interval. The
+    interval covers the choice of timesteps. It does not cover other trainings, which need several
+    seeds.
 
     Args:
         affinity: Plain or corrected; pairs with NaN are left out.
@@ -133,11 +135,13 @@ def distance_correlation(
     n = len(positions)
     generator = keyed_generator(seed, "affinity-bootstrap")
     drawn = torch.randint(n, (num_resamples, n), generator=generator)
+    # `counts[b, i]`: how often resample b has timestep i.
     counts = torch.zeros(num_resamples, n, dtype=torch.float64)
     counts.scatter_add_(1, drawn, torch.ones_like(counts))
 
     def sums(numbers: Tensor) -> Tensor:
-        """Sum over the pairs of each resample, `counts^T M counts` with `M[i, j]` of the pair."""
+        """Sum of a number over the pairs of each resample: `counts^T M counts`."""
+        # M is 0 on the diagonal: a timestep drawn twice makes no pair with itself.
         matrix = torch.zeros(n, n, dtype=torch.float64)
         matrix[rows, columns] = numbers
         return ((counts @ matrix) * counts).sum(1)
@@ -146,7 +150,7 @@ def distance_correlation(
     mean_x, mean_y = sums(x) / weight, sums(y) / weight
     variance_x, variance_y = sums(x * x) / weight - mean_x**2, sums(y * y) / weight - mean_y**2
     draws = (sums(x * y) / weight - mean_x * mean_y) / (variance_x * variance_y).sqrt()
-    # A resample of few distinct timesteps may have no two different distances: leave it out.
+    # A resample with few distinct timesteps may have equal distances only: 0 / 0, left out.
     draws = draws[draws.isfinite()]
     if not len(draws):
         return Correlation(float(estimate), math.nan, math.nan, confidence)

@@ -42,7 +42,8 @@ def plain_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c 
         0.707
     """
     dots = half_dots.sum(dim=(-4, -3))  # (A_i + B_i) · (A_j + B_j)
-    dots = (dots + dots.mT) / 8  # m_i · m_j, symmetric to the last bit
+    # m_i · m_j: 1/4 for the two means, 1/2 to symmetrise, to the last bit.
+    dots = (dots + dots.mT) / 8
     lengths = _diagonal(dots).clamp(min=0).sqrt()
     cosine = (dots * _outer(torch.where(lengths > 0, 1 / lengths, 0.0))).clamp(-1, 1)
     cosine.diagonal(dim1=-2, dim2=-1).fill_(1.0)
@@ -52,9 +53,10 @@ def plain_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c 
 def corrected_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c n n"]:
     """Estimate of the cosine without noise, `sym(A_i · B_j) / sqrt((A_i · B_i) (A_j · B_j))`.
 
-    The noise of A is independent of that of B, so no squared noise enters. Entries are not clipped
-    to ±1, which would bias averages. They are NaN where `A_i · B_i` or `A_j · B_j` is not
-    positive. The diagonal is 1 by construction.
+    This is Spearman's correction for attenuation. The noise of A is independent of that of B, so
+    no product contains squared noise. Entries are not clipped to ±1: clipping would bias averages.
+    An entry is NaN where `A_i · B_i` or `A_j · B_j` is not positive. The diagonal is 1 by
+    construction.
 
     Examples:
         >>> import torch
@@ -73,14 +75,14 @@ def corrected_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, 
 def corrected_standard_error(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c n n"]:
     """Approximate standard error of `corrected_affinity`, from the data alone.
 
-    `S = A + B` and `D = A - B` have equal and independent noise, and D has no signal. Replacing
-    one S of a product by D therefore shows the product's first-order error:
+    `S = A + B` and `D = A - B` have uncorrelated noise of equal size, and D has no signal. So a
+    product with one S replaced by D is a draw of the product's first-order error:
 
         e(sym(A_i · B_j)) = (S_i · D_j + D_i · S_j) / 4,     e(A_i · B_i) = S_i · D_i / 2.
 
-    The error of the quotient follows by differentiation. It is one draw for each pair (i, j), and
-    is pooled (root mean square) over the pairs of i and those of j. The result describes new
-    images and noise. It is 0 on the diagonal, and NaN where the estimate is NaN.
+    The error of the quotient follows by differentiation. That gives one draw for each pair (i, j);
+    draws are pooled (root mean square) over all pairs of i and all pairs of j. The result covers
+    the choice of images and noise. It is 0 on the diagonal, and NaN where the estimate is NaN.
     """
     corrected = corrected_affinity(half_dots)
     aa, ab = half_dots[..., 0, 0, :, :], half_dots[..., 0, 1, :, :]
@@ -93,6 +95,7 @@ def corrected_standard_error(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Te
     # The error of x / sqrt(y z) is e(x) / sqrt(y z) - x / sqrt(y z) (e(y) / y + e(z) / z) / 2.
     draw = cross_error * _outer(signal.rsqrt())
     draw = draw - corrected / 2 * (relative.unsqueeze(-1) + relative.unsqueeze(-2))
+    # The diagonal has no error (the estimate is 1 there) and would lower the pooled value.
     off_diagonal = ~torch.eye(draw.shape[-1], dtype=torch.bool, device=draw.device)
     pooled = torch.where(off_diagonal, draw, torch.nan).square().nanmean(-1)
     error = ((pooled.unsqueeze(-1) + pooled.unsqueeze(-2)) / 2).sqrt()
@@ -127,6 +130,7 @@ def split_half_reliability(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tens
 
 def _cross(half_dots: Tensor) -> Tensor:
     """`sym(A_i · B_j)`."""
+    # `half_dots[..., 1, 0, :, :]` is the transpose of this matrix: the mean uses both.
     cross = half_dots[..., 0, 1, :, :]
     return (cross + cross.mT) / 2
 

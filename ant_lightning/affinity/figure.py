@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["affinity_curves", "affinity_heat_maps"]
 
-_RELIABLE = 0.8
+_RELIABLE = 0.8  # where `AffinityResult.reliability_warning` begins to warn
 
 
 def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") -> Figure:
@@ -37,7 +37,7 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
     """
     figure = Figure(figsize=(9.4, 5.6), dpi=110, layout="constrained")
     top, bottom = figure.subplots(2, 2, height_ratios=[4, 1], sharex=True)
-    # The first and the last cell end with the schedule.
+    # `cell_edges` extrapolates the outer cells: cut them at the ends of the schedule.
     limits = (0.0, float(result.num_timesteps))
     if axis == "log_snr" and result.log_snr is not None:
         limits = (float(result.log_snr.min()), float(result.log_snr.max()))
@@ -53,7 +53,7 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
         panel.set_ylabel(NOISE_AXES[axis])
         panel.set_box_aspect(1)
         if axis == "timestep":
-            panel.invert_yaxis()
+            panel.invert_yaxis()  # noise grows downwards, as in a printed matrix
     figure.colorbar(mesh, ax=top, label="task affinity", shrink=0.9)
     for panel in bottom:
         panel.stairs(result.reliability.numpy(), edges, color="tab:green", linewidth=1.2)
@@ -87,7 +87,8 @@ def affinity_curves(result: AffinityResult, *, num_bins: int = 20) -> Figure:
             "corrected": (result.corrected, "tab:orange"),
         }
         for label, (values, color) in curves.items():
-            # No curve without a finite pair: every corrected estimate may be NaN.
+            # `affinity_by_distance` refuses a matrix without a finite pair, and every corrected
+            # estimate may be NaN.
             if bool(values.triu(diagonal=1).nan_to_num().any()):
                 positions = _positions(result, axis)
                 low = _curve(panel, values, positions, label=label, color=color, num_bins=num_bins)
@@ -96,7 +97,7 @@ def affinity_curves(result: AffinityResult, *, num_bins: int = 20) -> Figure:
         panel.set_xlabel(f"|difference of {NOISE_AXES[axis]}|")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7, loc="upper right")
-    # Corrected estimates of mere noise go far beyond ±1.
+    # Corrected estimates of gradients that are mostly noise go far beyond ±1: cut the axis.
     panels[0].set(ylabel="mean task affinity", ylim=(max(-1.05, lowest - 0.1), 1.05))
     figure.suptitle(_caption(result), fontsize=9)
     return figure

@@ -28,8 +28,8 @@ class NonFiniteGradientError(ConfigError):
     Attributes:
         timestep: The timestep.
         half: The half of the images, 0 or 1.
-        partial: Affinity of the timesteps finished before; `None` if there is none. On several
-            ranks it has the beginning of the grid that all of them finished.
+        partial: Affinity of the timesteps finished before; `None` if there is none. With several
+            ranks it covers the start of the grid, as far as all ranks finished it.
     """
 
     def __init__(self, timestep: int, half: int, *, partial: AffinityResult | None = None) -> None:
@@ -67,7 +67,7 @@ class FlatGradient:
             ConfigError: If the loss is not a scalar that depends on a parameter, or parameters were
                 frozen or thawed since the first gradient.
         """
-        # Vectors over different parameters have no dot product.
+        # Gradients over different parameters cannot be compared by their dot product.
         if not same_tensors(self.parameters, trained_parameters(self._given)):
             raise ConfigError(
                 "parameters: must be the same for every gradient, found some that were frozen or "

@@ -65,8 +65,9 @@ def task_affinity(
 ) -> AffinityResult:
     """Cosines between the gradients of a loss at all pairs of timesteps of a grid.
 
-    Each timestep has two gradients, of two disjoint halves of the images. Their mean gives the
-    plain cosine, their difference shows how much of it is noise. The gradients are kept
+    Each timestep has two gradients, of two disjoint halves of the images. The mean of the two gives
+    the plain cosine; their difference shows how much of it is noise. Gradients are kept in one of
+    three ways:
 
     - whole, in memory: `8 n p` bytes for `n` timesteps and `p` parameters;
     - whole, on disk, if that exceeds `memory_budget_mb`; each number is written and read once;
@@ -74,8 +75,8 @@ def task_affinity(
       cosine `c` of `(1 - c²) / sqrt(m)`.
 
     The noise in `loss` must be independent between timesteps and between halves: shared noise
-    looks like affinity. Calls of `loss` with the same arguments must give the same value, so key
-    its noise by (seed, timestep, half): a resumed or sharded run relies on it.
+    looks like affinity. Two calls of `loss` with the same arguments must give the same value,
+    because a resumed or sharded run relies on it. So key the noise by (seed, timestep, half).
 
     Args:
         loss: `loss(timestep, half)` with half 0 or 1: the mean loss over the images of that half,
@@ -94,7 +95,7 @@ def task_affinity(
         model: Description of the measured model; kept with the result.
         sharded: Whether the ranks of `torch.distributed`, if it is initialised, share the grid.
             Every rank must then call this function, and gets the same result as one process.
-        warn_below: Warn (on rank 0) if a reliability is below this; -1 for never.
+        warn_below: Warn (on rank 0) if a reliability is below this; -1, its minimum, for never.
         on_progress: Called with the number of finished timesteps and of all timesteps of this rank.
 
     Raises:
@@ -126,6 +127,7 @@ def task_affinity(
     sketch = None
     if sketch_dim is not None:
         sketch = HadamardSketch(num_parameters, sketch_dim=sketch_dim, seed=seed, device=device)
+    # Kept with the result; also part of what a resumed measurement must have in common.
     about = {
         "num_timesteps": num_timesteps,
         "model": model,
@@ -157,9 +159,11 @@ def task_affinity(
         sharded=sharded,
     ) as store:
         failure = _fill(store, gradient, on_progress or (lambda done, total: None))
-        # All ranks learn of a failure before one of them waits for the gradients of another.
+        # All ranks learn of a failure before one of them waits for the gradients of another. One
+        # maximum carries timestep and half: 0 for no failure, otherwise 1 + 2 timestep + half.
         code = store.largest(0 if failure is None else 1 + 2 * failure.timestep + failure.half)
         if code:
+            # `finished` and `dot_products` are collective: here every rank calls them.
             finished = store.finished()
             partial = result_of(store, finished) if finished else None
             raise NonFiniteGradientError(*divmod(code - 1, 2), partial=partial) from failure
@@ -173,7 +177,10 @@ def task_affinity(
 def _fill(
     store: GradientStore, gradient: FlatGradient, on_progress: Callable[[int, int], None]
 ) -> NonFiniteGradientError | None:
-    """Make the gradients that are missing; returns the error of the first that is not finite."""
+    """Compute the missing gradients; return the error of the first that is not finite.
+
+    The error is returned, not raised: the other ranks must hear of it first.
+    """
     for done, timestep in enumerate(store.own):
         on_progress(done, len(store.own))
         for half in (0, 1):

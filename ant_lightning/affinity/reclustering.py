@@ -28,10 +28,10 @@ class Reclustering(MeasuringCallback):
     """Measures task affinity at regular steps and replaces the clusters by the ones it finds.
 
     The new clusters are `GradientClustering` of the plain affinity, with as many tasks as before:
-    task i keeps its weight and its part of the balancer's state. Images and noise are the same in
-    all measurements, so clusters change only with the weights. Ranks share the work and get the
-    same clusters. Boundaries are logged as `clusters/boundary_1` .. `clusters/boundary_{k-1}`,
-    drawn over time, and kept in the checkpoint. So a resumed run equals one that was never
+    task i keeps its weight and its part of the balancer's state. All measurements use the same
+    images and noise, so clusters change only with the weights. Ranks share the work and agree on
+    the clusters. Boundaries are logged as `clusters/boundary_1` .. `clusters/boundary_{k-1}` and
+    drawn over time. They are kept in the checkpoint, so a resumed run equals one that was never
     stopped, and an evaluation reports the losses of the checkpoint's clusters. If a gradient is
     not finite, a warning names its timestep and the clusters stay.
 
@@ -86,7 +86,7 @@ class Reclustering(MeasuringCallback):
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any, **kwargs: Any
     ) -> None:
         """Measure and recluster if it is due; a skipped step does not count."""
-        # After a skipped step the weights are those that were measured before.
+        # A skipped step leaves `global_step` and the weights as they are: do not measure twice.
         step = trainer.global_step
         if step % self.recluster_every or pl_module.last_step_skipped:
             return
@@ -104,7 +104,7 @@ class Reclustering(MeasuringCallback):
             save_figure(trainer, figure, tag="5_affinity/clusters", explain=explain)
 
     def _clusters(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> TimestepClusters:
-        """The clusters at the present weights, the same on every rank."""
+        """The clusters that the current weights give, the same on every rank."""
         log_snr = pl_module.process.log_snr
         with self.fixed_loss(trainer, pl_module) as loss:
             result = task_affinity(
@@ -119,7 +119,7 @@ class Reclustering(MeasuringCallback):
             result.plain, timesteps=result.timesteps, num_timesteps=len(log_snr)
         )
         clusters = GradientClustering(affinity, pl_module.num_tasks)(log_snr)
-        # Ranks with different processors could round a tie differently.
+        # Ranks on different processors could round a tie differently and get other clusters.
         return trainer.strategy.broadcast(clusters)
 
 

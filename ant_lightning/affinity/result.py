@@ -107,7 +107,7 @@ class AffinityResult:
         """Approximate standard error of `corrected`; checkpoints count as independent."""
         errors = corrected_standard_error(self.half_dots)
         counts = (~errors.isnan()).sum(0)
-        # Of a mean of `counts` independent estimates: sqrt(sum e²) / counts.
+        # Standard error of a mean of `counts` independent estimates: sqrt(sum e²) / counts.
         mean = errors.square().nansum(0).sqrt() / counts.clamp(min=1)
         return torch.where(counts > 0, mean, torch.nan)
 
@@ -132,7 +132,7 @@ class AffinityResult:
         return None if self.log_snr is None else self.log_snr[list(self.timesteps)]
 
     def reliability_warning(self, *, below: float = 0.8) -> str | None:
-        """A sentence that names the timesteps with too low a reliability; `None` if none has."""
+        """A sentence naming the timesteps with a reliability under `below`; `None` without any."""
         low = [t for t, r in zip(self.timesteps, self.reliability, strict=True) if r < below]
         if not low:
             return None
@@ -161,7 +161,7 @@ class AffinityResult:
             "reliability": self.reliability,
             "log_snr": torch.zeros(0).double() if self.log_snr is None else self.log_snr,
         }
-        numbers = {name: getattr(self, name) or 0 for name in _NUMBERS}  # no sketch: 0
+        numbers = {name: getattr(self, name) or 0 for name in _NUMBERS}  # 0 for no sketch
         write_tensors(path, tensors, {"format": _FORMAT, **numbers, "model": self.model})
 
     @classmethod
@@ -230,7 +230,7 @@ def check_grid(timesteps: Sequence[int], num_timesteps: int, log_snr: Tensor | N
 
 
 def read_affinity_file(path: str | Path, *names: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of these names, and the numbers and the model's name in an affinity file.
+    """Read the named tensors of an affinity file, its numbers and its description of the model.
 
     A `.npz` file, the format of version 0.1, needs only the arrays of `names` (`log_snr` may be
     missing) and `num_timesteps`.
@@ -252,7 +252,7 @@ def read_affinity_file(path: str | Path, *names: str) -> tuple[dict[str, Tensor]
             sides = [side if isinstance(side, int) else None for side in shape]
             kinds = "iuf" if dtype.is_floating_point else "iu"
             tensors[name] = torch.from_numpy(file.read(name, shape=sides, kinds=kinds)).to(dtype)
-        # A file that somebody wrote for clustering has no more than it needs.
+        # A file written by hand for clustering may lack all numbers but `num_timesteps`.
         entries = {name: file.number(name) for name in _NUMBERS if name in file}
         entries["model"] = file.text("model") if "model" in file else ""
         entries["num_timesteps"] = file.number("num_timesteps")
@@ -260,6 +260,7 @@ def read_affinity_file(path: str | Path, *names: str) -> tuple[dict[str, Tensor]
 
 
 def _equal_schedules(one: Tensor | None, two: Tensor | None) -> bool:
+    """Whether two tables of log-SNR are equal up to rounding; two unknown ones count as equal."""
     if one is None or two is None:
         return one is two
     return torch.allclose(one, two, rtol=1e-6, atol=1e-9)

@@ -69,13 +69,14 @@ class HadamardSketch:
         self.num_parameters = num_parameters
         self.sketch_dim = sketch_dim
         log2 = sketch_dim.bit_length() - 1
-        # H of size 2^(i+j) is the Kronecker product of those of 2^i and 2^j: two small matrix
-        # products apply it.
+        # H of size 2^(i+j) is the Kronecker product of those of sizes 2^i and 2^j, so two small
+        # matrix products apply it.
         self._left = _hadamard(log2 // 2).to(device)
         self._right = _hadamard(log2 - log2 // 2).to(device)
         padded = -(-num_parameters // sketch_dim) * sketch_dim
         generator = keyed_generator(seed, "affinity-sketch")
-        # With the same D for all blocks, vectors of equal blocks would have twice the variance.
+        # The diagonals of all D_b and E_b. One D shared by all blocks would double the variance
+        # for vectors whose blocks are equal.
         self._before = _signs(padded, generator).to(device)
         self._after = _signs(padded, generator).to(device)
 
@@ -83,7 +84,7 @@ class HadamardSketch:
         """The sketch of a float32 vector."""
         m = self.sketch_dim
         total = torch.zeros(m, dtype=torch.float32, device=vector.device)
-        step = max(1, _CHUNK // m) * m
+        step = max(1, _CHUNK // m) * m  # whole blocks
         for start in range(0, self.num_parameters, step):
             part = vector[start : start + step]
             part = torch.nn.functional.pad(part, (0, -len(part) % m))

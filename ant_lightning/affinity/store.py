@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["GradientStore"]
 
 _MIB = 1 << 20
-_BYTES_PER_NUMBER = 24  # of a block of columns: float32 and float64, with copies
+_BYTES_PER_NUMBER = 24  # working memory of a block of columns: float32, float64 and copies
 _BLOCK_BYTES = 1 << 28  # larger blocks are not faster
 _MIN_COLUMNS = 256  # narrower blocks would spend their time on overhead
 _SKETCH_BYTES = 4 << 24  # working memory of a sketch
@@ -98,7 +98,7 @@ class GradientStore:
         self._on_exit.close()
 
     def put(self, timestep: int, half: int, gradient: Float[Tensor, " p"]) -> None:
-        """Keep a gradient; in a folder it survives a kill once this returns."""
+        """Keep a gradient; if there is a folder, a kill after the call does not lose it."""
         if self._sketch is not None:
             gradient = self._sketch(gradient)
         kept = gradient.to("cpu", self._dtype)
@@ -109,7 +109,13 @@ class GradientStore:
         self.gradients[timestep, half] = kept
 
     def finished(self) -> tuple[int, ...]:
-        """The timesteps at the beginning of the grid whose gradients all ranks have kept."""
+        """The timesteps at the start of the grid for which all ranks have both gradients.
+
+        Collective: every rank must call it.
+        """
+        # Timesteps go round the w ranks in turn: if each rank finished its first m, the first
+        # m w of the grid are finished. A rank that finished all of its own reports n, which is
+        # never the minimum that counts. The minimum is minus the maximum of the negatives.
         kept = [all((t, half) in self.gradients for half in (0, 1)) for t in self.own]
         count = kept.index(False) if False in kept else len(self.timesteps)
         return self.timesteps[: -self.largest(-count) * self.world_size]
@@ -155,7 +161,7 @@ class GradientStore:
         if budget_mb is None:
             return True, _BLOCK_BYTES
         n, budget = len(self.timesteps), int(budget_mb * _MIB)
-        products = 3 * (2 * n) ** 2 * 8
+        products = 3 * (2 * n) ** 2 * 8  # the float64 Gram matrix, and copies to symmetrise it
         least_block = 2 * n * _BYTES_PER_NUMBER * min(self._width, _MIN_COLUMNS)
         # A gradient and its copies on the way to the disk, or a gradient and the sketch's signs.
         one_gradient = 12 * num_parameters
@@ -168,7 +174,8 @@ class GradientStore:
                 f"memory_budget_mb: must be at least {-(-least // _MIB)} for {num_parameters} "
                 f"parameters and {n} timesteps, found {budget_mb:g}"
             )
-        # Of the rank with the most timesteps: ranks must have equal blocks to sum them.
+        # Bytes on the rank with the most timesteps. All ranks must plan alike: they sum blocks of
+        # columns, which must have equal sizes.
         kept = 2 * -(-n // self.world_size) * self._width * self._dtype.itemsize
         in_memory = kept + least <= budget
         free = budget - products - (kept if in_memory else 0)

@@ -43,18 +43,18 @@ class NegativeTransferGap(RunCallback):
     """During `validate`, compares the model with a specialist for each interval of timesteps.
 
     The loss gap is the specialist's held-out loss inside its interval minus the model's, with the
-    same images, timesteps and noise. The FID gap is the FID with the specialist sampling inside
-    its interval and the model outside, minus the FID of the model alone, for images of the same
-    indices. Below 0 is negative transfer. Both have a bootstrap interval over images; it does not
-    cover other trainings, which need other seeds.
+    same images, timesteps and noise. For the FID gap, the specialist samples inside its interval
+    and the model outside; the gap is the FID of these images minus that of the model's own images
+    with the same indices. A gap below 0 is negative transfer. Both gaps have a bootstrap interval
+    over images. It does not cover other trainings, which need other seeds.
 
     Specialists are runs of `fit` with `model.timesteps.interval`. After the same number of
     iterations a specialist has seen about k times as many images of its interval as the multi-task
-    model, k being the number of clusters. For `by_samples`, use checkpoints that saw equally many,
-    for instance after a k-th of the steps.
+    model, k being the number of clusters. For `by_samples`, use checkpoints that saw as many as the
+    model, for instance those after a k-th of the steps.
 
-    Ranks share the images. The result is a line of `negative_transfer_gap.jsonl` in the run's
-    folder, which `TransferGapResult.load` reads; bars are drawn. In `fit` the callback does
+    Ranks share the images. The result is appended to `negative_transfer_gap.jsonl` in the run's
+    folder, which `TransferGapResult.load` reads, and drawn as bars. In `fit` the callback does
     nothing.
 
     Args:
@@ -155,8 +155,9 @@ class NegativeTransferGap(RunCallback):
 
     def _networks(self, pl_module: MultiTaskDiffusion, bar: tqdm) -> Iterator[nn.Module]:
         """The network of each specialist; one at a time is on the device."""
+        # Like against like: EMA weights of the specialists if the model is measured with its own.
         averaged = callback_of(pl_module.trainer, EMA) is not None
-        bar.update()  # the multi-task model, which is measured before
+        bar.update()  # the multi-task model was measured before the first specialist
         for specialist in self._specialists:
             yield specialist_network(pl_module, specialist, averaged=averaged)
             bar.update()
@@ -166,11 +167,13 @@ class NegativeTransferGap(RunCallback):
     ) -> TransferGapResult:
         """The loss gap of every specialist."""
         num_held_out = min(len(dataset), self.num_held_out or len(dataset))
+        # Ranks share the images, and each needs one.
         check_at_least(pl_module.trainer.world_size, num_held_out=num_held_out)
         seed, num_draws = self._seed(pl_module), self.num_draws
         loss = FixedLoss(
             pl_module, dataset, num_images=num_held_out, batch_size=self.batch_size, seed=seed
         )
+        # By interval: specialists of both budgets are compared with the same losses.
         multitask = {
             each.interval: loss.in_interval(*each.interval, num_draws=num_draws)
             for each in self._specialists
@@ -200,7 +203,7 @@ class NegativeTransferGap(RunCallback):
         return TransferGapResult(
             gaps=tuple(gaps),
             multitask_steps=pl_module.trained_steps,
-            num_images=0,
+            num_images=0,  # no FID yet: see `_with_fid_gaps`
             num_held_out=num_held_out,
         )
 
@@ -231,12 +234,12 @@ class NegativeTransferGap(RunCallback):
             sampler.features(extractor, batches, (network, interval))
             for network, interval in zip(networks, intervals, strict=True)
         ]
-        # All in one call: its resamples are the same for every specialist.
+        # One call for all: every specialist then has the same resamples.
         fid_gaps = negative_transfer_gap(
             specialists, multitask, statistic=fid, num_resamples=self.num_resamples, seed=seed
         )
         base = fid(multitask)
-        # The steps before an interval are those of the model's own trajectory: computed once.
+        # The steps before an interval belong to the model's own trajectory: computed once.
         num_steps = sampler.num_steps * (1 + len(intervals))
         return replace(
             result,

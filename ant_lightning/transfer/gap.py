@@ -50,8 +50,8 @@ def negative_transfer_gap(
     samples inside its interval and the multi-task model outside. If NTG < 0, the multi-task model
     suffers negative transfer in the interval.
 
-    Row i of all tensors belongs to the same image and noise. A bootstrap sample takes the same
-    rows of both sides, so what they have in common cancels. A resample has fewer distinct images,
+    Row i of every tensor belongs to the same image and noise. A bootstrap sample takes the same
+    rows of both models, so the noise that they share cancels. A resample has fewer distinct images,
     which raises a Fréchet distance. The draws are therefore shifted so that their mean is the gap.
 
     Args:
@@ -90,6 +90,7 @@ def negative_transfer_gap(
         )
 
     def gaps_of(rows: Tensor) -> Tensor:
+        """The gap of every specialist on the same rows."""
         values = [float(statistic(each[rows])) for each in specialists]
         return torch.tensor(values, dtype=torch.float64) - float(statistic(multitask[rows]))
 

@@ -27,9 +27,9 @@ __all__ = ["TransferMatrix"]
 class TransferMatrix(MeasuringCallback):
     """Measures the share of task j's loss that a step on task i removes, in a validation.
 
-    It tries the step and undoes it: see `transfer_matrix`. That takes `k (k + 2)` passes over
-    `num_images` images, on every rank. The matrix is drawn, and the number of harmful pairs logged
-    as `transfer/harmful_pairs`.
+    It takes the step and undoes it: see `transfer_matrix`. That costs `k (k + 2)` passes over
+    `num_images` images; every rank makes them all. The matrix is drawn, and the number of its
+    negative entries off the diagonal is logged as `transfer/harmful_pairs`.
 
     Args:
         lr: Length of the gradient step that is tried.
@@ -90,7 +90,7 @@ class TransferMatrix(MeasuringCallback):
                 lr=self.lr,
                 num_tasks=pl_module.num_tasks,
             )
-        # The diagonal is left out: a step harms its own task only if `lr` is too large.
+        # Without the diagonal: a step harms its own task only if `lr` is too large.
         harmful = (self.matrix < 0) & ~torch.eye(len(self.matrix), dtype=torch.bool)
         pl_module.log("transfer/harmful_pairs", float(harmful.sum()), rank_zero_only=True)
         if not trainer.is_global_zero:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["IntervalGap", "TransferGapResult"]
 
-_MAX_BYTES = 2**24  # a row has some kilobytes
+_MAX_BYTES = 2**24  # of a file that is parsed; a row has a few kilobytes
 Row = TypeVar("Row", "IntervalGap", "TransferGapResult")
 _WRONG = (LookupError, TypeError, ValueError, OverflowError)  # entries missing or of other types
 _UNKNOWN = GapEstimate(math.nan, math.nan, math.nan)
@@ -71,7 +71,8 @@ class TransferGapResult:
         num_images: Generated images of each FID; 0 if none was measured.
         num_held_out: Images of each loss.
         sampler_steps: Denoising steps for one image of the model and one with each specialist.
-        sampler_steps_unshared: The same if all trajectories started from noise.
+        sampler_steps_unshared: What `sampler_steps` would be if all trajectories started from
+            noise.
 
     Examples:
         >>> from ant_lightning.transfer import GapEstimate, IntervalGap, TransferGapResult
@@ -134,27 +135,27 @@ class TransferGapResult:
         """Read what `save` wrote, or the last line of a run's `negative_transfer_gap.jsonl`.
 
         Raises:
-            FileError: If the file is missing, damaged or another one.
+            FileError: If the file is missing or damaged, or has other content.
         """
         path = Path(path)
         try:
             if path.stat().st_size > _MAX_BYTES:
                 raise ValueError(f"more than {_MAX_BYTES} bytes")
             return _read(cls, json.loads(path.read_text(encoding="utf8").splitlines()[-1]))
-        except (OSError, RecursionError, *_WRONG) as error:
+        except (OSError, RecursionError, *_WRONG) as error:  # recursion: deeply nested JSON
             raise FileError(f"{path}: must be a negative-transfer gap, found {error!r}") from error
 
 
 def _read(kind: type[Row], row: Mapping[str, Any]) -> Row:
     """A dataclass from the entries of a row, by the types of its fields."""
     values = {}
-    # Types are texts here: annotations are not evaluated.
+    # `field.type` is a string: with `from __future__ import annotations` none is evaluated.
     for field in fields(kind):  # type: ignore[arg-type]
         if field.name not in row and field.default is not MISSING:
             continue  # a column that is newer than the row
         value = row[field.name]
         if field.type in ("int", "str"):
-            if type(value).__name__ != field.type:
+            if type(value).__name__ != field.type:  # `isinstance` would take true for an int
                 raise TypeError(f"{field.name} {value!r}")
         elif field.type == "float":
             value = _number(value)

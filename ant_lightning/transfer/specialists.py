@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Specialist", "find_specialists", "specialist_network"]
 
-# What a specialist has in common with the multi-task model, as checkpoints name it, and the
-# setting that decides it. The interval comes last: another schedule has other clusters, and its
-# name is the better message.
+# What a specialist must have in common with the multi-task model: its name in checkpoints, and the
+# setting that an error names. The interval is compared last: another schedule gives other clusters,
+# and then the schedule is the error to report.
 _SAME = {
     "backbone": "model.backbone",
     "schedule": "model.process.schedule (T, log-SNR at start, middle, end)",
@@ -80,6 +80,7 @@ def find_specialists(
                 f"by_{budget}: must be one checkpoint for each of the {len(ends)} intervals "
                 f"{[list(each) for each in ends]}, found {len(files)}{which}"
             )
+        # A budget without specialists has no files.
         for i, (file, interval) in enumerate(zip(files or (), ends, strict=False)):
             found.append(_checked(module, Path(file), interval, budget, f"by_{budget}[{i}]"))
     return found
@@ -106,6 +107,7 @@ def specialist_network(
 def _checked(
     module: MultiTaskDiffusion, path: Path, interval: tuple[int, int], budget: str, where: str
 ) -> Specialist:
+    """The specialist in a file, if it fits the module; `where` is the argument in errors."""
     if not path.is_file():
         raise ConfigError(f"{where}: must be an existing checkpoint, found no {path}")
     content = read_checkpoint(path)
@@ -118,6 +120,7 @@ def _checked(
     steps = int(content["global_step"])
     ours = {**module.checkpoint_state().state_dict(), "train_interval": list(interval)}
     pairs = {setting: (ours[name], saved[name]) for name, setting in _SAME.items()}
+    # 0: the module's weights do not come from a checkpoint that counts steps.
     if budget == "iterations" and module.trained_steps:
         pairs["optimizer steps"] = (module.trained_steps, steps)
     for setting, (expected, found) in pairs.items():

@@ -26,9 +26,10 @@ class SpecialistSampler:
     """Samples images of a module, and the same with a specialist inside one interval.
 
     A trajectory starts at timestep `T - 1` and goes down. With a specialist inside
-    `[start, stop)` it equals the module's own until its first timestep below `stop`. So that part
-    is computed once, by `sample`, and `sample_with` starts from the state that was reached.
-    Samplers that depend on more than the state (multistep solvers of diffusers) start from noise.
+    `[start, stop)`, the trajectory equals the module's own until its first timestep below `stop`.
+    `sample` computes this shared part once and keeps the state at its end; `sample_with` goes on
+    from there. Multistep solvers (of diffusers) depend on more than the state, so they start from
+    noise.
 
     Args:
         module: The multi-task model.
@@ -65,6 +66,7 @@ class SpecialistSampler:
         module = self.module
         noise, guided = module.image_noise(indices, seed=self.seed), module.guided(indices)
         x_T, num_draws, visited = noise(), 1, list[int]()
+        # Number of steps, state and number of noise draws when each interval was entered.
         entered: dict[tuple[int, int], tuple[int, Tensor, int]] = {}
         only_the_state_matters = not module.sampler.is_multistep
 
@@ -74,7 +76,7 @@ class SpecialistSampler:
             return noise()
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            timestep = int(t[0])
+            timestep = int(t[0])  # the whole batch is at one timestep
             for interval in self.intervals:
                 if interval not in entered and timestep < interval[1] and only_the_state_matters:
                     entered[interval] = (len(visited), x.cpu(), num_draws)
@@ -110,7 +112,7 @@ class SpecialistSampler:
         module, (start, stop) = self.module, interval
         x, num_draws = self._states[interval, tuple(indices)]
         noise = module.image_noise(indices, seed=self.seed)
-        for _ in range(num_draws):  # skip the noise of the steps before the state
+        for _ in range(num_draws):  # skip the noise that the shared part used
             noise()
 
         def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
