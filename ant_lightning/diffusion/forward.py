@@ -1,7 +1,7 @@
 """The forward half of a Gaussian diffusion: tables, noising and posteriors.
 
-A process is a plain object and not a module, so casting a network to bfloat16 leaves its tables
-in float64.
+A process is a plain object, not an `nn.Module`: if the network is cast to bfloat16, the tables of
+the process stay in float64.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["ForwardProcess", "Tables", "at_least_float32", "gather"]
 
 
 class Tables(NamedTuple):
-    """One float64 value for each timestep, `[T]` each; the names are the field's.
+    """The tables of a process, `[T]` each, float64; the names are those of guided-diffusion.
 
-    `fixed_large_variance` is `betas` with the first entry replaced by that of the posterior.
+    `fixed_large_variance` is `betas` with entry 0 replaced by the posterior variance at t = 1.
     """
 
     betas: Tensor
@@ -46,7 +46,9 @@ class Tables(NamedTuple):
 
 
 def _tables(betas: Float[Tensor, " T"]) -> Tables:
-    """All tables; `abar` is `alphas_cumprod`, `abar_prev` the same one timestep earlier.
+    """Compute all tables.
+
+    `abar` is `alphas_cumprod`; `abar_prev` is `abar` one timestep earlier, and 1 at t = 0.
 
     `posterior_variance = beta (1 - abar_prev) / (1 - abar)`,
     `posterior_mean = sqrt(abar_prev) beta / (1 - abar) x_start
@@ -58,15 +60,17 @@ def _tables(betas: Float[Tensor, " T"]) -> Tables:
     abar = torch.cumprod(1 - betas, dim=0)
     previous = torch.cat([betas.new_ones(1), abar[:-1]])
     variance = betas * (1 - previous) / (1 - abar)  # equation 7
-    # The posterior at t = 0 has no variance: its logarithm repeats that of t = 1. With a single
-    # timestep there is no t = 1, and the only step adds no noise: any value would do.
+    # The posterior variance at t = 0 is 0 and has no logarithm. The clipped table repeats the value
+    # of t = 1 there. With T = 1 there is no t = 1; its one step adds no noise, so any value serves.
     first = variance[1:2] if len(betas) > 1 else betas
+    # As in the official code, entry 0 of the large variance is the posterior variance of t = 1 too.
     large = torch.cat([first, betas[1:]])
     return Tables(
         betas=betas,
         log_betas=betas.log(),
         alphas_cumprod=abar,
         alphas_cumprod_prev=previous,
+        # Ends in 0, pure noise: the end of DDIM inversion.
         alphas_cumprod_next=torch.cat([abar[1:], betas.new_zeros(1)]),
         sqrt_alphas_cumprod=abar.sqrt(),
         sqrt_one_minus_alphas_cumprod=(1 - abar).sqrt(),
@@ -81,15 +85,18 @@ def _tables(betas: Float[Tensor, " T"]) -> Tables:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor, in float32 if it has half precision."""
+    """Cast half precision to float32; leave float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gather(table: Float[Tensor, " T"], timesteps: Timesteps, like: Images) -> Images:
-    """The table at `timesteps`, shaped `[b, 1, ...]` and cast (float32 at least) to fit `like`.
+    """Look up `timesteps` in a table; returns `[b, 1, ...]`, which broadcasts against `like`.
+
+    The values have the dtype of `like`, or float32 if `like` has half precision.
 
     Raises:
-        IndexError: If a timestep is negative or not below T (on the CPU; an accelerator asserts).
+        IndexError: If a timestep is negative or not below T (on the CPU; on a GPU the kernel
+            asserts).
     """
     # `index_select` refuses a negative timestep; plain indexing would wrap around.
     values = table.index_select(0, timesteps)
@@ -100,15 +107,15 @@ def gather(table: Float[Tensor, " T"], timesteps: Timesteps, like: Images) -> Im
 class ForwardProcess:
     """A discrete diffusion `q(x_t | x_start) = N(sqrt(abar_t) x_start, (1 - abar_t) I)`.
 
-    Images are `[b, c, ...]`, timesteps int64 `[b]` that index the tables of this process. Tables
-    are float64; coefficients are cast to the dtype of the image, at least float32.
+    Images are `[b, c, ...]`. Timesteps are int64 `[b]` and index the tables of this process. The
+    tables are float64; `gather` casts what it looks up to the dtype of the image, float32 at least.
 
     Args:
         schedule: Gives the betas.
 
     Attributes:
-        timestep_map: What the network is told at each timestep, `[T]`; the identity unless the
-            process is respaced.
+        timestep_map: The timestep that the network is given at each index of the tables, `[T]`.
+            The identity, unless the process is respaced.
 
     Raises:
         ConfigError: If a beta is outside (0, 1).
@@ -123,17 +130,17 @@ class ForwardProcess:
         self._on_device: dict[torch.device, Tables] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy makes its own caches: it may be on a machine with other devices.
+        # A copy starts with an empty cache: it may be unpickled on a machine without these devices.
         return {**self.__dict__, "_on_device": {}}
 
     @property
     def num_timesteps(self) -> int:
-        """T."""
+        """Number of timesteps, T."""
         return len(self.betas)
 
     @property
     def betas(self) -> Float[Tensor, " T"]:
-        """Variances of the forward steps."""
+        """Variances of the forward steps, `[T]`."""
         return self._tables.betas
 
     @property
@@ -149,11 +156,11 @@ class ForwardProcess:
     @property
     def log_snr(self) -> Float[Tensor, " T"]:
         """`log(abar) - log(1 - abar)`."""
-        # Not snr.log(): 1 - abar loses digits where abar is near 1.
+        # Not snr.log(): where abar is near 1, computing 1 - abar loses digits; log1p does not.
         return self.alphas_cumprod.log() - torch.log1p(-self.alphas_cumprod)
 
     def tables(self, device: torch.device) -> Tables:
-        """All tables on `device`, in float32 if it has no float64; copied once."""
+        """All tables on `device`, copied there once; float32 if the device has no float64."""
         if device not in self._on_device:
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self._on_device[device] = Tables(*(each.to(device, dtype) for each in self._tables))
@@ -168,7 +175,7 @@ class ForwardProcess:
         )
 
     def q_sample(self, x_start: Images, timesteps: Timesteps, noise: Images) -> Images:
-        """Noise images: `x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise`."""
+        """Add noise to images: `x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise`."""
         a, s = self.levels(x_start, timesteps)
         return a * x_start + s * noise  # Ho et al., equation 4
 

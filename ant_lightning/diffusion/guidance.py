@@ -19,19 +19,21 @@ __all__ = ["GuidedDenoiser"]
 
 
 class GuidedDenoiser:
-    """`guided = uncond + scale (cond - uncond)` on the prediction; the variance is cond's.
+    """Classifier-free guidance: `guided = uncond + scale (cond - uncond)`.
 
-    The conditional and the unconditional half run as one doubled batch; `scale = 1` is the
-    conditional network alone, at half the cost.
+    Only the prediction is guided; a learned variance is that of the conditional output. Both
+    outputs come from one call on a doubled batch. With `scale = 1` the network is called on the
+    conditional batch alone, at half the cost.
 
     Args:
         model: Called as `model(x, t, labels)`.
         labels: Classes of the batch, int64 `[b]`; `None` for an unconditional network, which is
             called as `model(x, t, None)` and cannot be guided.
-        null_label: The class that stands for "none"; `None` if there is none, and no guidance.
+        null_label: The label of the unconditional half. `None` if the network has no null class;
+            guidance is then impossible.
         scale: 1 is no guidance, above 1 pushes towards the class.
-        guided_channels: Number of first channels that are guided; `None` for all channels of the
-            image. The official DiT guides 3 of its 4 latent channels.
+        guided_channels: How many of the image's channels are guided, counted from the first;
+            `None` for all. The official DiT guides 3 of its 4 latent channels.
 
     Raises:
         ConfigError: If `scale` is not finite, or not 1 without labels or a null class; if
@@ -84,6 +86,7 @@ class GuidedDenoiser:
             raise ConfigError(
                 f"labels: must be {len(x_t)}, one for each image, found {len(self.labels)}"
             )
+        # Channels of the image, not of the output: the output may also hold variance values.
         num_guided = self.guided_channels or x_t.shape[1]
         if num_guided > x_t.shape[1]:
             raise ConfigError(

@@ -27,9 +27,13 @@ __all__ = [
 
 
 class DenoisingLoss(NamedTuple):
-    """`loss` to be minimised, `mse` without weights, `vb` in bits per dimension, `[b]` each.
+    """The loss of each image and its parts, `[b]` each.
 
-    `vb` (with its scale) is `None` if the variance is not learned.
+    Attributes:
+        loss: What is minimised.
+        mse: Mean squared error without the weights of the timesteps.
+        vb: Term of the variational bound in bits per dimension, times `vb_scale`; `None` if the
+            variance is not learned.
     """
 
     loss: Tensor
@@ -50,8 +54,8 @@ def denoising_loss(
 ) -> DenoisingLoss:
     """Loss of each image, a mean over its own dimensions.
 
-    `loss = weights[t] mean((target - prediction)²) + vb_scale vb`. The second term exists for
-    learned_range only and trains only the variance: the prediction is detached in it.
+    `loss = weights[t] mean((target - prediction)²) + vb_scale vb`. The second term exists only for
+    `learned_range`. It trains the variance alone, because the prediction in it is detached.
 
     Args:
         process: Gives the targets and the posteriors.
@@ -64,11 +68,12 @@ def denoising_loss(
         vb_scale: 1 is what DiT and ADM train with; T / 1000 is the official "rescaled" loss.
 
     Raises:
-        ConfigError: If `weights` has another shape, or the output another number of channels.
+        ConfigError: If `weights` is not `[T]`, or the output has a wrong number of channels.
 
     Reference:
-        Nichol and Dhariwal, "Improved DDPM", equation 16, arXiv 2102.09672. Its factor 0.001 is
-        absent, as in the official code: the term of one timestep stands for the sum over 1000.
+        Nichol and Dhariwal, "Improved DDPM", equation 16, arXiv 2102.09672. Its factor 0.001 does
+        not appear here, as in the official code: the bound is a sum over T timesteps, T times one
+        term estimates it, and 0.001 T is 1 for T = 1000.
 
     Examples:
         >>> import torch
@@ -105,10 +110,10 @@ def variational_bound(
     x_t: Images,
     timesteps: Timesteps,
 ) -> Float[Tensor, " b"]:
-    """Term of the variational bound at one timestep of each image, in bits per dimension, `[b]`.
+    """The term of the variational bound that belongs to each image's timestep, `[b]`.
 
-    `KL(q(x_{t-1} | x_t, x_start), p(x_{t-1} | x_t))` for t > 0; at t = 0 the negative
-    log-likelihood of `x_start` as 8-bit pixels.
+    For t > 0 it is `KL(q(x_{t-1} | x_t, x_start), p(x_{t-1} | x_t))`, at t = 0 the negative
+    log-likelihood of `x_start` as 8-bit pixels; both in bits per dimension.
 
     Args:
         process: Gives the posteriors.
@@ -129,13 +134,15 @@ def variational_bound(
         >>> round(variational_bound(process, noise, x_start, x_t, t).item(), 4)  # exact: no loss
         0.0
     """
+    # Not clipped, as in the official training loss.
     true_mean, _, true_log_variance = process.q_posterior(x_start, x_t, timesteps)
     model = process.p_mean_variance(model_output, x_t, timesteps, clip_denoised=False)
     kl = normal_kl(true_mean, true_log_variance, model.mean, model.log_variance)
     nll = -discretized_gaussian_log_likelihood(
         x_start.to(model.mean.dtype), mean=model.mean, log_scale=0.5 * model.log_variance
     )
-    # L_0 at t = 0, L_{t-1} elsewhere.
+    # Equation 5: L_0 at t = 0, L_{t-1} elsewhere. Both are computed for every image: to select the
+    # images with t = 0, the host would have to wait for the GPU.
     nats = torch.where(timesteps == 0, _per_image(nll), _per_image(kl))
     return nats / math.log(2)
 
@@ -154,7 +161,7 @@ def normal_kl(mean1: Images, log_variance1: Images, mean2: Images, log_variance2
 def discretized_gaussian_log_likelihood(x: Images, *, mean: Images, log_scale: Images) -> Images:
     """Log-probability, in nats, of the 8-bit bin of `x` under `N(mean, exp(log_scale)²)`.
 
-    `x` holds pixels in [-1, 1]; a bin is 2/255 wide, and those at -1 and 1 are open outwards.
+    `x` holds pixels in [-1, 1]. A bin is 2/255 wide; the bins at -1 and 1 extend to infinity.
 
     Reference:
         Ho et al., equation 13, arXiv 2006.11239.
@@ -162,13 +169,14 @@ def discretized_gaussian_log_likelihood(x: Images, *, mean: Images, log_scale: I
     inverse_scale = torch.exp(-log_scale)
     upper = _normal_cdf(inverse_scale * (x - mean + 1 / 255))
     lower = _normal_cdf(inverse_scale * (x - mean - 1 / 255))
+    # 0.999, not 1: pixels are rounded floats, and the neighbours of -1 and 1 are 2/255 away.
     inside = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
-    # The clamp keeps the logarithm and its gradient finite for a bin without mass.
+    # If a bin has no mass in floating point, the clamp keeps the logarithm and its gradient finite.
     return inside.clamp(min=1e-12).log()
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """Standard normal distribution function, by the tanh approximation of the published bounds."""
+    """Standard normal CDF, in the tanh approximation with which published bounds were computed."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
 
 

@@ -1,4 +1,4 @@
-"""A Gaussian mixture and its exact denoiser: a distribution whose best possible model is known."""
+"""A Gaussian mixture and its exact denoiser: data for which the lowest possible loss is known."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class GaussianMixture:
         if bool((self.weights <= 0).any()) or abs(float(self.weights.sum()) - 1) > 1e-6:
             raise ConfigError(f"weights: must be positive with sum 1, found {self.weights}")
         for name in ("weights", "means", "covariances"):
+            # The way to set a field of a frozen dataclass.
             object.__setattr__(self, name, getattr(self, name).double())
         values, axes = torch.linalg.eigh(self.covariances)
         if not bool((values > 0).all()):
@@ -62,7 +63,7 @@ class GaussianMixture:
                 "covariances: must be positive definite, found the eigenvalue "
                 f"{float(values.min()):.3g}"
             )
-        # One eigenbasis serves all noise levels: a² S + s² I has the same axes.
+        # Decomposed once for all noise levels: a² S + s² I has the eigenvectors of S.
         object.__setattr__(self, "_values", values)
         object.__setattr__(self, "_axes", axes)
 
@@ -77,7 +78,7 @@ class GaussianMixture:
         scaled = torch.randn(num_samples, d, generator=generator, dtype=torch.float64)
         scaled = scaled * self._values.sqrt()[components]
         samples = self.means[components]
-        for i in components.unique().tolist():  # a matrix for each sample would take n d² numbers
+        for i in components.unique().tolist():  # one matrix per sample would take n d² numbers
             rows = components == i
             samples[rows] += scaled[rows] @ self._axes[i].mT
         return samples, components
@@ -88,12 +89,16 @@ class GaussianMixture:
         """`E[eps | x_t]` for `x_t = a x_start + s eps` with standard normal `eps`, in float64.
 
         Given component i, `x_t ~ N(a m_i, C_i)` with `C_i = a² S_i + s² I`, and
-        `E[eps | x_t, i] = s C_i^-1 (x_t - a m_i)`; the mean over components is weighted by their
-        posterior probabilities. `a` may be 0 (the result is `x_t / s`), `s` may not. No function
-        of `x_t` has a smaller squared error, and the excess error of any other is its distance to
-        this one: `E|f - eps|² = E|f - E[eps | x_t]|² + E|E[eps | x_t] - eps|²`.
+        `E[eps | x_t, i] = s C_i^-1 (x_t - a m_i)`. The mean over components is weighted by their
+        posterior probabilities. `a` may be 0 (the result is `x_t / s`); `s` must not be 0.
+
+        No function of `x_t` has a smaller squared error. The excess error of a function f is its
+        mean squared distance to this one:
+        `E|f - eps|² = E|f - E[eps | x_t]|² + E|E[eps | x_t] - eps|²`.
         """
         x_t, a, s = x_t.double(), a.double(), s.double()
+        # In the eigenbasis of S_i, C_i is diagonal: `spread` holds its diagonal, and `along` the
+        # coordinates of x_t - a m_i.
         spread = a.square()[:, None, None] * self._values + s.square()[:, None, None]  # [b, m, d]
         centred = x_t[:, None] - a[:, None, None] * self.means
         along = torch.einsum("bmd,mde->bme", centred, self._axes)

@@ -19,6 +19,8 @@ __all__ = ["PredictionType", "check_prediction_type", "convert"]
 PredictionType: TypeAlias = Literal["eps", "x0", "v"]
 
 # (from, to). For v: Salimans and Ho, "Progressive Distillation", arXiv 2202.00512, appendix D.
+# The last two insert x_start or eps from `x_t = a x_start + s eps` into v and use `a² + s² = 1`.
+# The divisors are above 0, because every beta is inside (0, 1).
 _CONVERSIONS = {
     ("eps", "x0"): lambda eps, x_t, a, s: (x_t - s * eps) / a,
     ("v", "x0"): lambda v, x_t, a, s: a * x_t - s * v,
@@ -49,5 +51,8 @@ def convert(
     a: Tensor,
     s: Tensor,
 ) -> Tensor:
-    """Convert a prediction `[b, c, ...]` into another type; `a` and `s` are `[b, 1, ...]`."""
+    """Convert a prediction `[b, c, ...]` from type `kind` into type `to`.
+
+    `a` and `s` are the signal and the noise level of each image, `[b, 1, ...]`.
+    """
     return prediction if kind == to else _CONVERSIONS[kind, to](prediction, x_t, a, s)

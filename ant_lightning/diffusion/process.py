@@ -1,4 +1,4 @@
-"""The diffusion process: what a network's output means, and the reverse step it stands for."""
+"""The diffusion process: what a network's output means, and the reverse step that it defines."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class PMeanVariance(NamedTuple):
 class DiscreteDiffusion(ForwardProcess):
     """A forward process, the meaning of the network's output, and the weights of its loss.
 
-    Images are `[b, c, ...]`, timesteps int64 `[b]` that index the tables of this process.
-    `to_x_start`, `to_eps` and `to_v` convert a prediction of this process, or of the type that is
-    given: `process.to_eps(prediction, x_t, timesteps, prediction_type="x0")`.
+    Images are `[b, c, ...]`. Timesteps are int64 `[b]` and index the tables of this process.
+    `to_x_start`, `to_eps` and `to_v` convert a prediction, by default of this process' own type.
+    Another type is named: `process.to_eps(prediction, x_t, timesteps, prediction_type="x0")`.
 
     Args:
         schedule: Gives the betas.
         prediction_type: What the network predicts: `eps`, `x0` or `v`.
-        variance_type: Variance of `p(x_{t-1} | x_t)`: that of the posterior (`fixed_small`), beta
-            (`fixed_large`), or learned by a second set of c output channels, on the log scale
-            between the two (`learned_range`, whose loss is the hybrid one).
+        variance_type: Variance of `p(x_{t-1} | x_t)`. `fixed_small`: the posterior variance.
+            `fixed_large`: beta. `learned_range`: interpolated between these two on the log scale
+            by a second set of c output channels; the loss is then the hybrid one.
         loss_weighting: Weight of each timestep in the loss (`MinSNR`, `P2`); `None` for 1.
 
     Raises:
@@ -90,19 +90,20 @@ class DiscreteDiffusion(ForwardProcess):
         self._respaced: dict[tuple[int, ...], DiscreteDiffusion] = {}
 
     def __getstate__(self) -> dict[str, Any]:
+        # A copy leaves out the cache of `respace`, as it leaves out that of `tables`.
         return {**super().__getstate__(), "_respaced": {}}
 
     def output_channels(self, channels: int) -> int:
-        """Channels of the network's output for images of `channels`: twice for learned_range."""
+        """Channels of the network's output for images of `channels`: twice for `learned_range`."""
         return 2 * channels if self.variance_type == "learned_range" else channels
 
     def split_output(self, model_output: Images, channels: int) -> tuple[Images, Images | None]:
-        """Split the output into the prediction and, for learned_range, the variance values.
+        """Split the output into the prediction and, for `learned_range`, the variance values.
 
-        Both are cast to float32 at least: a loss must not be reduced in half precision.
+        Half precision is cast to float32: a loss must not be reduced in half precision.
 
         Raises:
-            ConfigError: If the output has not `output_channels(channels)` channels.
+            ConfigError: If the output does not have `output_channels(channels)` channels.
         """
         expected = self.output_channels(channels)
         if model_output.shape[1] != expected:
@@ -131,7 +132,7 @@ class DiscreteDiffusion(ForwardProcess):
         *,
         prediction_type: PredictionType | None = None,
     ) -> Images:
-        """Convert a prediction (of this process' type unless another is named)."""
+        """Convert a prediction of type `prediction_type`, by default that of this process."""
         a, s = self.levels(x_t, timesteps)
         return convert(prediction, prediction_type or self.prediction_type, to, x_t=x_t, a=a, s=s)
 
@@ -142,10 +143,10 @@ class DiscreteDiffusion(ForwardProcess):
     def p_mean_variance(
         self, model_output: Images, x_t: Images, timesteps: Timesteps, *, clip_denoised: bool = True
     ) -> PMeanVariance:
-        """The reverse step `p(x_{t-1} | x_t)` that the network's output stands for.
+        """The reverse step `p(x_{t-1} | x_t)` that the network's output defines.
 
-        The mean is that of the posterior at the predicted `x_start`, clipped to [-1, 1] with
-        `clip_denoised`; `eps` is computed from the (clipped) `x_start`. A learned log-variance is
+        The mean is the posterior mean at the predicted `x_start`, which `clip_denoised` clips to
+        [-1, 1]; `eps` is computed from the same (clipped) `x_start`. A learned log-variance is
         `f log(beta) + (1 - f) log(posterior variance)` with `f = (value + 1) / 2`.
 
         Reference:
@@ -158,7 +159,7 @@ class DiscreteDiffusion(ForwardProcess):
         mean, variance, log_variance = self.q_posterior(x_start, x_t, timesteps)
         tables = self.tables(x_t.device)
         if values is not None:
-            # Equation 15, with the network's values in [-1, 1] and not in [0, 1].
+            # Equation 15. The paper's v is in [0, 1]; the official networks output 2 v - 1.
             fraction = (values + 1) / 2
             log_beta = gather(tables.log_betas, timesteps, x_t)
             log_variance = fraction * log_beta + (1 - fraction) * log_variance
@@ -166,16 +167,17 @@ class DiscreteDiffusion(ForwardProcess):
         elif self.variance_type == "fixed_large":
             variance = gather(tables.fixed_large_variance, timesteps, x_t)
             log_variance = gather(tables.fixed_large_log_variance, timesteps, x_t)
-        # Not the network's own eps: DDIM must step with the one of the clipped x_start.
+        # Not the network's own eps: DDIM needs the eps that agrees with the clipped x_start.
         eps = self.to_eps(x_start, x_t, timesteps, prediction_type="x0")
         return PMeanVariance(
             mean, variance.expand_as(mean), log_variance.expand_as(mean), x_start, eps
         )
 
     def respace(self, timesteps: Sequence[int]) -> DiscreteDiffusion:
-        """The process that visits only `timesteps`: the same marginals, fewer steps.
+        """The process that visits only `timesteps`: the same `abar` at each of them, fewer steps.
 
-        `beta'_i = 1 - abar_{t_i} / abar_{t_{i-1}}`. Its loss has no weights. The result is cached.
+        `beta'_i = 1 - abar_{t_i} / abar_{t_{i-1}}`. A respaced process is for sampling and has no
+        loss weights. It is cached.
 
         Raises:
             ConfigError: If the timesteps are empty, do not increase, or leave [0, T).
@@ -196,6 +198,7 @@ class DiscreteDiffusion(ForwardProcess):
                 prediction_type=self.prediction_type,
                 variance_type=self.variance_type,
             )
+            # Indexes this map, not `kept` itself: respacing twice still names training's timesteps.
             process.timestep_map = self.timestep_map[kept]
             self._respaced[key] = process
         return self._respaced[key]

@@ -1,4 +1,4 @@
-"""Noise schedules: small callables that give the betas of a diffusion process."""
+"""Noise schedules: small callables that return the betas of a diffusion process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class NoiseSchedule(ABC):
-    """Base of the schedules: calling one gives `betas` `[T]` in float64, each inside (0, 1).
+    """Base of the schedules. A call returns `betas` `[T]` in float64, each inside (0, 1).
 
     A subclass implements `_betas`.
 
@@ -58,10 +58,11 @@ class NoiseSchedule(ABC):
         """The `betas` `[T]` in float64.
 
         Raises:
-            ConfigError: If a beta is outside (0, 1): `alphas_cumprod` would not decrease, or would
-                reach 0, where the log-SNR is infinite.
+            ConfigError: If a beta is outside (0, 1). At 0 or below, `alphas_cumprod` would not
+                decrease; at 1 it would reach 0, where the log-SNR is infinite.
         """
         betas = self._betas()
+        # Not `betas <= 0 | betas >= 1`, which NaN would pass.
         outside = ~((betas > 0) & (betas < 1))
         if outside.any():
             first = int(outside.nonzero()[0, 0])
@@ -83,8 +84,8 @@ def _check_range(beta_start: float, beta_end: float) -> None:
 class LinearSchedule(NoiseSchedule):
     """Betas rise linearly: `betas = linspace(c beta_start, c beta_end, T)` with `c = 1000 / T`.
 
-    The factor c keeps the total noise about the same for any T. For T of 20 or less
-    the default's last beta is 1 or more, which is refused.
+    The factor c keeps the total noise about the same for any T, as in guided-diffusion. With the
+    default `beta_end`, a T of 20 or less makes the last beta 1 or more, which is refused.
 
     Args:
         num_timesteps: T.
@@ -117,8 +118,9 @@ class LinearSchedule(NoiseSchedule):
 
 
 class CosineSchedule(NoiseSchedule):
-    """Betas of a squared cosine: `abar(u) = cos²((u + 0.008) / 1.008 π/2)`, u in [0, 1].
+    """`alphas_cumprod` falls as a squared cosine.
 
+    `abar(u) = cos²((u + 0.008) / 1.008 π/2)` for u in [0, 1], and
     `betas[t] = min(1 - abar((t + 1) / T) / abar(t / T), max_beta)`.
 
     Args:
@@ -146,7 +148,8 @@ class CosineSchedule(NoiseSchedule):
     def _betas(self) -> Tensor:
         u = torch.arange(self.num_timesteps + 1, dtype=torch.float64) / self.num_timesteps
         abar = torch.cos((u + 0.008) / 1.008 * math.pi / 2).square()
-        # Clipped: the last beta would be 1.
+        # Equation 17. The paper divides by abar(0); only ratios enter here, so it cancels. The last
+        # ratio is 0 (the cosine of π/2): without the limit, its beta would be 1.
         return (1 - abar[1:] / abar[:-1]).clamp(max=self.max_beta)
 
 
@@ -187,7 +190,7 @@ class ScaledLinearSchedule(NoiseSchedule):
 
 
 class TableSchedule(NoiseSchedule):
-    """Betas given one by one, from the first timestep to the last.
+    """Betas from a list, first timestep first.
 
     Args:
         betas: The betas.

@@ -1,8 +1,8 @@
 """Weights of the timesteps in the loss, as functions of the signal-to-noise ratio.
 
-The squared errors of the three predictions are proportional: with the error e of `x_start`,
-`|error of eps|² = snr |e|²` and `|error of v|² = (snr + 1) |e|²`. So a weight on one of them is a
-weight on the others.
+The squared errors of the three predictions are proportional. If `x_start` has the error e, then
+`|error of eps|² = snr |e|²` and `|error of v|² = (snr + 1) |e|²`. A weighting is therefore defined
+once, on the error of `x_start`, and divided by that factor for eps and v.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ __all__ = ["P2", "LossWeighting", "MinSNR"]
 
 
 class LossWeighting(ABC):
-    """Base of the weightings: calling one gives the weights of the mse, `[T]` in float64.
+    """Base of the weightings. A call returns the weights of the mse, `[T]` in float64.
+
+    A subclass implements `x0_weights`.
 
     Examples:
         >>> import torch
@@ -44,7 +46,7 @@ class LossWeighting(ABC):
     ) -> Float[Tensor, " T"]:
         """The weights on the squared error of `prediction_type`.
 
-        That is the weight on `x_start` divided by snr (eps), by snr + 1 (v), or as it is (x0).
+        The weight on `x_start`, divided by snr for eps, by snr + 1 for v, and by 1 for x0.
 
         Raises:
             ConfigError: If the prediction type is unknown, or an snr is not positive.
@@ -60,8 +62,8 @@ class LossWeighting(ABC):
 class MinSNR(LossWeighting):
     """Min-SNR-γ: `min(snr, γ)` on x_start, so `min(snr, γ) / snr` on eps, `/ (snr + 1)` on v.
 
-    The official code has a separate option for v, and gives v the weight of eps without it; here
-    the prediction type decides.
+    The official code has a separate option for v; without it, v gets the weight of eps. Here the
+    prediction type alone decides.
 
     Args:
         gamma: γ, above 0.

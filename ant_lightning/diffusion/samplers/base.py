@@ -1,4 +1,4 @@
-"""The contract of every sampler: a path of network calls from noise to an image."""
+"""The base class of the samplers: a path of network calls from noise to an image."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class SampleStep:
     """Result of one step.
 
     Attributes:
-        index: Place of the step on the path, from 0.
-        timestep: The (original) timestep that was denoised.
+        index: Number of the step on the path, from 0.
+        timestep: Timestep of the network call, in training's numbering whatever the spacing.
         x: The new state `[b, c, ...]`.
         x_start: The predicted image `[b, c, ...]`.
     """
@@ -46,13 +46,15 @@ class Sampler(ABC):
 
     A subclass implements `num_calls`, `is_random` and `_steps`.
 
-    `denoiser(x, t)` is given the state and int64 `[b]` original timesteps (those of training,
-    whatever the spacing), and returns the network's output. `noise()` returns standard normal
-    values shaped like x; the caller keys them by image, so that an image does not depend on its
-    batch. It is called once in each random step, in order; a deterministic sampler never calls it.
+    `denoiser(x, t)` is given the state and the timesteps, int64 `[b]` in training's numbering
+    whatever the spacing, and returns the network's output.
+
+    `noise()` returns standard normal values shaped like x. The caller seeds them per image, so that
+    an image does not depend on its batch. A random sampler calls `noise()` once in each step that
+    adds noise, in order; a deterministic one never calls it.
 
     Attributes:
-        is_multistep: Whether a step depends on more than the state, as in multistep solvers.
+        is_multistep: Whether a step depends on earlier network outputs besides the state.
 
     Examples:
         >>> import torch
@@ -92,7 +94,7 @@ class Sampler(ABC):
         clip_denoised: bool,
         first_step: int,
     ) -> Iterator[SampleStep]:
-        """The steps of `trajectory`, whose arguments are checked."""
+        """The steps of `trajectory`, which has checked the arguments."""
 
     def trajectory(
         self,
@@ -107,10 +109,10 @@ class Sampler(ABC):
         """Make the steps one by one.
 
         Args:
-            process: That of training, not respaced: the sampler chooses its timesteps itself.
+            process: The process of training, not a respaced one: the sampler respaces it.
             denoiser: The network.
-            x_T: Standard normal, or the state before `first_step`. The state is kept in float32 at
-                least.
+            x_T: Standard normal noise, or the state before `first_step`. Half precision is cast to
+                float32.
             noise: Source of the noise.
             clip_denoised: Whether to clip each predicted `x_start` to [-1, 1]; not for latents.
             first_step: Index of the first step to make.

@@ -1,4 +1,4 @@
-"""DDPM and DDIM, equal to the official loops, on float64 tables."""
+"""DDPM and DDIM: the official sampling loops, with tables in float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["DDIM", "DDPM", "ancestral_step", "ddim_inverse_step", "ddim_step"]
 
 
 class _RespacedSampler(Sampler):
-    """A sampler that steps down a respaced process."""
+    """Base of the samplers that respace the process and visit its timesteps from last to first."""
 
     def __init__(self, *, num_steps: int, spacing: str, spacings: tuple[str, ...]) -> None:
         check_at_least(1, num_steps=num_steps)
@@ -37,7 +37,7 @@ class _RespacedSampler(Sampler):
         self.spacing = spacing
 
     def respaced(self, process: DiscreteDiffusion) -> DiscreteDiffusion:
-        """The process on the timesteps of the path (built once per process)."""
+        """The process on the timesteps of the path; `respace` caches it."""
         total = process.num_timesteps
         if self.num_steps > total:
             raise ConfigError(
@@ -53,8 +53,9 @@ class _RespacedSampler(Sampler):
 
     @property
     def _first_denoised(self) -> int:
-        # Latent diffusion stops at timestep 0 without denoising it: its last step leads to
-        # abar_0, not to 1. So 0 is in the table, but no step starts there.
+        """Index of the last timestep that the path denoises: 0, or 1 for the spacings of LDM."""
+        # Latent diffusion's last step leads to the noise level of timestep 0 (abar_0, not 1) and
+        # stops there. Timestep 0 is therefore in the tables, but the network is not called at it.
         return int(self.spacing in {"ldm", "ldm_quadratic"})
 
     def num_calls(self, process: DiscreteDiffusion) -> int:
@@ -91,11 +92,12 @@ class DDPM(_RespacedSampler):
 
     Args:
         num_steps: Network calls for each image.
-        spacing: `even` includes the first and the last timestep; `ddim` is a whole stride from 0.
+        spacing: `even`: evenly spaced, with the first and the last timestep. `ddim`: a whole
+            stride from timestep 0.
 
     Raises:
-        ConfigError: If `num_steps` is below 1 or, once a process is known, above its timesteps or
-            impossible with that spacing.
+        ConfigError: If `num_steps` is below 1. When sampling starts: if `num_steps` exceeds the
+            timesteps of the process, or the spacing cannot have that many.
 
     Reference:
         Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672 (fewer steps).
@@ -130,15 +132,15 @@ class DDIM(_RespacedSampler):
     Args:
         num_steps: Network calls for each image.
         eta: 0 is deterministic, 1 as random as ancestral sampling.
-        spacing: `ddim` is guided diffusion's whole stride from timestep 0; `even` includes the
-            first and the last timestep; `ldm` is latent diffusion's 1, 1 + c, ..., which may make
-            more calls than `num_steps` and stops at timestep 0 without denoising it;
-            `ldm_quadratic` is its `quad`, dense near 0, which may make fewer: see
+        spacing: `ddim`: guided-diffusion's whole stride from timestep 0. `even`: evenly spaced,
+            with the first and the last timestep. `ldm`: latent diffusion's 1, 1 + c, ...; may make
+            more calls than `num_steps`, and stops at timestep 0 without denoising it.
+            `ldm_quadratic`: latent diffusion's `quad`, dense near 0; may make fewer calls. See
             `latent_ddim_timesteps`.
 
     Raises:
-        ConfigError: If `num_steps` is below 1, `eta` outside [0, 1] or, once a process is known,
-            `num_steps` above its timesteps or impossible with that spacing.
+        ConfigError: If `num_steps` is below 1, or `eta` is outside [0, 1]. When sampling starts: if
+            `num_steps` exceeds the timesteps of the process, or the spacing cannot have that many.
 
     Reference:
         Song et al., "Denoising Diffusion Implicit Models", arXiv 2010.02502.
@@ -187,11 +189,11 @@ class DDIM(_RespacedSampler):
         *,
         clip_denoised: bool = True,
     ) -> Images:
-        """Find the `x_T` from which sampling with `eta = 0` leads back, nearly, to `x_start`.
+        """Find the `x_T` from which sampling with `eta = 0` nearly returns to `x_start`.
 
-        `x_start` is taken as the state at the path's first timestep. Each step evaluates the
-        network at the less noisy end, as the official code does, so the error falls with more
-        steps. The network is called once less than there are timesteps on the path.
+        `x_start` is treated as the state at the path's lowest timestep. As in the official code,
+        each step calls the network at its less noisy end, while sampling calls it at the noisier
+        end; the two agree better the more steps there are. A path of n timesteps takes n - 1 calls.
         """
         path = self.respaced(process)
         x = at_least_float32(x_start)
@@ -232,8 +234,9 @@ def ddim_step(
     """
     tables = process.tables(model.x_start.device)
     previous = tables.alphas_cumprod_prev
-    variance = eta**2 * tables.posterior_variance  # σ², equation 16
-    # In float64: 1 - abar_prev - σ² cancels, and may end a little below 0 for eta = 1.
+    # σ², equation 16: the posterior variance is the square of its two roots.
+    variance = eta**2 * tables.posterior_variance
+    # In float64, because 1 - abar_prev - σ² cancels. Rounding can still leave it just below 0.
     direction = (1 - previous - variance).clamp(min=0).sqrt()
     x = model.x_start
     # Equation 12.
@@ -248,7 +251,7 @@ def ddim_inverse_step(
 ) -> Images:
     """One DDIM step backwards, to more noise: `sqrt(abar_next) x_start + sqrt(1 - abar_next) eps`.
 
-    After the last timestep `abar_next` is 0, which leaves eps.
+    At the last timestep `abar_next` is 0, and the result is eps.
 
     Reference:
         Song et al., section 4.3 (the ODE, integrated the other way), arXiv 2010.02502.
@@ -261,7 +264,8 @@ def ddim_inverse_step(
 def _denoised(
     process: DiscreteDiffusion, denoiser: Denoiser, x: Tensor, step: int, clip_denoised: bool
 ) -> tuple[PMeanVariance, Tensor]:
-    """Call the network at one timestep of a respaced process; also returns that timestep `[b]`."""
+    """Call the network at index `step` of a respaced process; also returns that index, `[b]`."""
+    # `t` indexes the tables of the respaced process; the network knows the timesteps of training.
     t = torch.full((len(x),), step, dtype=torch.int64, device=x.device)
     output = denoiser(x, torch.full_like(t, int(process.timestep_map[step])))
     return process.p_mean_variance(output, x, t, clip_denoised=clip_denoised), t

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DiffusersSampler"]
 
-# The supported schedulers, each with what its methods can be given: `timesteps` of ours, to round
-# those that it places between whole ones, and `variance_noise` for its random algorithms.
+# The supported schedulers, each with the arguments that its methods accept. `timesteps` of
+# `set_timesteps`: we may round timesteps that the scheduler places between whole ones.
+# `variance_noise` of `step`: we may pass the noise of its random algorithms.
 _SCHEDULERS: dict[str, set[str]] = {
     "DDIMScheduler": set(),
     "DEISMultistepScheduler": set(),
@@ -36,6 +37,7 @@ _SCHEDULERS: dict[str, set[str]] = {
     "UniPCMultistepScheduler": set(),
 }
 _PREDICTION_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+# Settings of a scheduler that the process determines; they must be left at their defaults.
 _FROM_PROCESS = (
     "trained_betas",
     "prediction_type",
@@ -53,16 +55,16 @@ class DiffusersSampler(Sampler):
     Supported are the schedulers DDIM, DEISMultistep, DPMSolverMultistep, DPMSolverSinglestep,
     EulerDiscrete, HeunDiscrete, PNDM and UniPCMultistep.
 
-    The states of its steps may be scaled (those of Euler and Heun are `x_t / sqrt(abar_t)`); the
-    denoiser is always given the unscaled `x_t`. A learned variance is dropped. `clip_denoised`
-    clips predicted images, not the scheduler's `clip_sample`. Timesteps between two whole ones are
-    rounded if the scheduler accepts that. The tables of diffusers are float32: expect 1e-5, not
-    1e-9.
+    The states of its steps may be scaled (Euler and Heun keep `x_t / sqrt(abar_t)`), but the
+    denoiser is always given the unscaled `x_t`. A learned variance is dropped. Predicted images are
+    clipped by `clip_denoised`; the scheduler's own `clip_sample` is switched off. Timesteps between
+    two whole ones are rounded if the scheduler accepts that. The tables of diffusers are float32,
+    so results agree with exact ones to about 1e-5, not 1e-9.
 
     Args:
         scheduler: Its betas, number of timesteps and prediction type must have their defaults;
             they come from the process.
-        num_steps: Steps of the scheduler; one of second order calls the network twice a step.
+        num_steps: Steps of the scheduler; a second-order one calls the network twice in a step.
 
     Raises:
         ConfigError: If the scheduler is not supported, draws noise of its own, or has a setting
@@ -110,7 +112,7 @@ class DiffusersSampler(Sampler):
 
     @property
     def is_random(self) -> bool:
-        """Whether the algorithm is that of a stochastic differential equation."""
+        """Whether the scheduler solves the stochastic differential equation."""
         return str(self.scheduler.config.get("algorithm_type", "")).startswith("sde")
 
     def num_calls(self, process: DiscreteDiffusion) -> int:
@@ -134,8 +136,10 @@ class DiffusersSampler(Sampler):
                 f"first_step: must be even for the second-order {type(scheduler).__name__}, "
                 f"found {first_step}"
             )
+        # A later state already has the scheduler's scale.
         if first_step == 0:
             x = x * float(scheduler.init_noise_sigma)
+        # Otherwise the scheduler searches for its place by the value of the first timestep.
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first_step)
         for index, timestep in list(enumerate(scheduler.timesteps))[first_step:]:
@@ -147,6 +151,7 @@ class DiffusersSampler(Sampler):
             x_start = process.to_x_start(prediction, x_t, t)
             if clip_denoised:
                 x_start = x_start.clamp(-1, 1)
+                # The scheduler takes a prediction of the network's type: convert the clipped image.
                 to_own = {"eps": process.to_eps, "x0": process.to_x_start, "v": process.to_v}
                 to_own_type = to_own[process.prediction_type]
                 prediction = to_own_type(x_start, x_t, t, prediction_type="x0")
@@ -156,7 +161,7 @@ class DiffusersSampler(Sampler):
             yield SampleStep(index, original, x, x_start)
 
     def _prepared(self, process: DiscreteDiffusion) -> Any:  # noqa: ANN401 - a scheduler
-        """A new scheduler with the betas of the process and its timesteps set."""
+        """A new scheduler, since schedulers have state, with the betas of the process."""
         total = process.num_timesteps
         if self.num_steps > total:
             raise ConfigError(
@@ -174,8 +179,9 @@ class DiffusersSampler(Sampler):
             scheduler.set_timesteps(self.num_steps)
             whole = [round(float(t)) for t in scheduler.timesteps]
             if "timesteps" in self._accepts and scheduler.timesteps.tolist() != whole:
-                # The network was trained on whole timesteps. The scheduler must know them: its
-                # noise levels follow. Some settings (Karras sigmas) refuse, and are refused below.
+                # The network was trained on whole timesteps. The scheduler must be told the rounded
+                # ones, because its noise levels follow from them. Schedulers with some settings
+                # (Karras sigmas) refuse; the check below then raises.
                 with suppress(ValueError):
                     scheduler.set_timesteps(timesteps=list(dict.fromkeys(whole)))
         timesteps = scheduler.timesteps.tolist()
@@ -196,7 +202,7 @@ class DiffusersSampler(Sampler):
 
 @contextmanager
 def _numpy_warnings_off() -> Iterator[None]:
-    """Ignore the warnings of NumPy 2 about diffusers, which calls its functions on tensors."""
+    """Ignore the warnings of NumPy 2 about diffusers, which calls NumPy functions on tensors."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="__array", category=DeprecationWarning)
         yield

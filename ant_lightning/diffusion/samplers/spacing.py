@@ -19,8 +19,8 @@ def space_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> list[i
 
     Args:
         num_timesteps: T.
-        section_counts: Number of points in each section; they include its first and its last
-            timestep.
+        section_counts: Number of points in each section. Two or more points include the first and
+            the last timestep of the section.
 
     Returns:
         The timesteps, increasing.
@@ -51,7 +51,8 @@ def space_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> list[i
                 f"{num_timesteps} timesteps, found {count}"
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        # Sums of the stride, not products, as in the official code: halves round differently.
+        # Added up and not multiplied, as in the official code. The two differ in the last bit, and
+        # at halves `round` would then pick another timestep.
         position = 0.0
         for _ in range(count):
             timesteps.append(start + round(position))
@@ -88,12 +89,12 @@ def latent_ddim_timesteps(
 ) -> list[int]:
     """Choose timesteps as latent diffusion's DDIM does: 1, 1 + c, ..., with c = T // num_steps.
 
-    There are more than `num_steps` of them if that does not divide T. The official code leaves its
-    tables for `num_steps` near T; here that is an error.
+    If `num_steps` does not divide T, there are more than `num_steps` of them. If the last one would
+    be T, the official code reads past the end of its tables; here that is an error.
 
     With `quadratic`, they are `1 + floor(x^2)` at `num_steps` evenly spaced x from 0 to
-    `sqrt(0.8 T)`: dense near 0, where some coincide. Each is returned once, so there may be fewer
-    than `num_steps`; the official code repeats the others as steps that do not change x.
+    `sqrt(0.8 T)`: dense near 0, where several coincide. Each timestep is returned once, so there
+    may be fewer than `num_steps`; the official code repeats them as steps that do not change x.
 
     Raises:
         ConfigError: If the last timestep would not be below T.
