@@ -45,10 +45,10 @@ class _Averages(Protocol):
 class AutoencoderModule(BaseModule):
     """Trains an `AutoencoderKL` of diffusers on `E|x - D(z)|^p + w KL(q(z|x) || N(0, 1))`.
 
-    Both terms are means: over the numbers of an image, and over those of a latent. When `fit`
+    Both terms are means: over the values of an image, and over the values of a latent. When `fit`
     ends, the averaged weights are written to `export` as a folder that `FirstStage` and diffusers
-    load, with the scale `1 / std(z)` and the shift `mean(z)` of the held-out images' latents. An
-    earlier export is only replaced by a finite one, and not by that of `fast_dev_run`.
+    load, with the scale `1 / std(z)` and the shift `mean(z)` of the held-out images' latents. Only
+    an export with finite weights replaces an earlier one; `fast_dev_run` exports nothing.
 
     Args:
         in_channels: Channels of the images.
@@ -57,7 +57,7 @@ class AutoencoderModule(BaseModule):
         layers_per_block: Residual blocks of a resolution.
         norm_num_groups: Groups of the group norms; must divide every width.
         reconstruction: `l1` or `l2`.
-        kl_weight: `w`.
+        kl_weight: Weight `w` of the KL divergence.
         optimizer: Makes the optimizer from the parameters; default AdamW, learning rate 1e-3.
         clip_grad_norm: Largest norm of the gradient; `None` for no clipping.
         export: Folder that `fit` writes; by default `first_stage` in the log folder.
@@ -109,7 +109,7 @@ class AutoencoderModule(BaseModule):
         check_at_least(0, kl_weight=kl_weight)
         from diffusers import AutoencoderKL  # noqa: PLC0415 - 5 s that only first stages need
 
-        # Called `backbone` as in the other modules: EMA averages it, checkpoints hold it.
+        # `EMA` and our checkpoints look for the network under the name `backbone`.
         self.backbone = AutoencoderKL(
             in_channels=in_channels,
             out_channels=in_channels,
@@ -126,8 +126,8 @@ class AutoencoderModule(BaseModule):
         self.optimizer_factory = OptimizerFactory(self.optimization)
         self.export = export
         self.seed = seed
-        self.factor = 2 ** (len(widths) - 1)
-        self.last_step_skipped = False  # what EMA asks every module
+        self.factor = 2 ** (len(widths) - 1)  # of the size: each width after the first halves it
+        self.last_step_skipped = False  # read by `EMA` after every step
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """All parameters in one group."""
@@ -190,21 +190,22 @@ class AutoencoderModule(BaseModule):
                 )
 
     def losses(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean reconstruction error and mean KL divergence; without noise, from the means."""
+        """Mean reconstruction error and mean KL divergence; `noise=None` decodes the means."""
         posterior = self.backbone.encode(images).latent_dist
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         error = self.backbone.decode(z).sample - images
         size = error.abs() if self.reconstruction == "l1" else error.square()
+        # KL(N(mu, s^2) || N(0, 1)) = (mu^2 + s^2 - 1 - log s^2) / 2 for each latent value.
         divergence = posterior.mean.square() + posterior.var - 1 - posterior.logvar
         return size.mean(), 0.5 * divergence.mean()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The weighted sum of the two terms, with noise of (seed, step, position in the batch)."""
+        """The weighted sum of the two terms; noise depends on seed, step and place in the batch."""
         check_batch(batch)
         b, _, height, width = batch.images.shape
         channels, rank = self.backbone.config.latent_channels, self.trainer.global_rank
         shape = channels, height // self.factor, width // self.factor
-        mine = slice(rank * b, (rank + 1) * b)
+        mine = slice(rank * b, (rank + 1) * b)  # this rank's part of the global batch
         noise = step_noise(
             mine, shape, self.seed, self.global_step, self.device, stream="posterior"
         )
@@ -212,8 +213,8 @@ class AutoencoderModule(BaseModule):
         loss = error + self.kl_weight * divergence
         self.log_dict({"train/reconstruction": error, "train/kl": divergence})
         self.log("train/loss", loss, prog_bar=True)
-        # One such loss turns every weight into NaN for good. Checking waits for the device, so it
-        # is done only when logging waits for it anyway.
+        # A loss that is not finite turns every weight into NaN for good. The check waits for the
+        # device, so it is made only in steps in which logging waits anyway.
         if self.log_due and not bool(loss.isfinite()):
             raise NonFiniteError(
                 f"the loss of step {self.global_step} is {loss.item()}, so the autoencoder has "
@@ -222,7 +223,7 @@ class AutoencoderModule(BaseModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same, from the posterior's means."""
+        """Log both terms on held-out images, from the posterior's means."""
         check_batch(batch)
         error, divergence = self.losses(batch.images, None)
         size = len(batch.images)
@@ -238,6 +239,7 @@ class AutoencoderModule(BaseModule):
         """Measure the latents and write the folder that `FirstStage` loads."""
         trainer: Any = self.trainer
         data = image_data(trainer)
+        # On every rank, and so before the return below: `run_folder` may broadcast.
         folder = Path(self.export or run_folder(trainer) / "first_stage")
         if data is None or not trainer.is_global_zero or trainer.fast_dev_run:
             return
@@ -256,7 +258,7 @@ class AutoencoderModule(BaseModule):
 
     @torch.no_grad()
     def latent_scale(self, load: Any, count: int) -> tuple[float, float]:  # noqa: ANN401
-        """`1 / std(z)` and `mean(z)` over the numbers of at most 1,024 images' latents."""
+        """`1 / std(z)` and `mean(z)` over all values in the latents of at most 1,024 images."""
         parts = []
         for rows in torch.arange(min(count, 1024)).split(64):
             images = load(rows.tolist(), epoch=None).images.to(self.device, self.dtype)
@@ -277,8 +279,8 @@ class AutoencoderModule(BaseModule):
 def _replace_folder(folder: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write files beside a folder, then move them in, `config.json` last.
 
-    Without `config.json` the folder is not a valid first stage. So whenever the process is killed,
-    the folder holds the old one, none or the new one, never weights and scale of different ones.
+    A folder without `config.json` is not a valid first stage. So a kill at any time leaves the old
+    first stage, none, or the new one, and never the weights of one with the scale of another.
     """
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:

@@ -16,7 +16,7 @@ __all__ = ["NO_NULL_CLASS", "backbone_name", "check_backbone", "check_output"]
 _SIZES = {"input_size": 1, "in_channels": 1, "out_channels": 1, "num_classes": 0, "null_class": 0}
 
 
-# Ends the error of a setting that needs one.
+# The reason in messages of settings that need a null class, which the backbone lacks.
 NO_NULL_CLASS = (
     "because the backbone has no null class (a DiT or UNet has one with num_classes above 1 and "
     "class_dropout_prob above 0, a network of your own with an attribute null_class)"
@@ -27,6 +27,7 @@ def backbone_name(backbone: nn.Module) -> str:
     """Name of the network's own class, without the one that `torch.compile` or FSDP2 adds."""
     bare = getattr(backbone, "_orig_mod", backbone)
     kind = type(bare)
+    # `fully_shard` replaces the class by a new one with the bases (FSDPModule, own class).
     return (kind.__bases__[-1] if is_sharded(bare.parameters()) else kind).__name__
 
 
@@ -52,6 +53,7 @@ def check_backbone(backbone: nn.Module) -> None:
         )
     for each, value in sizes.items():
         least = _SIZES[each]
+        # `None` counts as 0, which `num_classes` and `null_class` may be.
         if not isinstance(value or 0, int) or (value or 0) < least:
             raise ConfigError(
                 f"backbone: {name}.{each} must be a whole number of at least {least}, "
@@ -70,7 +72,7 @@ def check_output(backbone: nn.Module, output: object, x_t: Tensor) -> Tensor:
     """Return a network's output if it is one tensor of the right shape.
 
     Raises:
-        ConfigError: If it is not; says what was found.
+        ConfigError: If it is not.
     """
     wanted = (len(x_t), int(backbone.out_channels), *x_t.shape[2:])  # type: ignore[arg-type]
     if isinstance(output, Tensor) and output.shape == wanted:

@@ -1,4 +1,4 @@
-"""What our modules share: loading, logging at optimizer steps, weights of other wrappings."""
+"""What our modules share: loading, logging by optimizer step, and names of wrapped weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class BaseModule(L.LightningModule):
         return module.to(map_location or "cpu")
 
     def load_content(self, content: dict[str, Any]) -> None:
-        """Load the state and the live weights of a checkpoint that was read.
+        """Load the state and the live weights from the content of a checkpoint.
 
         Raises:
             ConfigError: If the checkpoint belongs to another model.
@@ -73,20 +73,21 @@ class BaseModule(L.LightningModule):
         self.load_state_dict(content["state_dict"])
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What every run has, also without the command line."""
+        """Callbacks of every run, also of runs from Python."""
         keep_csv_rows(self.trainer)  # the last hook before Lightning makes the writer
         return [RankWatch()]
 
     @property
     def log_due(self) -> bool:
-        """Whether the step just made is one of every `trainer.log_every_n_steps`."""
+        """Whether to log now: true every `trainer.log_every_n_steps` optimizer steps."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return self.global_step % max(1, every) == 0
 
     def log_now(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Send numbers to the loggers at this optimizer step, skipped steps not counted.
+        """Send numbers to the loggers at `global_step`, which does not count skipped steps.
 
-        `self.log` counts batches, and drops what is logged at other steps than its own.
+        `self.log` counts batches, skipped ones included, and would drop numbers that are logged
+        between its own multiples of `log_every_n_steps`.
         """
         for logger in self.loggers:
             logger.log_metrics({k: float(v) for k, v in metrics.items()}, step=self.global_step)
@@ -97,9 +98,9 @@ class BaseModule(L.LightningModule):
         return self._trainer is not None and self.trainer.state.fn == "fit"
 
     def use_own_names(self, checkpoint: dict[str, Any]) -> None:
-        """Rename the weights of a checkpoint, and their averages, to those of this module.
+        """Rename the weights and averages in a checkpoint to the names that this module has.
 
-        The names differ if only one of them was wrapped by torch (`torch.compile`, DDP).
+        The names differ if only one of the two networks is wrapped by torch (`torch.compile`, DDP).
         """
         saved = checkpoint.get("ant_lightning", {})
         if saved.get("backbone") == "OptimizedModule":  # what 0.1 called every compiled network
@@ -107,6 +108,7 @@ class BaseModule(L.LightningModule):
         weights = checkpoint.get("state_dict")
         if weights is not None:
             checkpoint["state_dict"] = _renamed(weights, self.state_dict())
+        # `EMA` names its averages after the backbone's parameters, without the module's prefix.
         own = dict(self.backbone.named_parameters())
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and isinstance(state.get("averages"), Mapping):
@@ -116,10 +118,10 @@ class BaseModule(L.LightningModule):
         """Compare names and shapes of a checkpoint's weights with those of this module.
 
         Raises:
-            ConfigError: Naming the part that differs, and the first weight that does, both ways.
+            ConfigError: Naming the part and the first weight that differ, with both shapes.
         """
         theirs = checkpoint.get("state_dict")
-        if theirs is None:  # a strategy that shards the model has loaded it
+        if theirs is None:  # `ShardedStrategy` has loaded and removed it
             return
         ours = {name: _shape(value) for name, value in self.state_dict().items()}
         saved = {str(name): _shape(value) for name, value in theirs.items()}
@@ -141,4 +143,5 @@ def _renamed(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str,
 
 
 def _shape(value: object) -> str:
+    """Words for the message of `check_weights`; values that are not tensors all compare equal."""
     return f"{list(value.shape)} as" if isinstance(value, Tensor) else "values as"

@@ -1,4 +1,4 @@
-"""What the trainer, the data and the layers of a network must allow before a run starts."""
+"""Checks of the trainer, the data and the layers of a network before a run starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ __all__ = ["check_batch_norm", "check_strategy", "check_trainer", "warn_of_other
 def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
     """Warn of clusters that come from the gradients of another kind of network.
 
-    It may be meant (the affinity of a small model for a large one of its kind never warns).
+    Only a warning, because it may be intended. The affinity of a small network for a large one of
+    the same class does not warn.
     """
     measured, ours = clustering.measured_model(), backbone_name(backbone)
     if measured and measured.partition(",")[0] != ours:
@@ -46,6 +47,7 @@ def check_strategy(strategy: Strategy) -> None:
         ConfigError: For a strategy that shards or wraps the model, or whose settings would be
             ignored because its own reduction never runs.
     """
+    # DeepSpeed and XLA are subclasses of `DDPStrategy`, but reduce gradients in their own way.
     works = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy))
     if not works or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
         raise ConfigError(
@@ -53,7 +55,8 @@ def check_strategy(strategy: Strategy) -> None:
             "ant_lightning.ShardedStrategy, because the training step sums gradients itself, "
             f"found {type(strategy).__name__}"
         )
-    for name in ("ddp_comm_hook", "model_averaging_period"):  # of DDP's own reduction
+    # Settings of DDP's own reduction, which never runs.
+    for name in ("ddp_comm_hook", "model_averaging_period"):
         value = getattr(strategy, f"_{name}", None)
         if value is not None:
             raise ConfigError(
@@ -70,7 +73,7 @@ def check_trainer(
     Args:
         trainer: The trainer, with its data.
         backbone: The network.
-        balancer: Weights the tasks.
+        balancer: Weights the tasks; `None` for vanilla training.
         parts: `accumulate_grad_batches`.
 
     Raises:
@@ -85,7 +88,7 @@ def check_trainer(
     data = image_data(trainer)
     if data is None:
         return
-    batch_size = data.batch_size
+    batch_size = data.batch_size  # of all ranks together
     if isinstance(balancer, GradientBalancer) and batch_size < balancer.num_tasks:
         raise ConfigError(
             f"data.batch_size: must be at least the {balancer.num_tasks} tasks of a gradient "
@@ -108,10 +111,10 @@ def check_trainer(
 def check_batch_norm(
     backbone: nn.Module, balancer: Balancer | None, *, engine: str, parts: int
 ) -> None:
-    """Batch norm mixes samples of a pass: refuse engines with one pass, warn of several passes.
+    """Refuse batch norm where it would mix tasks; warn where it sees only a part of the batch.
 
     Raises:
-        ConfigError: If task gradients would come from one pass over samples of all tasks.
+        ConfigError: If the engine computes all task gradients in one pass.
     """
     named = backbone.named_modules()
     found = [(n, m) for n, m in named if isinstance(m, _BatchNorm) and m.training]

@@ -1,4 +1,4 @@
-"""What a diffusion model is outside its training: losses of held-out images, and sampling."""
+"""A diffusion model without its training step: validation losses and sampling."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiffusionModule", "TaskMeans"]
 
+# (sqrt(5) - 1) / 2: the fractional parts of its multiples fill [0, 1) evenly at any length.
 _GOLDEN = 0.6180339887498949
 
 
@@ -59,18 +60,18 @@ class TaskMeans(Metric):
     def update(self, losses: Tensor, tasks: Tensor) -> None:
         """Add the losses `[b]` of samples of `tasks` `[b]`."""
         values = torch.stack([losses.double(), torch.ones_like(losses, dtype=torch.float64)]).cpu()
-        # On the CPU, where the order of the sum is fixed.
+        # On the CPU: on CUDA `index_add_` adds in no fixed order, so sums would not reproduce.
         added = torch.zeros(self.sums.shape, dtype=torch.float64).index_add_(1, tasks.cpu(), values)
         self.sums += added.to(self.sums.device)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """The mean over all samples, and that of each task."""
+        """The mean over all samples, and that of each task (NaN for a task without samples)."""
         return self.sums[0].sum() / self.sums[1].sum(), self.sums[0] / self.sums[1]
 
     def _apply(
         self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
     ) -> nn.Module:
-        # Follow the module to its device, but stay float64 where it is cast (bf16-true).
+        # Follow the module to its device, but stay float64 if the module is cast (bf16-true).
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
 
@@ -157,11 +158,11 @@ class DiffusionModule(BaseModule):
             self._bind(data)
 
     def on_validation_start(self) -> None:
-        """Ranks may have unequally many batches: have the whole backbone on each."""
+        """Gather a sharded backbone: a rank with more batches must not wait for the others."""
         gather_for_evaluation(self.backbone)
 
     def on_validation_end(self) -> None:
-        """Go back to shards."""
+        """Shard the backbone again."""
         reshard(self.backbone)
 
     on_test_start = on_predict_start = on_validation_start
@@ -170,15 +171,15 @@ class DiffusionModule(BaseModule):
     def losses(
         self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None
     ) -> Callable[[Tensor], Tensor]:
-        """The function of rows of the batch that `multitask_backward` asks for.
+        """Make the function `rows -> losses [len(rows)]` that `multitask_backward` calls.
 
         Args:
-            x_start: `[b, c, h, w]`.
-            draws: What is random.
+            x_start: Clean images or latents, `[b, c, h, w]`.
+            draws: Timesteps, tasks, noise and labels of the batch.
             unweighted: `[b]`, filled with the mean squared errors without any weight.
 
         Raises:
-            ConfigError: If `x_start` has another shape than the backbone takes.
+            ConfigError: If the backbone takes another shape than that of `x_start`.
         """
         if tuple(x_start.shape[1:]) != self.image_shape:
             raise ConfigError(
@@ -203,26 +204,26 @@ class DiffusionModule(BaseModule):
                 draws.noise[rows],
                 weights=self.process.loss_weights,
             )
-            if unweighted is not None:  # also inside `vmap`, where values cannot be assigned
+            if unweighted is not None:  # `torch.vmap` does not allow `unweighted[rows] = ...`
                 note(unweighted, rows, terms.mse)
             return terms.loss
 
         return losses_of
 
     def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        """The backbone's output for states of any precision, computed in the backbone's own.
+        """The backbone's output for `x_t` of any precision, computed in the backbone's dtype.
 
         Raises:
-            ConfigError: If it is not one tensor of the right shape.
+            ConfigError: If the output is not one tensor of the right shape.
         """
         dtype = next(self.backbone.parameters()).dtype
         return check_output(self.backbone, self.backbone(x_t.to(dtype), timesteps, labels), x_t)
 
     def encode(self, batch: Batch, *, step: int | None = None) -> Tensor:
-        """What is denoised `[b, c, h, w]`: images, or latents of images or of cached moments.
+        """`x_start [b, c, h, w]`: the images, or latents sampled from the first stage's moments.
 
-        The noise of latents is that of the training step `step`, or by default that of each
-        image's index.
+        The moments are encoded here, unless the batch holds cached ones. The noise of the latents
+        depends on the training step `step`; without `step`, on the index of each image.
 
         Raises:
             ConfigError: If images must be encoded and there is no first stage.
@@ -241,14 +242,14 @@ class DiffusionModule(BaseModule):
             noise = self.image_noise(batch.indices.tolist(), stream="posterior")()
         else:
             b, rank = len(moments), self.trainer.global_rank
-            mine = slice(rank * b, (rank + 1) * b)
+            mine = slice(rank * b, (rank + 1) * b)  # this rank's part of the global batch
             noise = step_noise(
                 mine, self.image_shape, self.seed, step, moments.device, stream="posterior"
             )
         return space.sample(moments.float(), noise)
 
     def decode(self, x_start: Tensor) -> Tensor:
-        """Images in [-1, 1] of what was denoised; latents stay such without a first stage."""
+        """Images in [-1, 1] from `x_start`; latents stay latents without a first stage."""
         if self.first_stage is not None:
             return self.first_stage.decode(x_start)
         return x_start.clamp(-1, 1) if self.latent_space is None else x_start
@@ -262,7 +263,7 @@ class DiffusionModule(BaseModule):
         self.validation_losses.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Sum the unweighted losses of held-out images, each with noise of its own.
+        """Sum the unweighted losses of held-out images; each image has fixed noise.
 
         The timesteps of images 0, 1, 2, ... are a golden-ratio sequence over 0 .. T-1, which covers
         the timesteps evenly however many images there are.
@@ -271,7 +272,7 @@ class DiffusionModule(BaseModule):
             ConfigError: If the loader does not give a `Batch` that fits the backbone.
         """
         check_batch(batch)
-        # Fixed draws: validation losses of two runs, or of two steps, differ by the weights alone.
+        # Fixed draws: validation losses of two runs, or two steps, differ only through the weights.
         steps = (batch.indices.cpu().double() * _GOLDEN) % 1
         timesteps = (steps * self.clusters.num_timesteps).long().to(self.device)
         tasks = self.clusters.task_of(timesteps)
@@ -284,9 +285,10 @@ class DiffusionModule(BaseModule):
         self.validation_losses.update(unweighted, tasks)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean loss over all timesteps and over those of each task."""
+        """Log the mean loss over all timesteps, and over the timesteps of each task."""
         loss, by_task = self.validation_losses.compute()
-        # Ranks agree already; Lightning wants to be told to average all the same.
+        # `compute` has summed over ranks; `sync_dist` only averages equal values, and keeps
+        # Lightning from warning that it is missing.
         self.log("val/loss", loss.float(), prog_bar=True, sync_dist=True)
         # Lightning uses this as the step of everything logged here. In an evaluation the trainer's
         # own count is 0 or belongs to another module.
@@ -299,7 +301,7 @@ class DiffusionModule(BaseModule):
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        """The same losses, for a test."""
+        """Log the losses of a test, under the names of a validation."""
         self.on_validation_epoch_end()
 
     @torch.no_grad()
@@ -314,17 +316,17 @@ class DiffusionModule(BaseModule):
     ) -> Tensor:
         """Draw one image for each index, `[n, c, h, w]` in [-1, 1], with the weights as they are.
 
-        The same index gives the same image whatever the batch it is drawn in, and whether the
-        module is in training mode or not. Averaged weights are used if `EMA` is a callback of the
-        trainer (`predict`), inside its `averaged`, or after `load_run`.
+        An index gives the same image in any batch, and in training or evaluation mode. The weights
+        are the averaged ones in `Trainer.predict` with an `EMA` callback, inside `EMA.averaged`,
+        and after `load_run`.
 
         Args:
             indices: Which images; a number `n` stands for the first `n`.
             labels: One for each image, or one for all; by default index modulo the number of
                 classes.
-            guidance_scale: In place of the module's.
-            sampler: In place of the module's.
-            seed: In place of the module's.
+            guidance_scale: Replaces the module's.
+            sampler: Replaces the module's.
+            seed: Replaces the module's.
 
         Raises:
             ConfigError: If the backbone does not support these indices, labels or guidance.
@@ -341,7 +343,7 @@ class DiffusionModule(BaseModule):
     def image_noise(
         self, indices: Iterable[int], *, seed: int | None = None, stream: str = "sample"
     ) -> ImageNoise:
-        """Noise of the images of these indices."""
+        """Noise of the images with these indices, keyed by seed, stream and index."""
         seed = self.seed if seed is None else seed
         shape, device = self.image_shape, self.device
         return ImageNoise(indices, shape=shape, seed=seed, stream=stream, device=device)
@@ -354,14 +356,14 @@ class DiffusionModule(BaseModule):
         guidance_scale: float | None = None,
         denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
     ) -> GuidedDenoiser:
-        """The network as a sampler calls it for the images of these indices.
+        """The denoiser that a sampler calls for the images with these indices.
 
         Args:
             indices: Which images.
             labels: One for each image, or one for all; by default index modulo the number of
                 classes.
-            guidance_scale: In place of the module's.
-            denoise: In place of the module's own.
+            guidance_scale: Replaces the module's.
+            denoise: Replaces the module's method `denoise`.
 
         Raises:
             ConfigError: If the backbone does not support these labels or this guidance.
@@ -383,7 +385,7 @@ class DiffusionModule(BaseModule):
         )
 
     def predict_step(self, batch: list[int] | Tensor, batch_idx: int) -> Tensor:
-        """Draw the images with these indices; a rank may have none.
+        """Draw the images with these indices; the list of a rank may be empty.
 
         Raises:
             ConfigError: If the batch is not a list of indices.
@@ -395,12 +397,15 @@ class DiffusionModule(BaseModule):
         return self.sample(batch)
 
     def _holds_moments(self, batch: Batch) -> bool:
-        """Whether the images of a batch are cached moments; a first stage changes their size."""
+        """Whether a batch holds cached moments in place of images.
+
+        The shape tells them apart: a first stage reduces the size of images at least by half.
+        """
         space, shape = self.latent_space, tuple(batch.images.shape[1:])
         return space is not None and shape == space.moments_shape(self.image_shape)
 
     def _check_sampling(self) -> None:
-        """Check what the process and the sampling need of the backbone."""
+        """Check that the backbone has what the process and the sampling need."""
         if self.sampling.sampler is not None:
             self.sampler.num_calls(self.process)  # refuses what the schedule has no timesteps for
         channels, guided = self.image_shape[0], self.sampling.guided_channels
@@ -458,5 +463,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # `module.train()` would also wake parts that the user had put into evaluation mode.
         for each in training:
             each.training = True

@@ -1,4 +1,4 @@
-"""What is random in a training step; it does not depend on how many ranks share the batch."""
+"""Random draws of a training step, keyed by seed and step and made for the global batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BLOCK = 32  # images that share a generator
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in the loss of a batch: `timesteps`, `tasks` and `labels` `[b]`, `noise`."""
+    """Draws for the loss of a batch: `timesteps`, `tasks`, `labels` `[b]`; `noise [b, c, h, w]`."""
 
     timesteps: Tensor
     tasks: Tensor
@@ -35,10 +35,10 @@ class Draws:
 class TrainingDraws:
     """Draws of a training step as a function of its number.
 
-    They are those of the global batch, of which each rank takes its part. With the placement
-    `spread` the same images get the same draws on any number of ranks, and the part of each rank
-    has its share of each task. With `sorted` a part has as few tasks as possible, and the parts
-    rotate among the ranks, so that no task is bound to the images of one rank.
+    Draws are made for the global batch, and each rank takes its part of them. With the placement
+    `spread`, images get the same draws on any number of ranks, and each rank has about the same
+    number of samples of a task. With `sorted`, each rank has as few tasks as possible; the parts
+    rotate among the ranks from step to step, so that no task always has the images of one rank.
 
     Args:
         timesteps: How timesteps are drawn; its method must not be `None`.
@@ -69,6 +69,7 @@ class TrainingDraws:
             timesteps, tasks = clusters.sample(
                 total, generator=generator, allocation=self.timesteps.allocation
             )
+            # `sample` returns them sorted by task, so a contiguous part has few tasks.
             if self.placement == "sorted":
                 part = (rank + step) % world_size
                 order = torch.arange(part * b, (part + 1) * b)
@@ -87,6 +88,8 @@ class TrainingDraws:
         """The labels, with a share of them replaced by the null class."""
         if self.null_class is None or not self.class_dropout:
             return labels
+        # Drawn for the images of the ranks before this one as well: the same draw for an image on
+        # any number of ranks.
         generator = keyed_generator(self.seed, "class dropout", step)
         drawn = torch.rand(mine.stop, generator=generator, dtype=torch.float32)[mine]
         dropped = (drawn < self.class_dropout).to(labels.device, non_blocking=True)
@@ -96,21 +99,22 @@ class TrainingDraws:
 def spread_order(num_images: int) -> Tensor:
     """A fixed permutation `[n]` whose contiguous parts are spread evenly over `0 .. n-1`.
 
-    Position j gets the rank of the fractional part of `0.618 j` among all of them. Applied to
-    samples sorted by task, every part of length m has `m / n` of each task up to 2 samples or so.
+    Entry j is the place of the fractional part of `0.618 j` (golden ratio) when the fractional
+    parts of all j are sorted. Applied to samples sorted by task, any contiguous part of length m
+    has a share `m / n` of the samples of each task, to within about 2 samples.
     """
     fractions = (torch.arange(num_images, dtype=torch.float64) * 0.6180339887498949) % 1
-    return fractions.argsort().argsort()
+    return fractions.argsort().argsort()  # twice: from the sorting order to places in it
 
 
 def sample_shares(
     sizes: Tensor, num_samples: Tensor, allocation: Literal["equal", "proportional"]
 ) -> Tensor:
-    """Weight of each sample of a stratified batch in the mean over uniform timesteps, `[k]`.
+    """Weight of one sample of each task, `[k]`, that makes a stratified batch estimate uniform t.
 
-    The share `|I_i| / T` of a cluster is divided among its samples. A cluster that has less than
-    one sample to expect is missing from some batches; when it is there, it counts for those too:
-    then the share is divided by the expectation.
+    The share `|I_i| / T` of a cluster is divided by its number of samples. A cluster with less
+    than one expected sample is missing from some batches. Its share is divided by the expected
+    number instead, so that the estimate of the mean over uniform timesteps stays unbiased.
 
     Args:
         sizes: Timesteps of each cluster, `[k]`.
@@ -136,8 +140,9 @@ def step_noise(
 ) -> Tensor:
     """Standard normal noise of the images `mine` of a global batch, `[b, *shape]` float32.
 
-    Every 32 images have a generator of their own, keyed by (seed, step, number of the block): at
-    most 62 images are drawn in vain, and no generator is made for each image.
+    Each block of 32 images has its own generator, keyed by (seed, step, number of the block). So
+    an image has the same noise on any number of ranks, and not every image needs a generator. At
+    most 62 images are drawn and not used.
     """
     first, last = mine.start // _BLOCK, -(-mine.stop // _BLOCK)
     blocks = []

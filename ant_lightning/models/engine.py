@@ -35,9 +35,9 @@ _ENGINES: dict[str, type[Engine]] = {
 def engine_and_buffers(
     tasks: Tasks, backbone: nn.Module
 ) -> tuple[Engine, DenseTaskGradients | None]:
-    """A new engine, and buffers for the ranks and the device of this run if it needs any.
+    """A new engine and, for a gradient balancer, buffers that hold the task gradients.
 
-    `auto` is the loop for a compiled network, which no other engine can look into.
+    For a compiled network `auto` means `loop`: the other engines cannot look into it.
 
     Raises:
         ConfigError: If a parameter cannot be trained.
@@ -53,10 +53,12 @@ def engine_and_buffers(
         buffers: DenseTaskGradients = PlacedTaskGradients(k, parameters, reduction=reduction)
     else:
         buffers = differentiation(parameters, reduction).new_rows(k)
-    # Buffers that not every step needs are not held beside the activations of the other steps.
+    # With `update_every` above 1 most steps need no task gradients: free the buffers after use, so
+    # that they take no memory beside the activations of those steps.
     buffers.keep = balancer.update_every == 1
     return _ENGINES[name](), buffers
 
 
 def _is_compiled(module: nn.Module) -> bool:
+    # `torch.compile(module)` wraps the module; `module.compile()` only sets the second attribute.
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -22,10 +22,10 @@ class TrainedParameters:
     """
 
     def __init__(self) -> None:
-        self._loaded: dict[str, list[str]] | None = None
-        self._start: list[str] | None = None
-        self._optimized: set[str] = set()
-        self._last: set[int] = set()
+        self._loaded: dict[str, list[str]] | None = None  # from a checkpoint, until `begin`
+        self._start: list[str] | None = None  # names trained at the start of the run
+        self._optimized: set[str] = set()  # names in the optimizer's first group
+        self._last: set[int] = set()  # ids of the parameters trained in the last step
 
     def begin(self, network: nn.Module) -> list[nn.Parameter]:
         """The parameters of the optimizer's first group, in the network's order.
@@ -37,6 +37,8 @@ class TrainedParameters:
         start = optimized = _trained(network)
         if self._loaded is not None:
             began, now = self._loaded["start"], self._loaded["now"]
+            # Either a new module, frozen as at the start of that run, or one that already has the
+            # state in which the checkpoint was written.
             if start not in (began, now):
                 odd = sorted(set(start) ^ set(began))
                 raise ConfigError(

@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MultiTaskDiffusion"]
 
-# What training changes besides the weights.
+# Attributes that training changes besides the weights; a child process returns them.
 _OF_RUN = (
     "clusters",
     "cluster_history",
@@ -143,6 +143,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.tasks = tasks
         self.balancer = tasks.balancer
         specialist = timesteps.interval is not None
+        # Without a balancer, as DDPM trains; with one, every batch has samples of each task.
         by_default = "uniform" if tasks.balancer is None or specialist else "stratified"
         method: Any = timesteps.method or by_default
         self.timesteps = replace(timesteps, method=method)
@@ -150,9 +151,10 @@ class MultiTaskDiffusion(DiffusionModule):
         self.class_dropout = class_dropout
         self.init_from = init_from
         self.init_weights: Literal["ema", "model"] = init_weights
-        self.init_due = init_from is not None
-        self.first_clusters = self.clusters
-        self.cluster_history = [(0, self.clusters.boundaries)]  # by the steps that were made before
+        self.init_due = init_from is not None  # until the file, or any checkpoint, was loaded
+        self.first_clusters = self.clusters  # those of the settings; `recluster` changes the others
+        # Pairs (optimizer steps made before, boundaries).
+        self.cluster_history = [(0, self.clusters.boundaries)]
         self.last_report: BackwardReport | None = None
         self.last_step_skipped = False
         self.num_skipped_steps = 0
@@ -202,6 +204,7 @@ class MultiTaskDiffusion(DiffusionModule):
         """The backbone's parameters in one group, the balancer's own in another."""
         self.load_initial_weights()
         own = [] if self.balancer is None else list(self.balancer.parameters())
+        # The backbone comes first: schedulers and thawed parameters use only the first group.
         groups = [self._trained.begin(self.backbone), own]
         optimizer, scheduler = self.optimizer_factory.make(
             [{"params": each} for each in groups if each], trainer=self._trainer
@@ -227,8 +230,11 @@ class MultiTaskDiffusion(DiffusionModule):
         """Refuse, before anything is wrapped or moved, a strategy or data that do not fit."""
         if stage == "fit":
             check_strategy(self.trainer.strategy)
-            if self.global_step == 0:  # not a resumed run: count anew, but keep the clusters
-                first = self.cluster_history[0]  # of the settings: checkpoints must agree with it
+            # A new run of a module that may have been trained before: counts start at 0, the
+            # clusters stay. (Loading a checkpoint comes later and replaces all of these.)
+            if self.global_step == 0:
+                # Stays the first entry: `check_fits` compares it with the settings on a resume.
+                first = self.cluster_history[0]
                 now = (0, self.clusters.boundaries)
                 self.cluster_history = [first] if now == first else [first, now]
                 self.num_skipped_steps = self.num_skipped_in_a_row = 0
@@ -265,9 +271,10 @@ class MultiTaskDiffusion(DiffusionModule):
         if isinstance(self.balancer, SampleBalancer):
             log_snr = self.process.log_snr.to(self.device, non_blocking=True)[draws.timesteps]
         if self.balancer is not None and self.tasks.weighting == "by_size":
+            # pi_i = |I_i| / T.
             priors = self.clusters.sizes.double() / self.clusters.num_timesteps
         x_start = self.encode(batch, step=self.global_step)
-        # The network runs once for each task or part, but batch norm must count one step.
+        # The network may run once per task or part; batch norm must still update once per step.
         statistics = RunningStatistics(self.backbone)
         report = multitask_backward(
             statistics.once(self.losses(x_start, draws, unweighted=unweighted)),
@@ -285,16 +292,17 @@ class MultiTaskDiffusion(DiffusionModule):
         statistics.keep() if report.finite else statistics.restore()
         self._finish_step(report)
         self.last_report = report
-        # The mean over uniform timesteps, so that it can be compared between methods.
+        # Log the mean over uniform timesteps, however they were drawn: methods stay comparable.
         loss = unweighted.mean()
         if self.timesteps.method == "stratified":
             allocation = self.timesteps.allocation
             shares = sample_shares(self.clusters.sizes, report.num_samples, allocation)
             tasks = draws.tasks.to(shares.device, non_blocking=True)
-            # The shares sum to 1 over all ranks, and the reduction below divides by their number.
+            # The shares already span all ranks: cancel the division by `world_size` below.
             loss = (unweighted * shares[tasks]).sum().float() * self.trainer.world_size
         if self.log_due:
             loss = default_reduction().all_reduce_(loss.detach()) / self.trainer.world_size
+            # For progress bar and monitors; `log_now` sends it to the loggers at the right step.
             self.log("train/loss", loss, prog_bar=True, logger=False)
             self.log_now(
                 {
@@ -311,7 +319,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.trained_steps = self.global_step
 
     def task_gradients(self, batch: Batch, *, step: int) -> DenseTaskGradients:
-        """The task gradients at the current weights on the draws of `step`; trains nothing."""
+        """Task gradients at the current weights, for the draws of `step`; changes no state."""
         draws = self.draw(batch, step=step)
         statistics = RunningStatistics(self.backbone)
         losses = statistics.once(self.losses(self.encode(batch, step=step), draws))
@@ -321,12 +329,12 @@ class MultiTaskDiffusion(DiffusionModule):
         return found
 
     def recluster(self, clusters: TimestepClusters) -> None:
-        """Go on with other clusters; task i keeps its number, its weight and its curves.
+        """Continue with other clusters; task i keeps its index, balancer weight and log keys.
 
-        Every rank must be given the same.
+        Every rank must pass the same clusters.
 
         Raises:
-            ConfigError: If it is another number of tasks or of timesteps.
+            ConfigError: If the number of tasks or of timesteps would change.
         """
         for name in ("num_tasks", "num_timesteps"):
             now, then = getattr(clusters, name), getattr(self.clusters, name)
@@ -339,6 +347,7 @@ class MultiTaskDiffusion(DiffusionModule):
         """What a checkpoint of this module holds besides weights."""
         optimizer = optimization = None
         if self.is_training_run:
+            # A checkpoint may be loaded before the trainer has its optimizer.
             made = self.trainer.optimizers or self.optimizer_factory.make([torch.zeros(1)])
             optimizer = type(made[0]).__name__
             optimization = self.optimizer_factory.described()
@@ -362,20 +371,22 @@ class MultiTaskDiffusion(DiffusionModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what no hyperparameter file should decide: clusters and counts.
+        """Store clusters, counts, and the settings that a resumed run is compared with.
 
         Raises:
             DivergedRanksError: On every rank, if they no longer agree.
         """
         counts = [self.global_step, self.num_skipped_steps, *self.clusters.boundaries]
+        # First: ranks that have diverged must not leave a checkpoint.
         check_ranks_agree(self.backbone, self.balancer, counts, device=self.device)
         checkpoint.setdefault("ant_lightning", {}).update(self.checkpoint_state().state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with the settings; take its clusters and counts.
 
-        The settings say which clusters a run starts with. Where training changed them, the
-        checkpoint goes on with the last ones, under any callbacks.
+        The settings give the clusters that a run starts with. If training changed them
+        (`recluster`), the run continues with the last clusters of the checkpoint, whatever its
+        callbacks are.
 
         Raises:
             ConfigError: Naming what differs, with both values.
@@ -386,7 +397,8 @@ class MultiTaskDiffusion(DiffusionModule):
         state.check_fits(self.checkpoint_state())
         self.check_weights(checkpoint)
         self.cluster_history = state.cluster_history
-        # Only the settings know a placebo; its boundaries alone do not show it.
+        # A checkpoint stores boundaries only. Those of `ShuffledClusters`, the placebo, say nothing
+        # about its permutation, so unchanged clusters are taken from the settings.
         unchanged = self.first_clusters.boundaries == state.clusters.boundaries
         self.clusters = self.first_clusters if unchanged else state.clusters
         self.num_skipped_steps = state.num_skipped_steps
@@ -459,7 +471,8 @@ class MultiTaskDiffusion(DiffusionModule):
         self.num_skipped_in_a_row = 0
         if self.optimization.clip_grad_norm is not None:
             grads = [local_part(p.grad) for p in self.backbone.parameters() if p.grad is not None]
-            # As `clip_grad_norm_` with the norm that is known already: the host does not wait.
+            # `clip_grad_norm_` of torch, but with the norm in `report`, which need not be
+            # computed again and for which the host does not wait.
             factor = (self.optimization.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
             # At least float32: the first parameter may be bfloat16 and others not.
             dtype = torch.promote_types(grads[0].dtype, torch.float32)
@@ -476,7 +489,7 @@ class MultiTaskDiffusion(DiffusionModule):
         if scaler is not None:
             back_off(scaler, self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
             if scaler.get_scale() >= 1:
-                return  # an overflow, as far as anybody knows: the next step has a smaller scale
+                return  # probably a float16 overflow, which the smaller scale will avoid
         self.num_skipped_in_a_row += 1
         if self.num_skipped_in_a_row >= self.optimization.max_skipped_steps:
             raise NonFiniteError(
@@ -496,7 +509,11 @@ class MultiTaskDiffusion(DiffusionModule):
             say_changed({"model.tasks.balancer.weights": (then, now)})
 
     def _warn_of_other_ranks(self, then: int) -> None:
-        """Warn of what depends on the number of ranks besides rounding; 0 is not known."""
+        """Warn if a change of the number of ranks changes more than rounding.
+
+        Args:
+            then: Number of ranks of the checkpoint's run; 0 if unknown.
+        """
         now = self.trainer.world_size
         reasons = {
             "tasks.placement 'sorted' pairs images with other timesteps": (

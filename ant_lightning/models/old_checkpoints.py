@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions in the form of today's."""
+"""Converts checkpoints of earlier versions to today's form."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ _BY_GROUP = (
 
 
 def upgrade(checkpoint: dict[str, Any]) -> None:
-    """Bring a checkpoint that Lightning loaded into today's form; a no-op for one of today.
+    """Convert a checkpoint that Lightning loaded to today's form; a no-op if it has that form.
 
-    Its network, clusters and optimizer stay as they are.
+    The weights, the clusters and the optimizer's moments stay as they are.
     """
-    # The keys of `Checkpoints` held the saving intervals.
+    # The state keys of `Checkpoints` included the saving intervals, so that a change of them lost
+    # the state; see `Checkpoints.state_key`.
     states = checkpoint.get("callbacks") or {}
     for key in list(states):
         old = re.match(r"(Checkpoints\{'monitor': .*?, 'mode': '\w+'), ", str(key))
         if old:
             states[old.group(1) + "}"] = states.pop(key)
-    # Schedulers also changed the learning rate of the balancer, the second parameter group.
+    # Schedulers saw the balancer's parameter group too and changed its learning rate: keep only
+    # the first group's values, and reset the balancer's rate to its setting, `initial_lr`.
     for state in checkpoint.get("lr_schedulers") or []:
+        # `SequentialLR` and `ChainedScheduler` keep their schedulers' states in `_schedulers`.
         for each in (state, *state.get("_schedulers", [])):
             for name in _BY_GROUP:
                 if isinstance(each.get(name), list):
@@ -40,7 +43,7 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
         for group in state.get("param_groups", [])[1:]:
             if "initial_lr" in group:
                 group["lr"] = group.pop("initial_lr")
-    # `optimizer.lr` was `model.optimizer.lr`.
+    # The setting `optimizer.lr` was called `model.optimizer.lr`.
     own = checkpoint.get("ant_lightning") or {}
     if own.get("optimization"):
         own["optimization"] = {

@@ -35,7 +35,7 @@ __all__ = [
 
 Made = TypeVar("Made")
 
-# In a scheduler's state but not settings: its counts, and what it derives from the optimizer.
+# Entries of a scheduler's state that are not settings: counts, and values from the optimizer.
 _NOT_SETTINGS = {
     "_get_lr_called_within_step",
     "_is_initial",
@@ -48,13 +48,13 @@ _NOT_SETTINGS = {
 
 
 class OptimizerFactory:
-    """Makes the optimizer and the scheduler of a module, and carries both over a resume.
+    """Makes the optimizer and the scheduler of a module, and applies changed settings on a resume.
 
     Args:
         settings: How the weights are optimised.
         path: Path of `settings` among the arguments of the module, for messages.
-        balancer: Its own parameters, if any, are the optimizer's second group, which has the
-            learning rate `balancer.lr`.
+        balancer: Its parameters, if any, form the optimizer's second group, whose learning rate is
+            `balancer.lr`.
     """
 
     def __init__(
@@ -67,21 +67,22 @@ class OptimizerFactory:
     def make(self, groups: Any, *, trainer: L.Trainer | None = None) -> tuple[Optimizer, Any]:  # noqa: ANN401
         """The optimizer, and its scheduler or `None`.
 
-        Step the scheduler with `step`: it only knows the optimizer's first group.
+        Step the scheduler with `step`, which hides the optimizer's second group from it.
 
         Args:
             groups: Parameters, or the parameter groups of the backbone and the balancer.
-            trainer: Its run must end before the schedule does.
+            trainer: The run, which must not be longer than the schedule; `None` skips the check.
 
         Raises:
-            ConfigError: If the optimizer or the scheduler refuses its settings, at once or in a
-                step; if the optimizer cannot step on gradients that are there; or if the schedule
-                ends before the run does.
+            ConfigError: If the optimizer or the scheduler refuses its settings, when constructed or
+                in a step; if the optimizer cannot make its step from gradients that are already
+                computed; or if the schedule ends before the run does.
         """
         groups = list(groups)
         if len(groups) > 1 and self.balancer is not None:
             groups[1] |= {"lr": self.balancer.lr, "weight_decay": 0.0}
         optimizer = self._made("optimizer", self.settings.optimizer, groups)
+        # LBFGS must evaluate the loss again within a step; SparseAdam takes sparse gradients only.
         if isinstance(optimizer, LBFGS | SparseAdam):
             raise ConfigError(
                 f"{self.path}optimizer: must make its step from one gradient of ordinary tensors, "
@@ -89,6 +90,7 @@ class OptimizerFactory:
             )
         factory: Any = self.settings.lr_scheduler
         if steps := self.settings.warmup_steps:
+            # step + 1: with a rate of 0 the first step would change nothing.
             factory = partial(LambdaLR, lr_lambda=lambda step: min(1.0, (step + 1) / steps))
         if factory is None:
             return optimizer, None
@@ -99,17 +101,20 @@ class OptimizerFactory:
     def step(self, scheduler: Any) -> None:  # noqa: ANN401 - Lightning's own loose type
         """Set the backbone's learning rate for the next step.
 
-        The balancer's parameters keep `balancer.lr` under any scheduler, whose peak, floor or
-        decay are meant for the network.
+        The balancer's parameters keep `balancer.lr`: the peak, floor and decay of a scheduler are
+        meant for the network.
 
         Raises:
-            ConfigError: If the scheduler has no rate for that step.
+            ConfigError: If the scheduler has no learning rate for that step.
         """
         with _backbone_only(scheduler.optimizer):
             self._made("lr_scheduler", lambda each: each.step(), scheduler)
 
     def described(self) -> dict[str, Any]:
-        """The settings of optimizer and scheduler by name, as plain values for a checkpoint."""
+        """The settings of optimizer and scheduler by name, as plain values for a checkpoint.
+
+        They are read off throwaway objects, so that defaults of torch are included.
+        """
         own = self.balancer is not None and any(True for _ in self.balancer.parameters())
         optimizer, scheduler = self._trial(1 + own)
         warmup_steps = self.settings.warmup_steps
@@ -120,6 +125,7 @@ class OptimizerFactory:
         found["warmup_steps"] = warmup_steps
         if scheduler is not None:
             found |= _of_scheduler(scheduler.state_dict())
+        # Through JSON: a checkpoint, loaded with `weights_only`, may hold plain values only.
         plain: dict[str, Any] = json.loads(
             json.dumps(found, default=lambda each: type(each).__name__)
         )
@@ -135,16 +141,17 @@ class OptimizerFactory:
         left untouched, so that a resumed run equals an uninterrupted one.
 
         Args:
-            trainer: Whose run resumes.
+            trainer: The trainer of the resumed run.
             checkpoint: As Lightning loaded it; its optimizer and scheduler states are replaced.
-            stored: What `described` gave when the checkpoint was written; `None` in version 0.1.
+            stored: The result of `described` in the checkpoint; `None` for one of version 0.1.
 
         Raises:
             ConfigError: If a setting needs state that the checkpoint does not hold.
         """
         changed = self._apply(checkpoint, stored)
         if changed:
-            # A sharded strategy has loaded the optimizer already; others load it from `checkpoint`.
+            # `ShardedStrategy` has loaded the optimizer already, so change its groups as well.
+            # Under other strategies Lightning loads the optimizer from `checkpoint` later.
             for optimizer, state in zip(
                 trainer.optimizers, checkpoint["optimizer_states"], strict=False
             ):
@@ -158,7 +165,7 @@ class OptimizerFactory:
         return f"tasks.{name}" if name.startswith("balancer.") else self.path + name
 
     def _try_scheduler(self, factory: Callable[[Any], Any], num_steps: float | None) -> None:
-        """Make and step the scheduler on a throwaway optimizer first."""
+        """Make and step the scheduler on a throwaway optimizer, so that bad settings fail early."""
         throwaway = self.settings.optimizer([{"params": [torch.zeros(1)]}])
         trial = self._made("lr_scheduler", factory, throwaway)
         total = getattr(trial, "total_steps", None)
@@ -216,7 +223,7 @@ class OptimizerFactory:
             self._advance(scheduler, int(checkpoint["global_step"]))
         fresh = optimizer.state_dict()["param_groups"]
         for group, now in zip(groups, fresh, strict=True):
-            params = group["params"]
+            params = group["params"]  # positions of the parameters, which index the moments
             group.clear()
             group.update(now, params=params)
         checkpoint["lr_schedulers"] = [] if scheduler is None else [scheduler.state_dict()]
@@ -227,6 +234,7 @@ class OptimizerFactory:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*lr_scheduler.step.*")
+                # Step by step: most schedulers of torch compute a rate from the one before.
                 for _ in range(num_steps):
                     self.step(scheduler)
         except ConfigError as error:  # a schedule that is over
@@ -242,12 +250,13 @@ class OptimizerFactory:
         changed: dict[str, tuple[Any, Any]],
     ) -> None:
         """Refuse settings whose optimizer state is not in the checkpoint, such as `amsgrad`."""
+        # A step on zero gradients makes the optimizer create the state that it needs.
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         kept = next(iter(stored.values()), {})
-        # An optimizer without any state, such as SGD, starts what it needs.
+        # If the old optimizer kept no state (SGD without momentum), the new one starts its own.
         if kept and optimizer.state[parameters[0]].keys() - kept.keys():
             named = (item for item in changed.items() if item[0].startswith("optimizer."))
             name, (then, now) = next(named, ("optimizer", ("another", "this one")))
@@ -265,7 +274,7 @@ def say_changed(changed: dict[str, tuple[Any, Any]], *, effect: str = "from now 
 
 @contextmanager
 def _backbone_only(optimizer: Optimizer) -> Iterator[None]:
-    """Hide all but the optimizer's first group: schedulers change all they see."""
+    """Hide all but the optimizer's first group: schedulers change every group they see."""
     groups = optimizer.param_groups
     optimizer.param_groups = groups[:1]
     try:
@@ -281,6 +290,7 @@ def _of_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
         for name, value in groups[0].items()
         if name not in {"params", "initial_lr", "param_names"}
     }
+    # A scheduler moves the setting to `initial_lr` and changes `lr` in every step.
     found["optimizer.lr"] = groups[0].get("initial_lr", groups[0]["lr"])
     if len(groups) > 1:
         found["balancer.lr"] = groups[1].get("initial_lr", groups[1]["lr"])
@@ -298,8 +308,8 @@ def _of_scheduler(state: dict[str, Any]) -> dict[str, Any]:
 def _planned_steps(trainer: L.Trainer) -> float | None:
     """Optimizer steps after which a run ends; infinity without a limit, `None` if unknown.
 
-    `Trainer.estimated_stepping_batches` would set up the loader before a checkpoint restores its
-    position.
+    Not `Trainer.estimated_stepping_batches`: it would set up the loader before a checkpoint
+    restores the loader's position.
     """
     by_steps = float("inf") if trainer.max_steps in (-1, None) else trainer.max_steps
     epochs, limit = trainer.max_epochs, trainer.limit_train_batches
@@ -319,16 +329,16 @@ def gradient_scaler(trainer: L.Trainer) -> torch.amp.GradScaler | None:
 
 
 def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | float:
-    """What losses are multiplied with before they are differentiated; waits for no device."""
+    """The factor of the losses before differentiation; the host does not wait for the device."""
     if scaler is None:
         return 1.0
     return scaler.scale(torch.ones((), device=device, dtype=torch.float32))
 
 
 def back_off(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> None:
-    """Shrink the scale as after an overflow; the optimizer makes no step.
+    """Shrink the scale as after an overflow, without an optimizer step.
 
-    The gradients that overflowed are gone, so the scaler is shown one infinity in their place.
+    A skipped step has removed its gradients, so the scaler is given one infinite gradient instead.
     """
     parameter = optimizer.param_groups[0]["params"][0]
     parameter.grad = torch.full_like(parameter, torch.inf)

@@ -1,4 +1,4 @@
-"""The modules of the papers: `MultiTaskDiffusion` with their defaults."""
+"""Modules of three papers: `MultiTaskDiffusion` with the defaults of each."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ class DiTModule(MultiTaskDiffusion):
 class LDMModule(MultiTaskDiffusion):
     """A network on latents, as in latent diffusion; takes the arguments of `MultiTaskDiffusion`.
 
-    Without `first_stage` the data must be cached latents (`LatentsData`), and what is sampled
-    stays latent.
+    Without `first_stage` the data must be cached latents (`LatentsData`), and `sample` returns
+    latents.
 
     Raises:
         ConfigError: When a run starts without a first stage on data that are not latents.
@@ -169,8 +169,8 @@ class LDMModule(MultiTaskDiffusion):
     """
 
     def setup(self, stage: str) -> None:
-        """Refuse pixels."""
-        super().setup(stage)
+        """Refuse data that are pixels."""
+        super().setup(stage)  # takes `latent_space` from the data
         if stage != "predict" and self.latent_space is None:
             raise ConfigError(
                 "first_stage: must be set, or the data be LatentsData, found None and "

@@ -1,4 +1,4 @@
-"""Indices and labels of the images that are asked for, given in any of several forms."""
+"""Indices and labels of images to sample: accepts the forms a user may write, checks them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def as_indices(indices: int | Iterable[int] | Tensor) -> list[int]:
     """The indices of images; a number `n` stands for the first `n`.
 
     Raises:
-        ConfigError: If there are none, or they are not whole numbers of at least 0.
+        ConfigError: If there is no index, or one is not a whole number of at least 0.
     """
     try:
         every = range(indices) if isinstance(indices, int) else indices
@@ -62,6 +62,7 @@ def as_labels(
         found = torch.as_tensor([labels] * num_images if isinstance(labels, int) else labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"labels: must be whole numbers, found {labels}") from error
+    # The null class usually is `num_classes`, but a user's network may choose another number.
     most = max(num_classes - 1, -1 if null_class is None else null_class)
     whole = not found.is_floating_point() and not found.is_complex() and found.dtype != torch.bool
     if found.shape != (num_images,) or not whole or not 0 <= found.min() <= found.max() <= most:

@@ -26,7 +26,7 @@ class RunningStatistics:
     them.)
 
     Args:
-        network: The network in training. Nothing is done if it has no such layers.
+        network: The network in training. Without such layers every method is a no-op.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -56,9 +56,10 @@ class RunningStatistics:
         return one_pass
 
     def keep(self) -> None:
-        """Set the statistics to the average of those that each pass would have left."""
+        """Set the statistics to the average over passes and ranks, weighted by samples."""
         if not self._layers:
             return
+        # One collective for all sums; the count travels as the last number.
         count = self._changes[0].new_tensor([self._num_samples], dtype=torch.float64)
         sums = torch.cat([*(change.double().flatten() for change in self._changes), count])
         sums = default_reduction().all_reduce_(sums)

@@ -31,7 +31,7 @@ class Tasks:
     Args:
         clustering: Groups the timesteps into tasks; without a balancer, for reporting only.
         balancer: Weights the tasks; `None` for vanilla training.
-        weighting: Prior weights of the tasks: `equal`, or `by_size` of the cluster.
+        weighting: Prior weights of the tasks: `equal`, or `by_size`, `|I_i| / T`.
         engine: How task gradients are computed: `loop`, `one_pass`, `vmap`, `low_memory`, or
             `auto`, which takes `one_pass` where it is faster than `loop` and fits the network.
         placement: Which ranks compute which tasks. `spread` gives each rank samples of all tasks;
@@ -76,7 +76,7 @@ class TimestepSampling:
     """How the timesteps of a training batch are drawn.
 
     Args:
-        method: `stratified` draws the share of each task; `uniform` draws all timesteps alike.
+        method: `stratified` draws a fixed share for each task; `uniform` draws uniformly over t.
             Default: `stratified` with a balancer, `uniform` without.
         allocation: Images of each task in a stratified batch: `equal`, or `proportional` to the
             size of its cluster.
@@ -113,15 +113,15 @@ class TimestepSampling:
 class Optimization:
     """How the weights are optimised.
 
-    Training uses manual optimization, so clipping and accumulation are settings here and not of
-    the Trainer.
+    Training uses Lightning's manual optimization, so clipping and accumulation are set here and
+    not in the Trainer.
 
     Args:
         optimizer: Makes the optimizer from parameter groups; default AdamW, learning rate 1e-4.
         lr_scheduler: Makes the scheduler from the optimizer; stepped after every optimizer step.
-        warmup_steps: Steps in which the learning rate grows linearly from 0.
+        warmup_steps: Number of steps in which the learning rate grows linearly from 0.
         clip_grad_norm: Largest norm of the backbone's gradient; `None` for no clipping.
-        accumulate_grad_batches: Parts in which the images of a step are computed.
+        accumulate_grad_batches: Parts into which the images of a step are split, to save memory.
         max_skipped_steps: Steps in a row that may be skipped because of a NaN or an infinity.
 
     Raises:
@@ -163,7 +163,7 @@ class Sampling:
 
     Args:
         sampler: Default `DDPM(num_steps=250)`.
-        guidance_scale: Classifier-free guidance; 1 is none.
+        guidance_scale: Scale of classifier-free guidance; 1 means no guidance.
         guided_channels: Channels that guidance changes; `None` for all (official DiT: 3).
         clip_denoised: Whether predicted images are clipped to [-1, 1] in every step; by default
             pixels are and latents are not.

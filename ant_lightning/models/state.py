@@ -16,7 +16,7 @@ __all__ = ["FORMAT_VERSION", "CheckpointState", "schedule_summary"]
 
 FORMAT_VERSION = 1
 
-# Paths of the settings that must agree with a checkpoint.
+# Attributes that must agree with a checkpoint, each with the path of its setting for messages.
 _SETTINGS = {
     "prediction_type": "process.prediction_type",
     "backbone": "backbone",
@@ -36,7 +36,7 @@ class CheckpointState:
     Attributes:
         cluster_history: `(step, boundaries)` of the first clusters and of every later change.
         num_skipped_steps: Steps skipped because of a NaN or an infinity.
-        num_skipped_in_a_row: Those of them since the last step that was made.
+        num_skipped_in_a_row: Steps skipped since the last step that was made.
         world_size: Number of ranks; 0 if not known.
         backbone: Class of the network.
         prediction_type: As in `DiscreteDiffusion`.
@@ -70,6 +70,7 @@ class CheckpointState:
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         state = {"format_version": FORMAT_VERSION, **vars(self)}
+        # The last clusters, for readers that need no history, such as `cli.report`.
         state["boundaries"] = list(self.clusters.boundaries)
         state["cluster_history"] = [(step, list(each)) for step, each in self.cluster_history]
         if self.optimization is None:
@@ -81,7 +82,7 @@ class CheckpointState:
         """Read what `state_dict` wrote, in this version or an earlier one.
 
         Raises:
-            ConfigError: If the checkpoint is another program's, a later version's, or incomplete.
+            ConfigError: If another program or a later version wrote it, or it is incomplete.
         """
         saved = checkpoint.get("ant_lightning")
         if saved is None:
@@ -111,6 +112,7 @@ class CheckpointState:
             if state.get("latent_space") is not None:
                 LatentSpace(**state["latent_space"])
             found = cls(**state)
+            # Evaluated here, where a damaged value still becomes the error below.
             _ = found.clusters, int(checkpoint["global_step"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
@@ -130,15 +132,17 @@ class CheckpointState:
         return list(self.cluster_history[0][1])
 
     def check_fits(self, run: CheckpointState) -> None:
-        """Compare the settings that a run cannot change with those of `run`.
+        """Compare the settings of this checkpoint that a resume cannot change with those of `run`.
 
-        Values that one side does not know (an older version, another command) are skipped.
+        Values that one side does not know are skipped: an older version did not store them, or
+        they exist in `fit` only.
 
         Raises:
             ConfigError: Naming the first setting that differs, with both values.
         """
         for name, path in _SETTINGS.items():
             then, now = getattr(self, name), getattr(run, name)
+            # For the balancer `None` is a value (vanilla), so unknown is the empty string.
             unknown = then == "" if name == "balancer" else then is None or now is None
             if then != now and not unknown:
                 raise ConfigError(f"{path}: the checkpoint has {then}, the settings say {now}")
@@ -151,7 +155,10 @@ class CheckpointState:
 
 
 def schedule_summary(process: DiscreteDiffusion) -> list[float]:
-    """T and the log-SNR of the first, the middle and the last timestep, to six digits."""
+    """T and the log-SNR of the first, the middle and the last timestep, to six digits.
+
+    Identifies a schedule by its values, so that another class or spelling of the same one passes.
+    """
     log_snr = process.log_snr
     ends = [float(log_snr[t]) for t in (0, len(log_snr) // 2, -1)]
     return [len(log_snr), *(float(f"{value:.6g}") for value in ends)]

@@ -1,1 +1,1 @@
-"""What keeps a run alive: checkpoints, signals, ranks."""
+"""What long runs need: checkpoints, stop signals, agreement of ranks, records of settings."""

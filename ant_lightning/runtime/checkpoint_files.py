@@ -1,4 +1,4 @@
-"""Checkpoint files are whole or absent, and are read only if they are whole."""
+"""Checkpoint files: written as a whole or not at all, read only if they are intact."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _WORDS = {str: "a text", int: "a whole number", Mapping: "a dictionary", list: "
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, flushes it, and only then gives it its name.
+    """Writes a checkpoint under another name, flushes it to the disk, and only then renames it.
 
-    `Checkpoints` puts it in the place of Lightning's own, which does not flush and holds the file
-    in memory a second time. Paths that are not local (`s3://...`) are left to Lightning.
+    `Checkpoints` installs it in place of Lightning's own, which does not flush and holds a second
+    copy of the file in memory. Lightning's own still handles remote paths (`s3://...`).
     """
 
     def save_checkpoint(
@@ -53,7 +53,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path: str | Path,
         storage_options: Any = None,  # noqa: ANN401 - Lightning's own loose type
     ) -> None:
-        """Write `checkpoint` to `path`; a file that was there stays until the new one is whole.
+        """Write `checkpoint` to `path`; an existing file stays until the new one is complete.
 
         Raises:
             CheckpointWriteError: If the system refuses, for instance on a full disk.
@@ -64,7 +64,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
         except (OSError, RuntimeError) as error:
-            # PyTorch's writer hides the refusal behind a RuntimeError: its file came out too short.
+            # PyTorch's writer reports a full disk as a RuntimeError about a file that is too short;
+            # the OSError that caused it is further down the chain.
             refused: BaseException | None = error
             while refused is not None and not isinstance(refused, OSError):
                 refused = refused.__cause__ or refused.__context__
@@ -74,14 +75,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise CheckpointWriteError(f"{path}: could not be written: {reason}") from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint that is whole.
+        """Read a checkpoint, after checking that it is intact.
 
         Raises:
             FileError: If the file is damaged or not safe to read.
         """
         if "://" not in str(path) and Path(path).is_file():
             read_whole_checkpoint(Path(path))
-        # Read into memory: what is mapped would be lost with the file while training goes on.
+        # Into memory, not mapped: training may replace or remove the file later.
         return super().load_checkpoint(path, *args, **{**kwargs, "weights_only": True})
 
 
@@ -97,11 +98,11 @@ def read_whole_checkpoint(path: Path) -> dict[str, Any]:
     fault = content_fault(content)
     if fault is not None:
         raise FileError(f"{path}: {fault}")
-    return content  # type: ignore[return-value] # a mapping, or there were a fault
+    return content  # type: ignore[return-value] # `content_fault` refuses others
 
 
 def content_fault(content: object) -> str | None:
-    """What no checkpoint of Lightning can hold, in words; `None` if it could be one."""
+    """Why this cannot be the content of a Lightning checkpoint; `None` if it can."""
     if not isinstance(content, Mapping):
         return f"must hold a dictionary, found {type(content).__name__}"
     for name, kind in {**_NEEDED, **_POSSIBLE}.items():
@@ -129,13 +130,13 @@ def furthest_whole(
 
     Args:
         paths: The files.
-        accept: Called with a file and its content, before all of its bytes are checked; `False`
-            leaves the file out.
+        accept: Called with a file and its content before the checksums are compared; `False` skips
+            the file without a warning.
     """
     found = [(path, _peek(path)) for path in paths]
 
     def steps(each: tuple[Path, dict[str, Any] | None]) -> tuple[int, Path]:
-        path, content = each  # what cannot be read comes first, so that it is reported
+        path, content = each  # unreadable files first: they are always reported
         return sys.maxsize if content is None else content["global_step"], path
 
     for path, content in sorted(found, key=steps, reverse=True):
@@ -149,7 +150,7 @@ def furthest_whole(
 
 
 def _peek(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint holds, without comparing its bytes with their checksums."""
+    """The content of a checkpoint without comparing checksums; `None` if it cannot be read."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # reading a damaged file may raise anything
@@ -158,16 +159,18 @@ def _peek(path: Path) -> dict[str, Any] | None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what processes that have ended left half written."""
+    """Remove half-written files of processes that have ended."""
     for path in folder.glob(".*.ckpt.*.tmp"):
-        pid = path.name.split(".")[-2]
+        pid = path.name.split(".")[-2]  # `write_atomically` names its files `.NAME.PID.tmp`
+        # This process writes nothing now: a file with its number is from an earlier process.
         if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             path.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 only asks
     except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # else it is somebody else's
+        # Any other refusal (no permission) means that it is alive.
+        return not isinstance(error, ProcessLookupError)
     return True

@@ -1,4 +1,4 @@
-"""Lightning's checkpoints under manual optimization, and what they need to survive faults."""
+"""Lightning's `ModelCheckpoint`, made safe against kills, full disks and damaged files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoints"]
 
-# What `ModelCheckpoint` changes before it knows that a file was written.
+# Attributes that `ModelCheckpoint` changes before a file is written; reset if writing fails.
 _BOOKKEEPING = (
     "best_k_models",
     "best_model_path",
@@ -40,11 +40,12 @@ _BOOKKEEPING = (
     "last_model_path",
     "_recent",
 )
+# Attributes that belong to one run: reset for the next, and returned by child processes.
 _OF_RUN = (*_BOOKKEEPING, "_kept_now", "_last_checkpoint_saved", "_last_global_step_saved")
 
 
 def _check_filename(name: str) -> None:
-    """Refuse a pattern that is found to be wrong only when the first checkpoint is due."""
+    """Refuse a bad pattern now; Lightning would only fail at the first checkpoint."""
     try:
         fields = [field for _, field, _, _ in Formatter().parse(name)]
     except ValueError as error:
@@ -69,8 +70,9 @@ class Checkpoints(ModelCheckpoint):
         at_steps: Optimizer steps after which an additional checkpoint `step_N.ckpt` is kept.
         keep_last: Without `monitor`, the number of newest checkpoints kept beside `last.ckpt`, in
             case the newest is damaged.
-        settings: All arguments of `ModelCheckpoint`. A `filename` that has a value's name in it,
-            such as `step_{step}`, gives `step_800.ckpt` and not `step_step=800.ckpt`.
+        settings: All arguments of `ModelCheckpoint`. If `filename` already contains the name of a
+            value, it is not inserted again: `step_{step}` gives `step_800.ckpt`, not
+            `step_step=800.ckpt`.
 
     Raises:
         ConfigError: If `keep_last` is below 1.
@@ -93,19 +95,20 @@ class Checkpoints(ModelCheckpoint):
         _check_filename(settings.get("filename") or "")
         super().__init__(**settings)
         if self.filename and re.search(r"(\w+)[_=]\{\1[}:]", self.filename):
-            self.auto_insert_metric_name = False  # the pattern says the name: step_{step}
+            self.auto_insert_metric_name = False  # the pattern has the name: step_{step}
         self.at_steps = at_steps or []
         self.keep_last = keep_last
         self._recent: list[str] = []
-        self._kept_now = ""  # the last file of `at_steps`
+        self._kept_now = ""  # path of the newest file of `at_steps`
         self._failed: CheckpointWriteError | None = None
         self._signal = StopSignal()
-        self._found_dirpath: object = None  # the last run's folder, if `dirpath` was not given
+        self._found_dirpath: object = None  # folder Lightning chose, if `dirpath` was not given
+        # The state before any run, for `setup` of the next one.
         self._first = copy.deepcopy({name: getattr(self, name) for name in _OF_RUN})
 
     @property
     def state_key(self) -> str:
-        """Depends on the monitor only, so that a change of saving intervals keeps the state."""
+        """Monitor and mode only: with Lightning's key, a change of intervals loses the state."""
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     @property
@@ -113,30 +116,32 @@ class Checkpoints(ModelCheckpoint):
         return Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write whole files only, and clear away what a killed run left half written."""
-        if stage == "fit" and trainer.global_step == 0:  # another run: forget the files of the last
+        """Install `AtomicCheckpointIO`; remove half-written files of a killed run."""
+        if stage == "fit" and trainer.global_step == 0:  # a new run: forget the files of the last
             vars(self).update(copy.deepcopy(self._first))
             if self.dirpath == self._found_dirpath:
                 self.dirpath = None
-        found = self.dirpath is None
+        found = self.dirpath is None  # then `super().setup` chooses a folder
         super().setup(trainer, pl_module, stage)
         if found:
             self._found_dirpath = self.dirpath
+        # `type`, not `isinstance`: a subclass is the user's own choice.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         cluster = trainer._accelerator_connector.cluster_environment
         if isinstance(cluster, SLURMEnvironment):
-            cluster.auto_requeue = False  # it would save in the middle of a step, to another place
+            cluster.auto_requeue = False  # it would save amid a step, to another folder
         if stage == "fit" and trainer.is_global_zero:
             remove_unfinished(self._last.parent)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen for signals; go on with the files of the run that is resumed."""
+        """Listen for signals; continue the list of files of the run that is resumed."""
         super().on_train_start(trainer, pl_module)
         self._signal.listen(trainer)
         self._take_over_last(trainer)
-        # Lightning counts the epoch of a checkpoint made at its last step both as ended and as
-        # still going on: the next epoch's start would be neither counted nor told to callbacks.
+        # If a checkpoint was made at the last step of an epoch, Lightning counts the epoch as
+        # completed and still resumes "mid epoch". The next epoch would then start without being
+        # counted and without `on_train_epoch_start`.
         loop = trainer.fit_loop
         if loop.restarted_mid_epoch and loop.epoch_progress.current.completed == (
             loop.epoch_progress.current.ready
@@ -146,14 +151,15 @@ class Checkpoints(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Save when it is due by steps or by time; stop if a signal asked for it."""
+        """Save if a step or a time is due; stop if a signal asked for it."""
+        # The warning says that the file will hold the weights after the step, which we intend.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization")
             super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
         if self._is_due_by_time(trainer):
             self._save(trainer)
             self._last_time_checked = time.monotonic()
-        # Beside the intervals, and never removed.
+        # In addition to the intervals; `_remove_checkpoint` spares these files.
         if trainer.global_step in self.at_steps:
             path = self._last.with_name(f"step_{trainer.global_step}{self.FILE_EXTENSION}")
             self._kept_now = str(path)
@@ -161,7 +167,7 @@ class Checkpoints(ModelCheckpoint):
         self._signal.check(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the steps since the last checkpoint, for instance when the time is up."""
+        """Save the steps since the last checkpoint, for instance when `max_time` ends the run."""
         self._save(trainer)
         super().on_train_end(trainer, pl_module)
         self._signal.ignore()
@@ -169,7 +175,10 @@ class Checkpoints(ModelCheckpoint):
             raise self._failed
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Bring `last.ckpt` up to date if the run was killed before that, with no step left."""
+        """Write `last.ckpt` if a kill prevented it and the resumed run has no step left to make.
+
+        Without a step, `on_train_end` is not called.
+        """
         super().on_fit_end(trainer, pl_module)
         is_last = Path(str(trainer.ckpt_path)).name == self._last.name
         if self._take_over_last(trainer) and self.save_last and not is_last:
@@ -178,18 +187,18 @@ class Checkpoints(ModelCheckpoint):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Keep the steps since the last checkpoint if a signal ends the run between two steps."""
+        """Save the steps since the last checkpoint if a signal ends the run between two steps."""
         self._signal.ignore()
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, SIGTERMException):
             self._save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of `ModelCheckpoint`, and the newest files."""
+        """The state of `ModelCheckpoint`, and the list of the newest files."""
         return {**super().state_dict(), "recent": list(self._recent)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the files of that run if they are in the same folder."""
+        """Continue the list of the newest files if this run uses the same folder."""
         super().load_state_dict(state_dict)
         if self.dirpath == state_dict.get("dirpath"):
             self._recent = list(state_dict.get("recent", []))
@@ -203,11 +212,17 @@ class Checkpoints(ModelCheckpoint):
         vars(self).update(state)
 
     def file_exists(self, filepath: str | Path, trainer: L.Trainer) -> bool:
-        """Whether a save would overwrite another state; a file of `at_steps` holds this one."""
+        """Whether a save would overwrite another state.
+
+        A file of `at_steps` from this very step has the same content: it needs no `-v1` beside it.
+        """
         return super().file_exists(filepath, trainer) and str(filepath) != self._kept_now
 
     def _take_over_last(self, trainer: L.Trainer) -> bool:
-        """Whether the run that is resumed has its files in this folder; its `last.ckpt` is ours."""
+        """Adopt `last.ckpt` if the run that is resumed saved to this folder; return whether it did.
+
+        Otherwise Lightning would keep that file and write `last-v1.ckpt` beside it.
+        """
         resumed = trainer.ckpt_path
         if resumed is None or Path(resumed).resolve().parent != self._last.parent.resolve():
             return False
@@ -223,7 +238,7 @@ class Checkpoints(ModelCheckpoint):
         return bool(trainer.strategy.broadcast(due))
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Save now, unless there is nothing new."""
+        """Save now, unless this step was saved already."""
         if self._should_skip_saving_checkpoint(trainer):
             return
         candidates = self._monitor_candidates(trainer)
@@ -249,15 +264,16 @@ class Checkpoints(ModelCheckpoint):
     def _save_none_monitor_checkpoint(
         self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
     ) -> None:
-        """Keep the newest `keep_last`, where Lightning keeps one; -1 still keeps all."""
+        """Keep the newest `keep_last`; Lightning keeps one. `save_top_k=-1` still keeps all."""
         path = self._get_metric_interpolated_filepath_name(
             monitor_candidates, trainer, self.best_model_path
         )
-        # Before the file is written, because they are part of what it holds.
+        # Before the file is written, because the file contains these attributes.
         self.best_model_path = path
         if self.save_top_k == 1:
             self._recent = [*(each for each in self._recent if each != path), path]
         self._save_checkpoint(trainer, path)
+        # Only now: if writing fails, no older file is removed.
         while len(self._recent) > self.keep_last:
             self._remove_checkpoint(trainer, self._recent.pop(0))
 
@@ -271,12 +287,16 @@ class Checkpoints(ModelCheckpoint):
             super()._remove_checkpoint(trainer, filepath)
 
     def _write(self, trainer: L.Trainer, write: Callable[..., None], *args: Any) -> None:
-        """Write a file; if that fails, it fails on every rank."""
+        """Write a file; if rank 0 fails, raise on every rank.
+
+        Otherwise the other ranks would train on while rank 0 handles the error.
+        """
         error: CheckpointWriteError | None = None
         with self._signal.held():
             try:
                 write(*args)
-            except CheckpointWriteError as failed:  # on rank 0, while the others wait at a barrier
+            # Only rank 0 writes; the others already wait in this barrier of `save_checkpoint`.
+            except CheckpointWriteError as failed:
                 trainer.strategy.barrier("Trainer.save_checkpoint")
                 error = failed
             if trainer.world_size > 1:
@@ -286,10 +306,10 @@ class Checkpoints(ModelCheckpoint):
             raise error
 
     def _try(self, trainer: L.Trainer, save: Callable[..., None], *args: Any) -> None:
-        """Save; a file that cannot be written costs a warning and nothing else."""
+        """Save; if the file cannot be written, warn, restore the bookkeeping and train on."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined] # it must leave no files
             return
-        # ModelCheckpoint notes a file before it is written; a failed one must not be counted.
+        # `ModelCheckpoint` lists a file before it is written; a failed one must not stay listed.
         before = {name: copy.copy(getattr(self, name)) for name in _BOOKKEEPING}
         try:
             save(*args)

@@ -1,7 +1,7 @@
-"""State of child processes for their parent: `ddp_notebook`, `ddp_fork`, `ddp_spawn`.
+"""Returns the state of child processes to their parent: `ddp_notebook`, `ddp_fork`, `ddp_spawn`.
 
-Lightning itself returns only the weights and the logged numbers. Averages, counts, clusters and
-results would be lost with the children.
+Lightning itself returns only the weights and the logged numbers. Without this, averages, counts,
+clusters and results would be lost when the children end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ class HasChildState(Protocol):
     """A module or callback whose state must outlive the child process."""
 
     def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
-        """In a child: state for the parent's copy, whose weights change only after `fit`."""
+        """In a child: state for the parent's copy of this object.
+
+        Return what belongs to trained weights after `fit` only: after other commands the parent
+        keeps its weights.
+        """
 
     def load_child_state(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
         """In the parent: take over the state of the child's copy of this object."""
@@ -39,12 +43,13 @@ def return_child_states() -> None:
     The parent creates the launcher before it knows the module, and calls neither module nor
     callbacks afterwards, so the launcher's class is the only place to hook in.
     """
+    # The import of `ant_lightning.models` calls this once: a second call would wrap these twice.
     collect = _MultiProcessingLauncher.get_extra_results
     update = _MultiProcessingLauncher.update_main_process_results
 
     def get_extra_results(self: _MultiProcessingLauncher, trainer: L.Trainer) -> dict[str, Any]:
         states = [(name, each.child_state(trainer)) for name, each in _holders(trainer)]
-        buffer = io.BytesIO()  # tensors in a child's memory cannot be shared
+        buffer = io.BytesIO()  # as bytes: a child's tensors end with it
         torch.save(states, buffer)
         return {**collect(self, trainer), _KEY: buffer.getvalue()}
 
@@ -56,6 +61,7 @@ def return_child_states() -> None:
         file = io.BytesIO(extra[_KEY])
         states = torch.load(file, map_location="cpu", weights_only=False)
         for name, each in _holders(trainer):
+            # Popped, because two callbacks may have the same key: the first goes to the first.
             found = next((i for i, (other, _) in enumerate(states) if other == name), None)
             if found is not None:
                 each.load_child_state(states.pop(found)[1], trainer.lightning_module)
@@ -65,7 +71,10 @@ def return_child_states() -> None:
 
 
 def _holders(trainer: L.Trainer) -> Iterator[tuple[str, HasChildState]]:
-    """Our module and callbacks by name; the parent's and the child's lists may differ."""
+    """Our module and callbacks, each with a name.
+
+    By name, because the lists may differ: a module adds callbacks in the child only.
+    """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     named = [("module", trainer.lightning_module), *((c.state_key, c) for c in callbacks)]
     for name, each in named:

@@ -1,4 +1,4 @@
-"""Rows of `metrics.csv` that survive a resume, an evaluation and a kill."""
+"""Keeps the rows of `metrics.csv` over a resume, an evaluation and a kill."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ __all__ = ["keep_csv_rows"]
 
 def keep_csv_rows(trainer: L.Trainer) -> None:
     """Make each `CSVLogger` append to an existing `metrics.csv`, which Lightning would delete."""
+    # Rank 0 alone writes. The rank is `None` or missing before Lightning has set it.
     if getattr(rank_zero_only, "rank", None):
         return
     for logger in trainer.loggers:
@@ -42,13 +43,14 @@ class _AddingWriter(ExperimentWriter):
                     file.write("\n")
 
     def _check_log_dir_exists(self) -> None:
-        """Keep existing files."""
+        """Do nothing, where Lightning's method deletes an existing `metrics.csv`."""
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         path = Path(self.metrics_file_path)
         with path.open(encoding="utf8", newline="") as file:
             rows = list(csv.DictReader(file))
         text = io.StringIO(newline="")
+        # "ignore": a row damaged by a kill may have more cells than the header.
         writer = csv.DictWriter(text, fieldnames=fieldnames, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

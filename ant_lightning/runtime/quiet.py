@@ -1,4 +1,4 @@
-"""Hides what Lightning and PyTorch print on every run although nobody can act on it."""
+"""Hides lines and warnings of Lightning and PyTorch that appear in every run and need no action."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 __all__ = ["keep_quiet"]
 
-# Advertisements, facts about the machine, and what our own lines say better.
+# Advertisements, facts about the machine, and what our own lines already say.
 _LINES = (
     "Tip: For seamless cloud",
     "Seed set to ",

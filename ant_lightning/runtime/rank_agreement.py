@@ -1,4 +1,4 @@
-"""What must be equal on every rank of a run, and what happens when it is not."""
+"""Checks that all ranks of a run have the same weights, balancer state and counts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def check_ranks_agree(
 ) -> None:
     """Compare weights, balancer and counts of all ranks bit by bit; a no-op on one process.
 
-    Every rank must call this together, and all raise together. Three numbers of each rank cross
-    the network; an accelerator is waited for once.
+    Collective: every rank must call it, and if it raises, it raises on all of them. Each rank sends
+    three numbers, and the host waits for the accelerator once.
 
     Args:
         backbone: The network; sharded parameters are skipped.
         balancer: Compared with its whole state; `None` for none.
-        counts: The step, and what else must be equal.
-        device: Where tensors are exchanged.
+        counts: The step, then any other numbers that must be equal.
+        device: Device of the exchanged tensor, as the backend (NCCL, gloo) requires.
 
     Raises:
         DivergedRanksError: Naming what differs and on which ranks.
@@ -46,7 +46,7 @@ def check_ranks_agree(
     every = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     for name, column in zip(ours, torch.stack(every).cpu().unbind(1), strict=True):
-        # The value of most ranks is taken to be right: look at the others first.
+        # Report the minority: the value of most ranks is probably the right one.
         others = torch.nonzero(column != column.mode().values).flatten().tolist()
         if others:
             raise DivergedRanksError(
@@ -56,7 +56,7 @@ def check_ranks_agree(
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Every tensor of the state that a rank has whole, the extra state included."""
+    """Every tensor of the state dict, extra state included, except shards, which differ."""
     values = module.state_dict().values()
     return [v for v in values if isinstance(v, torch.Tensor) and not is_sharded([v])]
 
@@ -64,7 +64,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def _bit_sums(tensors: list[Tensor]) -> Tensor:
     """Sum of the bit patterns of each tensor modulo 2^64, `[n]`, on its device.
 
-    Integers: no rounding hides a difference, and only one number per tensor leaves the device.
+    Sums of integers are exact in any order. Only one number per tensor leaves the device.
     """
     sums = [_bits(tensor).sum(dtype=torch.int64) for tensor in tensors]
     return torch.stack(sums) if sums else torch.zeros(1, dtype=torch.int64)
@@ -75,10 +75,11 @@ def _digest(tensors: list[Tensor]) -> int:
     hashed = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         hashed.update(_bits(tensor).cpu().numpy().tobytes())
+    # One bit less than the hash: the number is exchanged as a signed int64.
     return int.from_bytes(hashed.digest(), "little") >> 1
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The tensor's memory as integers, flat."""
+    """The tensor's memory as integers, flat: unlike floats, equal NaNs compare equal."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().flatten().view(integers[tensor.element_size()])

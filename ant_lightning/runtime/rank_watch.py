@@ -24,7 +24,7 @@ __all__ = ["RankWatch", "first_failure", "several_ranks", "warn_of_shared_store"
 
 _log = logging.getLogger(__name__)
 _PREFIX = "ranks: "
-# What gloo and NCCL say of a rank that is gone depends on how far the call had come.
+# Messages of gloo and NCCL about a lost rank; they depend on how far the collective had come.
 _LOST = re.compile(
     r"gloo/|connection (?:closed|reset) by peer|remote worker|nccl(?:RemoteError|SystemError)",
     re.IGNORECASE,
@@ -34,11 +34,15 @@ _LOST = re.compile(
 class RankWatch(L.Callback):
     """Ends all ranks of a run within a bounded time of the first error of any of them.
 
-    A rank that raises leaves its error in the store of the process group, and waits a moment for
-    the others to read it. A rank that fails because another is gone raises with a note that quotes
-    the first error. A rank that is stuck (NCCL does not notice that a rank is gone) ends its
-    process `grace` seconds after it was told. A rank that was killed leaves no error: the others
-    say that they lost one, or the launcher ends them. On one process it does nothing.
+    - A rank that raises writes its error to the store of the process group, and waits a moment
+      (`10 poll` seconds at most) for the others to read it.
+    - A rank that fails because another is gone raises with a note that quotes the first error.
+    - A rank that is stuck in a collective ends its process `grace` seconds after it has read the
+      error: NCCL does not notice that a rank is gone.
+    - A rank that is killed writes no error: the others say that they lost a rank, or the launcher
+      ends them.
+
+    On one process it does nothing. See docs/decisions/030.
 
     Args:
         poll: Seconds between two looks at the store.
@@ -53,12 +57,13 @@ class RankWatch(L.Callback):
         self._stop = threading.Event()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Start to watch."""
-        self._stop.set()  # of a run before this one
+        """Start the thread that watches the store."""
+        self._stop.set()  # ends the thread of an earlier run
         if not several_ranks():
             return
         warn_of_shared_store()
-        # A key of its own for every run: torchrun's store may outlive the ranks it restarts.
+        # A new key for every run: torchrun's store outlives the ranks that it restarts, and with it
+        # the error of the run before.
         self._key = f"ant_lightning/failed/{trainer.strategy.broadcast(uuid4().hex)}"
         self._first, self._stop = None, threading.Event()
         threading.Thread(
@@ -66,15 +71,15 @@ class RankWatch(L.Callback):
         ).start()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The run is over."""
+        """End the thread."""
         self._stop.set()
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Tell the others, or say which rank failed first."""
+        """Tell the other ranks, or note which rank failed first."""
         self._stop.set()
-        # A signal is not the failure of one rank, and reaches all of them.
+        # Only errors: a signal (no `Exception`) reaches all ranks and is the failure of none.
         if not self._key or not several_ranks() or not isinstance(exception, Exception):
             return
         rank, text = dist.get_rank(), message_of(exception)
@@ -85,8 +90,9 @@ class RankWatch(L.Callback):
         if lost:
             own = f"rank {rank} lost another rank, which was killed or left no error ({text})"
         try:
+            # A rank that lost another does not expect that one to read the error.
             first = self._tell(own, others=dist.get_world_size() - 1 - int(lost))
-        except RuntimeError:  # the rank that keeps the store is gone, and its errors with it
+        except RuntimeError:  # the process that hosts the store is gone
             first = self._first or own
         if lost:
             exception.add_note(f"{_PREFIX}the first error was that of {first}")
@@ -100,7 +106,8 @@ class RankWatch(L.Callback):
         """
         store = _store()
         first: str = store.compare_set(self._key, "", own).decode()
-        # The thread may have counted this rank already.
+        # `heard` counts the ranks that know the error, this one included; if the thread has read an
+        # error (`_first`), it has counted this rank already.
         heard = store.add(f"{self._key}/heard", int(self._first is None))
         deadline = time.monotonic() + 10 * self.poll
         while first == own and heard <= others and time.monotonic() < deadline:
@@ -109,7 +116,7 @@ class RankWatch(L.Callback):
         return first
 
     def _watch(self, store: Store, stop: threading.Event) -> None:
-        """Look for an error of another rank until the run is over."""
+        """Wait for an error of another rank; end this process if it does not end by itself."""
         while not stop.wait(self.poll):
             try:
                 if not store.check([self._key]):
@@ -120,19 +127,20 @@ class RankWatch(L.Callback):
                 self._first = f"rank 0 or its launcher, which cannot be reached ({error})"
             if not stop.wait(self.grace):
                 line = " ".join(f"{self._first}; waited {self.grace:g} s for this rank".split())
+                # The main thread is stuck in a collective, which no exception can interrupt.
                 print(f"ant-lightning: error: {_PREFIX}{line}", file=sys.stderr, flush=True)
                 os._exit(1)
             return
 
 
 def first_failure(error: BaseException) -> str | None:
-    """The first error among the ranks, if `error` is only a consequence of it."""
+    """The note about the first error among the ranks, if `error` only follows from it."""
     notes: list[str] = getattr(error, "__notes__", [])
     return next((note for note in notes if note.startswith(_PREFIX)), None)
 
 
 def warn_of_shared_store() -> None:
-    """Warn that restarted ranks may read the addresses of the ranks before them, and hang."""
+    """Warn that ranks restarted by torchrun may read the addresses of dead ranks, and hang."""
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if shared and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         rank_zero_warn(

@@ -25,9 +25,9 @@ __all__ = [
     "run_folder",
 ]
 
-# What loggers write before the first step; a folder with only these files holds no run.
+# Files that loggers write before the first step; a folder with no others holds no run.
 _BEFORE_STEP_1 = ("events.out.tfevents*", "hparams.yaml", "class_map.json")
-RUN_MARK = "loggers.json"  # only runs that trained have it
+RUN_MARK = "loggers.json"  # written by runs that trained, and by no others
 
 
 class RunRecord(L.Callback):
@@ -64,7 +64,7 @@ class RunRecord(L.Callback):
         self._started = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Use the first rank's folder: ranks that started later may have found another number."""
+        """Use rank 0's folder: a rank that started later may have chosen the next free number."""
         self.run_folder = trainer.strategy.broadcast(self.run_folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -77,7 +77,7 @@ class RunRecord(L.Callback):
             write_atomically(self.run_folder / RUN_MARK, lambda file: file.write(text.encode()))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the settings of an evaluation; `config.yaml` covers the validations of `fit`."""
+        """Write the settings of an evaluation; validations inside `fit` have `config.yaml`."""
         if trainer.state.fn != "fit":
             self._started = True
             if trainer.is_global_zero:
@@ -89,11 +89,12 @@ class RunRecord(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the settings in the checkpoint, and the way from it to the run's folder."""
+        """Store the settings and the relative path from the checkpoint to the run's folder."""
         state = checkpoint.setdefault("ant_lightning", {})
         state["settings"] = self.settings
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         if beside is not None and "://" not in str(beside):
+            # Relative, so that a run can be moved together with its checkpoints.
             state["run_folder"] = os.path.relpath(self.run_folder, beside)
 
     def on_exception(
@@ -107,16 +108,17 @@ class RunRecord(L.Callback):
                 remove_empty_run(self.run_folder)
 
     def _write(self, name: str) -> None:
+        # A resume with the same settings adds no file; other settings get the next number.
         newest, free = _numbered(self.run_folder, name)
         if newest is None or newest.read_bytes() != self._text.encode():
             write_atomically(free, lambda file: file.write(self._text.encode()))
 
 
 def run_folder(trainer: L.Trainer) -> Path:
-    """The folder of this run; to be called on every rank.
+    """The folder of this run; call it on every rank, because it may broadcast.
 
-    That of `RunRecord` on the command line, which belongs to one run. From Python it is that of the
-    first logger (a broadcast), which several runs may share.
+    On the command line it is the folder of `RunRecord`, which belongs to one run. From Python it is
+    the folder of the first logger, which several runs may share.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunRecord):
@@ -125,7 +127,7 @@ def run_folder(trainer: L.Trainer) -> Path:
 
 
 def newest_record(folder: Path) -> Path | None:
-    """The settings file of the run's last start; an evaluation's file if the run never trained."""
+    """The newest `config` file of the run; if it never trained, that of an evaluation."""
     for name in ("config", "validate", "test", "predict"):
         newest, _ = _numbered(folder, name)
         if newest is not None:
@@ -152,7 +154,7 @@ def logger_versions(folder: Path) -> dict[str, str]:
 
 
 def remove_empty_run(folder: Path) -> None:
-    """Remove the folder of a run if it holds only logger headers."""
+    """Remove the folder of a run if it holds nothing but `_BEFORE_STEP_1`."""
     if not folder.is_dir():
         return
     inside = [path for path in folder.rglob("*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""The settings of a run by name, and how the settings of two runs differ."""
+"""Settings of a run as flat names and values, and the differences between two runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 __all__ = ["changed_settings", "flat_settings", "trained_settings"]
 
+# The parts of a configuration that decide what is trained; the Trainer's flags do not.
 _GROUPS = ("seed_everything", "ema", "data", "model")
-# These change speed, files or how images are drawn, but not what is trained.
+# Settings inside these parts that change speed, files or sampling, but not what is trained.
 _NEUTRAL = (
     "data.num_workers",
     "model.optimization.accumulate_grad_batches",
@@ -34,9 +35,9 @@ def trained_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def changed_settings(
     stored: Mapping[str, Any], current: Mapping[str, Any]
 ) -> dict[str, tuple[Any, Any]]:
-    """The settings that decide what is trained and differ, each with both values.
+    """Settings that affect training and differ, each as the pair `(stored, current)`.
 
-    Settings that only one side has, because another version of this package wrote it, are ignored.
+    Settings that only one side has are ignored: another version of this package wrote that side.
     """
     then, now = flat_settings(trained_settings(stored)), flat_settings(trained_settings(current))
     both = then.keys() & now.keys()
@@ -52,9 +53,9 @@ def _is_neutral(name: str) -> bool:
 
 
 def flat_settings(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401 - whatever YAML holds
-    """Flatten nested settings to `model.optimization.optimizer.lr: 0.1`.
+    """Flatten nested settings to names such as `model.optimization.optimizer.lr`.
 
-    `model.optimization.optimizer` holds the class.
+    A setting with a `class_path` becomes the class under its own name, and the arguments below it.
     """
     if not isinstance(value, dict):
         return {name: value}
@@ -69,6 +70,9 @@ def flat_settings(value: Any, name: str = "") -> dict[str, Any]:  # noqa: ANN401
 
 
 def _class(path: str) -> str:
-    """A class's name; of another package's with the package, which may have one of that name."""
+    """Name of a class: without its module in a known package, else the whole path.
+
+    A package of the user may have a class of the same name.
+    """
     package, name = path.partition(".")[0], path.rpartition(".")[-1]
     return name if package in ("ant_lightning", "torch", "lightning", "diffusers") else path

@@ -17,14 +17,14 @@ __all__ = ["ShardedStrategy"]
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Parameters, gradients, averages and optimizer state in shards over all ranks (experimental).
+    """FSDP2 (experimental): parameters, gradients, averages and optimizer state in shards.
 
-    A checkpoint is one file with whole tensors, the same as that of one process or of DDP: either
-    can go on from the other's. `ModelParallelStrategy` itself loses the extra state of modules
-    when it reads such a file, and numbers the parameters in its own way.
+    A checkpoint is one file with whole tensors, as one process or DDP writes it, so that runs with
+    and without shards can resume from each other. `ModelParallelStrategy` itself loses the extra
+    state of modules when it reads such a file, and numbers the optimizer's parameters differently.
 
     Args:
-        timeout: Seconds that ranks wait for each other in a collective.
+        timeout: Seconds after which a collective fails if a rank is missing.
 
     Examples:
         >>> import lightning as L
@@ -44,7 +44,7 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """All ranks share one dimension of the mesh."""
+        """Shard over all ranks; the default mesh would shard nothing on one node."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -59,13 +59,13 @@ class ShardedStrategy(ModelParallelStrategy):
         found = dcp.get_optimizer_state_dict(self.model, optimizer, options=options)
         if not found:
             return found
-        # By number: a run of one process or of DDP reads the same file.
+        # From names to numbers, which a run of one process or of DDP expects.
         return _renamed(found, {name: i for i, name in enumerate(self._names(optimizer))})
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Every rank reads the file and keeps its shards."""
+        """Load this rank's shards from the file; return its content without the weights."""
         import torch.distributed.checkpoint.state_dict as dcp  # noqa: PLC0415
 
         assert self.model is not None
@@ -82,14 +82,17 @@ class ShardedStrategy(ModelParallelStrategy):
         return checkpoint
 
     def _names(self, optimizer: Optimizer) -> list[str]:
-        """Names of the optimizer's parameters in its own order."""
+        """Names of the optimizer's parameters in the optimizer's order.
+
+        The order of the module differs if there are several groups or frozen parameters.
+        """
         assert self.model is not None
         names = {id(p): name for name, p in self.model.named_parameters()}
         return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
-    """The state of an optimizer with other names of the parameters."""
+    """The state of an optimizer, with each key of a parameter replaced by `names[key]`."""
     return {
         "state": {names[key]: value for key, value in state["state"].items()},
         "param_groups": [

@@ -1,4 +1,4 @@
-"""FSDP2, experimental: a backbone whose parameters are sharded over the ranks of a run."""
+"""FSDP2 (experimental): shards a backbone's parameters over the ranks, and gathers them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _log = logging.getLogger(__name__)
 def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
     """Shard the backbone's parameters under `ShardedStrategy`; a no-op under any other.
 
-    Every block (the entries of the backbone's `ModuleList`s) is gathered when it is needed, and
-    the rest of the backbone with its first. The balancer stays whole on every rank.
+    Each entry of the backbone's `ModuleList`s is a unit that is gathered when it is called. The
+    rest of the backbone is one more unit. The balancer stays whole on every rank.
 
     Raises:
         ConfigError: Naming the setting, the rule and the value found.
@@ -39,7 +39,7 @@ def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
         )
     from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: PLC0415 - a second
 
-    if isinstance(backbone, FSDPModule):
+    if isinstance(backbone, FSDPModule):  # Lightning calls `configure_model` in every run
         return
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
         raise ConfigError(
@@ -47,8 +47,10 @@ def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
             f"found {torch.__version__}"
         )
     mesh = strategy.device_mesh["data_parallel"]
+    # Blocks first: the backbone then takes only the parameters that no block has.
     for unit in [*_blocks(backbone), backbone]:
         fully_shard(unit, mesh=mesh)
+    # Otherwise a parameter that only some ranks use makes the sum over ranks wrong, silently.
     for unit in _units(backbone):
         unit.set_reduce_scatter_unused_params(True)
     if trainer.is_global_zero:
@@ -56,8 +58,12 @@ def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
 
 
 def gather_for_evaluation(backbone: nn.Module) -> None:
-    """Have the whole backbone on every rank, whose batches need not be equally many."""
-    # Buffers made in inference mode could not be filled again in training.
+    """Gather the whole backbone on every rank for an evaluation.
+
+    Gathering is collective, and ranks may have different numbers of batches: a rank that gathered
+    in a forward pass of its own would wait forever.
+    """
+    # Lightning evaluates in inference mode. Tensors made in it cannot be written to in training.
     with torch.inference_mode(False):
         for unit in _units(backbone):
             unit.set_reshard_after_forward(False, recurse=False)
@@ -68,6 +74,7 @@ def reshard(backbone: nn.Module) -> None:
     """Undo `gather_for_evaluation`."""
     for unit in _units(backbone):
         unit.reshard()
+        # The defaults of `fully_shard`: only the root stays gathered after its forward pass.
         unit.set_reshard_after_forward(unit is not backbone, recurse=False)
 
 
@@ -78,7 +85,7 @@ def _blocks(backbone: nn.Module) -> Iterator[nn.Module]:
 
 
 def _units(backbone: nn.Module) -> list[Any]:
-    """Modules of the backbone that were sharded each on its own; none without sharding."""
+    """The units that `shard_backbone` made, the backbone included; none without sharding."""
     if not hasattr(backbone, "unshard"):
         return []
     from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""A run that is told to stop finishes its step and leaves a checkpoint."""
+"""Stop signals: a run that receives one finishes its step and saves a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,45 +21,47 @@ __all__ = ["StopSignal"]
 
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
-_STEPS_BETWEEN_CHECKS = 8  # with several ranks, which have to agree
+# With several ranks. They agree by a collective, for which the host waits.
+_STEPS_BETWEEN_CHECKS = 8
 
 
 class StopSignal:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into `SIGTERMException` where a run can be resumed from.
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into `SIGTERMException` at a point that can be resumed.
 
-    While training that is the end of the step; with several ranks every 8th step, at which all of
-    them stop if one was told to. An evaluation on one process changes no training state and is
-    broken off at once: sampling may take longer than a scheduler's grace period. A second Ctrl-C
-    stops at once, as it does without us, and leaves the checkpoints that are there.
+    In training this point is the end of the step. With several ranks it is the end of every 8th
+    step, at which all ranks stop if one of them received a signal. An evaluation on one process
+    changes no training state and is broken off at once: sampling may take longer than the grace
+    period of a cluster's scheduler. A second Ctrl-C stops at once, without another checkpoint.
 
-    It takes the place of Lightning's handlers, which let ranks broadcast from inside the handler,
-    amid the sums of a step, and on SLURM save in the middle of a step.
+    It replaces Lightning's handlers. Those make ranks broadcast inside the handler, possibly during
+    a collective of the step, and on SLURM save in the middle of a step.
     """
 
     def __init__(self) -> None:
         self.received = False
         self._number = int(signal.SIGTERM)
         self._trainer: L.Trainer | None = None
-        self._num_held = 0
+        self._num_held = 0  # depth of `held` blocks
         self._num_batches = 0
         self._before: dict[int, Any] = {}
 
     def listen(self, trainer: L.Trainer) -> None:
-        """From here on signals are caught; only a main thread can do that."""
+        """Install the handlers; Python allows this in the main thread only."""
         self._trainer = trainer
         self.received = False
         if threading.current_thread() is threading.main_thread():
             self._before = {each: signal.signal(each, self._handle) for each in _SIGNALS}
 
     def ignore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous handlers."""
         for each, handler in self._before.items():
+            # `None`: the previous handler was not installed from Python.
             signal.signal(each, handler if handler is not None else signal.SIG_DFL)
         self._before = {}
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, a signal interrupts nothing: a file is being written."""
+        """A context in which a signal raises nothing, because a file is being written."""
         self._num_held += 1
         try:
             yield
@@ -67,7 +69,7 @@ class StopSignal:
             self._num_held -= 1
 
     def check(self, trainer: L.Trainer) -> None:
-        """At the end of a step: stop if this rank or another was told to.
+        """At the end of a step: stop if this rank or another received a signal.
 
         Raises:
             SIGTERMException: On every rank; its argument is the number of the signal.
@@ -82,11 +84,13 @@ class StopSignal:
             raise SIGTERMException(self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal; raise at a second Ctrl-C, or in an evaluation on one process."""
         if number == signal.SIGINT:
             if self.received:
                 self.ignore()
                 signal.default_int_handler(number, frame)
             print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        # In training this is all: `check` raises at the end of the step.
         self.received, self._number = True, number
         trainer = self._trainer
         if trainer is None or trainer.world_size > 1 or self._num_held:

@@ -27,7 +27,7 @@ __all__ = ["check_config", "load_autoencoder"]
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _MAX_LAYERS = 64
 _MAX_SIZE = 2**20
-# Attention layers had other names in old versions of diffusers.
+# Attention layers in old versions of diffusers, and their names today.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -38,8 +38,7 @@ def load_autoencoder(source: str, *, local_files_only: bool) -> tuple[nn.Module,
         source: A folder with `config.json` and weights; a file of diffusers (with `config.json`
             beside it) or of latent-diffusion (whose architecture is read off its shapes), in
             safetensors or as `torch.save` wrote it; or `owner/name` on the hub.
-        local_files_only: Whether the hub is not asked, and only files that were downloaded before
-            are used.
+        local_files_only: Use only files that were downloaded before, without asking the hub.
 
     Raises:
         ConfigError: If there is no such source, it is damaged, or it would run code.
@@ -56,6 +55,7 @@ def load_autoencoder(source: str, *, local_files_only: bool) -> tuple[nn.Module,
             )
         path = weights
     tensors = nested_tensors(read_checkpoint(path))
+    # A whole latent-diffusion model holds its first stage under a prefix.
     inside = {
         name.removeprefix(FIRST_STAGE_PREFIX): value
         for name, value in tensors.items()
@@ -76,7 +76,7 @@ def load_autoencoder(source: str, *, local_files_only: bool) -> tuple[nn.Module,
 
 
 def check_config(config: dict[str, Any], path: Path) -> None:
-    """Refuse other classes, and sizes that no autoencoder has, which would take forever to build.
+    """Refuse other classes, and absurd sizes, with which construction would take forever.
 
     Raises:
         FileError: Naming the file, the setting and its value.
@@ -98,8 +98,8 @@ def _built(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> nn
 
     make = getattr(diffusers, config["_class_name"]).from_config
     try:
-        # On no device first: what a config says is compared with the weights that are there
-        # before memory is reserved for it.
+        # First on the meta device: no memory is reserved for the sizes in the config before they
+        # are found to agree with the weights in the file.
         with torch.device("meta"):
             shapes = {name: value.shape for name, value in make(config).state_dict().items()}
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, ArithmeticError) as error:
@@ -107,6 +107,7 @@ def _built(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> nn
     found = {name: tensors[name].shape for name in shapes if name in tensors}
     different = [name for name in shapes if found.get(name) != shapes[name]]
     if different:
+        # Prefer a wrong shape to a missing entry: it says more about the cause.
         name = min(different, key=lambda name: (name not in found, name))
         raise FileError(
             f"{path}: its weights do not fit its architecture: {name} must have shape "
@@ -142,7 +143,7 @@ def _downloaded(name: str, *, local_files_only: bool) -> Path:
 
 
 def _modern(name: str) -> str:
-    """The name of an entry in today's diffusers."""
+    """The name that today's diffusers gives an entry."""
     parts = name.split(".")
     if "attentions" in parts:
         parts[-2] = _OLD_NAMES.get(parts[-2], parts[-2])

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 __all__ = ["FirstStage"]
 
-# Published scales where a file says none: KL of Stable Diffusion and DiT; VQ of LDM is unscaled.
+# Scales for files that hold none, as published: KL of Stable Diffusion and DiT; VQ of LDM has 1.
 _SCALES = {"kl": 0.18215, "vq": 1.0}
 _KINDS: dict[str, Literal["kl", "vq"]] = {"AutoencoderKL": "kl", "VQModel": "vq"}
 
 
 class FirstStage(nn.Module):
-    """A trained `AutoencoderKL` or `VQModel` of diffusers: frozen, and in no checkpoint.
+    """A trained `AutoencoderKL` or `VQModel` of diffusers, frozen and not stored in checkpoints.
 
     Its weights follow the module to its device but are neither parameters nor part of a state
     dict: a checkpoint names the first stage by its fingerprint only.
@@ -33,12 +33,12 @@ class FirstStage(nn.Module):
     Args:
         source: A local folder of diffusers, a single file (also of latent-diffusion), or
             `owner/name` on the hub: see `load_autoencoder`.
-        kind: `kl` or `vq`; by default what the source is, and else it must agree.
-        scale: Of the latents; by default the source's `scaling_factor`, or the published 0.18215
-            (KL) or 1 (VQ).
-        shift: Of the latents; by default the source's `shift_factor`, or 0.
+        kind: `kl` or `vq`, checked against the source; by default that of the source.
+        scale: Scale of the latents; by default the source's `scaling_factor`, or the published
+            0.18215 (KL) or 1 (VQ).
+        shift: Shift of the latents; by default the source's `shift_factor`, or 0.
         batch_size: Images that are encoded or decoded at once.
-        local_files_only: Whether nothing is downloaded.
+        local_files_only: Use only files that were downloaded before, without asking the hub.
 
     Raises:
         ConfigError: If the source cannot be used.
@@ -79,8 +79,8 @@ class FirstStage(nn.Module):
                 f"kind: must be {found!r}, as {source} is {config['_class_name']}, found {kind!r}"
             )
         autoencoder.eval().requires_grad_(False)
-        # In a list, so that torch does not see a child: then no state dict holds its weights, no
-        # optimizer its parameters, and `train()` does not reach it. `_apply` moves it.
+        # In a list, so that torch does not register a submodule: its weights are then in no state
+        # dict and no optimizer, and `train()` does not reach it. `_apply` below moves it.
         self._held = [autoencoder]
         settings: Any = autoencoder.config
         self.in_channels = int(settings.in_channels)
@@ -118,7 +118,7 @@ class FirstStage(nn.Module):
         return self.space.moments_shape(self.latent_shape(image_shape))
 
     def encode_moments(self, images: Tensor) -> Tensor:
-        """Moments `[b, 2c, h, w]` (KL: mean and log-variance) or `[b, c, h, w]` of images."""
+        """Moments of images: `[b, 2c, h, w]` (KL: mean and log-variance) or `[b, c, h, w]` (VQ)."""
         self.latent_shape(tuple(images.shape[1:]))  # type: ignore[arg-type]
         if self.space.kind == "vq":
             return self._in_parts(lambda part: self._autoencoder.encode(part).latents, images)
@@ -128,6 +128,7 @@ class FirstStage(nn.Module):
 
     def decode(self, x_start: Tensor) -> Tensor:
         """Images in [-1, 1] of latents `[b, c, h, w]`; VQ latents are quantised first."""
+        # The inverse of `LatentSpace.sample`: x = (z - shift) scale.
         z = x_start / self.space.scale + self.space.shift
         return self._in_parts(lambda part: self._autoencoder.decode(part).sample, z).clamp(-1, 1)
 
@@ -153,7 +154,7 @@ class FirstStage(nn.Module):
 
 
 def _fingerprint(autoencoder: nn.Module, scale: float, shift: float) -> str:
-    """Hexadecimal hash of 64 bits."""
+    """Hash of 64 bits in hexadecimal, over names, shapes and float32 values."""
     digest = hashlib.blake2b(f"{scale!r}/{shift!r}".encode(), digest_size=8)
     for name, value in sorted(autoencoder.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Autoencoders of latent-diffusion in the names of diffusers, and the architecture they have."""
+"""Converts autoencoders of latent-diffusion: names for diffusers, architecture from shapes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["diffusers_config", "diffusers_names", "is_latent_diffusion"]
 
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
+# Patterns of latent-diffusion and what diffusers calls them; a name may match several.
 _RENAMED = (
     (r"\bencoder\.down\.(\d+)", r"encoder.down_blocks.\1"),
     (r"\bblock\.(\d+)", r"resnets.\1"),
@@ -43,19 +44,21 @@ def diffusers_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not name.startswith(_PARTS):
             continue
+        # The decoder's level 0 is the finest in latent-diffusion and the coarsest in diffusers.
         new = re.sub(r"decoder\.up\.(\d+)", lambda m: f"decoder.up_blocks.{last - int(m[1])}", name)
         for pattern, replacement in _RENAMED:
             new = re.sub(pattern, replacement, new)
         if ".attentions." in new:
             head, part, kind = new.rsplit(".", 2)
             new = f"{head}.{_ATTENTION.get(part, part)}.{kind}"
+            # A 1x1 convolution [o, i, 1, 1] as the linear layer [o, i].
             tensor = tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor  # noqa: PLW2901
         renamed[new] = tensor
     return renamed
 
 
 def diffusers_config(tensors: dict[str, Tensor], *, path: str) -> dict[str, Any]:
-    """Constructor arguments of the diffusers class that has these (latent-diffusion's) entries.
+    """Constructor arguments of the diffusers class for these entries of latent-diffusion.
 
     Raises:
         FileError: If entries are missing, or diffusers has no such architecture.
@@ -86,6 +89,7 @@ def diffusers_config(tensors: dict[str, Tensor], *, path: str) -> dict[str, Any]
         codes, width = tensors["quantize.embedding.weight"].shape
         vq = {"_class_name": "VQModel", "num_vq_embeddings": codes, "vq_embed_dim": width}
         return {**config, **vq}
+    # latent-diffusion may project to other channels in `quant_conv`; `AutoencoderKL` cannot.
     if embedded != latent:
         raise FileError(
             f"{path}: must have embed_dim = z_channels for diffusers, found {embedded} and {latent}"
