@@ -50,12 +50,17 @@ class DataLoadingError(RuntimeError):
 
 
 def check_at_least(minimum: float, **values: float | None) -> None:
-    """Check numbers by the names of their arguments; `None` is no number and passes.
+    """Check that each number is at least `minimum`; `None` passes.
+
+    Args:
+        minimum: Smallest value that is allowed.
+        **values: Numbers by the names of their arguments.
 
     Raises:
         ConfigError: If one is below the minimum, or NaN.
     """
     for name, value in values.items():
+        # `not >=` rather than `<`, which is false for NaN.
         if value is not None and not value >= minimum:
             raise ConfigError(f"{name}: must be at least {minimum}, found {value}")
 
@@ -63,7 +68,8 @@ def check_at_least(minimum: float, **values: float | None) -> None:
 def message_of(error: BaseException) -> str:
     """The message of an error as one line.
 
-    PyTorch puts the traceback of a data loading process in front of the error's message.
+    PyTorch puts the traceback of a data loading process in front of the error's message; only what
+    follows the name of the error at its end is kept.
     """
     text = str(error)
     name = re.match(r"Caught (\w+) in DataLoader worker", text)

@@ -18,12 +18,16 @@ __all__ = ["ImageNoise", "keyed_generator", "keyed_seed", "run_seed", "undisturb
 
 
 def run_seed(seed: int | None) -> int:
-    """`seed`, or by default that of `lightning.seed_everything` (an environment variable)."""
+    """`seed`, or if `None` the seed of `lightning.seed_everything`, which is 0 if never called.
+
+    Lightning keeps its seed in the environment variable `PL_GLOBAL_SEED`.
+    """
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 def undisturbed(device: torch.device) -> AbstractContextManager[None]:
     """Context that restores PyTorch's generators of the CPU and of `device` when it ends."""
+    # `fork_rng` always restores the CPU's generator; by default also that of every GPU.
     if device.type == "cpu":
         return torch.random.fork_rng([])
     return torch.random.fork_rng([device], device_type=device.type)
@@ -44,6 +48,7 @@ def keyed_seed(seed: int, stream: str, *keys: int) -> int:
         >>> keyed_seed(0, "noise", 7) == keyed_seed(0, "noise", 8)
         False
     """
+    # Not `hash`: Python salts the hash of a string anew in each process.
     text = "/".join([str(seed), stream, *map(str, keys)]).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 

@@ -1,4 +1,4 @@
-"""Selects and checks the parameters that losses are differentiated by."""
+"""Selects and checks the parameters with respect to which losses are differentiated."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one contiguous block of memory, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
-    expected = 1
+    expected = 1  # without gaps, each stride is the product of the sizes with smaller strides
     for stride, size in _steps(tensor):
         if stride != expected:
             return False
@@ -59,6 +59,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def _check(p: Tensor, index: int) -> None:
+    """Refuse a parameter that cannot be trained; `index` is its place in the caller's list."""
     if is_lazy(p):
         raise ConfigError(
             f"parameters: each must have a shape, found parameter {index}, which has none yet; "
@@ -82,7 +83,8 @@ def _check(p: Tensor, index: int) -> None:
             "parameters: each must be a leaf, not the result of an operation, "
             f"found {_described(p, index)} made by {type(p.grad_fn).__name__}"
         )
-    # No in-place step is correct for these; PyTorch's optimizers refuse only some of them.
+    # An optimizer's in-place step would update a shared element several times. PyTorch's optimizers
+    # refuse only some of these parameters.
     if not p.is_contiguous() and _overlaps(p):
         raise ConfigError(
             "parameters: each element must have its own place in memory, "
@@ -99,7 +101,7 @@ def _steps(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory, or might because dimensions are interleaved."""
+    """Whether elements share memory; also true for interleaved dimensions, where they might."""
     reach = 0  # largest offset in the dimensions with smaller strides
     for stride, size in _steps(tensor):
         if stride <= reach:

@@ -1,4 +1,4 @@
-"""PCGrad: projects conflicting gradients, in the space of their Gramian."""
+"""PCGrad: projects conflicting gradients, computed from their Gramian alone."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ __all__ = ["PCGrad", "pcgrad_weights"]
 def pcgrad_weights(
     gramian: Float[Tensor, "k k"], orders: Int[Tensor, "k m"]
 ) -> Float[Tensor, " k"]:
-    """Weights `w` with which the sum of PCGrad's projected gradients is `sum_j w_j g_j`.
+    """Weights `w` such that `sum_j w_j g_j` is the sum of PCGrad's projected gradients.
 
     Task i starts with its own gradient `v_i = g_i` and visits the other tasks in the order
-    `orders[i]`. Where `v_i . g_j < 0` it is projected, with the original `g_j`:
-    `v_i <- v_i - (v_i . g_j / ||g_j||^2) g_j`. Each `v_i` is a combination of the gradients, so
-    its coefficients `C[i, j]` and the Gramian are enough. All tasks are projected at once, without
-    waiting for the device.
+    `orders[i]`. If `v_i . g_j < 0`, `v_i` is projected onto the plane orthogonal to the original
+    `g_j`: `v_i <- v_i - (v_i . g_j / ||g_j||^2) g_j`. Each `v_i` is a combination of the
+    gradients, so its coefficients `C[i, j]` and the Gramian are enough. All tasks are projected at
+    once, and the host does not wait for the device.
 
     Args:
         gramian: `G[i, j] = g_i . g_j`, `[k, k]`, floating point.
-        orders: Row i has the tasks that task i visits, `[k, m]`. If a row has task i itself, that
-            entry is skipped (the official code projects on it). Zero gradients are never
-            projected on.
+        orders: Row i has the tasks that task i visits, `[k, m]`. Task i itself is skipped if its
+            row has it (the official code projects on it), and so are tasks with a zero gradient.
 
     Returns:
-        `w_j = sum_i C[i, j]`, `[k]`: 1 each without conflict, never less.
+        `w_j = sum_i C[i, j]`, `[k]`: 1 each without conflicts, and never below 1.
 
     Reference:
         Yu et al., "Gradient Surgery for Multi-Task Learning", algorithm 1, arXiv 2001.06782.
@@ -46,28 +45,34 @@ def pcgrad_weights(
         >>> pcgrad_weights(gramian, orders=torch.tensor([[1], [0]]))
         tensor([1.5000, 1.5000])
     """
-    # Dividing by infinity: nothing is ever projected on a zero gradient.
+    # The squared norm of a zero gradient is set to infinity: its ratios are then 0, which is no
+    # conflict, and not 0 / 0.
     tiny = torch.finfo(gramian.dtype).tiny
     squared_norms = F.threshold(gramian.diagonal(), tiny, torch.inf)
     ratios = gramian / squared_norms[:, None]
-    # v_i . g_j / ||g_j||^2 for every j that i visits, updated as v_i changes. On a GPU the time is
-    # that of kernel launches, so there are few of them.
+    # dots[i, m] = v_i . g_j / ||g_j||^2 for j = orders[i, m], updated as v_i changes. On a GPU the
+    # launches of kernels take the time, so one launch projects all tasks.
     dots = ratios.mT.gather(1, orders)
     if orders.shape[1] >= len(gramian):  # a row may have its own task
         own = torch.arange(len(gramian), device=orders.device)[:, None]
         dots = dots.masked_fill(orders == own, torch.inf)
-    between = ratios[orders[:, :, None], orders[:, None]].tril_(-1)  # of later ones and each
+    # between[i, a, b] = g_a . g_b / ||g_a||^2 for the a-th and b-th task that i visits, if a comes
+    # after b. Projecting v_i on the b-th changes dots[i, a] by -min(dots[i, b], 0) times this. It
+    # is 0 for a <= b: an entry of `dots` that was projected already does not change.
+    between = ratios[orders[:, :, None], orders[:, None]].tril_(-1)
     for m, later in enumerate(between.unbind(2)[:-1]):
         dots.addcmul_(dots.narrow(1, m, 1).clamp_(max=0), later, value=-1)
+    # C = I - projections, and the sum of the projected gradients takes the sums of its columns.
     projections = torch.zeros_like(gramian).scatter_(1, orders, dots.clamp_(max=0))
     return 1 - projections.sum(0)
 
 
 class PCGrad(GradientBalancer):
-    """PCGrad: projects the gradient of each task on those that conflict with it, in random order.
+    """PCGrad: removes from each task's gradient what conflicts with other tasks, in random order.
 
     The weights are 1/k times those of `pcgrad_weights`. The orders come from the balancer's own
-    generator on the CPU, which is the same on all ranks; its state is part of the `state_dict`.
+    generator on the CPU. All ranks seed it alike and so draw the same orders; its state is part of
+    the `state_dict`.
 
     Args:
         num_tasks: Number of tasks `k`.
@@ -94,6 +99,7 @@ class PCGrad(GradientBalancer):
         """A random order of the k - 1 others for each task, `[k, k-1]`, on the CPU."""
         k = self.num_tasks
         orders = torch.rand(k, k - 1, generator=self._generator).argsort(1)
+        # Numbers from i on move up by 1, which leaves out task i itself.
         return orders + (orders >= torch.arange(k)[:, None])
 
     def solve(self, gramian: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
@@ -102,7 +108,7 @@ class PCGrad(GradientBalancer):
         return pcgrad_weights(gramian, orders) / self.num_tasks
 
     def get_extra_state(self) -> Tensor:
-        """State of the generator; there is no count, as weights are refreshed in every step."""
+        """State of the generator. Weights are refreshed in every step, so no count is kept."""
         return self._generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:

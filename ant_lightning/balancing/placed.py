@@ -1,4 +1,4 @@
-"""Task gradients for ranks that have samples of few tasks: only existing rows are sent."""
+"""Task gradients for ranks that have samples of few tasks: only the rows of these are sent."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ __all__ = ["PlacedTaskGradients"]
 class PlacedTaskGradients(DenseTaskGradients):
     """A row for each task with samples on this rank, and this rank's shard of every row.
 
-    When all rows are made, one all-to-all moves shard j of each to rank j, which adds up those of
-    the same task; Gramian and combination go on as in `DenseTaskGradients`. A rank with `m` tasks
-    sends `(N - 1) / N (m + 1) p` numbers in all, against `(N - 1) / N 2 p` for a ring all-reduce of
-    one gradient: as much with one task, 1.5 times with two. If the batch of all ranks is sorted by
-    task and cut into equal slices, `N >= k` ranks have at most two tasks each. It holds `m` rows
-    twice and receives as many numbers as all ranks' rows have in one shard.
+    When all rows are made, one all-to-all moves shard j of each row to rank j, which adds up the
+    shards of the same task. Gramian and combination are those of `DenseTaskGradients`. With `N`
+    ranks, a rank with `m` tasks sends `(N - 1) / N (m + 1) p` numbers in total. A ring all-reduce
+    of one gradient sends `(N - 1) / N 2 p`: as much as one task, and two tasks send 1.5 times that.
+    If the batch of all ranks is sorted by task and cut into equal slices, `N >= k` ranks have at
+    most two tasks each.
 
-    Any distribution of samples is right; with every task on every rank it sends as many bytes as
-    `DenseTaskGradients`, but cannot overlap them with the computation.
+    During the exchange a rank holds its `m` rows twice, and one shard of every rank's rows.
+
+    The result is correct for any distribution of samples. With every task on every rank this class
+    sends as many bytes as `DenseTaskGradients`, but cannot overlap them with the computation.
 
     Args:
         num_tasks: `k`.
@@ -42,13 +44,13 @@ class PlacedTaskGradients(DenseTaskGradients):
         self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
     ) -> None:
         super().__init__(num_tasks, parameters, reduction=reduction, num_full=1)
-        self._slots: dict[int, int] = {}
+        self._slots: dict[int, int] = {}  # place in `_full` of the row of each task
         self._exchanged = True
 
     def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
         """Set this rank's part of row `task`; nothing is kept without samples of that task."""
         self._hold(self.parameters)
-        if self._exchanged:
+        if self._exchanged:  # the first row of a new step
             self._slots.clear()
             self._exchanged = False
         first = next(gradients, None)
@@ -59,7 +61,7 @@ class PlacedTaskGradients(DenseTaskGradients):
         self._accumulate(slot, chain([first], gradients))
 
     def _spread(self, tasks: Sequence[int]) -> None:
-        """Do nothing: rows are exchanged together, in `_finish`."""
+        """Note the places of the rows; `_finish` exchanges all of them together."""
         self._slots = {task: slot for slot, task in enumerate(tasks)}
         self._exchanged = False
 
@@ -69,11 +71,12 @@ class PlacedTaskGradients(DenseTaskGradients):
             return
         self._exchanged = True
         ranks, length = self.reduction.world_size, self._shards.shape[1]
+        # Which rank has rows of which tasks: an all-to-all must know how many rows it will receive.
         held = torch.zeros(ranks, self.num_tasks, device=self._full.device)
         held[self.reduction.rank, list(self._slots)] = 1
         on_host = self.reduction.all_reduce_(held).cpu()
         tasks_of = [row.nonzero().flatten().tolist() for row in on_host]
-        # Every rank sends its rows in the order of their tasks, one shard to each rank.
+        # Every rank sends its rows in ascending order of their tasks, one shard to each rank.
         mine = [self._slots[task] for task in tasks_of[self.reduction.rank]]
         sent = self._full[mine].view(len(mine), ranks, length).transpose(0, 1).reshape(-1, length)
         received = sent.new_empty(sum(map(len, tasks_of)), length)

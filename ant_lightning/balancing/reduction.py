@@ -15,30 +15,33 @@ __all__ = ["GroupReduction", "Reduction", "default_reduction"]
 
 
 def _nothing() -> None:
-    """Wait for nothing, as on one process."""
+    """Return at once: there is nothing to wait for."""
 
 
 class Reduction:
     """Sums over ranks; this base class is the case of one process.
 
-    A vector of `p` numbers is cut into `world_size` equal shards (`p` padded up), of which each
-    rank keeps one: `reduce_scatter` then moves half the bytes of an all-reduce, and dot products
-    and linear combinations need only the shard.
+    A vector of `p` numbers is padded and cut into `world_size` equal shards, of which each rank
+    keeps one. `reduce_scatter` moves half the bytes of an all-reduce, and is enough: ranks make dot
+    products and linear combinations of their shards alone.
     """
 
     world_size: int = 1
     rank: int = 0
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """Replace `tensor` by its sum over ranks; returns it."""
+        """Replace `tensor` by its sum over ranks, in place, and return it."""
         return tensor
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> Callable[[], None]:
-        """Start to write this rank's shard of the sum of `full`; call the result to wait for it.
+        """Start to write this rank's shard of the sum of `full` over ranks into `shard`.
 
         Args:
-            shard: `[p / world_size]`, written. On one process it is `full` itself.
-            full: `[p]`, must not change before the wait.
+            shard: `[p / world_size]`, the output. On one process it may be `full` itself.
+            full: `[p]`; it must not change before the wait.
+
+        Returns:
+            A function that waits until `shard` is written.
         """
         if shard.data_ptr() != full.data_ptr():
             shard.copy_(full)
@@ -50,12 +53,13 @@ class Reduction:
             full.copy_(shard)
 
     def all_to_all(self, received: Tensor, sent: Tensor, num_rows: list[int]) -> None:
-        """Send equally many rows to each rank, in order of rank, and receive theirs.
+        """Send the same number of rows to every rank, and receive the rows of every rank.
 
         Args:
-            received: `[sum of num_rows, s]`, written: the rows of rank 0, then those of rank 1, ...
-            sent: `[N num_rows[rank], s]`, the rows for rank 0, then those for rank 1, ...
-            num_rows: How many rows each rank sends to each other.
+            received: `[sum of num_rows, s]`, the output: the rows of rank 0, then those of rank 1
+                and so on.
+            sent: `[N num_rows[rank], s]`: the rows for rank 0, then those for rank 1 and so on.
+            num_rows: Number of rows that each rank sends to each of the `N` ranks, itself included.
         """
         received.copy_(sent)
 
@@ -76,14 +80,14 @@ class GroupReduction(Reduction):
         )
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """Replace `tensor` by its sum over ranks; returns it."""
+        """Replace `tensor` by its sum over ranks, in place, and return it."""
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def reduce_scatter(self, shard: Tensor, full: Tensor) -> Callable[[], None]:
-        """Start to write this rank's shard of the sum of `full`; call the result to wait for it."""
+        """Start to write this rank's shard of the sum of `full` over ranks into `shard`."""
         work = self._reduce_scatter(shard, full, group=self.group, async_op=True)
-        if work is None:
+        if work is None:  # torch returns no handle if this rank is not in the group
             return _nothing
 
         def wait() -> None:
@@ -96,7 +100,7 @@ class GroupReduction(Reduction):
         self._all_gather(full, shard, group=self.group)
 
     def all_to_all(self, received: Tensor, sent: Tensor, num_rows: list[int]) -> None:
-        """Send equally many rows to each rank, in order of rank, and receive theirs."""
+        """Send the same number of rows to every rank, and receive the rows of every rank."""
         outgoing = [num_rows[self.rank]] * self.world_size
         dist.all_to_all_single(received, sent, num_rows, outgoing, group=self.group)
 

@@ -16,7 +16,7 @@ __all__ = ["from_full", "from_local", "full_tensor", "is_sharded", "local_part"]
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether one of them is a `DTensor`."""
+    """Whether at least one tensor is a `DTensor`."""
     if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - absent without distributed
@@ -46,6 +46,8 @@ def from_local(local: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor  # noqa: PLC0415
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    # Shape and stride are given because the parts may have different sizes: by default, torch
+    # multiplies the local size by the number of ranks. `run_check` would communicate.
     return DTensor.from_local(
         local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -58,4 +60,5 @@ def from_full(full: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    # `src_data_rank=None`: each rank cuts its own copy, without a broadcast from rank 0.
     return distribute_tensor(full, mesh, placements, src_data_rank=None)

@@ -1,8 +1,8 @@
 """Gradients of a network's parameters for groups of samples, from one backward pass.
 
-A layer's gradient is a sum over samples of products of its inputs and its output gradients. `Taps`
-records both for each layer, so that they can be summed over the samples of each group: the
-arithmetic of an ordinary backward pass, in as many calls.
+The gradient of a layer's weight is a sum over samples of products of the layer's input and its
+output gradient. `Taps` hands both to a receiver, which sums the products over the samples of each
+group. The arithmetic is that of an ordinary backward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Layer", "Taps"]
 
-_TOKEN = (0, 1, 2, 3, 4, 5, 6)  # a shape that no tensor of a network has
+# Shape of the token: one that no tensor of a network has. It has no elements and costs nothing.
+_TOKEN = (0, 1, 2, 3, 4, 5, 6)
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,15 @@ class Layer:
     Attributes:
         weight: Its weight.
         bias: Its bias, if it has one that is trained.
-        weight_gradients: `(inputs, grad, groups, out) -> [m, ...]`, one gradient of the weight for
-            each group; `out [m, ...]` may be written to.
-        sum_dims: Dimensions of the output that the bias is broadcast along, but for the first.
-        channel_dim: Dimension of the output whose slices give slices of the weight's gradient.
-        factors: `(inputs, grad) -> (left [b, n, o], right [b, n, i])`, whose products
-            `left[s]^T right[s]` add up to the gradient of the weight as a matrix.
+        weight_gradients: `(inputs, grad, groups, out) -> [m, ...]`, the gradient of the weight for
+            each of the `m` groups; it may be written to `out [m, ...]`.
+        sum_dims: Dimensions of the output, besides the first, along which the bias is broadcast;
+            its gradient is summed over them.
+        channel_dim: Dimension of the output whose slices give slices of the weight's gradient;
+            `None` if there is none.
+        factors: `(inputs, grad) -> (left [b, n, o], right [b, n, i])`; the products
+            `left[s]^T right[s]` add up to the gradient of the weight as a matrix. `None` for a
+            layer without factors.
         factor_sizes: `n`, `o` and `i`.
     """
 
@@ -65,18 +69,19 @@ class Layer:
 class Taps:
     """Runs a network and hands the inputs and output gradients of its layers to `receive`.
 
-    Inside `with taps:` linear, convolution, embedding, layer-norm and group-norm layers treat
-    their parameters as constants, and a backward pass to `token` calls
-    `receive(layer, inputs, grad)` for each layer. A parameter that is used in any other way gets an
-    ordinary gradient. Inside, parameters have a subclass that sees these uses; calls without
-    parameters are not affected.
+    Inside `with taps:`, linear, convolution, embedding, layer-norm and group-norm layers treat
+    their parameters as constants. A backward pass to `token` then calls
+    `receive(layer, inputs, grad)` for each of these layers. A parameter that is used in any other
+    way gets an ordinary gradient. To detect all uses, the parameters have a subclass inside
+    `with taps:`. Calls of torch without a parameter cost nothing extra, which a
+    `TorchFunctionMode` would make slower.
 
     Args:
         parameters: Parameters to record.
         num_samples: Size of the first dimension of every layer's input.
 
     Raises:
-        UnsupportedError: If a parameter is of a subclass already.
+        UnsupportedError: If a parameter has a subclass already.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], num_samples: int) -> None:
@@ -85,6 +90,8 @@ class Taps:
                 raise UnsupportedError(
                     f"engine: one pass needs parameters of the class Parameter, found {type(p)}"
                 )
+        # An input of every tap that needs a gradient. Without it autograd would skip the first
+        # layers, whose inputs and (constant) parameters need none.
         self.token = torch.zeros(_TOKEN, requires_grad=True, device=parameters[0].device)
         self.layers: list[Layer] = []
         self.num_uses: Counter[int] = Counter()
@@ -95,6 +102,7 @@ class Taps:
 
     def __enter__(self) -> None:
         self._classes = {key: type(p) for key, p in self._known.items()}
+        # The class of the same object is changed: modules and the optimizer keep their references.
         for p in self._known.values():
             p.__class__, p.taps = _Watched, self  # type: ignore[attr-defined]
 
@@ -102,18 +110,22 @@ class Taps:
         for key, p in self._known.items():
             del p.taps  # type: ignore[attr-defined]
             p.__class__ = self._classes[key]
-        for view in self._views:  # a network may keep them
+        for view in self._views:  # the network may keep views, for instance in an attribute
             del view.taps  # type: ignore[attr-defined]
             view.__class__ = Tensor
         self._views.clear()
 
     def watch(self, view: Tensor) -> None:
-        """Watch the uses of a view of a parameter, until the end."""
+        """Watch the uses of a view of a parameter, until `with taps:` ends."""
         view.taps, view.__class__ = self, _WatchedView  # type: ignore[attr-defined]
         self._views.append(view)
 
     def parameter(self, value: Tensor | None) -> nn.Parameter | None:
-        """The recorded parameter that `value` is, or is a view of."""
+        """The recorded parameter that `value` is, or is a view of; `None` if there is none.
+
+        Only a view of all elements in the same order counts, such as a flattened convolution
+        weight: its gradient is that of the parameter in another shape.
+        """
         if value is None:
             return None
         found = self._known.get(id(value))
@@ -128,19 +140,23 @@ class Taps:
     def wanted(
         self, weight: Tensor | None, inputs: Tensor, ndim: int | None = None
     ) -> nn.Parameter | None:
-        """The recorded parameter behind the weight of a layer whose input is the batch."""
+        """The recorded parameter behind the weight of a layer, if the layer can be tapped.
+
+        `None` if not: under `no_grad`, or if the input does not have the batch as its first
+        dimension. The layer then runs as usual, and its parameter gets an ordinary gradient.
+        """
         given_batch = inputs.ndim >= 1 and inputs.shape[0] == self.num_samples
         if not given_batch or ndim not in {None, inputs.ndim} or not torch.is_grad_enabled():
             return None
         return self.parameter(weight)
 
     def tap(self, output: Tensor, inputs: Tensor, layer: Layer) -> Tensor:
-        """`output`, such that its gradient is handed to `receive` together with `inputs`."""
+        """Tap `output`: in the backward pass its gradient and `inputs` go to `receive`."""
         self.layers.append(layer)
         for p in layer.parameters:
             self.num_uses[id(p)] += 1
         if output._base is not None:
-            output = output.clone()  # a view may not be marked as changed in place
+            output = output.clone()  # not every view may be marked as changed in place
         tapped: Tensor = _Tap.apply(output, self.token, inputs.detach(), self, layer)
         return tapped
 
@@ -163,12 +179,14 @@ class _Watched(nn.Parameter):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
+        # Disabled inside: the calls of torch below would otherwise come back here.
         with torch._C.DisableTorchFunctionSubclass():
             if func in _RULES:
                 for each in (*args, *kwargs.values()):
                     if isinstance(each, (_Watched, _WatchedView)):
                         return _RULES[func](each.taps, *args, **kwargs)
             output = func(*args, **kwargs)
+            # A view of a parameter is a plain tensor; its uses are uses of the parameter.
             if isinstance(output, Tensor) and isinstance(output._base, _Watched):
                 output._base.taps.watch(output)
             return output
@@ -193,10 +211,11 @@ class _Tap(torch.autograd.Function):
         taps: Taps,
         layer: Layer,
     ) -> Tensor:
-        # Marked as changed in place, so that the network may change the output in place.
+        # Returning an input unchanged makes autograd hand out a view, which the network could not
+        # change in place (`ReLU(inplace=True)`). Marked as changed in place, it is no view.
         ctx.mark_dirty(output)
-        # The token is saved for its shape: a layer recomputed without taps saves another tensor in
-        # its place, which gradient checkpointing detects and refuses.
+        # The token is saved for its shape. Gradient checkpointing recomputes a layer without taps
+        # and finds another tensor in its place. The shapes differ, so checkpointing raises.
         ctx.save_for_backward(inputs, token)
         ctx.taps, ctx.layer = taps, layer
         return output
@@ -207,22 +226,24 @@ class _Tap(torch.autograd.Function):
         grad: Tensor,
     ) -> tuple[Tensor | None, ...]:
         inputs, _ = ctx.saved_tensors
-        # A linear layer ran on rows, `[b n, c]`, of the input `[b, ..., c]`.
+        # A linear layer flattens its input `[b, ..., c]` to rows `[b n, c]`; see `_linear`.
         by_sample = grad.view(len(inputs), -1, grad.shape[-1]) if inputs.ndim > grad.ndim else grad
         ctx.taps.receive(ctx.layer, inputs, by_sample)
         return grad, None, None, None, None
 
 
 def _constant(value: Tensor | None) -> Tensor | None:
+    """`value` without its graph, if there is one."""
     return None if value is None else value.detach()
 
 
 def _cast(value: Tensor, *, to_norm: bool = False) -> Tensor:
-    """Cast a layer's input as autocast would: layer and tap then share one copy."""
+    """Cast a layer's input as autocast would, so that the layer and its tap share one copy."""
     device = value.device.type
     converts = value.is_floating_point() and value.dtype != torch.float64
     if not converts or not torch.is_autocast_enabled(device):
         return value
+    # CUDA's autocast runs norms in float32; the CPU's leaves their input as it is.
     if to_norm:
         return value if device == "cpu" else value.float()
     return value.to(torch.get_autocast_dtype(device))
@@ -238,7 +259,7 @@ def _linear(taps: Taps, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         return groups.products(_tokens(grad), _tokens(x), out=view)
 
     input = _cast(input)
-    # On rows: with more dimensions the output is a view, which cannot be tapped without a copy.
+    # On rows `[b n, c]`: with more dimensions the output is a view, which `tap` would have to copy.
     output = F.linear(input.flatten(0, -2), weight.detach(), _constant(bias))
     middle = (1,) if input.ndim > 2 else ()
     layer = Layer(
@@ -275,13 +296,14 @@ def _convolution(ndim: int) -> Callable[..., Tensor]:
     ) -> Tensor:
         settings = (stride, padding, dilation, groups)
         known = taps.wanted(weight, input, ndim + 2)
+        # `torch.nn.grad` takes no padding by name, such as "same".
         if known is None or isinstance(padding, str):
             return convolve(input, weight, bias, *settings)
 
         def weight_gradients(x: Tensor, grad: Tensor, split: Groups, out: Tensor | None) -> Tensor:
             shape = [grad.shape[1], *weight.shape[1:]]
             block = grad.new_empty(len(split), *shape) if out is None else out
-            missing = set(range(len(split)))
+            missing = set(range(len(split)))  # groups whose block is not written yet
             for group, piece in split.pieces():
                 part = gradient(x[piece], shape, grad[piece], *settings)
                 if group in missing:
@@ -296,10 +318,12 @@ def _convolution(ndim: int) -> Callable[..., Tensor]:
         input = _cast(input)
         output = convolve(input, weight.detach(), _constant(bias), *settings)
         space = tuple(range(2, ndim + 2))
+        # With several groups of channels, a slice of the outputs does not see all the inputs.
         channel_dim = 1 if groups == 1 else None
         layer = Layer(known, taps.parameter(bias), weight_gradients, space, channel_dim)
         if ndim == 2 and groups == 1:
             sizes = (tuple(weight.shape[2:]), dilation, padding, stride)
+            # As a product of matrices: one position for each place that the kernel is applied at.
             layer = replace(
                 layer,
                 factors=lambda x, grad: (grad.flatten(2).mT, F.unfold(x, *sizes).mT),
@@ -329,6 +353,7 @@ def _embedding(
     num_rows = len(weight)
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
+        # One table of all groups' gradients: row i of group g is row `g num_rows + i` of the table.
         width = grad.shape[-1]
         first = num_rows * groups.of_samples(x.device)
         rows = x + first.view(-1, *[1] * (x.ndim - 1))
@@ -354,6 +379,7 @@ def _layer_norm(
     middle = tuple(range(1, input.ndim - len(normalized_shape)))
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
+        # y = weight * normalised + bias. The normalised input is computed again, not kept.
         products = grad * F.layer_norm(x.to(grad.dtype), normalized_shape, eps=eps)
         return groups.sums(products, middle, out=out)
 
@@ -374,7 +400,8 @@ def _group_norm(
     if known is None:
         return F.group_norm(input, num_groups, weight, bias, eps)
     batch, channels, positions = len(input), input.shape[1], input.shape[2:].numel()
-    # In the memory layout that the layer keeps, to which its means and deviations belong.
+    # Contiguous like the layer's own copy: the kernels below read `x`, `mean` and `rstd` in this
+    # layout.
     input = _cast(input, to_norm=True).contiguous()
     scale, shift = (None if v is None else _cast(v.detach(), to_norm=True) for v in (weight, bias))
     output, mean, rstd = torch.native_group_norm(
@@ -383,7 +410,8 @@ def _group_norm(
     mean, rstd = mean.detach(), rstd.detach()
 
     def weight_gradients(x: Tensor, grad: Tensor, groups: Groups, out: Tensor | None) -> Tensor:
-        # The kernel sees the channels of all samples as channels of one sample.
+        # The kernel sums the weight's gradient over samples. To keep the samples apart, it is told
+        # of one sample that has the channels of all.
         every = (1, batch * channels)
         _, of_samples, _ = torch.ops.aten.native_group_norm_backward(
             grad.reshape(*every, positions),
@@ -402,6 +430,7 @@ def _group_norm(
     return taps.tap(output, input, Layer(known, taps.parameter(bias), weight_gradients, space))
 
 
+# A watched parameter in any other function gets an ordinary gradient, which `TappedLosses` refuses.
 _RULES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.linear: _linear,
     F.conv1d: _convolution(1),

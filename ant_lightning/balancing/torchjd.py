@@ -67,7 +67,7 @@ class TorchJDBalancer(GradientBalancer):
         self._num_refreshes = 0
         _check(weighting)
         name = type(weighting).__name__
-        # On a copy: the state of the weighting must not start with this made-up Gramian.
+        # On a copy: the weighting may have buffers, which this made-up Gramian must not change.
         probe = copy.deepcopy(weighting)
         try:
             weights = self._call(probe, torch.eye(num_tasks, dtype=torch.float64))
@@ -79,7 +79,7 @@ class TorchJDBalancer(GradientBalancer):
             )
 
     def solve(self, gramian: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
-        """The weighting's weights; the last ones if it fails."""
+        """The weights of the weighting; the last weights if it fails."""
         self._num_refreshes += 1
         try:
             weights = self._call(self.weighting, gramian.cpu())
@@ -91,6 +91,8 @@ class TorchJDBalancer(GradientBalancer):
 
     def _call(self, weighting: nn.Module, gramian: Tensor) -> Tensor:
         """The weights, `[k]` float64 on the host, whatever the state of the global generator."""
+        # TorchJD draws from the global generator, which differs between ranks. A key made of the
+        # number of the refresh needs no state; a large factor keeps neighbouring seeds apart.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed + 1_000_003 * self._num_refreshes)
             weights: Tensor = weighting(gramian)
@@ -108,7 +110,7 @@ class TorchJDBalancer(GradientBalancer):
         return self.kept_weights.to(gramian)
 
     def get_extra_state(self) -> Tensor:
-        """Steps made with the kept weights, failures and refreshes."""
+        """Numbers of steps made with the kept weights, of failures and of refreshes."""
         counts = torch.tensor([self.num_failures, self._num_refreshes])
         return torch.cat([super().get_extra_state(), counts])
 
@@ -133,13 +135,15 @@ def _check(weighting: nn.Module) -> None:
             f"weighting: must be a weighting of torchjd.aggregation, such as UPGradWeighting, "
             f"found {name}"
         )
-    # What it takes is said by the annotation of its only argument; Mean and Sum take any tensor.
+    # The annotation of the only argument says what a weighting takes: `Matrix` for the task
+    # gradients, another type for the Gramian. Mean and Sum take any tensor.
     hints = typing.get_type_hints(type(weighting).forward)
     if any(hint is Matrix for argument, hint in hints.items() if argument != "return"):
         raise ConfigError(
             f"weighting: must be made from the Gramian alone; {name} needs the whole matrix of "
             "task gradients"
         )
+    # TorchJD gives a `reset` to weightings that depend on past steps.
     if hasattr(weighting, "reset"):
         raise ConfigError(
             f"weighting: {name} remembers past steps where no checkpoint can save it; use one "

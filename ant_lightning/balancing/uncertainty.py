@@ -20,10 +20,10 @@ __all__ = ["UncertaintyWeighting"]
 class UncertaintyWeighting(LossBalancer):
     """A learned log-variance for each task: `objective = sum_i 1/2 (exp(-s_i) L_i / k + s_i)`.
 
-    For a fixed loss the optimum is `exp(s_i) = L_i / k`, where the weight `exp(-s_i) / (2 k)` of
-    the task is `1 / (2 L_i)`. Without a bound this weight diverges as the loss goes to 0. With
-    `min_loss = m` the log-variances are fitted to `max(L_i, m)`, so they settle at `log(m / k)` or
-    above, and the weights use `max(s_i, log(m / k))`: no weight exceeds `1 / (2 m)`.
+    For a fixed loss the optimum is `exp(s_i) = L_i / k`. There the weight `exp(-s_i) / (2 k)` of
+    the task is `1 / (2 L_i)`, which diverges as the loss goes to 0. With `min_loss = m` the
+    log-variances are fitted to `max(L_i, m)`, so they settle at `log(m / k)` or above. The weights
+    use `max(s_i, log(m / k))`, so no weight exceeds `1 / (2 m)`.
 
     `log_vars` starts at 0 and stays in float32. It belongs in a parameter group of its own,
     without weight decay and outside gradient clipping and EMA.
@@ -65,7 +65,8 @@ class UncertaintyWeighting(LossBalancer):
         log_vars = self.log_vars.to(losses.device)
         fitted = losses.detach().clamp(min=self.min_loss)
         own = (-log_vars).exp() * fitted / (2 * self.num_tasks)
-        # The value of `own` is taken off again: it is there for the gradient of s alone.
+        # `own - own.detach()` is 0: it only gives `log_vars` its gradient. `loss_weights` is
+        # detached and bounded, and gives the losses theirs.
         weights = self.loss_weights().to(losses)
         return (weights * losses + log_vars / 2 + (own - own.detach())).sum()
 
@@ -75,13 +76,14 @@ class UncertaintyWeighting(LossBalancer):
     ) -> tuple[Float[Tensor, ""], list[Tensor]]:
         """The objective and `d objective / d s_i = 1/2 (1 - exp(-s_i) max(L_i, m) / k)`.
 
-        The closed form needs fewer kernel launches than autograd, which are what it costs on a
-        GPU. A subclass with a `forward` of its own uses autograd.
+        On a GPU the cost is that of kernel launches, and the closed form needs fewer of them than
+        autograd. A subclass with a `forward` of its own uses autograd.
         """
         if type(self).forward is not UncertaintyWeighting.forward:
             return super().differentiate(task_losses)
         objective = torch.add(self.loss_weights() * task_losses, self.log_vars, alpha=0.5).sum()
         fitted = (-self.log_vars).exp() * task_losses.clamp(min=self.min_loss)
+        # rsub(x, 1/2, alpha=a) = 1/2 - a x, in one kernel.
         slope = torch.rsub(fitted, 0.5, alpha=1 / (2 * self.num_tasks))
         return objective, [slope] if self.log_vars.requires_grad else []
 

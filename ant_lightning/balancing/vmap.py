@@ -33,16 +33,16 @@ _NO_RULE = (
 class Vmap(Engine):
     """One pass over all tasks with `torch.vmap`, on parameters that are expanded but not copied.
 
-    It works for any network that `vmap` can run, also if layers mix the samples of a task. Smaller
-    tasks are padded with repeated samples of weight 0, which cost as much as others. For a moment
-    the gradients of all tasks exist twice: `2 k p` numbers. Gradient checkpointing and
-    `torch.compile` are not supported.
+    It works for any network that `vmap` can run, including layers that mix the samples of a task.
+    Smaller tasks are padded with repeated samples of weight 0, which cost as much as the others.
+    While the gradients are copied into the rows they exist twice: `2 k p` numbers. Gradient
+    checkpointing and `torch.compile` are not supported.
     """
 
     def task_gradients(
         self, batch: TaskBatch, rows: DenseTaskGradients | None = None
     ) -> DenseTaskGradients:
-        """All rows together.
+        """Gradients of all tasks, from one pass.
 
         Raises:
             UnsupportedError: If vmap cannot reach a use of a parameter, or cannot run a layer.
@@ -51,17 +51,20 @@ class Vmap(Engine):
         check_whole(batch, "Vmap")
         present = batch.present
         picks, weights = _padded(batch, present)
+        # `[m, *shape]` without a copy: all tasks read the same memory, but as a leaf each has a
+        # gradient of its own.
         leaves = [p.detach().expand(len(present), *p.shape).requires_grad_() for p in batch.shared]
 
         def losses_of_task(values: list[Tensor], of_task: Tensor) -> Tensor:
             with _Replaced(batch.shared, values):
                 return batch.evaluate(of_task)
 
-        # Fused attention has no batching rule on CPUs, and on GPUs refuses vmap's tensors.
+        # Fused attention has no batching rule on CPUs, and refuses vmap's tensors on GPUs.
         try:
             with sdpa_kernel(SDPBackend.MATH):
                 values = torch.vmap(losses_of_task, randomness="different")(leaves, picks)
             loss = (values * weights.to(values.dtype)).sum() * batch.loss_scale
+            # A gradient of a parameter itself means a use that `_Replaced` did not see.
             inputs = [*leaves, *batch.shared]
             grads = torch.autograd.grad(loss, inputs, allow_unused=True)
         except RuntimeError as error:
@@ -79,6 +82,7 @@ class Vmap(Engine):
         gradients = rows or new_rows(batch)
 
         def fill(blocks: list[Tensor]) -> None:
+            # Not strict: the gradients of `batch.shared` follow, which are all `None`.
             for block, grad in zip(blocks, grads, strict=False):
                 block.zero_() if grad is None else block.copy_(grad)
             if batch.is_scaled:
@@ -113,7 +117,10 @@ class _Replaced(TorchFunctionMode):
 
 
 def _attention(*args: Any, **settings: Any) -> Tensor:
-    """Attention in autocast's dtype, with a softmax that is not cast again."""
+    """Attention with inputs in autocast's dtype, and autocast off inside.
+
+    Autocast would otherwise cast the softmax in the middle of `SDPBackend.MATH` again.
+    """
     query: Tensor = args[0] if args else settings["query"]
     device = query.device.type
     cast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -129,16 +136,17 @@ def _attention(*args: Any, **settings: Any) -> Tensor:
 
 
 def note(sink: Tensor, rows: Tensor, values: Tensor) -> None:
-    """`sink[rows] = values`, detached; also from within `Vmap`, where `rows` are of all tasks."""
+    """Write `sink[rows] = values`, detached; this also works in `losses` that `Vmap` calls."""
     _Note.apply(values.detach(), rows, sink)
 
 
 class _Note(torch.autograd.Function):
-    """A write that `torch.vmap` may not make itself, as `sink` is the same for all tasks."""
+    """A write into a tensor that all tasks share, which `torch.vmap` refuses to do itself."""
 
     @staticmethod
     def forward(values: Tensor, rows: Tensor, sink: Tensor) -> Tensor:
         sink[rows] = values.to(sink)
+        # A Function must return a tensor; nothing reads this one.
         return torch.zeros(())
 
     @staticmethod
@@ -153,19 +161,24 @@ class _Note(torch.autograd.Function):
         rows: Tensor,
         sink: Tensor,
     ) -> tuple[Tensor, None]:
+        # Outside vmap's level: `values` and `rows` are of all tasks, and one write serves them all.
         return _Note.apply(
             values.movedim(in_dims[0] or 0, 0), rows.movedim(in_dims[1] or 0, 0), sink
         ), None
 
 
 def _padded(batch: TaskBatch, present: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Rows of each task, padded to one length, and their weights in the mean, `[m, n]` each."""
+    """Rows of each task, padded to one length, and the weights of their losses, `[m, n]` each.
+
+    The weight is 1 over the number of samples of the task on all ranks, and 0 for padding.
+    """
     device = batch.order.device
     spans = [(batch.starts[task], batch.starts[task + 1]) for task in present]
     longest = max(stop - start for start, stop in spans)
     offsets = torch.arange(longest)
     starts = torch.tensor([start for start, _ in spans])
     sizes = torch.tensor([stop - start for start, stop in spans])
+    # Padding repeats the last sample of the task.
     positions = starts[:, None] + offsets.minimum(sizes[:, None] - 1)
     picks = batch.order[positions.to(device)]
     real = (offsets < sizes[:, None]).to(batch.tasks.device)
