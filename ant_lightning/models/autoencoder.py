@@ -97,6 +97,7 @@ class AutoencoderModule(BaseModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        # With one resolution the latents have the size of the images, which `FirstStage` refuses.
         if len(widths) < 2:
             raise ConfigError(f"widths: must be at least two resolutions, found {list(widths)}")
         if any(width < 1 or width % norm_num_groups for width in widths):
@@ -246,6 +247,7 @@ class AutoencoderModule(BaseModule):
         ema = next((c for c in trainer.callbacks if isinstance(c, _Averages)), None)
         with nullcontext() if ema is None else ema.averaged(self):
             scale, shift = self.latent_scale(data.held_out_images.load, len(data.held_out_images))
+            # The scale as well: it is infinite if all latents are equal.
             numbers = {**self.backbone.state_dict(), "its scale": torch.tensor([scale, shift])}
             if bad := not_finite(numbers):
                 raise NonFiniteError(

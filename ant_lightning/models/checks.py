@@ -89,6 +89,7 @@ def check_trainer(
     if data is None:
         return
     batch_size = data.batch_size  # of all ranks together
+    # Otherwise every step would lack the gradient of some task.
     if isinstance(balancer, GradientBalancer) and batch_size < balancer.num_tasks:
         raise ConfigError(
             f"data.batch_size: must be at least the {balancer.num_tasks} tasks of a gradient "

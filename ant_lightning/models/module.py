@@ -139,11 +139,11 @@ class MultiTaskDiffusion(DiffusionModule):
             first_stage=first_stage,
             seed=seed,
         )
-        self.automatic_optimization = False
+        self.automatic_optimization = False  # `multitask_backward` replaces `loss.backward()`
         self.tasks = tasks
         self.balancer = tasks.balancer
         specialist = timesteps.interval is not None
-        # Without a balancer, as DDPM trains; with one, every batch has samples of each task.
+        # Vanilla training draws timesteps as DDPM does; for a balancer each task has its share.
         by_default = "uniform" if tasks.balancer is None or specialist else "stratified"
         method: Any = timesteps.method or by_default
         self.timesteps = replace(timesteps, method=method)
@@ -283,6 +283,7 @@ class MultiTaskDiffusion(DiffusionModule):
             self.balancer,
             num_tasks=self.num_tasks,
             priors=priors,
+            # Rounded up: at most `accumulate_grad_batches` parts.
             micro_batch_size=-(-len(batch.images) // self.optimization.accumulate_grad_batches),
             engine=self._engine,
             gradients=self._gradients,

@@ -122,6 +122,7 @@ class DiTModule(MultiTaskDiffusion):
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
     ) -> None:
+        # 0.1 as in DiT; a network without a null class has nothing to replace labels by.
         if class_dropout is None:
             class_dropout = 0.0 if backbone.null_class is None else 0.1
         super().__init__(

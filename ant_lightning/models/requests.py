@@ -25,6 +25,7 @@ def as_indices(indices: int | Iterable[int] | Tensor) -> list[int]:
     """
     try:
         every = range(indices) if isinstance(indices, int) else indices
+        # Takes Python's, NumPy's and torch's integers; refuses floats, even whole ones.
         found = [operator.index(index) for index in every]
     except TypeError as error:
         raise ConfigError(

@@ -20,7 +20,7 @@ EngineName = Literal["auto", "loop", "one_pass", "vmap", "low_memory"]
 
 
 def adamw(groups: Any) -> Optimizer:  # noqa: ANN401 - parameters, or groups of them
-    """The optimizer of a module that names none: AdamW, learning rate 1e-4, no weight decay."""
+    """The default optimizer: AdamW, learning rate 1e-4, no weight decay, as in the official DiT."""
     return torch.optim.AdamW(groups, lr=1e-4, weight_decay=0.0)
 
 

@@ -21,7 +21,7 @@ __all__ = ["keep_csv_rows"]
 
 def keep_csv_rows(trainer: L.Trainer) -> None:
     """Make each `CSVLogger` append to an existing `metrics.csv`, which Lightning would delete."""
-    # Rank 0 alone writes. The rank is `None` or missing before Lightning has set it.
+    # Other ranks write nothing, and must not touch the file.
     if getattr(rank_zero_only, "rank", None):
         return
     for logger in trainer.loggers:

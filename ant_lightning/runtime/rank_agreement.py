@@ -37,6 +37,7 @@ def check_ranks_agree(
     """
     if not several_ranks():
         return
+    # The backbone is large: sums on its device, then a hash of these. The balancer is hashed whole.
     ours = {
         "weights of the backbone": _digest([_bit_sums(_tensors(backbone))]),
         "state of the balancer": _digest([] if balancer is None else _tensors(balancer)),

@@ -57,7 +57,7 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.model is not None
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         found = dcp.get_optimizer_state_dict(self.model, optimizer, options=options)
-        if not found:
+        if not found:  # on every rank but 0
             return found
         # From names to numbers, which a run of one process or of DDP expects.
         return _renamed(found, {name: i for i, name in enumerate(self._names(optimizer))})
@@ -69,9 +69,11 @@ class ShardedStrategy(ModelParallelStrategy):
         import torch.distributed.checkpoint.state_dict as dcp  # noqa: PLC0415
 
         assert self.model is not None
+        # Mapped: no rank holds a copy of the whole file in memory.
         checkpoint: dict[str, Any] = torch.load(
             checkpoint_path, mmap=True, map_location="cpu", weights_only=weights_only
         )
+        # `full_state_dict`: torch cuts this rank's shards from whole tensors.
         options = dcp.StateDictOptions(full_state_dict=True)
         dcp.set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         states = checkpoint.get("optimizer_states", [])

@@ -85,6 +85,7 @@ class FirstStage(nn.Module):
         settings: Any = autoencoder.config
         self.in_channels = int(settings.in_channels)
         self.latent_channels = int(settings.latent_channels)
+        # A `VQModel` projects to `vq_embed_dim` channels before it quantises.
         if found == "vq":
             self.latent_channels = int(settings.vq_embed_dim or settings.latent_channels)
         self.factor = 2 ** (len(settings.block_out_channels) - 1)
