@@ -114,8 +114,8 @@ class GradientStore:
         Collective: every rank must call it.
         """
         # Timesteps go round the w ranks in turn: if each rank finished its first m, the first
-        # m w of the grid are finished. A rank that finished all of its own reports n, which is
-        # never the minimum that counts. The minimum is minus the maximum of the negatives.
+        # m w of the grid are finished. A rank that finished all of its own reports n, so that it
+        # limits no other. The minimum over ranks is minus the maximum of the negatives.
         kept = [all((t, half) in self.gradients for half in (0, 1)) for t in self.own]
         count = kept.index(False) if False in kept else len(self.timesteps)
         return self.timesteps[: -self.largest(-count) * self.world_size]

@@ -1,4 +1,4 @@
-"""Classes of real images: which has none, and one image of each for a picture."""
+"""Classes of real images: a warning for empty ones, and images of each class for a grid."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ["EmptyClassWarning", "images_by_class", "warn_of_empty_classes"]
 
 
 class EmptyClassWarning(UserWarning):
-    """A class that images are generated of has no real image."""
+    """A class of the model has no real image."""
 
 
 def warn_of_empty_classes(data: ImageDataModule, num_classes: int) -> None:
     """Warn of classes without a training or a held-out image, naming the first eight.
 
-    Images are generated of all classes alike: a class without real images makes FID worse for a
-    reason that is not the model's.
+    All classes are generated equally often, so a class without real images raises FID through no
+    fault of the model.
 
     Args:
-        data: Its images are looked at unless their labels are unknown before loading.
-        num_classes: Of the model; 0 or 1 for none.
+        data: The data module. A data set whose labels are known only after loading is not checked.
+        num_classes: Number of the model's classes; below 2 nothing is checked.
     """
     for kind, dataset, why in (
         ("training", data.train_images, "the model cannot learn what it is asked to draw"),
@@ -54,7 +54,7 @@ def images_by_class(
 ) -> list[int | None]:
     """Positions of images of classes 0, 1, ..., k - 1, 0, 1, ...; `None` for a class without any.
 
-    If labels are only known once images are loaded, the first `10 num_images` are loaded.
+    If labels are known only after loading, the first `10 num_images` images are searched.
     """
     labels: Tensor | None = getattr(dataset, "labels", None)
     if labels is None:

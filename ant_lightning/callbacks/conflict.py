@@ -1,4 +1,4 @@
-"""What the tasks do to each other while they train: losses, weights, gradient cosines."""
+"""`ConflictMonitor`: losses, weights and gradient cosines of the tasks during training."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ConflictMonitor(RunCallback):
     Scalars: `train/task_i/loss` and `/weight` (means since the last log), `/grad_norm`, and
     `train/conflicting_pairs`, the share of pairs of tasks whose gradients have a negative dot
     product. Figures: losses and weights on log axes, and the cosines `[k, k]` of the gradients,
-    averaged since the last figure. For methods that need no Gramian, a probe computes the task
-    gradients of the batch in an extra pass.
+    averaged since the last figure. Methods that need no Gramian do not compute task gradients; for
+    them a probe computes those of the batch in an extra pass.
 
     Args:
         log_every_n_steps: Steps between scalars.
@@ -45,8 +45,8 @@ class ConflictMonitor(RunCallback):
     """
 
     _window: list[tuple[Tensor, Tensor]]  # losses and weights [k] of the steps since the last log
-    _history: list[tuple[int, Tensor, Tensor]]
-    _cosines: list[Tensor]
+    _history: list[tuple[int, Tensor, Tensor]]  # step, mean losses and mean weights of each log
+    _cosines: list[Tensor]  # [k, k] since the last figure
     run_state: ClassVar = {"_window": list, "_history": list, "_cosines": list}
 
     def __init__(self, *, log_every_n_steps: int = 50, probe_every_n_steps: int = 200) -> None:
@@ -79,6 +79,7 @@ class ConflictMonitor(RunCallback):
         if gramian is not None and (probe or log):
             logs |= self._conflict(gramian.detach().cpu())
         if log:
+            # A task without an image in a step has loss NaN.
             columns = (torch.stack(column).nanmean(0) for column in zip(*self._window, strict=True))
             losses, weights = (column.cpu() for column in columns)
             self._window.clear()
@@ -117,11 +118,11 @@ class ConflictMonitor(RunCallback):
             self._cosines.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """What will be drawn: a resumed run continues the curves, and an evaluation draws them."""
+        """The curves: a resumed run continues them, and an evaluation draws them."""
         return {"history": self._curves(), "cosines": list(self._cosines)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the curves of a checkpoint; early ones have a list of rows."""
+        """Load the curves of a checkpoint; older checkpoints have a list of rows."""
         history = state_dict["history"]
         if isinstance(history, dict):
             tensors = history["losses"].unbind(), history["weights"].unbind()
@@ -142,7 +143,7 @@ class ConflictMonitor(RunCallback):
         """Norms and conflicts of a Gramian `[k, k]`; keeps its cosines for the figure."""
         norms = gramian.diagonal().clamp(min=0).sqrt()
         cosines = gramian / norms.outer(norms)
-        self._cosines.append(cosines)  # NaN for a task without a gradient; left out of means
+        self._cosines.append(cosines)  # NaN for a task without a gradient: `nanmean` skips it
         logs = {f"train/task_{i}/grad_norm": norm for i, norm in enumerate(norms.tolist())}
         pairs = torch.triu_indices(len(norms), len(norms), offset=1)
         if pairs.numel():

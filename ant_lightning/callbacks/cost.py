@@ -25,10 +25,11 @@ __all__ = ["StepCost"]
 class StepCost(RunCallback):
     """Writes `step_cost.json` into the log folder when training ends.
 
-    It has `iterations_per_second` (from the mean over steps, because some methods have two kinds
-    of step), `median_step_seconds`, `num_steps` timed and `peak_memory_gb`: the most that PyTorch
-    had allocated on the GPU, or without one the largest resident size of the process, imports
-    included. Data loading and validation do not count. Times are null if no step was timed.
+    The file has `iterations_per_second` (from the mean time of a step, because some methods have
+    two kinds of step), `median_step_seconds`, the number `num_steps` of timed steps, and
+    `peak_memory_gb`. That is the most that PyTorch allocated on the GPU or, without a GPU, the
+    largest resident size of the process, imports included. Data loading and validation do not
+    count. Times are null if no step was timed.
 
     Args:
         skip_steps: First steps that are not timed.
@@ -87,7 +88,7 @@ class StepCost(RunCallback):
 
 
 def _time(trainer: L.Trainer) -> float:
-    """Now, after the GPU has finished its work."""
+    """The time when the GPU has finished its work: kernels run asynchronously."""
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""TensorBoard's pages: charts that belong together side by side, and how to read each."""
+"""`Dashboard`: figures and charts of a run on TensorBoard's pages, and how to read each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Dashboard(RunCallback):
             logger.experiment.add_text("0_how_to_read", _guide(pl_module, content))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the figures on one page; the callbacks that draw them come first in the list."""
+        """Put the figures on one page; callbacks that draw them must come earlier in the list."""
         questions = _content()["pictures"]
         found = {q: self.pictures[tag] for q, tag in questions.items() if tag in self.pictures}
         if trainer.sanity_checking or not trainer.is_global_zero or not found:
@@ -91,6 +91,7 @@ def _guide(pl_module: MultiTaskDiffusion, content: dict[str, Any]) -> str:
     """Markdown with one line for each thing to look at."""
     charts = []
     for group, of_group in content["charts"].items():
+        # A group is called `3 tasks`: TensorBoard sorts groups by name.
         charts.append(f"{group[0]}. **{group[2:]}** (Custom Scalars; figures in Images)")
         charts += [f"    * *{title}*: {sentence}" for title, (sentence, _) in of_group.items()]
     labels = enumerate(task_labels(pl_module.clusters))

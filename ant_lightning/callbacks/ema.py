@@ -31,15 +31,15 @@ class EMA(RunCallback):
     """Keeps `m <- d m + (1 - d) w` of the backbone's weights `w` after every optimizer step.
 
     With warm-up, `d = min(decay, (1 + n) / (10 + n))` at the n-th update, so that the initial
-    weights do not dominate a short run. Validation, test and prediction use the averages; the
-    live weights are restored afterwards, also after an exception, and are what a checkpoint holds.
-    A skipped step does not change the averages. The state is a dict of float32 tensors in the
-    callback's part of the checkpoint, not a second copy of the model in its `state_dict`.
+    weights do not dominate a short run. Validation, test and prediction use the averages. The
+    live weights are restored afterwards, also after an exception, and a checkpoint's `state_dict`
+    holds the live weights. A skipped step does not change the averages. They are a dict of float32
+    tensors in the callback's part of the checkpoint, not a second copy of the model.
 
     The averages belong to the live weights at the end of the last call. If a later call finds other
-    weights (another module, or weights loaded by hand), the averages restart from them. Every
-    parameter that is or was trained has an average: a frozen parameter is still averaged, a thawed
-    one starts at its current value.
+    weights (another module, or weights loaded by hand), the averages restart from those. Every
+    parameter that is or was trained has an average: one that gets frozen is still averaged, one
+    that is thawed starts at its current value.
 
     Args:
         decay: `d`, from 0 (no averaging) up to but not 1.
@@ -59,7 +59,9 @@ class EMA(RunCallback):
     module_type = L.LightningModule  # also an autoencoder
     num_updates: int
     _averages: dict[str, Tensor]
-    _made_of: str | None  # digest of the live weights; None while they change, or were just loaded
+    # Digest of the live weights that the averages belong to; None while these change, or after a
+    # checkpoint set both.
+    _made_of: str | None
     run_state: ClassVar = {"num_updates": int, "_averages": dict, "_made_of": NoneType}
 
     def __init__(self, *, decay: float = 0.9999, warmup: bool = True) -> None:
@@ -72,7 +74,7 @@ class EMA(RunCallback):
         self._last_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Reset nothing yet: that depends on the weights, which a checkpoint may still replace."""
+        """Reset nothing yet: a checkpoint may still replace the weights that decide it."""
 
     # Not earlier: a strategy that shards the model loads the checkpoint after `on_fit_start`.
     def on_train_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
@@ -91,7 +93,7 @@ class EMA(RunCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *args: Any
     ) -> None:
-        """Follow the step, if one was made."""
+        """Update the averages if the optimizer made a step."""
         stepped = trainer.global_step != self._last_step and not pl_module.last_step_skipped
         self._last_step = trainer.global_step
         if not stepped:
@@ -111,7 +113,7 @@ class EMA(RunCallback):
     @contextmanager
     def averaged(self, pl_module: MultiTaskDiffusion) -> Iterator[None]:
         """Inside, the backbone has the averaged weights."""
-        was_swapped = self._live is not None  # by an evaluation loop
+        was_swapped = self._live is not None  # an evaluation loop has the averages in already
         self._swap_in(pl_module)
         try:
             yield
@@ -135,7 +137,7 @@ class EMA(RunCallback):
         self._swap_in(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """Go on training the live weights."""
+        """Restore the live weights."""
         self._swap_out(pl_module)
 
     on_test_start = on_predict_start = on_validation_start
@@ -153,7 +155,7 @@ class EMA(RunCallback):
         self._swap_out(pl_module)
         try:
             self.teardown(trainer, pl_module, "")
-        except RuntimeError:  # the device failed, so its weights cannot be read
+        except RuntimeError:  # the device failed: its weights cannot be read, so drop the averages
             self.reset()
 
     def on_save_checkpoint(
@@ -190,7 +192,7 @@ class EMA(RunCallback):
                     f"ckpt_path: must have EMA weights of this backbone, found others at {name}"
                 )
             weight = weights[name]
-            # Only values change: the dict may be iterated.
+            # Replacing values is safe in this loop: no key is added or removed.
             self._averages[name] = from_full(average.to(weight.device, _dtype(weight)), weight)
 
     def _add_trainable(self, pl_module: MultiTaskDiffusion) -> None:
@@ -213,7 +215,7 @@ class EMA(RunCallback):
 
     def _swap_out(self, pl_module: MultiTaskDiffusion) -> None:
         if self._live is not None:
-            reshard(pl_module.backbone)
+            reshard(pl_module.backbone)  # FSDP2 gathered the averages for the evaluation
             _copy(self._live, self._weights(pl_module))
             self._live = None
 

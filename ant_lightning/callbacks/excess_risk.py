@@ -27,11 +27,11 @@ __all__ = ["ExcessRisk"]
 class ExcessRisk(RunCallback):
     """Measures `E|eps_theta(x_t, t) - E[eps | x_t]|²` of each cluster, per pixel, in validation.
 
-    The risk, the mean squared error of the noise, is the excess risk plus the Bayes risk
-    `E|E[eps | x_t] - eps|²` of the exact denoiser, which no model can go below. So the excess risk
-    is all that training can change, and it is 0 for the exact denoiser. Predictions of x_start or v
-    are converted to eps. Images, timesteps and noise depend on `seed` alone: every model and method
-    is measured on the same ones, so differences between methods have less noise.
+    The risk is the mean squared error of the predicted noise. It is the sum of the excess risk and
+    the Bayes risk `E|E[eps | x_t] - eps|²`, the risk of the exact denoiser, which no model can go
+    below. So training can change the excess risk only, which is 0 for the exact denoiser.
+    Predictions of x_start or v are converted to eps. Images, timesteps and noise depend on `seed`
+    alone: all models are measured on the same ones, which makes their differences less noisy.
 
     Logged as `val/excess_risk` (mean over timesteps) and `val/task_i/excess_risk`; appended to
     `excess_risk.jsonl` in the log folder with risk and Bayes risk, clusters, and the excess risk of
@@ -39,7 +39,8 @@ class ExcessRisk(RunCallback):
 
     Args:
         images_per_timestep: Images of each timestep.
-        clustering: Clusters to report, whatever the model is trained on; 5 of log-SNR by default.
+        clustering: Clusters to report, whatever the model was trained with; by default 5 clusters
+            of log-SNR.
         batch_size: Images in one forward pass.
         seed: Seed of images and noise; does not depend on the seed of the run.
 
@@ -72,7 +73,7 @@ class ExcessRisk(RunCallback):
         self._draws: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
-        """Draw again: the data and the process may differ from the last call."""
+        """Forget the draws: the next call may have another data module or process."""
         super().setup(trainer, pl_module, stage)
         self._draws = None
 
@@ -132,6 +133,7 @@ class ExcessRisk(RunCallback):
         generator = keyed_generator(self.seed, "excess risk")
         x_start, _ = data.mixture.draw(len(timesteps), generator=generator)
         noise = torch.randn(x_start.shape, generator=generator, dtype=torch.float64)
+        # x_t = a x_start + s noise, with the signal and noise level of each timestep.
         a = process.alphas_cumprod.sqrt()[timesteps]
         s = (1 - process.alphas_cumprod).sqrt()[timesteps]
         x_t = a[:, None] * x_start + s[:, None] * noise

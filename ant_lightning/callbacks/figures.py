@@ -24,7 +24,7 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
     """Write a figure to every TensorBoard logger and to `<log folder>/<tag>.png`, on rank 0.
 
     Args:
-        trainer: Has the loggers and the folder.
+        trainer: Trainer with the loggers and the folder.
         figure: The figure.
         tag: Its name in TensorBoard, with `/` for groups.
         explain: One sentence that says how to read it, shown below it.
@@ -42,7 +42,8 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
     path = log_folder(trainer) / f"{tag.replace('/', '_')}.png"
     figure.savefig(path)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hasattr(callback, "pictures"):  # the dashboard shows the figures of this run
+        # `Dashboard`, which imports this file: `isinstance` would need a circular import.
+        if hasattr(callback, "pictures"):
             callback.pictures[tag] = path
     return path
 
@@ -57,8 +58,8 @@ def append_row(trainer: L.Trainer, name: str, row: Mapping[str, Any]) -> None:
 def log_folder(trainer: L.Trainer) -> Path:
     """The folder of the run, created if it does not exist; for rank 0.
 
-    That of the `RunRecord` on the command line. From Python it is that of the first logger.
-    `Trainer.log_dir` is a broadcast, which hangs if only one rank calls it.
+    On the command line it is the folder of the `RunRecord`, from Python that of the first logger.
+    `Trainer.log_dir` would not do: it broadcasts, and hangs if only one rank calls it.
     """
     record, logger = callback_of(trainer, RunRecord), trainer.logger
     folder: str | Path | None

@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["FixedLoss"]
 
-_GOLDEN = 0.6180339887498949
+_GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples modulo 1 are evenly spread
 
 
 class FixedLoss:
     """The loss of a module on draws that a seed determines.
 
-    The values depend on the weights alone: they are the same at every call with the same
-    arguments, and on every rank. Images come without augmentation, with their own labels (no class
-    dropout).
+    For given weights and arguments the values are the same at every call and on every rank. Images
+    are loaded without augmentation, with their own labels (no class dropout).
 
     Args:
         pl_module: The module, attached to a trainer.
@@ -70,7 +69,7 @@ class FixedLoss:
         """Terms that sum to the mean loss at a timestep over images of one half, 0 or 1.
 
         The halves of the data set are disjoint. Each timestep draws its own images and noise:
-        what timesteps share would look like affinity.
+        shared ones would look like affinity.
         """
         num = self._num_images // 2  # of each half
         indices = self._images(self._halves[half], num, "probe images", timestep, half)
@@ -96,8 +95,8 @@ class FixedLoss:
 
         Image i has `num_draws` equidistant timesteps. Their offsets are a golden-ratio sequence
         over the images, so that all timesteps together cover the interval evenly. Timesteps and
-        noise depend only on seed, image and draw (common random numbers): the difference of two
-        models has no noise but that of the images. Ranks share the images.
+        noise depend only on seed, image and draw (common random numbers), so that the noise common
+        to two models cancels in their difference. Ranks share the images.
 
         Returns:
             `[num_images]`, float64 on the CPU, the same on every rank.
@@ -126,7 +125,7 @@ class FixedLoss:
         return losses
 
     def _images(self, pool: Tensor, num: int, stream: str, *keys: int) -> list[int]:
-        """`num` images of a pool; none repeats before all were drawn."""
+        """Indices of `num` images of a pool; none repeats before all were drawn once."""
         generator = keyed_generator(self._seed, stream, *keys)
         rounds = -(-num // len(pool))
         order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])
@@ -156,7 +155,7 @@ class FixedLoss:
             steps = timesteps[part]
             unweighted = torch.zeros(len(steps), device=device)
             with module.trainer.precision_plugin.forward_context():
-                with torch.no_grad():  # the first stage is not measured
+                with torch.no_grad():  # gradients are those of the backbone, not the first stage
                     x_start = module.encode(batch)
                 draws = Draws(
                     steps.to(device),
@@ -164,6 +163,7 @@ class FixedLoss:
                     noise(part),
                     batch.labels if module.num_classes else None,
                 )
+                # Calling `losses` also fills `unweighted`.
                 losses = module.losses(x_start, draws, unweighted=unweighted)
                 weighted = losses(torch.arange(len(steps), device=device))
             yield weighted * scale, unweighted

@@ -74,7 +74,11 @@ class MeasuringCallback(RunCallback):
 
     @contextmanager
     def fixed_loss(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Iterator[FixedLoss]:
-        """The loss, with the backbone in evaluation mode and with the weights to measure."""
+        """Inside, the backbone is in evaluation mode and has the weights to measure.
+
+        Yields:
+            The loss on the draws that the callback's settings determine.
+        """
         data = needed_image_data(trainer, type(self).__name__)
         loss = FixedLoss(
             pl_module,
@@ -83,7 +87,8 @@ class MeasuringCallback(RunCallback):
             batch_size=self.batch_size,
             seed=self.seed_of(pl_module),
         )
-        # In `fit` the backbone has the live weights, in a validation the averages.
+        # Between training steps the backbone has the live weights, during a validation the
+        # averages: one of the two has to be swapped in.
         ema = callback_of(trainer, EMA)
         live = nullcontext() if ema is None else ema.live(pl_module)
         training = pl_module.backbone.training
@@ -98,4 +103,5 @@ class MeasuringCallback(RunCallback):
 def measurement_bar(trainer: L.Trainer, description: str, **settings: Any) -> tqdm:
     """A progress bar on rank 0, shown if the trainer shows one."""
     hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
+    # None, not False: tqdm then hides the bar if the output is not a terminal.
     return tqdm(desc=description, leave=False, disable=hidden or None, **settings)

@@ -45,11 +45,11 @@ class TrainingProgress(TQDMProgressBar):
         super().__init__(refresh_rate=refresh_rate)
         self.line_interval = line_interval
         self.images_per_second = 0.0
-        self._num_images = 0  # since the last logged step, and the seconds of their steps
-        self._seconds = 0.0
+        self._num_images = 0  # since the last logged step
+        self._seconds = 0.0  # that the steps of these images took
         self._total: int | None = None
         self._first_step = 0
-        # Times: start of the run and of the step, last redraw and last line.
+        # Times of: start of the run, start of the step, last redraw, last line.
         self._begun = self._step_begun = self._drawn = self._printed = 0.0
         self._printed_step = -1
 
@@ -86,10 +86,10 @@ class TrainingProgress(TQDMProgressBar):
         super().on_train_start(trainer)
 
     def on_train_epoch_start(self, *args: Any) -> None:
-        """Keep the run's bar: an epoch may be a single step."""
+        """Keep the run's bar, where Lightning would start one for the epoch."""
 
     def on_train_epoch_end(self, *args: Any) -> None:
-        """Keep the run's bar."""
+        """Keep the run's bar: there is none for the epoch to end."""
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Start the clock."""
@@ -106,7 +106,7 @@ class TrainingProgress(TQDMProgressBar):
     ) -> None:
         """Stop the clock; log and start a new mean at every logged step."""
         now = time.perf_counter()
-        # Loading and validation are not part of the speed.
+        # Only the time within steps counts, without loading and validation.
         self._seconds += now - self._step_begun
         self._num_images += len(batch.images) * trainer.world_size
         self.images_per_second = self._num_images / self._seconds
@@ -151,6 +151,7 @@ class TrainingProgress(TQDMProgressBar):
         super().on_predict_batch_end(trainer, *args)
         if time.perf_counter() - self._printed >= self.line_interval:
             self._printed = time.perf_counter()
+            # This batch is counted only after the hooks.
             done = trainer.predict_loop.batch_progress.current.completed + 1
             self._line(f"predict: batch {done}/{self.total_predict_batches_current_dataloader}")
 
@@ -159,7 +160,7 @@ class TrainingProgress(TQDMProgressBar):
         return {"images_per_second": self.images_per_second}
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """What stands behind the bar."""
+        """The values that the bar and the lines show."""
         items: dict[str, Any] = dict(super().get_metrics(trainer, pl_module))
         items.pop("v_num", None)
         items["images/s"] = f"{self.images_per_second:.0f}"

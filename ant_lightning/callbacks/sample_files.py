@@ -29,9 +29,9 @@ _NUMBER = re.compile(r"[0-9]{6,}")
 
 
 class PngSamples:
-    """`000000.png`, `000001.png`, ... in a folder, from several ranks and perhaps several runs.
+    """`000000.png`, `000001.png`, ... in a folder, from several ranks and perhaps several calls.
 
-    `identity.json` names everything that the images depend on.
+    `identity.json` has everything that the images depend on, by name.
 
     Args:
         path: The folder.
@@ -51,7 +51,7 @@ class PngSamples:
             FileError: If existing images have another identity, or none is stored.
         """
         known = self.identity_file.exists()
-        # The file of 0.1 had no format, and a hash of a sample of the weights only.
+        # The file of 0.1 has no format, and hashes only a sample of the weights: not enough.
         if known and "format" in read_json(self.identity_file, kind=dict):
             check_identity(self.identity_file, identity, setting=self.setting, content=self.path)
         elif known or self.holds_images():
@@ -69,7 +69,8 @@ class PngSamples:
         return any(path.suffix.lower() in known for path in self.path.rglob("*"))
 
     def present(self) -> set[int]:
-        """Indices of the images that are there, by file names as `write` gives them."""
+        """Indices of the images that `write` has written, by their file names."""
+        # `0000001.png` is a number too, but not the name that `write` gives image 1.
         numbers = [int(p.stem) for p in self._folder.glob("*.png") if _NUMBER.fullmatch(p.stem)]
         return {number for number in numbers if self._file(number).exists()}
 
@@ -78,7 +79,7 @@ class PngSamples:
         self._folder.mkdir(parents=True, exist_ok=True)
         for index, image in zip(indices, images.permute(0, 2, 3, 1).numpy(), strict=True):
             target = self._file(index)
-            # Not flushed to the disk one by one: thousands of small files would take minutes.
+            # Without an fsync for each: for thousands of small files it would take minutes.
             partial = target.with_suffix(".part")
             Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
                 partial, format="PNG"
@@ -141,6 +142,7 @@ class NpzSamples(PngSamples):
         header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         with (
             zipfile.ZipFile(file, "w") as archive,
+            # `zipfile` does not know the size beforehand, and more than 4 GiB needs zip64.
             archive.open("arr_0.npy", "w", force_zip64=True) as stream,
         ):
             np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]

@@ -29,8 +29,8 @@ __all__ = ["SampleGrid"]
 class SampleGrid(RunCallback):
     """A grid of generated images beside real ones, at the end of each validation.
 
-    Image i has class i modulo the number of classes, on both sides, and the same noise in every
-    epoch, so that a slider over the epochs shows the same images become better.
+    Image i has class i modulo the number of classes, on both sides. It has the same noise in every
+    epoch, so TensorBoard's slider shows how the same images improve.
 
     Args:
         num_images: Images on each side.
@@ -38,7 +38,7 @@ class SampleGrid(RunCallback):
         every_n_epochs: Validations between two grids.
 
     Raises:
-        ConfigError: A number is below 1.
+        ConfigError: If a number is below 1.
 
     Examples:
         >>> from ant_lightning import SampleGrid
@@ -85,6 +85,7 @@ class SampleGrid(RunCallback):
         if classes:
             chosen = images_by_class(dataset, self.num_images, num_classes=classes)
         images = pl_module.images_of(dataset.load([index or 0 for index in chosen], epoch=None))
+        # 0 is mid-grey in [-1, 1]; another class here would be compared with the wrong column.
         images[[index is None for index in chosen]] = 0.0
         return images
 
@@ -112,6 +113,7 @@ def sample_grid(
 def image_grid(images: NDArray[np.uint8], *, columns: int) -> NDArray[np.uint8]:
     """Images `[n, c, h, w]` as one picture `[rows (h + 1), columns (w + 1), c]`, row by row."""
     missing = -len(images) % columns
+    # One white pixel below and to the right of each image separates it from the next.
     padded = np.pad(images, ((0, missing), (0, 0), (0, 1), (0, 1)), constant_values=255)
     grid: NDArray[np.uint8] = rearrange(padded, "(r k) c h w -> (r h) (k w) c", k=columns)
     return grid

@@ -23,15 +23,16 @@ __all__ = ["FORMAT", "sample_identity"]
 
 FORMAT = 2  # increase when images are drawn differently; format 1 hashed 64 numbers per weight
 _PLAIN = (bool, int, float, str)
-_MAX_DEPTH = 4
+_MAX_DEPTH = 4  # of nested objects, which may refer to each other in a circle
 
 
 def sample_identity(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> dict[str, Any]:
     """Everything that the images of `predict` depend on, by name. Collective: call it on all ranks.
 
-    Every byte of the weights counts. The network is identified by its classes and their settings,
-    because networks with the same weights may differ in their heads. The schedule is compared to
-    six digits, so that a processor with different rounding can continue another one's images.
+    Every byte of the weights counts. The network is identified by its classes and their settings as
+    well, because networks with the same weights may differ in their number of heads. The schedule
+    counts with six digits only, so that images can be continued on a processor that rounds
+    differently.
     """
     backbone, process = pl_module.backbone, pl_module.process
     with averaged_weights(trainer, pl_module):

@@ -28,14 +28,14 @@ class SampleWriter(RunCallback):
 
     An image is a function of its index and of the settings in `sample_identity`; it does not depend
     on the batch size or the number of ranks. The identity is stored with the images. A later run
-    with the same identity draws the missing images; any other run is refused, as are images
-    without an identity.
+    with the same identity draws the missing images. If the identity differs, or existing images
+    have none, the run is refused.
 
     Args:
-        num_images: How many, over all ranks.
+        num_images: Images over all ranks.
         batch_size: Images drawn at once.
-        folder: For PNG files; by default `samples` in the log folder.
-        npz: A file for all images (`arr_0 [n, h, w, c]`, uint8), in place of the folder.
+        folder: Folder for PNG files; by default `samples` in the log folder.
+        npz: File for all images (`arr_0 [n, h, w, c]`, uint8), in place of the folder.
 
     Raises:
         ConfigError: If a number is below 1, or folder and npz are both given.
@@ -68,8 +68,9 @@ class SampleWriter(RunCallback):
         self._files: PngSamples | None = None  # once existing images are known to be of this run
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
-        """Let the data module ask which images are missing, once the weights are loaded."""
-        if stage == "predict":  # every run has this callback, also that of an autoencoder
+        """Tell the data module how to find the missing images, which needs the loaded weights."""
+        # Every command has this callback, also `fit` of an autoencoder, which the base refuses.
+        if stage == "predict":
             super().setup(trainer, pl_module, stage)
             self._files = None
             data = needed_image_data(trainer, "SampleWriter")
@@ -99,8 +100,7 @@ class SampleWriter(RunCallback):
                 f"{files.setting}: must be writable, found {path} ({error.strerror})"
             ) from error
         present = files.present()
-        # All ranks look before one writes; otherwise they would divide the missing images
-        # differently.
+        # No rank writes before all have looked: they must divide the same missing images.
         trainer.strategy.barrier()
         self._files = files
         missing = [i for i in range(self.num_images) if i not in present]
@@ -122,7 +122,7 @@ class SampleWriter(RunCallback):
             self._files.write(batch, to_uint8(outputs).cpu())
 
     def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
-        """Join the ranks' parts, also when nothing was missing; say where the images are."""
+        """Finish the files, also if no image was missing; print where they are."""
         if stage != "predict":
             return
         trainer.datamodule.predict_indices = None  # type: ignore[attr-defined]
@@ -135,7 +135,7 @@ class SampleWriter(RunCallback):
                 self._files.finish()
             share = "" if found >= self.num_images else f" of {self.num_images}"
             print(f"{found}{share} images are in {self._files.path}")
-        trainer.strategy.barrier()  # when a rank goes on, the file is there
+        trainer.strategy.barrier()  # no rank goes on before the file is there
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException

@@ -43,7 +43,7 @@ def pair_heat_map(
         rows: Label of the rows.
         bar: Label of the colour bar.
         number: Format of the numbers.
-        shades: The colours, if they are not the values.
+        shades: Numbers that decide the colours; by default the values.
     """
     figure = Figure(figsize=(5.4, 4.6), dpi=110, layout="constrained")
     axis = figure.subplots()

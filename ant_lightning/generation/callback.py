@@ -1,4 +1,4 @@
-"""FID and its companions during validation and test."""
+"""`GenerationMetrics`: FID and other scores of generated images in validation and test."""
 
 from __future__ import annotations
 
@@ -35,26 +35,27 @@ class GenerationMetrics(RunCallback):
 
     Each rank draws its share of the indices 0 .. num_images - 1, and the scores do not depend on
     the number of ranks. They are logged as `val/fid`, `val/kid`, `val/inception_score`,
-    `val/precision`, ... (`test/...` in a test), drawn against the step, and appended to
-    `generation_metrics.jsonl` in the log folder with all that they depend on. Class-conditional
-    models whose extractor classifies into the same classes also get `class_agreement`: the share
-    of images whose predicted class is the one that was asked for.
+    `val/precision`, ... (`test/...` in a test) and plotted against the step. A row of
+    `generation_metrics.jsonl` in the log folder has them together with all settings that they
+    depend on. If the model is class-conditional and the extractor classifies into the same
+    classes, there is also `class_agreement`: the share of images whose predicted class is the one
+    that was asked for.
 
     `ant-lightning score` scores stored images with the same settings.
 
     Args:
-        extractor: What turns images into features.
-        num_images: Images that are drawn; by default as many as are held out. Of stored images, by
-            default all are scored.
+        extractor: Network that turns images into features.
+        num_images: Images to draw; by default as many as are held out. `ant-lightning score` by
+            default scores all stored images.
         batch_size: Images drawn at once.
         every_n_epochs: Validations between two measurements.
         reference: File of `ImageStatistics`, or `train` for the training images, against which
             models of faces are usually scored; by default the held-out images are the reference.
         with_train: Whether to compare with the training images too (memorisation).
-        cache_dir: Where statistics of real images are kept, each under a fingerprint of images and
-            extractor; by default `reference_cache` in the folder of the logs of all runs.
+        cache_dir: Folder that keeps statistics of real images, each under a fingerprint of images
+            and extractor; by default `reference_cache` in the logger's folder of all runs.
         k: Precision and recall use the distance to the k-th nearest neighbour; 0 leaves them out.
-        seed: Of the images; by default that of the module.
+        seed: Seed of the images; by default that of the module.
 
     Raises:
         ConfigError: If a number is out of range, or the training images are to be compared twice.
@@ -103,7 +104,7 @@ class GenerationMetrics(RunCallback):
         self._scores: GenerationScores | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
-        """Reset the real images: they may differ from the last call."""
+        """Forget the real images: the next call may have others."""
         super().setup(trainer, pl_module, stage)
         self._scores = None
 
@@ -119,11 +120,11 @@ class GenerationMetrics(RunCallback):
         self._measure(trainer, pl_module, prefix="test")
 
     def state_dict(self) -> dict[str, Any]:
-        """The values so far, so that a resumed run goes on drawing them."""
+        """The scores so far, so that a resumed run continues their curves."""
         return {"history": dict(self._history)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the values of a checkpoint."""
+        """Load the scores of a checkpoint."""
         self._history = dict(state_dict["history"])
 
     def new_scores(
@@ -134,13 +135,13 @@ class GenerationMetrics(RunCallback):
         device: torch.device | str,
         cache_dir: Path | None = None,
     ) -> GenerationScores:
-        """Scores that know the real images; on several ranks, all must call it.
+        """A `GenerationScores` with the real images. Collective: every rank must call it.
 
         Args:
-            data: Has the held-out and training images.
-            seed: Of subsets, splits and halves.
-            device: Where features are computed.
-            cache_dir: Where statistics are kept if no `cache_dir` was given.
+            data: Data module with the held-out and training images.
+            seed: Seed of subsets, splits and halves.
+            device: Device that computes the features.
+            cache_dir: Folder for statistics if the callback has no `cache_dir`.
         """
         cache = cache_dir if self.cache_dir is None else Path(self.cache_dir)
         statistics = partial(
@@ -182,6 +183,7 @@ class GenerationMetrics(RunCallback):
         scores = metric.compute()
         logits = metric.generated.compute().logits
         if logits is not None and logits.shape[1] == pl_module.num_classes:
+            # Image i was drawn with class i modulo the number of classes.
             asked = torch.arange(num_images, device=logits.device) % pl_module.num_classes
             scores["class_agreement"] = (logits.argmax(1) == asked).double().mean().item()
         metric.reset()

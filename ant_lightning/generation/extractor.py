@@ -34,9 +34,9 @@ class Features(NamedTuple):
 class FeatureExtractor(nn.Module, ABC):
     """Base of every extractor: uint8 images `[n, c, h, w]` in, float32 features `[n, d]` out.
 
-    A subclass implements `extract`. The module is frozen and stays in evaluation mode, whatever
-    the module that holds it is set to. As `forward` gives the features alone and `num_features`
-    their number, an extractor is also a valid `feature` of torchmetrics' metrics.
+    A subclass implements `extract`. The module is frozen and stays in evaluation mode, also when
+    the module that holds it is put into training mode. `forward` returns the features alone and
+    `num_features` is their number, so torchmetrics' metrics accept an extractor as `feature`.
 
     Args:
         num_features: Number d of the features.
@@ -71,7 +71,7 @@ class FeatureExtractor(nn.Module, ABC):
         """Features `[n, d]` float32 of uint8 images `[n, c, h, w]`.
 
         Raises:
-            ConfigError: The images are not a uint8 tensor of four dimensions.
+            ConfigError: If the images are not a uint8 tensor of four dimensions.
         """
         check_images(images)
         return self.extract(images).features
@@ -108,10 +108,10 @@ class ModuleFeatures(FeatureExtractor):
 
 
 def check_images(images: Tensor, *, channels: Sequence[int] = (1, 3)) -> None:
-    """Refuse what is not a uint8 batch `[n, c, h, w]` with an allowed number of channels.
+    """Check that images are a uint8 batch `[n, c, h, w]` with an allowed number of channels.
 
     Raises:
-        ConfigError: Another dtype, shape or number of channels.
+        ConfigError: If they have another dtype, shape or number of channels.
     """
     if images.dtype != torch.uint8:
         raise ConfigError(f"images: must be uint8 (0 to 255), found {images.dtype}")

@@ -1,4 +1,4 @@
-"""Mean, covariance and features of a set of images, each rank holding its share."""
+"""Mean, covariance and features of a set of images, of which each rank has a share."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["ImageFeatures"]
 class ImageFeatures(Metric):
     """Mean, covariance and features of a set of images, from one pass through an extractor.
 
-    Count, sum and sum of outer products are float64 states that are summed over ranks: FID needs
-    no more. KID, precision, recall and the nearest training image need the features, which are
-    gathered. Rank r of N must be given the images r, r + N, r + 2 N, ...; the features are then in
-    the order of the images, and no score depends on the number of ranks.
+    FID needs the count and the sums of features and of their outer products: states (the sums in
+    float64) that are summed over ranks. KID, precision, recall and the nearest training image need
+    the features themselves, which are gathered. Give rank r of N the images r, r + N, r + 2 N, ...:
+    then the features are in the order of the images, and no score depends on the number of ranks.
 
     Args:
         extractor: The network; images are moved to its device.
-        keep_features: Whether to keep features and logits; if not, memory does not grow with the
-            number of images.
+        keep_features: Whether to keep features and logits. Without them memory does not grow with
+            the number of images.
 
     Examples:
         >>> import torch
@@ -62,10 +62,10 @@ class ImageFeatures(Metric):
         """Add uint8 images `[n, c, h, w]`.
 
         Raises:
-            ConfigError: Another dtype or shape, or features that are not finite.
+            ConfigError: If images have another dtype or shape, or features are not finite.
         """
         check_images(images)
-        # Scores of a run in half precision are still computed in full precision.
+        # Validation in half precision would autocast the extractor, and the scores would change.
         with torch.autocast(self.device.type, enabled=False):
             features, logits = self.extractor.extract(images.to(self.device))
         features = features.float()
@@ -96,12 +96,13 @@ class ImageFeatures(Metric):
         """The statistics of the images of all ranks.
 
         Raises:
-            ConfigError: Fewer than two images.
+            ConfigError: If there are fewer than two images.
         """
         features = logits = None
         if self.keep_features and int(self.count):
-            # Gathered is rank 0's share, then rank 1's, ... A position counts within a share, so
-            # a stable sort interleaves them: position 0 of rank 0, 0 of rank 1, ..., 1 of rank 0.
+            # After the gather come rank 0's images, then rank 1's, ... A position counts within
+            # a rank, so a stable sort interleaves them: image 0 of rank 0, image 0 of rank 1, ...,
+            # image 1 of rank 0, ...: the order of the indices.
             order = dim_zero_cat(self.positions).argsort(stable=True)
             features = dim_zero_cat(self.features)[order]
             logits = dim_zero_cat(self.logits)[order] if len(self.logits) else None

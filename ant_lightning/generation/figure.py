@@ -34,7 +34,7 @@ def quality_history(history: Mapping[int, Mapping[str, float]]) -> Figure:
     """FID, precision and recall, and distance to the training images, over training.
 
     Args:
-        history: What `GenerationScores` gave, by the optimizer step of the measurement.
+        history: Results of `GenerationScores`, by the optimizer step of the measurement.
     """
     steps = sorted(history)
     last = history[steps[-1]]
@@ -47,11 +47,12 @@ def quality_history(history: Mapping[int, Mapping[str, float]]) -> Figure:
             if name not in last:
                 continue
             values = [history[step].get(name, float("nan")) for step in steps]
-            if style == "--":  # it hardly changes: one level, visible after one measurement too
+            if style == "--":  # a reference hardly changes: its last value as a line
                 axis.axhline(values[-1], linestyle=style, color=color, label=label)
             else:
                 axis.plot(steps, values, style, color=color, markersize=4, label=label)
             drawn += values
+        # On a linear axis one value 20 times the others would flatten them.
         positive = [value for value in drawn if value > 0]
         if positive and max(positive) > 20 * min(positive):
             axis.set_yscale("log")

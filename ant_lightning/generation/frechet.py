@@ -1,4 +1,4 @@
-"""The Fréchet distance between two Gaussians: FID, once the features are Inception's."""
+"""The Fréchet distance between two Gaussians; with Inception's features it is FID."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CHUNK_ROWS = 1024  # float64 copies stay at 16 MiB for 2048 features
 
 
 class RankDeficientWarning(UserWarning):
-    """There are too few images for the number of features: the covariance is singular."""
+    """The covariance is singular: there are no more images than features."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class GaussianStatistics:
         """Moments of features `[n, d]`, centred before they are multiplied.
 
         Raises:
-            ConfigError: Fewer than two features.
+            ConfigError: If there are fewer than two rows.
         """
         if features.ndim != 2 or len(features) < 2:
             raise ConfigError(
@@ -63,13 +63,13 @@ class GaussianStatistics:
         """Moments of n samples from the sum `[d]` and the sum of outer products `[d, d]`.
 
         Raises:
-            ConfigError: Fewer than two samples.
+            ConfigError: If there are fewer than two samples.
         """
         if count < 2:
             raise ConfigError(f"num_samples: must be at least 2 for a covariance, found {count}")
         mean = total / count
-        # The difference loses digits if the mean is far larger than the spread: features of
-        # networks are not, and float64 has 9 digits more than they do.
+        # The subtraction loses digits where the mean is far larger than the spread. Features of
+        # networks are not like that, and float64 has 9 digits more than their float32.
         return cls(mean, (outer - count * torch.outer(mean, mean)) / (count - 1), count)
 
 
@@ -78,10 +78,11 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
 
         |mu_1 - mu_2|² + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2))
 
-    With roots C = R Rᵀ the last trace is the sum of the singular values of R_1ᵀ R_2. Two regular
-    covariances use Cholesky factors and the eigenvalues of R_1ᵀ C_2 R_1, which is the fastest way.
-    A singular one uses `eigh` without its null space, and the singular values themselves:
-    eigenvalues that should be zero come out at 1e-16, and their square roots of 1e-8 would add up.
+    With roots `C = R Rᵀ` the last trace is the sum of the singular values of `R_1ᵀ R_2`. If both
+    covariances are regular, R_1 is a Cholesky factor and the trace is the sum of the square roots
+    of the eigenvalues of `R_1ᵀ C_2 R_1`, which is fastest. If one is singular, its root comes from
+    `eigh` without the null space, and the singular values are computed directly. Eigenvalues that
+    should be 0 come out at 1e-16, and many square roots of 1e-8 would add up.
 
     Args:
         first: Statistics in d dimensions.
@@ -91,7 +92,7 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
         The distance, at least 0, computed in float64.
 
     Raises:
-        ConfigError: The dimensions differ, or a value is not finite.
+        ConfigError: If the dimensions differ, or a value is not finite.
 
     Reference:
         Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
@@ -130,11 +131,12 @@ def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> f
 
 def _cholesky(covariance: Tensor, num_samples: int | None) -> Tensor | None:
     """The Cholesky factor, or `None` if the covariance is, or may be, singular."""
+    # n centred samples span at most n - 1 dimensions.
     if num_samples is not None and num_samples <= len(covariance):
         return None
     root, info = torch.linalg.cholesky_ex(covariance)
-    # Pivots do not reveal the rank: some that should be zero came out at 4e4 eps. Whatever is
-    # small takes the slower way, which is right for every covariance.
+    # Pivots do not reveal the rank: some that should be 0 came out at 4e4 eps. So a covariance
+    # with a small pivot goes the slower way, which is right for every covariance.
     floor = 1e-10 * covariance.diagonal().amax()
     return None if int(info) or bool(root.diagonal().square().amin() <= floor) else root
 
@@ -142,16 +144,17 @@ def _cholesky(covariance: Tensor, num_samples: int | None) -> Tensor | None:
 def _reduced_root(covariance: Tensor) -> Tensor:
     """A root `[d, r]` of a covariance of rank r."""
     values, vectors = torch.linalg.eigh(covariance)
-    # Zero eigenvalues of a rounded matrix came out at 5 eps even in few dimensions.
+    # Eigenvalues that should be 0 came out at 5 eps of the largest even in few dimensions: the
+    # usual threshold d eps would keep them, so d counts as at least 32.
     keep = values > max(len(values), 32) * torch.finfo(torch.float64).eps * values[-1].abs()
     root: Tensor = vectors[:, keep] * values[keep].sqrt()
     return root
 
 
 def warn_if_rank_deficient(gaussian: GaussianStatistics, *, what: str) -> None:
-    """Warn that n samples give a covariance of rank at most n - 1 when n <= d.
+    """Warn if there are n <= d samples: their covariance has rank n - 1 at most.
 
-    FID is then still defined, but larger the smaller n is: only values at the same n compare.
+    FID is still defined then, but it grows as n falls: compare values at the same n only.
     """
     count, num_features = gaussian.num_samples, len(gaussian.mean)
     if count is not None and count <= num_features:

@@ -22,14 +22,14 @@ class InceptionFeatures(FeatureExtractor):
     the bias, from which torch-fidelity and the ADM evaluator compute the Inception score. Grey
     images are repeated to RGB; torch-fidelity resizes to 299 x 299 as TensorFlow 1 did.
 
-    The weights are downloaded into torch hub's checkpoint folder unless they are there. The file is
-    read with `weights_only=True` first, because torch-fidelity itself unpickles it without.
+    The weights are downloaded into torch hub's checkpoint folder unless they are there. We read the
+    file with `weights_only=True` first, because torch-fidelity unpickles it without.
 
     Args:
-        weights: A file with torch-fidelity's state dict; `None` takes torch hub's folder.
+        weights: File with torch-fidelity's state dict; `None` for the one in torch hub's folder.
 
     Raises:
-        ConfigError: The file is missing and cannot be downloaded (the message says which file to
+        ConfigError: If the file is missing and cannot be downloaded (the message says which file to
             put where), or it is no state dict of this network.
 
     Reference:
@@ -91,7 +91,7 @@ def _downloaded_weights() -> Path:
 
 
 def _check_weights(path: Path) -> None:
-    """Refuse a file that holds anything but named tensors, without running what it may contain."""
+    """Check that a file holds only named tensors, without running code that it may contain."""
     content = read_torch(path)
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()

@@ -28,24 +28,24 @@ def inception_score(
     split_size: int | None = None,
     seed: int | None = 2020,
 ) -> MeanAndStd:
-    """The Inception score of logits `[n, c]`: of each split, in float64.
+    """The Inception score of logits `[n, c]`: mean and spread over splits, in float64.
 
         exp(1/n sum_i KL(p(y | x_i) || 1/n sum_j p(y | x_j)))
 
     There are two ways to split. `num_splits` is torch-fidelity's: images are shuffled by `seed`,
     then split i ends at (i + 1) n // num_splits. `split_size` is the ADM evaluator's: splits of
-    that many images, of which the last may be shorter, all of one weight (it uses 5000 and
-    `seed=None`). torch-fidelity's own function is NaN if a class has probability 0 for all images
-    of a split.
+    that many images, where the last may be shorter but has the same weight in the mean (it uses
+    5000 and `seed=None`). Unlike torch-fidelity's function, this one is not NaN if a class has
+    probability 0 for all images of a split.
 
     Args:
         logits: Class scores `[n, c]`.
         num_splits: Number of splits; ignored if `split_size` is given.
         split_size: Images per split.
-        seed: Of the shuffle, drawn as torch-fidelity does; `None` keeps the order.
+        seed: Seed of the shuffle, drawn as torch-fidelity does; `None` keeps the order.
 
     Raises:
-        ConfigError: No logits, or more splits than images.
+        ConfigError: If there are no logits, or more splits than images.
 
     Reference:
         Salimans et al., "Improved Techniques for Training GANs", section 4, arXiv 1606.03498.
@@ -77,6 +77,7 @@ def inception_score(
     scores = []
     for start, stop in pairwise(edges):
         split = log_p[start:stop]
+        # log of the split's mean probability of each class, 1/n sum_j p(y | x_j).
         log_marginal = split.logsumexp(0) - np.log(stop - start)
         divergence = (split.exp() * (split - log_marginal)).sum(1).mean()
         scores.append(divergence.exp().item())

@@ -24,17 +24,17 @@ def kernel_distance(
 
         sum_{i≠j} (k(x_i, x_j) + k(y_i, y_j)) / (s (s - 1)) - 2 / s² sum_{i,j} k(x_i, y_j)
 
-    by torch-fidelity's function, in float64 (its own command gives it float32 features).
+    computed by torch-fidelity in float64 (its command line passes float32 features).
 
     Args:
         real: Features `[n, d]`.
         generated: Features `[m, d]`.
         subset_size: Images s per subset, drawn without replacement.
         num_subsets: Subsets averaged.
-        seed: Of the subsets.
+        seed: Seed of the subsets.
 
     Raises:
-        ConfigError: `subset_size` is not in 2 to min(n, m), `num_subsets` is below 1, or the
+        ConfigError: If `subset_size` is not in 2 to min(n, m), `num_subsets` is below 1, or the
             dimensions differ.
 
     Reference:

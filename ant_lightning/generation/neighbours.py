@@ -11,14 +11,14 @@ from ant_lightning.errors import ConfigError
 
 __all__ = ["PrecisionRecall", "nearest_distance", "precision_recall"]
 
-_BLOCK_ELEMENTS = 4_000_000  # 32 MB of float64, of which a few are there at a time
+_BLOCK_ELEMENTS = 4_000_000  # 32 MB of float64; a few such blocks exist at a time
 
 
 NUM_NEIGHBOURS = 3  # the k of the papers and of the official evaluators
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares in [0, 1]: generated in the real manifold, real in the generated manifold."""
+    """Share of generated images in the real manifold, and of real ones in the generated one."""
 
     precision: float
     recall: float
@@ -27,13 +27,12 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(
     real: Tensor, generated: Tensor, *, k: int = NUM_NEIGHBOURS
 ) -> PrecisionRecall:
-    """Precision and recall of generated features against real ones, computed by torch-fidelity in
-    float64.
+    """Precision and recall of generated features against real ones, by torch-fidelity in float64.
 
-    Every point of a set owns the closed ball that reaches its k-th nearest neighbour within the
-    set, itself not counted; the manifold is the union of the balls. Precision is the share of
-    generated points inside the real manifold, recall the share of real points inside the
-    generated one. The official evaluator computes distances in float16.
+    Every point of a set is the centre of a closed ball that reaches to its k-th nearest neighbour
+    in the set, itself not counted. The manifold of the set is the union of these balls. Precision
+    is the share of generated points inside the real manifold, recall the share of real points
+    inside the generated one. The official evaluator computes distances in float16.
 
     Args:
         real: Features `[n, d]`.
@@ -41,7 +40,7 @@ def precision_recall(
         k: The neighbour that sets the radius.
 
     Raises:
-        ConfigError: `k` is not in 1 to min(n, m) - 1, or the dimensions differ.
+        ConfigError: If `k` is not in 1 to min(n, m) - 1, or the dimensions differ.
 
     Reference:
         Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative
@@ -75,7 +74,7 @@ def precision_recall(
         save_cpu_ram=True,
         verbose=False,
     )
-    # It averages in float32; the shares are whole numbers of images.
+    # torch-fidelity averages in float32: round to a whole number of images.
     precision = round(found["precision"] * len(generated)) / len(generated)
     return PrecisionRecall(precision, round(found["recall"] * len(real)) / len(real))
 
@@ -83,8 +82,8 @@ def precision_recall(
 def nearest_distance(generated: Tensor, train: Tensor) -> Tensor:
     """Euclidean distance `[n]` of each generated image to the nearest training image.
 
-    A model that memorises has a low FID to its training images and distances near 0; compare with
-    the distances of held-out images. It takes features and pixels alike.
+    A model that memorises has a low FID to its training images and distances near 0. Compare with
+    the distances of held-out images. Features and pixels both work.
 
     Args:
         generated: `[n, ...]`, flattened to `[n, d]`.
@@ -94,7 +93,7 @@ def nearest_distance(generated: Tensor, train: Tensor) -> Tensor:
         float64 distances; exactly 0 for an exact copy.
 
     Raises:
-        ConfigError: The dimensions differ or a set is empty.
+        ConfigError: If the dimensions differ or a set is empty.
 
     Examples:
         >>> import torch
@@ -109,9 +108,10 @@ def nearest_distance(generated: Tensor, train: Tensor) -> Tensor:
             f"images, found {list(train.shape)}"
         )
     nearest = []
-    num_candidates = min(4, len(train))  # rounding of |a|² + |b|² - 2 a·b may swap near ties
+    # `cdist` computes |a|² + |b|² - 2 a·b, whose rounding may swap near ties: keep the 4 nearest.
+    num_candidates = min(4, len(train))
     for rows in generated.split(max(1, _BLOCK_ELEMENTS // max(len(train), 4 * train.shape[1]))):
         index = torch.cdist(rows, train).topk(num_candidates, largest=False).indices
-        # By differences, so that copies are at distance 0.
+        # Recomputed from differences, so that a copy has distance 0 exactly.
         nearest.append((rows[:, None] - train[index]).square().sum(2).amin(1))
     return torch.cat(nearest).sqrt_()

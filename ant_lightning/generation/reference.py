@@ -37,14 +37,14 @@ def real_statistics(
 
     Args:
         dataset: The training or the held-out images.
-        extractor: Gives the features.
+        extractor: Extractor of the features.
         cache_dir: Folder of the cache, where a file is named by a fingerprint of pixels, extractor
-            and weights; `None` caches nothing. Processes may share it: files are written whole,
-            and a damaged file is computed again.
+            and weights; `None` for no cache. Processes may share it: a file is written whole or not
+            at all, and the statistics of a damaged file are computed again.
         device: Device of the extractor.
 
     Raises:
-        ConfigError: Fewer images than ranks.
+        ConfigError: If there are fewer images than ranks.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if len(dataset) < ranks:
@@ -53,12 +53,13 @@ def real_statistics(
     if cache_dir is not None:
         network = tensors_digest([*extractor.parameters(), *extractor.buffers()])
         depends_on = (dataset.fingerprint(), extractor.name, network)
-        # Hashed as 0.1 did, to find its files.
+        # The text that 0.1 hashed: equal images and extractors keep their file names.
         text = "".join(f"str {len(part)} {part};" for part in depends_on)
         fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
         path = cache_dir / f"{fingerprint}.safetensors"
         cached = _load(path, fingerprint)
-    # A rank may not see another's disk. If one lacks the file, all compute: it is collective.
+    # Ranks may have separate disks. Computing is collective, so all compute if one lacks the file:
+    # the minimum over ranks of 1 (has the file) and 0.
     on_all_ranks = MinMetric().to(device)
     on_all_ranks.update(float(cached is not None))
     if on_all_ranks.compute() == 1 and cached is not None:
@@ -74,6 +75,7 @@ def real_statistics(
 
 
 def _load(path: Path, fingerprint: str) -> ImageStatistics | None:
+    """The statistics in a cache file; `None` if it is missing or damaged."""
     if path.exists():
         try:
             return ImageStatistics.load(path, fingerprint=fingerprint)

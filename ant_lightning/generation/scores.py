@@ -1,4 +1,4 @@
-"""All scores of generated images, with the numbers that they are to be compared with."""
+"""All scores of generated images, and the scores of real images to compare them with."""
 
 from __future__ import annotations
 
@@ -32,39 +32,40 @@ __all__ = ["GenerationScores"]
 
 
 class GenerationScores(Metric):
-    """FID, KID, Inception score, precision and recall of generated images, with companions.
+    """FID, KID, Inception score, precision, recall and memorisation of generated images.
 
     `compute` maps names to numbers:
 
     - `fid`, `kid`, `kid_std`, `precision`, `recall`: generated against real images;
       `inception_score` and `inception_score_std` if the extractor gives logits.
-    - `fid_real`: the FID of real images. If there are training images, as many of them as there
-      are generated images are scored in their place; otherwise two disjoint random halves of the
-      real images are compared. `fid_real_num_images` is the number of images (of each half). A
-      smaller FID means nothing, unless `fid_train` and `nearest_train_*` reveal copies.
-    - `fid_train`: generated images against as many random training images as real ones.
-    - `nearest_train_mean`, `nearest_train_median`: feature distance of generated images to the
-      nearest training image; `nearest_train_real_*` the same of real images, which must then be
-      held out.
-    - `num_images` generated, `num_real` (if known).
+    - `fid_real`: the FID that real images reach. With training images, as many of them as there
+      are generated images are scored against the real images. Without, two disjoint random halves
+      of the real images are scored against each other. `fid_real_num_images` is the number of
+      images (in each half). A `fid` below `fid_real` is no improvement; `fid_train` and
+      `nearest_train_*` show whether it comes from copies.
+    - `fid_train`: generated images against random training images, as many as there are real ones.
+    - `nearest_train_mean`, `nearest_train_median`: distance, in features, of generated images to
+      the nearest training image; `nearest_train_real_*` is that of the real images, which must
+      then be held out.
+    - `num_images`: number of generated images; `num_real`: number of real ones, if known.
 
-    If the statistics of the real images have no features, as a file of the ADM evaluator, only
-    `fid` is computed of the scores that need real images. See `ImageFeatures` for several ranks.
+    If the statistics of the real images have no features, as in a file of the ADM evaluator, `fid`
+    is the only score against real images. See `ImageFeatures` for several ranks.
 
     Args:
-        extractor: Gives the features.
+        extractor: Extractor of the features.
         real: Statistics of the real images.
         train: Statistics of the training images; `None` leaves out the scores that need them.
         k: Precision and recall use the distance to the k-th nearest neighbour; 0 leaves them out.
-        kid_subset_size: Images per KID subset; at most all of the smaller set are taken. If that
-            is all of both sets, KID is computed once and has no `kid_std`.
+        kid_subset_size: Images per KID subset, cut to the size of the smaller set. If a subset is
+            all of both sets, KID is computed once and has no `kid_std`.
         kid_num_subsets: KID subsets.
         num_splits: Splits of the Inception score; at most one per image.
-        seed: Of subsets, splits and halves.
+        seed: Seed of subsets, splits and halves.
 
     Raises:
-        ConfigError: The real images have another extractor or another size; in `compute`, if there
-            are too few images.
+        ConfigError: If the real images have another extractor or another size; in `compute`, if
+            there are too few images.
 
     Examples:
         >>> import torch
@@ -108,7 +109,7 @@ class GenerationScores(Metric):
         """Add generated uint8 images `[n, c, h, w]`.
 
         Raises:
-            ConfigError: Another dtype or shape, or features that are not finite.
+            ConfigError: If images have another dtype or shape, or features are not finite.
         """
         self.real.check(self.generated.extractor, tuple(images.shape[1:]))
         self.generated.update(images)
@@ -150,7 +151,7 @@ class GenerationScores(Metric):
     def _against_real(self, generated: Tensor, real: Tensor) -> dict[str, float]:
         """The scores that need features of real images."""
         size = min(self.kid_subset_size, len(generated), len(real))
-        # Subsets that hold all images are equal: a spread of 0 would mislead.
+        # All subsets are equal if each holds every image: a spread of 0 would mislead.
         whole = size == len(generated) == len(real)
         num_subsets = 1 if whole else self.kid_num_subsets
         kid = kernel_distance(
@@ -174,6 +175,8 @@ class GenerationScores(Metric):
         self, generated: Tensor, real: Tensor | None, train: Tensor
     ) -> dict[str, float]:
         """The scores that reveal copies of training images."""
+        # The bias of FID depends on the number of images, so `fid_train` takes as many training
+        # images as `fid` has real ones, and `fid_real` as many as `fid` has generated ones.
         order = self._permutation(len(train))
         part = train[order[: len(train) if real is None else len(real)]]
         scores = {"fid_train": _fid(generated, part)}

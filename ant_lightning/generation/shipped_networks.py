@@ -36,7 +36,7 @@ class ShippedNetwork(NamedTuple):
     def layers(self) -> nn.ModuleDict:
         """The untrained network: `trunk` maps images in [-1, 1] to features, `head` to logits.
 
-        SiLU instead of ReLU: no feature can die, so that the covariance of many images is regular.
+        SiLU instead of ReLU: a dead ReLU is a constant feature, and the covariance is singular.
         """
         parts: dict[str, nn.Module] = {}
         size = self.size // self.average
@@ -79,7 +79,7 @@ class _ShippedFeatures(FeatureExtractor):
         network = NETWORKS[self.what]
         path = Path(weights or weights_file(self.what))
         state, self.metadata = read_safetensors(path)
-        super().__init__(num_features=64, name="")
+        super().__init__(num_features=64, name="")  # named below, after its weights
         for name, module in network.layers().items():
             self.add_module(name, module)
         try:
@@ -89,7 +89,7 @@ class _ShippedFeatures(FeatureExtractor):
                 f"{path}: must hold the weights of the {self.what} network, found others "
                 f"({str(error).splitlines()[-1].strip()[:200]})"
             ) from error
-        # Of the values and not of the file: safetensors orders its header at random.
+        # A digest of the values, not of the file: safetensors orders its header at random.
         digest = hashlib.sha256()
         for key in sorted(state):
             digest.update(state[key].numpy().tobytes())
@@ -100,7 +100,8 @@ class _ShippedFeatures(FeatureExtractor):
         """Features `[n, 64]` and logits `[n, classes]` of uint8 images `[n, c, h, w]`.
 
         Raises:
-            ConfigError: Another dtype, number of channels or size than the network takes.
+            ConfigError: If images have another dtype, number of channels or size than the network
+                takes.
         """
         network = NETWORKS[self.what]
         check_images(images, channels=(network.convolutions[0][0],))
@@ -118,15 +119,15 @@ class _ShippedFeatures(FeatureExtractor):
 class DigitsFeatures(_ShippedFeatures):
     """A CNN of 43,050 parameters on scikit-learn's 8x8 digits: 64 features, 10 class logits.
 
-    It takes uint8 `[n, 1, 8, 8]`, where 0 to 255 stand for the digits' 0 to 16. Held-out accuracy
-    and the split it was trained on are in the file's header (`metadata`); `python -m
-    studies.extractor_networks digits` trains it again.
+    It takes uint8 `[n, 1, 8, 8]`, where 0 to 255 stand for the digits' 0 to 16. The file's header
+    (`metadata`) has the held-out accuracy and the split that it was trained on. To train it again:
+    `python -m studies.extractor_networks digits`.
 
     Args:
-        weights: A safetensors file of this network; `None` takes the shipped one.
+        weights: A safetensors file of this network; `None` for the shipped one.
 
     Raises:
-        ConfigError: The file is missing, or its entries are not those of this network.
+        ConfigError: If the file is missing, or its entries are not those of this network.
 
     Examples:
         >>> import torch
@@ -146,15 +147,15 @@ class DigitsFeatures(_ShippedFeatures):
 class ShapesFeatures(_ShippedFeatures):
     """A CNN of 32,092 parameters on coloured shapes: 64 features, 12 class logits.
 
-    It takes uint8 `[n, 3, h, w]`; another size than 32 x 32 is resized to it, antialiased. The
-    classes are those of `ShapesData` with its default of twelve. The held-out accuracy is in the
-    file's header (`metadata`); `python -m studies.extractor_networks shapes` trains it again.
+    It takes uint8 `[n, 3, h, w]` and resizes other sizes to 32 x 32, antialiased. The classes are
+    those of `ShapesData` with its default of twelve. The file's header (`metadata`) has the
+    held-out accuracy. To train it again: `python -m studies.extractor_networks shapes`.
 
     Args:
-        weights: A safetensors file of this network; `None` takes the shipped one.
+        weights: A safetensors file of this network; `None` for the shipped one.
 
     Raises:
-        ConfigError: The file is missing, or its entries are not those of this network.
+        ConfigError: If the file is missing, or its entries are not those of this network.
 
     Examples:
         >>> import torch

@@ -68,12 +68,12 @@ class ImageStatistics:
     def check(
         self, extractor: FeatureExtractor, image_shape: tuple[int, ...] | None = None
     ) -> None:
-        """Refuse to be compared with features of another extractor or images of another size.
+        """Check that extractor and size of the images are those of the statistics.
 
-        A property that a file does not state is not compared.
+        A property that the file did not state is not compared.
 
         Raises:
-            ConfigError: Naming both values.
+            ConfigError: If one differs.
         """
         for what, ours, theirs in (
             ("number of features", len(self.gaussian.mean), extractor.num_features),
@@ -87,11 +87,11 @@ class ImageStatistics:
         """Write a safetensors file, or for `.npz` the ADM evaluator's `mu` and `sigma` alone.
 
         Args:
-            path: The file; it is there whole or not at all.
+            path: The file, which is written whole or not at all.
             fingerprint: Hash of the images and the extractor, stored with the statistics.
 
         Raises:
-            ConfigError: The statistics have a NaN or an infinity; a file that is there stays.
+            ConfigError: If the statistics have a NaN or an infinity; an existing file stays.
         """
         mean, covariance = self.gaussian.mean.double(), self.gaussian.covariance.double()
         features = mean.new_zeros(0, len(mean)) if self.features is None else self.features
@@ -120,11 +120,12 @@ class ImageStatistics:
             fingerprint: The fingerprint that the file must have; `None` accepts any.
 
         Raises:
-            FileError: No such file, content missing, or values that are no mean and covariance.
+            FileError: If the file is missing, lacks content, or its values are no mean and
+                covariance.
         """
         found = cls._load_npz(path) if Path(path).suffix == ".npz" else cls._load(path, fingerprint)
         mean, covariance = found.gaussian.mean, found.gaussian.covariance
-        # Comparisons with NaN are false, so that NaN is refused too.
+        # A comparison with NaN is false, so NaN is refused too.
         asymmetry = (covariance - covariance.T).abs()
         symmetric = len(mean) and bool((asymmetry <= 1e-6 * covariance.abs().amax()).all())
         if not symmetric or not bool(mean.isfinite().all()):
@@ -133,6 +134,7 @@ class ImageStatistics:
 
     @classmethod
     def _load(cls, path: str | Path, fingerprint: str | None) -> ImageStatistics:
+        # `read_tensors` takes any fingerprint if it is given a type in place of a value.
         entries = _ENTRIES | {"fingerprint": fingerprint or str}
         tensors, metadata = read_tensors(path, _TENSORS, entries)
         count, features = metadata["num_images"], tensors["features"]
