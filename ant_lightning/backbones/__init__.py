@@ -1,4 +1,4 @@
-"""The networks, DiT and UNet, their published sizes and their published files."""
+"""The networks DiT and UNet, their published sizes, and the loading of published checkpoints."""
 
 from ant_lightning.backbones.checkpoints import CheckpointReport, load_official_checkpoint
 from ant_lightning.backbones.dit import DiT

@@ -1,4 +1,4 @@
-"""Where each kind of published file keeps the backbone's weights, and under which names."""
+"""Where each kind of checkpoint file keeps the backbone's weights, and under which names."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ FIRST_STAGE_PREFIX = "first_stage_model."
 _LDM_PREFIX = "model.diffusion_model."
 _LDM_EMA_PREFIX = "model_ema."
 _LIGHTNING_PREFIX = "backbone."
-# Names that torch's wrappers add: compiled, sharded, with checkpointed activations.
+# Parts of names that torch's wrappers add: `torch.compile`, FSDP, activation checkpointing.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# Our name of latent-diffusion's class table, and the name in its files, where the table is a
-# conditioning stage beside the UNet.
+# The UNet's class table: its name in our network, and in latent-diffusion's files. Those keep the
+# table outside the UNet, as the conditioning stage.
 _CLASS_TABLE = ("class_embedder.embedding.weight", "cond_stage_model.embedding.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointReport:
-    """The backbone's weights in a file, and what else is in it.
+    """What was found in a file: the backbone's weights, and the entries that were left out.
 
     Attributes:
         path: The file.
         layout: `state dict`, `training file`, `latent-diffusion` or `lightning`.
-        weights: `ema` or `model`; `None` if the file holds one set.
-        num_tensors: Entries of the backbone.
-        num_parameters: Numbers in them.
-        ignored: Number of entries left out by the first part of their name (`optimizer`, ..).
+        weights: `ema` or `model`; `None` for a bare state dict, which holds one set.
+        num_tensors: Number of tensors found for the backbone.
+        num_parameters: Number of values in these tensors.
+        ignored: Number of entries left out, by the first part of their name (`optimizer`, ...).
     """
 
     path: Path
@@ -64,10 +64,10 @@ class CheckpointReport:
 
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:
-    """Map each name without the additions of torch's wrappers to the name with them.
+    """Map each name, freed of what torch's wrappers add, to the original name.
 
-    `torch.compile` adds `_orig_mod.`, `DistributedDataParallel` a leading `module.`. Names that
-    would no longer differ are left as they are.
+    `torch.compile` adds `_orig_mod.`, `DistributedDataParallel` a leading `module.`. If two names
+    would become equal, all names are left as they are.
     """
     names = list(names)
     bare = {_bare_name(name): name for name in names}
@@ -78,6 +78,7 @@ def _bare_name(name: str) -> str:
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":
         del parts[0]
+    # DDP around the backbone alone, inside a LightningModule.
     while len(parts) > 2 and parts[:2] == ["backbone", "module"]:
         del parts[1]
     return ".".join(parts)
@@ -88,7 +89,7 @@ def _bare(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def nested_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a file by bare name: those in its `state_dict` if it has one, else its own."""
+    """The tensors of a file by bare name: those under `state_dict`, else those at the top level."""
     nested = content.get("state_dict", content)
     items = nested.items() if isinstance(nested, Mapping) else ()
     return _bare({n: v for n, v in items if isinstance(n, str) and isinstance(v, Tensor)})
@@ -101,19 +102,20 @@ def find_weights(
 
     Args:
         content: What the file holds.
-        names: The backbone's own bare state-dict names.
-        weights: Which weights, in files that hold both.
+        names: The bare names of the backbone's state dict.
+        weights: Which of the two sets, in files that hold both.
         path: The file, for messages.
 
     Returns:
-        Values by name in the backbone (unknown entries keep their name in the file), and the
-        report.
+        The tensors by their name in the backbone, and the report. A tensor that the backbone does
+        not have keeps its name in the file; the caller reports it as extra.
 
     Raises:
-        ConfigError: If there are no weights, or not the requested ones.
+        ConfigError: If the file has no weights, or not the requested ones.
     """
     tensors = nested_tensors(content)
     training = {key: content[key] for key in ("model", "ema") if _is_state_dict(content.get(key))}
+    # In this order, because a bare state dict has no mark of its own: it is what matches no other.
     ignored: Iterable[object]
     which: Weights | None = weights
     if training:
@@ -136,7 +138,7 @@ def find_weights(
         averages = _averages(content)
         found = live
         if _requested(weights, ["model", *(["ema"] if averages else [])], path) == "ema":
-            found = live | _bare(averages)  # frozen parameters have no average
+            found = live | _bare(averages)  # a frozen parameter has no average
         ignored = [name for name in tensors if not name.startswith(_LIGHTNING_PREFIX)]
     else:
         layout, which, found = "state dict", None, tensors
@@ -160,7 +162,7 @@ def _is_state_dict(value: object) -> TypeGuard[Mapping[str, Tensor]]:
 
 
 def _requested(weights: Weights, stored: Iterable[str], path: Path) -> Weights:
-    """The requested weights, if the file has them."""
+    """Return `weights` if the file stores that set, else raise."""
     if weights not in stored:
         raise ConfigError(
             f"weights: must be in the file {path}, which holds {', '.join(stored)}, found {weights}"
@@ -169,21 +171,24 @@ def _requested(weights: Weights, stored: Iterable[str], path: Path) -> Weights:
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _latent_diffusion_names(
     tensors: Mapping[str, Tensor], names: set[str], *, weights: Weights, path: Path
 ) -> dict[str, str]:
-    """The name in a latent-diffusion file of each entry of the UNet.
+    """Map the UNet's names to the names in a latent-diffusion file.
 
-    Its EMA is stored as buffers, whose names may hold no dot: `input_blocks.0.0.weight` is
-    `model_ema.diffusion_modelinput_blocks00weight`.
+    The file's EMA is stored as buffers, and a buffer's name cannot contain a dot:
+    `input_blocks.0.0.weight` becomes `model_ema.diffusion_modelinput_blocks00weight`.
     """
     stored = {name: _LDM_PREFIX + name for name in _below(tensors, _LDM_PREFIX)}
     averages = {n for n in tensors if n.startswith(_LDM_EMA_PREFIX)}
+    # Counters of the EMA, not weights.
     averages -= {_LDM_EMA_PREFIX + "decay", _LDM_EMA_PREFIX + "num_updates"}
     if _requested(weights, ["model", *(["ema"] if averages else [])], path) == "ema":
+        # The dots cannot be put back, so our own names without dots are compared with the file's.
         ours = {_LDM_EMA_PREFIX + f"diffusion_model{n}".replace(".", ""): n for n in names}
         stored = {ours.get(name, name): name for name in averages}
     our_table, their_table = _CLASS_TABLE
@@ -193,7 +198,7 @@ def _latent_diffusion_names(
 
 
 def _averages(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The averages in the callback states of a Lightning checkpoint."""
+    """The averaged weights of a Lightning checkpoint, which a callback stores; empty without it."""
     callbacks = content.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, Mapping) else []
     found = [state.get("averages") for state in states if isinstance(state, Mapping)]

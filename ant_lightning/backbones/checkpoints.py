@@ -1,4 +1,4 @@
-"""Loading a published checkpoint into a backbone: all of its weights, or an error and none."""
+"""Loads a published checkpoint into a backbone: either every weight fits, or none is loaded."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ __all__ = ["CheckpointReport", "fill_backbone", "load_official_checkpoint", "rea
 
 
 class _LightningCallback:
-    """Stands in for a callback class whose name an old Lightning file mentions; does nothing."""
+    """Empty stand-in for the callback class that old Lightning files refer to by name."""
 
 
-# Names a pickle may mention beyond tensors and containers. DiT's training files hold their
-# arguments as a Namespace, a bare bag of values. Lightning up to 1.4 (latent-diffusion's files)
-# has its callback's class as a dictionary key; the empty class above takes its place.
+# Classes that a pickle may name beyond tensors and containers. DiT's training files store their
+# arguments as a Namespace, which only holds values. Lightning up to 1.4 (latent-diffusion's files)
+# uses a callback's class as a dictionary key; the empty class above is loaded in its place.
 _HARMLESS: list[Any] = [
     argparse.Namespace,
     (_LightningCallback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
 ]
 _MAX_LISTED = 10
+# Of DiT, ADM and LDM. A wrong number of rows is reported as `num_classes`, which the user can set.
 _CLASS_TABLES = (
     "y_embedder.embedding_table.weight",
     "label_emb.weight",
@@ -44,7 +45,7 @@ _CLASS_TABLES = (
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     """Read a `.safetensors` file, or any file that `torch.save` wrote, onto the CPU.
 
-    Nothing in the file can run, see `read_torch`. Large files are mapped into memory, not copied.
+    No code in the file can run; see `read_torch`. Large files are mapped into memory, not copied.
 
     Raises:
         FileError: If the file is missing, damaged, or needs pickled classes or functions.
@@ -67,21 +68,22 @@ def load_official_checkpoint(
 
     Known files: raw state dicts (guided-diffusion, P2, released DiT weights), training files of
     DiT and ANT (`model`, `ema`), latent-diffusion's `.ckpt`, this package's own Lightning
-    checkpoints, and the same in safetensors. Additions of `torch.compile`, DDP or FSDP to the names
-    are ignored in the file and in the backbone. Values are cast to the backbone's dtype and moved
-    to its device. The backbone changes only if every entry fits.
+    checkpoints, and the same in safetensors. What `torch.compile`, DDP or FSDP add to names is
+    ignored, in the file and in the backbone. Values are cast to the backbone's dtype and moved to
+    its device. If one entry does not fit, the backbone is left unchanged.
 
     Args:
         backbone: The network to fill.
         path: The file.
-        weights: `ema` or `model`, in files that hold both.
+        weights: Which set to load, `ema` or `model`, from files that hold both.
 
     Returns:
-        What was loaded and what was left out.
+        What was loaded, and what was left out.
 
     Raises:
-        ConfigError: If the file is missing, damaged or would run code, holds no such weights, or
-            has missing, extra or misshapen entries or another class count.
+        ConfigError: If the file is missing, is damaged, would run code, or does not hold the
+            requested weights; if entries are missing, extra, misshapen or not finite; if the number
+            of classes differs.
 
     Examples:
         >>> import torch
@@ -101,7 +103,7 @@ def load_official_checkpoint(
 def fill_backbone(
     backbone: nn.Module, content: Mapping[str, Any], *, path: Path, weights: Weights
 ) -> CheckpointReport:
-    """Load the content of a checkpoint that is read already; see `load_official_checkpoint`."""
+    """Load the content of a checkpoint that was read before; see `load_official_checkpoint`."""
     own = backbone.state_dict()
     if any(value.is_meta for value in own.values()):
         raise ConfigError(f"backbone: must have memory to load {path} into, found the meta device")
@@ -116,9 +118,10 @@ def fill_backbone(
 
 
 def _problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:
-    """Why the entries do not fit: another number of classes; lists of entries that differ."""
+    """Why the entries do not fit: a wrong number of classes, and lists of entries that differ."""
     both = [name for name in target if name in found]
     problems = []
+    # Without a name in common the file belongs to another network: classes are not the problem.
     for name in _CLASS_TABLES if both else ():
         rows = [len(side[name]) if name in side else 0 for side in (found, target)]
         if rows[0] != rows[1]:

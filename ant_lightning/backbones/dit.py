@@ -1,4 +1,4 @@
-"""DiT: the diffusion transformer with adaLN-Zero, in the official layout and parameter names."""
+"""DiT: the diffusion transformer with adaLN-Zero, with the official parameter names and shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DiT"]
 
-_MAX_DEPTH = 1000  # a typing error must not fill the memory
+_MAX_DEPTH = 1000  # a typo must not fill the memory
 _TIMESTEP_FEATURES = 256
 
 
@@ -37,7 +37,10 @@ def _axis_features(positions: Tensor, dim: int) -> Tensor:
 
 
 def _position_embedding(dim: int, grid_size: int) -> Tensor:
-    """Fixed features of each patch, `[1, grid_size**2, dim]` float32: first columns, then rows."""
+    """Sinusoidal features of each patch's position, `[1, grid_size**2, dim]` float32.
+
+    The first half encodes the column and the second half the row, as in the official code.
+    """
     axis = _axis_features(torch.arange(grid_size, dtype=torch.float64), dim // 2)
     columns = axis[None].expand(grid_size, -1, -1)
     rows = axis[:, None].expand(-1, grid_size, -1)
@@ -53,8 +56,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        # A convolution for the sake of the official parameter shapes. It runs as a matrix product:
-        # the tokens are contiguous then, and no layer norm has to copy them.
+        # `proj` is a convolution only to have the official parameter shapes. It runs as a matrix
+        # product, whose tokens are contiguous, so that the layer norms need not copy them.
         p = self.patch_size
         patches = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
@@ -78,15 +81,17 @@ class Attention(nn.Module):
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`x (1 + scale) + shift` for tokens `[b, n, d]` and vectors `[b, 1, d]` of each image."""
-    # Not addcmul: its backward pass multiplies all tokens by 1 as well.
+    # Not addcmul, whose backward pass also multiplies all tokens by its factor, 1. Adding in place
+    # is safe: the product is new, and no backward pass needs it.
     return (x * (1 + scale)).add_(shift)
 
 
 class DiTBlock(nn.Module):
-    """A transformer block whose norms and residual branches the conditioning vector scales.
+    """A transformer block with adaLN-Zero: the conditioning vector scales norms and branches.
 
     `x += gate * f(norm(x) * (1 + scale) + shift)` for attention, then for the MLP. The six vectors
-    are a linear map of `silu(conditioning)` that starts at zero: each block starts as the identity.
+    are a linear map of `silu(conditioning)`. The map starts at zero, so that each block starts as
+    the identity.
     """
 
     def __init__(self, *, hidden_size: int, num_heads: int, mlp_size: int) -> None:
@@ -105,7 +110,7 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], conditioning: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b n d"]:
-        # adaLN-Zero: section 3.2 and figure 3 of the paper.
+        # adaLN-Zero: section 3.2 and figure 3 of the paper. Checkpoints fix the order of the six.
         vectors = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors
         x = (gate * self.attn(_modulate(self.norm1(x), shift, scale))).add_(x)
@@ -135,7 +140,8 @@ class DiT(nn.Module):
 
     Called as `dit(x, timesteps, labels)` with `x` `[b, c, s, s]`, `timesteps` `[b]` (integer or
     fractional, in steps) and `labels` `[b]`; returns `[b, out_channels, s, s]`. The network is
-    deterministic: for classifier-free guidance the training step replaces labels by `null_class`.
+    deterministic: it never drops labels itself. For classifier-free guidance, the training step
+    replaces labels by `null_class`.
 
     Args:
         input_size: Height and width of `x` (latents: 32 for 256 px images).
@@ -144,11 +150,11 @@ class DiT(nn.Module):
         hidden_size: Width of the tokens; a multiple of 4 and of `num_heads`.
         depth: Number of blocks.
         num_heads: Attention heads.
-        mlp_ratio: Width of a block's MLP over `hidden_size`.
+        mlp_ratio: Width of a block's MLP, divided by `hidden_size`.
         class_dropout_prob: Above 0, the label table has one more row, the null class at index
             `num_classes`. Labels are dropped by the module's `class_dropout`.
         num_classes: Number of classes; 0 builds no label table. 1 is the unconditional variant
-            of the ANT repository: one row, no null class whatever `class_dropout_prob` is,
+            of the ANT repository: its table has one row, `class_dropout_prob` adds no null class,
             and `labels` may be left out.
         learn_sigma: Whether the output has twice the channels, the second half for the variance.
         gradient_checkpointing: Whether to recompute each block in the backward pass.
@@ -218,14 +224,14 @@ class DiT(nn.Module):
         self.learn_sigma = learn_sigma
         self.gradient_checkpointing = gradient_checkpointing
 
-        # A frozen parameter, not a buffer: official optimizers count it.
+        # A frozen parameter, not a buffer: the official optimizer states count it as a parameter.
         num_patches = (input_size // patch_size) ** 2
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, hidden_size), requires_grad=False)
         self.x_embedder = PatchEmbed(
             patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size
         )
-        # Dicts, because official files have the names "t_embedder.mlp.0" and
-        # "y_embedder.embedding_table".
+        # Module dicts, because official files have the names "t_embedder.mlp.0.weight" and
+        # "y_embedder.embedding_table.weight".
         self.t_embedder = nn.ModuleDict({"mlp": timestep_mlp(_TIMESTEP_FEATURES, hidden_size)})
         self.y_embedder = None
         if num_classes > 0:
@@ -245,7 +251,7 @@ class DiT(nn.Module):
     def reset_parameters(self) -> None:
         """Xavier-uniform linear maps, normal embeddings, zero modulation and output (adaLN-Zero).
 
-        The zeros make each block start as the identity, and the network with output 0.
+        With these zeros each block starts as the identity, and the network outputs 0.
         """
         for name, parameter in self.named_parameters():
             value = parameter.detach()
@@ -257,7 +263,7 @@ class DiT(nn.Module):
             elif name.startswith(("t_embedder", "y_embedder")):
                 nn.init.normal_(value, std=0.02)
             else:
-                # Flat: the fan-in of the patch convolution is that of a linear map.
+                # Flat, so that the patch convolution has the fan-in and fan-out of a linear map.
                 nn.init.xavier_uniform_(value.flatten(1))
 
     def forward(
@@ -266,7 +272,7 @@ class DiT(nn.Module):
         timesteps: Float[Tensor, " b"] | Int[Tensor, " b"],
         labels: Int[Tensor, " b"] | None = None,
     ) -> Float[Tensor, "b out_channels s s"]:
-        """Predict the noise (or x_0, v) and, if learned, the interpolation of the variance.
+        """Predict the noise (or x0, v) and, if learned, the variance values.
 
         Raises:
             ConfigError: If `x`, `timesteps` or `labels` do not fit the network.
@@ -285,12 +291,13 @@ class DiT(nn.Module):
                 block, tokens, conditioning, checkpointing=self.gradient_checkpointing
             )
         patches = self.final_layer(tokens, conditioning)
+        # The official layer orders the pixels of a patch (p, q, c), but `x_embedder` (c, p, q).
         grid, p = size // self.patch_size, self.patch_size
         output: Tensor = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p)
         return output
 
     def _check_labels(self, labels: Tensor | None, timesteps: Tensor) -> Tensor:
-        """The labels; zeros for a network with a single class."""
+        """Check the labels; a network with a single class may go without, and gets zeros."""
         if labels is None and self.num_classes == 1:
             return torch.zeros_like(timesteps, dtype=torch.long)
         if labels is None or labels.shape != timesteps.shape:

@@ -1,4 +1,4 @@
-"""Pieces that DiT and the UNet share: timestep features, checks, gradient checkpointing."""
+"""What DiT and the UNet share: timestep features, checks, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def timestep_embedding(
     `w_i = max_period ** (-i / h)` and `h = dim // 2`; an odd `dim` ends in a zero.
 
     Args:
-        timesteps: Timesteps `[b]` in steps (0 .. 999), integer or fractional.
+        timesteps: Timesteps `[b]`, integer or fractional, in units of training's steps (0 .. 999).
         dim: Number of features.
-        max_period: Longest period over 2 pi, in steps.
+        max_period: Upper limit of `1 / w_i`, in steps.
 
     Returns:
         Features `[b, dim]` in float32, whatever the default dtype is, as in the official networks.
-        The last bit of `exp`, `cos` and `sin` depends on the device: outputs of a DiT differ by up
-        to 1.1e-5 between two CPUs.
+        The last bit of `exp`, `cos` and `sin` depends on the device: the outputs of a DiT differ by
+        up to 1.1e-5 between two CPUs.
 
     Reference:
         Vaswani et al., "Attention Is All You Need", section 3.5, arXiv 1706.03762.
@@ -60,14 +60,15 @@ def timestep_embedding(
 
 
 def timestep_mlp(num_features: int, hidden_size: int) -> nn.Sequential:
-    """Two linear layers that map features of the timestep to vectors, for `embed_timesteps`."""
+    """The MLP of `embed_timesteps`: timestep features to a vector of `hidden_size`."""
     return nn.Sequential(
         nn.Linear(num_features, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
     )
 
 
 def embed_timesteps(mlp: nn.Module, timesteps: Tensor) -> Float[Tensor, "b d"]:
-    """Vectors `[b, d]` of timesteps `[b]`, integer or fractional, in the dtype of the layers."""
+    """Embed timesteps `[b]`, integer or fractional, as vectors `[b, d]` in the dtype of `mlp`."""
+    # The features are cast, not the timesteps: in bfloat16, timestep 999 would be 1000.
     weight = mlp.get_parameter("0.weight")
     embedding: Tensor = mlp(timestep_embedding(timesteps, weight.shape[1]).to(weight.dtype))
     return embedding
@@ -102,39 +103,42 @@ def check_images(x: Tensor, timesteps: Tensor, *, in_channels: int) -> None:
 def run_block(
     block: nn.Module, *args: Tensor | None, checkpointing: bool, preserve_rng: bool = False
 ) -> Tensor:
-    """Run `block(*args)`; with checkpointing, its activations are not kept.
+    """Run `block(*args)`; with checkpointing, recompute its activations in the backward pass.
 
     Args:
         block: A module that returns one tensor.
         *args: Its inputs.
-        checkpointing: Whether to recompute the block in the backward pass (about a third more
-            compute).
-        preserve_rng: Whether to replay the random state: only needed if the block has dropout.
+        checkpointing: Whether to recompute the activations instead of keeping them: less memory,
+            about a third more compute.
+        preserve_rng: Whether the recomputation replays the random state, so that dropout drops the
+            same units; needed only if the block has dropout.
     """
     if not (checkpointing and torch.is_grad_enabled()):
         output: Tensor = block(*args)
         return output
-    # Non-reentrant: the only form that works with torch.autograd.grad.
+    # Task gradients are taken with torch.autograd.grad, which the reentrant form does not support.
     output = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=preserve_rng)
     return output
 
 
 def arrange(network: nn.Module, *, channels_last: bool = False, compiled: bool) -> None:
-    """Set in place how a network runs; its names and its state dict stay.
+    """Set in place how a network runs; the names in its state dict do not change.
 
     Args:
         network: The network.
-        channels_last: Whether convolutions, and so their outputs, have that memory format.
+        channels_last: Whether weights of convolutions, and so their outputs, have the
+            `channels_last` memory format.
         compiled: Whether to run through `torch.compile`.
     """
     if channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compiled:
+        # Not torch.compile(network): the wrapper would put `_orig_mod.` before every name.
         network.compile()
 
 
 def zeroed(layer: Convolution) -> Convolution:
-    """Set a convolution to zero, so that its residual branch adds nothing at the start."""
+    """Set a convolution to zero: its residual branch, or the network's output, then starts at 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

@@ -1,6 +1,7 @@
 """The published sizes of DiT, ADM, P2 and LDM as tables.
 
-A preset is a function with the arguments of the network that do not change its structure.
+A preset is a function that builds a network of a published size. It keeps the few arguments that
+users still choose, `_ARGUMENTS`; width, depth and the like are fixed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ant_lightning.backbones.unet import UNet
 P = ParamSpec("P")
 N = TypeVar("N", bound=nn.Module)
 
-# Arguments of the networks that a preset has too; the others are fixed.
+# Arguments of a network that its presets keep; a preset fixes all others.
 _ARGUMENTS = {
     "input_size",
     "in_channels",
@@ -38,15 +39,16 @@ _ARGUMENTS = {
 def _preset(
     network: Callable[P, N], name: str, summary: str, *, millions: int, **settings: Any
 ) -> Callable[P, N]:
-    """A function that builds `network` with `settings` in place of its defaults.
+    """Make a function that builds `network` with `settings` in place of its defaults.
 
     Args:
         network: The class.
         name: Name of the function.
-        summary: First line of its docstring.
-        millions: Number of parameters, in millions.
-        **settings: Defaults of the function's arguments, and what is fixed.
+        summary: First line of the function's docstring.
+        millions: Number of parameters in millions, checked by the docstring's example.
+        **settings: Fixed arguments, and other defaults for arguments that the function keeps.
     """
+    # Annotations are strings at run time; the command line needs the types.
     types = get_type_hints(network.__init__)  # type: ignore[misc]
     signature = inspect.Signature(
         [
@@ -58,12 +60,13 @@ def _preset(
     )
 
     def build(*args: P.args, **kwargs: P.kwargs) -> N:
-        signature.bind(*args, **kwargs)  # a TypeError for what is fixed
+        signature.bind(*args, **kwargs)  # raises TypeError for a fixed argument
         return network(*args, **{**settings, **kwargs})  # type: ignore[arg-type]
 
     # The command line reads the signature, and finds the function by its name.
     build.__signature__ = signature  # type: ignore[attr-defined]
     build.__name__ = build.__qualname__ = name
+    # The class documents its arguments; the function repeats the entries of those that it keeps.
     described = re.findall(r"^    ((\w+): .+(?:\n     .+)*)", inspect.getdoc(network) or "", re.M)
     arguments = "\n    ".join(text for text, name in described if name in signature.parameters)
     build.__doc__ = f"""{summary}
@@ -82,7 +85,7 @@ Examples:
     return build
 
 
-# Width, depth, heads; parameters in millions by patch size: table 1 of arXiv 2212.09748.
+# Width, depth, heads (table 1 of arXiv 2212.09748); parameters in millions by patch size.
 _DIT = {
     "s": (384, 12, 6, {2: 33, 4: 33, 8: 33}),
     "b": (768, 12, 12, {2: 131, 4: 130, 8: 131}),
@@ -110,6 +113,7 @@ dit_b_2, dit_b_4, dit_b_8 = (_dit("b", patch_size) for patch_size in (2, 4, 8))
 dit_l_2, dit_l_4, dit_l_8 = (_dit("l", patch_size) for patch_size in (2, 4, 8))
 dit_xl_2, dit_xl_4, dit_xl_8 = (_dit("xl", patch_size) for patch_size in (2, 4, 8))
 
+# 6 output channels: the prediction and the learned variance of 3 channels.
 _ADM = {
     "out_channels": 6,
     "num_head_channels": 64,
@@ -131,7 +135,8 @@ _COLUMNS = [
     "num_res_blocks",
     "attention_resolutions",
 ]
-# Parameters in millions, the columns, and what else differs from the defaults of `UNet`.
+# Parameters in millions, the columns, and what else differs from the defaults of `UNet`. Levels of
+# attention are down-sampling factors: at 256 px, 8, 16, 32 are ADM's resolutions 32, 16, 8.
 _UNET: dict[str, tuple[Any, ...]] = {
     "adm_imagenet256": (553, 256, 256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32), _ADM),
     "adm_imagenet64": (296, 64, 192, (1, 2, 3, 4), 3, (2, 4, 8), _ADM_64),

@@ -1,4 +1,4 @@
-"""The UNet's transformer on a feature map, with cross-attention to a context (LDM)."""
+"""LDM's transformer on a feature map of the UNet, with cross-attention to a context."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["SpatialTransformer"]
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens `[b, n, d]` to a context `[b, m, c]`, or to themselves."""
+    """Attention of tokens `[b, n, d]` to a context `[b, m, c]`; the context may be the tokens."""
 
     def __init__(self, *, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
-        # A sequence of one: official files name this layer "to_out.0".
+        # A sequence of one layer, because official files name it "to_out.0".
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
     def forward(
@@ -55,13 +55,13 @@ class GatedGELU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the context and feed-forward: residual, on normed input."""
+    """Self-attention, attention to the context, feed-forward: each normed first, and residual."""
 
     def __init__(self, *, dim: int, context_dim: int, num_heads: int) -> None:
         super().__init__()
         self.attn1 = CrossAttention(dim=dim, context_dim=dim, num_heads=num_heads)
-        # Official files name these layers "ff.net.0.proj" and "ff.net.2"; number 1 is a dropout
-        # that they never use.
+        # Official files name these layers "ff.net.0.proj" and "ff.net.2". Between them is a dropout
+        # that is never used; an identity keeps the numbers.
         layers = (GatedGELU(dim=dim, inner_dim=4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
         self.ff = nn.Sequential(OrderedDict(net=nn.Sequential(*layers)))
         self.attn2 = CrossAttention(dim=dim, context_dim=context_dim, num_heads=num_heads)
@@ -80,7 +80,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map, added to it.
+    """Transformer blocks over the positions of a feature map; the result is added to the map.
 
     Args:
         channels: Channels of the feature map.
@@ -95,6 +95,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels: int, *, num_heads: int, depth: int, context_dim: int) -> None:
         super().__init__()
+        # LDM's own norm has eps 1e-6; the other norms of the UNet have PyTorch's default, 1e-5.
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -107,7 +108,8 @@ class SpatialTransformer(nn.Module):
         self, x: Float[Tensor, "b c h w"], context: Float[Tensor, "b m k"]
     ) -> Float[Tensor, "b c h w"]:
         """Add the output of the transformer to `x`."""
-        # The 1x1 convolutions run as linear maps on tokens, which saves two copies.
+        # The 1x1 convolutions run as linear maps on tokens, which saves two copies. They are
+        # convolutions only to have the official parameter shapes.
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         tokens = F.linear(tokens, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:

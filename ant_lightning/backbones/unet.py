@@ -1,4 +1,4 @@
-"""The UNet of ADM (pixels) and LDM (latents), in the official layout and parameter names."""
+"""The UNet of ADM (pixels) and LDM (latents), with the official parameter names and shapes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UNet"]
 
-_MAX_BLOCKS = 100  # a typing error must not fill the memory
+_MAX_BLOCKS = 100  # a typo must not fill the memory
 
 
 class UNet(nn.Module):
@@ -44,10 +44,10 @@ class UNet(nn.Module):
     may differ from `input_size` as long as every down-sampling divides them.
 
     Classes enter in one of two ways. Without the spatial transformer, a label embedding is added
-    to the time embedding (ADM). With it, the label becomes the one context token (LDM's
-    class-conditional model); the table is `class_embedder`, which official LDM files hold
-    outside the UNet as `cond_stage_model`. With `num_classes=0` the caller passes
-    `context` `[b, m, context_dim]` instead.
+    to the time embedding (ADM). With the spatial transformer, the label's embedding is the only
+    context token (LDM's class-conditional model). Its table is `class_embedder`, which official
+    LDM files hold outside the UNet as `cond_stage_model`. A network with the spatial transformer
+    and `num_classes=0` is called with a `context` `[b, m, context_dim]` instead of labels.
 
     Args:
         input_size: Height and width of `x` at training time.
@@ -55,21 +55,21 @@ class UNet(nn.Module):
         out_channels: Channels of the output: `in_channels`, or twice as many if the variance is
             learned.
         model_channels: Channels at the highest resolution, a multiple of 32.
-        channel_mult: Channels of each level over `model_channels`, highest resolution first;
+        channel_mult: Channels of each level divided by `model_channels`, highest resolution first;
             each further level halves the resolution.
         num_res_blocks: Residual blocks of a level on the way down (one more on the way up).
-        attention_resolutions: Levels with attention as *down-sampling factors* (1, 2, 4, ..),
+        attention_resolutions: Levels with attention as *down-sampling factors* (1, 2, 4, ...),
             as in LDM's configurations and in the official class. The flag of the same name in
             guided-diffusion's scripts lists resolutions instead: `factor = input_size /
             resolution`. The bottom of the UNet always has attention.
-        num_heads: Attention heads, where `num_head_channels` is -1.
-        num_head_channels: Channels of one head; sets the number of heads of each level.
+        num_heads: Number of attention heads if `num_head_channels` is -1.
+        num_head_channels: Channels of one head; the number of heads then follows from the width.
         use_new_attention_order: Order of the rows of `qkv`: as in ADM's 64 px model (true) or
             as in all others (false).
-        use_scale_shift_norm: Whether the time embedding scales and shifts norms (ADM) or is added
-            (LDM).
-        resblock_updown: Whether to change the resolution inside residual blocks (ADM).
-        conv_resample: Without `resblock_updown`: whether a convolution changes the resolution.
+        use_scale_shift_norm: Whether the time embedding scales and shifts the normed features
+            (ADM) or is added to the features (LDM).
+        resblock_updown: Whether residual blocks change the resolution (ADM).
+        conv_resample: Without `resblock_updown`: whether convolutions change the resolution.
         num_classes: Number of classes; 0 is unconditional.
         class_dropout_prob: Above 0, the label table has one more row, the null class at index
             `num_classes`. Labels are dropped by the module's `class_dropout`.
@@ -79,7 +79,8 @@ class UNet(nn.Module):
         context_dim: Features of a context token; needed with the spatial transformer.
         dropout: Probability of dropping a unit inside residual blocks.
         gradient_checkpointing: Whether to recompute each block in the backward pass.
-        channels_last: Whether feature maps have the channels innermost, as GPUs convolve fastest.
+        channels_last: Whether feature maps have the `channels_last` memory format, in which GPUs
+            convolve fastest.
         compiled: Whether to run through `torch.compile`, which compiles at the first call.
 
     Attributes:
@@ -202,6 +203,8 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             attends = 2**level in attention_resolutions
+            # One block more than on the way down: it takes the skip of the down-sampling, or, at
+            # level 0, that of the first convolution.
             for index in range(num_res_blocks + 1):
                 layers = [
                     res_block(channels + skips.pop(), width),
@@ -217,7 +220,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             zeroed(nn.Conv2d(channels, out_channels, 3, padding=1)),
         )
-        # Last, so that the other entries have the order of official state dicts.
+        # Registered last, so that all other entries have the order of the official state dict.
         self.class_embedder = None
         if num_classes > 0 and context_dim is not None:
             table = nn.Embedding(num_embeddings, context_dim)
@@ -231,7 +234,7 @@ class UNet(nn.Module):
         labels: Int[Tensor, " b"] | None = None,
         context: Float[Tensor, "b m k"] | None = None,
     ) -> Float[Tensor, "b out_channels h w"]:
-        """Predict the noise (or x_0, v) and, if learned, the interpolation of the variance.
+        """Predict the noise (or x0, v) and, if learned, the variance values.
 
         Raises:
             ConfigError: If `x`, `timesteps`, `labels` or `context` do not fit the network.
@@ -260,7 +263,7 @@ class UNet(nn.Module):
         return run_block(self.out, x, checkpointing=checkpointing)
 
     def _context(self, labels: Tensor | None, context: Tensor | None) -> Tensor | None:
-        """The context: the given one, or that of the labels; checks both."""
+        """Check labels and context; returns the given context, or the embedding of the labels."""
         if context is not None and labels is not None:
             raise ConfigError("labels: must be None beside a context, found both")
         if context is None and labels is None and self.num_classes > 0:
@@ -271,6 +274,7 @@ class UNet(nn.Module):
         if context is None and self.class_embedder is not None:
             token: Tensor = self.class_embedder["embedding"](labels)[:, None]
             return token
+        # A network without `context_dim` refuses any context: nothing in it would read the context.
         shape, dim = [] if context is None else list(context.shape), self.context_dim
         if (len(shape) != 3 or shape[2] != dim) if dim is not None else shape:
             raise ConfigError(f"context: must have the shape [b, m, {dim}], found {shape or None}")
@@ -278,7 +282,7 @@ class UNet(nn.Module):
 
 
 def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[int]:
-    """Channels of each level."""
+    """Channels of each level; raises unless each width is a multiple of the norms' 32 groups."""
     widths = [int(mult * model_channels) for mult in channel_mult]
     if not widths or any(width < 1 or width % 32 for width in widths):
         raise ConfigError(
@@ -291,7 +295,12 @@ def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[in
 def _check_levels(
     input_size: int, num_levels: int, attention_resolutions: Sequence[int], **blocks: int
 ) -> None:
-    """Check that the input can be halved often enough, that attention has a level, and counts."""
+    """Check the sizes of a UNet.
+
+    Raises:
+        ConfigError: If a count in `blocks` is out of range, if `input_size` cannot be halved for
+            every level, or if a factor of `attention_resolutions` belongs to no level.
+    """
     for name, count in blocks.items():
         if not 1 <= count <= _MAX_BLOCKS:
             raise ConfigError(f"{name}: must be from 1 to {_MAX_BLOCKS}, found {count}")
@@ -318,7 +327,7 @@ def _attention(
     depth: int,
     context_dim: int | None,
 ) -> AttentionBlock | SpatialTransformer:
-    """Attention at a width: to a context if there is one, else of the feature map to itself."""
+    """The attention layer for a width: a transformer with `context_dim`, else self-attention."""
     by_width = num_head_channels != -1
     name = "num_head_channels" if by_width else "num_heads"
     value = num_head_channels if by_width else num_heads
@@ -337,7 +346,8 @@ def _resample(
     res_block: Callable[..., ResBlock] | None,
     conv: bool,
 ) -> nn.Module:
-    """The step between two levels, inside a residual block if there is one."""
+    """The layer between two levels: `kind` alone, or (`resblock_updown`) in a residual block."""
     if res_block is None:
         return kind(channels, conv=conv)
+    # The block has convolutions of its own, so the resampling inside it has none.
     return res_block(channels, channels, resample=kind(channels, conv=False))

@@ -1,4 +1,4 @@
-"""The UNet's residual block, self-attention and resampling, under their official names."""
+"""The UNet's residual block, self-attention and resampling, with the official parameter names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["AttentionBlock", "Downsample", "ResBlock", "Stage", "Upsample"]
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: nearest neighbour, then a 3x3 convolution if `conv`."""
+    """Double height and width: nearest neighbour, then a 3x3 convolution if `conv`."""
 
     def __init__(self, channels: int, *, conv: bool) -> None:
         super().__init__()
@@ -33,33 +33,37 @@ def _enlarged(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-# Fewest positions of the small map for which one transposed convolution is faster on the CPU. On
-# smaller maps, rearranging its 16/9 times as many weights costs more than it saves.
+# From this many positions of the small map on, one transposed convolution is faster on the CPU. On
+# smaller maps, rearranging its weights (16/9 times as many) costs more than it saves.
 _MIN_FUSED_POSITIONS = 1024
 
 
 def convolved_after_upsampling(
     x: Float[Tensor, "b c h w"], conv: nn.Conv2d
 ) -> Float[Tensor, "b c_out 2*h 2*w"]:
-    """`conv` (3x3, padding 1) of `x` enlarged twofold by nearest neighbour.
+    """Double the size of `x` by nearest neighbour, then apply `conv` (3x3, padding 1).
 
     The enlarged map repeats each value 2x2 times, so a 3x3 window sees at most 2x2 different
-    values. The two steps are therefore one transposed convolution of stride 2; its 4x4 kernel is
-    the sum of the 3x3 kernel at the four places of a repeated value. It takes 4/9 of the
+    values. The two steps therefore equal one transposed convolution of stride 2. Its 4x4 kernel is
+    the sum of the 3x3 kernel at the four places of a repeated value. It needs 4/9 of the
     multiplications, and the enlarged map is neither written nor kept for the backward pass.
-    Used on the CPU, where it was measured, and on large maps.
+
+    Large maps on the CPU take the transposed convolution. It was not measured on GPUs, where the
+    two steps are kept. See `docs/decisions/010-upsampling-convolution.md`.
     """
     if x.device.type != "cpu" or x.shape[2] * x.shape[3] < _MIN_FUSED_POSITIONS:
         enlarged: Tensor = conv(_enlarged(x))
         return enlarged
+    # A transposed convolution applies its kernel mirrored, with input and output channels swapped.
     kernel = conv.weight.flip(2, 3).transpose(0, 1)
+    # The four places of a 3x3 kernel in a 4x4 one, as `F.pad` wants them: left, right, top, bottom.
     places = [(0, 1, 0, 1), (1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 1, 0)]
     kernel = sum((F.pad(kernel, place) for place in places[1:]), F.pad(kernel, places[0]))
     return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
 
 
 class Downsample(nn.Module):
-    """Half the height and width: a strided 3x3 convolution if `conv`, else the mean of 2x2."""
+    """Halve height and width: a strided 3x3 convolution if `conv`, else means of 2x2 values."""
 
     def __init__(self, channels: int, *, conv: bool) -> None:
         super().__init__()
@@ -71,10 +75,11 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the time embedding in between, added to the (projected) input.
+    """Two 3x3 convolutions with the time embedding in between; the result is added to the input.
 
-    The embedding either shifts the features, `h + shift`, or scales and shifts their norm,
-    `norm(h) (1 + scale) + shift`.
+    The embedding either shifts the features, `norm(h + shift)`, or scales and shifts the normed
+    features, `norm(h) (1 + scale) + shift`. If the number of channels changes, a 1x1 convolution
+    projects the input.
 
     Args:
         channels: Channels of the input.
@@ -82,7 +87,7 @@ class ResBlock(nn.Module):
         emb_channels: Length of the embedding.
         dropout: Probability of dropping a unit before the second convolution.
         use_scale_shift_norm: Whether the embedding scales and shifts, or only shifts.
-        resample: Changes the resolution inside the block, without parameters.
+        resample: Layer without parameters that changes the resolution inside the block.
 
     Reference:
         Dhariwal and Nichol, "Diffusion Models Beat GANs on Image Synthesis", section 3,
@@ -139,7 +144,7 @@ class ResBlock(nn.Module):
         if self.use_scale_shift_norm:
             # Adaptive group normalisation: section 3 of the paper.
             scale, shift = vectors.chunk(2, dim=1)
-            # Not addcmul: its backward pass multiplies the whole map by 1 as well.
+            # Not addcmul, whose backward pass also multiplies the whole map by its factor, 1.
             h = (norm_out(h) * (1 + scale)).add_(shift)
         else:
             h = norm_out(h + vectors)
@@ -148,13 +153,13 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Multi-head self-attention over the positions of a feature map, added to it.
+    """Multi-head self-attention over the positions of a feature map; added to the map.
 
     Args:
         channels: Channels of the feature map.
         num_heads: Attention heads; divides `channels`.
-        new_order: Whether the rows of `qkv` are (query|key|value, head, channel) or
-            (head, query|key|value, channel). Both exist in published checkpoints.
+        new_order: Order of the rows of `qkv`: (query|key|value, head, channel) if true, else
+            (head, query|key|value, channel). Published checkpoints exist with both.
     """
 
     def __init__(self, channels: int, *, num_heads: int, new_order: bool) -> None:
@@ -168,8 +173,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Add the attention output to `x`."""
-        # Linear maps on tokens instead of 1x1 convolutions: the channels of a head are then
-        # adjacent, as fused attention needs them, and channels-last maps need no copy.
+        # The 1x1 convolutions run as linear maps on tokens. The channels of a head are then
+        # adjacent, as fused attention needs them, and channels_last maps need no copy.
         tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         qkv = F.linear(tokens, self.qkv.weight.flatten(1), self.qkv.bias)
         query, key, value = rearrange(qkv, self.pattern, three=3, h=self.num_heads)
@@ -180,7 +185,7 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in sequence; each is given the inputs that its kind takes."""
+    """Layers in sequence; a ResBlock also gets the embedding, a SpatialTransformer the context."""
 
     def forward(  # type: ignore[override]
         self,
@@ -190,7 +195,7 @@ class Stage(nn.Sequential):
         *,
         checkpointing: bool,
     ) -> Float[Tensor, "b c_out h_out w_out"]:
-        """Run the layers; `checkpointing` recomputes all but convolutions."""
+        """Run the layers; `checkpointing` recomputes residual blocks and attention."""
         for layer in self:
             inputs: tuple[Tensor | None, ...] = ()
             if isinstance(layer, ResBlock):

@@ -1,4 +1,4 @@
-"""What every data module yields."""
+"""The batch that every data module yields."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ __all__ = ["Batch", "check_batch", "to_uint8"]
 
 
 class Batch(NamedTuple):
-    """Images of a batch.
+    """Images with their labels and their positions in the data set.
 
     Attributes:
         images: `[b, c, h, w]` float32 in [-1, 1] (or first-stage moments, see `LatentsData`).
         labels: `[b]` int64; zeros for data without classes.
-        indices: `[b]` int64, position of each image in its data set: randomness is keyed by it.
+        indices: `[b]` int64, position of each image in its data set. Random numbers are keyed by
+            it, so that they do not depend on the batch or the rank.
 
     Examples:
         >>> import torch
@@ -48,7 +49,7 @@ def check_batch(batch: object) -> None:
             "batch: must be an ant_lightning.Batch, so let the data set return "
             f"Batch(image, label, index), found a {type(batch).__name__}{inside}"
         )
-    # Dtypes and shapes alone: values would have to be copied from an accelerator.
+    # Only dtypes and shapes: to check values, the host would have to wait for the GPU.
     images, labels, indices = batch
     if not images.is_floating_point():
         raise ConfigError(f"batch.images: must be floating point in [-1, 1], found {images.dtype}")
@@ -62,10 +63,10 @@ def check_batch(batch: object) -> None:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as 0 .. 255.
+    """Convert images in [-1, 1] to uint8, 0 .. 255.
 
     Raises:
-        NonFiniteError: If an image has a NaN or an infinity, which would become black or white.
+        NonFiniteError: If an image has a NaN or an infinity, which uint8 would hide.
     """
     bad = ~images.flatten(1).isfinite().all(1)
     if bool(bad.any()):

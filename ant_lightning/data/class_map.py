@@ -1,4 +1,4 @@
-"""Class names and their numbers, in a JSON file."""
+"""Class maps: JSON files with the number of each class."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["number_classes", "read_class_map", "record_classes", "write_class_ma
 
 
 def read_class_map(path: str | Path) -> list[str]:
-    """Class names in the order of their numbers, from a JSON object of name to number.
+    """Read class names, in the order of their numbers, from a JSON object of name to number.
 
-    Names are those of folders, so a name that would lead out of the data's folder is refused.
+    A class is the name of a folder, so a name that would lead out of the data's folder is refused.
 
     Raises:
         FileError: If the file is not such an object.
@@ -24,6 +24,7 @@ def read_class_map(path: str | Path) -> list[str]:
         if name in {"", ".", ".."} or set(name) & set("/\\\0"):
             raise FileError(f"{path}: a class must have the name of a folder, found {name!r}")
     numbers = list(content.values())
+    # Not isinstance: JSON's true is an int as well. `or 1` refuses an empty map.
     if any(type(number) is not int for number in numbers) or sorted(numbers) != list(
         range(len(numbers) or 1)
     ):
@@ -35,16 +36,17 @@ def read_class_map(path: str | Path) -> list[str]:
 
 
 def write_class_map(path: str | Path, names: list[str]) -> None:
-    """Write what `read_class_map` reads."""
+    """Write a class map: class `names[i]` has number i."""
     write_json(Path(path), {name: number for number, name in enumerate(names)})
 
 
 def number_classes(found: list[str], path: str | None) -> list[str]:
-    """Class names in the order of their numbers.
+    """Number the classes; returns their names in the order of their numbers.
 
     Args:
-        found: The class of each image; empty without classes.
-        path: A class map, which is written if it does not exist; `None` sorts the names.
+        found: The class of each image; empty if the data has no classes.
+        path: The class map that decides the numbers. If the file does not exist, the names are
+            numbered in sorted order and written to it. `None`: sorted order, nothing is written.
 
     Raises:
         ConfigError: If the class map lacks a class.
@@ -65,11 +67,11 @@ def number_classes(found: list[str], path: str | None) -> list[str]:
 
 
 def record_classes(path: Path, names: list[str]) -> None:
-    """Write a class map, but not over a file that may be somebody else's."""
+    """Write a class map, unless `path` holds something else already: then warn."""
     try:
         known = read_class_map(path) if path.exists() else None
     except FileError:
-        known = []
+        known = []  # no class map: differs from `names`, so it is kept and the warning is given
     if known is None:
         write_class_map(path, names)
     elif known != names:

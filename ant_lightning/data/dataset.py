@@ -1,4 +1,4 @@
-"""Data sets that return a whole batch of images for a list of positions."""
+"""Data sets that return a whole batch for a list of positions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from ant_lightning.data.batch import Batch, to_uint8
 
 __all__ = ["CHUNK", "ImageDataset", "TensorImages"]
 
-CHUNK = 256  # images in memory where a whole data set is read
+CHUNK = 256  # images in memory at once while a whole data set is read
 
 
 class ImageDataset(Dataset[Batch], ABC):
-    """Images that are fetched by the batch.
+    """Base of the data sets: images that are loaded a batch at a time.
 
-    `load` gets positions and the epoch. So that runs can be resumed, an augmentation must be a
-    function of (seed, epoch, position) alone; with `epoch=None` there is none.
+    A subclass implements `load` and `__len__`. An augmentation must be a function of (seed, epoch,
+    position) alone, so that a resumed run sees the same images. With `epoch=None` nothing is
+    augmented.
 
     Examples:
         >>> import torch
@@ -43,14 +44,14 @@ class ImageDataset(Dataset[Batch], ABC):
 
     @abstractmethod
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """The images at `indices`."""
+        """Load the images at `indices`."""
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """The images at `indices` as uint8 `[b, c, h, w]`, without augmentation, for metrics."""
         return to_uint8(self.load(list(indices), epoch=None).images)
 
     def fingerprint(self) -> str:
-        """A hash of all pixels, which identifies results that were computed from them."""
+        """A hash of all pixels, stored with what was computed from them."""
         digest = hashlib.sha256()
         for start in range(0, len(self), CHUNK):
             pixels = self.pixels(range(start, min(start + CHUNK, len(self))))
@@ -59,12 +60,13 @@ class ImageDataset(Dataset[Batch], ABC):
         return digest.hexdigest()
 
     def __getitem__(self, key: tuple[int | None, list[int]]) -> Batch:
+        # A key of our samplers is a whole batch, so that a batch is loaded in one call.
         epoch, indices = key
         return self.load(indices, epoch=epoch)
 
 
 class TensorImages(ImageDataset):
-    """Images that lie in memory, without augmentation.
+    """Images that are held in memory, without augmentation.
 
     Args:
         images: `[n, c, h, w]` in [-1, 1].

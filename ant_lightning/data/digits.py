@@ -14,9 +14,9 @@ __all__ = ["DigitsData", "load_digits"]
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
-    """All digits: images `[1797, 1, 8, 8]` float32 in [-1, 1] and labels `[1797]`.
+    """Load all digits: images `[1797, 1, 8, 8]` float32 in [-1, 1] and labels `[1797]`.
 
-    The data has 17 grey levels, 0 to 16; a level v becomes v / 8 - 1.
+    The data have 17 grey levels, 0 to 16; level v becomes v / 8 - 1.
 
     Reference:
         Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI, 1998.
@@ -71,7 +71,7 @@ class DigitsData(ImageDataModule):
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Training and held-out images."""
         images, labels = load_digits()
-        # A split of its own seed: runs with different seeds hold out the same images.
+        # Not the seed of the run: runs with different seeds must hold out the same images.
         order = torch.randperm(
             len(images), generator=keyed_generator(self.split_seed, "digits split")
         )

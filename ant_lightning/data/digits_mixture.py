@@ -19,10 +19,10 @@ __all__ = ["DigitsMixtureData", "digits_mixture"]
 
 @lru_cache(maxsize=1)
 def digits_mixture(num_components: int = 40, regularization: float = 3e-3) -> GaussianMixture:
-    """The mixture that fits all 1,797 real digits, of 64 numbers in about [-1, 1].
+    """Fit a mixture to the 64 pixels of all 1,797 real digits, in about [-1, 1].
 
-    Expectation maximisation that starts from k-means with a fixed seed; `regularization` is added
-    to the variances. The last fit is kept.
+    The fit is expectation maximisation that starts from k-means with a fixed seed;
+    `regularization` is added to the variances. The most recent fit is cached.
     """
     from sklearn import mixture  # noqa: PLC0415 - half a second, and only digits need it
 
@@ -33,7 +33,7 @@ def digits_mixture(num_components: int = 40, regularization: float = 3e-3) -> Ga
     weights, means, covariances = (
         torch.from_numpy(each) for each in (fit.weights_, fit.means_, fit.covariances_)
     )
-    # The fit's rounding leaves sums of weights and symmetry off by a last bit.
+    # Rounding leaves the sum of the weights and the symmetry of the covariances off by a last bit.
     return GaussianMixture(weights / weights.sum(), means, (covariances + covariances.mT) / 2)
 
 
@@ -42,15 +42,15 @@ class DigitsMixtureData(ImageDataModule):
 
     No image is seen twice in training, so nothing can be memorised. `E[eps | x_t]` is known in
     closed form (`mixture.denoise`), so `ExcessRisk` can measure how far a model's loss is above the
-    best possible one. A few pixels lie outside [-1, 1]. There are no labels.
+    lowest possible loss. A few pixels lie outside [-1, 1]. There are no labels.
 
     Args:
         batch_size: Images of one optimizer step, over all ranks.
-        num_images: Images of an epoch; the next has others.
+        num_images: Images of an epoch; every epoch has new ones.
         num_held_out: Further images, for validation and metrics.
         num_components: Components of the mixture.
         regularization: Added to the variance of each pixel.
-        images_seed: Seed of the images, which belong to the data set and not to the run.
+        images_seed: Seed of the images; part of the data set, so separate from the run's seed.
         num_workers: Loading processes of each rank.
         seed: Order of the training images; by default the seed of the run.
 
@@ -128,9 +128,11 @@ class _Draws(ImageDataset):
         return self._count
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """The images at `indices`; without an epoch those of the first."""
+        """Load the images at `indices`; `epoch=None` gives those of epoch 0."""
         epoch = epoch or 0
-        if self._epoch != epoch:  # a whole epoch at once costs a fraction of a second
+        # A whole epoch is drawn at once, which takes a fraction of a second, and kept until another
+        # epoch is asked for. An image is thus the same in every batch and loading process.
+        if self._epoch != epoch:
             generator = keyed_generator(self._seed, self._stream, epoch)
             samples, _ = self._mixture.draw(self._count, generator=generator)
             self._images, self._epoch = samples.float().view(-1, 1, 8, 8), epoch

@@ -1,4 +1,4 @@
-"""Image files as a data set: decoded on demand, and checked and identified as a whole."""
+"""Image files as a data set: decoding on demand, checks of all files, and their hashes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = ["FolderImages", "broken_images", "is_flipped"]
 
 
 class FolderImages(ImageDataset):
-    """Image files, decoded when they are loaded.
+    """Image files, decoded each time they are loaded.
 
     Args:
         root: The folder.
         paths: The files, below `root`.
         labels: Class of each file, `[n]`.
         read: `read_picture` with all settings but the path.
-        flip_seed: Seed of the mirrored images; `None` mirrors none.
+        flip_seed: Seed that decides which images are mirrored; `None` mirrors none.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class FolderImages(ImageDataset):
         return len(self.paths)
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """The images at `indices`, mirrored where `is_flipped` says so."""
+        """Load the images at `indices`, mirrored where `is_flipped` is true."""
         pictures = [self._read(self.paths[index]) for index in indices]
         for row, index in enumerate(indices):
             if is_flipped(self._flip_seed, epoch, index):
@@ -65,18 +65,22 @@ class FolderImages(ImageDataset):
         return Batch(pixels.float() / 127.5 - 1, self.labels[rows], rows)
 
     def fingerprint(self) -> str:
-        """A hash of the files' names, sizes and times, and of how they are rotated and cropped.
+        """A hash of the files' names, sizes and times, and of the settings that read them.
 
-        To hash the pixels, a large folder would have to be decoded.
+        The pixels are not hashed, because a large folder would have to be decoded for it.
         """
         return hashlib.sha256(f"{self._read.keywords};".encode() + self.file_facts()).hexdigest()
 
     def file_facts(self) -> bytes:
-        """Names, sizes and times, including the inode change time, which unpacking cannot set."""
+        """Name, size and times of every file.
+
+        The inode change time is among them: unlike the modification time, programs that copy or
+        unpack files cannot set it back.
+        """
         facts = []
         for path in self.paths:
             found = path.stat()
-            name = os.fsencode(path.relative_to(self.root))  # need not be UTF-8
+            name = os.fsencode(path.relative_to(self.root))  # a name need not be UTF-8
             times = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
             facts.append(name + f"\0{times};".encode())
         return b"".join(facts)
@@ -93,9 +97,9 @@ class FolderImages(ImageDataset):
 
 
 def is_flipped(seed: int | None, epoch: int | None, index: int) -> bool:
-    """Whether the image at `index` is mirrored in `epoch`: a fair coin, keyed by these numbers.
+    """Whether the image at `index` is mirrored in `epoch`: a fair coin keyed by the arguments.
 
-    Without a seed or an epoch it is not.
+    `seed=None` or `epoch=None` mirrors nothing.
     """
     if seed is None or epoch is None:
         return False
@@ -103,11 +107,11 @@ def is_flipped(seed: int | None, epoch: int | None, index: int) -> bool:
 
 
 def broken_images(paths: list[Path]) -> dict[Path, str]:
-    """Decode every image; returns the errors of those that fail.
+    """Decode every image; returns the error of each image that fails.
 
-    With several ranks each decodes its share, and all return the errors of all.
+    With several ranks, each rank decodes its share, and all ranks return the errors of all shares.
     """
-    # `setup` runs on every rank after the processes have met.
+    # `setup` calls this on every rank, when the process group exists already.
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     mine = paths[dist.get_rank() :: ranks] if ranks > 1 else paths
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the GIL

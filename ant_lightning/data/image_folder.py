@@ -1,4 +1,4 @@
-"""A user's own folder of images."""
+"""The data module for a user's own folder of images."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = ["ImageFolderData"]
 
 
 class ImageFolderData(ImageDataModule):
-    """Images of a folder, in folders of their classes or all in one, as FFHQ and CelebA-HQ come.
+    """Images in one folder (FFHQ, CelebA-HQ), or in one folder for each class (ImageNet).
 
     Classes are numbered in the order of their folders' names, unless `class_map` says otherwise.
-    The names are written to `class_map.json` in the log folder and to every checkpoint, which
-    cannot be loaded with other classes.
+    The class names are written to `class_map.json` in the log folder and to every checkpoint. A
+    checkpoint cannot be loaded with other classes.
 
     Args:
         root: The folder.
-        image_size: Side in pixels of what the network sees.
+        image_size: Height and width in pixels that images are resized and cropped to.
         batch_size: Images of one optimizer step, over all ranks.
         num_held_out: Images that are never trained on: validation, test, reference of FID.
         labels: `folders`: the first folder below `root` is an image's class. `none`: no classes.
@@ -48,7 +48,7 @@ class ImageFolderData(ImageDataModule):
         flip: Whether training images are mirrored in half of the epochs.
         validate_images: `raise`: decode every image before training, and refuse broken ones.
             `skip`: leave broken ones out. `off`: a broken image ends the run when it is loaded.
-        split_seed: Seed of the split, which belongs to the data set and not to the run.
+        split_seed: Seed of the split; part of the data set, so separate from the run's seed.
         num_workers: Loading processes of each rank.
         seed: Order of the images, and flips; by default the seed of the run.
 
@@ -56,7 +56,7 @@ class ImageFolderData(ImageDataModule):
         num_skipped: Broken images that were left out.
 
     Raises:
-        ConfigError: Naming the setting or the file, if the folder cannot be used.
+        ConfigError: If a setting is wrong or the folder cannot be used; names the setting.
 
     Examples:
         >>> import tempfile
@@ -117,7 +117,7 @@ class ImageFolderData(ImageDataModule):
         self.num_classes = len(self.class_names)
         number = {name: i for i, name in enumerate(self.class_names)}
         labels = torch.tensor([number[name] for name in names] or [0] * len(paths))
-        # Broken images are left out before the split, which is over what is trained on.
+        # Broken images are left out before the split, so that `num_held_out` counts whole images.
         kept = self._whole_images(paths)
         empty = set(labels.tolist()) - set(labels[kept].tolist())
         if empty and names:
@@ -152,10 +152,10 @@ class ImageFolderData(ImageDataModule):
         return self._images[0], self._images[1]
 
     def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
-        """A digest of the names and bytes of all files.
+        """A digest of the names and bytes of all files, and one of their sizes and times.
 
-        Bytes are compared because times change in a copy and other images can have the same sizes.
-        If names, sizes and times still match `known`, so do the bytes, and they are not read again.
+        The digest of bytes decides: a copy changes the times, and other images can have the same
+        sizes. It is not computed again if names, sizes and times match those in `known`.
         """
         times = hashlib.sha256(b"".join(part.file_facts() for part in self._images)).hexdigest()[
             :16
@@ -165,7 +165,8 @@ class ImageFolderData(ImageDataModule):
         content = b"".join(part.file_digests() for part in self._images)
         images = hashlib.sha256(content).hexdigest()[:16]
         if images == known.get(IMAGES_DIGEST):
-            # Copied or touched, but unchanged: the identity must stay equal.
+            # The files were copied or touched, but have the same bytes. Keep the known times, so
+            # that the identity stays equal.
             times = known.get("times", times)
         return {IMAGES_DIGEST: images, "times": times}
 
@@ -190,7 +191,7 @@ class ImageFolderData(ImageDataModule):
                 f"found {len(self.class_names)}, {shortened(self.class_names)}, in {self.root}; "
                 "give the checkpoint's class_map.json as class_map"
             )
-        # Version 0.1 stored no settings and ignored EXIF orientation.
+        # Version 0.1 stored no settings, and ignored the EXIF orientation.
         super().load_state_dict({"settings": {"exif_rotation": False}, **state_dict})
 
     def _whole_images(self, paths: list[Path]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which images a folder holds, each once, what class each has, and what was skipped."""
+"""Finds the images in a folder, each once, and their classes; reports what was skipped."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ant_lightning.errors import ConfigError
 
 __all__ = ["find_images"]
 
-# What file servers and operating systems create beside the user's files, in any case.
+# What file servers and operating systems create beside the user's files; letters of either case.
 _SYSTEM = re.compile(
     r"__macosx|@eadir|@recently-snapshot|@recycle|@tmp|@__thumb|#recycle|#snapshot|\$recycle\.bin|"
     r"lost\+found|system volume information|desktop\.ini|ehthumbs\.db|icon\r|thumbs\.db",
     re.IGNORECASE,
 )
-# Captions, lists and licences: nobody expects these to be read as images.
+# Captions, lists and licences: skipped without a warning, since nobody takes them for images.
 _TEXT = frozenset(
     {".csv", ".html", ".json", ".jsonl", ".md", ".tsv", ".txt", ".xml", ".yaml", ".yml"}
 )
@@ -31,10 +31,11 @@ _TEXT = frozenset(
 def find_images(
     root: str | Path, *, labels: Literal["auto", "folders", "none"], setting: str = "root"
 ) -> tuple[list[Path], list[str]]:
-    """The images below `root`, sorted by path, and the class name of each (empty without classes).
+    """Find the images below `root`, sorted by path, and the class name of each.
 
     Links to files and folders elsewhere are followed, but each image counts once. Hidden (`.name`)
-    and system entries (`@eaDir`, `__MACOSX`, ...) are skipped; one warning reports what else was.
+    and system entries (`@eaDir`, `__MACOSX`, ...) are skipped silently, and so are text files. One
+    warning reports whatever else was skipped.
 
     Args:
         root: The folder.
@@ -43,9 +44,12 @@ def find_images(
             `folders`.
         setting: The setting to name in messages.
 
+    Returns:
+        The paths, and the class name of each; no names if there are no classes.
+
     Raises:
-        ConfigError: If there is no such folder, no image in it, a class without images, or images
-            are both in `root` and in folders below it, so that `auto` cannot decide.
+        ConfigError: If there is no such folder, no image in it, or a class without images; if
+            images lie both in `root` and in folders below it, so that `auto` cannot decide.
     """
     folder = Path(root)
     if not folder.is_dir():
@@ -58,7 +62,7 @@ def find_images(
         raise ConfigError(f"{setting}: must hold images ({kinds}), found none in {folder}{others}")
     if skipped:
         rank_zero_warn(f"{setting}: skipped {skipped}")
-    flat = [path for path in paths if path.parent == folder]  # in no folder of a class
+    flat = [path for path in paths if path.parent == folder]  # these have no class
     if labels == "none" or (labels == "auto" and len(flat) == len(paths)):
         return paths, []
     if flat:
@@ -68,7 +72,7 @@ def find_images(
         )
     names = [path.relative_to(folder).parts[0] for path in paths]
     without = sorted(set(content.folders) - set(names))
-    # A class that lost its images by a mistake would otherwise vanish silently.
+    # Otherwise a class that lost its images by mistake would vanish, and renumber the others.
     if without:
         why = content.skipped(below=folder / without[0]) or "it holds no picture files"
         raise ConfigError(
@@ -80,11 +84,11 @@ def find_images(
 
 @dataclass(frozen=True)
 class _Content:
-    """What lies below a folder.
+    """What a search found below a folder.
 
     Attributes:
-        images: Sorted. A file that links also lead to appears once, under its own path if that is
-            below the folder.
+        images: The images, sorted by path. A file that links also lead to appears once, under its
+            own path if that is below the folder.
         others: Files in formats that are not read, except text files.
         repeats: Links to files and folders already found, or to a parent folder.
         folders: Names of the folders directly below, without system folders and repeats.
@@ -96,7 +100,7 @@ class _Content:
     folders: list[str]
 
     def skipped(self, *, below: Path) -> str:
-        """How many files and links were skipped, with an example; empty if none were."""
+        """Describe what was skipped below a folder: counts and an example; empty if nothing was."""
         others = [path for path in self.others if path.is_relative_to(below)]
         repeats = [path for path in self.repeats if path.is_relative_to(below)]
         kinds = Counter(path.suffix.lower() or "no ending" for path in others).most_common(5)
@@ -109,7 +113,10 @@ class _Content:
 
 
 def _search(root: Path, setting: str) -> _Content:
-    """Walk through `root`; links come last, so that files in it keep their own path and class."""
+    """Search `root` and the folders below it.
+
+    Links are followed last, so that a file below `root` keeps its own path, and with it its class.
+    """
     content = _Content([], [], [], [])
     top = os.path.realpath(root)
     images: dict[str, Path] = {}  # keyed by real path
@@ -122,7 +129,8 @@ def _search(root: Path, setting: str) -> _Content:
         folder = folder_links.pop(0) if is_link else folders.pop()
         real = os.path.realpath(folder)
         above = (top, os.path.realpath(folder.parent)) if is_link else ()
-        # A link to a parent would search the whole tree again below it.
+        # `seen` keeps links from entering a folder twice. A link to a folder above `root`, or above
+        # the link, would lead through the whole tree again under other paths.
         if real in seen or any(Path(each).is_relative_to(real) for each in above):
             content.repeats.append(folder)
             continue
@@ -140,7 +148,7 @@ def _search(root: Path, setting: str) -> _Content:
                 images[os.path.join(real, entry.name)] = path
             elif path.suffix.lower() not in _TEXT:
                 content.others.append(path)
-    # Last, because a link must not take the place of the file it leads to.
+    # After all folders, because a link must not take the place of the file that it leads to.
     for path in file_links:
         if images.setdefault(os.path.realpath(path), path) is not path:
             content.repeats.append(path)

@@ -1,4 +1,4 @@
-"""A training loader whose order is a function of seed and position: it can resume anywhere."""
+"""A training loader whose order is a function of seed and position, so that it resumes anywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RankKeys", "ShuffledLoader", "evaluation_loader"]
 
-# What a resumed run no longer has in common with the run that was stopped, by what has changed.
+# By setting: what changes in a resumed run if the setting differs from that of the stopped run.
 _CONSEQUENCES = {
     "num_workers": "batches and results stay the same, bit for bit",
     "world_size": "the batch of a step has the same images, timesteps and noise, but sums are "
@@ -29,17 +29,17 @@ _CONSEQUENCES = {
     "num_images": "the number of steps done is kept, but images come in another order from now on",
     "seed": "images come in another order from now on",
 }
-# In words, what is no setting of a data module.
+# Words for the entries above that are no settings of a data module.
 _LABELS = {"world_size": "number of ranks", "num_images": "number of training images"}
 
 
 class ShuffledLoader:
-    """Batches of a permutation of the data for each epoch; the end of an epoch is dropped.
+    """Batches of the training images, in another random order in each epoch.
 
-    Iterating over it yields `len(loader)` batches, beginning where the last iteration ended or at
-    the position of a loaded state: a run that is resumed in the middle of an epoch sees the batches
-    that it would have seen. Rank r of N gets the r-th slice of each global batch, so the global
-    batches do not depend on N.
+    An iteration yields `len(loader)` batches. It begins where the last iteration ended, or at the
+    position of a loaded state: a run that is resumed in the middle of an epoch sees the batches
+    that it would have seen. Images at the end of an epoch that do not fill a batch are dropped.
+    Rank r of N gets the r-th slice of each global batch, so the global batches do not depend on N.
 
     Args:
         dataset: The images.
@@ -47,13 +47,13 @@ class ShuffledLoader:
         seed: Decides every permutation.
         rank: Number of this rank.
         world_size: Number of ranks; must divide `batch_size`.
-        num_workers: Processes that load; 0 loads in this one.
-        overfit_batches: Give only the first so many batches of the first epoch, over and over;
-            `None` for all. Each epoch then has that many batches.
+        num_workers: Number of loading processes; 0 loads in this process.
+        overfit_batches: Repeat this many batches, the first of epoch 0, as epochs of that length;
+            `None` takes all images.
 
     Raises:
         ConfigError: If `batch_size` does not fit the data or the ranks.
-        DataLoadingError: While it is iterated over, if one of the workers dies.
+        DataLoadingError: During iteration, if a loading process dies.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class ShuffledLoader:
             "world_size": world_size,
             "num_workers": num_workers,
         }
-        # Lightning finds it by this name at the end of a run. Its processes must end while their
-        # queues work: the garbage collector would wait 5 s for each.
+        # Lightning looks for this name at the end of a run, and stops the loading processes while
+        # their queues still work. The garbage collector would wait 5 s for each process.
         self._iterator: Iterator[Batch] | None = None
 
     def __len__(self) -> int:
@@ -107,16 +107,18 @@ class ShuffledLoader:
                 if died is None:
                     raise
                 raise died from error
+            # Counts batches handed out; loading processes are ahead of it. Counted before the step,
+            # so that a checkpoint written after the step does not repeat the batch.
             self.position += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches taken since the start of training, and what their order depends on."""
+        """Number of batches taken since the start of training, and what their order depends on."""
         return {"position": self.position, **self._settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the batches of `state`, and report settings that differ from it."""
-        # With another batch size the epochs have another length: keep the number of images seen.
+        # With another batch size a position is another number of images: keep the number of images.
         self.position = state["position"] * state["batch_size"] // self.batch_size
         self._iterator = None
         for name, consequence in _CONSEQUENCES.items():
@@ -128,7 +130,7 @@ class ShuffledLoader:
                 say(f"{label}: the checkpoint has {then}, this run {now}: {consequence}")
 
     def _stream(self) -> Iterator[Batch]:
-        """Batches without end: workers are started once, not every epoch."""
+        """Endless batches, so that loading processes are started once and not in every epoch."""
         loader = DataLoader(
             self.dataset,
             batch_size=None,  # a key of the sampler is a whole batch
@@ -139,7 +141,7 @@ class ShuffledLoader:
         return iter(loader)
 
     def _keys(self) -> Iterator[tuple[int, list[int]]]:
-        """(epoch, indices) of each batch of this rank from `position` on, without end."""
+        """Endless keys (epoch, indices), one for each batch of this rank, from `position` on."""
         num_batches = self._overfit_batches or len(self)
         size = self.batch_size // self._settings["world_size"]
         epoch, first = divmod(self.position, num_batches)
@@ -155,13 +157,14 @@ class ShuffledLoader:
 
 
 class RankKeys(DistributedSampler[Any], SequentialSampler):
-    """The keys of one rank, in order.
+    """A sampler that yields the given keys of one rank, in order.
 
-    It has these two bases for Lightning, which would distribute the keys of any other sampler among
-    the ranks once more, and would replace it if `overfit_batches` is set.
+    The two bases keep Lightning from replacing it. A sampler that is no `DistributedSampler` would
+    be split among the ranks once more; one that is no `SequentialSampler` would be replaced if
+    `overfit_batches` is set.
 
     Args:
-        keys: What the data set is asked for.
+        keys: The keys to ask the data set for.
     """
 
     def __init__(self, keys: Sequence[Any]) -> None:
@@ -182,7 +185,7 @@ def evaluation_loader(
     world_size: int = 1,
     num_workers: int = 0,
 ) -> DataLoader[Any]:
-    """All images in order, once; rank r of N gets the images r, r + N, ..."""
+    """Load all images once, in order; rank r of N gets the images r, r + N, ..."""
     mine = list(range(rank, len(dataset), world_size))
     keys = [(None, mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
     settings = worker_settings(num_workers)

@@ -1,4 +1,4 @@
-"""The LightningDataModule that the data modules share: loaders, ranks, real images for metrics."""
+"""The base class of the data modules: loaders, ranks, real images for metrics."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ IMAGES_DIGEST = "digest of the images"  # a name in `identity`, worded for messa
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Training images in a random order that can be resumed, held-out images in order.
+    """Base of the data modules: training images in a resumable random order, held-out images.
 
     A subclass sets `image_shape` and `num_classes`, and returns its images from `prepare`.
 
     Attributes:
-        image_shape: `(c, h, w)` of what the network sees.
-        num_classes: 0 for data without labels.
-        identity_settings: Names of further settings that determine the images.
-        settings_determine_images: Whether equal settings give equal images, as where a program
-            draws them. Otherwise the pixels are compared too.
+        image_shape: `(c, h, w)` of the images in a batch.
+        num_classes: Number of classes; 0 for data without labels.
+        identity_settings: Names of the subclass' own settings that determine the images.
+        settings_determine_images: Whether equal settings always give equal images, as if a program
+            draws them. If false, `identity` has a digest of the images too.
 
     Args:
         batch_size: Images of one optimizer step, over all ranks.
@@ -87,7 +87,7 @@ class ImageDataModule(L.LightningDataModule):
 
     @abstractmethod
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
-        """Training and held-out images; called once in each process."""
+        """Return the training and the held-out images; called once in each process."""
 
     @cached_property
     def _parts(self) -> tuple[ImageDataset, ImageDataset]:
@@ -95,12 +95,12 @@ class ImageDataModule(L.LightningDataModule):
 
     @property
     def train_images(self) -> ImageDataset:
-        """What is trained on."""
+        """The images that are trained on."""
         return self._parts[0]
 
     @property
     def held_out_images(self) -> ImageDataset:
-        """What is never trained on."""
+        """The images that are never trained on."""
         return self._parts[1]
 
     def setup(self, stage: str) -> None:
@@ -125,7 +125,7 @@ class ImageDataModule(L.LightningDataModule):
         rank, world_size = self._ranks()
         return evaluation_loader(
             self.held_out_images,
-            # Training's batches fit into memory; a rank gets its share of them here too.
+            # A rank's share of a training batch is known to fit into memory.
             batch_size=max(1, self.batch_size // world_size),
             rank=rank,
             world_size=world_size,
@@ -135,7 +135,7 @@ class ImageDataModule(L.LightningDataModule):
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Indices of the images that `predict` draws, as `SampleWriter` asks for them.
+        """Batches of indices of the images that `predict` is to draw, chosen by `SampleWriter`.
 
         Raises:
             ConfigError: If there is no `SampleWriter`.
@@ -146,7 +146,7 @@ class ImageDataModule(L.LightningDataModule):
                 "or batches of indices in place of the data: DataLoader(range(8), batch_size=4)"
             )
         batches = self.predict_indices()
-        own = RankKeys(range(len(batches)))  # each rank was given its own batches
+        own = RankKeys(range(len(batches)))  # `batches` are those of this rank already
         return DataLoader(batches, batch_size=None, sampler=own, collate_fn=list)  # type: ignore[arg-type]
 
     def pixels(
@@ -162,8 +162,8 @@ class ImageDataModule(L.LightningDataModule):
         Args:
             dataset: The training or the held-out images.
             limit: Only images below this index.
-            first: The first image; rank r of N takes `first=r, every=N`.
-            every: Distance to the next.
+            first: Index of the first image; rank r of N takes `first=r, every=N`.
+            every: Distance from one index to the next.
         """
         count = len(dataset) if limit is None else min(limit, len(dataset))
         mine = range(first, count, every)
@@ -171,7 +171,7 @@ class ImageDataModule(L.LightningDataModule):
             yield dataset.pixels(mine[start : start + CHUNK])
 
     def fingerprint(self, dataset: ImageDataset) -> str:
-        """A hash that changes with the images of `dataset`, for results computed from them."""
+        """A hash that changes with the images of `dataset`, stored with results made from them."""
         return dataset.fingerprint()
 
     def settings(self) -> dict[str, Any]:
@@ -180,10 +180,10 @@ class ImageDataModule(L.LightningDataModule):
         return {name: getattr(self, name) for name in names}
 
     def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
-        """Digests that distinguish images with equal settings; here of all pixels and labels.
+        """Digests that tell images with equal settings apart; here of all pixels and labels.
 
         Args:
-            known: An earlier `identity`: if it shows that nothing changed, a subclass need not read
+            known: An earlier `identity`. If it shows that nothing changed, a subclass need not read
                 its files again.
         """
         del known
@@ -194,8 +194,8 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def identity(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What determines the images and their split, to be stored with results made from them."""
-        _ = self._parts  # a folder's classes are known only after it was searched
+        """What determines the images and their split; stored with results made from them."""
+        _ = self._parts  # calls `prepare`: only then are the classes of a folder known
         return {"data": type(self).__name__, **self.settings(), **self.digests(known or {})}
 
     def state_dict(self) -> dict[str, Any]:
@@ -220,18 +220,19 @@ class ImageDataModule(L.LightningDataModule):
     def _tensors(self) -> Iterator[Tensor]:
         """Pixels and labels of both parts."""
         for part in self._parts:
+            # The length marks where a part ends: moving an image between the parts is a change.
             yield torch.tensor(len(part))
             for start in range(0, len(part), CHUNK):
-                # As uint8, which an image has on every machine; floats may differ in the last bit.
+                # As uint8: floats may differ between machines in the last bit.
                 batch = part.load(list(range(len(part))[start : start + CHUNK]), epoch=None)
                 yield to_uint8(batch.images)
                 yield batch.labels
 
     def _overfit_batches(self) -> int | None:
-        """`trainer.overfit_batches` as a number of batches; None if it is not set."""
+        """`trainer.overfit_batches` as a number of batches; `None` if it is not set."""
         wanted = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
         batches = len(self.train_images) // self.batch_size
-        if not wanted or not batches:  # the loader reports a data set smaller than a batch
+        if not wanted or not batches:  # without a whole batch, the loader raises
             return None
         # A float is a share of the epoch, as in Lightning.
         number = int(wanted * batches) if isinstance(wanted, float) else min(wanted, batches)
@@ -249,7 +250,7 @@ class ImageDataModule(L.LightningDataModule):
 
 
 def check_at_least(least: int, **settings: int) -> None:
-    """Refuse settings below `least` by name."""
+    """Raise `ConfigError` for a setting below `least`; the message has its name."""
     for name, value in settings.items():
         if value < least:
             raise ConfigError(f"{name}: must be at least {least}, found {value}")
@@ -262,10 +263,10 @@ def image_data(trainer: L.Trainer) -> ImageDataModule | None:
 
 
 def needed_image_data(trainer: L.Trainer, who: str) -> ImageDataModule:
-    """The trainer's `ImageDataModule`, for the callback called `who`.
+    """The trainer's `ImageDataModule`; a message names the callback `who`, which needs it.
 
     Raises:
-        ConfigError: If the trainer has loaders alone, or another data module.
+        ConfigError: If the trainer has only loaders, or another data module.
     """
     data = image_data(trainer)
     if data is None:

@@ -1,4 +1,4 @@
-"""Reads an image file as pixels: decoding, rotation, channels, and ADM's crop."""
+"""Reads image files as pixels: decoding, rotation, channels, and ADM's crop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "Crop", "is_grey", "open_picture", "read_picture"]
 
 Crop = Literal["center_adm", "resize"]
-# Whatever a file is called, only these decoders see it: others run programs (PostScript).
+# The only decoders that a file can reach, whatever its suffix: others run programs (PostScript).
 _FORMATS = {
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -27,7 +27,7 @@ _FORMATS = {
     "GIF": (".gif",),
     "TGA": (".tga",),
 }
-# Optional parts of Pillow: without one, its files count as unsupported.
+# Optional parts of Pillow. If one is missing, its files count as unsupported.
 if features.check("avif"):
     _FORMATS["AVIF"] = (".avif",)
 if features.check("jpg_2000"):
@@ -35,7 +35,7 @@ if features.check("jpg_2000"):
 SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 # Pillow's modes without colour.
 _GREY = frozenset({"1", "L", "LA", "I", "I;16", "I;16B"})
-# By the value of the EXIF orientation tag; 1 and unknown values turn nothing.
+# The transpose for each value of the EXIF orientation tag; 1 and unknown values change nothing.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -50,19 +50,19 @@ _TURNS = {
 def read_picture(
     path: Path, *, image_size: int, channels: int, crop: Crop, exif_rotation: bool = True
 ) -> np.ndarray:
-    """Pixels of a file as uint8 `[image_size, image_size, channels]`.
+    """Read the pixels of a file as uint8 `[image_size, image_size, channels]`.
 
     Args:
         path: The file.
-        image_size: Side in pixels.
+        image_size: Height and width in pixels.
         channels: 3 for colour, 1 for grey; a file of the other kind is converted.
-        crop: `center_adm` scales the shorter side to `image_size` and cuts the middle out, as ADM
-            and DiT do: halving with a box filter while the side is at least twice as long, then
-            bicubic. `resize` scales both sides, which changes the proportions.
+        crop: `center_adm` scales the shorter side to `image_size` and cuts out the middle, as ADM
+            and DiT do. The scaling halves with a box filter while the side is at least twice as
+            long, then is bicubic. `resize` scales both sides, which changes the proportions.
         exif_rotation: See `open_picture`.
 
     Raises:
-        FileError: Naming the file, if it cannot be decoded.
+        FileError: If the file cannot be decoded; names the file.
     """
     picture = open_picture(path, channels=channels, exif_rotation=exif_rotation)
     size = (image_size, image_size)
@@ -81,9 +81,9 @@ def read_picture(
 
 
 def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Image.Image:
-    """A decoded file as 8-bit grey or RGB; alpha is composited on white.
+    """Decode a file as 8-bit grey or RGB; alpha is composited on white.
 
-    16-bit greys are scaled to 8 bits. Of an animation it is the first frame.
+    16-bit greys are scaled to 8 bits. Of an animation, the first frame is decoded.
 
     Args:
         path: The file.
@@ -92,7 +92,7 @@ def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Im
             orientation tag, which is always applied.
 
     Raises:
-        FileError: If the file is damaged, truncated, no image, or of floats or 32-bit integers.
+        FileError: If the file is damaged, truncated, no image, or has float or 32-bit values.
     """
     try:
         with Image.open(path, formats=_formats(path)) as file:
@@ -118,12 +118,12 @@ def is_grey(path: Path) -> bool:
 
 
 def _formats(path: Path) -> list[str]:
-    """The decoders to try: TGA has no signature, so only if the suffix says so."""
+    """The decoders to try. TGA files have no signature, so theirs is tried only for `.tga`."""
     return [name for name in _FORMATS if name != "TGA" or path.suffix.lower() == ".tga"]
 
 
 def _turn(file: Image.Image) -> Image.Transpose | None:
-    """The transpose for the EXIF orientation; damaged EXIF data are ignored, as in viewers."""
+    """The transpose for the EXIF orientation, or `None`; damaged EXIF is ignored, as in viewers."""
     try:
         return _TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
@@ -136,7 +136,7 @@ def _in_8_bits(file: Image.Image, mode: str) -> Image.Image:
         values = np.asarray(file)
         if int(values.max()) > 65535 or int(values.min()) < 0:
             raise ValueError(f"must have 8 or 16 bits, found the value {values.max()}")
-        # 65535 becomes 255.
+        # 65535 / 257 is 255.
         picture = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
     elif file.mode == "F":
         raise ValueError("must have 8 or 16 bits, found floats")

@@ -21,12 +21,12 @@ KINDS = ("disc", "square", "triangle", "ring", "cross", "star")
 def draw_shapes(numbers: Tensor, *, labels: Tensor, num_classes: int, image_size: int) -> Tensor:
     """Draw one shape in each image, `[b, 3, s, s]` float32 in [-1, 1].
 
-    Class c is the shape `c mod 6` of `KINDS` in the hue `c // 6` of `ceil(num_classes / 6)`. An
-    edge is as wide as a pixel, so that the same numbers give the same picture at every size.
+    Class c has the shape `KINDS[c % 6]` and the hue `c // 6` out of `ceil(num_classes / 6)` hues.
+    The same numbers give the same picture at every size: only edges, one pixel wide, differ.
 
     Args:
-        numbers: `[b, 8]` in [0, 1): position x, y, size, angle, hue within the class's share,
-            brightness, and hue and brightness of the background.
+        numbers: `[b, 8]` in [0, 1): position x and y, size, angle, hue within the class's range of
+            hues, brightness, hue of the background, brightness of the background.
         labels: Class of each image, `[b]`.
         num_classes: Number of classes.
         image_size: `s`, in pixels.
@@ -37,14 +37,15 @@ def draw_shapes(numbers: Tensor, *, labels: Tensor, num_classes: int, image_size
     centre = (numbers[:, :2] * 2 - 1) * 0.35
     angle = (numbers[:, 3] * 2 * math.pi)[:, None, None]
     x, y = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
-    # (u, v): coordinates of the shape, in which it has radius 1.
+    # (u, v): coordinates around the shape's centre, turned with it, in which its radius is 1.
     u = (x * angle.cos() + y * angle.sin()) / size
     v = (y * angle.cos() - x * angle.sin()) / size
     distance = _distances(u, v, labels % len(KINDS)) * size
-    # Anti-aliasing: the share of a pixel that lies inside, if the edge were straight.
+    # Anti-aliasing: the share of a pixel that lies inside, as if the edge were straight. A pixel is
+    # 2 / image_size wide, so the product is the distance in pixels.
     cover = (0.5 - distance * image_size / 2).clamp(0, 1)[:, None]
     num_hues = -(-num_classes // len(KINDS))
-    # The classes of one shape divide the circle of hues; 0.6 leaves gaps between them.
+    # Classes of the same shape divide the circle of hues among them; 0.6 leaves gaps in between.
     hue = (labels // len(KINDS) + 0.6 * numbers[:, 4]) / num_hues
     shape = _colours(hue, 0.9, 0.6 + 0.4 * numbers[:, 5])
     ground = _colours(numbers[:, 6], 0.3, 0.1 + 0.3 * numbers[:, 7])
@@ -59,9 +60,9 @@ class ShapesData(ImageDataModule):
         image_size: Side in pixels, up to 256.
         num_images: Training images.
         num_held_out: Further images, for validation and metrics.
-        num_classes: Six shapes times as many hues as are needed.
+        num_classes: Number of classes: six shapes, in as many hues as that takes.
         batch_size: Images of one optimizer step, over all ranks.
-        shapes_seed: Seed of the images, which belong to the data set and not to the run.
+        shapes_seed: Seed of the images; part of the data set, so separate from the run's seed.
         num_workers: Loading processes of each rank.
         seed: Order of the training images; by default the seed of the run.
 
@@ -102,7 +103,7 @@ class ShapesData(ImageDataModule):
         self.shapes_seed = shapes_seed
 
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
-        """Training images, and others with the numbers behind them."""
+        """Training images, and held-out images whose numbers follow theirs."""
         return (
             _Shapes(self, first=0, count=self.num_images),
             _Shapes(self, first=self.num_images, count=self.num_held_out),
@@ -110,7 +111,7 @@ class ShapesData(ImageDataModule):
 
 
 class _Shapes(ImageDataset):
-    """Images that are functions of (seed, index)."""
+    """Images that are functions of (seed, number); image i of a part has the number `first + i`."""
 
     def __init__(self, data: ShapesData, *, first: int, count: int) -> None:
         self._seed, self._num_classes = data.shapes_seed, data.num_classes
@@ -122,6 +123,7 @@ class _Shapes(ImageDataset):
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
         """Draw the images at `indices`; nothing is augmented."""
+        # A generator for each image, so that an image does not depend on its batch.
         rows = torch.tensor(indices)
         labels = (rows + self._first) % self._num_classes
         generators = (keyed_generator(self._seed, "shape", self._first + i) for i in indices)
@@ -133,12 +135,17 @@ class _Shapes(ImageDataset):
 
 
 def _distances(u: Tensor, v: Tensor, kinds: Tensor) -> Tensor:
-    """Approximate signed distance to the edge of each image's shape; negative inside."""
+    """Approximate signed distance to the edge of each image's shape; negative inside.
+
+    The maximum of two distances is that of the intersection, the minimum that of the union.
+    """
     radius = (u.square() + v.square()).sqrt()
     box = torch.maximum(u.abs(), v.abs())
     small = torch.minimum(u.abs(), v.abs())
+    # Three half-planes at distance 0.5 from the centre: a triangle with its corners at radius 1.
     half, root = 0.5, math.sqrt(3) / 2
     triangle = torch.stack([v - half, root * u - half * v - half, -root * u - half * v - half])
+    # A square turned by 45 degrees; with the upright one it makes an eight-pointed star.
     turned = torch.maximum((u + v).abs(), (u - v).abs()) / math.sqrt(2)
     every = [  # in the order of KINDS
         radius - 1,
@@ -153,7 +160,7 @@ def _distances(u: Tensor, v: Tensor, kinds: Tensor) -> Tensor:
 
 
 def _colours(hue: Tensor, saturation: float, value: Tensor) -> Tensor:
-    """RGB `[b, 3, 1, 1]` in [0, 1] from hue (in turns), saturation and value."""
+    """Convert hue (1 is a full turn), saturation and value to RGB `[b, 3, 1, 1]` in [0, 1]."""
     thirds = torch.tensor([0.0, 2 / 3, 1 / 3])
     ramp = (((hue[:, None] + thirds) % 1) * 6 - 3).abs().sub(1).clamp(0, 1)
     return (value[:, None] * (1 - saturation * (1 - ramp)))[..., None, None]

@@ -1,4 +1,4 @@
-"""Images that were drawn before, from a folder or an npz file of the ADM evaluator."""
+"""Generated images that were stored, in a folder or in an npz file of the ADM evaluator."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _MAX_SIDE = 2**14
 class StoredImages:
     """A folder of images, or an npz file with `arr_0 [n, h, w, c]` uint8 as ADM writes it.
 
-    The images of a folder are taken in the order of their paths. They must be of one size, and are
-    grey only if all are.
+    The images of a folder are read in the order of their paths. All must have the same size. They
+    are read as grey if every file is grey, else as RGB.
 
     Args:
         path: The folder or the file.
 
     Raises:
-        ConfigError: There are no images, or images of another kind.
+        ConfigError: If there are no images, or the npz file holds something else.
 
     Examples:
         >>> import numpy as np
@@ -66,22 +66,23 @@ class StoredImages:
     def batches(
         self, *, batch_size: int = 250, limit: int | None = None, first: int = 0, every: int = 1
     ) -> Iterator[Tensor]:
-        """uint8 `[b, c, h, w]` of the images `first, first + every, ...`.
+        """Read the images `first, first + every, ...` in batches, uint8 `[b, c, h, w]`.
 
         Args:
             batch_size: Images in a batch.
             limit: Only images below this index; `None` for all.
             first: Index of the first image; rank r of N takes `first=r, every=N`.
-            every: Distance to the next.
+            every: Distance from one index to the next.
 
         Raises:
-            ConfigError: Naming the file, if an image is damaged or of another size.
+            ConfigError: If an image is damaged or has another size; names the file.
         """
         mine = range(first, self.num_images if limit is None else limit, every)
         if self._files:
             for start in range(0, len(mine), batch_size):
                 yield self._read(mine[start : start + batch_size])
             return
+        # An archive cannot be entered in the middle: every batch is read, and the wanted rows kept.
         start = 0
         for batch in self._npz_batches(batch_size):
             wanted = [i - start for i in range(start, start + len(batch)) if i in mine]
@@ -90,11 +91,12 @@ class StoredImages:
                 yield batch[wanted]
 
     def _npz_batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Batches of all images, read as a stream: 50,000 images of 256 x 256 are 10 GB."""
+        """Batches of all images, read one at a time: 50,000 images of 256 x 256 are 10 GB."""
         count, *sides = self._shape
         with open_npz(self.path) as file, file.stream("arr_0") as stream:
             for start in range(0, count, batch_size):
                 shape = (min(batch_size, count - start), *sides)
+                # A bytearray, because torch warns about memory that it may not write to.
                 data = bytearray(stream.read(math.prod(shape)))
                 pixels = torch.frombuffer(data, dtype=torch.uint8)
                 yield pixels.view(shape).permute(0, 3, 1, 2)
@@ -114,13 +116,13 @@ class StoredImages:
 
     @cached_property
     def _channels_and_size(self) -> tuple[int, tuple[int, int]]:
-        """1 if every file is grey, by the headers, else 3; width and height of the first."""
+        """Channels (1 if all headers say grey, else 3), and width and height of the first image."""
         channels = 1 if all(is_grey(path) for path in self._files) else 3
         return channels, open_picture(self._files[0], channels=channels).size
 
 
 def _checked_shape(path: Path, header: ArrayHeader | None) -> tuple[int, ...]:
-    """Shape `(n, h, w, c)` of the images in an npz file."""
+    """Check the header of `arr_0`; returns `(n, h, w, c)`, with c = 1 for a file of `[n, h, w]`."""
     shape = header.shape if header else ()
     if (
         header is None

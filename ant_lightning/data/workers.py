@@ -1,4 +1,4 @@
-"""Processes that load data: which signals end them, and the error when one dies."""
+"""Loading processes: which signals end them, and the error if one dies."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ def worker_settings(num_workers: int) -> dict[str, Any]:
     """The arguments of a `DataLoader` that concern its processes.
 
     A scheduler such as SLURM sends its signal to all processes of a run. The run then finishes its
-    step and saves, and may need another batch to do so; so workers ignore the signal until the run
-    ends them. They are forked: a fork server, the default from Python 3.14 on, would be one more
-    process that the signal ends, and its workers with it.
+    step and saves a checkpoint, for which it may need another batch. Workers therefore ignore the
+    scheduler's signal, and end only when the run's main process signals them.
+
+    Workers are forked. A fork server, the default from Python 3.14 on, would be one more process:
+    the scheduler's signal would end it, and its workers with it.
     """
     settings: dict[str, Any] = {"num_workers": num_workers}
     if num_workers and hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -32,6 +34,7 @@ def worker_settings(num_workers: int) -> dict[str, Any]:
 
 def _end_with_the_run(worker: int) -> None:
     """Let SIGTERM and SIGUSR1 end this process only if the run's main process sends them."""
+    # A blocked signal does not end the process. The thread below receives it, and who sent it.
     signals = {signal.SIGTERM, signal.SIGUSR1}
     run = os.getppid()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
@@ -39,13 +42,13 @@ def _end_with_the_run(worker: int) -> None:
     def wait() -> None:
         while signal.sigwaitinfo(signals).si_pid != run:
             pass
-        os._exit(0)
+        os._exit(0)  # sys.exit would end only this thread
 
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
 def dead_worker(error: BaseException) -> DataLoadingError | None:
-    """The error for a loading process that died; `None` if `error` is something else."""
+    """The error to raise if `error` reports a dead loading process; else `None`."""
     found = _DIED.search(str(error)) if isinstance(error, RuntimeError) else None
     if found is None:
         return None

@@ -1,6 +1,6 @@
-"""Reading files that may come from elsewhere: nothing in them runs, nothing large is believed.
+"""Readers and writers of files; a file that is read may come from a stranger.
 
-Every reader of the package goes through these: sizes, shapes and types are compared with the bytes
-that are there before memory is reserved, and what is found wrong is a `FileError` that begins with
-the path of the file.
+Every reader of the package goes through these. No code in a file is run. Sizes, shapes and types
+that a file claims are compared with its real length before memory is reserved. Whatever is wrong
+raises a `FileError`, whose message begins with the path of the file.
 """

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process is killed."""
+"""Writes files so that they are whole or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["write_atomically"]
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file beside `path`, flush it to the disk, and only then give it its name.
+    """Write a temporary file beside `path`, flush it to the disk, then rename it to `path`.
 
-    The folder is flushed as well: after a power cut it names the new file or the old one.
+    The folder is flushed as well, so that after a power cut `path` is the new file or the old one.
 
     Args:
-        path: The file; its folder is made if missing.
+        path: The file; its folder is created if missing.
         write: Called with the open binary file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two ranks that share a folder out of each other's unfinished files.
+    # The process id, so that two ranks that share a folder do not write to one temporary file.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with unfinished.open("wb") as file:

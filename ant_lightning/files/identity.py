@@ -1,4 +1,4 @@
-"""Compares what a stored file was made from with what a run has now, before the file is reused.
+"""Identities: what a stored file was made from, compared with the current run before reuse.
 
 An identity is a flat mapping of names to plain values: settings by name, and digests of what is
 too large to store (images, weights). If a value differs, the error names it.
@@ -30,10 +30,10 @@ def differences(
     """The names whose values differ, each with the stored and the current value.
 
     Values are compared as JSON, so a tuple equals a list. A name that is missing on one side has
-    the value "nothing" there. If a name differs (another class, say), names below it are not
-    listed: `model.optimization.optimizer` stands for `model.optimization.optimizer.lr`.
+    the value "nothing" there. If the value of a name differs, the names below it are not listed:
+    another `model.optimization.optimizer` has another `model.optimization.optimizer.lr` anyway.
     """
-    # Through JSON and back, so that a tuple equals the list that was read.
+    # Through JSON and back: what was read from a file has lists where the run has tuples.
     stored, current = json.loads(json.dumps(dict(stored))), json.loads(json.dumps(dict(current)))
     names = [*current, *(name for name in stored if name not in current)]
     pairs = {name: (stored.get(name, "nothing"), current.get(name, "nothing")) for name in names}
@@ -53,7 +53,7 @@ def check_identity(
     Args:
         path: The JSON file.
         current: The identity of the content that this run would write.
-        setting: The setting to name in the message, which the user can change.
+        setting: The setting that the message names: the user can change it to avoid the conflict.
         content: The file or folder that the identity describes; by default the folder of `path`.
 
     Returns:
@@ -74,13 +74,13 @@ def check_identity(
 
 
 def shortened(value: object) -> str:
-    """A value for a message, at most 100 characters long."""
+    """A value as text for a message, cut to 100 characters."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
-    """A digest of every byte, the shapes and the dtypes of `tensors`, in their order."""
+    """A digest of the values, shapes, dtypes and order of `tensors`."""
     digest = hashlib.sha256()
     for tensor in tensors:
         whole = tensor.detach().cpu().contiguous()

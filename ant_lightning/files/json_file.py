@@ -1,4 +1,4 @@
-"""JSON files: their length is checked before they are read, and they are written atomically."""
+"""JSON files: the length is checked before reading; writing is atomic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ant_lightning.files.atomic import write_atomically
 
 __all__ = ["read_json", "write_json"]
 
-_MAX_BYTES = 2**24  # class maps, indices and configs have kilobytes
+_MAX_BYTES = 2**24  # our class maps, indices and configs take kilobytes
 Content = TypeVar("Content", dict[str, Any], list[Any])
 
 
@@ -26,8 +26,8 @@ def read_json(path: str | Path, *, kind: type[Content]) -> Content:
         size = path.stat().st_size
         content = json.loads(path.read_text(encoding="utf8")) if size <= _MAX_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
-        # ValueError: bytes that are not text, text that is not JSON, numbers without end.
-        reason = getattr(error, "strerror", None) or error  # the path is said already
+        # ValueError: bytes that are not UTF-8, text that is not JSON, integers of too many digits.
+        reason = getattr(error, "strerror", None) or error  # str(error) would repeat the path
         raise FileError(f"{path}: must be a JSON file, found: {reason}") from error
     if size > _MAX_BYTES:
         raise FileError(f"{path}: must have at most {_MAX_BYTES} bytes, found {size}")
@@ -38,6 +38,6 @@ def read_json(path: str | Path, *, kind: type[Content]) -> Content:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON atomically."""
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,4 +1,4 @@
-"""Arrays in numpy's `.npz` archives, read one by one after their sizes were checked."""
+"""Reads numpy's `.npz` archives one array at a time, after checking the sizes they claim."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 __all__ = ["ArrayHeader", "NpzFile", "open_npz"]
 
 _MAX_ARRAYS = 1000
-_MAX_RATIO = 200  # unpacked to packed, where it matters: arrays of numbers reach 10 or so
-_RATIO_FREE = 2**26  # bytes, unpacked, that any ratio may have
+# Unpacked size of an array over its packed size; real numbers reach 10 or so.
+_MAX_RATIO = 200
+# Up to this many unpacked bytes, any ratio is allowed: constant arrays pack well, and do no harm.
+_RATIO_FREE = 2**26
 _READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 class ArrayHeader(NamedTuple):
-    """What an array says of itself."""
+    """The header of a stored array."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -34,17 +36,21 @@ class ArrayHeader(NamedTuple):
 
 
 class NpzFile:
-    """An open archive; made by `open_npz`.
+    """An open archive; use `open_npz` to make one.
+
+    Its methods raise `ValueError` where the archive is damaged; `open_npz` turns that into a
+    `FileError` with the path.
 
     Attributes:
-        headers: Shape and type of every array by name, from the headers alone.
+        headers: Header of every array by name: shape, order and dtype, without the values.
     """
 
     def __init__(self, path: Path, archive: zipfile.ZipFile) -> None:
         self._path, self._archive = path, archive
         entries = archive.infolist()
         self._entries = {entry.filename.removesuffix(".npy"): entry for entry in entries}
-        # Entries that overlap are a way to unpack a small file to petabytes.
+        # Overlapping entries can make a small file unpack to petabytes. Their packed sizes then add
+        # up to more than the file has.
         packed = sum(entry.compress_size for entry in entries)
         if len(entries) > _MAX_ARRAYS or packed > path.stat().st_size:
             raise ValueError(f"{len(entries)} arrays of {packed} bytes")
@@ -63,16 +69,17 @@ class NpzFile:
     def read(
         self, name: str, *, shape: Sequence[int | None], kinds: str = "iuf", finite: bool = False
     ) -> np.ndarray:
-        """Read one array, in the byte order of this machine.
+        """Read one array, converted to the byte order of this machine.
 
         Args:
-            name: Of the array.
-            shape: What its shape must be; `None` for any side.
-            kinds: Letters of numpy's kinds that it may have: `iuf` for numbers, `U` for text.
+            name: Name of the array.
+            shape: The shape that it must have; `None` stands for a side of any length.
+            kinds: Letters of the numpy kinds that it may have: `iuf` for numbers, `U` for text.
             finite: Whether NaN and infinity are refused.
 
         Raises:
-            FileError: If it is not there, or of another shape or type, or values are not finite.
+            FileError: If there is no such array, if its shape or kind is another, or if `finite` is
+                violated.
         """
         found = self.headers.get(name)
         if (
@@ -87,7 +94,7 @@ class NpzFile:
                 f"{self._path}: must hold {name} of kind {kinds} and shape [{sides}], found {what}"
             )
         with self.stream(name) as stream:
-            data = stream.read()  # at its end the stream compares the checksum
+            data = stream.read()  # to the end, where zipfile compares the checksum
         array = np.frombuffer(data, found.dtype)
         array = array.reshape(found.shape, order="F" if found.fortran_order else "C")
         if finite and not np.isfinite(array).all():
@@ -95,11 +102,11 @@ class NpzFile:
         return array.astype(found.dtype.newbyteorder("="))
 
     def number(self, name: str) -> int:
-        """Read one whole number."""
+        """Read an array that is a single integer."""
         return int(self.read(name, shape=(), kinds="iu"))
 
     def text(self, name: str) -> str:
-        """Read one piece of text."""
+        """Read an array that is a single string."""
         text = str(self.read(name, shape=(), kinds="U").item())
         if any(ord(character) > sys.maxunicode for character in text):  # numpy does not check
             raise ValueError(f"no characters as {name}")
@@ -107,17 +114,17 @@ class NpzFile:
 
     @contextmanager
     def stream(self, name: str) -> Iterator[IO[bytes]]:
-        """The values of an array as a stream of bytes."""
+        """Open the values of an array as a stream of bytes, after the header."""
         with self._archive.open(self._entries[name]) as stream:
             _read_header(stream)
             yield stream
 
     def _header(self, name: str) -> ArrayHeader:
-        """Read a header, and compare it with the size that the directory says."""
+        """Read the header of an array, and check it against the archive's directory."""
         entry = self._entries[name]
         with self._archive.open(entry) as stream:
             header = _read_header(stream)
-            # What the header claims must be what the entry holds.
+            # The size by the header is computed in Python's integers, which cannot overflow.
             size = stream.tell() + math.prod(header.shape) * header.dtype.itemsize
         if header.dtype.kind not in "biufU" or min(header.shape, default=0) < 0:
             raise ValueError(f"{name} of {header.dtype}, shape {header.shape}: no plain numbers")
@@ -131,17 +138,17 @@ def open_npz(path: str | Path) -> Iterator[NpzFile]:
     """Open an archive of plain arrays; only headers are read until an array is asked for.
 
     Raises:
-        FileError: If there is no such file, or it is damaged, holds pickles, or says that it holds
-            more than it can; inside the `with` block too.
+        FileError: If there is no such file, or if it is damaged, holds pickles, or claims more than
+            it can hold. Errors inside the `with` block are turned into this one too.
     """
     path = Path(path)
     try:
-        # Opened here: zipfile leaves the file of a damaged archive open.
+        # Opened here, because zipfile would leave the file of a damaged archive open.
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             yield NpzFile(path, archive)
     except ConfigError:
         raise
-    except Exception as error:  # what zipfile and numpy raise depends on where the damage is
+    except Exception as error:  # zipfile and numpy raise many types, depending on the damage
         reason = getattr(error, "strerror", None) or error or type(error).__name__
         raise FileError(f"{path}: must be a readable npz file, found {reason}") from error
 

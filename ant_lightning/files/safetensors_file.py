@@ -1,4 +1,4 @@
-"""Tensors in safetensors files: reading one runs nothing and copies nothing."""
+"""Tensors in safetensors files, which are mapped into memory and contain no code."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 __all__ = ["read_safetensors", "read_tensors", "write_tensors"]
 
-# One entry for all metadata: safetensors would write several in a random order.
+# The key of our metadata. They are a single entry: safetensors writes several in a random order.
 _KEY = "ant_lightning"
 
 
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> None:
-    """Write tensors and JSON metadata to a safetensors file, whole or not at all."""
+    """Write tensors and JSON metadata to a safetensors file, atomically."""
     from safetensors.torch import save  # noqa: PLC0415 - other formats do without
 
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # As bytes: safetensors' own writer neither flushes nor keeps the usual permissions.
+    # Not safetensors' own writer, which neither flushes nor gives the file the usual permissions.
     content = save(on_cpu, metadata={_KEY: json.dumps(metadata)})
     write_atomically(Path(path), lambda file: file.write(content))
 
@@ -38,13 +38,13 @@ def read_tensors(
     expected: Mapping[str, tuple[torch.dtype, tuple[int | str, ...]]],
     metadata: Mapping[str, object] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Map the tensors of a file that `write_tensors` wrote into memory, and read its metadata.
+    """Read a file that `write_tensors` wrote: its tensors, mapped into memory, and its metadata.
 
     Args:
         path: The file.
-        expected: Dtype and shape of each tensor by name. A text stands for any length that is the
-            same wherever the text occurs. Other tensors in the file are ignored.
-        metadata: For each entry that must be there, its type or its value.
+        expected: Dtype and shape of each tensor by name. A string in a shape stands for a length
+            that is not known, but equal wherever that string occurs. Other tensors are ignored.
+        metadata: For each required entry, the type or the value that it must have.
 
     Raises:
         FileError: If the file is missing or damaged, or a tensor or an entry is not as expected.
@@ -72,10 +72,9 @@ def read_tensors(
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of any safetensors file by name, mapped into memory, and the text in its header.
+    """Read any safetensors file: tensors by name, mapped into memory, and its metadata.
 
-    The reader of safetensors compares the header with the length of the file before any tensor is
-    made.
+    The library itself compares the header with the length of the file before it makes a tensor.
 
     Raises:
         FileError: If the file is missing, truncated, or not a safetensors file.
@@ -98,6 +97,7 @@ def _is_like(
     shape: tuple[int | str, ...],
     lengths: dict[int | str, int],
 ) -> bool:
+    """Whether a tensor has the dtype and shape; records the length of each new string."""
     return (tensor.dtype, tensor.dim()) == (dtype, len(shape)) and all(
         length == (side if isinstance(side, int) else lengths.setdefault(side, length))
         for side, length in zip(shape, tensor.shape, strict=True)

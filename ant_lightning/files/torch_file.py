@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without running what they may contain."""
+"""Reads files of `torch.save` without running code that they may contain."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 __all__ = ["not_finite", "read_torch"]
 
-# To be run by the user, on a machine and for a file of their choice: it does unpickle anything.
+# A command for users to run on a file that they trust: unlike this module, it unpickles anything.
 _RESAVE = """python -c "import torch; \
 c = torch.load('FILE', map_location='cpu', weights_only=False); \
 torch.save({k: c[k] for k in ('state_dict', 'model', 'ema') if k in c} or c, 'weights.pt')\""""
 
 
 def read_torch(path: str | Path, *, allowed: Sequence[Any] = ()) -> object:
-    """What `torch.save` put into a file, on the CPU; large files are mapped, not copied.
+    """Read what `torch.save` wrote, onto the CPU; files in the zip format are mapped, not copied.
 
-    Always with `weights_only=True`: tensors, containers and plain values are read, and nothing in
-    the file can run. In torch's zip format the records must be unpacked, as torch writes them, so
-    that no record is larger than the file, and agree with their checksums. In the format before
-    torch 1.6 torch reserves the sizes that a file says before it reads (no page is touched).
+    Always with `weights_only=True`: only tensors, containers and plain values are read, and no code
+    in the file can run. In the zip format, records must be stored uncompressed, as torch writes
+    them, so that none is larger than the file; their checksums are compared. In the format before
+    torch 1.6, torch reserves the sizes that the file claims before it reads, but touches no page.
 
     Args:
         path: The file.
-        allowed: Classes, or pairs of a class and the name that it stands in for, beyond tensors
-            and containers.
+        allowed: Further classes that the file may name, or pairs of a class and the name that it
+            replaces.
 
     Raises:
         FileError: If the file is missing, damaged, needs pickled classes or functions, or has a
@@ -56,7 +56,7 @@ def read_torch(path: str | Path, *, allowed: Sequence[Any] = ()) -> object:
     except FileError:
         raise
     except Exception as error:
-        # Arbitrary bytes make zipfile and torch fail in any way there is; none of them ran code.
+        # Arbitrary bytes make zipfile and torch raise any type of error; no code of the file ran.
         called = re.search(r"GLOBAL (\S+)", str(error))
         if called and isinstance(error, pickle.UnpicklingError):
             raise FileError(
@@ -76,7 +76,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _check_records(path: Path, size: int) -> None:
-    """Refuse packed records, and compare each with its checksum, which torch does not do."""
+    """Refuse compressed records, and compare checksums, which torch does not."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         packed = [r.filename for r in records if r.compress_size != r.file_size or r.compress_type]
@@ -85,14 +85,14 @@ def _check_records(path: Path, size: int) -> None:
                 f"{path}: refused, its record {(packed or ['list'])[0]} unpacks to more than the "
                 "file; torch.save packs none"
             )
-        # All zero: the writer left the checksums out (an option of torch.save).
+        # If all checksums are 0, the writer left them out, which is an option of torch.save.
         broken = archive.testzip() if any(record.CRC for record in records) else None
     if broken is not None:
         raise FileError(f"{path}: damaged, the checksum of its record {broken} does not agree")
 
 
 def _check_tensors(content: object, path: Path, size: int) -> None:
-    """Refuse a tensor that says more than the file holds: one number repeated 2^60 times, say."""
+    """Refuse a tensor larger than the file, such as one number expanded to 2^60 values."""
     for tensor in _tensors(content):
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise FileError(f"{path}: refused, it has a tensor without values")
@@ -104,7 +104,8 @@ def _check_tensors(content: object, path: Path, size: int) -> None:
 
 
 def _tensors(content: object) -> Iterator[Tensor]:
-    """All tensors in nested containers, which may hold each other."""
+    """All tensors in nested containers."""
+    # `seen`, because a pickle can hold a container that contains itself.
     waiting, seen = [content], set()
     while waiting:
         value = waiting.pop()
