@@ -1,4 +1,4 @@
-"""Methods of clustering: settings that turn a log-SNR into `TimestepClusters`."""
+"""Clustering methods: each turns the log-SNR of a schedule into `TimestepClusters`."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Clustering(ABC):
 class TimestepClustering(Clustering):
     """Clusters of equal size (up to one timestep), with the boundaries `floor(i T / k)`.
 
-    These minimise the sum of `timestep_costs`. If `k` does not divide `T`, several optima exist;
-    this is the one of the official uniform clusters.
+    They minimise the sum of `timestep_costs`. If `k` does not divide `T`, several partitions do;
+    this one is that of the official code.
 
     Args:
         num_tasks: Number of clusters `k`.
@@ -91,7 +91,7 @@ class SNRClustering(Clustering):
 
     Args:
         num_tasks: Number of clusters `k`.
-        power: Power of the distance of log-SNRs: 1 as in the official code, 2 as in the paper.
+        power: Power of the difference of log-SNRs: 1 as in the official code, 2 as in the paper.
 
     Raises:
         ConfigError: If `num_tasks` is below 1 or `power` is not above 0.
@@ -114,7 +114,7 @@ class SNRClustering(Clustering):
         self.power = power
 
     def __call__(self, log_snr: Float[Tensor, " T"]) -> TimestepClusters:
-        """Cluster by the distance of log-SNRs.
+        """Cluster by the differences of log-SNRs.
 
         Raises:
             ConfigError: If there are fewer timesteps than clusters.
@@ -130,7 +130,7 @@ class FixedClustering(Clustering):
             `[boundaries[i], boundaries[i + 1])`.
 
     Raises:
-        ConfigError: If the boundaries are not such integers.
+        ConfigError: If the boundaries are not increasing integers that start at 0.
 
     Examples:
         >>> import torch

@@ -27,7 +27,7 @@ class TimestepClusters:
             `[boundaries[i], boundaries[i + 1])`. Any sequence is accepted and kept as a tuple.
 
     Raises:
-        ConfigError: If the boundaries are not such integers.
+        ConfigError: If the boundaries are not increasing integers that start at 0.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 3, arXiv 2306.00354.
@@ -57,7 +57,7 @@ class TimestepClusters:
             )
         if any(start >= stop for start, stop in pairwise(boundaries)):
             raise ConfigError(f"boundaries: each must be above the one before, found {boundaries}")
-        object.__setattr__(self, "boundaries", boundaries)
+        object.__setattr__(self, "boundaries", boundaries)  # the dataclass is frozen
 
     @property
     def num_tasks(self) -> int:
@@ -79,7 +79,8 @@ class TimestepClusters:
 
         Raises:
             ConfigError: If the timesteps are not integers, or if one is outside `0 .. T-1`. The
-                latter is checked only on the CPU: it would make an accelerator wait.
+                range is checked only for timesteps on the CPU: for others the host would have to
+                wait for the accelerator.
         """
         if timesteps.is_floating_point() or timesteps.is_complex():
             raise ConfigError(f"timesteps: must be integers, found {timesteps.dtype}")
@@ -115,12 +116,14 @@ class TimestepClusters:
         check_at_least(1, batch_size=batch_size)
         device = generator.device if generator is not None else None
         if allocation == "equal":
+            # Random tasks get the samples left over, so that none is drawn more often.
             each, rest = divmod(batch_size, self.num_tasks)
             counts = torch.full((self.num_tasks,), each, device=device)
             counts[torch.randperm(self.num_tasks, generator=generator, device=device)[:rest]] += 1
             return counts
         if allocation == "proportional":
-            # Systematic sampling: one random offset rounds all partial sums, in exact integers.
+            # Systematic sampling: the end `batch_size boundaries / T` of each task is rounded down
+            # after adding the same random offset in [0, 1), here in exact integers times T.
             num_timesteps = self.num_timesteps
             offset = torch.randint(num_timesteps, (), generator=generator, device=device)
             ends = batch_size * torch.tensor(self.boundaries, device=device)
@@ -143,8 +146,8 @@ class TimestepClusters:
         Raises:
             ConfigError: As `counts`.
         """
-        # One draw of counts and one uniform number for each sample, in float64: clusters of a
-        # million timesteps would show the grid of float32.
+        # One draw of counts, and one uniform number for each sample. In float64: a float32 number
+        # has 24 bits, too coarse a grid for clusters of a million timesteps.
         counts = self.counts(batch_size, generator=generator, allocation=allocation)
         tasks = _numbered(counts.cumsum(0), batch_size)
         uniform = torch.rand(
@@ -156,10 +159,10 @@ class TimestepClusters:
 
 
 def _numbered(stops: Tensor, length: int) -> Tensor:
-    """Number of the interval of each place `0 .. length-1`: how many `stops` are up to it.
+    """Interval that each of `0 .. length-1` lies in: the number of `stops` that are not above it.
 
-    `repeat_interleave` and `bucketize` start threads for a few hundred numbers, which takes
-    milliseconds on busy cores.
+    Not by `repeat_interleave` or `bucketize`: these start threads for a few hundred numbers, which
+    takes milliseconds on busy cores.
     """
     marks = torch.zeros(length + 1, dtype=torch.int64, device=stops.device)
     return marks.index_add_(0, stops, torch.ones_like(stops)).cumsum(0)[:length]

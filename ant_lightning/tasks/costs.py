@@ -45,14 +45,15 @@ def timestep_costs(num_timesteps: int) -> Float[Tensor, "T T"]:
     check_at_least(1, num_timesteps=num_timesteps)
     n = np.arange(1, num_timesteps + 1)
     by_length = n * (n * n + np.where(n % 2, -1, 2)) // 12
-    # Row l of this view of `inf .. inf, cost(1) .. cost(T)` begins l places further left.
+    # Row l is a window of `inf .. inf, cost(1) .. cost(T)` with l times inf in front. The window of
+    # row 0 is the last one, hence the reversal.
     padded = np.concatenate([np.full(num_timesteps - 1, np.inf), by_length])
     windows = np.lib.stride_tricks.sliding_window_view(padded, num_timesteps)
     return torch.from_numpy(windows[::-1].copy())
 
 
 def snr_costs(log_snr: Float[Tensor, " T"], *, power: float = 1) -> Float[Tensor, "T T"]:
-    """Distance in log-SNR: `costs[l, r] = sum_{t=l..r} |log_snr[t] - log_snr[c]|^power`.
+    """Difference in log-SNR: `costs[l, r] = sum_{t=l..r} |log_snr[t] - log_snr[c]|^power`.
 
     Args:
         log_snr: Log signal-to-noise ratio of each timestep, `[T]`, finite, in any order.
@@ -63,7 +64,7 @@ def snr_costs(log_snr: Float[Tensor, " T"], *, power: float = 1) -> Float[Tensor
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
-        The official code rounds half a centre to even; here it is always rounded up.
+        The official code rounds the centre `(l + r) / 2` half to even; here half is rounded up.
 
     Examples:
         >>> import torch
@@ -81,7 +82,7 @@ def snr_costs(log_snr: Float[Tensor, " T"], *, power: float = 1) -> Float[Tensor
         )
 
     def distances(c: int) -> Array:
-        """Distance of each timestep from `c`, to the power."""
+        """`|log_snr[t] - log_snr[c]|^power` for each timestep t."""
         away: Array = np.abs(values - values[c])
         if power != 1:
             away **= power
@@ -126,17 +127,18 @@ def _as_array(values: Tensor) -> Array:
 
 
 def _sums_from_centre(pairs: Callable[[int], Array], n: int) -> Tensor:
-    """`costs[l, r] = sum_{t=l..r} pairs(c)[t]`, added outwards from the centre c.
+    """`costs[l, r] = sum_{t=l..r} pairs(c)[t]`, summed outwards from the centre c.
 
-    Differences of cumulative sums would be shorter, but would cancel where the numbers span
-    decades. This way single timesteps and equal values cost exactly 0.
+    Differences of cumulative sums would be shorter, but lose digits where the numbers span
+    decades. With sums from the centre, a distance of 0 costs exactly 0.
     """
     costs = np.full((n, n), np.inf)
     flat = costs.reshape(-1)
     for c in range(n):
         row = pairs(c)
-        # The segments c-j .. c+j and c-j .. c+j-1 have their centre at c. They are two
-        # antidiagonals of the matrix, along which the flat index decreases by n - 1.
+        # The segments with centre c are c-j .. c+j (odd length) and c-j .. c+j-1 (even length).
+        # Each kind lies on an antidiagonal of `costs`: with j, the row falls by 1 and the column
+        # grows by 1, so the flat index falls by n - 1. The slices ascend and are reversed.
         num_odd, num_even = min(c, n - 1 - c), min(c, n - c)
         right = np.cumsum(row[c : c + num_odd + 1])
         left = np.cumsum(row[c - num_even : c][::-1])

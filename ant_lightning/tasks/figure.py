@@ -28,16 +28,17 @@ __all__ = [
 ]
 
 NoiseAxis = Literal["timestep", "log_snr"]
-NOISE_AXES: dict[NoiseAxis, str] = {"timestep": "timestep", "log_snr": "log-SNR"}  # with labels
+NOISE_AXES: dict[NoiseAxis, str] = {"timestep": "timestep", "log_snr": "log-SNR"}  # axis: label
 
 
 def importance_density(clusters: TimestepClusters) -> NDArray[np.float64]:
     """How often each timestep is drawn, relative to uniform sampling, `[T]`.
 
-    With equally many samples for every cluster it is `T / (k |I_i|)` for t in I_i; its mean is 1.
+    If every cluster has the same number of samples, it is `T / (k |I_i|)` for t in `I_i`. Its mean
+    over timesteps is 1.
     """
     sizes = clusters.sizes.numpy()
-    # Timestep t of task i has the probability 1 / (k |I_i|), with uniform sampling 1 / T.
+    # A timestep of task i has the probability 1 / (k |I_i|); with uniform sampling it has 1 / T.
     density: NDArray[np.float64] = np.repeat(
         clusters.num_timesteps / (clusters.num_tasks * sizes.astype(np.float64)), sizes
     )
@@ -74,7 +75,8 @@ def clusterings_figure(clusterings: Mapping[str, TimestepClusters], log_snr: Ten
         for name, clusters in clusterings.items():
             densities.stairs(importance_density(clusters), edges, label=name, linewidth=1.6)
         densities.axhline(1, color="0.4", linestyle="--", linewidth=0.8)
-        densities.set(xlabel=label, xlim=(edges[0], edges[-1]))  # noise grows to the right
+        # Log-SNR falls with the timestep: these limits reverse its axis, so noise grows rightwards.
+        densities.set(xlabel=label, xlim=(edges[0], edges[-1]))
         densities.set_ylim(bottom=0)
         densities.grid(alpha=0.3, which="both")
         densities.label_outer()
@@ -87,7 +89,7 @@ def clusterings_figure(clusterings: Mapping[str, TimestepClusters], log_snr: Ten
 def boundaries_figure(
     history: Sequence[tuple[int, Sequence[int]]], log_snr: Tensor, *, last_step: int
 ) -> Figure:
-    """The intervals of the tasks over a training that changed them.
+    """The intervals of the tasks in the course of a training that changed them.
 
     Args:
         history: First step and boundaries `0 .. T` of each clustering, in order of time.
@@ -102,7 +104,7 @@ def boundaries_figure(
     colors = _task_colors(boundaries.shape[1] - 1)
     for panel, axis in zip(panels, NOISE_AXES, strict=True):
         values = boundaries if axis == "timestep" else noise[boundaries]
-        values = np.concatenate([values, values[-1:]])  # the last one lasts until `last_step`
+        values = np.concatenate([values, values[-1:]])  # the last clustering ends at `last_step`
         for task, color in enumerate(colors):
             low, high = values[:, task], values[:, task + 1]
             panel.fill_between(steps, low, high, step="post", color=color)
@@ -121,12 +123,13 @@ def _intervals(
         for task, (start, stop) in enumerate(pairwise(clusters.boundaries)):
             width = edges[stop] - edges[start]
             panel.barh(row, width, left=edges[start], color=colors[task], edgecolor="white")
-            if abs(width) > 0.04 * abs(edges[-1] - edges[0]):  # room for its number
+            if abs(width) > 0.04 * abs(edges[-1] - edges[0]):  # wide enough for its number
+                # Viridis is bright for the upper half of the tasks.
                 dark = "0.1" if task > clusters.num_tasks / 2 else "white"
                 at = (edges[start] + width / 2, row)
                 panel.text(*at, str(task), ha="center", va="center", fontsize=8, color=dark)
     panel.set_yticks(range(len(clusterings)), list(clusterings))
-    panel.invert_yaxis()
+    panel.invert_yaxis()  # the first clustering on top
 
 
 def _task_colors(num_tasks: int) -> NDArray[np.float64]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["partition"]
 
-_BLOCK = 128  # starts computed at a time, so that their sums stay in the cache
+_BLOCK = 128  # starts that are handled at a time, so that their sums stay in the cache
 
 
 def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1) -> tuple[int, ...]:
@@ -27,11 +27,12 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
 
         F_m(i) = min_j costs[i, j - 1] + F_{m-1}(j).
 
-    If several partitions have the smallest cost (as a float64 sum), the one with the smallest sum
-    of squared sizes is taken, which is the most even one, and then the lexicographically first.
+    If several partitions have the smallest cost (as a float64 sum), the most even one is taken,
+    which has the smallest sum of squared sizes; if there are several again, the lexicographically
+    first.
 
     Args:
-        costs: `costs[l, r]` is the cost of the segment `l .. r`, both ends in; it may be
+        costs: `costs[l, r]` is the cost of the segment `l .. r`, both ends included; it may be
             negative. Entries with `l > r` are ignored.
         num_tasks: Number of segments `k`.
         min_size: Smallest number of timesteps in a segment.
@@ -72,27 +73,33 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
     if min_size > 1:
         segments[steps[:, None] > steps + 1 - min_size] = np.inf
 
-    # Of the optimum F_m(i): its cost and its sum of squared sizes, by start i.
+    # `best[i]` is F_m(i), and `squares[i]` the sum of squared sizes of its segments. First m = 1:
+    # one segment from i to the end.
     best = segments[:, -1].copy()
     squares = (num_timesteps - steps.astype(np.float64)) ** 2
     choices = []
     for m in range(2, num_tasks + 1):
+        # Starts `low .. high` leave room for the k - m segments before and the m from there on; if
+        # there are none before, the start is 0. The first of the m stops in `first .. last`.
         low = (num_tasks - m) * min_size
         high = num_timesteps - m * min_size if m < num_tasks else 0
         first, last = low + min_size, num_timesteps - (m - 1) * min_size
         choice = np.empty(high + 1 - low, dtype=np.intp)
         new_best, new_squares = np.empty(len(choice)), np.empty(len(choice))
         for start in range(low, high + 1, _BLOCK):
-            # No segment of the block stops before this.
+            # The first stop of any start in the block. Where a later start makes a segment too
+            # short, its cost is infinite.
             after = max(first, start + min_size)
             block = slice(start - low, min(start + _BLOCK, high + 1) - low)
             sums = segments[low:][block, after - 1 : last] + best[after : last + 1]
             choice[block], new_best[block], new_squares[block] = _minimum(
                 sums, squares[after : last + 1], start, after
             )
+        # Only now: all starts needed F_{m-1}.
         best[low : high + 1], squares[low : high + 1] = new_best, new_squares
         choices.append((low, choice))
 
+    # Forwards from timestep 0: the choices of m = k, k - 1, .. 2 segments.
     boundaries = [0]
     for low, stop in reversed(choices):
         boundaries.append(int(stop[boundaries[-1] - low]))
@@ -110,12 +117,14 @@ def _minimum(
     rows = np.arange(len(sums))
     choice = sums.argmin(axis=1)
     best = sums[rows, choice]
+    # More equal sums than rows: some row has a tie.
     equal = sums == best[:, None]
     if np.count_nonzero(equal) > len(sums):
-        tied_rows, columns = np.nonzero(equal)
+        tied_rows, columns = np.nonzero(equal)  # ascending by row, then by column
         evenness = squares[columns] + (first + columns - low - tied_rows).astype(np.float64) ** 2
         most_even = np.minimum.reduceat(evenness, np.searchsorted(tied_rows, rows))
         winners = np.flatnonzero(evenness == most_even[tied_rows])[::-1]
-        choice[tied_rows[winners]] = columns[winners]  # reversed: the first is written last
+        # In reversed order: the first of a row's winners is written last, and so stays.
+        choice[tied_rows[winners]] = columns[winners]
     lengths = (first + choice - low - rows).astype(np.float64)
     return first + choice, best, squares[choice] + lengths**2

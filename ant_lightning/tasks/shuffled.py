@@ -1,4 +1,4 @@
-"""A placebo: tasks with the sizes of real clusters, but with timesteps dealt out at random."""
+"""A placebo: tasks with the sizes of real clusters, but with randomly assigned timesteps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["ShuffledClustering", "ShuffledClusters"]
 class ShuffledClusters(TimestepClusters):
     """Clusters of a permutation of the timesteps: task i has the timesteps `order[start_i:stop_i]`.
 
-    `boundaries` and `sizes` count places in the permutation; `task_of` and `sample` take and give
+    `boundaries` refers to places in the permutation. `task_of` takes timesteps and `sample` returns
     timesteps, as for contiguous clusters.
 
     Attributes:
@@ -45,7 +45,8 @@ class ShuffledClusters(TimestepClusters):
 
     def task_of(self, timesteps: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Task of each timestep, same shape and device."""
-        super().task_of(timesteps)  # checks them
+        # Only for its checks: a negative timestep would be taken as an index from the end.
+        super().task_of(timesteps)
         # The inverse permutation: the place of each timestep.
         places = torch.tensor(self.order, device=timesteps.device).argsort()
         return super().task_of(places[timesteps])
@@ -57,13 +58,13 @@ class ShuffledClusters(TimestepClusters):
         generator: torch.Generator | None = None,
         allocation: Literal["equal", "proportional"] = "equal",
     ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-        """Draw `timesteps [b]` and `task_ids [b]` as contiguous clusters do."""
+        """Draw `timesteps [b]` and `task_ids [b]` as `TimestepClusters.sample` does."""
         places, tasks = super().sample(batch_size, generator=generator, allocation=allocation)
         return torch.tensor(self.order, device=places.device)[places], tasks
 
 
 class ShuffledClustering(Clustering):
-    """Tasks with the sizes of another clustering, and with timesteps dealt out at random.
+    """Tasks with the sizes of another clustering, and with randomly assigned timesteps.
 
     If a method is as good with these tasks as with the real clusters, its gain does not depend on
     which timesteps share a task.
