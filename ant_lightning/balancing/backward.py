@@ -308,7 +308,7 @@ def _weights(
 ) -> tuple[Tensor, Tensor]:
     """Weights of the mean task losses, `[k]`, and of this rank's samples, `[b]`."""
     if isinstance(balancer, SampleBalancer):
-        # The objective is a mean over samples: the weight of a task is the sum of its samples'.
+        # The objective is a mean over samples, so a task's weight sums over its samples.
         per_sample = balancer.sample_weights(_checked_levels(log_snr, batch)).to(scaled_priors)
         per_sample = per_sample * scaled_priors[batch.tasks] / batch.num_samples.sum()
         weights = torch.zeros_like(scaled_priors).index_add_(0, batch.tasks, per_sample)

@@ -72,8 +72,8 @@ class TaskBatch:
                 f"found {int(on_host.min())} .. {largest}"
             )
         device = shared[0].device
-        # Counted and sorted on the host: `starts` are Python ints, which a device would have to be
-        # waited for.
+        # Counted and sorted on the host: `starts` are Python ints, and reading them from an
+        # accelerator would make the host wait.
         counts = torch.bincount(on_host, minlength=self.num_tasks)
         self.starts: list[int] = [0, *counts.cumsum(0).tolist()]
         self.order = on_host.argsort(stable=True).to(tasks.device, non_blocking=True)

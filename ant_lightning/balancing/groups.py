@@ -41,6 +41,7 @@ class Groups:
         pieces = [torch.arange(start, start + self._even) for start, _ in spans]
         pieces += [torch.arange(start, stop) for _, start, stop in rests]
         self.order = torch.cat(pieces)
+        # As for `order`: the caller sorts the samples by group, and `layout` reorders them.
         self._of_samples = torch.repeat_interleave(torch.tensor(self.sizes))[self.order]
         self._rests: list[tuple[int, slice]] = []
         place = self._even * len(self)

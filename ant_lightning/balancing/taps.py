@@ -72,9 +72,11 @@ class Taps:
     Inside `with taps:`, linear, convolution, embedding, layer-norm and group-norm layers treat
     their parameters as constants. A backward pass to `token` then calls
     `receive(layer, inputs, grad)` for each of these layers. A parameter that is used in any other
-    way gets an ordinary gradient. To detect all uses, the parameters have a subclass inside
-    `with taps:`. Calls of torch without a parameter cost nothing extra, which a
-    `TorchFunctionMode` would make slower.
+    way gets an ordinary gradient.
+
+    To detect all uses, the parameters have a subclass inside `with taps:`. A `TorchFunctionMode`
+    would detect as much, but every call of torch would pass through it, also those without a
+    parameter.
 
     Args:
         parameters: Parameters to record.

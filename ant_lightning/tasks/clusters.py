@@ -144,7 +144,7 @@ class TimestepClusters:
             (or the CPU).
 
         Raises:
-            ConfigError: As `counts`.
+            ConfigError: If `batch_size` or `allocation` breaks its rule, see `counts`.
         """
         # One draw of counts, and one uniform number for each sample. In float64: a float32 number
         # has 24 bits, too coarse a grid for clusters of a million timesteps.

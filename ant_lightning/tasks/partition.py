@@ -79,8 +79,8 @@ def partition(costs: Float[Tensor, "T T"], num_tasks: int, *, min_size: int = 1)
     squares = (num_timesteps - steps.astype(np.float64)) ** 2
     choices = []
     for m in range(2, num_tasks + 1):
-        # Starts `low .. high` leave room for the k - m segments before and the m from there on; if
-        # there are none before, the start is 0. The first of the m stops in `first .. last`.
+        # A start in `low .. high` leaves room for the k - m segments before it and the m after it;
+        # for m = k it is 0. The first of these m segments stops in `first .. last`.
         low = (num_tasks - m) * min_size
         high = num_timesteps - m * min_size if m < num_tasks else 0
         first, last = low + min_size, num_timesteps - (m - 1) * min_size
