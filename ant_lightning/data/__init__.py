@@ -1,1 +1,1 @@
-"""LightningDataModules: real images, drawn ones, and cached latents."""
+"""LightningDataModules: image files, images drawn by a program, and cached latents."""

@@ -133,6 +133,7 @@ class ImageFolderData(ImageDataModule):
         order = torch.randperm(
             len(kept), generator=keyed_generator(self.split_seed, "folder split")
         )
+        # Which images are held out is random; the order inside a part is that of the paths.
         held_out = sorted(kept[i] for i in order[: self.num_held_out].tolist())
         train = sorted(set(kept) - set(held_out))
         channels, image_size, _ = self.image_shape

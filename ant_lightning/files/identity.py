@@ -64,6 +64,7 @@ def check_identity(
     """
     if not path.exists():
         return False
+    # The first difference ends the loop.
     for name, (then, now) in differences(read_json(path, kind=dict), current).items():
         raise FileError(
             f"{setting}: {content or path.parent} holds content made with {name} "

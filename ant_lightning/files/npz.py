@@ -24,6 +24,8 @@ _MAX_ARRAYS = 1000
 _MAX_RATIO = 200
 # Up to this many unpacked bytes, any ratio is allowed: constant arrays pack well, and do no harm.
 _RATIO_FREE = 2**26
+# They parse a header without reserving memory for the values. Version 3 of the format only adds
+# field names in UTF-8, and arrays with fields are refused anyway.
 _READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 

@@ -1,1 +1,1 @@
-"""Cached latents."""
+"""Latents that are encoded once, stored in a cache, and trained on."""

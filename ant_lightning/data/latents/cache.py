@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 __all__ = ["INDEX_NAME", "CacheIndex", "Shard", "check_first_stage", "read_index"]
 
 INDEX_NAME = "index.json"
-_VERSION = 2  # 1 was that of version 0.1: arrays of numpy, without the identity of the images
+_VERSION = 2  # version 0.1 wrote format 1: numpy arrays, without the identity of the images
 _MAX_SHARDS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheIndex:
-    """What a cache holds; all shards but the last of a split have `shard_size` images.
+    """What a cache holds. All shards of a split have `shard_size` images, except the last.
 
     Attributes:
-        space: The first stage that made it.
+        space: The latent space of the first stage that encoded the images.
         image_shape: `(c, h, w)` of the images.
         moments_shape: `(c, h, w)` of the moments.
         dtype: `float32` or `float16`.
         views: 2 if mirrored images were encoded too, else 1.
-        num_classes: 0 for images without labels.
-        num_images: Images of each split.
-        shard_size: Images of a shard.
-        identity: What determines the images, see `ImageDataModule.identity`.
+        num_classes: Number of classes; 0 for images without labels.
+        num_images: Number of images in each split, `train` and `held_out`.
+        shard_size: Number of images in a shard.
+        identity: What determines the images; see `ImageDataModule.identity`.
 
     Raises:
-        ValueError: If a value is one that no cache can have.
+        ValueError: If a value is impossible; `read_index` turns this into a `FileError`.
     """
 
     space: LatentSpace
@@ -90,19 +90,20 @@ class Shard:
     num_images: int
 
     def write(self, folder: Path, *, moments: Tensor, labels: Tensor) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         write_tensors(self._path(folder), {"moments": moments, "labels": labels}, self._metadata)
 
     def read(self, folder: Path) -> tuple[Tensor, Tensor]:
-        """`moments [n, views, c, h, w]` and `labels [n]`, mapped into memory.
+        """Map `moments [n, views, c, h, w]` and `labels [n]` into memory.
 
         Raises:
-            FileError: If the file is missing, damaged, or of another shape, type or cache.
+            FileError: If the file is missing or damaged, has another shape or dtype, or belongs to
+                another cache.
         """
         n, index = self.num_images, self.index
         shape = (n, index.views, *index.moments_shape)
         expected = {"moments": (getattr(torch, index.dtype), shape), "labels": (torch.int64, (n,))}
-        # Nothing is read but the header: tensors are pages of the file.
+        # Only the header is read; the values stay in the file until they are used.
         try:
             tensors, _ = read_tensors(self._path(folder), expected, self._metadata)
         except FileError as error:
@@ -114,7 +115,7 @@ class Shard:
 
     @property
     def _metadata(self) -> dict[str, object]:
-        """Distinguishes a shard from others of the same shape."""
+        """What tells this shard from others of the same shape: encoder, split and number."""
         fingerprint = self.index.space.fingerprint
         return {"first_stage": fingerprint, "split": self.split, "shard": self.number}
 
@@ -123,7 +124,7 @@ def read_index(folder: Path) -> CacheIndex:
     """Read the index of a cache.
 
     Raises:
-        FileError: If the folder has none, or one that is damaged or of another version.
+        FileError: If the folder has no index, or one that is damaged or has another version.
     """
     path = folder / INDEX_NAME
     content = read_json(path, kind=dict)
@@ -145,10 +146,10 @@ def read_index(folder: Path) -> CacheIndex:
 
 
 def check_first_stage(cache: LatentSpace, ours: LatentSpace, folder: Path) -> None:
-    """Refuse latents of another first stage.
+    """Check that a cache was encoded by our first stage.
 
     Raises:
-        ConfigError: Naming both.
+        ConfigError: If the fingerprints differ; names both first stages.
     """
     if cache.fingerprint != ours.fingerprint:
         raise ConfigError(
@@ -158,6 +159,6 @@ def check_first_stage(cache: LatentSpace, ours: LatentSpace, folder: Path) -> No
 
 
 def _check(name: str, values: Any, *, length: int = 1, least: int, most: int) -> None:  # noqa: ANN401
-    """Refuse `values`, as read from JSON, that are not whole numbers of this range."""
+    """Check that `values`, as read from JSON, are integers from `least` to `most`."""
     if len(values) != length or any(type(v) is not int or not least <= v <= most for v in values):
         raise ValueError(f"{name} {str(values)[:100]}")

@@ -1,4 +1,4 @@
-"""Training on latents that were encoded once."""
+"""The data module for training on cached latents."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ __all__ = ["LatentsData"]
 class LatentsData(ImageDataModule):
     """Moments of a first stage from a cache that `ant-lightning encode` wrote.
 
-    The batches' images are moments, from which the module draws a latent in every step; its first
-    stage, if it has one, must be the one of the cache.
+    The `images` of a batch are moments. From them, the LightningModule draws a new latent in every
+    step. If the LightningModule has a first stage, it must be the one that encoded the cache.
 
     Args:
         cache: Folder of the cache.
         batch_size: Images of one optimizer step, over all ranks.
         flip: Whether mirrored images are used too, if the cache has them.
-        images: The images that were encoded, for metrics and grids with real images.
+        images: Data module of the encoded images, for metrics and grids with real images.
         num_workers: Loading processes of each rank.
         seed: Order of the images, and flips; by default the seed of the run.
 
     Attributes:
-        latent_space: What the moments mean.
+        latent_space: How latents are drawn from the moments.
         moments_shape: `(c, h, w)` of the moments.
 
     Raises:
-        ConfigError: If the cache is incomplete or damaged, or of other images than `images`.
+        ConfigError: If the cache is incomplete or damaged, or was not encoded from `images`.
 
     Examples:
         >>> import tempfile
@@ -86,7 +86,7 @@ class LatentsData(ImageDataModule):
         """Map the shards of both splits, and compare the cache with `images`."""
         if self.images is not None:
             self._check_images(self.images)
-        # Without mirrored moments in the cache every image stays as it is.
+        # A cache without mirrored moments has nothing to flip to.
         seed = self.seed if self.flip and self.index.views == 2 else None
         real = None if self.images is None else self.images.train_images
         held_out = None if self.images is None else self.images.held_out_images
@@ -96,15 +96,15 @@ class LatentsData(ImageDataModule):
         )
 
     def settings(self) -> dict[str, Any]:
-        """The first stage and the images that the cache was made of."""
+        """The first stage, and the identity of the images that the cache was encoded from."""
         images = {f"images.{name}": value for name, value in self.index.identity.items()}
         images.pop("images.times", None)  # a copy of the same files has other times
         return {**super().settings(), "first_stage": self.latent_space.fingerprint, **images}
 
     def _check_images(self, images: ImageDataModule) -> None:
-        """Refuse images that the cache was not made of, or another split of them.
+        """Refuse images other than those that were encoded, or another split of them.
 
-        With another split, training images would be among the held-out ones.
+        With another split, some held-out images would have been trained on.
         """
         stored = self.index.identity
         for name, (then, now) in differences(stored, images.identity(stored)).items():
@@ -115,12 +115,12 @@ class LatentsData(ImageDataModule):
 
 
 class _CachedMoments(ImageDataset):
-    """Moments of one split, read from the mapped shards; `real` has the images."""
+    """Moments of one split, read from the mapped shards, with the real images for metrics."""
 
     def __init__(
         self, data: LatentsData, split: str, real: ImageDataset | None, *, flip_seed: int | None
     ) -> None:
-        # Reading a shard maps it and checks its header and length, so that a fault shows at once.
+        # All shards are mapped here, which checks headers and lengths: faults show before training.
         shards = [shard.read(data.cache) for shard in data.index.shards(split)]
         self._moments = [moments for moments, _ in shards]
         self.labels = torch.cat([labels for _, labels in shards])
@@ -132,22 +132,22 @@ class _CachedMoments(ImageDataset):
         return len(self.labels)
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
-        """Moments at `indices`, of the mirrored images where `is_flipped` says so."""
+        """Load moments at `indices`; those of the mirrored image where `is_flipped` is true."""
         moments = []
         for index in indices:
             shard, position = divmod(index, self._shard_size)
             view = int(is_flipped(self._flip_seed, epoch, index))
             moments.append(self._moments[shard][position, view])
         rows = torch.tensor(indices)
-        # Only here are the pages of the mapped files read.
+        # Stacking is what reads the values from the mapped files.
         return Batch(torch.stack(moments).float(), self.labels[rows], rows)
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
-        """Those of the real images."""
+        """The pixels of the real images."""
         return self.real.pixels(indices)
 
     def fingerprint(self) -> str:
-        """That of the real images."""
+        """The fingerprint of the real images."""
         return self.real.fingerprint()
 
     @property

@@ -1,4 +1,4 @@
-"""What a first stage's moments mean: from moments to the latents that are denoised."""
+"""The latent space of a first stage: from its moments to the latents that are denoised."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["LatentSpace"]
 class LatentSpace:
     """The latents of one first stage, `x = (z - shift) scale`.
 
-    The moments of a KL autoencoder are the mean and the log-variance of `z`, one after the other
-    on the channels; those of a VQ autoencoder are `z` itself, before it is quantised.
+    The moments of a KL autoencoder are the mean and the log-variance of `z`, concatenated along the
+    channels. The moments of a VQ autoencoder are `z` itself, before it is quantised.
 
     Attributes:
-        kind: Which autoencoder.
-        scale: Multiplies the latents, so that their standard deviation is about 1.
-        shift: Is subtracted before.
+        kind: Kind of autoencoder, `kl` or `vq`.
+        scale: Factor that gives the latents a standard deviation of about 1.
+        shift: What is subtracted from `z` before the multiplication.
         fingerprint: Hash of the encoder's and decoder's weights, the scale and the shift.
         source: Where the first stage was loaded from, for messages.
 
     Raises:
-        ConfigError: If the kind is another, or the scale or the shift is out of its range.
+        ConfigError: If the kind is unknown, the scale is not above 0, or a number is not finite.
 
     Examples:
         >>> import torch
@@ -57,24 +57,24 @@ class LatentSpace:
             raise ConfigError(f"shift: must be finite, found {self.shift}")
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Latents `x [b, c, h, w]` from moments `[b, 2c, h, w]` (KL) or `[b, c, h, w]` (VQ).
+        """Draw latents `x [b, c, h, w]` from moments `[b, 2c, h, w]` (KL) or `[b, c, h, w]` (VQ).
 
         Args:
-            moments: What the encoder gave.
-            noise: Standard normal `[b, c, h, w]`; without effect on VQ latents.
+            moments: Output of the encoder.
+            noise: Standard normal `[b, c, h, w]`; VQ latents do not use it.
         """
         if self.kind == "kl":
             mean, log_variance = moments.chunk(2, dim=1)
-            # The bounds are those of the published autoencoders.
+            # The published autoencoders clamp to the same bounds.
             moments = mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise
         return (moments - self.shift) * self.scale
 
     def moments_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """`(c, h, w)` of the moments of latents."""
+        """The shape of moments `(c, h, w)` for a shape of latents."""
         channels, height, width = latent_shape
         return (2 * channels if self.kind == "kl" else channels), height, width
 
     def latent_shape(self, moments_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """`(c, h, w)` of the latents of moments."""
+        """The shape of latents `(c, h, w)` for a shape of moments."""
         channels, height, width = moments_shape
         return (channels // 2 if self.kind == "kl" else channels), height, width

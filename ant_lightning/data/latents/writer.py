@@ -30,14 +30,14 @@ __all__ = ["Encoder", "LatentWriter"]
 
 
 class Encoder(Protocol):
-    """What `LatentWriter` needs of a first stage."""
+    """The part of a first stage that `LatentWriter` uses."""
 
     @property
     def space(self) -> LatentSpace:
-        """What its moments mean."""
+        """The latent space."""
 
     def moments_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Shape of the moments of an image."""
+        """Shape `(c, h, w)` of the moments of an image."""
 
     def encode_moments(self, images: Tensor) -> Tensor:
         """Moments of images `[b, c, h, w]` in [-1, 1]."""
@@ -46,16 +46,17 @@ class Encoder(Protocol):
 class LatentWriter:
     """Writes the moments of all images, plain and mirrored, so that training needs no encoder.
 
-    Rank r of N writes the shards r, r + N, ..., without communication, and holds one in memory.
-    Interrupt it at any time: a shard is written whole or not at all, and the next call writes those
-    that are missing. A folder with the cache of another first stage, or of other images (their
-    bytes are compared, because a copy changes the times), another split, crop or size is refused.
+    Rank r of N writes the shards r, r + N, ..., without communication, and holds one shard in
+    memory. It may be interrupted at any time: shards are written atomically, and the next call
+    writes the missing ones. A folder that holds another cache is refused: one of another first
+    stage, of other images, or of another split, crop or size. Images are compared by their bytes,
+    because a copy changes the times.
 
     Args:
         output: Folder of the cache.
-        shard_size: Images of a file.
-        batch_size: Images that are encoded at once.
-        dtype: `float16` halves the files and rounds the moments to 11 bits.
+        shard_size: Number of images in a shard, which is one file.
+        batch_size: Number of images encoded at once.
+        dtype: `float16` halves the size of the files, and rounds the moments to 11 bits.
         flip: Whether to write the mirrored images too.
 
     Raises:
@@ -102,10 +103,10 @@ class LatentWriter:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> int:
-        """Write the missing shards of this rank; returns how many these were.
+        """Write the missing shards of this rank; returns how many were missing.
 
         Raises:
-            ConfigError: If the folder has the cache of something else, or moments are not finite.
+            ConfigError: If the folder holds another cache, or moments are not finite.
         """
         found = read_index(self.output) if (self.output / INDEX_NAME).exists() else None
         images = {"train": data.train_images, "held_out": data.held_out_images}
@@ -123,10 +124,12 @@ class LatentWriter:
         shards = [*index.shards("train"), *index.shards("held_out")][rank::world_size]
         if found is not None:
             check_first_stage(found.space, index.space, self.output)
-            # Equal fingerprints, so the same weights; the path to them may differ.
+            # The fingerprints are equal, so the weights are. Keep the stored `source`: the path of
+            # the weights may have changed, which must not count as a difference below.
             index = replace(index, space=found.space)
         path = self.output / INDEX_NAME
-        # Without an index nothing tells which images the shards in the folder were made of.
+        # Only an index tells which images the shards were encoded from. Without one, shards in the
+        # folder are written again.
         if check_identity(path, index.as_json(), setting="output"):
             shards = [shard for shard in shards if not self._is_whole(shard)]
         else:
@@ -143,14 +146,15 @@ class LatentWriter:
         shard: Shard,
         device: torch.device | str,
     ) -> tuple[Tensor, Tensor]:
-        """`moments [n, views, c, h, w]` and `labels [n]` of the images of a shard."""
+        """Encode a shard; returns `moments [n, views, c, h, w]` and `labels [n]`."""
         moments, labels = [], []
         start = shard.number * self.shard_size
         rows = list(range(start, start + shard.num_images))
         for first in range(0, len(rows), self.batch_size):
             batch = dataset.load(rows[first : first + self.batch_size], epoch=None)
             pixels = batch.images.to(device)
-            # The moments of a mirrored image are not the mirrored moments.
+            # The mirrored image is encoded: its moments are not the mirrored moments, because the
+            # encoder is not symmetric.
             views = [pixels, pixels.flip(-1)] if self.flip else [pixels]
             parts = [encoder.encode_moments(view).float().cpu() for view in views]
             moments.append(torch.stack(parts, dim=1).to(getattr(torch, self.dtype)))

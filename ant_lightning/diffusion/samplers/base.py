@@ -120,6 +120,7 @@ class Sampler(ABC):
         Raises:
             ConfigError: If `first_step` is not on the path, or a random sampler has no `noise`.
         """
+        # Not a generator itself: the checks must raise here, not at the first step.
         num_calls = self.num_calls(process)
         if not 0 <= first_step < num_calls:
             raise ConfigError(f"first_step: must be in [0, {num_calls}), found {first_step}")

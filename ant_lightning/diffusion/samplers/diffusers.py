@@ -88,6 +88,7 @@ class DiffusersSampler(Sampler):
 
     def __init__(self, scheduler: SchedulerMixin, *, num_steps: int = 20) -> None:
         check_at_least(1, num_steps=num_steps)
+        # Base classes count too: a subclass of a supported scheduler is supported.
         kinds = [each.__name__ for each in type(scheduler).__mro__ if each.__name__ in _SCHEDULERS]
         if not kinds:
             raise ConfigError(
@@ -155,6 +156,7 @@ class DiffusersSampler(Sampler):
                 to_own = {"eps": process.to_eps, "x0": process.to_x_start, "v": process.to_v}
                 to_own_type = to_own[process.prediction_type]
                 prediction = to_own_type(x_start, x_t, t, prediction_type="x0")
+            # Otherwise the scheduler would draw from the global generator.
             options = {"variance_noise": noise()} if noise and self.is_random else {}
             with _numpy_warnings_off():
                 x = scheduler.step(prediction, timestep, x, return_dict=False, **options)[0]
