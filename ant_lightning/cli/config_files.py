@@ -1,4 +1,4 @@
-"""Config files are looked at before the parser reads them, so that a message can name the file."""
+"""YAML configs: checks before the parser reads them, so that errors name file and line."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ __all__ = [
     "load_yaml",
 ]
 
+# Bounds of a text: aliases of aliases let a few hundred bytes unfold to gigabytes.
 _MAX_BYTES = 2**20  # configs have kilobytes
 _MAX_NODES = 50_000  # counted with every alias written out
 _MAX_DEPTH = 60
@@ -36,13 +37,14 @@ _PLAIN = {
 
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_load = get_loader("yaml")  # the parser's own, for which 1e-3 is a number
+_load = get_loader("yaml")  # the parser's: it reads 1e-3 as a number, plain PyYAML as a text
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Writes enums, paths and numbers of NumPy as the plain values they are."""
 
     def plain(self, value: Any) -> yaml.Node:  # noqa: ANN401
+        # An enum becomes its value, another object the plain type that it derives from, or a text.
         kinds = [kind for kind in (str, int, float) if isinstance(value, kind)]
         found = value.value if isinstance(value, Enum) else (*kinds, str)[0](value)
         return self.represent_data(found)
@@ -53,11 +55,11 @@ for _kind in (Enum, PurePath, str, int, float):  # `bool` has no subclasses
 
 
 class UnsafeYAMLError(yaml.YAMLError):  # type: ignore[misc]
-    """A text that is YAML, but whose size, depth, tags or repeated keys no config has."""
+    """Valid YAML, but with a size, depth, tag or repeated key that no config has."""
 
 
 def config_paths(args: Sequence[str]) -> list[str]:
-    """The files that `--config` and `-c` name; settings in place of a file are left out."""
+    """The files that `--config` and `-c` name; settings given inline (`{...}`) are left out."""
     found = []
     for i, arg in enumerate(args):
         name, sign, value = arg.partition("=")
@@ -67,22 +69,25 @@ def config_paths(args: Sequence[str]) -> list[str]:
 
 
 def import_named_classes(args: Sequence[str]) -> None:
-    """Import our classes that a command line or its files name: the parser finds only those."""
+    """Import the classes of ours that a command line or its files name.
+
+    The package imports its classes lazily, and the parser finds a class only once it is imported.
+    """
     texts = [*args, *(Path(path).read_text(encoding="utf8") for path in config_paths(args))]
-    # A word that is no class at all costs an import and does no harm.
+    # A word that only looks like the name of a class costs an import and does no harm.
     for name in set(re.findall(r"\w+", " ".join(texts))).intersection(ant_lightning.__all__):
         getattr(ant_lightning, name)
 
 
 def check_config_file(path: str | Path, *, known: Collection[str] | None = None) -> None:
-    """Check that a config file is one: YAML of settings by name, each given once.
+    """Check that a file is a config: YAML of settings by name, each given once.
 
     Args:
         path: The file.
-        known: Names that may stand at its top; `None` for any.
+        known: Names allowed at the top level; `None` for any.
 
     Raises:
-        FileError: Naming the file, where in it, the rule and what was found.
+        FileError: If it is not; names the file, the line, the rule and what was found.
     """
     path = Path(path)
     if not path.is_file():
@@ -108,14 +113,15 @@ def check_config_file(path: str | Path, *, known: Collection[str] | None = None)
 
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is
-    """Load YAML as the parser does, after the checks that bound what it may unfold to.
+    """Load YAML as the parser does, after checking what its aliases unfold to.
 
     Raises:
         yaml.YAMLError: If it is no YAML, or an `UnsafeYAMLError`.
         ConfigError: If it holds bytes that are not UTF-8, as a path on a command line can.
     """
-    if text == "None":  # what the parser makes of a null that it hands on to a group of settings
+    if text == "None":  # the parser passes on a null for a group of settings as this text
         return None
+    # Python decodes bytes that are not UTF-8 to surrogates, U+DC80 to U+DCFF.
     if not text.isascii() and "\\udc" in ascii(text):
         raise ConfigError(
             f"a setting must be UTF-8, so that the run's config.yaml can hold them, found "
@@ -129,7 +135,7 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is
 def dump_yaml(data: Any) -> str:  # noqa: ANN401 - whatever the settings are
     """Write settings as the parser does, the defaults of third parties' classes included.
 
-    The parser's own refuses subclasses of plain types, as `Timer` has one for its default.
+    The parser's own dumper refuses subclasses of plain types; a default of `Timer` is one.
     """
     dumped: str = yaml.dump(
         data, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
@@ -138,10 +144,10 @@ def dump_yaml(data: Any) -> str:  # noqa: ANN401 - whatever the settings are
 
 
 def _checked(text: str) -> yaml.Node | None:
-    """The tree of a YAML text that is small, flat, plain and says everything once.
+    """The tree of a YAML text, checked for size, depth, tags and repeated keys.
 
     Raises:
-        yaml.YAMLError: Otherwise; nothing was unfolded.
+        yaml.YAMLError: If it breaks a rule; no alias was unfolded by then.
     """
     root = yaml.compose(text, Loader=_Loader)
     if root is not None:
@@ -150,12 +156,12 @@ def _checked(text: str) -> yaml.Node | None:
 
 
 def _size(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
-    """Nodes in a tree whose aliases are written out, each distinct node looked at once."""
+    """Number of nodes of a tree with all aliases written out; visits each distinct node once."""
     if depth > _MAX_DEPTH:
         raise _unsafe(node, f"more than {_MAX_DEPTH} levels, or an alias inside what it stands for")
     if node.tag not in _PLAIN:
         raise _unsafe(node, f"the tag {node.tag!r}, which could name code; plain values have none")
-    # An alias is the same node again: it is counted each time, but looked at once.
+    # An alias is the same node object: counted each time that it occurs, but visited once.
     if id(node) not in sizes:
         size = 1 + sum(_size(child, sizes, depth + 1) for child in _children(node))
         if size > _MAX_NODES:

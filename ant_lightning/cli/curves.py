@@ -28,7 +28,7 @@ _PANELS = {
 def read_curves(folder: Path) -> dict[str, Curve]:
     """Every scalar of the event files in a folder, `[(step, value), ...]` in the order of steps.
 
-    Of a step that was logged more than once (a resumed run) the last value is kept.
+    If a step was logged more than once, as by a resumed run, its last value is kept.
     """
     from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - slow
         EventFileLoader,
@@ -39,7 +39,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     for path in sorted(folder.glob("events.out.tfevents*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                # The loader turns old simple values into this form.
+                # The loader converts simple values of old files to this form.
                 if value.metadata.plugin_data.plugin_name == "scalars":
                     number = float(make_ndarray(value.tensor))
                     found.setdefault(value.tag, {})[event.step] = number

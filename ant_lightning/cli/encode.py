@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 __all__ = ["run_encode"]
 
+# The parser then reads every YAML value through our checks.
 set_loader("yaml", load_yaml, exceptions=(YAMLError,))
 
 
 def run_encode(args: Sequence[str]) -> int:
-    """Encode the data of `args` (without the command's name); returns the shards that were written.
+    """Encode the data of `args` (without the command's name); return the number of shards written.
 
     Several processes share the work if a launcher such as `torchrun` sets `RANK`, `WORLD_SIZE` and
     `LOCAL_RANK`; they do not communicate.

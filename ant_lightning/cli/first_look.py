@@ -1,7 +1,7 @@
 """Finds mistakes in a command line and its files before PyTorch and Lightning are imported.
 
-Importing them takes many times longer than noticing a missing file. Everything refused here is
-also refused by the parser or the objects; what this check does not understand is left to them.
+Importing them takes many times longer than noticing a missing file. What is refused here, the
+parser or the objects would refuse as well. What this check does not understand is left to them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def first_look(arguments: Sequence[str]) -> None:
     check_run_settings(settings)
     if isinstance(settings.get("trainer"), dict):
         check_trainer_settings(settings["trainer"])
-    # The class checks its arguments too, after the imports.
+    # `SampleWriter` checks these as well, but only after the imports.
     samples = settings.get("samples")
     for name, value in samples.items() if isinstance(samples, dict) else ():
         if name in {"num_images", "batch_size"} and type(value) is int and value < 1:
@@ -78,14 +78,14 @@ def first_look(arguments: Sequence[str]) -> None:
 
 def top_settings(command: str) -> list[str] | None:
     """Top-level names allowed in a command's config; `None` if unknown."""
-    if command == "score":  # its configs are those of runs
+    if command == "score":  # it takes the config of a run, and ignores most of it
         return None
     if command == "encode":
         return sorted({"config", "print_config", "data", "device", *_ENCODE_GROUPS})
     method = arguments_of("Trainer", command)
     if method is None:
         return None
-    # Arguments of the Trainer's method that the command line hands over itself.
+    # Arguments of the Trainer's method that are no settings: the command line passes the objects.
     handed_over = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
     own = {"config", "print_config", "seed_everything", "trainer", "model", "data", *_RUN_GROUPS}
     return sorted(own | (method - handed_over))

@@ -87,7 +87,7 @@ def load_run(
     data = settings.get("data") or {}
     is_cache = str(data.get("class_path")).endswith("LatentsData")
     if is_cache and "latent_space" not in content.get("ant_lightning", {}):
-        # Checkpoints of 0.1 do not say what their latents mean; the cache that they are of does.
+        # A checkpoint of 0.1 does not describe its latent space; the cache of its latents does.
         module.latent_space = make_part(data, L.LightningDataModule, trust).latent_space
     return module.eval()
 
@@ -122,7 +122,7 @@ def _settings(path: Path, content: dict[str, Any], config: str | Path | None) ->
 
 
 def _of_model(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the model, with the seed of the run, which the command line had set."""
+    """The settings of the model; a seed of `None` becomes the run's, as on the command line."""
     init = {**(settings["model"].get("init_args") or {})}
     init.pop("init_from", None)  # the checkpoint's weights replace it
     seed = settings.get("seed_everything")
@@ -161,7 +161,10 @@ def _check_trusted(settings: object, trust: Sequence[str]) -> None:
 
 
 def _imports(value: object) -> Iterator[str]:
-    """Every string that names a class, or could: the parser also accepts a bare import path."""
+    """Every string that is or may be the name of a class.
+
+    The parser accepts a bare import path in place of `class_path`, so every dotted text counts.
+    """
     if isinstance(value, dict):
         for key, each in value.items():
             if key == "class_path" and isinstance(each, str) and "." in each:

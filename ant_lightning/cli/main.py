@@ -60,6 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
         that was told to stop and left a checkpoint to resume from (130 for Ctrl-C).
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    # `report` has no parser, so its --help is this text as well.
     asked = arguments[:2] if arguments[:1] == ["report"] else arguments[:1]
     if not arguments or {"-h", "--help"}.intersection(asked):
         print(__doc__)
@@ -77,9 +78,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     """Run a known command."""
-    if "" not in sys.path:  # a class of one's own in the working folder, as `python -m` has it
+    if "" not in sys.path:  # the user's classes in the working folder, as for `python -m`
         sys.path.append("")
-    # Imported here: 6 s that help must not wait for.
+    # Imported here: it takes 6 s, which --help must not wait for.
     from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: PLC0415
 
     from ant_lightning.data.workers import dead_worker  # noqa: PLC0415
@@ -100,11 +101,11 @@ def _run(arguments: Sequence[str]) -> int:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        # Loggers write without a file name in their error; it is their folder that is full.
+        # The errors of loggers name no file; the folder they write to is the full one.
         where = error.filename or "trainer.logger.save_dir"
         return _fail(f"{where}: could not be written: {error.strerror}", 1)
     except RuntimeError as error:
-        # A loading process or another rank may be to blame, which says so in its own words.
+        # The cause may be a dead loading process, or another rank that failed first: say that.
         died = dead_worker(error)
         first = str(died) if died else first_failure(error)
         if first is None:

@@ -24,12 +24,12 @@ __all__ = [
 ]
 
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-# Alternatives of a type that are always there and that nobody means.
+# Alternatives that jsonargparse lists for most types, and that users rarely mean.
 _NOISE = ("Expected a <class 'NoneType'>", "Expected a <class 'str'>", "Expected a path but")
 
 
 def first_config_error(error: BaseException, options: Iterable[str] = ()) -> ConfigError:
-    """Our own error if the parser wrapped one, else the parser's as one of ours."""
+    """Our own error if the parser wrapped one, else the parser's message as a `ConfigError`."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, ConfigError):
@@ -39,20 +39,20 @@ def first_config_error(error: BaseException, options: Iterable[str] = ()) -> Con
 
 
 def one_line(message: str, options: Iterable[str] = ()) -> str:
-    """What a message of jsonargparse says to a user.
+    """Reduce a message of jsonargparse to one line for the user.
 
     jsonargparse reports every alternative of every nested type; the mistake is in the innermost
-    one. A message of another form is returned with its lines joined.
+    one. A message of unknown form is returned with its lines joined.
 
     Args:
         message: The message.
-        options: The options of the command, for a hint at the one that was meant.
+        options: The options of the command, from which the closest is suggested.
     """
     text = " ".join(message.split())
     unrecognized = re.match(r"unrecognized arguments: --([\w.]+)", text)
     if unrecognized:
         return no_such_setting(unrecognized.group(1), (each.lstrip("-") for each in options))
-    # The path of nested keys, without the parser's own levels.
+    # The path of nested keys, without the levels `config` and `init_args`.
     keys = [key for key in re.findall(r'Parser key "([^"]+)"', text) if key != "config"]
     setting = ".".join(keys).replace(".init_args", "")
     unaccepted = re.search(r"class_path '([\w.]+)\.(\w+)': Option '([\w.]+)' is not accepted", text)
@@ -62,7 +62,7 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
         return no_such_setting(f"{setting}.{name}", (f"{setting}.{n}" for n in known), owner)
     missing = re.search(r"arguments are required: ([\w., ]+?)(?: - |$)", text)
     if missing:
-        # Settings at the top are named with the command in front: fit.data.
+        # Top-level settings have the command in front: fit.data.
         names = re.sub(r"\b(?:fit|validate|test|predict)\.", "", missing.group(1))
         return f"{setting}.{names}: needed, found nothing" if setting else needed(names)
     return _innermost(text, setting)
@@ -79,7 +79,7 @@ def no_such_setting(path: str, known: Iterable[str], owner: str = "the command")
 
 
 def suggestion(path: str, candidates: Iterable[str]) -> str:
-    """A hint with the candidate of the same last name, or else the closest; empty if none is."""
+    """A hint at the candidate whose last name is `path`, else at the closest; empty if none is."""
     known = list(candidates)
     same = [each for each in known if each.rpartition(".")[-1] == path]
     close = same or get_close_matches(path, known, n=1, cutoff=0.7)
@@ -107,7 +107,7 @@ def _innermost(text: str, setting: str) -> str:
         r"Expected a dot import path string: (\S+)|class_path '([\w.]+)': module '[\w.]+' has no",
         text,
     )
-    # Where a number may stand as well as a class, the number was meant.
+    # If both a number and a class are allowed, a number was probably meant.
     types = [rule for rule in rules if rule.startswith(("a ", "true", "one of"))]
     if unknown and not types:
         return unknown_class(setting, unknown.group(1) or unknown.group(2))
@@ -118,7 +118,7 @@ def _innermost(text: str, setting: str) -> str:
     found = value.group(1) if value else ""
     nested = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", found)
     found = nested.group(1).strip("'") if nested else found
-    # A namespace is the whole object; what is wrong in it is in the rule.
+    # A namespace would print the whole object; the rule already says what is wrong in it.
     said = not found or found in rule or found.startswith("Namespace(")
     return f"{setting}: {rule}" + ("" if said else f", found {found[:100]}")
 

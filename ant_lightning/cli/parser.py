@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AntCLI", "run"]
 
+# The parser then reads every YAML value through our checks.
 set_loader("yaml", load_yaml, exceptions=(YAMLError,))
 set_dumper("yaml", dump_yaml)
 
@@ -77,22 +78,22 @@ class AntCLI(LightningCLI):
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that was asked for: to make a parser takes longer than to parse."""
+        """Only the command that was asked for: making a parser takes longer than parsing."""
         return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The callbacks that every run has."""
+        """Add the settings of the callbacks that every run has."""
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(SampleWriter, "samples")
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}"})
-        # `RunLines` replaces its table, whose FLOPs are 0 under manual optimization.
+        # `RunLines` replaces Lightning's summary, whose FLOPs are 0 under manual optimization.
         parser.set_defaults({"trainer.enable_model_summary": False})
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        """Checkpoints cannot run code."""
+        """Load checkpoints with `weights_only`, so that they cannot run code."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
         return parser
@@ -102,7 +103,7 @@ class AntCLI(LightningCLI):
         options = self._subcommand_parsers[args[0]]._option_string_actions
         try:
             self.config = parser.parse_args(args)
-        except Exception as error:  # only the parser runs here, so it is the arguments
+        except Exception as error:  # only the parser runs here: the arguments are wrong
             raise first_config_error(error, options) from error
         config = self.config[args[0]]
         # jsonargparse accepts None or a number where a group of settings belongs.
@@ -112,17 +113,20 @@ class AntCLI(LightningCLI):
         check_run_settings(config)
 
     def _parse_ckpt_path(self) -> None:
-        """A checkpoint never overrides a setting; the modules compare and report instead."""
+        """Skip Lightning's: it lets the hyperparameters of a checkpoint override settings.
+
+        Our modules compare the two and report differences.
+        """
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Put our progress bar where Lightning's would be, and the page of TensorBoard."""
+        """Make the Trainer, with our progress bar in place of Lightning's and our own callbacks."""
         chosen = self._get(self.config_init, "trainer").callbacks
         chosen = list(chosen) if isinstance(chosen, list) else [chosen]  # the Trainer adds to it
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except ConfigError:
             raise
-        except Exception as error:  # its arguments are the settings, whatever is raised
+        except Exception as error:  # whatever the Trainer raises, the settings caused it
             settings = self._get(self.config, "trainer")
             raise trainer_error(error, settings) from error
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -139,8 +143,8 @@ class AntCLI(LightningCLI):
                 settings=trained_settings(self.config_dump),
                 is_new=self.run_folder.is_new,
             )
-            callbacks.insert(0, record)  # others ask it for the folder
-        # A folder that cannot be written to is found before the first step, not at the first save.
+            callbacks.insert(0, record)  # first: the others ask it for the folder
+        # Checked now, because otherwise a run would train until its first save fails.
         dirpath = self._get(self.config_init, "checkpoint").dirpath
         check_writable(trainer, {"checkpoint.dirpath": dirpath})
         return trainer
@@ -151,23 +155,24 @@ class AntCLI(LightningCLI):
         self.parser.add_instantiator(self.paths, object)
 
     def instantiate_classes(self) -> None:
-        """Make the objects; a setting that one of them refuses is reported in its own words."""
+        """Make the objects; if one refuses a setting, report its own message."""
         try:
             super().instantiate_classes()
         except Exception as error:  # constructors of what the settings name
             raise first_config_error(error) from error
-        # Lightning's instantiators made these two.
+        # Lightning's instantiators made these two, so `paths` does not know them yet.
         for name, made in {"model": self.model, "data": self.datamodule}.items():
             self.paths.remember(made, vars(self.paths.settings[name].init_args))
 
     def before_instantiate_classes(self) -> None:
-        """Refuse Trainer flags that manual optimization cannot honour, naming ours."""
+        """Check the Trainer's flags, choose the run folder, and keep the settings for its record."""
         self.paths.settings = config = self.config[self.command]
         path = str(config.ckpt_path or "last")
         named = path != "last" and "://" not in path
-        content = read_whole_checkpoint(Path(path)) if named else None  # or it is refused
+        content = read_whole_checkpoint(Path(path)) if named else None  # raises if it is damaged
         check_trainer_settings(config.trainer)
-        # As the user gave it: starting from the record must create a new run in a new folder.
+        # The record has the settings as given, without the folder chosen below: a command that
+        # starts from the record must create a new run in a new folder.
         self._dump_config()
         given = config.clone()
         if content is not None and self.command == "fit":
@@ -206,7 +211,7 @@ def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) ->
 
 
 def _restoring(error: BaseException) -> bool:
-    """Whether Lightning was giving the parts of a checkpoint to those they belong to."""
+    """Whether the error was raised while Lightning restored a checkpoint."""
     frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
     return any(
         code.co_filename.endswith("checkpoint_connector.py") and "restore" in code.co_name
@@ -234,7 +239,7 @@ def run(args: Sequence[str]) -> AntCLI:
             save_config_callback=None,  # `RunRecord` keeps the settings
             auto_configure_optimizers=False,  # an optimizer is a setting of the model
             seed_everything_default=0,
-            # A name cut short is a mistake and not another way to say it.
+            # An abbreviated option is a mistake.
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},
             args=list(args),
         )

@@ -1,7 +1,7 @@
-"""What version 0.1 called differently: classes, their arguments, options of the command line.
+"""Names of version 0.1 that have changed: classes, their arguments, options of the command line.
 
-A command refuses the old names and says the new ones. The settings of old runs are translated, so
-that `load_run` and `--ckpt_path last` go on with them.
+A command refuses an old name and says the new one. The settings of old runs are translated, so that
+`load_run` and `--ckpt_path last` still work with these runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _OF_MODULES = {
     "train_interval": "timesteps.interval",
     **{name: f"{group}.{name}" for group, names in _GROUPS.items() for name in names},
 }
-# Their variance was learned unless set otherwise, now a setting of their default process.
+# In 0.1 these learned the variance by default; now their default process has that setting.
 _LEARNED_VARIANCE = ("ADMModule", "DiTModule")
 _OF_UNETS = {"learn_sigma": "out_channels"}
 _ARGUMENTS = {
@@ -57,7 +57,7 @@ def refuse_old_names(settings: dict[str, Any]) -> None:
     """Refuse names of version 0.1.
 
     Args:
-        settings: Those of a command, with `init_args` moved up beside their `class_path`.
+        settings: Settings of a command, with `init_args` moved up beside their `class_path`.
 
     Raises:
         ConfigError: Naming each old name and what it is called now.
@@ -88,6 +88,7 @@ def with_new_names(settings: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
             if old == "learn_sigma":  # of RGB images, with channels for the variance or without
                 value = 6 if value else 3
             (init.setdefault(group, {}) if group else init)[name] = value
+        # Arguments that the loop moved into `process` need the class that takes them.
         if moved is _OF_MODULES and "class_path" not in init.get("process", {"class_path": ""}):
             if kind in _LEARNED_VARIANCE:
                 init["process"].setdefault("variance_type", "learned_range")
@@ -97,7 +98,7 @@ def with_new_names(settings: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
 
 
 def _arguments(kind: str, arguments: dict[str, Any]) -> dict[str, str]:
-    """The arguments of a class that have another name now, also of the user's own module."""
+    """New name by old name of a class's arguments; the class may be the user's own module."""
     # Version 0.1 required both of these of every module, and no other class has both.
     is_module = {"backbone", "clustering"} <= arguments.keys()
     return _OF_MODULES if is_module else _ARGUMENTS.get(kind, {})

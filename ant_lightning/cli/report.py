@@ -1,8 +1,8 @@
-"""`ant-lightning report RUN_FOLDER`: what a run did and found, as `report.md` in its folder.
+"""`ant-lightning report RUN_FOLDER`: settings and results of a run, as `report.md` in its folder.
 
-It reads what is there (the newest `config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
-`task_affinity.safetensors`, `negative_transfer_gap.jsonl`, `generation_metrics.jsonl`,
-`1_samples_grid.png`) and leaves out what is not.
+It reads the newest `config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
+`task_affinity.safetensors`, `negative_transfer_gap.jsonl`, `generation_metrics.jsonl` and
+`1_samples_grid.png`. Sections whose file is missing are left out.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def write_report(folder: Path) -> Path:
     text = record.read_text(encoding="utf8")
     config = with_new_names(load_yaml(text))
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    if not checkpoint.is_file():  # an evaluation names the one that it read
+    if not checkpoint.is_file():  # the settings of an evaluation name the one that it read
         checkpoint = Path(config.get("ckpt_path") or checkpoint)
     state: Any = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     curves = read_curves(folder)
@@ -117,7 +117,7 @@ def _table(*rows: Sequence[object]) -> str:
 
 def _summary(config: dict[str, Any], state: Any) -> str:  # noqa: ANN401 - a checkpoint
     flat = flat_settings(config)
-    if flat.get("model.tasks.clustering"):  # which an autoencoder has not
+    if flat.get("model.tasks.clustering"):  # an autoencoder has no tasks
         balancer = flat.get("model.tasks.balancer")
         stratified = f"{flat.get('model.timesteps.allocation', 'equal')} shares of the clusters"
         method = flat.get("model.timesteps.method") or ("stratified" if balancer else "uniform")
@@ -155,7 +155,7 @@ def _curves(folder: Path, curves: Mapping[str, Curve]) -> str:
     ends = [
         [name, len(points), points[-1][0], f"{points[-1][1]:.4g}"]
         for name, points in sorted(curves.items())
-        # the others have tables above and below
+        # scores and numbers of single tasks are in the tables of other sections
         if (name.startswith("train/") or name.endswith("loss")) and "/task_" not in name
     ]
     table = _table(["curve", "points", "last step", "last value"], *ends)

@@ -48,19 +48,19 @@ def choose_run_folder(
 ) -> RunFolder | None:
     """Choose the folder, and set loggers, checkpoints and `ckpt_path` in `config` accordingly.
 
-    - `ckpt_path: last` is replaced by the checkpoint with the most steps in this run's own folder:
-      the folder of the logger's `version` or, without one, any version with the same settings. If
-      there is no checkpoint, `fit` starts from the beginning, because a cluster's scheduler repeats
-      the same command for every start.
-    - Other commands work in the run folder of their checkpoint, and a run that `last` resumes stays
-      in its own, also with a `checkpoint.dirpath` elsewhere.
+    - `ckpt_path: last` is replaced by the checkpoint with the most steps in this run's own folder.
+      That is the folder of the logger's `version` or, without one, any version with the same
+      settings. If there is no checkpoint, `fit` starts from the beginning: a cluster's scheduler
+      repeats the same command, so the first start has `last` too.
+    - Other commands work in the run folder of their checkpoint. A run that `last` resumes stays in
+      its own folder, even if `checkpoint.dirpath` is elsewhere.
     - A `fit` that does not resume gets a new folder; `fast_dev_run` gets none.
 
     Args:
         config: The parser's namespace of the command.
         command: The name of the command.
         settings: The configuration as plain values.
-        content: What the checkpoint holds that `ckpt_path` names, if it names one.
+        content: Content of the checkpoint that `ckpt_path` names; `None` if it names none.
 
     Raises:
         ConfigError: If `last` finds only runs with other settings, or no checkpoint (for commands
@@ -74,7 +74,7 @@ def choose_run_folder(
         found = _last(folders or [place.root], settings, needed=command != "fit")
         path, content = found or (None, None)
         config.ckpt_path = path and str(path)
-    # The run's own folder, also if the logger of this command would log elsewhere.
+    # The folder of the checkpoint's run, even if this command's logger would log elsewhere.
     own = _run_of(Path(config.ckpt_path), content) if content is not None else None
     if config.trainer.get("fast_dev_run"):
         return None
@@ -117,7 +117,7 @@ def check_writable(trainer: L.Trainer, folders: Mapping[str, str | Path | None])
     for setting, folder in [*places, *folders.items()]:
         if not trainer.is_global_zero or folder is None or "://" in str(folder):
             continue
-        # The folder may have to be made: the nearest one that is there decides.
+        # The folder may not exist yet: its nearest existing parent decides.
         existing = Path(folder)
         while not existing.exists() and existing != existing.parent:
             existing = existing.parent
@@ -134,7 +134,7 @@ def check_writable(trainer: L.Trainer, folders: Mapping[str, str | Path | None])
 def _last(
     folders: list[Path], settings: Mapping[str, Any], *, needed: bool
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint with the most steps among those of these settings, and its content."""
+    """The checkpoint with the most steps of runs with these settings, and its content."""
     others: list[tuple[dict[str, tuple[Any, Any]], Path]] = []
 
     def has_same_settings(path: Path, content: Mapping[str, Any]) -> bool:
@@ -149,7 +149,7 @@ def _last(
     if found is not None:
         return found
     if others:
-        # Of several runs the one with the fewest differences is most likely meant.
+        # Report the run with the fewest differences: it is most likely the one that was meant.
         changed, path = min(others, key=lambda each: len(each[0]))
         name, pair = next(iter(changed.items()))
         then, now = pair
@@ -193,7 +193,7 @@ def _run_of(checkpoint: Path, content: Mapping[str, Any]) -> Path | None:
     """
     saved = content.get("ant_lightning")
     stored = saved.get("run_folder") if isinstance(saved, dict) else None
-    if isinstance(stored, str):  # as seen from the checkpoint: a run may have been moved
+    if isinstance(stored, str):  # relative to the checkpoint: a run may have been moved
         folder = Path(os.path.normpath(checkpoint.absolute().parent / stored))
         return _shortened(folder) if (folder / RUN_MARK).is_file() else None
     folder = checkpoint.absolute().parent.parent  # of version 0.1

@@ -1,4 +1,4 @@
-"""Where the loggers of a command put its runs: the folders `<save_dir>/<name>/<version>`."""
+"""Where the loggers of a command put its runs: folders `<save_dir>/<name>/<version>`."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ _VERSIONS = ("version", "id", "run_id", "experiment_key")  # and one run
 
 @dataclass(frozen=True)
 class RunVersions:
-    """The folders of the runs that have the same settings of loggers.
+    """The folders of all runs whose loggers have the same settings.
 
     Attributes:
         loggers: Settings of the loggers; the first decides where a run is.
-        roots: The folder of the run's folder, then those of other file loggers without a version.
-        version: The name of the run's folder, if the settings give it.
+        roots: Parent of the run's folder, then the parents that other file loggers without a
+            version use.
+        version: Name of the run's folder; `None` if the settings do not give it.
     """
 
     loggers: list[Any]
@@ -41,7 +42,7 @@ class RunVersions:
 
     @classmethod
     def of(cls, config: Any) -> RunVersions:  # noqa: ANN401
-        """Of a command's settings, in which the logger that Lightning would make is written out."""
+        """From a command's settings; writes Lightning's default logger into them if none is set."""
         trainer = config.trainer
         default = Path(trainer.get("default_root_dir") or ".")
         if trainer.get("logger") in (None, True):
@@ -50,29 +51,30 @@ class RunVersions:
             trainer.logger = Namespace(class_path=_DEFAULT_LOGGER, init_args=init)
         given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         loggers = [each for each in given if hasattr(each, "class_path")]
-        loggers.sort(key=_writes_files, reverse=True)  # the first decides
+        # Loggers with folders come first, because the first decides where the run is.
+        loggers.sort(key=_writes_files, reverse=True)
         if not loggers:
             return cls([], [default / _DEFAULT_NAME], None)
-        # A number must be free for all of these, as they write into a folder of that name.
+        # All of these will write into a folder `version_N`, so N must be free for each.
         free = [each for each in loggers if _writes_files(each) and _version(each) is None]
         roots = [_root(each, default) for each in (loggers[0], *free)]
         return cls(loggers, list(dict.fromkeys(roots)), _version(loggers[0]))
 
     @property
     def root(self) -> Path:
-        """The folder of the run's folder."""
+        """Parent of the run's folder."""
         return self.roots[0]
 
     def runs(self) -> list[Path]:
-        """The folders that may belong to this run."""
+        """Folders that may be this run's: the one of its version, or all with checkpoints."""
         if self.version is not None:
             return [self.root / self.version]
         return [each.parent for each in sorted(self.root.glob("*/checkpoints"))]
 
     def reserve(self) -> Path:
-        """Create the next free `version_N`; runs that start at once get different folders.
+        """Create the next free `version_N`; runs that start together get different folders.
 
-        It is free for every logger that is going to write into a folder of that name.
+        N is free for every logger that will write into a folder of that name.
         """
         names = [path.name for root in self.roots for path in root.glob("version_*")]
         taken = [int(name[8:]) for name in names if name[8:].isdecimal()]
@@ -83,7 +85,7 @@ class RunVersions:
             folder = self.root / f"version_{number}"
             if not is_first_rank:  # `RunRecord` broadcasts the first rank's folder later
                 return folder
-            try:  # mkdir is atomic: of two runs that start at once one gets the next number
+            try:  # mkdir is atomic: of two runs that start together, one gets the next number
                 folder.mkdir(parents=True)
             except FileExistsError:
                 number += 1
@@ -105,7 +107,7 @@ class RunVersions:
             logger.init_args = init = _init(logger)
             if _writes_files(logger):
                 init.version = folder.name
-                # A resumed run stays in its folder, also with another save_dir or name.
+                # A resumed run stays in its folder, even if save_dir or name has changed.
                 if folder.parent != self.root:
                     init.save_dir, init.name = str(folder.parent), ""
             elif kind in versions:  # a service: with this argument it continues an earlier run
@@ -122,7 +124,7 @@ def _init(logger: Any) -> Any:  # noqa: ANN401
 
 
 def _root(logger: Any, default: Path) -> Path:  # noqa: ANN401
-    """Where a logger puts its versions; for one without folders, where its runs get theirs."""
+    """Parent of a logger's version folders, or of our run folders if it has none itself."""
     init, files = _init(logger), _writes_files(logger)
     names = ("name",) if files else _NAMES
     unnamed = "" if files and "name" in init else _DEFAULT_NAME

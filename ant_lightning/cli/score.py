@@ -1,4 +1,4 @@
-"""`ant-lightning score`: FID and its companions of images that are stored in files."""
+"""`ant-lightning score`: FID and other scores of images that are stored in files."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["run_score"]
 
+# The parser then reads every YAML value through our checks.
 set_loader("yaml", load_yaml, exceptions=(YAMLError,))
 
 
 def run_score(args: Sequence[str]) -> dict[str, float]:
-    """Score the images of `args` (without the command's name), print the scores, return them.
+    """Score the images of `args` (without the command's name); print and return the scores.
 
-    `--config` takes the config of a run, of which only `data` and the `GenerationMetrics` of
-    `trainer.callbacks` are used; `--metrics.k 5` and the like change settings of the latter.
+    `--config` takes the config of a run. Only its `data` and the `GenerationMetrics` among its
+    `trainer.callbacks` are used. Options such as `--metrics.k 5` change settings of the latter.
 
     Raises:
         ConfigError: For anything wrong with the arguments or the files they name.
@@ -74,7 +75,7 @@ def score_images(
     """The scores of stored images; the ranks of `fabric` share them.
 
     Raises:
-        ConfigError: Fewer images than are wanted, or than there are ranks.
+        ConfigError: If there are fewer images than `metrics.num_images`, or than ranks.
     """
     num_images, ranks = metrics.num_images or images.num_images, fabric.world_size
     if not ranks <= num_images <= images.num_images:
@@ -107,6 +108,7 @@ def _without_the_run(args: Sequence[str]) -> list[str]:
 
 
 def _used_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """`data` and `metrics` of a config, the latter also from a callback of the trainer."""
     used: dict[str, Any] = {name: config[name] for name in ("data", "metrics") if name in config}
     trainer = config.get("trainer")
     callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None

@@ -24,7 +24,7 @@ __all__ = ["SettingPaths"]
 
 
 class SettingPaths:
-    """Makes the objects of a configuration, and inside a `with` completes the errors they raise."""
+    """Makes the objects of a configuration; as a context manager, completes their errors."""
 
     def __init__(self) -> None:
         self.settings = Namespace()  # the configuration that the objects are made from
@@ -54,7 +54,8 @@ class SettingPaths:
         return self.remember(class_type(*args, **kwargs), kwargs)
 
     def remember(self, made: Any, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
-        """Keep the arguments with the object, whose id must not be used again; returns `made`."""
+        """Remember the arguments of an object; returns the object."""
+        # The object is kept too: if it were freed, another could get its id.
         self._made[id(made)] = (made, arguments)
         return made
 
@@ -63,7 +64,8 @@ class SettingPaths:
         first = re.match(r"(\w+)[\w.,\[\] ]*:", str(error))
         name = first.group(1) if first else None
         # From the innermost frame outwards: the object whose method raised comes before the one
-        # that holds it. A constructor's object is not there yet; the parser's call names its class.
+        # that holds it. If a constructor raised, its object is not known yet, but the frame of our
+        # `__call__` has its class and arguments.
         for frame, _ in reversed(list(walk_tb(error.__traceback__))):
             variables = frame.f_locals
             made, arguments = self._made.get(id(variables.get("self")), (None, {}))

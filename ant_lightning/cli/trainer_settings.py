@@ -1,4 +1,4 @@
-"""Flags of Lightning's Trainer: which a run cannot have, and what its refusals are about."""
+"""Checks of settings and of Trainer flags; the flag that an error of the Trainer is about."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OURS = {
         "model.optimization.accumulate_grad_batches (of an autoencoder: a larger data.batch_size)",
     ),
 }
-# Lightning's callbacks that take over the step, copy the module, or double what every run has.
+# Callbacks that take over the step, copy the module, or double a callback that every run has.
 _REPLACED = {
     "EMA": "ema",
     "EMAWeightAveraging": "ema",
@@ -30,7 +30,7 @@ _REPLACED = {
     "LearningRateFinder": "model.optimization.optimizer",
     "BatchSizeFinder": "data.batch_size",
 }
-# Lightning takes any number for these, and does something else with what makes no sense.
+# Lightning accepts any number for these, and does something else with one below the least.
 _LEAST = {
     "log_every_n_steps": 1,
     "check_val_every_n_epoch": 1,
@@ -38,17 +38,17 @@ _LEAST = {
     "min_steps": 0,
     "min_epochs": 0,
 }
-# Without a value the Trainer fails with an error that names none of these.
+# If one of these is None, the Trainer fails with an error that does not name it.
 _NEVER_NONE = ("detect_anomaly", "max_steps", "overfit_batches")
 
 
 def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a namespace
-    """Refuse what is beside the trainer and the model: a seed, a checkpoint that is not there.
+    """Check the settings beside the trainer and the model: seed, `weights_only`, checkpoint.
 
-    Values of another type than the setting has are left to the parser.
+    A value of a wrong type is left to the parser.
 
     Raises:
-        ConfigError: Naming the setting, the rule and the value found.
+        ConfigError: If one breaks its rule; names the setting, the rule and the value found.
     """
     seed = settings.get("seed_everything", True)
     if seed is None or (type(seed) is int and not 0 <= seed < 2**32):
@@ -68,10 +68,10 @@ def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a 
 
 
 def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a namespace
-    """Refuse flags that manual optimization cannot honour, naming ours, and impossible numbers.
+    """Refuse impossible numbers, and flags that manual optimization cannot honour.
 
     Raises:
-        ConfigError: Naming the flag, the rule and the value found.
+        ConfigError: Names the flag, the rule, the value found and, if there is one, our setting.
     """
     for name, (neutral, replacement) in _OURS.items():
         value = settings.get(name)
@@ -99,11 +99,11 @@ def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping o
 
 
 def trainer_error(error: Exception, settings: Any) -> ConfigError:  # noqa: ANN401
-    """What the Trainer raised for its settings, with the flag that its message is about.
+    """An error of the Trainer as a `ConfigError` that names the flag it is about.
 
     That is the flag which the message names first, or else the one whose value it repeats.
     """
-    # Lightning writes `max_steps`, max-steps or devices='0'; so words are compared loosely.
+    # Lightning writes `max_steps`, max-steps or devices='0', so words are compared loosely.
     text = " ".join(str(error).split()).rstrip(".")
     flags = {name: value for name, value in vars(settings).items() if value is not None}
     places = [(False, _place(name, text), name) for name in flags]
@@ -119,7 +119,7 @@ def trainer_error(error: Exception, settings: Any) -> ConfigError:  # noqa: ANN4
 
 
 def _place(word: str, text: str) -> int:
-    """Where a message has a word, whatever stands between its parts; -1 if nowhere."""
+    """Position of a word in a message, with `-` and `_` taken as equal; -1 if it is missing."""
     pattern = rf"(?<![a-z0-9]){re.escape(word.replace('-', '_'))}"
     found = re.search(pattern, text.replace("-", "_"), re.IGNORECASE)
     return found.start() if found else -1
