@@ -75,6 +75,8 @@ class Reclustering(MeasuringCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Log the clusters that the run starts with."""
+        # Timesteps with the same nearest grid point have equal affinities: n points tell apart n
+        # clusters at most.
         if min(self.num_points, pl_module.process.num_timesteps) < pl_module.num_tasks:
             raise ConfigError(
                 f"num_points: must be at least the number of tasks {pl_module.num_tasks}, "

@@ -152,6 +152,7 @@ class AffinityResult:
         `corrected`, `corrected_standard_error`, `reliability` and `log_snr [T]` (empty if not
         known). The other attributes are in its JSON metadata.
         """
+        # The estimates are for other programs: `load` computes them from `half_dots`.
         tensors = {
             "affinity": self.plain,
             "timesteps": torch.tensor(self.timesteps),

@@ -34,6 +34,7 @@ def warn_of_empty_classes(data: ImageDataModule, num_classes: int) -> None:
         ("training", data.train_images, "the model cannot learn what it is asked to draw"),
         ("held-out", data.held_out_images, "they are compared with images of other classes"),
     ):
+        # Data sets that read the label together with the image have no `labels`.
         labels: Tensor | None = getattr(dataset, "labels", None)
         if labels is None or num_classes < 2:
             continue
@@ -64,5 +65,6 @@ def images_by_class(
     chosen: list[int | None] = []
     for i in range(num_images):
         own = positions[i % num_classes]
+        # Another image of the class in every round; once all were used, they repeat.
         chosen.append(own[(i // num_classes) % len(own)] if own else None)
     return chosen

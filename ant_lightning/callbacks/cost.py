@@ -45,7 +45,7 @@ class StepCost(RunCallback):
         20
     """
 
-    module_type = L.LightningModule
+    module_type = L.LightningModule  # also an autoencoder
     _seconds: list[float]
     run_state: ClassVar = {"_seconds": list}
 

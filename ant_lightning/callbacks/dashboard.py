@@ -39,7 +39,7 @@ class Dashboard(RunCallback):
         {}
     """
 
-    module_type = L.LightningModule
+    module_type = L.LightningModule  # also an autoencoder
     pictures: dict[str, Path]
     run_state: ClassVar = {"pictures": dict}
 
@@ -84,7 +84,7 @@ def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
 def _patterns(tags: list[str], num_tasks: int) -> list[str]:
     """Regular expressions for whole tags, with one for each task where `{task}` stands."""
     each = (tag.format(task=task) for tag in tags for task in range(num_tasks))
-    return [f"^{tag}$" for tag in dict.fromkeys(each)]
+    return [f"^{tag}$" for tag in dict.fromkeys(each)]  # a tag without `{task}` once
 
 
 def _guide(pl_module: MultiTaskDiffusion, content: dict[str, Any]) -> str:

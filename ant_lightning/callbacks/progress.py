@@ -195,6 +195,7 @@ class TrainingProgress(TQDMProgressBar):
         self._line(", ".join(parts))
 
     def _line(self, text: str) -> None:
+        # Only where a bar would be drawn (rank 0, bars not disabled) if there were a terminal.
         if super().is_enabled and not self.is_enabled:
             print(text, flush=True)
 

@@ -18,7 +18,7 @@ __all__ = ["RunLines"]
 class RunLines(RunCallback):
     """Prints where a run and its checkpoint are, and which weights an evaluation uses."""
 
-    module_type = L.LightningModule
+    module_type = L.LightningModule  # also an autoencoder
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +50,7 @@ class RunLines(RunCallback):
         saved = callback_of(trainer, Checkpoints)
         path = saved and (saved.last_model_path or saved.best_model_path)
         where = f"checkpoint {_shown(path)}" if path else "no checkpoint was written"
+        # Lightning skips `on_train_start` if the checkpoint already has all steps.
         ended = "ended" if self._trained else "nothing left to train, the checkpoint is"
         _print(trainer, f"fit: {ended} at step {trainer.global_step}, {where}")
 

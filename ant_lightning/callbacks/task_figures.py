@@ -54,6 +54,7 @@ def pair_heat_map(
     axis.set(xlabel="timesteps of task j", ylabel=rows)
     axis.set_title(title, fontsize=9)
     for (i, j), value in np.ndenumerate(values):
+        # Black is hard to read on the dark ends of the colour map.
         color = "white" if abs(colours[i, j]) > 0.6 else "black"
         axis.text(j, i, number.format(value), ha="center", va="center", color=color, fontsize=8)
     figure.colorbar(image, ax=axis, label=bar)

@@ -165,7 +165,7 @@ class AntCLI(LightningCLI):
             self.paths.remember(made, vars(self.paths.settings[name].init_args))
 
     def before_instantiate_classes(self) -> None:
-        """Check the Trainer's flags, choose the run folder, and keep the settings for its record."""
+        """Check the Trainer's flags, choose the run folder, and dump its record of settings."""
         self.paths.settings = config = self.config[self.command]
         path = str(config.ckpt_path or "last")
         named = path != "last" and "://" not in path

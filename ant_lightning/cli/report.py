@@ -127,6 +127,7 @@ def _summary(config: dict[str, Any], state: Any) -> str:  # noqa: ANN401 - a che
     for row in rows:
         if row[0] in {"sampler", "optimizer", "moving average"}:
             path = _SUMMARY[row[0]]
+            # Append the numbers among the arguments of the class.
             inside = [(n, v) for n, v in flat.items() if n.rpartition(".")[0] == path]
             numbers = [
                 f"{n.rpartition('.')[2]} {v:g}" for n, v in inside if type(v) in (int, float)

@@ -101,6 +101,7 @@ def stored_settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]
     found = saved.get("settings") if isinstance(saved, dict) else None
     record = newest_record(path.parent.parent)
     if not isinstance(found, dict) and record is not None:
+        # A record that cannot be read counts as unknown settings.
         with suppress(OSError, ValueError, yaml.YAMLError):
             found = load_yaml(record.read_text(encoding="utf8"))
     is_run = isinstance(found, dict) and isinstance(found.get("model"), dict)
@@ -171,6 +172,7 @@ def _check_free(
     place: RunVersions, dirpath: str | None, resumed: Path | None, checkpoint: str | None
 ) -> None:
     """Refuse to start a run in the folder of another, or where another keeps its checkpoints."""
+    # A run may go on in the folder of the checkpoint that it starts from.
     inside = {path.resolve() for path in (resumed, checkpoint and Path(checkpoint).parent) if path}
     version = None if place.version is None else place.root / place.version
     beside = Path(dirpath) if dirpath and "://" not in str(dirpath) else None

@@ -84,6 +84,7 @@ def score_images(
             f"{images.path}), found {num_images}"
         )
     data.setup("test")
+    # Seed 0 by default: there is no module whose seed could be used.
     scores = metrics.new_scores(data, seed=metrics.seed or 0, device=fabric.device)
     for batch in images.batches(
         batch_size=metrics.batch_size, limit=num_images, first=fabric.global_rank, every=ranks
@@ -100,6 +101,7 @@ def _without_the_run(args: Sequence[str]) -> list[str]:
         if name in {"--config", "-c"} and (sign or rest):
             path = value if sign else rest.pop(0)
             check_config_file(path)
+            # The parser would refuse all other settings of a run.
             used = _used_settings(load_yaml(Path(path).read_text(encoding="utf8")))
             found.append(f"--config={json.dumps(used)}")
         else:

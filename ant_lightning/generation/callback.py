@@ -84,9 +84,11 @@ class GenerationMetrics(RunCallback):
         k: int = NUM_NEIGHBOURS,
         seed: int | None = None,
     ) -> None:
+        # An image is not its own neighbour: the k-th nearest takes k + 1 images.
         if num_images is not None and num_images <= k:
             raise ConfigError(f"num_images: must be above k = {k}, found {num_images}")
         check_at_least(1, batch_size=batch_size, every_n_epochs=every_n_epochs)
+        # Each real image would be its own nearest training image, at distance 0.
         if reference == "train" and with_train:
             raise ConfigError(
                 "with_train: must be false if training images are the reference, found true"
@@ -165,6 +167,7 @@ class GenerationMetrics(RunCallback):
                 f"num_images: each of {trainer.world_size} ranks needs an image, found {num_images}"
             )
         seed = pl_module.seed if self.seed is None else self.seed
+        # Kept until the next `setup`: it holds the features of all real images.
         if self._scores is None:
             if trainer.is_global_zero:
                 warn_of_empty_classes(data, pl_module.num_classes)
@@ -181,6 +184,7 @@ class GenerationMetrics(RunCallback):
             batch = mine[start : start + self.batch_size]
             metric.update(to_uint8(pl_module.sample(batch, seed=self.seed)))
         scores = metric.compute()
+        # Of the images of all ranks, in the order of their indices.
         logits = metric.generated.compute().logits
         if logits is not None and logits.shape[1] == pl_module.num_classes:
             # Image i was drawn with class i modulo the number of classes.
@@ -189,6 +193,7 @@ class GenerationMetrics(RunCallback):
         metric.reset()
         self.last_scores = scores
         named = {f"{prefix}/{name}": value for name, value in scores.items()}
+        # `compute` has synchronised the ranks, so all have the same scores.
         pl_module.log_dict(named, rank_zero_only=True)
         step = steps_of(trainer, pl_module)
         self._history[step] = scores

@@ -117,7 +117,7 @@ class GenerationScores(Metric):
     def reset(self) -> None:
         """Forget the generated images."""
         super().reset()
-        self.generated.reset()
+        self.generated.reset()  # torchmetrics resets states, but not a metric in an attribute
 
     def compute(self) -> dict[str, float]:
         """The scores of the images of all ranks."""
@@ -165,7 +165,7 @@ class GenerationScores(Metric):
     def _halves(self, real: Tensor, count: int) -> dict[str, float]:
         """FID between two disjoint random parts of the real images."""
         half = min(count, len(real) // 2)
-        if half < 2:
+        if half < 2:  # no covariance
             return {}
         order = self._permutation(len(real))
         first, second = real[order[:half]], real[order[half : 2 * half]]

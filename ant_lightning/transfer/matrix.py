@@ -95,6 +95,7 @@ def _stepped_losses(
 ) -> Tensor:
     """The loss of every task after a step on one, `[k]` float64."""
     with torch.enable_grad():
+        # Not `backward`: the `.grad` of a training step must stay as it is.
         gradients = torch.autograd.grad(
             losses(task), shared, allow_unused=True, materialize_grads=True
         )

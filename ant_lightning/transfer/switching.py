@@ -93,6 +93,7 @@ class SpecialistSampler:
                     f"model.sampling.sampler: must have a timestep in [{start}, {stop}), "
                     f"found none in the {len(visited)} steps of {module.sampler}; take more steps"
                 )
+            # Nothing was kept for a multistep solver: it starts from the noise x_T, one draw.
             step, x, draws = entered.get((start, stop), (0, x_T.cpu(), 1))
             self.first_step[start, stop] = step
             self._states[(start, stop), tuple(indices)] = (x, draws)
@@ -150,7 +151,7 @@ class SpecialistSampler:
             else:
                 images.update(to_uint8(self.sample_with(*specialist, indices)))
         features = images.compute().features
-        assert features is not None
+        assert features is not None  # `ImageFeatures` keeps them unless told otherwise
         return features
 
 
