@@ -133,6 +133,7 @@ class ResBlock(nn.Module):
         """Add the two convolutions' output to the input."""
         norm_in, activation, conv_in = self.in_layers
         h = activation(norm_in(x))
+        # `conv_in` is always a Conv2d; the second check is for the type checker.
         if isinstance(self.resample, Upsample) and isinstance(conv_in, nn.Conv2d):
             h, x = convolved_after_upsampling(h, conv_in), self.resample(x)
         elif self.resample is not None:

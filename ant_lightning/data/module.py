@@ -43,8 +43,8 @@ class ImageDataModule(L.LightningDataModule):
         image_shape: `(c, h, w)` of the images in a batch.
         num_classes: Number of classes; 0 for data without labels.
         identity_settings: Names of the subclass' own settings that determine the images.
-        settings_determine_images: Whether equal settings always give equal images, as if a program
-            draws them. If false, `identity` has a digest of the images too.
+        settings_determine_images: Whether equal settings always mean equal images, which holds for
+            images drawn by a program. If false, `identity` also has a digest of the images.
 
     Args:
         batch_size: Images of one optimizer step, over all ranks.

@@ -111,7 +111,7 @@ class ForwardProcess:
     tables are float64; `gather` casts what it looks up to the dtype of the image, float32 at least.
 
     Args:
-        schedule: Gives the betas.
+        schedule: The noise schedule, which returns the betas.
 
     Attributes:
         timestep_map: The timestep that the network is given at each index of the tables, `[T]`.

@@ -58,7 +58,7 @@ def denoising_loss(
     `learned_range`. It trains the variance alone, because the prediction in it is detached.
 
     Args:
-        process: Gives the targets and the posteriors.
+        process: The process, for its targets and posteriors.
         model_output: Output of the network for `x_t`, `[b, o, ...]`.
         x_start: Clean images `[b, c, ...]`.
         x_t: `process.q_sample(x_start, timesteps, noise)`.
@@ -116,7 +116,7 @@ def variational_bound(
     log-likelihood of `x_start` as 8-bit pixels; both in bits per dimension.
 
     Args:
-        process: Gives the posteriors.
+        process: The process, for its posteriors.
         model_output: Output of the network for `x_t`, `[b, o, ...]`.
         x_start: Clean images `[b, c, ...]`.
         x_t: Noised images `[b, c, ...]`.

@@ -43,7 +43,7 @@ class DiscreteDiffusion(ForwardProcess):
     Another type is named: `process.to_eps(prediction, x_t, timesteps, prediction_type="x0")`.
 
     Args:
-        schedule: Gives the betas.
+        schedule: The noise schedule, which returns the betas.
         prediction_type: What the network predicts: `eps`, `x0` or `v`.
         variance_type: Variance of `p(x_{t-1} | x_t)`. `fixed_small`: the posterior variance.
             `fixed_large`: beta. `learned_range`: interpolated between these two on the log scale
