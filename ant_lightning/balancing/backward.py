@@ -363,7 +363,9 @@ def _scaled_priors(priors: Tensor | None, batch: TaskBatch) -> Tensor:
     device, k = batch.num_samples.device, batch.num_tasks
     if priors is None:
         return torch.ones(k, dtype=torch.float64, device=device)
-    if priors.shape != (k,) or bool((priors <= 0).any()) or abs(float(priors.sum()) - 1) > 1e-4:
+    # Written so that NaN, for which every comparison is false, is refused as well.
+    positive = priors.shape == (k,) and bool((priors > 0).all())
+    if not (positive and abs(float(priors.sum()) - 1) <= 1e-4):
         raise ConfigError(f"priors: {k} positive numbers with sum 1 are needed, found {priors}")
     return (k * priors).to(device, torch.float64, non_blocking=True)
 

@@ -253,6 +253,8 @@ def test_memory_layout_of_convolutions_is_kept():
         ({"tasks": torch.zeros(0, dtype=torch.long)}, ["tasks", "one integer"]),
         ({"tasks": torch.zeros(3)}, ["tasks", "float32"]),
         ({"priors": torch.tensor([0.5, 0.5, 0.5])}, ["priors", "sum 1"]),
+        ({"priors": torch.tensor([0.5, 0.5, torch.nan])}, ["priors", "nan"]),
+        ({"priors": torch.full((3,), torch.nan)}, ["priors", "nan"]),
         ({"micro_batch_size": 0}, ["micro_batch_size", "at least 1", "0"]),
         ({"parameters": []}, ["parameters", "at least one"]),
         ({"losses": lambda rows: torch.zeros(())}, ["losses", "one value for each row"]),
