@@ -99,7 +99,7 @@ def task_affinity(
         on_progress: Called with the number of finished timesteps and of all timesteps of this rank.
 
     Raises:
-        NonFiniteGradientError: On every rank, if a gradient has a NaN or an infinity.
+        NonFiniteGradientError: If a gradient has a NaN or an infinity; raised on every rank.
         ConfigError: If an argument breaks its rule, or `resume_dir` has another measurement.
 
     Reference:

@@ -199,6 +199,6 @@ class GradientStore:
         return folder / f"gradient_{timestep:06d}_{half}.safetensors"
 
     def _mapped(self, path: Path) -> Tensor:
-        """The gradient in a file, of which only the parts that are used are read."""
+        """The gradient in a file, memory-mapped: only the columns that are used are read."""
         tensors, _ = read_tensors(path, {"gradient": (self._dtype, (self._width,))})
         return tensors["gradient"]

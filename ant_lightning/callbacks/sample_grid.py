@@ -85,7 +85,7 @@ class SampleGrid(RunCallback):
         if classes:
             chosen = images_by_class(dataset, self.num_images, num_classes=classes)
         images = pl_module.images_of(dataset.load([index or 0 for index in chosen], epoch=None))
-        # 0 is mid-grey in [-1, 1]; another class here would be compared with the wrong column.
+        # A class without a real image gets mid-grey (0 in [-1, 1]), not an image of another class.
         images[[index is None for index in chosen]] = 0.0
         return images
 

@@ -47,7 +47,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 
 def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:
-    """A panel for each subject of which there are curves; `None` if there is none."""
+    """A panel for each entry of `_PANELS` that has curves; `None` if no entry has."""
     chosen = {
         title: [name for name in sorted(curves) if re.fullmatch(pattern, name)]
         for title, pattern in _PANELS.items()

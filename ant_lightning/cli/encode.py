@@ -38,7 +38,7 @@ def run_encode(args: Sequence[str]) -> int:
     `LOCAL_RANK`; they do not communicate.
 
     Raises:
-        ConfigError: For anything wrong with the arguments or the files they name.
+        ConfigError: If an argument, or a file that one names, is wrong.
     """
     keep_quiet("encode")
     parser = ArgumentParser(prog="ant-lightning encode", exit_on_error=False, allow_abbrev=False)

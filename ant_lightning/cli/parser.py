@@ -61,8 +61,8 @@ set_dumper("yaml", dump_yaml)
 class AntCLI(LightningCLI):
     """The command line.
 
-    `ema`, `checkpoint` and `samples` are settings of their own and not entries of
-    `trainer.callbacks`: a later `--config` may replace that list and cannot lose them.
+    `ema`, `checkpoint` and `samples` are settings of their own, not entries of
+    `trainer.callbacks`: a later `--config` that replaces this list must not drop them.
     """
 
     def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
@@ -223,7 +223,7 @@ def run(args: Sequence[str]) -> AntCLI:
     """Parse `args` and run the command.
 
     Raises:
-        ConfigError: For anything wrong with the arguments or the files they name.
+        ConfigError: If an argument, or a file that one names, is wrong.
     """
     keep_quiet(args[0])
     for path in config_paths(args):  # before the parser is made, which takes longer

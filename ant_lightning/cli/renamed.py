@@ -60,7 +60,7 @@ def refuse_old_names(settings: dict[str, Any]) -> None:
         settings: Settings of a command, with `init_args` moved up beside their `class_path`.
 
     Raises:
-        ConfigError: Naming each old name and what it is called now.
+        ConfigError: If there are any; names each old name and the new one.
     """
     found = {name: _OPTIONS[name] for name in settings if name in _OPTIONS}
     found |= dict(_old_names(settings, ""))

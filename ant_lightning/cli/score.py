@@ -35,7 +35,7 @@ def run_score(args: Sequence[str]) -> dict[str, float]:
     `trainer.callbacks` are used. Options such as `--metrics.k 5` change settings of the latter.
 
     Raises:
-        ConfigError: For anything wrong with the arguments or the files they name.
+        ConfigError: If an argument, or a file that one names, is wrong.
     """
     keep_quiet("score")
     parser = ArgumentParser(prog="ant-lightning score", exit_on_error=False, allow_abbrev=False)

@@ -41,7 +41,7 @@ class SettingPaths:
         """Parse settings and make their objects.
 
         Raises:
-            ConfigError: Whatever the parser or a constructor raised.
+            ConfigError: If the parser or a constructor raised an error of any kind.
         """
         try:
             self.settings = parse()

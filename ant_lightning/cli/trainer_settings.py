@@ -71,7 +71,7 @@ def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping o
     """Refuse impossible numbers, and flags that manual optimization cannot honour.
 
     Raises:
-        ConfigError: Names the flag, the rule, the value found and, if there is one, our setting.
+        ConfigError: If there is one; names the flag, the rule, the value found and our setting.
     """
     for name, (neutral, replacement) in _OURS.items():
         value = settings.get(name)

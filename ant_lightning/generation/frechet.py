@@ -26,7 +26,7 @@ class GaussianStatistics:
     Args:
         mean: The mean `[d]`.
         covariance: The covariance `[d, d]`.
-        num_samples: How many samples n they come from; `None` if a file does not say.
+        num_samples: Number n of the samples; `None` if unknown, as for a file without it.
 
     Examples:
         >>> import torch

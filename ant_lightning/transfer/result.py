@@ -33,8 +33,8 @@ class IntervalGap:
     Attributes:
         start: First timestep of the interval.
         stop: Timestep after the last.
-        budget: What the specialist had as much of as the multi-task model: `iterations` (optimizer
-            steps) or `samples` (images of its interval).
+        budget: Quantity that is equal for specialist and multi-task model: `iterations` (optimizer
+            steps) or `samples` (images of the interval).
         specialist_steps: Optimizer steps of the specialist.
         multitask_loss: Mean held-out loss of the multi-task model inside the interval.
         specialist_loss: Mean held-out loss of the specialist inside the interval.
@@ -71,8 +71,7 @@ class TransferGapResult:
         num_images: Generated images of each FID; 0 if none was measured.
         num_held_out: Images of each loss.
         sampler_steps: Denoising steps for one image of the model and one with each specialist.
-        sampler_steps_unshared: What `sampler_steps` would be if all trajectories started from
-            noise.
+        sampler_steps_unshared: The same count if every trajectory started from noise.
 
     Examples:
         >>> from ant_lightning.transfer import GapEstimate, IntervalGap, TransferGapResult
