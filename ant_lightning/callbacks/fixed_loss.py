@@ -132,6 +132,11 @@ class FixedLoss:
         indices: list[int] = pool[order[:num]].tolist()
         return indices
 
+    @property
+    def scale(self) -> Tensor | float:
+        """What `of_task` and its kin are multiplied by: the scale of mixed precision, or 1."""
+        return loss_scale(gradient_scaler(self._module.trainer), self._module.device)
+
     def _noise(self, stream: str, key: int) -> Callable[[slice], Tensor]:
         """Noise of a slice of the images of one value."""
         shape, device = self._module.image_shape, self._module.device
@@ -147,7 +152,7 @@ class FixedLoss:
             error `[b]` without any weight.
         """
         module, device = self._module, self._module.device
-        scale = loss_scale(gradient_scaler(module.trainer), device)
+        scale = self.scale
         for first in range(0, len(indices), self._batch_size):
             part = slice(first, min(first + self._batch_size, len(indices)))
             loaded = self._dataset.load(indices[part], epoch=None)

@@ -14,7 +14,8 @@ from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import images_by_class
 from ant_lightning.callbacks.figures import save_figure
 from ant_lightning.data.batch import to_uint8
-from ant_lightning.data.module import check_at_least, needed_image_data
+from ant_lightning.data.module import needed_image_data
+from ant_lightning.errors import check_at_least
 
 if TYPE_CHECKING:
     import lightning as L

@@ -10,8 +10,8 @@ from ant_lightning.callbacks.base import RunCallback
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples
 from ant_lightning.callbacks.sample_identity import sample_identity
 from ant_lightning.data.batch import to_uint8
-from ant_lightning.data.module import check_at_least, needed_image_data
-from ant_lightning.errors import ConfigError
+from ant_lightning.data.module import needed_image_data
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:

@@ -63,7 +63,7 @@ def number_classes(found: list[str], path: str | None) -> list[str]:
         raise ConfigError(
             f"class_map: must have every class, found no class {missing[0]!r} in {path}"
         )
-    return known if found else []
+    return known
 
 
 def record_classes(path: Path, names: list[str]) -> None:

@@ -9,9 +9,9 @@ import torch
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.digits import load_digits
-from ant_lightning.data.module import ImageDataModule, check_at_least
+from ant_lightning.data.module import ImageDataModule
 from ant_lightning.diffusion.mixture import GaussianMixture
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.randomness import keyed_generator
 
 __all__ = ["DigitsMixtureData", "digits_mixture"]

@@ -14,9 +14,9 @@ from ant_lightning.data.class_map import number_classes, record_classes
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.folder_images import FolderImages, broken_images
 from ant_lightning.data.image_search import find_images
-from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, check_at_least
+from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
 from ant_lightning.data.pictures import Crop, read_picture
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.files.identity import shortened
 from ant_lightning.randomness import keyed_generator
 from ant_lightning.runtime.run_record import run_folder

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.dataset import CHUNK, ImageDataset
 from ant_lightning.data.loader import RankKeys, ShuffledLoader, evaluation_loader
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.files.identity import differences, tensors_digest
 from ant_lightning.randomness import run_seed
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "IMAGES_DIGEST",
     "ImageDataModule",
-    "check_at_least",
     "image_data",
     "needed_image_data",
 ]
@@ -247,13 +246,6 @@ class ImageDataModule(L.LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
-
-
-def check_at_least(least: int, **settings: int) -> None:
-    """Raise `ConfigError` for a setting below `least`; the message has its name."""
-    for name, value in settings.items():
-        if value < least:
-            raise ConfigError(f"{name}: must be at least {least}, found {value}")
 
 
 def image_data(trainer: L.Trainer) -> ImageDataModule | None:

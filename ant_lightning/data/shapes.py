@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.dataset import ImageDataset
-from ant_lightning.data.module import ImageDataModule, check_at_least
-from ant_lightning.errors import ConfigError
+from ant_lightning.data.module import ImageDataModule
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.randomness import keyed_generator
 
 __all__ = ["ShapesData", "draw_shapes"]

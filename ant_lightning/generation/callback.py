@@ -12,8 +12,8 @@ from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import append_row, save_figure
 from ant_lightning.data.batch import to_uint8
-from ant_lightning.data.module import check_at_least, needed_image_data
-from ant_lightning.errors import ConfigError
+from ant_lightning.data.module import needed_image_data
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.figure import quality_history
 from ant_lightning.generation.neighbours import NUM_NEIGHBOURS

@@ -87,7 +87,7 @@ class TransferMatrix(MeasuringCallback):
             self.matrix = transfer_matrix(
                 loss.of_task,
                 parameters=pl_module.backbone.parameters(),
-                lr=self.lr,
+                lr=self.lr / float(loss.scale),  # the gradients are `scale` times too large
                 num_tasks=pl_module.num_tasks,
             )
         # Without the diagonal: a step harms its own task only if `lr` is too large.

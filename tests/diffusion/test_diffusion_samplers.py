@@ -1,6 +1,7 @@
 """Samplers and guidance on networks whose answer is known: properties, contract, bad input."""
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -260,3 +261,18 @@ def test_bad_guidance_is_refused():
         many(normal(2, 4, 2, 2), torch.tensor([0, 0]))
     with pytest.raises(ConfigError, match=r"labels: must be 3, .*found 2"):
         many(normal(3, 4, 2, 2), torch.tensor([0, 0, 0]))
+
+
+def test_sampling_holds_one_state_of_the_path_at_a_time():
+    process = DiscreteDiffusion(CosineSchedule(20))
+    alive, most = [], 0
+
+    def denoiser(x, timesteps):
+        nonlocal most
+        alive.append(weakref.ref(x))
+        most = max(most, sum(each() is not None for each in alive))
+        return torch.zeros_like(x)
+
+    DDIM(num_steps=20).sample(process, denoiser, torch.randn(1, 1, 2, 2))
+    assert len(alive) == 20
+    assert most <= 3

@@ -2,9 +2,11 @@ import math
 
 import numpy as np
 import pytest
+import tiny_digits
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
-from ant_lightning import ConfigError, transfer_matrix
+from ant_lightning import ConfigError, DigitsData, TransferMatrix, transfer_matrix
 
 CENTRES = np.array([[1.0, 0.0, 2.0], [0.5, 0.5, 1.0], [-1.0, 0.0, -2.0]])
 START = np.array([0.1, -0.2, 0.3])
@@ -118,3 +120,18 @@ def test_gradient_that_is_not_finite_is_refused():
     with pytest.raises(ConfigError, match=r"must have finite gradients, found .* task 2"):
         transfer_matrix(bad, parameters=[bowls.theta], lr=0.1, num_tasks=3)
     assert torch.equal(bowls.theta.detach(), torch.from_numpy(START))
+
+
+def test_the_step_is_the_same_whatever_the_scale_of_mixed_precision(tmp_path):
+    def matrix(scale):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        plugins = [MixedPrecision("16-mixed", device="cpu", scaler=scaler)]
+        callback = TransferMatrix(num_images=8, lr=0.1)
+        run = tiny_digits.trainer(tmp_path, callback, plugins=plugins, limit_val_batches=1)
+        run.validate(tiny_digits.module(), DigitsData(batch_size=8), verbose=False)
+        return callback.matrix
+
+    # A power of two only moves exponents; a step 64 times as long is another matrix.
+    found, expected = matrix(64.0), matrix(1.0)
+    assert expected.diagonal().abs().max() > 1e-4
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=1e-4)

@@ -15,8 +15,8 @@ from ant_lightning.data.latents.cache import (
     check_first_stage,
     read_index,
 )
-from ant_lightning.data.module import ImageDataModule, check_at_least
-from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.data.module import ImageDataModule
+from ant_lightning.errors import ConfigError, FileError, check_at_least
 from ant_lightning.files.identity import check_identity
 from ant_lightning.files.json_file import write_json
 

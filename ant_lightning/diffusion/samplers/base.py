@@ -155,5 +155,7 @@ class Sampler(ABC):
             first_step=first_step,
         )
         with torch.no_grad():
-            *_, last = steps
-        return last.x
+            # One state at a time: a list of them would hold the whole path in memory.
+            for last in steps:
+                x_T = last.x
+        return x_T
