@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,6 +90,8 @@ class GradientStore:
         elif not in_memory:
             name = self._on_exit.enter_context(TemporaryDirectory(prefix="affinity-"))
             self._folder = Path(name)
+        if self._folder is not None:
+            self._require_space(self._folder)
 
     def __enter__(self) -> Self:
         return self
@@ -96,6 +99,16 @@ class GradientStore:
     def __exit__(self, *error: object) -> None:
         self.gradients.clear()  # files must not be mapped while they are deleted
         self._on_exit.close()
+
+    def _require_space(self, folder: Path) -> None:
+        """Refuse a disk that cannot hold the gradients, before hours are spent on them."""
+        missing = 2 * len(self.own) - len(self.gradients)
+        needed, free = missing * self._width * self._dtype.itemsize, shutil.disk_usage(folder).free
+        if needed > free:
+            raise ConfigError(
+                f"resume_dir: must have {needed / 2**30:.1f} GiB for the gradients (fewer with "
+                f"sketch_dim or fewer timesteps), found {free / 2**30:.1f} GiB free in {folder}"
+            )
 
     def put(self, timestep: int, half: int, gradient: Float[Tensor, " p"]) -> None:
         """Keep a gradient; if there is a folder, a kill after the call does not lose it."""

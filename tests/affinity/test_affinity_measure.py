@@ -369,3 +369,17 @@ def test_bad_losses_are_named():
         run(lambda t, half: toy.loss(t, half).detach(), toy.parameters())
     with pytest.raises(ConfigError, match="no term"):
         run(lambda t, half: [], toy.parameters())
+
+
+def test_a_disk_too_small_for_the_gradients_is_refused_before_any_is_computed(tmp_path):
+    with pytest.raises(ConfigError, match=r"resume_dir: must have \d+\.0 GiB .* GiB free"):
+        GradientStore(
+            (0, 5),
+            num_parameters=2**50,  # four gradients of 4 PiB
+            sketch=None,
+            device=torch.device("cpu"),
+            folder=tmp_path,
+            identity={"network": "large"},
+            memory_budget_mb=None,
+            sharded=False,
+        )
