@@ -12,7 +12,7 @@ FULL = 100_000
 @pytest.mark.parametrize("name", READERS)
 def test_a_wrong_file_is_read_or_refused_by_our_own_error(tmp_path, name):
     seen = fuzz(name, tmp_path, 100, derandomize=True)
-    assert seen["refused"] > 40
+    assert seen["refused"] > 100 / 3  # enough damage to mean something; as below
 
 
 @pytest.mark.slow
