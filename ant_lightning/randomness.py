@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["ImageNoise", "keyed_generator", "keyed_seed", "run_seed", "undisturbed"]
+__all__ = ["GOLDEN_RATIO", "ImageNoise", "keyed_generator", "keyed_seed", "run_seed", "undisturbed"]
+
+# (sqrt(5) - 1) / 2: the fractional parts of its multiples fill [0, 1) evenly at any length.
+GOLDEN_RATIO = 0.6180339887498949
 
 
 def run_seed(seed: int | None) -> int:

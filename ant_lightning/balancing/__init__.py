@@ -19,7 +19,7 @@ from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
-from ant_lightning.balancing.vmap import Vmap, note
+from ant_lightning.balancing.vmap import Vmap, write_rows
 
 __all__ = [
     "Auto",
@@ -49,7 +49,7 @@ __all__ = [
     "default_reduction",
     "multitask_backward",
     "nash_weights",
-    "note",
     "pcgrad_weights",
     "task_gradients",
+    "write_rows",
 ]

@@ -52,7 +52,7 @@ class Groups:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def layout(self, samples: Tensor) -> Tensor:
+    def by_group(self, samples: Tensor) -> Tensor:
         """Reorder `samples [b]`, which are sorted by group."""
         return samples[self.order.to(samples.device)]
 

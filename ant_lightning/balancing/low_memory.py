@@ -54,8 +54,8 @@ class LowMemory(Engine):
         """
         check_whole(batch, "LowMemory")
         groups = Groups(batch.starts)
-        self._one_pass.prove(batch)
-        losses = TappedLosses(batch, groups.layout(batch.order))
+        self._one_pass.check_samples_do_not_mix(batch)
+        losses = TappedLosses(batch, groups.by_group(batch.order))
         self._one_pass.remember(losses)
         adder = _GramianAdder(losses, groups)
         losses.backward(losses.mean_weights(), adder, retain_graph=True)

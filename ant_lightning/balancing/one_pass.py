@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BlockWriter", "OnePass", "TappedLosses"]
 
-# Steps in which `prove` runs. A layer behind a weight that is still 0 has no gradient to check, so
-# later steps try again; a layer that no loss depends on must not keep them trying for ever.
-_MOST_PROOFS = 10
+# Steps in which mixing is checked. A layer behind a weight that is still 0 has no gradient to check,
+# so later steps try again; a layer that no loss depends on must not keep them trying for ever.
+_MOST_CHECKS = 10
 
 
 class TappedLosses:
@@ -163,7 +163,7 @@ class OnePass(Engine):
         self._parameters: Sequence[nn.Parameter] = ()  # for which the next three hold
         self._proven: set[int] = set()  # ids of parameters whose layer does not mix samples
         self._all_proven = False
-        self._num_proofs = 0
+        self._num_checks = 0
 
     def task_gradients(
         self, batch: TaskBatch, rows: DenseTaskGradients | None = None
@@ -178,8 +178,8 @@ class OnePass(Engine):
         # Only tasks with samples on this rank: an empty group would end the sharing of calls.
         present = batch.present
         groups = Groups([*(batch.starts[task] for task in present), len(batch)])
-        self.prove(batch)
-        losses = TappedLosses(batch, groups.layout(batch.order))
+        self.check_samples_do_not_mix(batch)
+        losses = TappedLosses(batch, groups.by_group(batch.order))
         self.remember(losses)
         gradients = rows or new_rows(batch)
         # Only on one rank: on several, the products would need the factors of all ranks.
@@ -212,7 +212,7 @@ class OnePass(Engine):
         every = [*factors.values(), *(Factors.zero(layer, losses.values) for layer in unreached)]
         return FactoredTaskGradients(gradients, every, batch.tasks_of(losses.rows))
 
-    def prove(self, batch: TaskBatch) -> None:
+    def check_samples_do_not_mix(self, batch: TaskBatch) -> None:
         """Check that no layer mixes samples, until every layer has been checked.
 
         Passes two samples of different tasks, before the pass over the batch so that the peak
@@ -224,10 +224,10 @@ class OnePass(Engine):
         """
         if not same_tensors(batch.shared, self._parameters):  # some may be thawed
             self._parameters, self._proven = batch.shared, set()
-            self._all_proven, self._num_proofs = False, 0
-        if self._all_proven or len(batch.present) < 2 or self._num_proofs >= _MOST_PROOFS:
+            self._all_proven, self._num_checks = False, 0
+        if self._all_proven or len(batch.present) < 2 or self._num_checks >= _MOST_CHECKS:
             return
-        self._num_proofs += 1
+        self._num_checks += 1
         layers, found = [], []
 
         def watch(layer: Layer, inputs: Tensor, grad: Tensor) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.batch import TaskBatch
     from ant_lightning.balancing.gradients import DenseTaskGradients
 
-__all__ = ["Vmap", "note"]
+__all__ = ["Vmap", "write_rows"]
 
 # PyTorch's messages for layers that vmap cannot run or differentiate.
 _NO_RULE = (
@@ -135,12 +135,12 @@ def _attention(*args: Any, **settings: Any) -> Tensor:
         )
 
 
-def note(sink: Tensor, rows: Tensor, values: Tensor) -> None:
+def write_rows(sink: Tensor, rows: Tensor, values: Tensor) -> None:
     """Write `sink[rows] = values`, detached; this also works in `losses` that `Vmap` calls."""
-    _Note.apply(values.detach(), rows, sink)
+    _WriteRows.apply(values.detach(), rows, sink)
 
 
-class _Note(torch.autograd.Function):
+class _WriteRows(torch.autograd.Function):
     """A write into a tensor that all tasks share, which `torch.vmap` refuses to do itself."""
 
     @staticmethod
@@ -162,7 +162,7 @@ class _Note(torch.autograd.Function):
         sink: Tensor,
     ) -> tuple[Tensor, None]:
         # Outside vmap's level: `values` and `rows` are of all tasks, and one write serves them all.
-        return _Note.apply(
+        return _WriteRows.apply(
             values.movedim(in_dims[0] or 0, 0), rows.movedim(in_dims[1] or 0, 0), sink
         ), None
 

@@ -10,7 +10,7 @@ from ant_lightning.data.batch import Batch
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.draws import Draws, step_noise
 from ant_lightning.models.optimizers import gradient_scaler, loss_scale
-from ant_lightning.randomness import ImageNoise, keyed_generator
+from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, keyed_generator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["FixedLoss"]
-
-_GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples modulo 1 are evenly spread
 
 
 class FixedLoss:
@@ -105,7 +103,7 @@ class FixedLoss:
         own = torch.arange(trainer.global_rank, self._num_images, trainer.world_size)
         images, draws = own.repeat_interleave(num_draws), torch.arange(num_draws).repeat(len(own))
         # In [0, 1): from the golden-ratio offset of the image, `num_draws` equal steps.
-        position = (images.double() * _GOLDEN + draws.double() / num_draws) % 1
+        position = (images.double() * GOLDEN_RATIO + draws.double() / num_draws) % 1
         timesteps = start + (position * (stop - start)).long().clamp(max=stop - start - 1)
         keys = (images * num_draws + draws).tolist()
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from ant_lightning.balancing.vmap import note
+from ant_lightning.balancing.vmap import write_rows
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.cache import check_first_stage
 from ant_lightning.data.module import image_data
@@ -21,7 +21,7 @@ from ant_lightning.models.backbone import NO_NULL_CLASS, check_backbone, check_o
 from ant_lightning.models.base import BaseModule
 from ant_lightning.models.draws import Draws, step_noise
 from ant_lightning.models.requests import as_indices, as_labels
-from ant_lightning.randomness import ImageNoise, run_seed
+from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, run_seed
 from ant_lightning.runtime.sharding import gather_for_evaluation, reshard, shard_backbone
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
     from ant_lightning.tasks.clusters import TimestepClusters
 
 __all__ = ["DiffusionModule", "TaskMeans"]
-
-# (sqrt(5) - 1) / 2: the fractional parts of its multiples fill [0, 1) evenly at any length.
-_GOLDEN = 0.6180339887498949
 
 
 class TaskMeans(Metric):
@@ -205,7 +202,7 @@ class DiffusionModule(BaseModule):
                 weights=self.process.loss_weights,
             )
             if unweighted is not None:  # `torch.vmap` does not allow `unweighted[rows] = ...`
-                note(unweighted, rows, terms.mse)
+                write_rows(unweighted, rows, terms.mse)
             return terms.loss
 
         return losses_of
@@ -273,7 +270,7 @@ class DiffusionModule(BaseModule):
         """
         check_batch(batch)
         # Fixed draws: validation losses of two runs, or two steps, differ only through the weights.
-        steps = (batch.indices.cpu().double() * _GOLDEN) % 1
+        steps = (batch.indices.cpu().double() * GOLDEN_RATIO) % 1
         timesteps = (steps * self.clusters.num_timesteps).long().to(self.device)
         tasks = self.clusters.task_of(timesteps)
         noise = self.image_noise(batch.indices.tolist(), stream="validation")()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ant_lightning.randomness import keyed_generator
+from ant_lightning.randomness import GOLDEN_RATIO, keyed_generator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,7 +103,7 @@ def spread_order(num_images: int) -> Tensor:
     parts of all j are sorted. Applied to samples sorted by task, any contiguous part of length m
     has a share `m / n` of the samples of each task, to within about 2 samples.
     """
-    fractions = (torch.arange(num_images, dtype=torch.float64) * 0.6180339887498949) % 1
+    fractions = (torch.arange(num_images, dtype=torch.float64) * GOLDEN_RATIO) % 1
     return fractions.argsort().argsort()  # twice: from the sorting order to places in it
 
 
