@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["BlockWriter", "OnePass", "TappedLosses"]
 
 # Steps in which mixing is checked. A layer behind a weight that is still 0 has no gradient to
-# check, so later steps try again; a layer that no loss depends on must not keep them trying for ever.
+# check, so later steps try again; a layer that no loss depends on
+# must not keep them trying forever.
 _MOST_CHECKS = 10
 
 
