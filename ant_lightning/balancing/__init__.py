@@ -5,11 +5,7 @@ from ant_lightning.balancing.backward import BackwardReport, multitask_backward,
 from ant_lightning.balancing.base import Balancer, GradientBalancer, LossBalancer, SampleBalancer
 from ant_lightning.balancing.continuous import ContinuousUncertainty
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
-from ant_lightning.balancing.gradients import (
-    DenseTaskGradients,
-    ShardedTaskGradients,
-    TaskGradients,
-)
+from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
 from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.low_memory import LowMemory
 from ant_lightning.balancing.nash import NashMTL, nash_weights
@@ -17,6 +13,7 @@ from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
+from ant_lightning.balancing.sharded import ShardedTaskGradients
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
 from ant_lightning.balancing.vmap import Vmap, write_rows

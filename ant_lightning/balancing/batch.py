@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.differentiation import differentiation
+from ant_lightning.balancing.sharded import differentiation
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -1,19 +1,16 @@
-"""Differentiation and sums over ranks, for whole and for sharded parameters."""
+"""Differentiation and sums over ranks, for whole parameters."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ant_lightning.balancing.gradients import (
     DenseTaskGradients,
-    ShardedTaskGradients,
     assign_gradients,
     reduce_gradients_,
 )
-from ant_lightning.balancing.shards import is_sharded, local_part
-from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.reduction import Reduction
 
-__all__ = ["Differentiation", "ShardedDifferentiation", "differentiation"]
+__all__ = ["Differentiation"]
 
 
 class Differentiation:
@@ -68,71 +65,3 @@ class Differentiation:
         return torch.nn.utils.get_total_norm(
             [p.grad for p in self.parameters if p.grad is not None]
         )
-
-
-class ShardedDifferentiation(Differentiation):
-    """Differentiates parameters that FSDP2 (`fully_shard`) shards over all ranks.
-
-    `autograd.grad` does not see such parameters. A backward pass leaves this rank's part of the
-    gradient, averaged over ranks, in `.grad`. Every pass is collective, so all ranks make the same
-    number of passes; a rank without samples passes one sample, whose loss does not count.
-
-    Raises:
-        ConfigError: If a parameter is not in equal parts on all ranks.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], reduction: Reduction) -> None:
-        super().__init__(parameters, reduction)
-        for p in parameters:
-            placements: tuple[Any, ...] = getattr(p, "placements", ())
-            sharded = len(placements) == 1 and placements[0].is_shard()
-            if not sharded or p.device_mesh.size() != reduction.world_size:  # type: ignore[attr-defined]
-                raise ConfigError(
-                    "parameters: if one is sharded, each must be, over all "
-                    f"{reduction.world_size} ranks and one dimension of the mesh, found "
-                    f"{placements or 'a whole one'}"
-                )
-
-    def new_rows(self, num_tasks: int) -> DenseTaskGradients:
-        """Buffers for this rank's parts of the gradients of `k` tasks."""
-        return ShardedTaskGradients(num_tasks, self.parameters, reduction=self.reduction)
-
-    def num_passes(self, counts: Sequence[int], size: int | None) -> list[int]:
-        """Maximum over ranks: every FSDP2 pass is collective."""
-        own = super().num_passes(counts, size)
-        # Each rank fills its own row of a table of zeros, so the sum over ranks is a gather.
-        table = torch.zeros(
-            self.reduction.world_size, len(own), device=local_part(self.parameters[0]).device
-        )
-        table[self.reduction.rank] = torch.tensor(own, dtype=table.dtype)
-        most: list[int] = self.reduction.all_reduce_(table).amax(0).int().tolist()
-        return most
-
-    def gradients(self, loss: Tensor) -> list[Tensor]:
-        """This rank's part of each parameter's gradient, already summed over ranks."""
-        # `backward` adds to `.grad`, so it is emptied before and after.
-        for p in self.parameters:
-            p.grad = None
-        # FSDP2 averages over ranks; times their number this is the sum.
-        (loss * self.reduction.world_size).backward()  # type: ignore[no-untyped-call]
-        parts = []
-        for p in self.parameters:
-            parts.append(torch.zeros_like(local_part(p)) if p.grad is None else local_part(p.grad))
-            p.grad = None
-        return parts
-
-    def finish(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Write `.grad` and return its L2 norm over all ranks."""
-        assign_gradients(self.parameters, gradients)
-        # The passes have summed the gradients over ranks. Only the squared norms of the parts are
-        # left to add up. A small parameter may have no elements on this rank.
-        norms = torch._foreach_norm([g for g in gradients if g.numel()], dtype=torch.float32)
-        squares = [norm.double().square() for norm in norms]
-        start = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-        return self.reduction.all_reduce_(sum(squares, start)).sqrt()
-
-
-def differentiation(parameters: Sequence[nn.Parameter], reduction: Reduction) -> Differentiation:
-    """The differentiation for these parameters."""
-    kind = ShardedDifferentiation if is_sharded(parameters) else Differentiation
-    return kind(parameters, reduction)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ant_lightning.balancing.parameters import is_dense, same_tensors
-from ant_lightning.balancing.reduction import Reduction, padded_length
-from ant_lightning.balancing.shards import from_local, local_part
+from ant_lightning.balancing.reduction import padded_length
+from ant_lightning.balancing.shards import from_local
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
+    from ant_lightning.balancing.reduction import Reduction
+
 __all__ = [
     "DenseTaskGradients",
-    "ShardedTaskGradients",
     "TaskGradients",
     "dot_products",
     "full_precision",
@@ -250,44 +251,6 @@ class DenseTaskGradients(TaskGradients):
         assert not self._spent, "rows was called after combine_"
         self._finish()
         return self._shards
-
-
-class ShardedTaskGradients(DenseTaskGradients):
-    """Task gradients of parameters that FSDP2 shards: `k p / N` numbers on each rank.
-
-    A row has this rank's part of each parameter's gradient. The backward passes of FSDP2 have
-    already summed these parts over ranks, so only the Gramian is communicated here.
-
-    Args:
-        num_tasks: `k`.
-        parameters: The shared parameters, each in parts on all ranks.
-        reduction: How sums over ranks are made.
-    """
-
-    def __init__(
-        self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
-    ) -> None:
-        self._sharded: list[nn.Parameter] = []  # before the base class, which calls `bind`
-        # The base class reduces nothing: to it, this rank's parts are whole parameters.
-        super().__init__(num_tasks, parameters, reduction=Reduction())
-        self._ranks = reduction
-
-    def bind(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Use this rank's parts of these parameters from now on."""
-        # `local_part` makes new tensors in each call, so the comparison is of the parameters.
-        if not same_tensors(parameters, self._sharded):
-            self._sharded = list(parameters)
-            super().bind([local_part(p) for p in parameters])  # type: ignore[misc]
-
-    def gramian(self) -> Float[Tensor, "k k"]:
-        """`G[i, j] = g_i . g_j`, float64, summed over the parts."""
-        return self._ranks.all_reduce_(super().gramian())
-
-    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
-        """Write this rank's part of `scale * sum_i task_weights[i] g_i` into `.grad`."""
-        # The base class writes to the `.grad` of the local parts, which no optimizer reads.
-        super().combine_(task_weights, scale=scale)
-        assign_gradients(self._sharded, self._views[0])
 
 
 def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reduction) -> None:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.base import GradientBalancer
-from ant_lightning.balancing.differentiation import differentiation
 from ant_lightning.balancing.engines import Engine, Loop
 from ant_lightning.balancing.low_memory import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.parameters import trained_parameters
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import default_reduction
+from ant_lightning.balancing.sharded import differentiation
 from ant_lightning.balancing.vmap import Vmap
 
 if TYPE_CHECKING:

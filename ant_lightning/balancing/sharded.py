@@ -1,0 +1,128 @@
+"""Differentiation and task gradients of parameters that FSDP2 (`fully_shard`) shards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ant_lightning.balancing.differentiation import Differentiation
+from ant_lightning.balancing.gradients import DenseTaskGradients, assign_gradients
+from ant_lightning.balancing.parameters import same_tensors
+from ant_lightning.balancing.reduction import Reduction
+from ant_lightning.balancing.shards import is_sharded, local_part
+from ant_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Float
+    from torch import Tensor, nn
+
+__all__ = ["ShardedDifferentiation", "ShardedTaskGradients", "differentiation"]
+
+
+class ShardedTaskGradients(DenseTaskGradients):
+    """Task gradients of parameters that FSDP2 shards: `k p / N` numbers on each rank.
+
+    A row has this rank's part of each parameter's gradient. The backward passes of FSDP2 have
+    already summed these parts over ranks, so only the Gramian is communicated here.
+
+    Args:
+        num_tasks: `k`.
+        parameters: The shared parameters, each in parts on all ranks.
+        reduction: How sums over ranks are made.
+    """
+
+    def __init__(
+        self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
+    ) -> None:
+        self._sharded: list[nn.Parameter] = []  # before the base class, which calls `bind`
+        # The base class reduces nothing: to it, this rank's parts are whole parameters.
+        super().__init__(num_tasks, parameters, reduction=Reduction())
+        self._ranks = reduction
+
+    def bind(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Use this rank's parts of these parameters from now on."""
+        # `local_part` makes new tensors in each call, so the comparison is of the parameters.
+        if not same_tensors(parameters, self._sharded):
+            self._sharded = list(parameters)
+            super().bind([local_part(p) for p in parameters])  # type: ignore[misc]
+
+    def gramian(self) -> Float[Tensor, "k k"]:
+        """`G[i, j] = g_i . g_j`, float64, summed over the parts."""
+        return self._ranks.all_reduce_(super().gramian())
+
+    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
+        """Write this rank's part of `scale * sum_i task_weights[i] g_i` into `.grad`."""
+        # The base class writes to the `.grad` of the local parts, which no optimizer reads.
+        super().combine_(task_weights, scale=scale)
+        assign_gradients(self._sharded, self._views[0])
+
+
+class ShardedDifferentiation(Differentiation):
+    """Differentiates parameters that FSDP2 (`fully_shard`) shards over all ranks.
+
+    `autograd.grad` does not see such parameters. A backward pass leaves this rank's part of the
+    gradient, averaged over ranks, in `.grad`. Every pass is collective, so all ranks make the same
+    number of passes; a rank without samples passes one sample, whose loss does not count.
+
+    Raises:
+        ConfigError: If a parameter is not in equal parts on all ranks.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], reduction: Reduction) -> None:
+        super().__init__(parameters, reduction)
+        for p in parameters:
+            placements: tuple[Any, ...] = getattr(p, "placements", ())
+            sharded = len(placements) == 1 and placements[0].is_shard()
+            if not sharded or p.device_mesh.size() != reduction.world_size:  # type: ignore[attr-defined]
+                raise ConfigError(
+                    "parameters: if one is sharded, each must be, over all "
+                    f"{reduction.world_size} ranks and one dimension of the mesh, found "
+                    f"{placements or 'a whole one'}"
+                )
+
+    def new_rows(self, num_tasks: int) -> DenseTaskGradients:
+        """Buffers for this rank's parts of the gradients of `k` tasks."""
+        return ShardedTaskGradients(num_tasks, self.parameters, reduction=self.reduction)
+
+    def num_passes(self, counts: Sequence[int], size: int | None) -> list[int]:
+        """Maximum over ranks: every FSDP2 pass is collective."""
+        own = super().num_passes(counts, size)
+        # Each rank fills its own row of a table of zeros, so the sum over ranks is a gather.
+        table = torch.zeros(
+            self.reduction.world_size, len(own), device=local_part(self.parameters[0]).device
+        )
+        table[self.reduction.rank] = torch.tensor(own, dtype=table.dtype)
+        most: list[int] = self.reduction.all_reduce_(table).amax(0).int().tolist()
+        return most
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """This rank's part of each parameter's gradient, already summed over ranks."""
+        # `backward` adds to `.grad`, so it is emptied before and after.
+        for p in self.parameters:
+            p.grad = None
+        # FSDP2 averages over ranks; times their number this is the sum.
+        (loss * self.reduction.world_size).backward()  # type: ignore[no-untyped-call]
+        parts = []
+        for p in self.parameters:
+            parts.append(torch.zeros_like(local_part(p)) if p.grad is None else local_part(p.grad))
+            p.grad = None
+        return parts
+
+    def finish(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Write `.grad` and return its L2 norm over all ranks."""
+        assign_gradients(self.parameters, gradients)
+        # The passes have summed the gradients over ranks. Only the squared norms of the parts are
+        # left to add up. A small parameter may have no elements on this rank.
+        norms = torch._foreach_norm([g for g in gradients if g.numel()], dtype=torch.float32)
+        squares = [norm.double().square() for norm in norms]
+        start = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+        return self.reduction.all_reduce_(sum(squares, start)).sqrt()
+
+
+def differentiation(parameters: Sequence[nn.Parameter], reduction: Reduction) -> Differentiation:
+    """The differentiation for these parameters."""
+    kind = ShardedDifferentiation if is_sharded(parameters) else Differentiation
+    return kind(parameters, reduction)
