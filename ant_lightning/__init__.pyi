@@ -229,6 +229,9 @@ from ant_lightning.models.autoencoder import (
 from ant_lightning.models.first_stage.first_stage import (
     FirstStage as FirstStage,
 )
+from ant_lightning.models.learning_rate import (
+    InverseSqrtLR as InverseSqrtLR,
+)
 from ant_lightning.models.module import (
     MultiTaskDiffusion as MultiTaskDiffusion,
 )

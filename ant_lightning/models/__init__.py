@@ -4,6 +4,7 @@ from ant_lightning.models.autoencoder import AutoencoderModule
 from ant_lightning.models.denoiser import DiffusionModule
 from ant_lightning.models.draws import Draws
 from ant_lightning.models.first_stage.first_stage import FirstStage
+from ant_lightning.models.learning_rate import InverseSqrtLR
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.models.presets import ADMModule, DiTModule, LDMModule
 from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
@@ -16,6 +17,7 @@ __all__ = [
     "DiffusionModule",
     "Draws",
     "FirstStage",
+    "InverseSqrtLR",
     "LDMModule",
     "MultiTaskDiffusion",
     "Optimization",

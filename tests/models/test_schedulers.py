@@ -9,7 +9,7 @@ from tiny_fit import BATCHES, fit, module
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR
 
-from ant_lightning import ConfigError, DigitsData
+from ant_lightning import ConfigError, DigitsData, InverseSqrtLR
 from ant_lightning.models.old_checkpoints import upgrade
 
 BALANCER_LR = 0.025
@@ -36,6 +36,7 @@ FACTORIES = {
     "ChainedScheduler": lambda o: schedulers.ChainedScheduler(
         [schedulers.LinearLR(o), schedulers.ExponentialLR(o, 0.5)]
     ),
+    "InverseSqrtLR": lambda o: InverseSqrtLR(o, reference_steps=3, warmup_steps=2),
     "SWALR": lambda o: SWALR(o, swa_lr=0.5, anneal_epochs=3),
 }
 
