@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ant_lightning.errors import check_at_least
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
 
 __all__ = ["InverseSqrtLR"]
@@ -59,6 +60,6 @@ class InverseSqrtLR(LRScheduler):
             factor *= min(num_steps / self.warmup_steps, 1.0)
         return factor
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """The learning rate of each group in the next step."""
         return [lr * self.factor(self.last_epoch) for lr in self.base_lrs]
