@@ -14,6 +14,7 @@ from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 from ant_lightning.balancing.sharded import ShardedTaskGradients
+from ant_lightning.balancing.step_losses import StepLosses, Weights
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
 from ant_lightning.balancing.vmap import Vmap, write_rows
@@ -38,11 +39,13 @@ __all__ = [
     "Reduction",
     "SampleBalancer",
     "ShardedTaskGradients",
+    "StepLosses",
     "TaskGradients",
     "TorchJDBalancer",
     "UncertaintyWeighting",
     "UnsupportedError",
     "Vmap",
+    "Weights",
     "default_reduction",
     "multitask_backward",
     "nash_weights",

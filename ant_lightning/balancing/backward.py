@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.base import GradientBalancer, LossBalancer, SampleBalancer
 from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
-from ant_lightning.balancing.gradients import assign_gradients, reduce_gradients_
+from ant_lightning.balancing.gradients import assign_gradients
+from ant_lightning.balancing.linear import SampleMean
 from ant_lightning.balancing.parameters import trained_parameters
 from ant_lightning.balancing.reduction import Reduction, default_reduction
+from ant_lightning.balancing.step_losses import StepLosses
 from ant_lightning.errors import ConfigError
+from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from jaxtyping import Float, Int
     from torch import Tensor, nn
 
     from ant_lightning.balancing.base import Balancer
     from ant_lightning.balancing.engines import Engine
-    from ant_lightning.balancing.gradients import DenseTaskGradients
+    from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
 
 __all__ = ["BackwardReport", "multitask_backward", "task_gradients"]
 
@@ -82,14 +84,14 @@ def multitask_backward(
     """Fill `.grad` of `parameters` with the balanced gradient of several tasks.
 
     Let `L_i` be the mean loss of task i over the samples of all ranks, and `pi_i` its prior. The
-    balancer sees `k pi_i L_i`, which is `L_i` for the default prior 1/k. What happens next depends
-    on its kind:
+    balancer sees `k pi_i L_i`, which is `L_i` for the default prior 1/k:
 
-    - A `LossBalancer` makes one objective of these losses, for one backward pass.
-    - A `GradientBalancer` needs the gradient of each task when its weights are refreshed. The
+    - A balancer of losses makes one objective of these, for one backward pass. If its weights
+      depend on them, they are summed over ranks between the forward and the backward pass.
+    - A balancer of gradients needs the gradient of each task when its weights are refreshed. The
       samples of the tasks are disjoint, so this is the arithmetic of one pass over the batch.
       Between refreshes it costs one ordinary pass.
-    - A `SampleBalancer` weights each sample by its noise level.
+    - A balancer of samples weights each sample by its noise level.
     - Without a balancer the objective is the mean over all samples.
 
     An existing `.grad` is replaced, or removed if its parameter needs no gradient now, so
@@ -158,56 +160,87 @@ def multitask_backward(
         micro_batch_size=micro_batch_size,
         loss_scale=loss_scale,
     )
-    scaled_priors = _scaled_priors(priors, batch)
+    step = StepLosses(
+        tasks=batch.tasks,
+        num_samples=batch.num_samples,
+        scaled_priors=_scaled_priors(priors, batch),
+        reduction=reduction,
+        log_snr=log_snr,
+    )
     # Of frozen parameters too: otherwise the optimizer would reuse the last step's gradient. This
     # also frees the last step's task gradients, of which `.grad` may be a view.
     for p in every:
         p.grad = None
     if gradients is not None:
         gradients.bind(shared)
+    balancer = balancer or SampleMean(batch.num_tasks)
+    report, step = balanced_backward(batch, balancer, step, engine or Loop(), gradients)
+    if report.finite:
+        balancer.update(step)
+    return report
 
-    if isinstance(balancer, GradientBalancer) and balancer.refresh_due:
-        found = (engine or Loop()).task_gradients(batch, gradients)
+
+def balanced_backward(
+    batch: TaskBatch,
+    balancer: Balancer,
+    step: StepLosses,
+    engine: Engine,
+    gradients: DenseTaskGradients | None = None,
+) -> tuple[BackwardReport, StepLosses]:
+    """Fill `.grad` of the parameters of `batch` and of the balancer; no state is updated.
+
+    Args:
+        batch: The samples of this rank.
+        balancer: How to weight the tasks.
+        step: The same samples, as the balancer sees them, without losses.
+        engine: How task gradients are computed.
+        gradients: Buffers that are reused; by default new ones.
+
+    Returns:
+        The report, and `step` with everything that `Balancer.update` may look at.
+    """
+    if balancer.refresh_due:
+        found: TaskGradients = engine.task_gradients(batch, gradients)
         gramian = found.gramian()
-        task_losses = batch.mean_losses()
+        step = replace(step, gramian=gramian, losses=batch.values, task_losses=batch.mean_losses())
         finite = batch.is_finite(gramian)
         if finite:
             # The balancer sees the gradients `k pi_i g_i`; its weights are then turned into
             # weights of the `g_i`.
-            shown = gramian * scaled_priors.outer(scaled_priors)
-            weights = balancer(shown).to(gramian) * scaled_priors
-            found.combine_(weights, scale=loss_scale)
+            weights = balancer.gramian_weights(step).to(gramian) * step.scaled_priors
+            found.combine_(weights, scale=batch.loss_scale)
             # ||sum_i w_i g_i||^2 = w^T G w, without reading the p numbers again. Rounding can make
             # it slightly negative where the gradients cancel.
             grad_norm = (weights @ gramian @ weights).clamp(min=0).sqrt()
         else:
-            # The balancer is not called, so its state and its random numbers stay as they are.
-            weights, grad_norm = torch.full_like(scaled_priors, torch.nan), gramian.sum()
+            # The balancer is not asked: it may draw random numbers for its weights.
+            weights, grad_norm = torch.full_like(step.scaled_priors, torch.nan), gramian.sum()
         found.release()
-        return _report(finite, shared, task_losses, weights, batch, grad_norm, gramian)
-
-    weights, per_sample = _weights(balancer, batch, scaled_priors, log_snr, reduction)
-    grad_norm = _weighted_backward(batch, per_sample)
-    task_losses = batch.mean_losses()
-    objective = None
-    # Launched before `is_finite` makes the host wait: launched after it, these kernels made UW's
-    # step on an H200 1 to 2 ms longer than vanilla's. They are discarded below if not finite.
-    if isinstance(balancer, LossBalancer):
-        objective = _balancer_gradients(balancer, task_losses, scaled_priors, loss_scale)
-    elif isinstance(balancer, SampleBalancer):
-        levels = _checked_levels(log_snr, batch)
-        shown = batch.values * scaled_priors[batch.tasks]
-        objective = _sample_gradients(balancer, shown, levels, batch, reduction, loss_scale)
-    finite = batch.is_finite(grad_norm)
+        objective = _fill_own(balancer, step, batch)
+    else:
+        weights, grad_norm, step = _weighted_backward(batch, balancer, step)
+        # Launched before `is_finite` makes the host wait: launched after it, these kernels made
+        # UW's step on an H200 1 to 2 ms longer than vanilla's. They are discarded if not finite.
+        objective = _fill_own(balancer, step, batch)
+        finite = batch.is_finite(grad_norm)
+    assert step.task_losses is not None
     if not finite:
         objective = None
-        for p in balancer.parameters() if balancer else ():
+        for p in [*batch.shared, *balancer.parameters()]:
             p.grad = None
-    elif isinstance(balancer, SampleBalancer):
-        balancer.kept_weights = weights
-    elif isinstance(balancer, GradientBalancer):
-        balancer.count_step()
-    return _report(finite, shared, task_losses, weights, batch, grad_norm, None, objective)
+    weights = weights.detach().to(step.task_losses)
+    if objective is None:
+        objective = (weights * step.task_losses.nan_to_num()).sum()
+    report = BackwardReport(
+        finite=finite,
+        objective=objective,
+        task_losses=step.task_losses,
+        task_weights=weights,
+        num_samples=batch.num_samples,
+        grad_norm=grad_norm,
+        gramian=step.gramian,
+    )
+    return report, replace(step, task_weights=weights)
 
 
 def task_gradients(
@@ -249,113 +282,58 @@ def task_gradients(
     return Loop().task_gradients(batch)
 
 
-def _weighted_backward(batch: TaskBatch, per_sample: Tensor) -> Tensor:
-    """Set `.grad` to the gradient of `sum_s per_sample[s] losses[s]`; return its norm, unscaled."""
-    total: list[Tensor] = []
+def _weighted_backward(
+    batch: TaskBatch, balancer: Balancer, step: StepLosses
+) -> tuple[Tensor, Tensor, StepLosses]:
+    """Set `.grad` to the gradient of `sum_s per_sample[s] losses[s]`.
+
+    Returns:
+        The weights of the tasks, the unscaled norm of the gradient, and `step` with its losses.
+    """
     (passes,) = batch.passes([torch.arange(len(batch), device=batch.order.device)])
+    known: list[Tensor] = []  # losses with their graph, if they come before the weights
+    if not balancer.needs_losses:
+        weights = balancer.step_weights(step)
+    else:
+        if len(passes) == 1:
+            known = [batch.losses_of(passes[0])]
+        else:
+            # The second time, dropout draws the same masks.
+            with torch.no_grad(), undisturbed(batch.tasks.device):
+                for rows in passes:
+                    batch.losses_of(rows)
+        step = replace(step, losses=batch.values, task_losses=batch.mean_losses())
+        weights = balancer.step_weights(step)
+    total: list[Tensor] = []
     for rows in passes:
-        losses = batch.losses_of(rows)
-        weights = per_sample[rows.to(per_sample.device, non_blocking=True)]
-        loss = (losses * weights.to(losses.dtype)).sum()
-        grads = batch.gradients_of(loss)
+        again = balancer.needs_losses
+        losses = known.pop() if known else batch.losses_of(rows, again=again)
+        of_rows = weights.samples[rows.to(weights.samples.device, non_blocking=True)]
+        grads = batch.gradients_of((losses * of_rows.to(losses.dtype)).sum())
         if total:
             torch._foreach_add_(total, grads)
         else:
             total = list(grads)
-    return batch.differentiation.finish(total) / batch.loss_scale
+    grad_norm = batch.differentiation.finish(total) / batch.loss_scale
+    if not balancer.needs_losses:
+        step = replace(step, losses=batch.values, task_losses=batch.mean_losses())
+    return weights.tasks, grad_norm, step
 
 
-def _balancer_gradients(
-    balancer: LossBalancer, task_losses: Tensor, scaled_priors: Tensor, loss_scale: Tensor | float
-) -> Tensor:
+def _fill_own(balancer: Balancer, step: StepLosses, batch: TaskBatch) -> Tensor | None:
     """Set the gradients of the balancer's own parameters; return the objective.
 
-    `task_losses` are already means over all ranks, so every rank computes the same gradients and
-    nothing is summed over ranks here.
+    They are clipped first. They are linear in the losses: without clipping, one batch of losses
+    1e8 times too large stays in Adam's second moment for 30,000 steps, in which the balancer
+    hardly learns; with clipping it stays for a few hundred.
     """
-    # The mean loss of a task without samples is NaN (0 / 0).
-    shown = (task_losses.nan_to_num() * scaled_priors).float()
-    objective, grads = balancer.differentiate(shown)
+    objective, grads = balancer.own_gradients(step)
     if grads:
-        # A task without samples says nothing about its own parameter. A parameter of shape [k] is
-        # taken to hold one entry for each task.
-        missing = task_losses.isnan()
-        own = [p for p in balancer.parameters() if p.requires_grad]
-        known = [g.masked_fill(missing, 0) if g.shape == missing.shape else g for g in grads]
-        assign_gradients(own, known)
-        _clip_and_scale_(own, loss_scale)
+        assign_gradients([p for p in balancer.parameters() if p.requires_grad], grads)
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        factor = (_MAX_OWN_NORM / norm).clamp(max=1.0) * batch.loss_scale
+        torch._foreach_mul_([p.grad for p in balancer.parameters() if p.grad is not None], factor)
     return objective
-
-
-def _clip_and_scale_(own: Sequence[nn.Parameter], loss_scale: Tensor | float) -> None:
-    """Clip the gradients of the balancer's own parameters, then scale them.
-
-    The gradients are linear in the losses. Without clipping, one batch of losses 1e8 times too
-    large stays in Adam's second moment for 30,000 steps, in which the balancer hardly learns; with
-    clipping it stays for a few hundred.
-    """
-    grads = [p.grad for p in own if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
-    torch._foreach_mul_(grads, (_MAX_OWN_NORM / norm).clamp(max=1.0) * loss_scale)
-
-
-def _weights(
-    balancer: Balancer | None,
-    batch: TaskBatch,
-    scaled_priors: Tensor,
-    log_snr: Tensor | None,
-    reduction: Reduction,
-) -> tuple[Tensor, Tensor]:
-    """Weights of the mean task losses, `[k]`, and of this rank's samples, `[b]`."""
-    if isinstance(balancer, SampleBalancer):
-        # The objective is a mean over samples, so a task's weight sums over its samples.
-        per_sample = balancer.sample_weights(_checked_levels(log_snr, batch)).to(scaled_priors)
-        per_sample = per_sample * scaled_priors[batch.tasks] / batch.num_samples.sum()
-        weights = torch.zeros_like(scaled_priors).index_add_(0, batch.tasks, per_sample)
-        return reduction.all_reduce_(weights), per_sample
-    if balancer is None:
-        weights = batch.num_samples / batch.num_samples.sum()
-    elif isinstance(balancer, LossBalancer):
-        weights = balancer.loss_weights().to(scaled_priors) * scaled_priors
-    else:
-        weights = balancer.task_weights.to(scaled_priors) * scaled_priors
-    # `num_samples` counts all ranks, so the sum of the ranks' gradients is that of the mean losses.
-    per_sample = weights / batch.num_samples.clamp(min=1)
-    return weights, per_sample.to(batch.tasks.device)[batch.tasks]
-
-
-def _checked_levels(log_snr: Tensor | None, batch: TaskBatch) -> Tensor:
-    """Check the log-SNR of the samples and move it to the device of the losses."""
-    if log_snr is None or log_snr.shape != batch.tasks.shape:
-        found = None if log_snr is None else list(log_snr.shape)
-        raise ConfigError(
-            f"log_snr: a balancer of samples needs that of each of the {len(batch.tasks)} samples, "
-            f"found {found}"
-        )
-    return log_snr.to(batch.tasks.device, non_blocking=True)
-
-
-def _sample_gradients(
-    balancer: SampleBalancer,
-    losses: Tensor,
-    log_snr: Tensor,
-    batch: TaskBatch,
-    reduction: Reduction,
-    loss_scale: Tensor | float,
-) -> Tensor:
-    """Set the gradients of the balancer's own parameters, summed over ranks; return the objective.
-
-    Unlike the task losses of a `LossBalancer`, `losses` and `log_snr` are those of this rank's
-    samples.
-    """
-    own = [p for p in balancer.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        objective = balancer(losses.float(), log_snr).sum() / batch.num_samples.sum().float()
-    if own:
-        assign_gradients(own, torch.autograd.grad(objective, own))
-        reduce_gradients_(own, reduction=reduction)
-        _clip_and_scale_(own, loss_scale)
-    return reduction.all_reduce_(objective.detach())
 
 
 def _scaled_priors(priors: Tensor | None, batch: TaskBatch) -> Tensor:
@@ -368,25 +346,3 @@ def _scaled_priors(priors: Tensor | None, batch: TaskBatch) -> Tensor:
     if not (positive and abs(float(priors.sum()) - 1) <= 1e-4):
         raise ConfigError(f"priors: {k} positive numbers with sum 1 are needed, found {priors}")
     return (k * priors).to(device, torch.float64, non_blocking=True)
-
-
-def _report(
-    finite: bool,
-    shared: Sequence[nn.Parameter],
-    task_losses: Tensor,
-    weights: Tensor,
-    batch: TaskBatch,
-    grad_norm: Tensor,
-    gramian: Tensor | None,
-    objective: Tensor | None = None,
-) -> BackwardReport:
-    """Make the report; remove every `.grad` if a loss or a gradient is not finite."""
-    if not finite:
-        for p in shared:
-            p.grad = None
-    weights = weights.detach().to(task_losses)
-    if objective is None:
-        objective = (weights * task_losses.nan_to_num()).sum()
-    return BackwardReport(
-        finite, objective, task_losses, weights, batch.num_samples, grad_norm, gramian
-    )

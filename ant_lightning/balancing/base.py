@@ -1,4 +1,4 @@
-"""Base classes of balancers: they weight `k` tasks by their losses or their gradients."""
+"""The contract of a balancer, and a base class for each kind of weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,40 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
+    from ant_lightning.balancing.step_losses import StepLosses, Weights
+
 __all__ = ["Balancer", "GradientBalancer", "LossBalancer", "SampleBalancer"]
 
 
 class Balancer(nn.Module, ABC):
     """Base of all balancers. Equal weighting is 1/k for each task: the mean over tasks.
 
+    A step asks a balancer, in this order:
+
+    1. `refresh_due`: does it need the Gramian of the task gradients now?
+    2. If so, `gramian_weights`, once Gramian and losses are known to be finite: weights of the
+       task gradients. If not, `step_weights`: weights of the samples in one backward pass. They may
+       depend on this step's task losses if `needs_losses` is set.
+    3. `own_gradients`: the objective, and the gradients of the balancer's own parameters.
+    4. `update`, only after a finite step: the only place where anything else changes.
+
     All state is in parameters, buffers and the extra state, so a run resumed from a `state_dict`
     equals one that was never stopped. Moving or casting the balancer, or a module that holds it
     (`.cuda()`, `.half()`, `.to(torch.bfloat16)`), changes its device but never its dtypes.
 
+    Most balancers derive from `LossBalancer`, `SampleBalancer` or `GradientBalancer`, which ask
+    for less.
+
     Args:
         num_tasks: Number of tasks `k`.
+
+    Attributes:
+        needs_losses: Whether `step_weights` depends on the task losses of the step. These are then
+            summed over ranks between the forward and the backward pass; with `micro_batch_size`,
+            all forward passes are made without gradients first.
+        needs_gramian: Whether the balancer ever needs the Gramian of the task gradients.
+        looks_back: Whether `update` must come after the optimizer's step, because it needs the
+            losses of the batch at the new weights.
 
     Raises:
         ConfigError: If `num_tasks` is below 1.
@@ -39,6 +61,10 @@ class Balancer(nn.Module, ABC):
         tensor([0.2500, 0.2500, 0.2500, 0.2500], dtype=torch.float64)
     """
 
+    needs_losses: bool = False
+    needs_gramian: bool = False
+    looks_back: bool = False
+
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
         if num_tasks < 1:
@@ -49,6 +75,37 @@ class Balancer(nn.Module, ABC):
     @abstractmethod
     def task_weights(self) -> Float[Tensor, " k"]:
         """The weights in force, `[k]`, detached."""
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next step needs the Gramian of the task gradients."""
+        return False
+
+    @abstractmethod
+    def step_weights(self, step: StepLosses) -> Weights:
+        """The weights of a step in one backward pass; changes no state."""
+
+    def gramian_weights(self, step: StepLosses) -> Float[Tensor, " k"]:
+        """The weights of the gradients `k pi_i g_i` when `refresh_due`, from finite values."""
+        raise NotImplementedError(f"{type(self).__name__} needs no Gramian")
+
+    def own_gradients(self, step: StepLosses) -> tuple[Tensor | None, list[Tensor]]:
+        """The objective, and its gradients with respect to the balancer's trained parameters.
+
+        Both are equal on all ranks, and losses that are not finite are allowed. An objective of
+        `None` stands for the weighted sum of the task losses. Changes no state.
+        """
+        return None, []
+
+    def update(self, step: StepLosses, losses_now: Callable[[], Tensor] | None = None) -> None:
+        """Change the state after a finite step.
+
+        Args:
+            step: All that is known of the step.
+            losses_now: Computes the shown task losses of the same batch at the weights of now,
+                `[k]` float64, NaN for a task without samples. Only for a balancer that
+                `looks_back`: others are updated before the optimizer's step.
+        """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Balancer:
         """Move to another device, but keep each dtype: a cast would lose digits."""
@@ -121,6 +178,21 @@ class LossBalancer(Balancer):
         """The weights in force, `[k]`, detached: `loss_weights()`."""
         return self.loss_weights()
 
+    def step_weights(self, step: StepLosses) -> Weights:
+        """`loss_weights`, for one backward pass."""
+        return step.by_task(self.loss_weights())
+
+    def own_gradients(self, step: StepLosses) -> tuple[Tensor | None, list[Tensor]]:
+        """The result of `differentiate`; equal on all ranks, as the mean losses are."""
+        shown = step.shown_losses
+        # The mean loss of a task without samples is NaN (0 / 0). It says nothing about its own
+        # parameter; a parameter of shape [k] is taken to hold one entry for each task.
+        objective, grads = self.differentiate(shown.nan_to_num().float())
+        if grads:
+            missing = shown.isnan()
+            grads = [g.masked_fill(missing, 0) if g.shape == missing.shape else g for g in grads]
+        return objective, grads
+
 
 class SampleBalancer(Balancer):
     """Base of the balancers that weight each sample by its noise level; tasks only group reports.
@@ -164,13 +236,37 @@ class SampleBalancer(Balancer):
         """Sum of each task's sample weights in the last batch, divided by the batch size, `[k]`."""
         return self.kept_weights
 
+    def step_weights(self, step: StepLosses) -> Weights:
+        """`sample_weights`, for one backward pass."""
+        return step.by_sample(self.sample_weights(step.levels))
+
+    def own_gradients(self, step: StepLosses) -> tuple[Tensor | None, list[Tensor]]:
+        """The mean of `forward` and its gradients, summed over the samples of all ranks."""
+        assert step.losses is not None, "the losses of this step are not known yet"
+        own = [p for p in self.parameters() if p.requires_grad]
+        shown = (step.losses * step.scaled_priors[step.tasks]).float()
+        with torch.enable_grad():
+            objective = self(shown, step.levels).sum() / step.num_samples.sum().float()
+        grads = list(torch.autograd.grad(objective, own)) if own else []
+        if step.reduction.world_size == 1:
+            return objective.detach(), grads
+        # In one collective.
+        parts = [objective.detach().view(1), *(g.flatten() for g in grads)]
+        total, *sums = step.reduction.all_reduce_(torch.cat(parts)).split([len(p) for p in parts])
+        return total[0], [part.view_as(g).to(g) for part, g in zip(sums, grads, strict=True)]
+
+    def update(self, step: StepLosses, losses_now: Callable[[], Tensor] | None = None) -> None:
+        """Keep the weights of the tasks in this batch."""
+        assert step.task_weights is not None, "this step has no weights yet"
+        self.kept_weights = step.task_weights
+
 
 class GradientBalancer(Balancer):
     """Base of the balancers that compute weights from the dot products of the task gradients.
 
     Calling the balancer with the Gramian refreshes the weights, which are used for `update_every`
-    steps. In each step, call the balancer if `refresh_due`; otherwise use `task_weights` and call
-    `count_step`. `multitask_backward` does this.
+    steps. A subclass writes `solve` alone. (In a loop that has the Gramian itself: in each step,
+    call the balancer if `refresh_due`; otherwise use `task_weights` and call `count_step`.)
 
     Args:
         num_tasks: Number of tasks `k`.
@@ -187,6 +283,7 @@ class GradientBalancer(Balancer):
         tensor([0.2500, 0.5000], dtype=torch.float64)
     """
 
+    needs_gramian = True
     kept_weights: Tensor
 
     def __init__(self, num_tasks: int, *, update_every: int = 1) -> None:
@@ -213,6 +310,20 @@ class GradientBalancer(Balancer):
     def count_step(self) -> None:
         """Count a step that used the kept weights."""
         self._num_steps_used += 1
+
+    def step_weights(self, step: StepLosses) -> Weights:
+        """The weights of the last refresh, for one backward pass."""
+        return step.by_task(self.task_weights)
+
+    def gramian_weights(self, step: StepLosses) -> Float[Tensor, " k"]:
+        """New weights from the Gramian: a refresh."""
+        weights: Tensor = self(step.shown_gramian)
+        return weights
+
+    def update(self, step: StepLosses, losses_now: Callable[[], Tensor] | None = None) -> None:
+        """Count the step, if it used weights of an earlier one."""
+        if step.gramian is None:
+            self.count_step()
 
     def forward(self, gramian: Float[Tensor, "k k"]) -> Float[Tensor, " k"]:
         """New task weights, which the following steps keep.

@@ -149,17 +149,22 @@ class TaskBatch:
         self._sums.index_add_(0, self.tasks[rows], known)
         self.values[rows] = known
 
-    def losses_of(self, rows: Tensor) -> Tensor:
+    def losses_of(self, rows: Tensor, *, again: bool = False) -> Tensor:
         """Evaluate and record the losses of `rows`.
 
         A pass is made even without rows, because other ranks may be waiting for it.
+
+        Args:
+            rows: Samples of this rank.
+            again: Whether their losses have been recorded before.
         """
         if not len(rows):
             # An empty slice of a real loss: its sum is 0 but still has a graph, so the backward
             # pass takes part in the collectives of FSDP2.
             return self._losses(self.order[:1])[:0].float()
         values = self.evaluate(rows)
-        self.record(rows, values)
+        if not again:
+            self.record(rows, values)
         return values
 
     def mean_losses(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear scalarization: fixed weights for the task losses."""
+"""Fixed weights: linear scalarization of the task losses, and the plain mean over samples."""
 
 from __future__ import annotations
 
@@ -8,13 +8,31 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ant_lightning.balancing.base import LossBalancer
+from ant_lightning.balancing.base import Balancer, LossBalancer
+from ant_lightning.balancing.step_losses import Weights
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["LinearScalarization"]
+    from ant_lightning.balancing.step_losses import StepLosses
+
+__all__ = ["LinearScalarization", "SampleMean"]
+
+
+class SampleMean(Balancer):
+    """The mean over all samples, whatever their tasks and priors: vanilla training."""
+
+    @property
+    def task_weights(self) -> Float[Tensor, " k"]:
+        """1/k each, as if all tasks had the same number of samples."""
+        return torch.full((self.num_tasks,), 1 / self.num_tasks, dtype=torch.float64)
+
+    def step_weights(self, step: StepLosses) -> Weights:
+        """Each task by its share of the samples."""
+        share = step.num_samples / step.num_samples.sum()
+        per_sample = share / step.num_samples.clamp(min=1)
+        return Weights(share, per_sample.to(step.tasks.device)[step.tasks])
 
 
 class LinearScalarization(LossBalancer):
