@@ -23,15 +23,15 @@ demo: .venv/installed  ## train with ANT-UW on real digits, at most 3 minutes; M
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
 compare: .venv/installed  ## all methods at the same budget, 3 seeds, paired with vanilla (half an hour)
-	$(BIN)/python -m studies configs/studies/compare.yaml --jobs 2
+	$(BIN)/python -m studies studies/compare.yaml --jobs 2
 	$(BIN)/python -m studies.compare
 
 ntg: .venv/installed  ## the negative-transfer gap of five methods on the digits (half an hour)
-	$(BIN)/python -m studies configs/studies/ntg.yaml --jobs 2
+	$(BIN)/python -m studies studies/ntg.yaml --jobs 2
 	$(BIN)/python -m studies.ntg runs/ntg
 
 evidence: .venv/installed  ## excess risk over the exact denoiser, 9 methods, 8 paired seeds (4 hours)
-	$(BIN)/python -m studies configs/studies/evidence.yaml --jobs 2
+	$(BIN)/python -m studies studies/evidence.yaml --jobs 2
 	$(BIN)/python -m studies.evidence
 
 tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with ROOT=its folder

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # The stub lists the public names and the modules that define them. A name is imported when it is
 # first used, so that `import ant_lightning.balancing` costs no more than torch.

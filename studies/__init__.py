@@ -4,7 +4,7 @@
 describes, and leaves a row for each finished cell. A report reads them:
 
 ```python
-study = Study.read(Path("configs/studies/compare.yaml"))
+study = Study.read(Path("studies/compare.yaml"))
 rows = finished_rows(study, Path("runs/compare/results.jsonl"))     # by name of cell
 rows["uw/seed0"]["files"]["generation_metrics.jsonl"][-1]["scores"]["fid"]
 ```

@@ -1,4 +1,4 @@
-"""`python -m studies configs/studies/NAME.yaml`: run or resume a study."""
+"""`python -m studies studies/NAME.yaml`: run or resume a study."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["main"]
 def main(args: Sequence[str] | None = None) -> int:
     """Run a study; returns 0, 1 if cells failed, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m studies")
-    parser.add_argument("study", type=Path, help="a file of configs/studies")
+    parser.add_argument("study", type=Path, help="a YAML file of studies/")
     parser.add_argument("--folder", type=Path, help="by default runs/NAME")
     add_run_options(parser)
     parser.add_argument("--list", action="store_true", help="show what is missing; run nothing")

@@ -42,7 +42,7 @@ def comparison(rows: Iterable[Mapping[str, Any]]) -> TextTable:
 def main(args: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m studies.compare")
-    parser.add_argument("--study", type=Path, default=Path("configs/studies/compare.yaml"))
+    parser.add_argument("--study", type=Path, default=Path("studies/compare.yaml"))
     parser.add_argument("--folder", type=Path, default=Path("runs/compare"))
     settings = parser.parse_args(args)
     rows = finished_rows(Study.read(settings.study), settings.folder / "results.jsonl")

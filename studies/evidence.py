@@ -265,7 +265,7 @@ def _place(group: str) -> tuple[bool, bool, str]:
 def main(args: Sequence[str] | None = None) -> int:
     """Write the section, the figures and the rows."""
     parser = argparse.ArgumentParser(prog="python -m studies.evidence")
-    parser.add_argument("--study", type=Path, default=Path("configs/studies/evidence.yaml"))
+    parser.add_argument("--study", type=Path, default=Path("studies/evidence.yaml"))
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     settings = parser.parse_args(args)

@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Draw and tabulate the finished cells; returns 0, or 2 if there are none."""
     parser = argparse.ArgumentParser(prog="python -m studies.ntg")
     parser.add_argument("folder", type=Path, help="of the study, or a .jsonl file of its rows")
-    parser.add_argument("--study", type=Path, default=Path("configs/studies/ntg.yaml"))
+    parser.add_argument("--study", type=Path, default=Path("studies/ntg.yaml"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="by default the folder")
     settings = parser.parse_args(args)

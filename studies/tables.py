@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TableRows", "main", "poster_tables", "tables_study"]
 
-_STUDY = Path("configs/studies/tables.yaml")
+_STUDY = Path("studies/tables.yaml")
 _CLUSTERINGS = ("timestep", "snr", "gradient")
 _METHODS = ("linear", "pcgrad", "nash", "uw")
 _HEADS = {"fid": "FID", "inception_score": "IS", "precision": "precision", "recall": "recall"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import ant_lightning
+from ant_lightning.cli.configs import config_names
 from ant_lightning.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,9 @@ def test_files_that_a_page_names_exist(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     links = re.findall(r"\]\((?!http)([^)#]+)", text)
     paths = re.findall(rf"`((?:{FOLDERS})/[\w/.-]+)(?:::\w+)*`", text)
+    groups = {name.partition("/")[0] for name in config_names()}
+    names = re.findall(rf"`((?:{'|'.join(groups)})/\w+)`", text)
+    assert [name for name in names if name not in config_names()] == []
     assert [link for link in links if not (page.parent / link).exists()] == []
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
@@ -83,16 +87,18 @@ before = model.conv.weight.detach().clone()
 
 
 def commands():
-    """The `fit` commands of the pages whose config files are all in the repository."""
+    """The `fit` commands of the pages whose configs are all found by name."""
     blocks = [block for page in PAGES for block in code_blocks(page, "sh")]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     fits = {line for line in lines if line.startswith("ant-lightning fit --config")}
-    return sorted(fit for fit in fits if not re.search(r"--config (?!configs/)", fit))
+    return sorted(
+        fit for fit in fits if set(re.findall(r"--config (\S+)", fit)) <= config_names().keys()
+    )
 
 
 @pytest.mark.parametrize("command", commands())
-def test_settings_of_the_commands_in_the_docs_exist(command, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_settings_of_the_commands_in_the_docs_exist(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:  # the parser ends there
         main([*shlex.split(command)[1:], "--print_config"])
     assert end.value.code == 0

@@ -42,9 +42,10 @@ def first_look(arguments: Sequence[str]) -> None:
     """
     command, *args = arguments
     if command == "report":
-        for folder in args:
-            if not folder.startswith("-") and not Path(folder).is_dir():
-                raise ConfigError(f"{folder}: must be the log folder of a run")
+        missing = [each for each in args if not each.startswith("-") and not Path(each).is_dir()]
+        if missing:
+            raise ConfigError(f"{missing[0]}: must be the log folder of a run")
+    if command in {"configs", "report"}:  # they take no settings
         return
     known = top_settings(command)
     for path in config_paths(args):

@@ -1,5 +1,6 @@
-r"""usage: ant-lightning {fit,validate,test,predict,score,encode} --config FILE [options]
+r"""usage: ant-lightning {fit,validate,test,predict,score,encode} --config NAME [options]
        ant-lightning report RUN_FOLDER
+       ant-lightning configs
 
 Diffusion training as multi-task learning over clusters of timesteps.
 
@@ -9,18 +10,20 @@ Diffusion training as multi-task learning over clusters of timesteps.
   predict    write images                  --ckpt_path FILE --samples.num_images 1000
                                            (PNG files; --samples.npz FILE.npz for one file)
   score      FID ... of stored images      --images FOLDER or FILE.npz
-  encode     write a cache of latents      --config configs/imagenet/encode.yaml
+  encode     write a cache of latents      --config imagenet/encode
   report     write report.md into the log folder of a run
+  configs    list the configs by name; configs show NAME > my.yaml copies one
 
-Configs are merged from left to right: a base, then one fragment for each choice, then options:
+A config is a name without a suffix, or a path that ends in .yaml. Configs are merged from left to
+right: a base, then one fragment for each choice, then options:
 
-  ant-lightning fit --config configs/digits/dit.yaml \
-      --config configs/balancer/uw.yaml --config configs/clustering/snr.yaml \
+  ant-lightning fit --config digits/dit --config balancer/uw --config clustering/snr \
       --trainer.max_steps 2000
 
   ant-lightning fit --help                             all options of fit (takes some seconds)
   ant-lightning fit --model.help DiTModule             the options of a class
   ant-lightning fit --config ... --print_config        the merged config, without running it
+  ant-lightning --version
 """
 
 # The text above is what `ant-lightning --help` prints, before anything else is imported.
@@ -32,6 +35,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ant_lightning import __version__
+from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.first_look import first_look
 from ant_lightning.errors import (
     CheckpointWriteError,
@@ -48,7 +53,8 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-OTHERS = ("encode", "report", "score")  # a module each; the rest are the Trainer's
+WITHOUT_LIGHTNING = ("configs", "report")  # they need not wait for its import
+OTHERS = ("encode", "score", *WITHOUT_LIGHTNING)  # a module each; the rest are the Trainer's
 COMMANDS = ("fit", "validate", "test", "predict", *OTHERS)
 
 
@@ -60,16 +66,20 @@ def main(args: Sequence[str] | None = None) -> int:
         that was told to stop and left a checkpoint to resume from (130 for Ctrl-C).
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    # `report` has no parser, so its --help is this text as well.
-    asked = arguments[:2] if arguments[:1] == ["report"] else arguments[:1]
+    # `report` and `configs` have no parser, so their --help is this text as well.
+    asked = arguments[: 1 + (arguments[:1] in (["report"], ["configs"]))]
     if not arguments or {"-h", "--help"}.intersection(asked):
         print(__doc__)
+        return 0
+    if arguments[0] == "--version":
+        print(f"ant-lightning {__version__}")
         return 0
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
     try:
+        arguments = with_paths_of_configs(arguments)
         first_look(arguments)
-        return _run(arguments)
+        return (_run_other if arguments[0] in WITHOUT_LIGHTNING else _run)(arguments)
     except ConfigError as error:
         return _fail(message_of(error), 2)
     except KeyboardInterrupt:  # before training or outside of it: nothing is lost
@@ -77,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """Run a known command."""
+    """Run a command that imports Lightning."""
     if "" not in sys.path:  # the user's classes in the working folder, as for `python -m`
         sys.path.append("")
     # Imported here: it takes 6 s, which --help must not wait for.
@@ -89,8 +99,7 @@ def _run(arguments: Sequence[str]) -> int:
     command = arguments[0]
     try:
         if command in OTHERS:
-            module = import_module(f"ant_lightning.cli.{command}")
-            getattr(module, f"run_{command}")(arguments[1:])
+            _run_other(arguments)
         else:
             import_module("ant_lightning.cli.parser").run(arguments)
     except (CheckpointWriteError, DataLoadingError, DivergedRanksError, NonFiniteError) as error:
@@ -111,6 +120,13 @@ def _run(arguments: Sequence[str]) -> int:
         if first is None:
             raise
         return _fail(first, 1)
+    return 0
+
+
+def _run_other(arguments: Sequence[str]) -> int:
+    """Run a command that has a module of its own."""
+    module = import_module(f"ant_lightning.cli.{arguments[0]}")
+    getattr(module, f"run_{arguments[0]}")(arguments[1:])
     return 0
 
 

@@ -19,7 +19,7 @@ QUICK = ["--trainer.max_steps=12", "--data.init_args.batch_size=20"]
 
 def tiny_study(folder, dataset):
     """The shipped file with few steps, images and timesteps."""
-    content = yaml.safe_load((ROOT / "configs/studies/tables.yaml").read_text())
+    content = yaml.safe_load((ROOT / "studies/tables.yaml").read_text())
     content["groups"]["autoencoder"]["commands"][0] += QUICK
     parts = content["datasets"][dataset]["parts"]
     parts["data"] += [*QUICK, "--model.init_args.sampling.sampler.init_args.num_steps=2"]

@@ -23,7 +23,7 @@ from studies.evidence import (
 from studies.results import append_row
 from studies.study import Study
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
 GROUP = "cosine_eps"
 # Ratio to vanilla in each of two clusters: worse in the first, nothing in the second, and so on.
 EFFECTS = {"vanilla": (1, 1), "uw": (1.5, 1), "frozen_uw": (1.5, 1), "pcgrad": (0.8, 1)}
@@ -150,8 +150,8 @@ def test_the_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
 
 
 def test_the_study_file_is_whole_seeds_of_the_main_setting_first(monkeypatch):
-    monkeypatch.chdir(CONFIGS.parent)
-    cells = list(Study.read(CONFIGS / "studies" / "evidence.yaml").cells.values())
+    monkeypatch.chdir(ROOT)
+    cells = list(Study.read(ROOT / "studies" / "evidence.yaml").cells.values())
     main_cells = [c for c in cells if c.name.startswith("cosine_eps/")]
     assert len(main_cells) == 8 * 9
     assert len({c.axes["method"] for c in main_cells[:9]}) == 9
@@ -163,8 +163,8 @@ def test_the_study_file_is_whole_seeds_of_the_main_setting_first(monkeypatch):
 
 
 def test_the_table_of_make_compare_pairs_seeds(monkeypatch):
-    monkeypatch.chdir(CONFIGS.parent)
-    cells = Study.read(CONFIGS / "studies" / "compare.yaml").cells
+    monkeypatch.chdir(ROOT)
+    cells = Study.read(ROOT / "studies" / "compare.yaml").cells
     rows = [
         {"axes": cell.axes, "files": {"generation_metrics.jsonl": [{"scores": {"fid": fid}}]}}
         for cell in cells.values()

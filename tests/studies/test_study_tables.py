@@ -23,7 +23,7 @@ from studies.tables import TableRows, main, poster_tables, tables_study
 from studies.text_table import TextTable
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDY = ROOT / "configs/studies/tables.yaml"
+STUDY = ROOT / "studies/tables.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_gaps_of_a_study_are_drawn_and_tabulated(tmp_path, capsys):
 
 
 def test_gaps_of_settings_that_have_changed_since_are_not_mixed_in(tmp_path, capsys):
-    study = Study.read(ROOT / "configs/studies/ntg.yaml")
+    study = Study.read(ROOT / "studies/ntg.yaml")
     for method, digest in [("vanilla", study.cells["gap_vanilla/seed0"].hash), ("uw", "old")]:
         row = {"cell": f"gap_{method}/seed0", "hash": digest}
         row["axes"] = {"seed": 0, "method": method}

@@ -1,0 +1,190 @@
+"""What `pip install` brings: configs by name, a README with whole links, mathematics on its own."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from hatchling.builders.sdist import SdistBuilder
+from hatchling.builders.wheel import WheelBuilder
+from readme_renderer import markdown
+
+from ant_lightning import __version__
+from ant_lightning.cli.configs import config_names, with_paths_of_configs
+from ant_lightning.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+URL = "https://example.org/owner/ant_lightning"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The unpacked wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REPOSITORY_URL", URL)
+        path = next(iter(WheelBuilder(str(ROOT)).build(directory=str(folder))))
+    with zipfile.ZipFile(path) as file:
+        file.extractall(folder / "site")
+    return folder / "site"
+
+
+def run(code, site, folder):
+    """Run code in a fresh interpreter, with the wheel's files and not those of the checkout."""
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    # -P: the working folder is not on the path.
+    command = [sys.executable, "-P", "-c", code]
+    return subprocess.run(
+        command, cwd=folder, env=environment, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_the_wheel_finds_every_config_in_an_empty_folder_without_torch(wheel, tmp_path, capsys):
+    code = """
+import sys
+from ant_lightning.cli.main import main
+assert main(["configs"]) == main(["configs", "show", "digits/dit"]) == main(["--version"]) == 0
+assert not {"torch", "lightning", "numpy"} & set(sys.modules)
+"""
+    found = run(code, wheel, tmp_path)
+    assert main(["configs"]) == 0
+    listed = capsys.readouterr().out
+    assert found == (
+        listed + (ROOT / "configs/digits/dit.yaml").read_text() + f"ant-lightning {__version__}\n"
+    )
+    shipped = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").glob("*/*.yaml")}
+    assert {line.split()[0] for line in listed.splitlines()} == {
+        path.with_suffix("").as_posix() for path in shipped
+    }
+
+
+def test_every_config_begins_with_a_sentence_in_one_line():
+    first = {name: path.read_text().split("\n")[0] for name, path in config_names().items()}
+    assert [name for name, line in first.items() if not re.fullmatch(r"# \S.{1,97}\.", line)] == []
+
+
+def test_names_of_configs_become_paths_and_paths_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").write_text("{}")
+    known = config_names()
+    args = ["fit", "--config", "digits/dit", "--config=balancer/uw", "-c", "mine"]
+    args += ["--config", "{a: 1}", "--config=missing.yaml", "--config"]
+    assert with_paths_of_configs(args) == [
+        *("fit", "--config", str(known["digits/dit"]), f"--config={known['balancer/uw']}"),
+        *("-c", "mine", "--config", "{a: 1}", "--config=missing.yaml", "--config"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (
+            ["fit", "--config", "digits/dti"],
+            "config: must be a file or a name that `ant-lightning configs` lists, found "
+            "'digits/dti'; did you mean 'digits/dit' or 'digits/ldm'?",
+        ),
+        (
+            ["configs", "show", "uw"],
+            "config: must be a file or a name that `ant-lightning configs` lists, found 'uw'; did "
+            "you mean 'balancer/uw'?",
+        ),
+        (
+            ["encode", "--config", "configs/imagenet/encode.yaml"],
+            "config: found nothing at configs/imagenet/encode.yaml; did you mean "
+            "'imagenet/encode'?",
+        ),
+        (["configs", "list"], "configs: takes nothing or `show NAME`, found 'list'"),
+    ],
+)
+def test_a_name_that_is_unknown_ends_in_one_line(args, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    assert capsys.readouterr().err == f"ant-lightning: error: {line}\n"
+
+
+def test_the_readme_on_the_index_has_whole_links_to_files_that_exist(wheel):
+    metadata = Parser().parsestr(next(wheel.glob("*.dist-info/METADATA")).read_text("utf8"))
+    assert dict(each.split(", ") for each in metadata.get_all("Project-URL"))["Repository"] == URL
+    page = markdown.render(metadata.get_payload())
+    targets = re.findall(r'(?:href|src)="(?!#)([^"]+)"', page)
+    own = [re.fullmatch(rf"{URL}/(?:raw|blob)/HEAD/([^#]+)(?:#.*)?", each) for each in targets]
+    assert [t for t, m in zip(targets, own, strict=True) if not m and "://" not in t] == []
+    files = [ROOT / match[1] for match in own if match]
+    assert len(files) > 20
+    assert [file for file in files if not file.exists()] == []
+    assert [m[0] for m in own if m and m[1].endswith(".png") and "/raw/" not in m[0]] == []
+
+
+def test_the_source_distribution_has_the_tests(tmp_path):
+    path = next(iter(SdistBuilder(str(ROOT)).build(directory=str(tmp_path))))
+    with tarfile.open(path) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    for folder in ("tests", "configs", "studies", "notebooks", "docs"):
+        files = {
+            path.relative_to(ROOT).as_posix()
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in {".py", ".yaml", ".md", ".npz", ".json"}
+            and "__pycache__" not in path.parts
+        }
+        assert files <= names
+
+
+ALONE = """
+import importlib, pkgutil, sys
+from importlib import metadata
+from re import match
+
+def needed(name, found):
+    if name not in found:
+        found.add(name)
+        for line in metadata.requires(name) or []:
+            if "extra ==" not in line and "platform_system" not in line:
+                needed(match(r"[\\w.-]+", line)[0].lower().replace("-", "_"), found)
+    return found
+
+owners = metadata.packages_distributions()
+few = {each for name in ("torch", "numpy", "einops") for each in needed(name, set())}
+few_modules = {m for m, of in owners.items() if few & {o.lower().replace("-", "_") for o in of}}
+others = set(owners) - few_modules - {"ant_lightning"}
+assert {"lightning", "torchmetrics", "jaxtyping", "scipy", "yaml"} <= others
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in others:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+
+for folder in ("tasks", "balancing", "diffusion", "backbones"):
+    package = importlib.import_module(f"ant_lightning.{folder}")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if not module.name.endswith(".figure"):
+            importlib.import_module(module.name)
+
+import torch
+from ant_lightning import (
+    CosineSchedule, DDIM, DiT, DiscreteDiffusion, NashMTL, PCGrad, SNRClustering,
+    UncertaintyWeighting, multitask_backward,
+)
+network = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=8, depth=1, num_heads=1,
+              num_classes=0, learn_sigma=False)
+process = DiscreteDiffusion(CosineSchedule(100))
+clusters = SNRClustering(num_tasks=3)(process.log_snr)
+x, noise = torch.randn(2, 12, 1, 8, 8)
+t, tasks = clusters.sample(12)
+def losses(rows):
+    x_t = process.q_sample(x[rows], t[rows], noise[rows])
+    return (network(x_t, t[rows], None) - noise[rows]).square().mean((1, 2, 3))
+for balancer in (PCGrad(num_tasks=3), NashMTL(num_tasks=3), UncertaintyWeighting(num_tasks=3)):
+    assert multitask_backward(losses, tasks, network.parameters(), balancer).finite
+print(len(sys.modules))
+"""
+
+
+def test_the_mathematics_needs_torch_numpy_and_einops_alone(tmp_path):
+    assert int(run(ALONE, ROOT, tmp_path)) > 500
