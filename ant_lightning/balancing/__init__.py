@@ -12,6 +12,7 @@ from ant_lightning.balancing.nash import NashMTL, nash_weights
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
 from ant_lightning.balancing.placed import PlacedTaskGradients
+from ant_lightning.balancing.reduced import ReducedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 from ant_lightning.balancing.sharded import ShardedTaskGradients
 from ant_lightning.balancing.step_losses import StepLosses, Weights
@@ -36,6 +37,7 @@ __all__ = [
     "OnePass",
     "PCGrad",
     "PlacedTaskGradients",
+    "ReducedTaskGradients",
     "Reduction",
     "SampleBalancer",
     "ShardedTaskGradients",

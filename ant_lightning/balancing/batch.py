@@ -39,6 +39,7 @@ class TaskBatch:
         order: Rows of the batch, those of task 0 first, `[b]`.
         starts: Task i has the rows `order[starts[i]:starts[i + 1]]`; `k + 1` ints.
         tasks: Task of each sample, on the parameters' device.
+        samples: Samples of each task on each rank, `[N, k]` float64.
         num_samples: Samples of each task on all ranks, `[k]` float64.
         values: The recorded losses, `[b]` float64, in the original order of the batch.
 
@@ -78,8 +79,11 @@ class TaskBatch:
         self.starts: list[int] = [0, *counts.cumsum(0).tolist()]
         self.order = on_host.argsort(stable=True).to(tasks.device, non_blocking=True)
         self.tasks = on_host.to(device, non_blocking=True)
-        own = counts.to(device, torch.float64, non_blocking=True)
-        self.num_samples = reduction.all_reduce_(own)
+        # Each rank fills its own row of a table of zeros, so the sum over ranks is a gather.
+        table = torch.zeros(reduction.world_size, self.num_tasks, dtype=torch.float64)
+        table[reduction.rank] = counts
+        self.samples = reduction.all_reduce_(table.to(device, non_blocking=True))
+        self.num_samples = self.samples.sum(0)
         self.shared = shared
         self.differentiation: Differentiation = differentiation(shared, reduction)
         self.reduction = reduction

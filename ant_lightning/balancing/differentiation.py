@@ -11,6 +11,7 @@ from ant_lightning.balancing.gradients import (
     assign_gradients,
     reduce_gradients_,
 )
+from ant_lightning.balancing.reduced import ReducedTaskGradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +39,8 @@ class Differentiation:
 
     def new_rows(self, num_tasks: int) -> DenseTaskGradients:
         """Buffers for the gradients of `k` tasks."""
-        return DenseTaskGradients(num_tasks, self.parameters, reduction=self.reduction)
+        kind = DenseTaskGradients if self.reduction.world_size == 1 else ReducedTaskGradients
+        return kind(num_tasks, self.parameters, reduction=self.reduction)
 
     def num_passes(self, counts: Sequence[int], size: int | None) -> list[int]:
         """Number of passes over each group, of at most `size` samples each.

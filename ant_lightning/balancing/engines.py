@@ -68,6 +68,7 @@ class Loop(Engine):
                     torch._foreach_div_(grads, batch.loss_scale)
                 yield grads
 
+        gradients.begin(samples=batch.samples)
         groups = [batch.order[start:stop] for start, stop in pairwise(batch.starts)]
         for task, passes in enumerate(batch.passes(groups)):
             gradients.write(task, parts(task, passes))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ant_lightning.balancing.parameters import is_dense, same_tensors
-from ant_lightning.balancing.reduction import padded_length
+from ant_lightning.balancing.buckets import memory_strides, views_of
+from ant_lightning.balancing.parameters import same_tensors
 from ant_lightning.balancing.shards import from_local
 from ant_lightning.errors import ConfigError
 
@@ -24,17 +24,16 @@ if TYPE_CHECKING:
 __all__ = [
     "DenseTaskGradients",
     "TaskGradients",
+    "assign_gradients",
     "dot_products",
     "full_precision",
     "reduce_gradients_",
+    "sums_dtype",
 ]
 
 # Columns whose dot products are summed in the rows' dtype; the sums of the chunks are added in
 # float64. From 1,024 to 131,072 columns make no difference in time (docs/benchmarks.md).
 _CHUNK = 1 << 16
-# Columns that are combined at a time. Larger on a GPU, where a combination of 130M parameters in
-# parts of the CPU's size made 370 calls.
-_COMBINED_ON_CPU, _COMBINED = 1 << 20, 1 << 24
 
 
 class TaskGradients(ABC):
@@ -61,42 +60,34 @@ class TaskGradients(ABC):
 
 
 class DenseTaskGradients(TaskGradients):
-    """One row of `p` numbers for each task; each rank keeps a shard of every row.
+    """The gradient of each task for each parameter, a block `[k, *shape]`, on one process.
 
-    The rows are float32 whatever the parameters are (float64 if one is float64). With `N` ranks a
-    row is summed over ranks by one reduce-scatter as soon as its task is done, while the next
-    task is computed. The Gramian of the shards is all-reduced (k x k numbers), and the combination
-    is gathered from its shards. In total this sends (k + 1) / 2 times the bytes of an all-reduce
-    of one gradient.
+    Blocks are float32 whatever the parameters are (float64 if one is float64). An engine gives them
+    in one of two ways:
+
+    - From one backward pass: `begin` after the forward pass, then `receive` once for each parameter
+      as soon as its block is known. A block is kept as it is, without a copy, until `combine_`. A
+      parameter without a block has gradients of zero.
+    - Task after task: `write`, which copies into buffers that are reused in every step.
 
     Args:
         num_tasks: `k`.
-        parameters: The shared parameters, `p` numbers in total. Memory is allocated when rows are
-            first written, and reused in every step until other parameters are bound.
-        reduction: How sums over ranks are made.
-        num_full: With several ranks, the number of whole rows that a rank holds at a time. With
-            two, one is sent while the next is computed.
+        parameters: The shared parameters, `p` numbers in total.
+        reduction: Of one process; `ReducedTaskGradients` is for several.
 
     Attributes:
-        keep: Whether `release` keeps the buffers for the next rows.
+        keep: Whether `release` keeps the buffers of `write` for the next step.
     """
 
     def __init__(
-        self,
-        num_tasks: int,
-        parameters: Sequence[nn.Parameter],
-        *,
-        reduction: Reduction,
-        num_full: int = 2,
+        self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction
     ) -> None:
         self.num_tasks = num_tasks
         self.reduction = reduction
         self.keep = True
-        self._num_full = num_tasks if reduction.world_size == 1 else min(num_full, num_tasks)
-        self._pending: list[Callable[[], None]] = []  # waits for the row sent from each buffer
-        self._spent = False  # whether a combination has overwritten the first row
         self.parameters: list[nn.Parameter] = []
         self._empty = torch.empty(0)
+        self._open = self._spent = False
         self.bind(parameters)
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -104,153 +95,200 @@ class DenseTaskGradients(TaskGradients):
         if not parameters:
             raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
         # A cast such as `.double()` changes the dtype but not the parameter objects.
-        dtype = _sums_dtype(parameters)
+        dtype = sums_dtype(parameters)
         if same_tensors(parameters, self.parameters) and dtype == self._empty.dtype:
             return
         self.parameters = list(parameters)
         self._empty = torch.empty(0, dtype=dtype, device=self.parameters[0].device)
-        self._held: list[nn.Parameter] = []  # parameters of the current rows
         self._drop()
 
     def _drop(self) -> None:
         """Forget the buffers; memory that a `.grad` is a view of lives on until that goes."""
-        self._full = self._shards = self._empty
-        self._views: list[list[Tensor]] = []  # of each whole row
-        self._blocks: list[Tensor] = []  # of all rows together
+        self._rows = self._empty  # of `write`, [k, p]
+        self._row_views: list[list[Tensor]] = []
+        self._blocks: dict[int, Tensor] = {}
+        self._matrices: list[tuple[list[int], Tensor]] = []
 
-    def _hold(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Begin new rows of these parameters, in the existing buffers if they fit."""
-        self._spent = False
-        if self._views and same_tensors(parameters, self._held):
-            return
-        ranks, num_full = self.reduction.world_size, self._num_full
-        length = padded_length(sum(p.numel() for p in parameters), ranks)
-        self._drop()
-        self._full = self._empty.new_zeros(num_full, length)
-        # Zeros, not empty: the padding at the end of a row must not add to the Gramian.
-        if ranks == 1:
-            self._shards = self._full
-        else:
-            self._shards = self._empty.new_zeros(self.num_tasks, length // ranks)
-        self._held = list(parameters)
-        self._views = [_views(row, self._held) for row in self._full]
-        self._pending = [_nothing] * num_full
+    def begin(
+        self,
+        tasks: Sequence[int] | None = None,
+        *,
+        samples: Float[Tensor, "N k"] | None = None,
+        apart: Sequence[int] = (),
+    ) -> None:
+        """Begin the gradients of a new step; every rank calls this after its forward pass.
+
+        Args:
+            tasks: Task of each row of the blocks of this step, each at most once; by default
+                `0 .. k-1`. Tasks without a row have gradients of zero.
+            samples: Number of samples of each task on each rank (`TaskBatch.samples`).
+            apart: Indices of parameters without a block in this step, which `gramian` and
+                `combine_` leave out; the same on every rank.
+        """
+        self._tasks = list(range(self.num_tasks) if tasks is None else tasks)
+        self._apart = set(apart)
+        self._blocks, self._matrices = {}, []
+        self._open, self._spent = True, False
+
+    def receive(self, index: int, block: Float[Tensor, "m ..."]) -> None:
+        """Take the gradients of one parameter, for the tasks of `begin`.
+
+        Call it in the course of the backward pass, once for each parameter that has a gradient, in
+        any order. Do not change the block afterwards.
+
+        Args:
+            index: Which of the parameters.
+            block: `[m, *shape]`; row j is the gradient of the loss of task `tasks[j]`, a mean over
+                the samples of all ranks.
+        """
+        assert self._open, "receive was called before begin"
+        assert index not in self._blocks, "receive was called twice for a parameter"
+        self._blocks[index] = self._flat(index, block)
+
+    def _flat(self, index: int, block: Tensor) -> Tensor:
+        """`block` as a matrix `[m, n]` whose rows have the memory layout of the parameter."""
+        p, rows = self.parameters[index], len(block)
+        strides = (p.numel(), *memory_strides(p))
+        block = block.to_dense() if block.is_sparse else block
+        block = block.detach().to(self._empty.dtype)
+        if any(
+            size > 1 and a != b
+            for size, a, b in zip(block.shape, block.stride(), strides, strict=True)
+        ):
+            wanted = torch.empty_strided(
+                block.shape, strides, dtype=block.dtype, device=block.device
+            )
+            block = wanted.copy_(block)
+        return block.as_strided((rows, p.numel()), (p.numel(), 1), block.storage_offset())
 
     def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
-        """Set row `task` to the sum over all ranks of `gradients`, a tensor for each parameter."""
-        self._hold(self.parameters)
-        slot = task % len(self._full)
-        self._pending[slot]()  # this buffer may still be sending the row of an earlier task
-        # A rank without samples of the task sends zeros: the reduce-scatter is collective.
-        if not self._accumulate(slot, gradients):
-            self._full[slot].zero_()
-        self._pending[slot] = self.reduction.reduce_scatter(self._shards[task], self._full[slot])
+        """Set the gradients of `task` to the sum of `gradients`, a tensor for each parameter.
+
+        Call it for every task, in order; without samples of the task, `gradients` is empty.
+        """
+        if not self._open:
+            self.begin()
+        if not self._row_views:
+            self._rows = self._empty.new_zeros(
+                self.num_tasks, sum(p.numel() for p in self.parameters)
+            )
+            self._row_views = [views_of(row, self.parameters) for row in self._rows]
+        first = True
+        for each in gradients:
+            (torch._foreach_copy_ if first else torch._foreach_add_)(
+                self._row_views[task], list(each)
+            )
+            first = False
+        if first:
+            self._rows[task].zero_()
+        self._matrices = [([*range(len(self.parameters))], self._rows)]
 
     def write_together(
         self,
         tasks: Sequence[int],
         fill: Callable[[list[Tensor]], None],
         parameters: Sequence[nn.Parameter] | None = None,
+        *,
+        samples: Float[Tensor, "N k"] | None = None,
     ) -> None:
-        """Set the rows of `tasks`, ascending, together; the other rows become zero.
+        """Set the gradients of `tasks` together; those of the other tasks become zero.
 
         Args:
             tasks: Tasks that this rank has samples of, `m` of them.
             fill: Called once with a tensor `[m, *shape]` for each parameter, and fills them.
-            parameters: Parameters that have rows, by default all; `combine_` ignores the others.
+            parameters: Parameters that have gradients, by default all; the others are left out.
+            samples: Number of samples of each task on each rank.
         """
-        self._hold(self.parameters if parameters is None else parameters)
-        self._grow(len(tasks))
-        if not self._blocks or len(self._blocks[0]) != len(tasks):
-            self._blocks = _blocks(self._full[: len(tasks)], self._held)
-        fill(self._blocks)
-        self._spread(tasks)
+        known = {id(p) for p in (self.parameters if parameters is None else parameters)}
+        indices = [index for index, p in enumerate(self.parameters) if id(p) in known]
+        apart = [*set(range(len(self.parameters))).difference(indices)]
+        self.begin(tasks, samples=samples, apart=apart)
+        sizes = [self.parameters[index].numel() * len(tasks) for index in indices]
+        blocks = []
+        for index, flat in zip(
+            indices, self._empty.new_empty(sum(sizes)).split(sizes), strict=True
+        ):
+            p = self.parameters[index]
+            strides = (p.numel(), *memory_strides(p))
+            blocks.append(flat.as_strided((len(tasks), *p.shape), strides, flat.storage_offset()))
+        fill(blocks)
+        for index, block in zip(indices, blocks, strict=True):
+            self.receive(index, block)
 
-    def _spread(self, tasks: Sequence[int]) -> None:
-        """Move whole rows `0 .. m-1` to the places of `tasks`, and sum them over ranks."""
-        if self.reduction.world_size == 1:
-            # The last row first: `tasks` ascends, so a row moves to a later place or stays, and
-            # none is overwritten before it has moved.
-            for slot, task in reversed(list(enumerate(tasks))):
-                if slot != task:
-                    self._full[task].copy_(self._full[slot])
-            for task in set(range(self.num_tasks)).difference(tasks):
-                self._full[task].zero_()
+    def _close(self) -> None:
+        """Join small blocks to one matrix; each large one stays a matrix of its own."""
+        if not self._open:
             return
-        # Every rank sends a row for every task, since each reduce-scatter is collective.
-        empty = torch.zeros_like(self._full[0])
-        full = {task: self._full[slot] for slot, task in enumerate(tasks)}
-        waits = [
-            self.reduction.reduce_scatter(self._shards[task], full.get(task, empty))
-            for task in range(self.num_tasks)
-        ]
-        for wait in waits:
-            wait()
-
-    def _accumulate(self, slot: int, gradients: Iterator[Sequence[Tensor]]) -> bool:
-        """Set a whole row to the sum of `gradients`; return whether there are any."""
-        empty = True
-        for each in gradients:
-            if empty:
-                torch._foreach_copy_(self._views[slot], list(each))
+        self._open = False
+        small = []
+        for index, block in self._blocks.items():
+            if block.shape[1] < _CHUNK:
+                small.append(index)
             else:
-                torch._foreach_add_(self._views[slot], list(each))
-            empty = False
-        return not empty
-
-    def _grow(self, num_full: int) -> None:
-        """Allocate whole rows up to this number."""
-        missing = num_full - len(self._full)
-        if missing <= 0:
-            return
-        new = self._full.new_zeros(missing, self._full.shape[1])
-        self._full = torch.cat([self._full, new])
-        self._pending += [_nothing] * missing
-        self._views = [_views(row, self._held) for row in self._full]
-        self._blocks = []
-
-    def _finish(self) -> None:
-        """Wait until this rank's shard of every row has arrived."""
-        for wait in self._pending:
-            wait()
+                self._matrices.append(([index], block))
+        if small:
+            joined = torch.cat([self._blocks[index] for index in small], dim=1)
+            self._matrices.append((small, joined))
+        self._blocks = {}
 
     def gramian(self) -> Float[Tensor, "k k"]:
-        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks; before `combine_`."""
+        """`G[i, j] = g_i . g_j`, float64; before `combine_`."""
         assert not self._spent, "gramian was called after combine_"
-        self._finish()
-        return self.reduction.all_reduce_(dot_products(self._shards))
+        self._close()
+        found = len(self._tasks)
+        inner = torch.zeros(found, found, dtype=torch.float64, device=self._empty.device)
+        for _, matrix in self._matrices:
+            inner += dot_products(matrix)
+        if self._tasks == [*range(self.num_tasks)]:
+            return inner
+        total = inner.new_zeros(self.num_tasks, self.num_tasks)
+        places = torch.tensor(self._tasks, device=total.device)
+        total[places[:, None], places] = inner
+        return total
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
-        """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter with rows.
-
-        The combination overwrites the first whole row, so call this once after the rows were
-        written.
-        """
+        """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter, once."""
         assert not self._spent, "combine_ was called twice"
+        self._close()
         self._spent = True
-        # The first whole row is the output: a buffer of its own would take another p numbers.
-        weights = (task_weights.to(self._shards.device) * scale).to(self._shards.dtype)
-        with full_precision(self._shards.device):
-            if self.reduction.world_size == 1:
-                on_cpu = self._shards.device.type == "cpu"
-                # In parts: `mv` must not write into its input, so each takes a temporary.
-                for part in self._shards.split(_COMBINED_ON_CPU if on_cpu else _COMBINED, dim=1):
-                    part[0].copy_(torch.mv(part.mT, weights))
-            else:
-                shard = torch.mv(self._shards.mT, weights)
-                self.reduction.all_gather(self._full[0], shard)
-        assign_gradients(self._held, self._views[0])
+        weights = (task_weights.to(self._empty.device) * scale).to(self._empty.dtype)
+        if self._tasks != [*range(self.num_tasks)]:
+            weights = weights[torch.tensor(self._tasks, device=weights.device)]
+        missing = set(range(len(self.parameters))).difference(self._apart)
+        # A block is freed as soon as its combination is made.
+        while self._matrices:
+            indices, matrix = self._matrices.pop()
+            with full_precision(matrix.device):
+                combined = torch.mv(matrix.mT, weights)
+            self._assign(indices, views_of(combined, [self.parameters[i] for i in indices]))
+            missing.difference_update(indices)
+        self._assign([*missing], [torch.zeros_like(self.parameters[i]) for i in missing])
+
+    def _assign(self, indices: Sequence[int], values: Sequence[Tensor]) -> None:
+        """Set the `.grad` of some parameters."""
+        assign_gradients([self.parameters[index] for index in indices], values)
 
     def release(self) -> None:
-        """Free the buffers unless `keep` is set."""
+        """Free the blocks, and the buffers unless `keep` is set."""
+        self._blocks, self._matrices = {}, []
+        self._open = False
         if not self.keep:
             self._drop()
 
     def rows(self) -> Float[Tensor, "k p"]:
-        """This rank's shard of every row; whole rows on one process. Valid before `combine_`."""
+        """The gradients as rows, in the order of the parameters. Valid before `combine_`."""
         assert not self._spent, "rows was called after combine_"
-        self._finish()
-        return self._shards
+        self._close()
+        if [indices for indices, _ in self._matrices] == [[*range(len(self.parameters))]]:
+            return self._matrices[0][1]
+        sizes = [p.numel() for p in self.parameters]
+        rows = self._empty.new_zeros(self.num_tasks, sum(sizes))
+        parts = rows.split(sizes, dim=1)
+        for indices, matrix in self._matrices:
+            found = matrix.split([sizes[index] for index in indices], dim=1)
+            for index, part in zip(indices, found, strict=True):
+                parts[index][self._tasks] = part
+        return rows
 
 
 def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reduction) -> None:
@@ -265,10 +303,10 @@ def reduce_gradients_(parameters: Sequence[nn.Parameter], *, reduction: Reductio
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.empty(
         sum(p.numel() for p in parameters),
-        dtype=_sums_dtype(parameters),
+        dtype=sums_dtype(parameters),
         device=parameters[0].device,
     )
-    views = _views(flat, parameters)
+    views = views_of(flat, parameters)
     torch._foreach_copy_(views, gradients)
     reduction.all_reduce_(flat)
     assign_gradients(parameters, views)
@@ -283,42 +321,10 @@ def assign_gradients(parameters: Sequence[nn.Parameter], values: Sequence[Tensor
         p.grad = from_local(value.to(p.dtype), p)
 
 
-def _nothing() -> None:
-    """Return at once: the buffer was not sent yet."""
-
-
-def _sums_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+def sums_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     """Dtype for sums over all gradients: float64 if any parameter is float64, else float32."""
     double = any(p.dtype == torch.float64 for p in parameters)
     return torch.float64 if double else torch.float32
-
-
-def _stride(p: Tensor) -> tuple[int, ...]:
-    """Strides that autograd gives the gradient of `p`: those of `p`, row-major if not dense."""
-    # With equal strides (channels-last, transposed), copies and the optimizer run over contiguous
-    # memory.
-    if is_dense(p):
-        return p.stride()
-    return torch.empty(p.shape, device="meta").stride()
-
-
-def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """`flat` cut into tensors of the parameters' shapes and memory layouts."""
-    views, start = [], 0
-    for p in parameters:
-        views.append(flat[start : start + p.numel()].as_strided(p.shape, _stride(p)))
-        start += p.numel()
-    return views
-
-
-def _blocks(rows: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """`rows [m, p]` cut into one tensor `[m, *shape]` for each parameter, in its memory layout."""
-    blocks, start = [], 0
-    for p in parameters:
-        part = rows[:, start : start + p.numel()]
-        blocks.append(part.as_strided((len(rows), *p.shape), (rows.stride(0), *_stride(p))))
-        start += p.numel()
-    return blocks
 
 
 def dot_products(rows: Tensor) -> Tensor:
@@ -326,13 +332,13 @@ def dot_products(rows: Tensor) -> Tensor:
 
     Chunks of the columns are summed in the rows' dtype, and the chunks' sums in float64.
     """
-    num_tasks, length = rows.shape
+    length = rows.shape[1]
     num_chunks = length // _CHUNK
     with full_precision(rows.device):
         tail = rows[:, num_chunks * _CHUNK :]
         total = (tail @ tail.mT).double()
         if num_chunks:
-            body = rows[:, : num_chunks * _CHUNK].view(num_tasks, num_chunks, _CHUNK)
+            body = rows[:, : num_chunks * _CHUNK].unflatten(1, (num_chunks, _CHUNK))
             chunks = body.transpose(0, 1)
             total += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
     return total

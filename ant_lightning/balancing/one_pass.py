@@ -204,7 +204,7 @@ class OnePass(Engine):
             if batch.is_scaled and blocks:
                 torch._foreach_div_(blocks, batch.loss_scale)
 
-        gradients.write_together(present, fill, dense)
+        gradients.write_together(present, fill, dense, samples=batch.samples)
         batch.record(losses.rows, losses.values)
         if not factored:
             return gradients

@@ -53,11 +53,9 @@ class ShardedTaskGradients(DenseTaskGradients):
         """`G[i, j] = g_i . g_j`, float64, summed over the parts."""
         return self._ranks.all_reduce_(super().gramian())
 
-    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
-        """Write this rank's part of `scale * sum_i task_weights[i] g_i` into `.grad`."""
-        # The base class writes to the `.grad` of the local parts, which no optimizer reads.
-        super().combine_(task_weights, scale=scale)
-        assign_gradients(self._sharded, self._views[0])
+    def _assign(self, indices: Sequence[int], values: Sequence[Tensor]) -> None:
+        """Set `.grad` of the sharded parameters: no optimizer reads that of their parts."""
+        assign_gradients([self._sharded[index] for index in indices], values)
 
 
 class ShardedDifferentiation(Differentiation):

@@ -88,7 +88,7 @@ class Vmap(Engine):
             if batch.is_scaled:
                 torch._foreach_div_(blocks, batch.loss_scale)
 
-        gradients.write_together(present, fill)
+        gradients.write_together(present, fill, samples=batch.samples)
         real = weights > 0
         batch.record(picks[real.to(picks.device)], values[real])
         return gradients

@@ -49,7 +49,7 @@ def engine_and_buffers(
     if not isinstance(balancer, GradientBalancer) or name == "low_memory":
         return _ENGINES[name](), None
     k, reduction = balancer.num_tasks, default_reduction()
-    if tasks.placement == "sorted":
+    if tasks.placement == "sorted" and reduction.world_size > 1:
         buffers: DenseTaskGradients = PlacedTaskGradients(k, parameters, reduction=reduction)
     else:
         buffers = differentiation(parameters, reduction).new_rows(k)

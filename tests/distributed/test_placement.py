@@ -83,13 +83,11 @@ def test_placed_ranks_equal_one_process_and_send_only_their_rows(tmp_path, world
     for rank in ranks:
         sent, held = rank["pcgrad"]["sent"], rank["pcgrad"]["held"]
         row = length * 8 * (world_size - 1) / world_size
-        assert sent["reduce_scatter"] == []
-        assert sent["all_to_all"] == [m * row for m in held]
+        assert sent["reduce_scatter"] == [row] * sum(held)
         assert sent["all_gather"] == [row] * 5
         if world_size >= K:
             vanilla = 2 * row
-            totals = [a + g for a, g in zip(sent["all_to_all"], sent["all_gather"], strict=True)]
-            assert max(totals) <= 1.5 * vanilla
+            assert max(held) * row + sent["all_gather"][0] <= 1.5 * vanilla
 
 
 def test_in_training_the_slices_go_round_the_ranks(tmp_path):

@@ -55,31 +55,28 @@ class Network(nn.Module):
 
 
 class Counted(GroupReduction):
-    """Adds up the bytes that a rank sends in each ring collective."""
+    """Notes the bytes that a rank sends in each collective."""
 
     def __init__(self):
         super().__init__()
-        self.sent = {"all_reduce": [], "reduce_scatter": [], "all_gather": [], "all_to_all": []}
+        self.sent = {"all_reduce": [], "reduce_scatter": [], "all_gather": []}
 
     def _count(self, name, tensor, rounds):
         share = (self.world_size - 1) / self.world_size
         self.sent[name].append(rounds * share * tensor.numel() * tensor.element_size())
 
-    def all_reduce_(self, tensor):
+    def start_all_reduce_(self, tensor):
         self._count("all_reduce", tensor, 2)
-        return super().all_reduce_(tensor)
+        return super().start_all_reduce_(tensor)
 
-    def reduce_scatter(self, shard, full):
-        self._count("reduce_scatter", full, 1)
-        return super().reduce_scatter(shard, full)
+    def reduce_scatter(self, shard, full, holders=None):
+        if full is not None:
+            self._count("reduce_scatter", full, 1)
+        return super().reduce_scatter(shard, full, holders)
 
-    def all_to_all(self, received, sent, num_rows):
-        self._count("all_to_all", sent, 1)
-        super().all_to_all(received, sent, num_rows)
-
-    def all_gather(self, full, shard):
+    def all_gather_(self, full):
         self._count("all_gather", full, 1)
-        super().all_gather(full, shard)
+        return super().all_gather_(full)
 
 
 def train(

@@ -1,0 +1,136 @@
+"""Buckets: parameters whose gradients travel together, in the order in which they arrive."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ant_lightning.balancing.parameters import is_dense
+from ant_lightning.balancing.reduction import padded_length
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from ant_lightning.balancing.reduction import Reduction
+
+__all__ = ["ArrivalOrder", "Bucket", "arranged", "memory_strides", "views_of"]
+
+
+class Bucket(NamedTuple):
+    """Parameters that share one vector.
+
+    Attributes:
+        members: Indices of the parameters, in the order of their numbers in the vector.
+        length: Numbers in the vector, a multiple of the number of ranks.
+        filled: Those of them that belong to a parameter; the others stay zero.
+    """
+
+    members: tuple[int, ...]
+    length: int
+    filled: int
+
+
+class ArrivalOrder:
+    """The order in which the parameters' gradients arrive, equal on all ranks.
+
+    In the first step it is the parameters' order backwards. The next call of `agree` makes it the
+    order of arrival that rank 0 has seen.
+
+    Args:
+        num: Number of parameters.
+        reduction: How ranks agree.
+    """
+
+    def __init__(self, num: int, reduction: Reduction) -> None:
+        self.indices = [*reversed(range(num))]
+        self._reduction = reduction
+        self._seen: dict[int, None] = {}  # a set that keeps the order
+        self._agreed = False
+
+    def note(self, index: int) -> None:
+        """Note that the gradient of a parameter has arrived."""
+        if not self._agreed:
+            self._seen[index] = None
+
+    def agree(self, device: torch.device) -> bool:
+        """Use the order that rank 0 has seen, if a step was; return whether this is new.
+
+        All ranks call this together.
+        """
+        if self._agreed or not self._seen:
+            return False
+        self._agreed = True
+        found = [*self._seen, *(index for index in self.indices if index not in self._seen)]
+        order = torch.tensor(found, device=device) * (self._reduction.rank == 0)
+        self.indices = self._reduction.all_reduce_(order).tolist()
+        return True
+
+
+def arranged(
+    sizes: Sequence[int],
+    order: Iterable[int],
+    *,
+    capacity: int,
+    first: int,
+    alone: int | None = None,
+    ranks: int = 1,
+) -> list[Bucket]:
+    """Parameters in buckets, in the order in which these will be full.
+
+    Args:
+        sizes: Numbers of each parameter.
+        order: Indices of the parameters, in the order in which their gradients arrive.
+        capacity: A bucket with this many numbers takes no more parameters.
+        first: The same for the first bucket, which is small, so that sending begins early.
+        alone: Parameters of this size have a bucket of their own; by default none has.
+        ranks: Each length is a multiple of this.
+
+    Examples:
+        >>> from ant_lightning.balancing.buckets import arranged
+        >>> for bucket in arranged([3, 5, 1, 9], [3, 2, 1, 0], capacity=5, first=5, ranks=2):
+        ...     print(bucket)
+        Bucket(members=(3,), length=10, filled=9)
+        Bucket(members=(2, 1), length=6, filled=6)
+        Bucket(members=(0,), length=4, filled=3)
+    """
+    found: list[Bucket] = []
+    members: list[int] = []
+    filled = 0
+
+    def close(indices: Sequence[int]) -> None:
+        numbers = sum(sizes[index] for index in indices)
+        found.append(Bucket(tuple(indices), padded_length(numbers, ranks), numbers))
+
+    for index in order:
+        if alone is not None and sizes[index] >= alone:
+            close([index])
+            continue
+        members.append(index)
+        filled += sizes[index]
+        if filled >= (capacity if found else first):
+            close(members)
+            members, filled = [], 0
+    if members:
+        close(members)
+    return found
+
+
+def memory_strides(p: Tensor) -> tuple[int, ...]:
+    """Strides that autograd gives the gradient of `p`: those of `p`, row-major if not dense."""
+    # With equal strides (channels-last, transposed), copies and the optimizer run over contiguous
+    # memory.
+    if is_dense(p):
+        return p.stride()
+    return torch.empty(p.shape, device="meta").stride()
+
+
+def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """`flat` cut into tensors of the parameters' shapes and memory layouts."""
+    views, start = [], flat.storage_offset()
+    for p in parameters:
+        views.append(flat.as_strided(p.shape, memory_strides(p), start))
+        start += p.numel()
+    return views

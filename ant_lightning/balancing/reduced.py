@@ -1,0 +1,253 @@
+"""Task gradients on several ranks, which travel while the backward pass goes on."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.balancing.buckets import ArrivalOrder, Bucket, arranged, views_of
+from ant_lightning.balancing.gradients import DenseTaskGradients, dot_products, full_precision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from jaxtyping import Float
+    from torch import Tensor
+
+__all__ = ["ReducedTaskGradients"]
+
+# Smallest parameter, in numbers for each rank, whose block is sent as it is. Smaller ones are
+# copied into buckets of this many numbers a task: a message of 128 KiB takes about as long as its
+# overhead.
+_ALONE = 1 << 15
+# Numbers on their way, in gradients of all parameters. Beyond them `receive` waits for the oldest,
+# so that blocks are freed while others are made.
+_MOST_PENDING = 2
+
+
+class ReducedTaskGradients(DenseTaskGradients):
+    """The gradients of each task, summed over ranks; each rank keeps a shard of every gradient.
+
+    As soon as the blocks of a bucket of parameters are known, one reduce-scatter for each task
+    starts, and the backward pass goes on. A large parameter is a bucket of its own whose block is
+    sent as it is, without a copy. Buckets are sent in one order on all ranks, that of their arrival
+    on rank 0 in the first step. The Gramian of the shards is all-reduced (k x k numbers), and the
+    combination is gathered from its shards. In total this sends (k + 1) / 2 times the bytes of an
+    all-reduce of one gradient.
+
+    With N ranks, each holds `k p / N` numbers during the whole step, and the blocks that are on
+    their way.
+
+    Args:
+        num_tasks: `k`.
+        parameters: The shared parameters, `p` numbers in total.
+        reduction: How sums over ranks are made.
+
+    Attributes:
+        keep: Whether `release` keeps the shards for the next step.
+    """
+
+    def _drop(self) -> None:
+        super()._drop()
+        self._order = ArrivalOrder(len(self.parameters), self.reduction)
+        self._forget_buckets()
+
+    def _forget_buckets(self) -> None:
+        """Forget buckets and buffers, but not the order of the parameters."""
+        self._buckets: list[Bucket] = []
+        self._shards = self._empty  # [k, sum of the lengths of the buckets / N]
+        self._parts: list[Tensor] = []  # columns of `_shards` that belong to each bucket
+        self._staged: dict[int, Tensor] = {}  # [k, length] for a bucket that blocks are copied into
+        self._staged_views: dict[int, list[list[Tensor]]] = {}
+        self._bucket_of: dict[int, int] = {}
+        self._zeros = self._empty
+
+    def _make_buckets(self) -> None:
+        """Arrange the parameters that have blocks in this step."""
+        ranks, sizes = self.reduction.world_size, [p.numel() for p in self.parameters]
+        order = [index for index in self._order.indices if index not in self._apart]
+        alone = _ALONE * ranks
+        self._buckets = arranged(
+            sizes, order, capacity=alone, first=alone, alone=alone, ranks=ranks
+        )
+        self._laid_out_for = set(self._apart)
+        lengths = [bucket.length // ranks for bucket in self._buckets]
+        # Zeros: the padding at the end of a bucket must not add to the Gramian.
+        self._shards = self._empty.new_zeros(self.num_tasks, sum(lengths))
+        self._parts = list(self._shards.split(lengths, dim=1))
+        for place, bucket in enumerate(self._buckets):
+            self._bucket_of.update(dict.fromkeys(bucket.members, place))
+            if len(bucket.members) > 1 or bucket.length != bucket.filled:
+                rows = self._empty.new_zeros(self.num_tasks, bucket.length)
+                members = [self.parameters[index] for index in bucket.members]
+                self._staged[place] = rows
+                self._staged_views[place] = [views_of(row, members) for row in rows]
+
+    def begin(
+        self,
+        tasks: Sequence[int] | None = None,
+        *,
+        samples: Float[Tensor, "N k"] | None = None,
+        apart: Sequence[int] = (),
+    ) -> None:
+        """Begin the gradients of a new step; every rank calls this after its forward pass."""
+        super().begin(tasks, samples=samples, apart=apart)
+        changed = self._order.agree(self._empty.device)
+        if changed or not self._buckets or self._laid_out_for != self._apart:
+            self._forget_buckets()
+            self._make_buckets()
+        self._slots = {task: slot for slot, task in enumerate(self._tasks)}
+        self._missing = [len(bucket.members) for bucket in self._buckets]
+        self._sources: dict[int, Tensor] = {}  # blocks that are sent as they are
+        self._pending: deque[tuple[int, Callable[[], None]]] = deque()
+        self._num_pending = 0
+        self._left = [self.num_tasks] * len(self._buckets)  # tasks of each bucket still to arrive
+        self._next = 0
+        self._by_task = False
+        device = self._empty.device
+        self._sum = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64, device=device)
+
+    def receive(self, index: int, block: Float[Tensor, "m ..."]) -> None:
+        """Take the gradients of one parameter, and send what is complete."""
+        assert self._open, "receive was called before begin"
+        place = self._bucket_of[index]
+        assert self._missing[place], "receive was called twice for a parameter"
+        self._order.note(index)
+        if place in self._staged:
+            member = self._buckets[place].members.index(index)
+            views = self._staged_views[place]
+            for task, slot in self._slots.items():
+                views[task][member].copy_(block[slot])
+        else:
+            self._sources[place] = self._flat(index, block)
+        self._blocks[index] = self._empty
+        self._missing[place] -= 1
+        self._send_complete()
+
+    def _send_complete(self) -> None:
+        """Send the next buckets in order, as long as they are complete."""
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            place, self._next = self._next, self._next + 1
+            for task in range(self.num_tasks):
+                self._send(place, task, self._source(place, task))
+
+    def _source(self, place: int, task: int) -> Tensor | None:
+        """The numbers of a bucket for one task; `None` if this rank has none."""
+        if task not in self._slots:
+            return None
+        if place in self._staged:
+            return self._staged[place][task]
+        block = self._sources.get(place)
+        return None if block is None else block[self._slots[task]]
+
+    def _holders(self, task: int) -> Sequence[int] | None:
+        """Ranks that send gradients of a task; `None` for all."""
+        return None
+
+    def _send(self, place: int, task: int, full: Tensor | None) -> None:
+        """Start the sum over ranks of one bucket for one task."""
+        holders, length = self._holders(task), self._buckets[place].length
+        if holders is not None and self.reduction.rank not in holders:
+            full = None
+        elif full is None:
+            if len(self._zeros) < length:
+                self._zeros = self._empty.new_zeros(length)
+            full = self._zeros[:length]
+        wait = self.reduction.reduce_scatter(self._parts[place][task], full, holders)
+        self._pending.append((place, wait))
+        self._num_pending += length
+        while self._num_pending > _MOST_PENDING * self.reduction.world_size * self._shards.shape[1]:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the oldest sum; the last one of a bucket completes its part of the Gramian."""
+        place, wait = self._pending.popleft()
+        wait()
+        self._num_pending -= self._buckets[place].length
+        self._left[place] -= 1
+        if not self._left[place]:
+            self._sources.pop(place, None)
+            self._sum += dot_products(self._parts[place])
+
+    def write(self, task: int, gradients: Iterator[Sequence[Tensor]]) -> None:
+        """Set the gradients of `task` to the sum of `gradients`, and send it."""
+        if not self._open:
+            self.begin()
+        self._by_task = True
+        total: list[Tensor] = []
+        for each in gradients:
+            if total:
+                torch._foreach_add_(total, list(each))
+            else:
+                total = list(each)
+        for place, bucket in enumerate(self._buckets):
+            full: Tensor | None = None
+            if total and place in self._staged:
+                full = self._staged[place][task]
+                torch._foreach_copy_(
+                    self._staged_views[place][task], [total[index] for index in bucket.members]
+                )
+            elif total:
+                (index,) = bucket.members
+                full = self._flat(index, total[index][None])[0]
+            self._send(place, task, full)
+
+    def _close(self) -> None:
+        """Send what has not arrived as zeros, and wait until every shard has."""
+        if not self._open:
+            return
+        self._open = False
+        if not self._by_task:
+            for place in range(self._next, len(self._buckets)):
+                for member, index in enumerate(self._buckets[place].members):
+                    if index not in self._blocks and place in self._staged:
+                        for views in self._staged_views[place]:
+                            views[member].zero_()
+                self._missing[place] = 0
+            self._send_complete()
+        while self._pending:
+            self._settle()
+        self._blocks = {}
+
+    def gramian(self) -> Float[Tensor, "k k"]:
+        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks; before `combine_`."""
+        assert not self._spent, "gramian was called after combine_"
+        self._close()
+        return self.reduction.all_reduce_(self._sum.clone())
+
+    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
+        """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter, once."""
+        assert not self._spent, "combine_ was called twice"
+        self._close()
+        self._spent = True
+        weights = (task_weights.to(self._empty.device) * scale).to(self._empty.dtype)
+        found: list[tuple[Bucket, Tensor, Callable[[], None]]] = []
+        # One bucket is gathered while the next is combined.
+        for bucket, part in zip(self._buckets, self._parts, strict=True):
+            full = self._empty.new_empty(bucket.length)
+            own = full.view(self.reduction.world_size, -1)[self.reduction.rank]
+            with full_precision(full.device):
+                torch.mv(part.mT, weights, out=own)
+            found.append((bucket, full, self.reduction.all_gather_(full)))
+        for bucket, full, wait in found:
+            wait()
+            members = [self.parameters[index] for index in bucket.members]
+            self._assign(bucket.members, views_of(full, members))
+
+    def release(self) -> None:
+        """Free the shards unless `keep` is set."""
+        self._sources, self._blocks = {}, {}
+        self._open = False
+        if not self.keep:
+            self._forget_buckets()
+
+    def rows(self) -> Float[Tensor, "k p"]:
+        """This rank's shard of every gradient, in the order of the buckets, which has padding.
+
+        Valid before `combine_`.
+        """
+        assert not self._spent, "rows was called after combine_"
+        self._close()
+        return self._shards
