@@ -41,10 +41,8 @@ class PlacedTaskGradients(ReducedTaskGradients):
     ) -> None:
         """Begin the gradients of a new step, of which `samples` must be known."""
         assert samples is not None, "begin needs the samples of each rank"
-        on_host = samples.cpu()
-        self._of_task: list[list[int]] = [
-            column.nonzero().flatten().tolist() for column in on_host.T
-        ]
+        columns = samples.cpu().T
+        self._of_task: list[list[int]] = [each.nonzero().flatten().tolist() for each in columns]
         super().begin(tasks, samples=samples, apart=apart)
 
     def _holders(self, task: int) -> Sequence[int]:
