@@ -147,6 +147,22 @@ from ant_lightning.data.shapes import (
 from ant_lightning.data.stored_images import (
     StoredImages as StoredImages,
 )
+from ant_lightning.diffusion.density import (
+    Density as Density,
+    LogitNormal as LogitNormal,
+    LogNormal as LogNormal,
+    Table as Table,
+    Uniform as Uniform,
+)
+from ant_lightning.diffusion.discrete import (
+    DiscreteDiffusion as DiscreteDiffusion,
+)
+from ant_lightning.diffusion.edm import (
+    EDM as EDM,
+)
+from ant_lightning.diffusion.flow import (
+    FlowMatching as FlowMatching,
+)
 from ant_lightning.diffusion.guidance import (
     GuidedDenoiser as GuidedDenoiser,
 )
@@ -157,8 +173,14 @@ from ant_lightning.diffusion.losses import (
 from ant_lightning.diffusion.mixture import (
     GaussianMixture as GaussianMixture,
 )
+from ant_lightning.diffusion.preconditioning import (
+    EDMPreconditioning as EDMPreconditioning,
+    IDDPMPreconditioning as IDDPMPreconditioning,
+    VEPreconditioning as VEPreconditioning,
+    VPPreconditioning as VPPreconditioning,
+)
 from ant_lightning.diffusion.process import (
-    DiscreteDiffusion as DiscreteDiffusion,
+    NoiseProcess as NoiseProcess,
 )
 from ant_lightning.diffusion.samplers.base import (
     Sampler as Sampler,
@@ -176,6 +198,7 @@ from ant_lightning.diffusion.schedules import (
     NoiseSchedule as NoiseSchedule,
     ScaledLinearSchedule as ScaledLinearSchedule,
     TableSchedule as TableSchedule,
+    ZeroTerminalSNR as ZeroTerminalSNR,
 )
 from ant_lightning.diffusion.weighting import (
     P2 as P2,

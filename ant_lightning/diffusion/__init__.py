@@ -1,9 +1,20 @@
-"""The diffusion process, its losses and samplers."""
+"""Noise processes, their losses and samplers."""
 
+from ant_lightning.diffusion.density import Density, LogitNormal, LogNormal, Table, Uniform
+from ant_lightning.diffusion.discrete import DiscreteDiffusion
+from ant_lightning.diffusion.edm import EDM
+from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.guidance import GuidedDenoiser
-from ant_lightning.diffusion.losses import DenoisingLoss, denoising_loss, variational_bound
+from ant_lightning.diffusion.losses import PMeanVariance, denoising_loss, variational_bound
 from ant_lightning.diffusion.mixture import GaussianMixture
-from ant_lightning.diffusion.process import DiscreteDiffusion, PMeanVariance
+from ant_lightning.diffusion.preconditioning import (
+    EDMPreconditioning,
+    IDDPMPreconditioning,
+    Preconditioning,
+    VEPreconditioning,
+    VPPreconditioning,
+)
+from ant_lightning.diffusion.process import DenoisingLoss, NoiseProcess
 from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep
 from ant_lightning.diffusion.samplers.ddim import DDIM, DDPM
 from ant_lightning.diffusion.schedules import (
@@ -12,28 +23,43 @@ from ant_lightning.diffusion.schedules import (
     NoiseSchedule,
     ScaledLinearSchedule,
     TableSchedule,
+    ZeroTerminalSNR,
 )
 from ant_lightning.diffusion.weighting import P2, LossWeighting, MinSNR
 
 __all__ = [
     "DDIM",
     "DDPM",
+    "EDM",
     "P2",
     "CosineSchedule",
     "Denoiser",
     "DenoisingLoss",
+    "Density",
     "DiscreteDiffusion",
+    "EDMPreconditioning",
+    "FlowMatching",
     "GaussianMixture",
     "GuidedDenoiser",
+    "IDDPMPreconditioning",
     "LinearSchedule",
+    "LogNormal",
+    "LogitNormal",
     "LossWeighting",
     "MinSNR",
+    "NoiseProcess",
     "NoiseSchedule",
     "PMeanVariance",
+    "Preconditioning",
     "SampleStep",
     "Sampler",
     "ScaledLinearSchedule",
+    "Table",
     "TableSchedule",
+    "Uniform",
+    "VEPreconditioning",
+    "VPPreconditioning",
+    "ZeroTerminalSNR",
     "denoising_loss",
     "variational_bound",
 ]

@@ -6,19 +6,24 @@ the process stay in float64.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ant_lightning.diffusion.density import Uniform
+from ant_lightning.diffusion.prediction import Levels
+from ant_lightning.diffusion.process import NoiseProcess, at_least_float32
 
 if TYPE_CHECKING:
     from typing import TypeAlias
 
     from jaxtyping import Float, Int
 
+    from ant_lightning.diffusion.density import Density
+    from ant_lightning.diffusion.process import Images
     from ant_lightning.diffusion.schedules import NoiseSchedule
 
-    Images: TypeAlias = Float[Tensor, "b c ..."]
     Timesteps: TypeAlias = Int[Tensor, " b"]
 
 __all__ = ["ForwardProcess", "Tables", "at_least_float32", "gather"]
@@ -84,11 +89,6 @@ def _tables(betas: Float[Tensor, " T"]) -> Tables:
     )
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """Cast half precision to float32; leave float32 and float64 as they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def gather(table: Float[Tensor, " T"], timesteps: Timesteps, like: Images) -> Images:
     """Look up `timesteps` in a table; returns `[b, 1, ...]`, which broadcasts against `like`.
 
@@ -104,7 +104,7 @@ def gather(table: Float[Tensor, " T"], timesteps: Timesteps, like: Images) -> Im
     return values.to(dtype).view(-1, *[1] * (like.ndim - 1))
 
 
-class ForwardProcess:
+class ForwardProcess(NoiseProcess):
     """A discrete diffusion `q(x_t | x_start) = N(sqrt(abar_t) x_start, (1 - abar_t) I)`.
 
     Images are `[b, c, ...]`. Timesteps are int64 `[b]` and index the tables of this process. The
@@ -112,21 +112,29 @@ class ForwardProcess:
 
     Args:
         schedule: The noise schedule, which returns the betas.
+        density: How often training draws each timestep.
 
     Attributes:
         timestep_map: The timestep that the network is given at each index of the tables, `[T]`.
             The identity, unless the process is respaced.
 
     Raises:
-        ConfigError: If a beta is outside (0, 1).
+        ConfigError: If a beta is outside (0, 1), or the density does not fit.
 
     Reference:
         Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239.
     """
 
-    def __init__(self, schedule: NoiseSchedule) -> None:
+    time_label: ClassVar[str] = "timestep"
+
+    def __init__(self, schedule: NoiseSchedule, density: Density = Uniform()) -> None:
         self._tables = _tables(schedule().double())
+        # A density of t is taken at the edges `i / T` of the timesteps.
+        self._density = density.checked_masses(
+            torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64), coordinate="time"
+        )
         self.timestep_map: Int[Tensor, " T"] = torch.arange(self.num_timesteps)
+        self._is_respaced = False
         self._on_device: dict[torch.device, Tables] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -155,9 +163,36 @@ class ForwardProcess:
 
     @property
     def log_snr(self) -> Float[Tensor, " T"]:
-        """`log(abar) - log(1 - abar)`."""
+        """`log(abar) - log(1 - abar)`.
+
+        At a terminal SNR of zero it would be minus infinity. The last entry is then extrapolated
+        from the two before, so that clusters and plots have a finite axis.
+        """
         # Not snr.log(): where abar is near 1, computing 1 - abar loses digits; log1p does not.
-        return self.alphas_cumprod.log() - torch.log1p(-self.alphas_cumprod)
+        log_snr = self.alphas_cumprod.log() - torch.log1p(-self.alphas_cumprod)
+        if not log_snr[-1].isfinite():
+            log_snr[-1] = 2 * log_snr[-2] - log_snr[-3] if len(log_snr) > 2 else log_snr[0] - 1
+        return log_snr
+
+    @property
+    def density(self) -> Float[Tensor, " T"]:
+        """Share of the training draws that each timestep has."""
+        return self._density
+
+    @property
+    def edges(self) -> Float[Tensor, " T+1"]:
+        """0 .. T: timestep t is drawn as the cell from t to t + 1."""
+        return torch.arange(self.num_timesteps + 1, dtype=torch.float64)
+
+    @property
+    def min_time(self) -> float:
+        """0."""
+        return 0
+
+    @property
+    def max_time(self) -> float:
+        """T - 1."""
+        return self.num_timesteps - 1
 
     def tables(self, device: torch.device) -> Tables:
         """All tables on `device`, copied there once; float32 if the device has no float64."""
@@ -166,18 +201,33 @@ class ForwardProcess:
             self._on_device[device] = Tables(*(each.to(device, dtype) for each in self._tables))
         return self._on_device[device]
 
-    def levels(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal `sqrt(abar)` and noise level `sqrt(1 - abar)`, `[b, 1, ...]` each."""
+    def times(self, cells: Timesteps, u: Float[Tensor, " b"] | None = None) -> Timesteps:
+        """The timesteps themselves."""
+        return cells
+
+    def levels(self, x: Images, times: Timesteps) -> Levels:
+        """`a = sqrt(abar)` and `s = sqrt(1 - abar)`; `v` is `a eps - s x_start`.
+
+        This v is the derivative by the angle `arctan(s / a)`, not by the timestep.
+        """
         tables = self.tables(x.device)
-        return (
-            gather(tables.sqrt_alphas_cumprod, timesteps, x),
-            gather(tables.sqrt_one_minus_alphas_cumprod, timesteps, x),
-        )
+        a = gather(tables.sqrt_alphas_cumprod, times, x)
+        s = gather(tables.sqrt_one_minus_alphas_cumprod, times, x)
+        return Levels(a, s, a_rate=-s, s_rate=a, det=1.0)
+
+    def log_snr_at(self, times: Timesteps) -> Float[Tensor, " b"]:
+        """Entries of `log_snr`."""
+        return self.log_snr.to(times.device, non_blocking=True)[times]
+
+    def network_inputs(self, x_t: Images, times: Timesteps) -> tuple[Images, Timesteps]:
+        """The images as they are, and training's timesteps."""
+        if not self._is_respaced:
+            return x_t, times
+        return x_t, self.timestep_map.to(times.device)[times]
 
     def q_sample(self, x_start: Images, timesteps: Timesteps, noise: Images) -> Images:
         """Add noise to images: `x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise`."""
-        a, s = self.levels(x_start, timesteps)
-        return a * x_start + s * noise  # Ho et al., equation 4
+        return self.noised(x_start, noise, timesteps)  # Ho et al., equation 4
 
     def q_posterior(
         self, x_start: Images, x_t: Images, timesteps: Timesteps

@@ -13,7 +13,8 @@ from ant_lightning.errors import ConfigError, check_at_least
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ant_lightning.diffusion.forward import Images, Timesteps
+    from ant_lightning.diffusion.forward import Timesteps
+    from ant_lightning.diffusion.process import Images
 
 __all__ = ["GuidedDenoiser"]
 

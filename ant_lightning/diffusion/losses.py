@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ant_lightning.diffusion.forward import gather
+from ant_lightning.diffusion.process import DenoisingLoss, per_image
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-    from ant_lightning.diffusion.forward import Images, Timesteps
-    from ant_lightning.diffusion.process import DiscreteDiffusion
+    from ant_lightning.diffusion.forward import Timesteps
+    from ant_lightning.diffusion.process import Images
 
 __all__ = [
     "DenoisingLoss",
+    "PMeanVariance",
     "denoising_loss",
     "discretized_gaussian_log_likelihood",
     "normal_kl",
@@ -26,23 +28,37 @@ __all__ = [
 ]
 
 
-class DenoisingLoss(NamedTuple):
-    """The loss of each image and its parts, `[b]` each.
+class PMeanVariance(NamedTuple):
+    """The model's `p(x_{t-1} | x_t)` and the predictions behind it, `[b, c, ...]` each."""
 
-    Attributes:
-        loss: What is minimised.
-        mse: Mean squared error without the weights of the timesteps.
-        vb: Term of the variational bound in bits per dimension, times `vb_scale`; `None` if the
-            variance is not learned.
-    """
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    x_start: Tensor
+    eps: Tensor
 
-    loss: Tensor
-    mse: Tensor
-    vb: Tensor | None
+
+class _ReverseProcess(Protocol):
+    """What the losses need of `DiscreteDiffusion`, whose file imports this one."""
+
+    @property
+    def num_timesteps(self) -> int: ...
+
+    def target(self, x_start: Images, noise: Images, times: Timesteps) -> Images: ...
+
+    def split_output(self, model_output: Images, channels: int) -> tuple[Images, Images | None]: ...
+
+    def q_posterior(
+        self, x_start: Images, x_t: Images, timesteps: Timesteps
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def p_mean_variance(
+        self, model_output: Images, x_t: Images, timesteps: Timesteps, *, clip_denoised: bool = True
+    ) -> PMeanVariance: ...
 
 
 def denoising_loss(
-    process: DiscreteDiffusion,
+    process: _ReverseProcess,
     model_output: Images,
     x_start: Images,
     x_t: Images,
@@ -86,7 +102,7 @@ def denoising_loss(
         tensor([1., 1.])
     """
     prediction, values = process.split_output(model_output, x_start.shape[1])
-    mse = _per_image((process.target(x_start, noise, timesteps) - prediction).square())
+    mse = per_image((process.target(x_start, noise, timesteps) - prediction).square())
     loss = mse
     if weights is not None:
         if weights.shape != (process.num_timesteps,):
@@ -104,7 +120,7 @@ def denoising_loss(
 
 
 def variational_bound(
-    process: DiscreteDiffusion,
+    process: _ReverseProcess,
     model_output: Images,
     x_start: Images,
     x_t: Images,
@@ -143,7 +159,7 @@ def variational_bound(
     )
     # Equation 5: L_0 at t = 0, L_{t-1} elsewhere. Both are computed for every image: to select the
     # images with t = 0, the host would have to wait for the GPU.
-    nats = torch.where(timesteps == 0, _per_image(nll), _per_image(kl))
+    nats = torch.where(timesteps == 0, per_image(nll), per_image(kl))
     return nats / math.log(2)
 
 
@@ -178,8 +194,3 @@ def discretized_gaussian_log_likelihood(x: Images, *, mean: Images, log_scale: I
 def _normal_cdf(x: Tensor) -> Tensor:
     """Standard normal CDF, in the tanh approximation with which published bounds were computed."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
-
-
-def _per_image(values: Tensor) -> Tensor:
-    """Mean over all dimensions but the first."""
-    return values.flatten(start_dim=1).mean(dim=1)

@@ -1,38 +1,57 @@
-"""What a network predicts (eps, x0 or v), and the conversions between the three.
+"""What a network predicts, and the conversions between the four quantities.
 
-With signal `a = sqrt(alphas_cumprod)` and noise level `s = sqrt(1 - alphas_cumprod)`,
-`x_t = a x_start + s eps` and `v = a eps - s x_start`. Since `a² + s² = 1`, each of the three
-follows from another and `x_t`.
+At a time with signal `a` and noise level `s`, `x_t = a x_start + s eps`. The velocity is
+`v = a' x_start + s' eps`, with the rates `a'`, `s'` at which the levels change, and the score is
+`-eps / s`. Each of the four follows from another and `x_t`; `det = a s' - s a'` is the determinant
+of the map from (x_start, eps) to (x_t, v).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
+
+from torch import Tensor
 
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable
 
-__all__ = ["PredictionType", "check_prediction_type", "convert"]
+__all__ = ["Levels", "PredictionType", "Quantity", "check_prediction_type", "convert"]
 
 PredictionType: TypeAlias = Literal["eps", "x0", "v"]
+Quantity: TypeAlias = Literal["x0", "eps", "v", "score"]
 
-# (from, to). For v: Salimans and Ho, "Progressive Distillation", arXiv 2202.00512, appendix D.
-# The last two insert x_start or eps from `x_t = a x_start + s eps` into v and use `a² + s² = 1`.
-# The divisors are above 0, because every beta is inside (0, 1).
-_CONVERSIONS = {
-    ("eps", "x0"): lambda eps, x_t, a, s: (x_t - s * eps) / a,
-    ("v", "x0"): lambda v, x_t, a, s: a * x_t - s * v,
-    ("x0", "eps"): lambda x0, x_t, a, s: (x_t - a * x0) / s,
-    ("v", "eps"): lambda v, x_t, a, s: s * x_t + a * v,
-    ("eps", "v"): lambda eps, x_t, a, s: (eps - s * x_t) / a,
-    ("x0", "v"): lambda x0, x_t, a, s: (a * x_t - x0) / s,
+
+class Levels(NamedTuple):
+    """Signal `a` and noise level `s` of each image, `[b, 1, ...]`, their rates and `det`.
+
+    The rates are derivatives by the process' own time. `det = a s_rate - s a_rate` is above 0.
+    """
+
+    a: Tensor
+    s: Tensor
+    a_rate: Tensor | float
+    s_rate: Tensor | float
+    det: Tensor | float
+
+
+# (from, to), inserted from x_t = a x_start + s eps and v = a' x_start + s' eps. Salimans and Ho,
+# "Progressive Distillation", arXiv 2202.00512, appendix D, is the case a' = -s, s' = a, det = 1.
+_CONVERSIONS: dict[tuple[str, str], Callable[[Tensor, Tensor, Levels], Tensor]] = {
+    ("eps", "x0"): lambda eps, x_t, at: (x_t - at.s * eps) / at.a,
+    ("v", "x0"): lambda v, x_t, at: (at.s_rate * x_t - at.s * v) / at.det,
+    ("x0", "eps"): lambda x0, x_t, at: (x_t - at.a * x0) / at.s,
+    ("v", "eps"): lambda v, x_t, at: (at.a * v - at.a_rate * x_t) / at.det,
+    ("eps", "v"): lambda eps, x_t, at: (at.det * eps + at.a_rate * x_t) / at.a,
+    ("x0", "v"): lambda x0, x_t, at: (at.s_rate * x_t - at.det * x0) / at.s,
+    ("score", "eps"): lambda score, x_t, at: -at.s * score,
+    ("eps", "score"): lambda eps, x_t, at: -eps / at.s,
 }
 
 
 def check_prediction_type(prediction_type: str) -> None:
-    """Check the name of a prediction type.
+    """Check the name of a prediction type of a discrete process.
 
     Raises:
         ConfigError: If it is none of `eps`, `x0`, `v`.
@@ -42,17 +61,19 @@ def check_prediction_type(prediction_type: str) -> None:
         raise ConfigError(f"prediction_type: must be one of {names}, found {prediction_type}")
 
 
-def convert(
-    prediction: Tensor,
-    kind: PredictionType,
-    to: PredictionType,
-    *,
-    x_t: Tensor,
-    a: Tensor,
-    s: Tensor,
-) -> Tensor:
-    """Convert a prediction `[b, c, ...]` from type `kind` into type `to`.
+def convert(prediction: Tensor, kind: str, to: str, *, x_t: Tensor, at: Levels) -> Tensor:
+    """Convert a prediction `[b, c, ...]` from type `kind` into type `to`, at the levels `at`.
 
-    `a` and `s` are the signal and the noise level of each image, `[b, 1, ...]`.
+    Raises:
+        ConfigError: If one of them is not a `Quantity`.
     """
-    return prediction if kind == to else _CONVERSIONS[kind, to](prediction, x_t, a, s)
+    for name in (kind, to):
+        if name not in get_args(Quantity):
+            names = ", ".join(get_args(Quantity))
+            raise ConfigError(f"prediction_type: must be one of {names}, found {name}")
+    if kind == to:
+        return prediction
+    if "score" in (kind, to) and "eps" not in (kind, to):  # the score is eps in other units
+        eps = convert(prediction, kind, "eps", x_t=x_t, at=at)
+        return convert(eps, "eps", to, x_t=x_t, at=at)
+    return _CONVERSIONS[kind, to](prediction, x_t, at)

@@ -1,204 +1,272 @@
-"""The diffusion process: what a network's output means, and the reverse step that it defines."""
+"""The contract of a noise process: what discrete diffusion, flow matching and EDM share."""
 
 from __future__ import annotations
 
-from functools import partialmethod
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ant_lightning.diffusion.forward import ForwardProcess, at_least_float32, gather
-from ant_lightning.diffusion.prediction import PredictionType, check_prediction_type, convert
-from ant_lightning.diffusion.schedules import LinearSchedule, NoiseSchedule, TableSchedule
-from ant_lightning.diffusion.weighting import LossWeighting
+from ant_lightning.diffusion.prediction import Levels, convert
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from typing import TypeAlias
 
-    from ant_lightning.diffusion.forward import Images, Timesteps
+    from jaxtyping import Float, Int
 
-__all__ = ["DiscreteDiffusion", "PMeanVariance", "VarianceType"]
+    Images: TypeAlias = Float[Tensor, "b c ..."]
+    Times: TypeAlias = Float[Tensor, " b"] | Int[Tensor, " b"]
 
-VarianceType: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
-
-
-class PMeanVariance(NamedTuple):
-    """The model's `p(x_{t-1} | x_t)` and the predictions behind it, `[b, c, ...]` each."""
-
-    mean: Tensor
-    variance: Tensor
-    log_variance: Tensor
-    x_start: Tensor
-    eps: Tensor
+__all__ = ["DenoisingLoss", "NoiseProcess", "at_least_float32", "per_image"]
 
 
-class DiscreteDiffusion(ForwardProcess):
-    """A forward process, the meaning of the network's output, and the weights of its loss.
+class DenoisingLoss(NamedTuple):
+    """The loss of each image and its parts, `[b]` each.
 
-    Images are `[b, c, ...]`. Timesteps are int64 `[b]` and index the tables of this process.
-    `to_x_start`, `to_eps` and `to_v` convert a prediction, by default of this process' own type.
-    Another type is named: `process.to_eps(prediction, x_t, timesteps, prediction_type="x0")`.
-
-    Args:
-        schedule: The noise schedule, which returns the betas.
-        prediction_type: What the network predicts: `eps`, `x0` or `v`.
-        variance_type: Variance of `p(x_{t-1} | x_t)`. `fixed_small`: the posterior variance.
-            `fixed_large`: beta. `learned_range`: interpolated between these two on the log scale
-            by a second set of c output channels; the loss is then the hybrid one.
-        loss_weighting: Weight of each timestep in the loss (`MinSNR`, `P2`); `None` for 1.
-
-    Raises:
-        ConfigError: If a type is unknown, or a beta is outside (0, 1).
-
-    Reference:
-        Ho et al., arXiv 2006.11239; Nichol and Dhariwal, arXiv 2102.09672 (learned range).
-
-    Examples:
-        >>> from ant_lightning import CosineSchedule, DiscreteDiffusion, MinSNR
-        >>> process = DiscreteDiffusion(CosineSchedule(1000), loss_weighting=MinSNR(gamma=5.0))
-        >>> process.num_timesteps, process.loss_weights.shape
-        (1000, torch.Size([1000]))
-        >>> round(float(process.log_snr[500]), 2)
-        -0.03
+    Attributes:
+        loss: What is minimised.
+        mse: Mean squared error without the weights of the times.
+        vb: Term of the variational bound in bits per dimension, times `vb_scale`; `None` if the
+            variance is not learned.
     """
 
-    def __init__(
-        self,
-        schedule: NoiseSchedule = LinearSchedule(),
-        *,
-        prediction_type: PredictionType = "eps",
-        variance_type: VarianceType = "fixed_small",
-        loss_weighting: LossWeighting | None = None,
-    ) -> None:
-        if schedule is None:  # null in a config
-            raise ConfigError("schedule: must be a NoiseSchedule, found None")
-        super().__init__(schedule)
-        check_prediction_type(prediction_type)
-        if variance_type not in get_args(VarianceType):
-            names = ", ".join(get_args(VarianceType))
-            raise ConfigError(f"variance_type: must be one of {names}, found {variance_type}")
-        self.prediction_type: PredictionType = prediction_type
-        self.variance_type: VarianceType = variance_type
-        self.loss_weighting = loss_weighting
-        # [T] float64, or None for weights of 1.
-        self.loss_weights = (
-            loss_weighting(self.snr, prediction_type) if loss_weighting is not None else None
-        )
-        self._respaced: dict[tuple[int, ...], DiscreteDiffusion] = {}
+    loss: Tensor
+    mse: Tensor
+    vb: Tensor | None
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy leaves out the cache of `respace`, as it leaves out that of `tables`.
-        return {**super().__getstate__(), "_respaced": {}}
+
+class NoiseProcess(ABC):
+    """How noise is added, what the network is given, and what its output means.
+
+    `x_t = a(t) x_start + s(t) noise`. All processes have one convention inside: time grows with the
+    noise. A network with another convention (the time of SiT falls, its velocity has the other
+    sign) meets it at two places only: `network_inputs` and `split_output`.
+
+    **The noise axis** is cut into `T = num_timesteps` cells, cell 0 the least noise. Clusters,
+    costs, affinity grids, plots and logs speak of cells. A cell of `DiscreteDiffusion` is a
+    timestep. A cell of `FlowMatching` is one of T equal intervals of t, a cell of `EDM` one of T
+    equal intervals of ln sigma. `log_snr [T]` is taken at the cells' centres, `density [T]` is how
+    often training draws each cell, and `times(cells, u)` draws the time inside a cell.
+
+    **Times** `[b]` are what every other method takes: int64 timesteps of `DiscreteDiffusion`,
+    float64 t in [0, 1] (0 is data) of `FlowMatching`, float64 sigma of `EDM`.
+
+    **One step of training**: `x_t = noised(x_start, noise, times)`,
+    `output = network(*network_inputs(x_t, times))`, `losses(output, ...).loss`.
+
+    **One step of sampling**: `prediction, _ = split_output(network(*network_inputs(x, times)), c)`,
+    then `to_x_start`, `to_eps`, `to_v` or `to_score` of it at `times`. `to_v` is the velocity
+    `dx/dt` of the probability flow by the process' own time; so `x + (t_next - t) to_v(...)` is the
+    Euler step of `FlowMatching` and of `EDM` (whose time is sigma). `levels` has `a`, `s` and
+    their rates, `prior(noise)` is the state to start from at `max_time`.
+
+    Attributes:
+        prediction_type: What the network predicts, in this convention.
+        time_label: Name of the process' own time on an axis.
+
+    Examples:
+        >>> import torch
+        >>> from ant_lightning import EDM, DiscreteDiffusion, FlowMatching, NoiseProcess
+        >>> def noisiest(process: NoiseProcess) -> float:  # one code for all processes
+        ...     return process.times(torch.tensor([process.num_timesteps - 1])).item()
+        >>> noisiest(DiscreteDiffusion())
+        999
+        >>> [round(noisiest(process), 2) for process in (FlowMatching(), EDM())]
+        [1.0, 79.58]
+    """
+
+    prediction_type: str
+    time_label: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def num_timesteps(self) -> int:
+        """Number of cells of the noise axis, T."""
+
+    @property
+    @abstractmethod
+    def log_snr(self) -> Float[Tensor, " T"]:
+        """Log signal-to-noise ratio `2 log(a / s)` at the centre of each cell; float64, finite."""
+
+    @property
+    @abstractmethod
+    def density(self) -> Float[Tensor, " T"]:
+        """Share of the training draws that each cell has; float64, with the sum 1."""
+
+    @property
+    @abstractmethod
+    def edges(self) -> Float[Tensor, " T+1"]:
+        """Edges of the cells in the process' own time, increasing; float64."""
+
+    @property
+    @abstractmethod
+    def min_time(self) -> float:
+        """The time with the least noise that training draws, up to an unbounded density."""
+
+    @property
+    @abstractmethod
+    def max_time(self) -> float:
+        """The noisiest time, at which sampling starts from `prior`."""
+
+    @abstractmethod
+    def times(self, cells: Int[Tensor, " b"], u: Float[Tensor, " b"] | None = None) -> Times:
+        """Times inside cells: the inverse cdf of the density, restricted to each cell, at `u`.
+
+        Args:
+            cells: Cells `[b]`, int64.
+            u: Numbers in [0, 1), float64; `None` for the centre of each cell, whatever the density.
+        """
+
+    @abstractmethod
+    def levels(self, x: Images, times: Times) -> Levels:
+        """Signal and noise level of each image and their rates, which broadcast against `x`.
+
+        They have the dtype of `x`, or float32 if `x` has half precision.
+        """
+
+    @abstractmethod
+    def log_snr_at(self, times: Times) -> Float[Tensor, " b"]:
+        """Log signal-to-noise ratio at any times; float64."""
+
+    @abstractmethod
+    def network_inputs(self, x_t: Images, times: Times) -> tuple[Images, Times]:
+        """What the network is called with: the input in the scale it expects, and its time."""
+
+    @abstractmethod
+    def target(self, x_start: Images, noise: Images, times: Times) -> Images:
+        """What `split_output(...)[0]` should be."""
+
+    @abstractmethod
+    def loss_weights_at(self, times: Times) -> Float[Tensor, " b"] | None:
+        """Weight of each image's squared error in the loss; `None` for weights of 1."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Settings that change what the network's output means; a checkpoint keeps them."""
+
+    def prior(self, noise: Images) -> Images:
+        """The state at `max_time` that standard normal noise stands for."""
+        return noise
+
+    def noised(self, x_start: Images, noise: Images, times: Times) -> Images:
+        """Add noise to images: `x_t = a x_start + s noise`."""
+        at = self.levels(x_start, times)
+        return at.a * x_start + at.s * noise
 
     def output_channels(self, channels: int) -> int:
-        """Channels of the network's output for images of `channels`: twice for `learned_range`."""
-        return 2 * channels if self.variance_type == "learned_range" else channels
+        """Channels that the network's output needs for images of `channels`."""
+        return channels
+
+    def accepted_channels(self, channels: int) -> tuple[int, ...]:
+        """All numbers of channels that the network's output may have for images of `channels`."""
+        return (self.output_channels(channels),)
+
+    @property
+    def output_setting(self) -> str:
+        """Words for the setting that determines the number of output channels."""
+        return type(self).__name__
 
     def split_output(self, model_output: Images, channels: int) -> tuple[Images, Images | None]:
-        """Split the output into the prediction and, for `learned_range`, the variance values.
+        """Split a network's output into the prediction, in our convention, and the rest.
 
         Half precision is cast to float32: a loss must not be reduced in half precision.
 
         Raises:
-            ConfigError: If the output does not have `output_channels(channels)` channels.
+            ConfigError: If the output does not have `accepted_channels(channels)`.
         """
-        expected = self.output_channels(channels)
-        if model_output.shape[1] != expected:
+        allowed = self.accepted_channels(channels)
+        if model_output.shape[1] not in allowed:
             raise ConfigError(
-                f"model_output: must have {expected} channels for images of {channels} with "
-                f"variance_type {self.variance_type}, found {model_output.shape[1]}"
+                f"model_output: must have {' or '.join(map(str, allowed))} channels for images of "
+                f"{channels} with {self.output_setting}, found {model_output.shape[1]}"
             )
         model_output = at_least_float32(model_output)
-        if self.variance_type != "learned_range":
+        if model_output.shape[1] == channels:
             return model_output, None
         return model_output[:, :channels], model_output[:, channels:]
 
-    def target(self, x_start: Images, noise: Images, timesteps: Timesteps) -> Images:
-        """What the network should predict: the noise, `x_start`, or `v = a noise - s x_start`."""
-        if self.prediction_type != "v":
-            return noise if self.prediction_type == "eps" else x_start
-        a, s = self.levels(x_start, timesteps)
-        return a * noise - s * x_start  # Salimans and Ho, arXiv 2202.00512, appendix D
-
-    def _convert(
+    def convert(
         self,
-        to: PredictionType,
+        to: str,
         prediction: Images,
         x_t: Images,
-        timesteps: Timesteps,
+        times: Times,
         *,
-        prediction_type: PredictionType | None = None,
+        prediction_type: str | None = None,
     ) -> Images:
-        """Convert a prediction of type `prediction_type`, by default that of this process."""
-        a, s = self.levels(x_t, timesteps)
-        return convert(prediction, prediction_type or self.prediction_type, to, x_t=x_t, a=a, s=s)
+        """Convert a prediction of type `prediction_type`, by default that of this process.
 
-    to_x_start = partialmethod(_convert, "x0")
-    to_eps = partialmethod(_convert, "eps")
-    to_v = partialmethod(_convert, "v")
-
-    def p_mean_variance(
-        self, model_output: Images, x_t: Images, timesteps: Timesteps, *, clip_denoised: bool = True
-    ) -> PMeanVariance:
-        """The reverse step `p(x_{t-1} | x_t)` that the network's output defines.
-
-        The mean is the posterior mean at the predicted `x_start`, which `clip_denoised` clips to
-        [-1, 1]; `eps` is computed from the same (clipped) `x_start`. A learned log-variance is
-        `f log(beta) + (1 - f) log(posterior variance)` with `f = (value + 1) / 2`.
-
-        Reference:
-            Nichol and Dhariwal, equation 15, arXiv 2102.09672.
-        """
-        prediction, values = self.split_output(model_output, x_t.shape[1])
-        x_start = self.to_x_start(prediction, x_t, timesteps)
-        if clip_denoised:
-            x_start = x_start.clamp(-1, 1)
-        mean, variance, log_variance = self.q_posterior(x_start, x_t, timesteps)
-        tables = self.tables(x_t.device)
-        if values is not None:
-            # Equation 15. The paper's v is in [0, 1]; the official networks output 2 v - 1.
-            fraction = (values + 1) / 2
-            log_beta = gather(tables.log_betas, timesteps, x_t)
-            log_variance = fraction * log_beta + (1 - fraction) * log_variance
-            variance = log_variance.exp()
-        elif self.variance_type == "fixed_large":
-            variance = gather(tables.fixed_large_variance, timesteps, x_t)
-            log_variance = gather(tables.fixed_large_log_variance, timesteps, x_t)
-        # Not the network's own eps: DDIM needs the eps that agrees with the clipped x_start.
-        eps = self.to_eps(x_start, x_t, timesteps, prediction_type="x0")
-        return PMeanVariance(
-            mean, variance.expand_as(mean), log_variance.expand_as(mean), x_start, eps
-        )
-
-    def respace(self, timesteps: Sequence[int]) -> DiscreteDiffusion:
-        """The process that visits only `timesteps`: the same `abar` at each of them, fewer steps.
-
-        `beta'_i = 1 - abar_{t_i} / abar_{t_{i-1}}`. A respaced process is for sampling and has no
-        loss weights. It is cached.
+        Types are `x0`, `eps`, `v` and `score`. Conversions are inverse pairs wherever neither `a`
+        nor `s` is 0.
 
         Raises:
-            ConfigError: If the timesteps are empty, do not increase, or leave [0, T).
+            ConfigError: If there is no such type.
         """
-        key = tuple(int(t) for t in timesteps)
-        increasing = all(a < b for a, b in pairwise(key))
-        if not key or not increasing or key[0] < 0 or key[-1] >= self.num_timesteps:
-            raise ConfigError(
-                f"timesteps: must be increasing and inside [0, {self.num_timesteps}), "
-                f"found {list(key[:8])}{' ...' if len(key) > 8 else ''}"
-            )
-        if key not in self._respaced:
-            kept = torch.tensor(key)
-            abar = self.alphas_cumprod[kept]
-            betas = 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])
-            process = DiscreteDiffusion(
-                TableSchedule(betas.tolist()),
-                prediction_type=self.prediction_type,
-                variance_type=self.variance_type,
-            )
-            # Indexes this map, not `kept` itself: respacing twice still names training's timesteps.
-            process.timestep_map = self.timestep_map[kept]
-            self._respaced[key] = process
-        return self._respaced[key]
+        kind = prediction_type or self.prediction_type
+        return convert(prediction, kind, to, x_t=x_t, at=self.levels(x_t, times))
+
+    def to_x_start(
+        self, prediction: Images, x_t: Images, times: Times, *, prediction_type: str | None = None
+    ) -> Images:
+        """The clean images that a prediction implies."""
+        return self.convert("x0", prediction, x_t, times, prediction_type=prediction_type)
+
+    def to_eps(
+        self, prediction: Images, x_t: Images, times: Times, *, prediction_type: str | None = None
+    ) -> Images:
+        """The noise that a prediction implies."""
+        return self.convert("eps", prediction, x_t, times, prediction_type=prediction_type)
+
+    def to_v(
+        self, prediction: Images, x_t: Images, times: Times, *, prediction_type: str | None = None
+    ) -> Images:
+        """The velocity that a prediction implies."""
+        return self.convert("v", prediction, x_t, times, prediction_type=prediction_type)
+
+    def to_score(
+        self, prediction: Images, x_t: Images, times: Times, *, prediction_type: str | None = None
+    ) -> Images:
+        """The score `-eps / s` that a prediction implies."""
+        return self.convert("score", prediction, x_t, times, prediction_type=prediction_type)
+
+    def losses(
+        self,
+        model_output: Images,
+        *,
+        x_start: Images,
+        x_t: Images,
+        times: Times,
+        noise: Images,
+    ) -> DenoisingLoss:
+        """Loss of each image: the mean squared error of the prediction times its weight.
+
+        Args:
+            model_output: Output of the network for `network_inputs(x_t, times)`.
+            x_start: Clean images `[b, c, ...]`.
+            x_t: `noised(x_start, noise, times)`.
+            times: Times `[b]`.
+            noise: The noise in `x_t`.
+
+        Raises:
+            ConfigError: If the output has a wrong number of channels.
+        """
+        prediction, _ = self.split_output(model_output, x_start.shape[1])
+        mse = per_image(self._errors(prediction, x_start, noise, times).square())
+        weights = self.loss_weights_at(times)
+        return DenoisingLoss(mse if weights is None else weights.to(mse) * mse, mse, None)
+
+    def _errors(self, prediction: Images, x_start: Images, noise: Images, times: Times) -> Images:
+        """What the loss squares."""
+        return self.target(x_start, noise, times) - prediction
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Cast half precision to float32; leave float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def per_image(values: Tensor) -> Tensor:
+    """Mean over all dimensions but the first."""
+    return values.flatten(start_dim=1).mean(dim=1)

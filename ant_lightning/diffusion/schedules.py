@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,14 @@ __all__ = [
     "NoiseSchedule",
     "ScaledLinearSchedule",
     "TableSchedule",
+    "ZeroTerminalSNR",
 ]
 
 
 class NoiseSchedule(ABC):
     """Base of the schedules. A call returns `betas` `[T]` in float64, each inside (0, 1).
+
+    Only the last beta may be 1: `alphas_cumprod` then ends at 0, a terminal SNR of zero.
 
     A subclass implements `_betas`.
 
@@ -46,6 +49,8 @@ class NoiseSchedule(ABC):
         [0.5, 0.5, 0.5]
     """
 
+    _may_end_at_one: ClassVar[bool] = False
+
     def __init__(self, num_timesteps: int) -> None:
         check_at_least(1, num_timesteps=num_timesteps)
         self.num_timesteps = num_timesteps
@@ -58,12 +63,15 @@ class NoiseSchedule(ABC):
         """The `betas` `[T]` in float64.
 
         Raises:
-            ConfigError: If a beta is outside (0, 1). At 0 or below, `alphas_cumprod` would not
-                decrease; at 1 it would reach 0, where the log-SNR is infinite.
+            ConfigError: If a beta is outside (0, 1), unless it is 1 and the last of
+                `ZeroTerminalSNR` or a table. At 0 or below, `alphas_cumprod` would not decrease; at
+                1 it reaches 0, where nothing of the image is left.
         """
         betas = self._betas()
         # Not `betas <= 0 | betas >= 1`, which NaN would pass.
         outside = ~((betas > 0) & (betas < 1))
+        if self._may_end_at_one and len(betas) > 1 and float(betas[-1]) == 1:
+            outside[-1] = False
         if outside.any():
             first = int(outside.nonzero()[0, 0])
             raise ConfigError(
@@ -193,7 +201,7 @@ class TableSchedule(NoiseSchedule):
     """Betas from a list, first timestep first.
 
     Args:
-        betas: The betas.
+        betas: The betas; the last may be 1 (a terminal SNR of zero).
 
     Examples:
         >>> from ant_lightning import TableSchedule
@@ -201,9 +209,49 @@ class TableSchedule(NoiseSchedule):
         [0.1, 0.2]
     """
 
+    _may_end_at_one: ClassVar[bool] = True
+
     def __init__(self, betas: Sequence[float]) -> None:
         super().__init__(len(betas))
         self.table = tuple(float(beta) for beta in betas)
 
     def _betas(self) -> Tensor:
         return torch.tensor(self.table, dtype=torch.float64)
+
+
+class ZeroTerminalSNR(NoiseSchedule):
+    """Another schedule, rescaled so that its last timestep is pure noise.
+
+    `sqrt(abar)` is shifted to end at 0 and scaled to keep its first value:
+    `sqrt(abar_t)' = (sqrt(abar_t) - sqrt(abar_T)) sqrt(abar_1) / (sqrt(abar_1) - sqrt(abar_T))`.
+    The network must predict v or x0: at the last timestep eps says nothing about the image.
+
+    Args:
+        schedule: The schedule to rescale, of at least two timesteps.
+
+    Raises:
+        ConfigError: If the schedule has one timestep.
+
+    Reference:
+        Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1,
+        arXiv 2305.08891.
+
+    Examples:
+        >>> from ant_lightning import LinearSchedule, ZeroTerminalSNR
+        >>> ZeroTerminalSNR(LinearSchedule(1000))()[-1].item()
+        1.0
+    """
+
+    _may_end_at_one: ClassVar[bool] = True
+
+    def __init__(self, schedule: NoiseSchedule) -> None:
+        super().__init__(schedule.num_timesteps)
+        if schedule.num_timesteps < 2:
+            raise ConfigError("schedule: must have at least 2 timesteps, found 1")
+        self.schedule = schedule
+
+    def _betas(self) -> Tensor:
+        roots = torch.cumprod(1 - self.schedule(), dim=0).sqrt()
+        roots = (roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))
+        abar = roots.square()
+        return 1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])

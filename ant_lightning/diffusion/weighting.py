@@ -53,7 +53,8 @@ class LossWeighting(ABC):
         """
         check_prediction_type(prediction_type)
         snr = snr.to(torch.float64)
-        if not bool((snr > 0).all()):
+        # A terminal SNR of zero has a weight for x0 and v, whose errors are those of x_start.
+        if not bool(((snr > 0) if prediction_type == "eps" else (snr >= 0)).all()):
             raise ConfigError(f"snr: must be above 0, found {float(snr.min())}")
         weights = self.x0_weights(snr)
         return weights / {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[prediction_type]

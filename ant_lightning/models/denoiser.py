@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.batch import Batch
     from ant_lightning.data.latents.space import LatentSpace
-    from ant_lightning.diffusion.process import DiscreteDiffusion
+    from ant_lightning.diffusion.discrete import DiscreteDiffusion
     from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.first_stage.first_stage import FirstStage
     from ant_lightning.models.settings import Sampling
@@ -406,11 +406,11 @@ class DiffusionModule(BaseModule):
         if self.sampling.sampler is not None:
             self.sampler.num_calls(self.process)  # refuses what the schedule has no timesteps for
         channels, guided = self.image_shape[0], self.sampling.guided_channels
-        needed, found = self.process.output_channels(channels), int(self.backbone.out_channels)
-        if found != needed:
+        allowed, found = self.process.accepted_channels(channels), int(self.backbone.out_channels)
+        if found not in allowed:
             raise ConfigError(
-                f"backbone.out_channels: must be {needed} with variance_type "
-                f"{self.process.variance_type!r}, found {found}"
+                f"backbone.out_channels: must be {' or '.join(map(str, allowed))} with "
+                f"{self.process.output_setting}, found {found}"
             )
         if guided is not None and not 1 <= guided <= channels:
             raise ConfigError(

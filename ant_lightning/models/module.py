@@ -18,7 +18,7 @@ from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.shards import local_part
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
-from ant_lightning.diffusion.process import DiscreteDiffusion
+from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.models.backbone import NO_NULL_CLASS, backbone_name
 from ant_lightning.models.checks import (

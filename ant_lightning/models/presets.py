@@ -6,7 +6,7 @@ from typing import Literal
 
 from ant_lightning.backbones.dit import DiT
 from ant_lightning.backbones.unet import UNet
-from ant_lightning.diffusion.process import DiscreteDiffusion
+from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion

@@ -10,7 +10,7 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.tasks.clusters import TimestepClusters
 
 if TYPE_CHECKING:
-    from ant_lightning.diffusion.process import DiscreteDiffusion
+    from ant_lightning.diffusion.discrete import DiscreteDiffusion
 
 __all__ = ["FORMAT_VERSION", "CheckpointState", "schedule_summary"]
 

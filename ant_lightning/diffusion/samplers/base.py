@@ -16,8 +16,8 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ant_lightning.diffusion.forward import Images
-    from ant_lightning.diffusion.process import DiscreteDiffusion
+    from ant_lightning.diffusion.discrete import DiscreteDiffusion
+    from ant_lightning.diffusion.process import Images
 
 __all__ = ["Denoiser", "SampleStep", "Sampler"]
 

@@ -20,8 +20,10 @@ from ant_lightning.errors import ConfigError, check_at_least
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ant_lightning.diffusion.forward import Images, Timesteps
-    from ant_lightning.diffusion.process import DiscreteDiffusion, PMeanVariance
+    from ant_lightning.diffusion.discrete import DiscreteDiffusion
+    from ant_lightning.diffusion.forward import Timesteps
+    from ant_lightning.diffusion.losses import PMeanVariance
+    from ant_lightning.diffusion.process import Images
 
 __all__ = ["DDIM", "DDPM", "ancestral_step", "ddim_inverse_step", "ddim_step"]
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     # For types only: the import takes seconds, and whoever passes a scheduler has done it.
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-    from ant_lightning.diffusion.process import DiscreteDiffusion
+    from ant_lightning.diffusion.discrete import DiscreteDiffusion
 
 __all__ = ["DiffusersSampler"]
 

@@ -1,0 +1,96 @@
+"""What the processes with a continuous time share: a noise axis cut into equal cells."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.diffusion.process import NoiseProcess
+from ant_lightning.errors import check_at_least
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from ant_lightning.diffusion.density import Coordinate, Density
+
+__all__ = ["ContinuousProcess"]
+
+
+class ContinuousProcess(NoiseProcess):
+    """A process over an interval of a coordinate z, cut into T equal cells.
+
+    Args:
+        density: How often training draws each z.
+        num_timesteps: Number of cells, T.
+        axis: The interval of z.
+        coordinate: What z is.
+
+    Raises:
+        ConfigError: If `num_timesteps` is below 1, or the density does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        density: Density,
+        num_timesteps: int,
+        axis: tuple[float, float],
+        coordinate: Coordinate,
+    ) -> None:
+        check_at_least(1, num_timesteps=num_timesteps)
+        self.sampling_density = density
+        self._edges = torch.linspace(*axis, num_timesteps + 1, dtype=torch.float64)
+        self._density = density.checked_masses(self._edges, coordinate=coordinate)
+        self._log_snr = self._log_snr_of_cells()
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of cells, T."""
+        return len(self._edges) - 1
+
+    @property
+    def log_snr(self) -> Float[Tensor, " T"]:
+        """Log signal-to-noise ratio at the centre of each cell."""
+        return self._log_snr
+
+    @property
+    def density(self) -> Float[Tensor, " T"]:
+        """Share of the training draws that each cell has."""
+        return self._density
+
+    @property
+    def edges(self) -> Float[Tensor, " T+1"]:
+        """Edges of the cells in the process' own time."""
+        return self._time_of(self._edges)
+
+    @property
+    def min_time(self) -> float:
+        """The lower end of the axis."""
+        return float(self._time_of(self._edges[:1]))
+
+    @property
+    def max_time(self) -> float:
+        """The upper end of the axis."""
+        return float(self._time_of(self._edges[-1:]))
+
+    def times(
+        self, cells: Int[Tensor, " b"], u: Float[Tensor, " b"] | None = None
+    ) -> Float[Tensor, " b"]:
+        """Times inside cells, in float64; see the base class."""
+        edges = self._edges.to(cells.device)
+        if u is None:
+            return self._time_of((edges[cells] + edges[cells + 1]) / 2)
+        edges = self.sampling_density.opened(edges)
+        return self._time_of(
+            self.sampling_density.inside(edges[cells], edges[cells + 1], u.double())
+        )
+
+    def _log_snr_of_cells(self) -> Tensor:
+        return self.log_snr_at(self.times(torch.arange(self.num_timesteps)))
+
+    @abstractmethod
+    def _time_of(self, z: Tensor) -> Tensor:
+        """The process' own time at the coordinate z."""
