@@ -11,6 +11,8 @@ import lightning as L
 from jsonargparse import ArgumentParser
 
 from ant_lightning.backbones.checkpoints import fill_backbone
+from ant_lightning.callbacks.power_averages import PowerAverages, snapshot_folder
+from ant_lightning.callbacks.power_function import check_length
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.cli.run_folder import stored_settings
@@ -31,6 +33,7 @@ def load_run(
     path: str | Path,
     *,
     weights: Literal["ema", "model"] = "ema",
+    ema_length: float | None = None,
     config: str | Path | None = None,
     trust: Sequence[str] = (),
 ) -> L.LightningModule:
@@ -43,12 +46,14 @@ def load_run(
     Args:
         path: A checkpoint, or the folder of a run, whose checkpoint with the most steps is loaded.
         weights: `ema` for the averaged weights, `model` for the live ones.
+        ema_length: Length of the average, as `length` of `EMA`; `None` for that of its `decay`.
         config: The settings of the run, if they are not stored with it.
         trust: Other packages, modules or classes that the settings may name.
 
     Raises:
         ConfigError: If there is no checkpoint or no settings, the settings name a class that is not
-            trusted, or they do not fit the checkpoint.
+            trusted, or they do not fit the checkpoint; if the run's averages do not give
+            `ema_length`.
         FileError: If the checkpoint is damaged, or would run code.
 
     Examples:
@@ -78,12 +83,18 @@ def load_run(
     """
     if weights not in {"ema", "model"}:
         raise ConfigError(f"weights: must be 'ema' or 'model', found {weights!r}")
+    if ema_length is not None:
+        check_length("ema_length", ema_length)
+        if weights == "model":
+            raise ConfigError(f"ema_length: must be None with weights 'model', found {ema_length}")
     path, content = _checkpoint(Path(path))
     settings = _settings(path, content, config)
     module: BaseModule = make_part(_of_model(settings), L.LightningModule, trust)
     module.load_content(content)
     if weights == "ema":
-        fill_backbone(module.backbone, content, path=path, weights="ema")  # type: ignore[arg-type]
+        averages = {} if ema_length is None else _of_length(content, path, ema_length)
+        whole = content | averages
+        fill_backbone(module.backbone, whole, path=path, weights="ema")  # type: ignore[arg-type]
     data = settings.get("data") or {}
     is_cache = str(data.get("class_path")).endswith("LatentsData")
     if is_cache and "latent_space" not in content.get("ant_lightning", {}):
@@ -101,6 +112,17 @@ def _checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
     if found is None:
         raise ConfigError(f"{folder}: needs a checkpoint, found none")
     return found
+
+
+def _of_length(content: dict[str, Any], path: Path, length: float) -> dict[str, Any]:
+    """The entry `callbacks` of a checkpoint, with the average of this length for its only one."""
+    state = (content.get("callbacks") or {}).get("EMA") or {}
+    averages = PowerAverages.of_state(state, snapshot_folder(path.parent))
+    try:
+        found = averages.of_length(length, num_updates=int(state.get("num_updates", 0)))
+    except ConfigError as error:
+        raise ConfigError(f"ema_{error}") from error
+    return {"callbacks": {"EMA": {"averages": found}}}
 
 
 def _settings(path: Path, content: dict[str, Any], config: str | Path | None) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def run(folder, method, *, ranks=2, resume=None, steps=STEPS, callbacks=(), work
     fit = trainer(
         ranks=ranks,
         steps=steps,
-        callbacks=[EMA(decay=0.9), *callbacks, checkpoints],
+        callbacks=[EMA(decay=0.9, lengths=[0.1], snapshot_every=2), *callbacks, checkpoints],
         enable_checkpointing=True,
         default_root_dir=folder,
         plugins=settings.pop("plugins", None),
@@ -126,8 +126,10 @@ def test_two_ranks_resume_to_the_last_bit(two_ranks, folder, method):
 
 def weights(path):
     saved = torch.load(path, weights_only=True)
+    ema = saved["callbacks"]["EMA"]
+    kinds = {"average": ema["averages"], "average of length 0.1": ema["powers"][0.1]}
     return saved["state_dict"] | {
-        f"average of {name}": value for name, value in saved["callbacks"]["EMA"]["averages"].items()
+        f"{kind} of {name}": value for kind, one in kinds.items() for name, value in one.items()
     }
 
 

@@ -77,7 +77,12 @@ def fit(folder, model, *, seed=7):
     settings = {
         "seed_everything": seed,
         "trainer": {**QUIET, "logger": logger},
-        "ema": {"decay": 0.5, "warmup": False},
+        "ema": {
+            "decay": 0.5,
+            "warmup": False,
+            "lengths": [0.05, 0.1, 0.2],
+            "snapshot_every": 1,
+        },
         "data": data,
         "model": model,
     }
@@ -136,13 +141,33 @@ def test_a_folder_and_a_checkpoint_give_a_module_that_is_ready(run):
     assert not torch.equal(live["final_layer.linear.weight"], different)
 
 
-def test_it_draws_what_predict_draws(run, tmp_path):
+def test_the_average_of_a_length(run, tmp_path):
+    module = load_run(run, ema_length=0.1)
+    assert_holds(module, content(run)["callbacks"]["EMA"]["powers"][0.1])
+    between, moved = load_run(run, ema_length=0.13), tmp_path / "w.ckpt"
+    tracked = [load_run(run, ema_length=each).backbone.state_dict() for each in (0.1, 0.2)]
+    weight = "final_layer.linear.weight"
+    assert not any(torch.equal(between.backbone.state_dict()[weight], t[weight]) for t in tracked)
+    torch.save(content(run), moved)  # away from its snapshots
+    with pytest.raises(ConfigError, match=r"ema_length: .* found 0\.13, .* and 0 snapshots"):
+        load_run(moved, ema_length=0.13, config=run / "config.yaml")
+    for wrong, message in (
+        ({"ema_length": 0.3}, "ema_length: must be above 0 and below 0.289, found 0.3"),
+        ({"ema_length": 0.1, "weights": "model"}, "ema_length: must be None .* found 0.1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_run(run, **wrong)
+
+
+@pytest.mark.parametrize("length", [None, 0.2, 0.13])
+def test_it_draws_what_predict_draws(run, tmp_path, length):
     """Seed, sampler and averages are those of the run."""
     args = ["predict", "--config", str(run / "config.yaml"), "--ckpt_path", str(last(run))]
     args += ["--samples.num_images=4", f"--samples.folder={tmp_path / 'drawn'}"]
+    args += [] if length is None else [f"--ema.length={length}"]
     assert main([*args, f"--trainer.logger.save_dir={tmp_path}"]) == 0
     drawn = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "drawn").glob("*.png"))]
-    images = to_uint8(load_run(run).sample(4))[:, 0].numpy()
+    images = to_uint8(load_run(run, ema_length=length).sample(4))[:, 0].numpy()
     # The same arithmetic, so that at most a rounding to whole numbers can differ.
     assert np.abs(np.stack(drawn).astype(int) - images.astype(int)).max() <= 1
 

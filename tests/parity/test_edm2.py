@@ -8,6 +8,12 @@ import pytest
 import torch
 
 from ant_lightning import ContinuousUncertainty, InverseSqrtLR
+from ant_lightning.callbacks.power_function import (
+    exponent_of,
+    length_of,
+    power_decay,
+    profile_coefficients,
+)
 
 FOLDER = Path(__file__).parents[1] / "golden" / "K_edm2"
 
@@ -69,3 +75,42 @@ def test_continuous_uncertainty_is_edm2s_loss(case):
 def _derivative(balancer, log_snr):
     """Derivatives of one log-variance by the weights and the bias."""
     return torch.autograd.grad(balancer.log_variance(log_snr[None]).sum(), [*balancer.parameters()])
+
+
+def test_lengths_and_exponents_are_edm2s():
+    golden = _arrays("power_ema")
+    np.testing.assert_allclose(
+        [exponent_of(s) for s in golden["std"]], golden["std_to_exp"], rtol=1e-9
+    )
+    np.testing.assert_allclose(
+        [length_of(g) for g in golden["exp"]], golden["exp_to_std"], rtol=1e-10
+    )
+    for length, n, delta, expected in golden["beta_table"]:
+        np.testing.assert_allclose(power_decay(length, n, delta), expected, rtol=1e-9)
+
+
+def test_snapshots_give_other_lengths_as_edm2_does():
+    golden, batch = _arrays("power_ema"), _settings("power_ema")["batch_size"]
+    steps = _settings("power_ema")["steps"]
+    snapshots = list(zip(golden["in_ofs"] // batch, golden["in_std"], strict=True))
+    found = [profile_coefficients(snapshots, steps, s) for s in golden["out_std"]]
+    coefficients = np.stack([each for each, _ in found], axis=1)
+    np.testing.assert_allclose(coefficients, golden["coefficients"], rtol=0, atol=1e-8)
+    # The official profiles have sum 1 over the whole steps.
+    profiles = np.stack([_profile(np.arange(steps + 1), n, s) for n, s in snapshots])
+    profiles /= profiles.sum(1, keepdims=True)
+    np.testing.assert_allclose(
+        coefficients.T @ profiles, golden["profile_reconstructed"], rtol=0, atol=1e-8
+    )
+    # The error is that of the profiles as functions of time.
+    fine = np.linspace(0, steps, 100_001)
+    profiles = np.stack([_profile(fine, n, s) for n, s in snapshots])
+    for (own, error), length in zip(found, golden["out_std"], strict=True):
+        wanted = _profile(fine, steps, length)
+        numeric = np.linalg.norm(own @ profiles - wanted) / np.linalg.norm(wanted)
+        np.testing.assert_allclose(error, numeric, rtol=1e-2)
+
+
+def _profile(times, n, length):
+    g = exponent_of(length)
+    return np.where(times <= n, (g + 1) / n * (np.minimum(times, n) / n) ** g, 0.0)
