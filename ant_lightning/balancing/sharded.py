@@ -1,4 +1,8 @@
-"""Differentiation and task gradients of parameters that FSDP2 (`fully_shard`) shards."""
+"""Differentiation and task gradients of parameters that FSDP2 (`fully_shard`) shards.
+
+With replicas (HSDP) the mesh is `[replicas, shards]`: a parameter is sharded over the ranks of each
+replica, and ranks at the same place of different replicas hold the same part.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ class ShardedTaskGradients(DenseTaskGradients):
     """Task gradients of parameters that FSDP2 shards: `k p / N` numbers on each rank.
 
     A row has this rank's part of each parameter's gradient. The backward passes of FSDP2 have
-    already summed these parts over ranks, so only the Gramian is communicated here.
+    already summed these parts over ranks and replicas, so only the Gramian is communicated here.
 
     Args:
         num_tasks: `k`.
@@ -51,7 +55,7 @@ class ShardedTaskGradients(DenseTaskGradients):
 
     def gramian(self) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64, summed over the parts."""
-        return self._ranks.all_reduce_(super().gramian())
+        return sum_of_parts(super().gramian(), self._sharded[0], self._ranks)
 
     def _assign(self, indices: Sequence[int], values: Sequence[Tensor]) -> None:
         """Set `.grad` of the sharded parameters: no optimizer reads that of their parts."""
@@ -59,26 +63,27 @@ class ShardedTaskGradients(DenseTaskGradients):
 
 
 class ShardedDifferentiation(Differentiation):
-    """Differentiates parameters that FSDP2 (`fully_shard`) shards over all ranks.
+    """Differentiates parameters that FSDP2 (`fully_shard`) shards over all ranks, or over replicas.
 
     `autograd.grad` does not see such parameters. A backward pass leaves this rank's part of the
-    gradient, averaged over ranks, in `.grad`. Every pass is collective, so all ranks make the same
-    number of passes; a rank without samples passes one sample, whose loss does not count.
+    gradient, averaged over all ranks, in `.grad`. Every pass is collective, so all ranks make the
+    same number of passes; a rank without samples passes one sample, whose loss does not count.
 
     Raises:
-        ConfigError: If a parameter is not in equal parts on all ranks.
+        ConfigError: If a parameter is not in parts on all ranks, or in parts on those of each
+            replica.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], reduction: Reduction) -> None:
         super().__init__(parameters, reduction)
         for p in parameters:
-            placements: tuple[Any, ...] = getattr(p, "placements", ())
-            sharded = len(placements) == 1 and placements[0].is_shard()
-            if not sharded or p.device_mesh.size() != reduction.world_size:  # type: ignore[attr-defined]
+            kinds = ["shard" if each.is_shard() else "copy" for each in _placements(p)]
+            known = kinds in (["shard"], ["copy", "shard"])
+            if not known or p.device_mesh.size() != reduction.world_size:  # type: ignore[attr-defined]
                 raise ConfigError(
                     "parameters: if one is sharded, each must be, over all "
-                    f"{reduction.world_size} ranks and one dimension of the mesh, found "
-                    f"{placements or 'a whole one'}"
+                    f"{reduction.world_size} ranks and a mesh [shards] or [replicas, shards], "
+                    f"found {_placements(p) or 'a whole one'}"
                 )
 
     def new_rows(self, num_tasks: int) -> DenseTaskGradients:
@@ -113,11 +118,27 @@ class ShardedDifferentiation(Differentiation):
         """Write `.grad` and return its L2 norm over all ranks."""
         assign_gradients(self.parameters, gradients)
         # The passes have summed the gradients over ranks. Only the squared norms of the parts are
-        # left to add up. A small parameter may have no elements on this rank.
+        # left to sum. A small parameter may have no elements on this rank.
         norms = torch._foreach_norm([g for g in gradients if g.numel()], dtype=torch.float32)
         squares = [norm.double().square() for norm in norms]
         start = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-        return self.reduction.all_reduce_(sum(squares, start)).sqrt()
+        return sum_of_parts(sum(squares, start), self.parameters[0], self.reduction).sqrt()
+
+
+def sum_of_parts(value: Tensor, sharded: Tensor, reduction: Reduction) -> Tensor:
+    """Sum over the parts of the sharded tensors, of each part once; in place.
+
+    Summed over all ranks and divided by the number of replicas, and not over the ranks of one
+    replica: replicas that add in another order would round their weights differently, and their
+    parameters would part without a word.
+    """
+    mesh = sharded.device_mesh  # type: ignore[attr-defined]
+    num_replicas = mesh.size(0) if mesh.ndim == 2 else 1
+    return reduction.all_reduce_(value).div_(num_replicas)
+
+
+def _placements(p: Tensor) -> tuple[Any, ...]:
+    return getattr(p, "placements", ())
 
 
 def differentiation(parameters: Sequence[nn.Parameter], reduction: Reduction) -> Differentiation:

@@ -26,9 +26,13 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, detached; the whole of an ordinary tensor."""
-    tensor = tensor.detach()
-    local: Tensor = tensor.to_local() if is_sharded([tensor]) else tensor  # type: ignore[attr-defined]
-    return local
+    if not is_sharded([tensor]):
+        return tensor.detach()
+    # The local tensor is detached and not the sharded one: that takes a quarter of the time, and a
+    # step does this for each parameter in each of its passes.
+    with torch.no_grad():
+        local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return local.detach()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.fixed_loss import FixedLoss
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.runtime.sharding import refuse_shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,6 +62,11 @@ class MeasuringCallback(RunCallback):
         self.weights = weights
         self.seed = seed
         self.every_n_epochs = every_n_epochs
+
+    def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
+        """Refuse sharded weights, which `autograd.grad` does not see."""
+        super().setup(trainer, pl_module, stage)
+        refuse_shards(trainer, self)
 
     def is_due(self, trainer: L.Trainer) -> bool:
         """Whether the validation that ends now is one to measure at."""

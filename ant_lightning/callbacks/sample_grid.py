@@ -61,11 +61,16 @@ class SampleGrid(RunCallback):
         self.every_n_epochs = every_n_epochs
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
-        """Draw on rank 0; no collective is involved."""
+        """Draw on rank 0; the others only help a sharded backbone."""
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if trainer.sanity_checking or not due or not trainer.is_global_zero:
+        if trainer.sanity_checking or not due:
             return
-        generated = to_uint8(pl_module.sample(range(self.num_images))).cpu().numpy()
+        with pl_module.uneven_calls():
+            if trainer.is_global_zero:
+                images = pl_module.sample(range(self.num_images))
+        if not trainer.is_global_zero:
+            return
+        generated = to_uint8(images).cpu().numpy()
         real = to_uint8(self._real(trainer, pl_module)).cpu().numpy()
         classes = pl_module.num_classes
         columns = self.columns or classes or max(1, round(self.num_images**0.5))

@@ -180,9 +180,10 @@ class GenerationMetrics(RunCallback):
             )
         metric = self._scores
         mine = range(trainer.global_rank, num_images, trainer.world_size)
-        for start in range(0, len(mine), self.batch_size):
-            batch = mine[start : start + self.batch_size]
-            metric.update(to_uint8(pl_module.sample(batch, seed=self.seed)))
+        with pl_module.uneven_calls():  # the ranks' numbers of batches may differ by one
+            for start in range(0, len(mine), self.batch_size):
+                batch = mine[start : start + self.batch_size]
+                metric.update(to_uint8(pl_module.sample(batch, seed=self.seed)))
         scores = metric.compute()
         # Of the images of all ranks, in the order of their indices.
         logits = metric.generated.compute().logits

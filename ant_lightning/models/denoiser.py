@@ -22,7 +22,7 @@ from ant_lightning.models.base import BaseModule
 from ant_lightning.models.draws import Draws, step_noise
 from ant_lightning.models.requests import as_indices, as_labels
 from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, run_seed
-from ant_lightning.runtime.sharding import gather_for_evaluation, reshard, shard_backbone
+from ant_lightning.runtime.sharding import UnevenCalls, shard_backbone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -86,6 +86,8 @@ class DiffusionModule(BaseModule):
     Attributes:
         latent_space: Meaning of the latents; `None` for pixels.
         trained_steps: Optimizer steps that trained the weights.
+        uneven_calls: A context in which ranks may call a sharded backbone different numbers of
+            times, under `ShardedStrategy`; every rank must enter it.
 
     Raises:
         ConfigError: If the backbone or the sampling do not fit the process.
@@ -114,6 +116,7 @@ class DiffusionModule(BaseModule):
         self.seed = run_seed(seed)
         self.trained_steps = 0
         self.validation_losses = TaskMeans(clusters.num_tasks)
+        self.uneven_calls = UnevenCalls(backbone, self._padding)
         self._check_sampling()
 
     @property
@@ -150,20 +153,22 @@ class DiffusionModule(BaseModule):
 
     def setup(self, stage: str) -> None:
         """Compare the data with the backbone and the first stage."""
+        self.uneven_calls.cancel()
         data: Any = image_data(self.trainer)
         if stage != "predict" and data is not None:
             self._bind(data)
 
     def on_validation_start(self) -> None:
-        """Gather a sharded backbone: a rank with more batches must not wait for the others."""
-        gather_for_evaluation(self.backbone)
-
-    def on_validation_end(self) -> None:
-        """Shard the backbone again."""
-        reshard(self.backbone)
+        """Let ranks have different numbers of batches; their last batch finishes it."""
+        self.uneven_calls.begin()
 
     on_test_start = on_predict_start = on_validation_start
-    on_test_end = on_predict_end = on_validation_end
+
+    def _padding(self) -> None:
+        """A pass through the backbone for other ranks, see `uneven_calls`."""
+        x_t = torch.zeros(1, *self.image_shape, device=self.device)
+        timesteps = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.denoise(x_t, timesteps, timesteps if self.num_classes else None)  # class 0
 
     def losses(
         self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None
@@ -280,6 +285,7 @@ class DiffusionModule(BaseModule):
         rows = torch.arange(len(batch.images), device=self.device)
         self.losses(self.encode(batch), draws, unweighted=unweighted)(rows)
         self.validation_losses.update(unweighted, tasks)
+        self._finish_last(batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all timesteps, and over the timesteps of each task."""
@@ -315,7 +321,8 @@ class DiffusionModule(BaseModule):
 
         An index gives the same image in any batch, and in training or evaluation mode. The weights
         are the averaged ones in `Trainer.predict` with an `EMA` callback, inside `EMA.averaged`,
-        and after `load_run`.
+        and after `load_run`. Under `ShardedStrategy` every rank must call this, with any number of
+        images, or enter `uneven_calls`.
 
         Args:
             indices: Which images; a number `n` stands for the first `n`.
@@ -331,7 +338,7 @@ class DiffusionModule(BaseModule):
         indices = as_indices(indices)
         noise = self.image_noise(indices, seed=seed)
         denoiser = self.guided(indices, labels=labels, guidance_scale=guidance_scale)
-        with _evaluating(self):
+        with self.uneven_calls(), _evaluating(self):
             x_start = (sampler or self.sampler).sample(
                 self.process, denoiser, noise(), noise=noise, clip_denoised=self.clip_denoised
             )
@@ -389,9 +396,27 @@ class DiffusionModule(BaseModule):
         """
         if isinstance(batch, int):  # which `sample` would take for a number of images
             raise ConfigError(f"predict: each batch must be a list of indices, found {batch}")
-        if not len(batch):
-            return torch.empty(0, *self.image_shape)
-        return self.sample(batch)
+        images = self.sample(batch) if len(batch) else torch.empty(0, *self.image_shape)
+        self._finish_last(batch_idx)
+        return images
+
+    def _finish_last(self, batch_idx: int) -> None:
+        """Finish what `on_validation_start` began if this is the rank's last batch.
+
+        Not in `on_validation_epoch_end`, which callbacks have first: their collectives must not
+        meet the passes of ranks that have batches left.
+        """
+        if not self.uneven_calls.begun:  # a step outside a trainer's loop
+            return
+        trainer = self.trainer
+        if trainer.sanity_checking:
+            counts = trainer.num_sanity_val_batches
+        elif trainer.testing:
+            counts = trainer.num_test_batches
+        else:
+            counts = trainer.num_predict_batches if trainer.predicting else trainer.num_val_batches
+        if batch_idx + 1 == counts[0]:
+            self.uneven_calls.finish()
 
     def _holds_moments(self, batch: Batch) -> bool:
         """Whether a batch holds cached moments in place of images.

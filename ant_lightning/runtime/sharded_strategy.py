@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
 __all__ = ["ShardedStrategy"]
@@ -19,34 +23,56 @@ __all__ = ["ShardedStrategy"]
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 (experimental): parameters, gradients, averages and optimizer state in shards.
 
+    With replicas (HSDP), the shards of one replica are spread over `ranks / num_replicas` ranks.
+    Inside a replica parameters are gathered and gradients reduce-scattered in each pass; between
+    replicas only gradients are summed. One replica a node keeps the larger traffic inside nodes.
+
     A checkpoint is one file with whole tensors, as one process or DDP writes it, so that runs with
     and without shards can resume from each other. `ModelParallelStrategy` itself loses the extra
     state of modules when it reads such a file, and numbers the optimizer's parameters differently.
 
     Args:
+        num_replicas: Number of copies of the shards; 1 shards over all ranks. Neighbouring ranks
+            belong to the same replica.
         timeout: Seconds after which a collective fails if a rank is missing.
 
     Examples:
         >>> import lightning as L
         >>> from ant_lightning import ShardedStrategy
-        >>> trainer = L.Trainer(
-        ...     accelerator="cpu", devices=2, strategy=ShardedStrategy(), logger=False
-        ... )
+        >>> strategy = ShardedStrategy(num_replicas=2)  # 2 replicas of 4 shards each
+        >>> trainer = L.Trainer(accelerator="cpu", devices=8, strategy=strategy, logger=False)
         >>> trainer.strategy.num_processes
-        2
+        8
+
+    Raises:
+        ConfigError: If `num_replicas` is below 1 or does not divide the number of ranks.
     """
 
-    def __init__(self, *, timeout: float = 1800.0) -> None:
+    shard_mesh: DeviceMesh  # [shards], or [replicas, shards]
+
+    def __init__(self, *, num_replicas: int = 1, timeout: float = 1800.0) -> None:
+        check_at_least(1, num_replicas=num_replicas)
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             timeout=timedelta(seconds=timeout),
         )
+        self.num_replicas = num_replicas
 
     def setup_environment(self) -> None:
-        """Shard over all ranks; the default mesh would shard nothing on one node."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        """Make the mesh; the default one would shard nothing on one node."""
+        num_ranks = self.num_nodes * self.num_processes
+        if num_ranks % self.num_replicas:
+            raise ConfigError(
+                f"num_replicas: must divide the {num_ranks} ranks, found {self.num_replicas}"
+            )
+        self._data_parallel_size = num_ranks
         super().setup_environment()
+        self.shard_mesh = self.device_mesh["data_parallel"]
+        if self.num_replicas > 1:
+            shape = (self.num_replicas, num_ranks // self.num_replicas)
+            names = ("replicas", "shards")
+            self.shard_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Whole tensors on rank 0, numbered as the optimizer of one process numbers them."""

@@ -1,22 +1,24 @@
-"""FSDP2 (experimental): shards a backbone's parameters over the ranks, and gathers them."""
+"""FSDP2: shards a backbone over the ranks, and lets them call it different numbers of times."""
 
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import lightning as L
 
-__all__ = ["gather_for_evaluation", "reshard", "shard_backbone"]
+__all__ = ["UnevenCalls", "refuse_shards", "reshard", "shard_backbone"]
 
 _log = logging.getLogger(__name__)
 
@@ -24,8 +26,9 @@ _log = logging.getLogger(__name__)
 def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
     """Shard the backbone's parameters under `ShardedStrategy`; a no-op under any other.
 
-    Each entry of the backbone's `ModuleList`s is a unit that is gathered when it is called. The
-    rest of the backbone is one more unit. The balancer stays whole on every rank.
+    Each entry of a `ModuleList`, of the outermost ones in the network, is a unit that is gathered
+    when it is called and freed afterwards. The rest of the backbone is one more unit. The balancer
+    stays whole on every rank.
 
     Raises:
         ConfigError: Naming the setting, the rule and the value found.
@@ -37,6 +40,11 @@ def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
         raise ConfigError(
             f"trainer.precision: must be 32-true or bf16-mixed under FSDP2, found {precision}"
         )
+    # FSDP2 keeps what it makes in its first pass, and training cannot write to a tensor that was
+    # made in inference mode.
+    training = trainer.fit_loop.epoch_loop.val_loop
+    for loop in (training, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        loop.inference_mode = False
     from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: PLC0415 - a second
 
     if isinstance(backbone, FSDPModule):  # Lightning calls `configure_model` in every run
@@ -46,42 +54,117 @@ def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
             "trainer.strategy: FSDP2 with parameters that not every rank uses needs torch >= 2.14, "
             f"found {torch.__version__}"
         )
-    mesh = strategy.device_mesh["data_parallel"]
-    # Blocks first: the backbone then takes only the parameters that no block has.
+    mesh = strategy.shard_mesh
+    # Blocks first: the backbone then takes only the parameters that no block has. Freed after each
+    # pass, the last unit too, so that between passes the modules hold shards: those that `EMA`
+    # exchanges.
     for unit in [*_blocks(backbone), backbone]:
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
     # Otherwise a parameter that only some ranks use makes the sum over ranks wrong, silently.
     for unit in _units(backbone):
         unit.set_reduce_scatter_unused_params(True)
     if trainer.is_global_zero:
-        _log.warning("FSDP2 is experimental: parameters are sharded over %d ranks", mesh.size())
+        replicas = f"{strategy.num_replicas} x " if strategy.num_replicas > 1 else ""
+        ranks = mesh.size(mesh.ndim - 1)
+        _log.warning("FSDP2: parameters are sharded over %s%d ranks", replicas, ranks)
 
 
-def gather_for_evaluation(backbone: nn.Module) -> None:
-    """Gather the whole backbone on every rank for an evaluation.
+def refuse_shards(trainer: L.Trainer, callback: L.Callback) -> None:
+    """Refuse a callback that needs the whole backbone on each rank.
 
-    Gathering is collective, and ranks may have different numbers of batches: a rank that gathered
-    in a forward pass of its own would wait forever.
+    Raises:
+        ConfigError: Under `ShardedStrategy`.
     """
-    # Lightning evaluates in inference mode. Tensors made in it cannot be written to in training.
-    with torch.inference_mode(False):
-        for unit in _units(backbone):
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
+    if isinstance(trainer.strategy, ShardedStrategy):
+        raise ConfigError(
+            f"trainer.strategy: must not shard the backbone for {type(callback).__name__}, which "
+            "can measure a checkpoint of this run later, found ShardedStrategy"
+        )
 
 
 def reshard(backbone: nn.Module) -> None:
-    """Undo `gather_for_evaluation`."""
+    """Free what a pass that failed has gathered; without communication."""
     for unit in _units(backbone):
         unit.reshard()
-        # The defaults of `fully_shard`: only the root stays gathered after its forward pass.
-        unit.set_reshard_after_forward(unit is not backbone, recurse=False)
 
 
-def _blocks(backbone: nn.Module) -> Iterator[nn.Module]:
-    for child in backbone.children():
+class UnevenCalls:
+    """Lets ranks call a sharded backbone different numbers of times; does nothing to a whole one.
+
+    Every pass through a sharded backbone is collective. Between `begin` and `finish`, a rank adds 1
+    to a sum over the ranks of its replica before each pass. A rank that has come to `finish` adds 0
+    and makes a padding pass, until nobody adds 1. So all ranks make the same number of passes,
+    whatever each of them computes, and none gathers more than one unit at a time.
+
+    All ranks must begin and finish. Between the two they may call the backbone, without gradients,
+    and use no other collective.
+
+    Args:
+        backbone: The network.
+        padding: Makes one pass through the backbone; its result is dropped.
+    """
+
+    def __init__(self, backbone: nn.Module, padding: Callable[[], object]) -> None:
+        self._backbone = backbone
+        self._padding = padding
+        self._depth = 0
+        self._hook: Any = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether more has begun than finished."""
+        return self._depth > 0
+
+    def begin(self) -> None:
+        """From now on ranks may differ; nested calls only count."""
+        self._depth += 1
+        if self._depth == 1 and _units(self._backbone):
+            self._hook = self._backbone.register_forward_pre_hook(self._announce, prepend=True)
+
+    def finish(self) -> None:
+        """Make padding passes until every rank has come here."""
+        self._depth -= 1
+        if self._depth == 0 and self._hook is not None:
+            self.cancel()
+            with torch.no_grad():
+                while bool(self._sum(0)):
+                    self._padding()
+
+    def cancel(self) -> None:
+        """Begin or finish no more: this rank has failed, or another run starts."""
+        self._depth = 0
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """`begin`, and `finish` unless an error ends the context."""
+        self.begin()
+        try:
+            yield
+        except BaseException:
+            self.cancel()
+            raise
+        self.finish()
+
+    def _announce(self, *_: object) -> None:
+        self._sum(1)  # not read: with this 1 it cannot be 0, so the host waits for nothing
+
+    def _sum(self, value: int) -> Tensor:
+        parameter: Any = next(self._backbone.parameters())
+        mesh = parameter.device_mesh
+        number = torch.tensor(value, device=parameter.device)
+        dist.all_reduce(number, group=mesh.get_group(mesh.ndim - 1))
+        return number
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from (each for each in child if any(True for _ in each.parameters()))
+        else:
+            yield from _blocks(child)
 
 
 def _units(backbone: nn.Module) -> list[Any]:

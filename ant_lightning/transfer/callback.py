@@ -18,6 +18,7 @@ from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.frechet import GaussianStatistics, frechet_distance
 from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.statistics import ImageStatistics
+from ant_lightning.runtime.sharding import refuse_shards
 from ant_lightning.transfer.figure import transfer_gap_bars
 from ant_lightning.transfer.gap import negative_transfer_gap
 from ant_lightning.transfer.result import IntervalGap, TransferGapResult
@@ -127,6 +128,12 @@ class NegativeTransferGap(RunCallback):
         self.cache_dir = cache_dir
         self.seed = seed
         self._specialists: list[Specialist] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
+        """Refuse sharded weights: each specialist is a whole network."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "validate":
+            refuse_shards(trainer, self)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Check the specialists before anything is computed."""

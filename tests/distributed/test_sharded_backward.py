@@ -1,5 +1,7 @@
 """`multitask_backward` on parameters that FSDP2 shards, in a plain loop."""
 
+import math
+
 import pytest
 import torch
 from rank_processes import needs_unused_shards, run_ranks
@@ -10,9 +12,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from ant_lightning import ConfigError, multitask_backward
 from ant_lightning.balancing.reduction import Reduction, default_reduction
 
+MESHES = {"2": (2,), "4": (4,), "2 x 2": (2, 2)}  # the last: [replicas, shards]
 
-def sharded(ranks):
-    network, mesh = Network(torch.float32), init_device_mesh("cpu", (ranks,))
+
+def sharded(mesh):
+    network = Network(torch.float32)
+    mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("replicas", "shards")[-len(mesh) :])
     fully_shard(network.body, mesh=mesh)
     fully_shard(network, mesh=mesh)
     for unit in (u for u in network.modules() if isinstance(u, FSDPModule)):
@@ -20,13 +25,14 @@ def sharded(ranks):
     return network
 
 
-def train(rank, ranks, method, *, shard):
+def train(rank, ranks, method, *, mesh=None):
     """Five steps with clipping; one with a NaN on the last rank alone."""
     torch.manual_seed(1)
     x, y = torch.randn(22, 6), torch.randn(22, 3)
     start, stop = PARTS[ranks][rank : rank + 2]
     x, y, tasks = x[start:stop], y[start:stop], TASKS[start:stop]
-    network, balancer = sharded(ranks) if shard else Network(torch.float32), METHODS[method]()
+    network = Network(torch.float32) if mesh is None else sharded(mesh)
+    shard, balancer = mesh is not None, METHODS[method]()
     own = list(balancer.parameters()) if balancer else []
     groups = [{"params": list(network.parameters())}, *([{"params": own}] if own else [])]
     optimizer = torch.optim.Adam(groups, lr=0.01, eps=1e-3)
@@ -67,9 +73,9 @@ def train(rank, ranks, method, *, shard):
     }
 
 
-def every_method(rank, ranks):
-    methods = METHODS if ranks == 2 else ("uw", "pcgrad")
-    return {name: train(rank, ranks, name, shard=True) for name in methods}
+def every_method(rank, ranks, mesh):
+    methods = ("pcgrad",) if mesh == (4,) else METHODS
+    return {name: train(rank, ranks, name, mesh=mesh) for name in methods}
 
 
 def mixed(rank):
@@ -88,11 +94,12 @@ def mixed(rank):
 
 
 @needs_unused_shards
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_sharded_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, ranks):
-    every = run_ranks(every_method, ranks, tmp_path, ranks)
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_sharded_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, mesh):
+    ranks = math.prod(mesh)
+    every = run_ranks(every_method, ranks, tmp_path, ranks, mesh)
     for method in every[0]:
-        one = train(0, 1, method, shard=False)
+        one = train(0, 1, method)
         for rank in every:
             found = rank[method]
             assert found["finite"] == one["finite"] == [True, True, False, True, True]

@@ -1,0 +1,159 @@
+"""Evaluation and sampling of a backbone that stays sharded while ranks have unequal work."""
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from rank_processes import needs_unused_shards, run_ranks
+from test_callbacks_on_ranks import Projection
+from tiny_runs import TinyData, module, trainer
+
+from ant_lightning import (
+    DDIM,
+    EMA,
+    ConfigError,
+    DiT,
+    GenerationMetrics,
+    NegativeTransferGap,
+    SampleGrid,
+    SampleWriter,
+    ShardedStrategy,
+    TaskAffinity,
+    TransferMatrix,
+)
+from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.data.dataset import TensorImages
+
+
+class Uneven(TinyData):
+    """19 held-out images: of 4 ranks that take 4 at once, the last needs one batch, others two."""
+
+    def __init__(self):
+        super().__init__(batch_size=16)
+
+    def prepare(self):
+        train, held_out = super().prepare()
+        return train, TensorImages(held_out.images[:19], held_out.labels[:19])
+
+
+def network():
+    torch.manual_seed(0)
+    sizes = {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "num_heads": 2}
+    net = DiT(**sizes, depth=3, num_classes=3)
+    with torch.no_grad():  # adaLN-Zero starts with an output of 0
+        for p in net.parameters():
+            p.add_(torch.randn_like(p), alpha=0.2)
+    return net
+
+
+class Gathered(L.Callback):
+    """The largest share of the backbone that this rank holds while a block or the head runs."""
+
+    def __init__(self):
+        self.largest = 0
+
+    def setup(self, trainer, pl_module, stage):
+        backbone = pl_module.backbone
+        for unit in [*backbone.blocks, backbone.final_layer]:
+            unit.register_forward_pre_hook(lambda *_: self.look(backbone))
+
+    def look(self, backbone):
+        whole = sum(p.numel() for p in backbone.parameters() if not is_sharded([p]))
+        self.largest = max(self.largest, whole / sum(p.numel() for p in backbone.parameters()))
+
+
+def evaluated(rank, folder, ranks):
+    """Losses of the averages in validations while training, scores in a test, and drawn images."""
+    gathered = Gathered()
+    cache = str(folder / f"cache_{ranks}")
+    metrics = GenerationMetrics(
+        Projection(), num_images=21, batch_size=5, cache_dir=cache, every_n_epochs=9
+    )
+    ema = EMA(decay=0.5, warmup=False)
+    sharded = ranks > 1
+    settings = {"ranks": ranks, "default_root_dir": folder / str(ranks)}
+
+    def strategy():
+        return ShardedStrategy(num_replicas=2) if sharded else None
+
+    model = module("pcgrad", backbone=network(), sampler=DDIM(num_steps=2))
+    run = trainer(
+        steps=2,
+        callbacks=[ema, gathered, metrics, SampleGrid(num_images=3)],
+        limit_val_batches=1.0,
+        check_val_every_n_epoch=None,
+        val_check_interval=2,
+        strategy=strategy(),
+        **settings,
+    )
+    run.fit(model, Uneven())
+    assert is_sharded(model.backbone.parameters()) == sharded
+    fitted = float(run.callback_metrics["val/loss"])
+    run.test(model, Uneven(), verbose=False)
+    writer = SampleWriter(num_images=9, batch_size=2, npz=str(folder / f"{ranks}.npz"))
+    drawing = trainer(callbacks=[ema, writer], strategy=strategy(), **settings)
+    drawing.predict(model, Uneven(), return_predictions=False)
+    # The ranks ask for unequal numbers of images, and one for none.
+    with model.uneven_calls():
+        drawn = [model.sample([i]) for i in range(rank)] if sharded else [model.sample(3)]
+    return {
+        "fit": {"val/loss": fitted},
+        "test": {name: float(v) for name, v in run.callback_metrics.items()},
+        "gathered": gathered.largest,
+        "images": np.load(folder / f"{ranks}.npz")["arr_0"],
+        "drawn": torch.cat(drawn) if drawn else torch.empty(0, 1, 4, 4),
+    }
+
+
+@needs_unused_shards
+def test_evaluation_never_gathers_the_backbone_and_equals_that_of_one_process(tmp_path):
+    (one,) = run_ranks(evaluated, 1, tmp_path / "one", tmp_path, 1)
+    every = run_ranks(evaluated, 4, tmp_path / "four", tmp_path, 4, limit=110)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in network().blocks]
+    total = sum(p.numel() for p in network().parameters())
+    for rank, found in enumerate(every):
+        # The rest of the network and one block of three.
+        assert 0 < found["gathered"] <= 1 - 2 * sizes[0] / total
+        for name in ("fit", "test"):
+            assert found[name].keys() == one[name].keys()
+            for key, value in one[name].items():
+                np.testing.assert_allclose(found[name][key], value, rtol=1e-3, err_msg=key)
+        # A pixel that lies between two of 256 values may be rounded to either.
+        difference = found["images"].astype(int) - one["images"].astype(int)
+        assert np.abs(difference).max() <= 1
+        torch.testing.assert_close(found["drawn"], one["drawn"][:rank], rtol=0, atol=1e-4)
+
+
+def unequal_failure(rank, folder):
+    """An error inside the context leaves nothing behind that the next pass would wait for."""
+    model = module("vanilla", backbone=network(), sampler=DDIM(num_steps=2))
+    run = trainer(ranks=2, steps=1, strategy=ShardedStrategy())
+    run.fit(model, Uneven())
+    with pytest.raises(ZeroDivisionError), model.uneven_calls():
+        raise ZeroDivisionError
+    return model.uneven_calls.begun, model.sample(rank + 1).isfinite().all()
+
+
+@needs_unused_shards
+def test_an_error_ends_the_context(tmp_path):
+    for begun, finite in run_ranks(unequal_failure, 2, tmp_path, tmp_path):
+        assert not begun
+        assert finite
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        TaskAffinity(num_points=2, num_images=2),
+        TransferMatrix(num_images=2),
+        NegativeTransferGap(by_samples=["a.ckpt"]),
+    ],
+)
+def test_what_needs_whole_weights_is_refused(callback):
+    run = trainer(strategy=ShardedStrategy(), callbacks=[callback], limit_val_batches=1)
+    words = f"trainer.strategy: must not shard the backbone for {type(callback).__name__}"
+    try:
+        with pytest.raises(ConfigError, match=words):
+            run.validate(module("vanilla"), TinyData())
+    finally:  # other tests must not see the process group that the strategy made
+        torch.distributed.destroy_process_group()
