@@ -305,15 +305,17 @@ def _weighted_backward(
         step = replace(step, losses=batch.values, task_losses=batch.mean_losses())
         weights = balancer.step_weights(step)
     total: list[Tensor] = []
-    for rows in passes:
+    for index, rows in enumerate(passes):
         again = balancer.needs_losses
         losses = known.pop() if known else batch.losses_of(rows, again=again)
         of_rows = weights.samples[rows.to(weights.samples.device, non_blocking=True)]
-        grads = batch.gradients_of((losses * of_rows.to(losses.dtype)).sum())
-        if total:
-            torch._foreach_add_(total, grads)
+        loss = (losses * of_rows.to(losses.dtype)).sum()
+        if index == len(passes) - 1:
+            total = batch.last_gradients_of(loss, total)
+        elif total:
+            torch._foreach_add_(total, batch.gradients_of(loss))
         else:
-            total = list(grads)
+            total = batch.gradients_of(loss)
     grad_norm = batch.differentiation.finish(total) / batch.loss_scale
     if not balancer.needs_losses:
         step = replace(step, losses=batch.values, task_losses=batch.mean_losses())

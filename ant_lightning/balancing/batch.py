@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.sharded import differentiation
+from ant_lightning.balancing.sharded import differentiation as new_differentiation
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class TaskBatch:
         reduction: How sums over ranks are made.
         micro_batch_size: Largest number of samples in one forward pass; `None` for no limit.
         loss_scale: Losses are multiplied by this in a backward pass.
+        differentiation: That of the run, which keeps the buckets of several ranks; by default new.
 
     Attributes:
         order: Rows of the batch, those of task 0 first, `[b]`.
@@ -58,6 +59,7 @@ class TaskBatch:
         reduction: Reduction,
         micro_batch_size: int | None = None,
         loss_scale: Tensor | float = 1.0,
+        differentiation: Differentiation | None = None,
     ) -> None:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size: must be at least 1, found {micro_batch_size}")
@@ -85,7 +87,8 @@ class TaskBatch:
         self.samples = reduction.all_reduce_(table.to(device, non_blocking=True))
         self.num_samples = self.samples.sum(0)
         self.shared = shared
-        self.differentiation: Differentiation = differentiation(shared, reduction)
+        self.differentiation = differentiation or new_differentiation(shared, reduction)
+        self.differentiation.bind(shared)
         self.reduction = reduction
         self.micro_batch_size = micro_batch_size
         self.loss_scale = loss_scale
@@ -127,6 +130,10 @@ class TaskBatch:
     def gradients_of(self, loss: Tensor) -> list[Tensor]:
         """Gradients of `loss_scale * loss`, one tensor for each parameter of `shared`."""
         return self.differentiation.gradients(loss * self.loss_scale)
+
+    def last_gradients_of(self, loss: Tensor, before: Sequence[Tensor]) -> list[Tensor]:
+        """`gradients_of` the last pass of a step plus `before`; for `differentiation.finish`."""
+        return self.differentiation.last_gradients(loss * self.loss_scale, before)
 
     def tasks_of(self, rows: Tensor) -> Tensor:
         """The task of each of `rows`."""

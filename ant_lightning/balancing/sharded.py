@@ -114,6 +114,13 @@ class ShardedDifferentiation(Differentiation):
             p.grad = None
         return parts
 
+    def last_gradients(self, loss: Tensor, before: Sequence[Tensor] = ()) -> list[Tensor]:
+        """`gradients(loss)` plus `before`; FSDP2 overlaps its sums itself."""
+        found = self.gradients(loss)
+        if before:
+            torch._foreach_add_(found, list(before))
+        return found
+
     def finish(self, gradients: Sequence[Tensor]) -> Tensor:
         """Write `.grad` and return its L2 norm over all ranks."""
         assign_gradients(self.parameters, gradients)
