@@ -10,7 +10,7 @@ from ant_lightning.balancing.parameters import is_dense
 from ant_lightning.balancing.reduction import padded_length
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Container, Iterable, Sequence
 
     from torch import Tensor
 
@@ -76,6 +76,7 @@ def arranged(
     capacity: int,
     first: int,
     alone: int | None = None,
+    separate: Container[int] = (),
     ranks: int = 1,
 ) -> list[Bucket]:
     """Parameters in buckets, in the order in which these will be full.
@@ -86,6 +87,7 @@ def arranged(
         capacity: A bucket with this many numbers takes no more parameters.
         first: The same for the first bucket, which is small, so that sending begins early.
         alone: Parameters of this size have a bucket of their own; by default none has.
+        separate: Indices of others that have a bucket of their own.
         ranks: Each length is a multiple of this.
 
     Examples:
@@ -105,7 +107,7 @@ def arranged(
         found.append(Bucket(tuple(indices), padded_length(numbers, ranks), numbers))
 
     for index in order:
-        if alone is not None and sizes[index] >= alone:
+        if index in separate or (alone is not None and sizes[index] >= alone):
             close([index])
             continue
         members.append(index)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ant_lightning.balancing.buckets import memory_strides, views_of
 from ant_lightning.balancing.parameters import same_tensors
+from ant_lightning.balancing.products import CHUNK, dot_products, full_precision
 from ant_lightning.balancing.shards import from_local
+from ant_lightning.balancing.weight_factors import WeightFactors
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor, nn
 
     from ant_lightning.balancing.reduction import Reduction
@@ -30,10 +31,6 @@ __all__ = [
     "reduce_gradients_",
     "sums_dtype",
 ]
-
-# Columns whose dot products are summed in the rows' dtype; the sums of the chunks are added in
-# float64. From 1,024 to 131,072 columns make no difference in time (docs/benchmarks.md).
-_CHUNK = 1 << 16
 
 
 class TaskGradients(ABC):
@@ -67,7 +64,8 @@ class DenseTaskGradients(TaskGradients):
 
     - From one backward pass: `begin` after the forward pass, then `receive` once for each parameter
       as soon as its block is known. A block is kept as it is, without a copy, until `combine_`. A
-      parameter without a block has gradients of zero.
+      parameter without a block has gradients of zero. A layer that meets few positions gives
+      factors in place of a block, by `receive_factors`.
     - Task after task: `write`, which copies into buffers that are reused in every step.
 
     Args:
@@ -88,6 +86,7 @@ class DenseTaskGradients(TaskGradients):
         self.parameters: list[nn.Parameter] = []
         self._empty = torch.empty(0)
         self._open = self._spent = False
+        self._factored: dict[int, int] = {}
         self.bind(parameters)
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -104,6 +103,7 @@ class DenseTaskGradients(TaskGradients):
 
     def _drop(self) -> None:
         """Forget the buffers; memory that a `.grad` is a view of lives on until that goes."""
+        self._factors = WeightFactors(self.num_tasks, self._empty)
         self._rows = self._empty  # of `write`, [k, p]
         self._row_views: list[list[Tensor]] = []
         self._blocks: dict[int, Tensor] = {}
@@ -115,6 +115,8 @@ class DenseTaskGradients(TaskGradients):
         *,
         samples: Float[Tensor, "N k"] | None = None,
         apart: Sequence[int] = (),
+        factored: Mapping[int, int] | None = None,
+        sample_tasks: Int[Tensor, " b"] | None = None,
     ) -> None:
         """Begin the gradients of a new step; every rank calls this after its forward pass.
 
@@ -124,9 +126,15 @@ class DenseTaskGradients(TaskGradients):
             samples: Number of samples of each task on each rank (`TaskBatch.samples`).
             apart: Indices of parameters without a block in this step, which `gramian` and
                 `combine_` leave out; the same on every rank.
+            factored: Indices of weights that have factors in place of a block, and the positions
+                that each meets for a sample (`has_small_factors`); the same on every rank.
+            sample_tasks: Task of each sample of this rank, in the order of the factors.
         """
         self._tasks = list(range(self.num_tasks) if tasks is None else tasks)
-        self._apart = set(apart)
+        factored = factored or {}
+        self._apart = {*apart, *factored}
+        self._factors = WeightFactors(self.num_tasks, self._empty, sample_tasks)
+        self._factored = dict(factored)
         self._blocks, self._matrices = {}, []
         self._open, self._spent = True, False
 
@@ -144,6 +152,22 @@ class DenseTaskGradients(TaskGradients):
         assert self._open, "receive was called before begin"
         assert index not in self._blocks, "receive was called twice for a parameter"
         self._blocks[index] = self._flat(index, block)
+
+    def receive_factors(
+        self, index: int, left: Float[Tensor, "bn o"], right: Float[Tensor, "bn i"]
+    ) -> None:
+        """Take the factors of one weight: its gradient is `left^T right`, a sum over positions.
+
+        Call it in the course of the backward pass, once for each weight of `factored`.
+
+        Args:
+            index: Which of the parameters.
+            left: Gradients of the layer's output, of losses that are means over the samples of
+                all ranks; `n` positions for each of `b` samples, those of a sample together.
+            right: Inputs of the layer.
+        """
+        assert self._open, "receive_factors was called before begin"
+        self._factors.put(index, left, right)
 
     def _flat(self, index: int, block: Tensor) -> Tensor:
         """`block` as a matrix `[m, n]` whose rows have the memory layout of the parameter."""
@@ -222,7 +246,7 @@ class DenseTaskGradients(TaskGradients):
         self._open = False
         small = []
         for index, block in self._blocks.items():
-            if block.shape[1] < _CHUNK:
+            if block.shape[1] < CHUNK:
                 small.append(index)
             else:
                 self._matrices.append(([index], block))
@@ -239,12 +263,12 @@ class DenseTaskGradients(TaskGradients):
         inner = torch.zeros(found, found, dtype=torch.float64, device=self._empty.device)
         for _, matrix in self._matrices:
             inner += dot_products(matrix)
+        of_factors = self._factors.gramian(self._factors.indices)
         if self._tasks == [*range(self.num_tasks)]:
-            return inner
-        total = inner.new_zeros(self.num_tasks, self.num_tasks)
-        places = torch.tensor(self._tasks, device=total.device)
-        total[places[:, None], places] = inner
-        return total
+            return inner + of_factors
+        places = torch.tensor(self._tasks, device=inner.device)
+        of_factors[places[:, None], places] += inner
+        return of_factors
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter, once."""
@@ -252,9 +276,10 @@ class DenseTaskGradients(TaskGradients):
         self._close()
         self._spent = True
         weights = (task_weights.to(self._empty.device) * scale).to(self._empty.dtype)
+        found = self._combine_factors(weights)
         if self._tasks != [*range(self.num_tasks)]:
             weights = weights[torch.tensor(self._tasks, device=weights.device)]
-        missing = set(range(len(self.parameters))).difference(self._apart)
+        missing = set(range(len(self.parameters))).difference(self._apart).union(self._factored)
         # A block is freed as soon as its combination is made.
         while self._matrices:
             indices, matrix = self._matrices.pop()
@@ -262,15 +287,30 @@ class DenseTaskGradients(TaskGradients):
                 combined = torch.mv(matrix.mT, weights)
             self._assign(indices, views_of(combined, [self.parameters[i] for i in indices]))
             missing.difference_update(indices)
+        missing.difference_update(found)
         self._assign([*missing], [torch.zeros_like(self.parameters[i]) for i in missing])
+
+    def _combine_factors(self, weights: Tensor) -> list[int]:
+        """Set the `.grad` of weights that have factors, and return their indices."""
+        indices = self._factors.indices
+        for index in indices:
+            p = self.parameters[index]
+            product = self._factors.combined(index, weights).view(p.shape)
+            if product.stride() != memory_strides(p):  # fused optimizers want the same
+                product = torch.empty_strided(
+                    p.shape, memory_strides(p), dtype=product.dtype, device=p.device
+                ).copy_(product)
+            self._assign([index], [product])
+        return indices
 
     def _assign(self, indices: Sequence[int], values: Sequence[Tensor]) -> None:
         """Set the `.grad` of some parameters."""
         assign_gradients([self.parameters[index] for index in indices], values)
 
     def release(self) -> None:
-        """Free the blocks, and the buffers unless `keep` is set."""
+        """Free blocks and factors, and the buffers unless `keep` is set."""
         self._blocks, self._matrices = {}, []
+        self._factors = WeightFactors(self.num_tasks, self._empty)
         self._open = False
         if not self.keep:
             self._drop()
@@ -278,6 +318,7 @@ class DenseTaskGradients(TaskGradients):
     def rows(self) -> Float[Tensor, "k p"]:
         """The gradients as rows, in the order of the parameters. Valid before `combine_`."""
         assert not self._spent, "rows was called after combine_"
+        assert not self._factored, "rows was called, but some weights have factors"
         self._close()
         if [indices for indices, _ in self._matrices] == [[*range(len(self.parameters))]]:
             return self._matrices[0][1]
@@ -325,40 +366,3 @@ def sums_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
     """Dtype for sums over all gradients: float64 if any parameter is float64, else float32."""
     double = any(p.dtype == torch.float64 for p in parameters)
     return torch.float64 if double else torch.float32
-
-
-def dot_products(rows: Tensor) -> Tensor:
-    """Dot products of `rows [k, p]`, `[k, k]` float64.
-
-    Chunks of the columns are summed in the rows' dtype, and the chunks' sums in float64.
-    """
-    length = rows.shape[1]
-    num_chunks = length // _CHUNK
-    with full_precision(rows.device):
-        tail = rows[:, num_chunks * _CHUNK :]
-        total = (tail @ tail.mT).double()
-        if num_chunks:
-            body = rows[:, : num_chunks * _CHUNK].unflatten(1, (num_chunks, _CHUNK))
-            chunks = body.transpose(0, 1)
-            total += torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
-    return total
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Context without TF32, bfloat16 and autocast: the Gramian needs full float32 products.
-
-    The settings are global to the process; they are restored when the context ends.
-    """
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        # A training step calls this inside the autocast of mixed precision, which would cast the
-        # matrix products.
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value

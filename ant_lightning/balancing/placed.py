@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from ant_lightning.balancing.reduced import ReducedTaskGradients
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 __all__ = ["PlacedTaskGradients"]
@@ -38,12 +38,16 @@ class PlacedTaskGradients(ReducedTaskGradients):
         *,
         samples: Float[Tensor, "N k"] | None = None,
         apart: Sequence[int] = (),
+        factored: Mapping[int, int] | None = None,
+        sample_tasks: Int[Tensor, " b"] | None = None,
     ) -> None:
         """Begin the gradients of a new step, of which `samples` must be known."""
         assert samples is not None, "begin needs the samples of each rank"
         columns = samples.cpu().T
         self._of_task: list[list[int]] = [each.nonzero().flatten().tolist() for each in columns]
-        super().begin(tasks, samples=samples, apart=apart)
+        super().begin(
+            tasks, samples=samples, apart=apart, factored=factored, sample_tasks=sample_tasks
+        )
 
     def _holders(self, task: int) -> Sequence[int]:
         return self._of_task[task]

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.buckets import ArrivalOrder, Bucket, arranged, views_of
-from ant_lightning.balancing.gradients import DenseTaskGradients, dot_products, full_precision
+from ant_lightning.balancing.gradients import DenseTaskGradients
+from ant_lightning.balancing.products import dot_products, full_precision
+from ant_lightning.balancing.weight_factors import WeightFactors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from torch import Tensor
 
 __all__ = ["ReducedTaskGradients"]
@@ -35,7 +37,8 @@ class ReducedTaskGradients(DenseTaskGradients):
     sent as it is, without a copy. Buckets are sent in one order on all ranks, that of their arrival
     on rank 0 in the first step. The Gramian of the shards is all-reduced (k x k numbers), and the
     combination is gathered from its shards. In total this sends (k + 1) / 2 times the bytes of an
-    all-reduce of one gradient.
+    all-reduce of one gradient. A weight that meets few positions is not sent at all: the factors of
+    all ranks are gathered, and each rank makes the same combination of them.
 
     With N ranks, each holds `k p / N` numbers during the whole step, and the blocks that are on
     their way.
@@ -67,13 +70,24 @@ class ReducedTaskGradients(DenseTaskGradients):
     def _make_buckets(self) -> None:
         """Arrange the parameters that have blocks in this step."""
         ranks, sizes = self.reduction.world_size, [p.numel() for p in self.parameters]
-        order = [index for index in self._order.indices if index not in self._apart]
+        left_out = self._apart.difference(self._factored)
+        order = [index for index in self._order.indices if index not in left_out]
         alone = _ALONE * ranks
         self._buckets = arranged(
-            sizes, order, capacity=alone, first=alone, alone=alone, ranks=ranks
+            sizes,
+            order,
+            capacity=alone,
+            first=alone,
+            alone=alone,
+            separate=self._factored,
+            ranks=ranks,
         )
-        self._laid_out_for = set(self._apart)
-        lengths = [bucket.length // ranks for bucket in self._buckets]
+        self._laid_out_for = self._apart, {*self._factored}
+        # Weights that have factors take part in the order, but have no shards.
+        lengths = [
+            0 if bucket.members[0] in self._factored else bucket.length // ranks
+            for bucket in self._buckets
+        ]
         # Zeros: the padding at the end of a bucket must not add to the Gramian.
         self._shards = self._empty.new_zeros(self.num_tasks, sum(lengths))
         self._parts = list(self._shards.split(lengths, dim=1))
@@ -91,11 +105,19 @@ class ReducedTaskGradients(DenseTaskGradients):
         *,
         samples: Float[Tensor, "N k"] | None = None,
         apart: Sequence[int] = (),
+        factored: Mapping[int, int] | None = None,
+        sample_tasks: Int[Tensor, " b"] | None = None,
     ) -> None:
         """Begin the gradients of a new step; every rank calls this after its forward pass."""
-        super().begin(tasks, samples=samples, apart=apart)
+        super().begin(
+            tasks, samples=samples, apart=apart, factored=factored, sample_tasks=sample_tasks
+        )
+        if self._factored:
+            assert samples is not None, "factors need the samples of each rank"
+            assert sample_tasks is not None, "factors need the task of each sample"
+            self._begin_factors(samples.cpu().long(), sample_tasks)
         changed = self._order.agree(self._empty.device)
-        if changed or not self._buckets or self._laid_out_for != self._apart:
+        if changed or not self._buckets or self._laid_out_for != (self._apart, {*self._factored}):
             self._forget_buckets()
             self._make_buckets()
         self._slots = {task: slot for slot, task in enumerate(self._tasks)}
@@ -103,11 +125,47 @@ class ReducedTaskGradients(DenseTaskGradients):
         self._sources: dict[int, Tensor] = {}  # blocks that are sent as they are
         self._pending: deque[tuple[int, Callable[[], None]]] = deque()
         self._num_pending = 0
-        self._left = [self.num_tasks] * len(self._buckets)  # tasks of each bucket still to arrive
+        # Sums of each bucket that are still to arrive.
+        self._left = [
+            1 if bucket.members[0] in self._factored else self.num_tasks for bucket in self._buckets
+        ]
         self._next = 0
         self._by_task = False
         device = self._empty.device
         self._sum = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64, device=device)
+
+    def _begin_factors(self, samples: Tensor, sample_tasks: Tensor) -> None:
+        """Note whose positions lie where: those of rank 0 first, and each rank's by task."""
+        every = torch.arange(self.num_tasks)
+        tasks = torch.cat([every.repeat_interleave(counts) for counts in samples])
+        self._factors.sample_tasks = tasks.to(self._empty.device, non_blocking=True)
+        self._by_task_order = sample_tasks.argsort(stable=True)
+        self._num_samples: list[int] = samples.sum(1).tolist()
+        self._packed: dict[int, Tensor] = {}
+
+    def receive_factors(
+        self, index: int, left: Float[Tensor, "bn o"], right: Float[Tensor, "bn i"]
+    ) -> None:
+        """Take the factors of one weight, and send what is complete."""
+        assert self._open, "receive_factors was called before begin"
+        self._order.note(index)
+        self._pack(index, left, right)
+        self._missing[self._bucket_of[index]] -= 1
+        self._send_complete()
+
+    def _pack(self, index: int, left: Tensor | None = None, right: Tensor | None = None) -> None:
+        """Write this rank's factors, or zeros, into their place among those of all ranks."""
+        p, each = self.parameters[index], self._factored[index]
+        rows, columns = p.shape[0], p.numel() // p.shape[0]
+        packed = self._empty.new_empty(sum(self._num_samples) * each, rows + columns)
+        own = packed.split([count * each for count in self._num_samples])[self.reduction.rank]
+        if left is None or right is None:
+            own.zero_()
+        else:
+            for part, factor in zip(own.split([rows, columns], dim=1), (left, right), strict=True):
+                by_sample = factor.detach().unflatten(0, (-1, each))
+                part.copy_(by_sample[self._by_task_order].flatten(0, 1))
+        self._packed[index] = packed
 
     def receive(self, index: int, block: Float[Tensor, "m ..."]) -> None:
         """Take the gradients of one parameter, and send what is complete."""
@@ -130,6 +188,12 @@ class ReducedTaskGradients(DenseTaskGradients):
         """Send the next buckets in order, as long as they are complete."""
         while self._next < len(self._buckets) and not self._missing[self._next]:
             place, self._next = self._next, self._next + 1
+            index = self._buckets[place].members[0]
+            if index in self._factored:
+                counts = [count * self._factored[index] for count in self._num_samples]
+                parts = self._packed[index].split(counts)
+                self._pending.append((place, self.reduction.all_gather_parts_(parts)))
+                continue
             for task in range(self.num_tasks):
                 self._send(place, task, self._source(place, task))
 
@@ -165,8 +229,16 @@ class ReducedTaskGradients(DenseTaskGradients):
         """Wait for the oldest sum; the last one of a bucket completes its part of the Gramian."""
         place, wait = self._pending.popleft()
         wait()
-        self._num_pending -= self._buckets[place].length
         self._left[place] -= 1
+        index = self._buckets[place].members[0]
+        if index in self._factored:
+            p, packed = self.parameters[index], self._packed.pop(index)
+            left, right = packed.split([p.shape[0], p.numel() // p.shape[0]], dim=1)
+            self._factors.put(index, left, right)
+            if place % self.reduction.world_size == self.reduction.rank:  # ranks share the work
+                self._sum += self._factors.gramian([index])
+            return
+        self._num_pending -= self._buckets[place].length
         if not self._left[place]:
             self._sources.pop(place, None)
             self._sum += dot_products(self._parts[place])
@@ -202,7 +274,10 @@ class ReducedTaskGradients(DenseTaskGradients):
         if not self._by_task:
             for place in range(self._next, len(self._buckets)):
                 for member, index in enumerate(self._buckets[place].members):
-                    if index not in self._blocks and place in self._staged:
+                    if index in self._factored:
+                        if self._missing[place]:
+                            self._pack(index)
+                    elif index not in self._blocks and place in self._staged:
                         for views in self._staged_views[place]:
                             views[member].zero_()
                 self._missing[place] = 0
@@ -226,11 +301,15 @@ class ReducedTaskGradients(DenseTaskGradients):
         found: list[tuple[Bucket, Tensor, Callable[[], None]]] = []
         # One bucket is gathered while the next is combined.
         for bucket, part in zip(self._buckets, self._parts, strict=True):
+            if bucket.members[0] in self._factored:
+                continue
             full = self._empty.new_empty(bucket.length)
             own = full.view(self.reduction.world_size, -1)[self.reduction.rank]
             with full_precision(full.device):
                 torch.mv(part.mT, weights, out=own)
             found.append((bucket, full, self.reduction.all_gather_(full)))
+        # Every rank makes the same product of the same factors, which sends nothing.
+        self._combine_factors(weights)
         for bucket, full, wait in found:
             wait()
             members = [self.parameters[index] for index in bucket.members]
@@ -239,6 +318,7 @@ class ReducedTaskGradients(DenseTaskGradients):
     def release(self) -> None:
         """Free the shards unless `keep` is set."""
         self._sources, self._blocks = {}, {}
+        self._factors = WeightFactors(self.num_tasks, self._empty)
         self._open = False
         if not self.keep:
             self._forget_buckets()
@@ -249,5 +329,6 @@ class ReducedTaskGradients(DenseTaskGradients):
         Valid before `combine_`.
         """
         assert not self._spent, "rows was called after combine_"
+        assert not self._factored, "rows was called, but some weights have factors"
         self._close()
         return self._shards
