@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.reduction import Reduction
 
-__all__ = ["ArrivalOrder", "Bucket", "arranged", "memory_strides", "views_of"]
+__all__ = ["ArrivalOrder", "Bucket", "arranged", "blocks_of", "memory_strides", "views_of"]
 
 
 class Bucket(NamedTuple):
@@ -131,8 +131,13 @@ def memory_strides(p: Tensor) -> tuple[int, ...]:
 
 def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """`flat` cut into tensors of the parameters' shapes and memory layouts."""
-    views, start = [], flat.storage_offset()
+    return [view[0] for view in blocks_of(flat[None], parameters)]
+
+
+def blocks_of(rows: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """`rows [k, p]` cut into a tensor `[k, *shape]` for each parameter, in its memory layout."""
+    blocks, start, (num, step) = [], rows.storage_offset(), (len(rows), rows.stride(0))
     for p in parameters:
-        views.append(flat.as_strided(p.shape, memory_strides(p), start))
+        blocks.append(rows.as_strided((num, *p.shape), (step, *memory_strides(p)), start))
         start += p.numel()
-    return views
+    return blocks

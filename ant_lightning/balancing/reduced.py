@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.buckets import ArrivalOrder, Bucket, arranged, views_of
+from ant_lightning.balancing.buckets import ArrivalOrder, Bucket, arranged, blocks_of, views_of
 from ant_lightning.balancing.gradients import DenseTaskGradients
 from ant_lightning.balancing.products import dot_products, full_precision
 from ant_lightning.balancing.weight_factors import WeightFactors
@@ -63,7 +63,7 @@ class ReducedTaskGradients(DenseTaskGradients):
         self._shards = self._empty  # [k, sum of the lengths of the buckets / N]
         self._parts: list[Tensor] = []  # columns of `_shards` that belong to each bucket
         self._staged: dict[int, Tensor] = {}  # [k, length] for a bucket that blocks are copied into
-        self._staged_views: dict[int, list[list[Tensor]]] = {}
+        self._staged_blocks: dict[int, Tensor] = {}  # the part of each parameter, [k, *shape]
         self._bucket_of: dict[int, int] = {}
         self._zeros = self._empty
 
@@ -97,7 +97,9 @@ class ReducedTaskGradients(DenseTaskGradients):
                 rows = self._empty.new_zeros(self.num_tasks, bucket.length)
                 members = [self.parameters[index] for index in bucket.members]
                 self._staged[place] = rows
-                self._staged_views[place] = [views_of(row, members) for row in rows]
+                self._staged_blocks.update(
+                    zip(bucket.members, blocks_of(rows, members), strict=True)
+                )
 
     def begin(
         self,
@@ -174,10 +176,11 @@ class ReducedTaskGradients(DenseTaskGradients):
         assert self._missing[place], "receive was called twice for a parameter"
         self._order.note(index)
         if place in self._staged:
-            member = self._buckets[place].members.index(index)
-            views = self._staged_views[place]
-            for task, slot in self._slots.items():
-                views[task][member].copy_(block[slot])
+            if self._tasks == [*range(self.num_tasks)]:
+                self._staged_blocks[index].copy_(block)
+            else:
+                for task, slot in self._slots.items():
+                    self._staged_blocks[index][task].copy_(block[slot])
         else:
             self._sources[place] = self._flat(index, block)
         self._blocks[index] = self._empty
@@ -259,7 +262,8 @@ class ReducedTaskGradients(DenseTaskGradients):
             if total and place in self._staged:
                 full = self._staged[place][task]
                 torch._foreach_copy_(
-                    self._staged_views[place][task], [total[index] for index in bucket.members]
+                    [self._staged_blocks[index][task] for index in bucket.members],
+                    [total[index] for index in bucket.members],
                 )
             elif total:
                 (index,) = bucket.members
@@ -273,13 +277,12 @@ class ReducedTaskGradients(DenseTaskGradients):
         self._open = False
         if not self._by_task:
             for place in range(self._next, len(self._buckets)):
-                for member, index in enumerate(self._buckets[place].members):
+                for index in self._buckets[place].members:
                     if index in self._factored:
                         if self._missing[place]:
                             self._pack(index)
                     elif index not in self._blocks and place in self._staged:
-                        for views in self._staged_views[place]:
-                            views[member].zero_()
+                        self._staged_blocks[index].zero_()
                 self._missing[place] = 0
             self._send_complete()
         while self._pending:
