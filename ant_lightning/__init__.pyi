@@ -192,6 +192,18 @@ from ant_lightning.diffusion.samplers.ddim import (
 from ant_lightning.diffusion.samplers.diffusers import (
     DiffusersSampler as DiffusersSampler,
 )
+from ant_lightning.diffusion.samplers.edm import (
+    EDMSampler as EDMSampler,
+)
+from ant_lightning.diffusion.samplers.likelihood import (
+    flow_log_likelihood as flow_log_likelihood,
+)
+from ant_lightning.diffusion.samplers.ode import (
+    ODESampler as ODESampler,
+)
+from ant_lightning.diffusion.samplers.sde import (
+    SDESampler as SDESampler,
+)
 from ant_lightning.diffusion.schedules import (
     CosineSchedule as CosineSchedule,
     LinearSchedule as LinearSchedule,

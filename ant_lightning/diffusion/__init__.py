@@ -17,6 +17,10 @@ from ant_lightning.diffusion.preconditioning import (
 from ant_lightning.diffusion.process import DenoisingLoss, NoiseProcess
 from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep
 from ant_lightning.diffusion.samplers.ddim import DDIM, DDPM
+from ant_lightning.diffusion.samplers.edm import EDMSampler
+from ant_lightning.diffusion.samplers.likelihood import flow_log_likelihood
+from ant_lightning.diffusion.samplers.ode import ODESampler
+from ant_lightning.diffusion.samplers.sde import SDESampler
 from ant_lightning.diffusion.schedules import (
     CosineSchedule,
     LinearSchedule,
@@ -38,6 +42,7 @@ __all__ = [
     "Density",
     "DiscreteDiffusion",
     "EDMPreconditioning",
+    "EDMSampler",
     "FlowMatching",
     "GaussianMixture",
     "GuidedDenoiser",
@@ -49,8 +54,10 @@ __all__ = [
     "MinSNR",
     "NoiseProcess",
     "NoiseSchedule",
+    "ODESampler",
     "PMeanVariance",
     "Preconditioning",
+    "SDESampler",
     "SampleStep",
     "Sampler",
     "ScaledLinearSchedule",
@@ -61,5 +68,6 @@ __all__ = [
     "VPPreconditioning",
     "ZeroTerminalSNR",
     "denoising_loss",
+    "flow_log_likelihood",
     "variational_bound",
 ]

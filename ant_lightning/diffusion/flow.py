@@ -148,6 +148,17 @@ class FlowMatching(ContinuousProcess):
         log_a, _ = _vp_log_signal(times)
         return 2 * log_a - (-torch.expm1(2 * log_a)).log()
 
+    def times_at(self, log_snr: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The inverse of `log_snr_at`; beyond t = 1 on the VP path, which has some signal there."""
+        if self.path == "linear":
+            return torch.sigmoid(-log_snr / 2)
+        if self.path == "gvp":
+            return torch.atan((-log_snr / 2).exp()) * (2 / math.pi)
+        # 1 / a² = 1 + 1 / snr = exp(BETA_RANGE t² / 2 + BETA_MIN t); the clamp is for a snr of 0.
+        exponent = torch.logaddexp(torch.zeros_like(log_snr), -log_snr).clamp(max=1e4)
+        root = (_BETA_MIN**2 + 2 * _BETA_RANGE * exponent).sqrt()
+        return 2 * exponent / (_BETA_MIN + root)
+
     def network_inputs(
         self, x_t: Images, times: Float[Tensor, " b"]
     ) -> tuple[Images, Float[Tensor, " b"]]:

@@ -1,9 +1,10 @@
-"""Classifier-free guidance: a conditional network as a function of (x_t, t) alone."""
+"""Guidance, by the null class or by a weaker network: a denoiser of (x_t, t) alone."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,72 +12,98 @@ from torch import Tensor
 from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from ant_lightning.diffusion.process import Images, NoiseProcess
 
-    from ant_lightning.diffusion.forward import Timesteps
-    from ant_lightning.diffusion.process import Images
+__all__ = ["GuidedDenoiser", "check_interval"]
 
-__all__ = ["GuidedDenoiser"]
+Model: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class GuidedDenoiser:
-    """Classifier-free guidance: `guided = uncond + scale (cond - uncond)`.
+    """Guidance: `guided = weak + scale (cond - weak)`, with a weaker prediction of the same image.
 
-    Only the prediction is guided; a learned variance is that of the conditional output. Both
-    outputs come from one call on a doubled batch. With `scale = 1` the network is called on the
-    conditional batch alone, at half the cost.
+    Without `guide`, `weak` is the network's output for the null class (classifier-free guidance);
+    both outputs come from one call on a doubled batch. With `guide`, it is the output of that
+    second network for the same classes (autoguidance).
+
+    Only the prediction is guided; a learned variance is that of the conditional output. Guiding the
+    network's output guides image, noise, velocity and score alike, because these depend linearly on
+    it. `scale = 1` means no guidance in every process: the network is called on the conditional
+    batch alone, at half the cost, and the guide is not called.
 
     Args:
-        model: Called as `model(x, t, labels)`.
+        model: Called as `model(x, times, labels)`.
         labels: Classes of the batch, int64 `[b]`; `None` for an unconditional network, which is
-            called as `model(x, t, None)` and cannot be guided.
-        null_label: The label of the unconditional half. `None` if the network has no null class;
-            guidance is then impossible.
-        scale: 1 is no guidance, above 1 pushes towards the class.
+            called as `model(x, times, None)`.
+        null_label: The label of the null class; `None` if the network has none.
+        scale: 1 is no guidance, above 1 pushes away from the weaker prediction.
         guided_channels: How many of the image's channels are guided, counted from the first;
-            `None` for all. The official DiT guides 3 of its 4 latent channels.
+            `None` for all. The official DiT and SiT guide 3 of their 4 latent channels.
+        guide: The weaker network, called as `model` is.
+        interval: Guide only at noise levels `sigma = s / a` in `(low, high]`, also at 0 if `low`
+            is 0; `None` for all. Outside, the output is the unguided one, at its cost. sigma is
+            EDM's; it is `t / (1 - t)` on the linear path of flow matching (t = 1 is noise), and
+            `sqrt((1 - abar) / abar)` in discrete diffusion.
+        process: The process, which knows the noise levels; needed with an interval.
 
     Raises:
-        ConfigError: If `scale` is not finite, or not 1 without labels or a null class; if
-            `guided_channels` is below 1.
+        ConfigError: If `scale` is not finite, or not 1 without a guide and without labels or a null
+            class; if `guided_channels` is below 1; if the interval is empty or lacks the process.
 
     Reference:
         Ho and Salimans, "Classifier-Free Diffusion Guidance", equation 6 (its w is scale - 1),
-        arXiv 2207.12598.
+        arXiv 2207.12598; Karras et al., "Guiding a Diffusion Model with a Bad Version of Itself",
+        equation 3, arXiv 2406.02507; Kynkäänniemi et al., "Applying Guidance in a Limited
+        Interval", equation 5, arXiv 2404.07724.
 
     Examples:
         >>> import torch
-        >>> from ant_lightning import GuidedDenoiser
+        >>> from ant_lightning import FlowMatching, GuidedDenoiser
         >>> def model(x, t, labels):  # predicts its label
         ...     return labels.float().view(-1, 1, 1, 1).expand_as(x)
-        >>> labels = torch.tensor([3])
+        >>> labels, x = torch.tensor([3]), torch.zeros(1, 1, 1, 1)
         >>> denoiser = GuidedDenoiser(model, labels, null_label=10, scale=2.0)
-        >>> denoiser(torch.zeros(1, 1, 1, 1), torch.tensor([500])).item()  # 10 + 2 (3 - 10)
+        >>> denoiser(x, torch.tensor([0.5])).item()  # 10 + 2 (3 - 10)
         -4.0
+        >>> denoiser = GuidedDenoiser(
+        ...     model, labels, null_label=10, scale=2.0, interval=(0.2, 2), process=FlowMatching()
+        ... )
+        >>> denoiser(x, torch.tensor([0.9])).item()  # sigma = 9: not guided
+        3.0
     """
 
     def __init__(
         self,
-        model: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        model: Model,
         labels: Tensor | None,
         *,
         null_label: int | None,
         scale: float,
         guided_channels: int | None = None,
+        guide: Model | None = None,
+        interval: tuple[float, float] | None = None,
+        process: NoiseProcess | None = None,
     ) -> None:
         if not math.isfinite(scale):
             raise ConfigError(f"scale: must be finite, found {scale}")
-        if scale != 1.0 and (labels is None or null_label is None):
+        if scale != 1.0 and guide is None and (labels is None or null_label is None):
             lacking = "labels" if labels is None else "a null class"
             raise ConfigError(f"scale: must be 1 for a network without {lacking}, found {scale}")
         check_at_least(1, guided_channels=guided_channels)
+        if interval is not None:
+            check_interval(interval)
+            if process is None:
+                raise ConfigError(f"process: needed with an interval, found None with {interval}")
         self.model = model
         self.labels = labels
         self.null_label = null_label
         self.scale = scale
         self.guided_channels = guided_channels
+        self.guide = guide
+        self.interval = interval
+        self.process = process
 
-    def __call__(self, x_t: Images, t: Timesteps) -> Images:
+    def __call__(self, x_t: Images, t: Tensor) -> Images:
         """The guided output, with as many channels as the network's.
 
         Raises:
@@ -93,12 +120,56 @@ class GuidedDenoiser:
             raise ConfigError(
                 f"guided_channels: must be at most the image's {x_t.shape[1]}, found {num_guided}"
             )
-        if self.labels is None or self.null_label is None or self.scale == 1.0:
+        rows = self._guided_rows(t)
+        if rows is None:
             return self.model(x_t, t, self.labels)
-        labels = torch.cat([self.labels, torch.full_like(self.labels, self.null_label)])
-        cond, uncond = self.model(torch.cat([x_t, x_t]), torch.cat([t, t]), labels).chunk(2)
-        cond_part, uncond_part = cond[:, :num_guided], uncond[:, :num_guided]
+        # Without an interval `rows` is a slice of everything, which copies nothing.
+        x_some, t_some = x_t[rows], t[rows]
+        some = None if self.labels is None else self.labels[rows]
+        if self.guide is not None:
+            cond = self.model(x_t, t, self.labels)
+            weak = self.guide(x_some, t_some, some)
+        else:
+            # The constructor has checked them.
+            assert self.labels is not None
+            assert some is not None
+            assert self.null_label is not None
+            labels = torch.cat([self.labels, torch.full_like(some, self.null_label)])
+            both = self.model(torch.cat([x_t, x_some]), torch.cat([t, t_some]), labels)
+            cond, weak = both[: len(x_t)], both[len(x_t) :]
+        cond_part, weak_part = cond[rows, :num_guided], weak[:, :num_guided]
         # Equation 6, with scale = w + 1.
-        guided = uncond_part + self.scale * (cond_part - uncond_part)
+        guided = weak_part + self.scale * (cond_part - weak_part)
         # Unguided channels, and the variance values behind the prediction, stay conditional.
-        return torch.cat([guided, cond[:, num_guided:]], dim=1)
+        result = cond.clone()
+        result[rows, :num_guided] = guided
+        return result
+
+    def _guided_rows(self, t: Tensor) -> Tensor | slice | None:
+        """Which images are guided at their times; `None` for none of them."""
+        if self.scale == 1.0:
+            return None
+        if self.interval is None:
+            return slice(None)
+        assert self.process is not None  # checked by the constructor
+        log_snr = self.process.log_snr_at(t)
+        # log(snr) = -2 log(sigma) falls with the noise level.
+        low, high = self.interval
+        inside = log_snr >= -2 * math.log(high)
+        if low > 0:
+            inside &= log_snr < -2 * math.log(low)
+        rows = inside.nonzero().flatten()
+        if not len(rows):
+            return None
+        return slice(None) if len(rows) == len(t) else rows
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Check an interval of noise levels.
+
+    Raises:
+        ConfigError: If `0 <= low < high` does not hold.
+    """
+    low, high = interval
+    if not 0 <= low < high:
+        raise ConfigError(f"interval: 0 <= low < high must hold, found {low}, {high}")

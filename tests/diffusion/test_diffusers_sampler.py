@@ -9,8 +9,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -161,7 +161,7 @@ def test_noise_comes_from_the_caller_or_not_at_all():
         ),
         (lambda: UniPCMultistepScheduler(beta_end=0.01), "beta_end .*found 0.01"),
         (lambda: UniPCMultistepScheduler(num_train_timesteps=50), "num_train_timesteps .*found 50"),
-        (FlowMatchEulerDiscreteScheduler, "must be one of DDIM.*found FlowMatchEuler"),
+        (LCMScheduler, "must be one of DDIM.*found LCMScheduler"),
     ],
 )
 def test_settings_of_the_process_are_refused_on_the_scheduler(make, message):

@@ -5,18 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ant_lightning.diffusion.forward import at_least_float32
+from ant_lightning.diffusion.process import NoiseProcess, at_least_float32
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ant_lightning.diffusion.discrete import DiscreteDiffusion
     from ant_lightning.diffusion.process import Images
 
 __all__ = ["Denoiser", "SampleStep", "Sampler"]
@@ -30,13 +29,14 @@ class SampleStep:
 
     Attributes:
         index: Number of the step on the path, from 0.
-        timestep: Timestep of the network call, in training's numbering whatever the spacing.
+        timestep: Time of the step's first network call, in the process' own time: an integer for
+            `DiscreteDiffusion`, in training's numbering whatever the spacing.
         x: The new state `[b, c, ...]`.
         x_start: The predicted image `[b, c, ...]`.
     """
 
     index: int
-    timestep: int
+    timestep: float
     x: Tensor
     x_start: Tensor
 
@@ -44,10 +44,15 @@ class SampleStep:
 class Sampler(ABC):
     """Base of the samplers: a path of network calls from `x_T` `[b, c, ...]` to an image.
 
-    A subclass implements `num_calls`, `is_random` and `_steps`.
+    A subclass implements `num_calls`, `is_random` and `_steps`, and `path_length` if a step makes
+    more than one network call.
 
-    `denoiser(x, t)` is given the state and the timesteps, int64 `[b]` in training's numbering
-    whatever the spacing, and returns the network's output.
+    `num_steps` of a sampler counts its steps, never the points between them; `num_calls` counts
+    network calls.
+
+    `denoiser(x, t)` is given the state and times `[b]` in the process' own time (int64 in
+    training's numbering whatever the spacing for `DiscreteDiffusion`, float64 for the others), puts
+    `process.network_inputs` in front of the network, and returns the network's output.
 
     `noise()` returns standard normal values shaped like x. The caller seeds them per image, so that
     an image does not depend on its batch. A random sampler calls `noise()` once in each step that
@@ -55,6 +60,7 @@ class Sampler(ABC):
 
     Attributes:
         is_multistep: Whether a step depends on earlier network outputs besides the state.
+        process_type: The kind of process that it can sample.
 
     Examples:
         >>> import torch
@@ -69,6 +75,7 @@ class Sampler(ABC):
     """
 
     is_multistep: ClassVar[bool] = False
+    process_type: ClassVar[type[NoiseProcess]] = NoiseProcess  # type: ignore[type-abstract]
 
     def __repr__(self) -> str:
         settings = {name: value for name, value in vars(self).items() if name[0] != "_"}
@@ -80,13 +87,34 @@ class Sampler(ABC):
         """Whether the steps use noise."""
 
     @abstractmethod
-    def num_calls(self, process: DiscreteDiffusion) -> int:
-        """Number of network calls on a whole path."""
+    def num_calls(self, process: Any) -> int | None:  # noqa: ANN401 - of `process_type`
+        """Number of network calls on a whole path; `None` if the sampler decides on the way."""
+
+    def path_length(self, process: Any) -> int:  # noqa: ANN401 - of `process_type`
+        """Number of steps of a whole path."""
+        return self.num_calls(process) or 0
+
+    def check(self, process: NoiseProcess) -> None:
+        """Check that this sampler can sample with the process.
+
+        Raises:
+            ConfigError: If it is for another kind of process, or its steps do not fit this one.
+        """
+        if not isinstance(process, self.process_type):
+            raise ConfigError(
+                f"sampler: must be one for {type(process).__name__}, found {type(self).__name__}, "
+                f"which is for {self.process_type.__name__}"
+            )
+        self._check_path(process)
+
+    def _check_path(self, process: Any) -> None:  # noqa: ANN401 - of `process_type`
+        """Check that the steps fit the process."""
+        self.path_length(process)
 
     @abstractmethod
     def _steps(
         self,
-        process: DiscreteDiffusion,
+        process: Any,  # noqa: ANN401 - of `process_type`
         denoiser: Denoiser,
         x: Tensor,
         *,
@@ -98,7 +126,7 @@ class Sampler(ABC):
 
     def trajectory(
         self,
-        process: DiscreteDiffusion,
+        process: NoiseProcess,
         denoiser: Denoiser,
         x_T: Images,
         *,
@@ -118,12 +146,14 @@ class Sampler(ABC):
             first_step: Index of the first step to make.
 
         Raises:
-            ConfigError: If `first_step` is not on the path, or a random sampler has no `noise`.
+            ConfigError: If the sampler does not fit the process, `first_step` is not on the path,
+                or a random sampler has no `noise`.
         """
         # Not a generator itself: the checks must raise here, not at the first step.
-        num_calls = self.num_calls(process)
-        if not 0 <= first_step < num_calls:
-            raise ConfigError(f"first_step: must be in [0, {num_calls}), found {first_step}")
+        self.check(process)
+        length = self.path_length(process)
+        if not 0 <= first_step < length:
+            raise ConfigError(f"first_step: must be in [0, {length}), found {first_step}")
         if self.is_random and noise is None:
             raise ConfigError(f"noise: must be given to {type(self).__name__}, found None")
         return self._steps(
@@ -137,7 +167,7 @@ class Sampler(ABC):
 
     def sample(
         self,
-        process: DiscreteDiffusion,
+        process: NoiseProcess,
         denoiser: Denoiser,
         x_T: Images,
         *,

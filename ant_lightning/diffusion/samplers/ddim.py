@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.forward import at_least_float32, gather
 from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep
 from ant_lightning.diffusion.samplers.spacing import (
@@ -20,7 +21,6 @@ from ant_lightning.errors import ConfigError, check_at_least
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ant_lightning.diffusion.discrete import DiscreteDiffusion
     from ant_lightning.diffusion.forward import Timesteps
     from ant_lightning.diffusion.losses import PMeanVariance
     from ant_lightning.diffusion.process import Images
@@ -30,6 +30,8 @@ __all__ = ["DDIM", "DDPM", "ancestral_step", "ddim_inverse_step", "ddim_step"]
 
 class _RespacedSampler(Sampler):
     """Base of the samplers that respace the process and visit its timesteps from last to first."""
+
+    process_type = DiscreteDiffusion
 
     def __init__(self, *, num_steps: int, spacing: str, spacings: tuple[str, ...]) -> None:
         check_at_least(1, num_steps=num_steps)
