@@ -15,18 +15,19 @@ from ant_lightning.callbacks.figures import log_folder
 from ant_lightning.callbacks.page_figure import stacked_page
 from ant_lightning.callbacks.task_figures import task_labels
 from ant_lightning.models.module import MultiTaskDiffusion
+from ant_lightning.runtime.loggers import send_picture
 
 __all__ = ["Dashboard"]
 
 
 class Dashboard(RunCallback):
-    """Collects what other callbacks log, with explanations, on one page of TensorBoard.
+    """Collects what other callbacks log, with explanations, on one page.
 
-    After each validation the tab "Images" gets one page (`0_page/overview`, click to enlarge) with
+    After each validation every logger that shows pictures gets one page (`0_page/overview`) with
     the figures of the other callbacks, each below the question that it answers; the page is also
-    `0_page_overview.png` in the log folder. The tab "Custom Scalars" gets a chart for each
-    question, and the tab "Text" says how to read every figure and chart. `dashboard.json` beside
-    this file has the questions, charts and sentences.
+    `0_page_overview.png` in the log folder. In TensorBoard the tab "Custom Scalars" gets a chart
+    for each question, and the tab "Text" says how to read every figure and chart.
+    `dashboard.json` beside this file has the questions, charts and sentences.
 
     Attributes:
         pictures: Files of the figures of this run, by tag; `save_figure` adds them.
@@ -68,8 +69,7 @@ class Dashboard(RunCallback):
         page = stacked_page(found)
         Image.fromarray(page).save(log_folder(trainer) / "0_page_overview.png")
         step = steps_of(trainer, pl_module)
-        for logger in _tensorboards(trainer):
-            logger.experiment.add_image("0_page/overview", page, step, dataformats="HWC")
+        send_picture(trainer.loggers, "0_page/overview", page, step=step)
 
 
 def _content() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ant_lightning.backbones.checkpoint_layouts import bare_names
 from ant_lightning.balancing.shards import full_tensor
 from ant_lightning.callbacks.power_function import profile_coefficients
 from ant_lightning.errors import ConfigError, FileError
@@ -144,6 +145,12 @@ def _of_run(
         if number not in snapshots or number >= num_updates:
             continue
         averages = _read(path, snapshots[number])
+        # Only one of the two networks may be wrapped, as by `torch.compile`.
+        own = bare_names(now)
+        averages = {
+            length: {own.get(bare, name): one[name] for bare, name in bare_names(one).items()}
+            for length, one in averages.items()
+        }
         # A parameter that was thawed later is in none of the earlier ones.
         if all(now.keys() <= one.keys() for one in averages.values()):
             yield number, averages

@@ -113,6 +113,8 @@ class BaseModule(L.LightningModule):
         for state in checkpoint.get("callbacks", {}).values():
             if isinstance(state, dict) and isinstance(state.get("averages"), Mapping):
                 state["averages"] = _renamed(state["averages"], own)
+                powers = state.get("powers", {}).items()
+                state["powers"] = {length: _renamed(one, own) for length, one in powers}
 
     def check_weights(self, checkpoint: Mapping[str, Any]) -> None:
         """Compare names and shapes of a checkpoint's weights with those of this module.

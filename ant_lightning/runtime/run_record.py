@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ant_lightning.files.atomic import write_atomically
+from ant_lightning.runtime.loggers import send_files, send_settings
+from ant_lightning.runtime.settings import flat_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RUN_MARK",
     "RunRecord",
+    "local_run_folder",
     "logger_versions",
     "newest_record",
     "remove_empty_run",
@@ -75,6 +79,8 @@ class RunRecord(L.Callback):
             versions = {type(logger).__name__: logger.version for logger in trainer.loggers}
             text = json.dumps(versions, default=str) + "\n"
             write_atomically(self.run_folder / RUN_MARK, lambda file: file.write(text.encode()))
+            send_settings(trainer.loggers, flat_settings(self.settings))
+            send_files(trainer.loggers, self.run_folder)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the settings of an evaluation; validations inside `fit` have `config.yaml`."""
@@ -85,6 +91,16 @@ class RunRecord(L.Callback):
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Send what the other callbacks have written to loggers that keep files elsewhere."""
+        if trainer.is_global_zero and self._started:
+            send_files(trainer.loggers, self.run_folder)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The same after an evaluation."""
+        if stage != "fit":
+            self.on_fit_end(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -117,13 +133,30 @@ class RunRecord(L.Callback):
 def run_folder(trainer: L.Trainer) -> Path:
     """The folder of this run; call it on every rank, because it may broadcast.
 
-    On the command line it is the folder of `RunRecord`, which belongs to one run. From Python it is
-    the folder of the first logger, which several runs may share.
+    See `local_run_folder`.
+    """
+    folder: Path = trainer.strategy.broadcast(local_run_folder(trainer))
+    return folder
+
+
+def local_run_folder(trainer: L.Trainer) -> Path:
+    """The folder of this run, as this rank knows it.
+
+    On the command line it is the folder of `RunRecord`. From Python it is that of the first logger,
+    `<save_dir>/<name>/<version>` if it keeps its files elsewhere; without a logger, the trainer's
+    `default_root_dir`, which is then to be a folder for each run.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RunRecord):
             return callback.run_folder
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    logger = trainer.logger
+    if logger is None:
+        return Path(trainer.default_root_dir)
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        return Path(logger.log_dir)
+    # As Lightning names the folder of the checkpoints.
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
 
 
 def newest_record(folder: Path) -> Path | None:
