@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ant_lightning.backbones import unet_blocks
-from ant_lightning.balancing import auto, taps
+from ant_lightning.balancing import auto
+from ant_lightning.balancing.one_pass import engine, layers, task_parameters
 from benchmarks.memory import LiveBytes
 from benchmarks.methods import memory_lines
 from benchmarks.steps import Cell, Stepper
@@ -80,12 +81,8 @@ class Shaped(Tensor):
         raise AssertionError(f"{func} outside of CountedGPU")
 
 
-class _Watched(Shaped):
-    __torch_function__ = taps._Watched.__torch_function__
-
-
-class _WatchedView(Shaped):
-    __torch_function__ = taps._Watched.__torch_function__
+class _TaskParameter(Shaped):
+    __torch_function__ = task_parameters.TaskParameter.__torch_function__
 
 
 class CountedGPU(TorchDispatchMode):
@@ -102,16 +99,15 @@ class CountedGPU(TorchDispatchMode):
     def __enter__(self) -> CountedGPU:
         """Use the rules of a GPU where they affect memory."""
         self._rules = ExitStack()
-        cast = taps._cast
+        cast = layers._cast
 
         def cast_as_there(value: Tensor, *, to_norm: bool = False) -> Tensor:
             return _single(value) if to_norm else cast(value)
 
         for place, name, rule in (
-            (taps, "Tensor", Shaped),
-            (taps, "_Watched", _Watched),
-            (taps, "_WatchedView", _WatchedView),
-            (taps, "_cast", cast_as_there),
+            (engine, "TaskParameter", _TaskParameter),
+            (task_parameters, "TaskParameter", _TaskParameter),
+            (layers, "_cast", cast_as_there),
             (torch, "group_norm", _in_single(torch.group_norm)),
             (torch, "layer_norm", _in_single(torch.layer_norm)),
             (unet_blocks, "_MIN_FUSED_POSITIONS", float("inf")),

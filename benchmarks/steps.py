@@ -39,10 +39,9 @@ from ant_lightning import (
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Engine, Loop
 from ant_lightning.balancing.gradients import DenseTaskGradients
-from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.reduction import Reduction
-from ant_lightning.balancing.vmap import Vmap
 
 __all__ = ["ENGINES", "METHODS", "TORCHJD", "Cell", "K", "Stepper"]
 
@@ -76,7 +75,6 @@ METHODS: dict[str, Callable[[], Balancer | None]] = {
 ENGINES: dict[str, type[Engine]] = {
     "loop": Loop,
     "one_pass": OnePass,
-    "vmap": Vmap,
     "low_memory": LowMemory,
 }
 TORCHJD = ("torchjd autogram", "torchjd autojac")

@@ -4,10 +4,7 @@ import torch
 from torch import nn
 
 from ant_lightning import PCGrad, UncertaintyWeighting
-from ant_lightning.balancing.low_memory import LowMemory
-from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.parameters import is_dense
-from ant_lightning.balancing.vmap import Vmap
 
 K, B = 3, 12
 TASKS = torch.tensor([0, 1, 2, 2, 1, 0, 2, 0, 2, 1, 0, 2])
@@ -29,7 +26,7 @@ class Network(nn.Module):
 
 
 class Scaled(Network):
-    """With a parameter that no layer holds, which one pass has no rule for."""
+    """With a parameter that no layer holds."""
 
     def forward(self, x):
         scale = self.scale.sum().real if self.scale.is_complex() else self.scale
@@ -127,13 +124,6 @@ BALANCERS = {
     "uw": lambda: UncertaintyWeighting(K),
     "pcgrad": lambda: PCGrad(K),
 }
-
-
-def has_no_rule(engine, network):
-    """Whether an engine may say that it has no rule for a layer."""
-    if isinstance(engine, Vmap):
-        return isinstance(network, Tokens)
-    return isinstance(engine, (OnePass, LowMemory)) and isinstance(network, (Scaled, Tokens))
 
 
 def batch():

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ant_lightning
-from ant_lightning.balancing import taps
+from ant_lightning.balancing.one_pass import engine, task_parameters
 
 GPU = torch.device("cuda", 0)
 _OURS = str(Path(ant_lightning.__file__).parent)
@@ -53,12 +53,8 @@ class Remote(Tensor):
         raise AssertionError(f"{func} outside the mode")
 
 
-class _Watched(Remote):
-    __torch_function__ = taps._Watched.__torch_function__
-
-
-class _WatchedView(Remote):
-    __torch_function__ = taps._Watched.__torch_function__
+class _TaskParameter(Remote):
+    __torch_function__ = task_parameters.TaskParameter.__torch_function__
 
 
 class PretendedGPU(TorchDispatchMode):
@@ -73,10 +69,9 @@ class PretendedGPU(TorchDispatchMode):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
         monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-        # Parameters whose uses are seen are of classes of their own, here of remote ones.
-        monkeypatch.setattr(taps, "Tensor", Remote)
-        monkeypatch.setattr(taps, "_Watched", _Watched)
-        monkeypatch.setattr(taps, "_WatchedView", _WatchedView)
+        # Parameters with a leaf for each task are of a class of their own, here of a remote one.
+        for module in (engine, task_parameters):
+            monkeypatch.setattr(module, "TaskParameter", _TaskParameter)
 
     def move(self, module):
         """Have all parameters and buffers of `module` on the GPU."""

@@ -54,7 +54,7 @@ SETTINGS = {
     "tasks 2.5": (["--model.tasks.clustering.num_tasks=2.5"], ["num_tasks", "whole number", "2.5"]),
     "steps in words": (["--trainer.max_steps=many"], ["trainer.max_steps", "whole", "many"]),
     "yes or no": (["--ema.warmup=perhaps"], ["ema.warmup", "true or false", "perhaps"]),
-    "choice": (["--model.tasks.engine=fast"], ["tasks.engine", "'auto'", "'vmap'", "fast"]),
+    "choice": (["--model.tasks.engine=fast"], ["tasks.engine", "'auto'", "'low_memory'", "fast"]),
     "interval of three": (["--model.timesteps.interval=[1,2,3]"], ["interval", "2 elements"]),
     "duration": (["--checkpoint.train_time_interval=soon"], ["train_time_interval", "h:m:s"]),
     "unknown optimizer": (

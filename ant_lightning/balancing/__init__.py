@@ -7,9 +7,8 @@ from ant_lightning.balancing.continuous import ContinuousUncertainty
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
 from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
 from ant_lightning.balancing.linear import LinearScalarization
-from ant_lightning.balancing.low_memory import LowMemory
 from ant_lightning.balancing.nash import NashMTL, nash_weights
-from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduced import ReducedTaskGradients
@@ -18,7 +17,6 @@ from ant_lightning.balancing.sharded import ShardedTaskGradients
 from ant_lightning.balancing.step_losses import StepLosses, Weights
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
-from ant_lightning.balancing.vmap import Vmap, write_rows
 
 __all__ = [
     "Auto",
@@ -46,12 +44,10 @@ __all__ = [
     "TorchJDBalancer",
     "UncertaintyWeighting",
     "UnsupportedError",
-    "Vmap",
     "Weights",
     "default_reduction",
     "multitask_backward",
     "nash_weights",
     "pcgrad_weights",
     "task_gradients",
-    "write_rows",
 ]

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from ant_lightning.balancing.vmap import write_rows
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.cache import check_first_stage
 from ant_lightning.data.module import image_data
@@ -206,8 +205,8 @@ class DiffusionModule(BaseModule):
                 draws.noise[rows],
                 weights=self.process.loss_weights,
             )
-            if unweighted is not None:  # `torch.vmap` does not allow `unweighted[rows] = ...`
-                write_rows(unweighted, rows, terms.mse)
+            if unweighted is not None:
+                unweighted[rows] = terms.mse.detach().to(unweighted)
             return terms.loss
 
         return losses_of

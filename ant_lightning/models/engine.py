@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.base import GradientBalancer
 from ant_lightning.balancing.engines import Engine, Loop
-from ant_lightning.balancing.low_memory import LowMemory
-from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.parameters import trained_parameters
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.sharded import differentiation
-from ant_lightning.balancing.vmap import Vmap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +25,6 @@ _ENGINES: dict[str, type[Engine]] = {
     "auto": Auto,
     "loop": Loop,
     "one_pass": OnePass,
-    "vmap": Vmap,
     "low_memory": LowMemory,
 }
 
@@ -37,14 +34,10 @@ def engine_and_buffers(
 ) -> tuple[Engine, DenseTaskGradients | None]:
     """A new engine and, for a gradient balancer, buffers that hold the task gradients.
 
-    For a compiled network `auto` means `loop`: the other engines cannot look into it.
-
     Raises:
         ConfigError: If a parameter cannot be trained.
     """
     name, balancer = tasks.engine, tasks.balancer
-    if name == "auto" and any(_is_compiled(module) for module in backbone.modules()):
-        name = "loop"
     parameters = trained_parameters(backbone.parameters())
     if not isinstance(balancer, GradientBalancer) or name == "low_memory":
         return _ENGINES[name](), None
@@ -58,7 +51,3 @@ def engine_and_buffers(
     buffers.keep = balancer.update_every == 1
     return _ENGINES[name](), buffers
 
-
-def _is_compiled(module: nn.Module) -> bool:
-    # `torch.compile(module)` wraps the module; `module.compile()` only sets the second attribute.
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -16,7 +16,7 @@ from ant_lightning.tasks.clusterings import Clustering
 
 __all__ = ["EngineName", "Optimization", "Sampling", "Tasks", "TimestepSampling", "adamw"]
 
-EngineName = Literal["auto", "loop", "one_pass", "vmap", "low_memory"]
+EngineName = Literal["auto", "loop", "one_pass", "low_memory"]
 
 
 def adamw(groups: Any) -> Optimizer:  # noqa: ANN401 - parameters, or groups of them
@@ -32,7 +32,7 @@ class Tasks:
         clustering: Groups the timesteps into tasks; without a balancer, for reporting only.
         balancer: Weights the tasks; `None` for vanilla training.
         weighting: Prior weights of the tasks: `equal`, or `by_size`, `|I_i| / T`.
-        engine: How task gradients are computed: `loop`, `one_pass`, `vmap`, `low_memory`, or
+        engine: How task gradients are computed: `loop`, `one_pass`, `low_memory`, or
             `auto`, which takes `one_pass` where it is faster than `loop` and fits the network.
         placement: Which ranks compute which tasks. `spread` gives each rank samples of all tasks;
             with `sorted` a rank has few tasks and sends only their gradients (for gradient

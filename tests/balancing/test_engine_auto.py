@@ -1,7 +1,6 @@
 """The engine that `auto` chooses, and what it falls back on."""
 
 import pytest
-import tiny_digits
 import torch
 from engine_problems import EQUAL, Problem, assert_same
 from torch import nn
@@ -13,7 +12,6 @@ from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.reduction import Reduction
-from ant_lightning.models.engine import engine_and_buffers
 
 
 class Embedded(nn.Module):
@@ -109,13 +107,3 @@ def test_multiplications_are_those_of_the_layers():
     assert auto.multiplications(batch) == 6 * 16 * 18 + 6 * 16 * 12 + 5 * 192
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not batch.values.any()
-
-
-def test_auto_is_the_loop_for_a_compiled_network():
-    model = tiny_digits.module(balancer=PCGrad(3))
-    assert type(engine_and_buffers(model.tasks, model.backbone)[0]) is Auto
-    model.backbone.blocks[0].compile(backend="eager")
-    assert type(engine_and_buffers(model.tasks, model.backbone)[0]) is Loop
-    model = tiny_digits.module(balancer=PCGrad(3))
-    model.backbone = torch.compile(model.backbone, backend="eager")
-    assert type(engine_and_buffers(model.tasks, model.backbone)[0]) is Loop

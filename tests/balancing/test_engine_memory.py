@@ -2,13 +2,11 @@
 
 import gc
 import weakref
-from contextlib import nullcontext
 
 import pytest
 import tiny_digits
 import torch
 from engine_problems import EQUAL, NETWORKS, Problem
-from pretended_gpu import PretendedGPU, Remote
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -18,10 +16,8 @@ from ant_lightning.balancing.auto import multiplications
 from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import DenseTaskGradients
-from ant_lightning.balancing.low_memory import LowMemory
-from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.reduction import Reduction
-from ant_lightning.balancing.taps import Taps
 from ant_lightning.models.engine import engine_and_buffers
 from benchmarks.counted_memory import counted_memory
 from benchmarks.memory import LiveBytes
@@ -75,7 +71,7 @@ def test_nothing_of_a_step_is_held_after_it(engine):
 
     def watch(layer, inputs, output):
         held.append(weakref.ref(output.untyped_storage()))
-        held.append(weakref.ref(layer.weight.taps))  # which know of the rows
+        held.append(weakref.ref(layer.weight.leaf.grad_fn or output))
 
     for layer in problem.network.modules():
         if getattr(layer, "weight", None) is not None:
@@ -88,33 +84,6 @@ def test_nothing_of_a_step_is_held_after_it(engine):
         assert not any(each() for each in held)
     finally:
         gc.enable()
-
-
-@pytest.mark.parametrize("kind", ["convolution", "channels last", "norm on a GPU"])
-def test_a_tap_keeps_the_input_that_the_layer_keeps(kind, monkeypatch):
-    layer = nn.Conv2d(4, 4, 1) if kind == "convolution" else nn.GroupNorm(2, 4)
-    x, device, mode = torch.randn(3, 4, 5, 5), "cpu", nullcontext()
-    if kind == "channels last":
-        x = x.to(memory_format=torch.channels_last)
-    if kind == "norm on a GPU":
-        mode, device = PretendedGPU(monkeypatch), "cuda"
-        x = Remote(x.bfloat16())
-        mode.move(layer)
-    with mode, torch.autocast(device, torch.bfloat16), Taps(list(layer.parameters()), 3):
-        output = layer(x.requires_grad_())
-    kept, _ = output.grad_fn.saved_tensors
-    own = output.grad_fn.next_functions[0][0]._saved_input
-    assert kept.data_ptr() == own.data_ptr()
-    assert output.dtype == (torch.bfloat16 if kind == "convolution" else torch.float32)
-
-
-def test_a_tap_converts_nothing_that_autocast_does_not():
-    single, double = nn.Linear(4, 4), nn.Linear(4, 4).double()
-    parameters = [*single.parameters(), *double.parameters()]
-    with torch.autocast("cpu", torch.bfloat16), Taps(parameters, 3):
-        with pytest.raises(RuntimeError, match="dtype"):
-            single(torch.ones(3, 4, dtype=torch.int64))
-        assert double(torch.ones(3, 4, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_looking_for_layers_that_mix_samples_takes_no_memory():
@@ -130,11 +99,10 @@ def test_looking_for_layers_that_mix_samples_takes_no_memory():
 
     vanilla = step(None)
     step(PCGrad(k), engine=engine, gradients=rows)
-    assert engine._all_proven
-    engine._proven.clear()
-    engine._all_proven = False
+    assert not engine._missing
+    engine._missing = set(range(len(parameters)))
     found = step(PCGrad(k), engine=engine, gradients=rows)
-    assert engine._all_proven
+    assert not engine._missing
     # The parameters are counted too where they are taken as constants.
     assert found <= vanilla + 4 * (k + 1.5) * sum(p.numel() for p in parameters)
 

@@ -12,7 +12,6 @@ from engine_problems import (
     UNEQUAL,
     FewPositions,
     Problem,
-    Scaled,
     assert_same,
 )
 from torch import nn
@@ -20,14 +19,13 @@ from torch import nn
 from ant_lightning import ConfigError, DigitsData, NashMTL, PCGrad, multitask_backward
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop
-from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
-from ant_lightning.balancing.vmap import Vmap
 
 LR, EPS = 1e-3, 1e-8
 
 
-@pytest.mark.parametrize("engine", [OnePass, LowMemory, Vmap, Auto])
+@pytest.mark.parametrize("engine", [OnePass, LowMemory, Auto])
 @pytest.mark.parametrize(
     "tasks", [EQUAL, NEARLY, UNEQUAL], ids=["equal", "nearly equal", "unequal"]
 )
@@ -53,7 +51,7 @@ def test_gradients_have_the_memory_layout_of_their_parameters(engine):
 
 
 @pytest.mark.parametrize("network", ["dit", "few positions"])
-@pytest.mark.parametrize("engine", [OnePass, LowMemory, Vmap])
+@pytest.mark.parametrize("engine", [OnePass, LowMemory])
 def test_in_bfloat16_autocast_rows_differ_by_rounding(engine, network):
     problem = Problem(NETWORKS[network], EQUAL, torch.float32)
     exact = problem.run(Loop())
@@ -64,16 +62,11 @@ def test_in_bfloat16_autocast_rows_differ_by_rounding(engine, network):
     assert error < 2 * (loop[1] - exact[1]).norm() / exact[1].norm() + 1e-3
 
 
-@pytest.mark.parametrize("engine", [OnePass, LowMemory, Vmap])
+@pytest.mark.parametrize("engine", [OnePass, LowMemory])
 def test_whole_batch_engines_refuse_parts(engine):
     problem = Problem(NETWORKS["dit"], EQUAL)
     with pytest.raises(ConfigError, match=r"micro_batch_size: .*found 4; Loop"):
         problem.run(engine(), micro_batch_size=4)
-
-
-def test_vmap_runs_layers_that_one_pass_has_no_rule_for():
-    problem = Problem(Scaled, UNEQUAL)
-    assert_same(problem.run(Vmap()), problem.run(Loop()))
 
 
 def test_a_compiled_network_recompiles_once_per_shape():
@@ -102,24 +95,7 @@ def test_a_compiled_network_recompiles_once_per_shape():
     torch._dynamo.reset()
 
 
-class Biased(nn.Module):
-    """Attention with a learned mask, given by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.mask = nn.Parameter(torch.zeros(8, 8))
-
-    def forward(self, x, timesteps, labels):
-        attend = nn.functional.scaled_dot_product_attention
-        return attend(x, x, x, attn_mask=self.mask)
-
-
-def test_vmap_reaches_a_parameter_that_attention_is_given_by_name():
-    problem = Problem(Biased, EQUAL)
-    assert_same(problem.run(Vmap()), problem.run(Loop()))
-
-
-@pytest.mark.parametrize("engine", ["one_pass", "vmap", "low_memory", "auto"])
+@pytest.mark.parametrize("engine", ["one_pass", "low_memory", "auto"])
 def test_training_is_the_same_with_every_engine(engine, tmp_path):
     def weights(name):
         backbone = timestep_features.exact(tiny_digits.TinyDiT())
@@ -150,8 +126,8 @@ def test_training_is_the_same_with_every_engine(engine, tmp_path):
     ("settings", "words"),
     [
         (
-            {"engine": "vmap", "accumulate_grad_batches": 2},
-            ["tasks.engine", "vmap", "'loop'"],
+            {"engine": "one_pass", "accumulate_grad_batches": 2},
+            ["tasks.engine", "one_pass", "'loop'"],
         ),
         ({"engine": "low_memory", "placement": "sorted"}, ["placement: ", "low_memory"]),
     ],

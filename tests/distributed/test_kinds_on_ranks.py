@@ -22,19 +22,17 @@ from torch import nn
 
 from ant_lightning import ConfigError, ShardedStrategy, multitask_backward
 from ant_lightning.balancing.engines import Loop, UnsupportedError
-from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduced import ReducedTaskGradients
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.shards import full_tensor
-from ant_lightning.balancing.vmap import Vmap
 
 METHODS = {
     "none": ("none", Loop, None),
     "uw": ("uw", Loop, None),
     "loop": ("pcgrad", Loop, ReducedTaskGradients),
-    "vmap": ("pcgrad", Vmap, None),
     "low memory": ("pcgrad", LowMemory, None),
     "placed": ("pcgrad", OnePass, PlacedTaskGradients),
 }

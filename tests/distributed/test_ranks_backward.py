@@ -16,11 +16,10 @@ from ant_lightning import (
 )
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop
-from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
-from ant_lightning.balancing.vmap import Vmap
 
 K = 5
 TASKS = torch.tensor([0, 0, 1, 3, 3, 3, 4, 0, 1, 2, 2, 3, 4, 4, 2, 1, 3, 3, 4, 3, 4, 3])
@@ -34,7 +33,7 @@ METHODS = {
     "pcgrad": lambda: PCGrad(K, seed=3),
     "nash": lambda: NashMTL(K, update_every=2),
 }
-ENGINES = {"one_pass": OnePass, "vmap": Vmap, "low_memory": LowMemory, "auto": Auto}
+ENGINES = {"one_pass": OnePass, "low_memory": LowMemory, "auto": Auto}
 
 
 class Network(nn.Module):

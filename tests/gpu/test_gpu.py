@@ -12,9 +12,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from ant_lightning import DDIM, DiT, PCGrad, UNet, multitask_backward
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop
-from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
-from ant_lightning.balancing.vmap import Vmap
 from ant_lightning.cli.parser import run
 from ant_lightning.models import draws
 from ant_lightning.models.draws import step_noise
@@ -25,7 +24,7 @@ pytestmark = [
 ]
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GPU = {"accelerator": "gpu", "devices": 1}
-ENGINES = {"loop": Loop, "one_pass": OnePass, "vmap": Vmap, "low_memory": LowMemory, "auto": Auto}
+ENGINES = {"loop": Loop, "one_pass": OnePass, "low_memory": LowMemory, "auto": Auto}
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ BALANCERS = {
 }
 METHODS = [
     *((name, "auto") for name in BALANCERS),
-    *(("pcgrad", engine) for engine in ("loop", "one_pass", "low_memory", "vmap")),
-    *(("nash", engine) for engine in ("loop", "vmap")),
+    *(("pcgrad", engine) for engine in ("loop", "one_pass", "low_memory")),
+    *(("nash", engine) for engine in ("loop", "one_pass")),
 ]
 
 

@@ -487,7 +487,7 @@ def test_an_output_of_another_kind_or_shape_is_refused_in_the_first_step(tmp_pat
         train(tmp_path, made_of(Returns(change)), DataLoader(Images(), 8))
 
 
-@pytest.mark.parametrize("engine", ["loop", "one_pass", "vmap", "low_memory"])
+@pytest.mark.parametrize("engine", ["loop", "one_pass", "low_memory"])
 def test_every_engine_says_it(tmp_path, engine):
     made = MultiTaskDiffusion(
         Returns(lambda y: y[:, :1]),

@@ -119,7 +119,7 @@ def test_nothing_is_said_where_batch_norm_sees_the_whole_batch():
     tiny_digits.module(still, balancer=PCGrad(3))
 
 
-@pytest.mark.parametrize("engine", ["one_pass", "vmap", "low_memory"])
+@pytest.mark.parametrize("engine", ["one_pass", "low_memory"])
 def test_engines_of_one_pass_are_refused_with_batch_norm(engine):
     with pytest.raises(ConfigError) as error:
         tiny_digits.module(Normed(), balancer=PCGrad(3), engine=engine)

@@ -20,7 +20,7 @@ from ant_lightning import (
 )
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop
-from ant_lightning.balancing.low_memory import LowMemory
+from ant_lightning.balancing.one_pass import LowMemory
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.models import draws
 from ant_lightning.models.draws import step_noise
@@ -33,7 +33,6 @@ BALANCERS = {
     "continuous": lambda: ContinuousUncertainty(5),
     "vanilla": lambda: None,
 }
-# Not vmap: inside, PyTorch says "meta" for this GPU.
 ENGINES = {"loop": Loop, "one_pass": OnePass, "low_memory": LowMemory, "auto": Auto}
 NETWORKS = {"dit": lambda: dit(num_classes=5), "unet": unet, "few positions": FewPositions}
 

@@ -1,0 +1,117 @@
+"""Task gradients without rows: the Gramian first, then a second backward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.balancing.engines import Engine
+from ant_lightning.balancing.gradients import (
+    TaskGradients,
+    assign_gradients,
+    dot_products,
+    reduce_gradients_,
+)
+from ant_lightning.balancing.one_pass.engine import OnePass, SortedLosses
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from ant_lightning.balancing.batch import TaskBatch
+    from ant_lightning.balancing.gradients import DenseTaskGradients
+
+__all__ = ["LowMemory"]
+
+
+class LowMemory(Engine):
+    """The Gramian parameter by parameter, then the same graph differentiated once more.
+
+    One forward and two backward passes over the whole batch, and no rows: the gradients of the
+    tasks for one parameter are added to the Gramian and dropped. The activations stay until the
+    second backward pass. A compiled network gives the gradients of all its parameters at once, so
+    there it saves memory only if it is compiled block by block. The network must meet the
+    conditions of `OnePass`. With several ranks the gradients of all tasks are all-reduced, which
+    with the combination sends `k + 1` times the bytes of one gradient.
+    """
+
+    def __init__(self) -> None:
+        self._one_pass = OnePass()
+
+    def task_gradients(
+        self, batch: TaskBatch, rows: DenseTaskGradients | None = None
+    ) -> TaskGradients:
+        """The Gramian, and the graph for the second pass.
+
+        Raises:
+            UnsupportedError: If the network does not fit.
+            ConfigError: If the batch is to be computed in parts.
+        """
+        losses = self._one_pass.prepare(batch)
+        with losses.watched():
+            values = batch.evaluate(losses.rows)
+        found = _StreamedTaskGradients(losses, values)
+        batch.record(losses.rows, values)
+        return found
+
+
+class _StreamedTaskGradients(TaskGradients):
+    """A Gramian, and the losses; the combination differentiates them again."""
+
+    def __init__(self, losses: SortedLosses, values: Tensor) -> None:
+        self._losses: SortedLosses | None = losses
+        self._values: Tensor | None = values
+        batch = losses.batch
+        k, device = batch.num_tasks, batch.shared[0].device
+        self._gramian = torch.zeros(k, k, dtype=torch.float64, device=device)
+        present = torch.tensor(losses.tasks, device=device)
+
+        def add(index: int, block: Tensor) -> None:
+            flat = block.flatten(1).to(torch.promote_types(block.dtype, torch.float32))
+            if batch.is_scaled:
+                flat = flat / batch.loss_scale
+            if batch.reduction.world_size == 1:
+                self._gramian[present[:, None], present] += dot_products(flat)
+                return
+            self._add_over_ranks(flat.new_zeros(k, flat.shape[1]).index_copy_(0, present, flat))
+
+        with losses.watched():
+            losses.differentiate(values, losses.mean_weights(), add, retain_graph=True)
+
+    def _add_over_ranks(self, flat: Tensor) -> None:
+        assert self._losses is not None
+        self._gramian += dot_products(self._losses.batch.reduction.all_reduce_(flat))
+
+    def gramian(self) -> Float[Tensor, "k k"]:
+        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
+        return self._gramian
+
+    def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
+        """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`, once."""
+        losses, values = self._losses, self._values
+        assert losses is not None, "combine_ was called after release"
+        assert values is not None
+        batch = losses.batch
+        for p in batch.shared:
+            p.grad = None
+        weights = task_weights.to(batch.num_samples) / batch.num_samples.clamp(min=1)
+        found: dict[int, Tensor] = {}
+
+        def add(index: int, block: Tensor) -> None:
+            found[index] = block.sum(0, dtype=torch.promote_types(block.dtype, torch.float32))
+
+        with losses.watched():
+            losses.differentiate(values, batch.per_sample(weights, losses.rows), add)
+        gradients = [
+            found[i] if i in found else torch.zeros_like(p) for i, p in enumerate(batch.shared)
+        ]
+        # The pass has multiplied the gradient by `loss_scale` already.
+        if isinstance(scale, torch.Tensor) or scale != batch.loss_scale:
+            torch._foreach_mul_(gradients, scale / batch.loss_scale)
+        assign_gradients(batch.shared, gradients)
+        reduce_gradients_(batch.shared, reduction=batch.reduction)
+
+    def release(self) -> None:
+        """Free the graph and the activations."""
+        self._losses = self._values = None
