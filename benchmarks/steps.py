@@ -39,8 +39,7 @@ from ant_lightning import (
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Engine, Loop
 from ant_lightning.balancing.gradients import DenseTaskGradients
-from ant_lightning.balancing.one_pass import LowMemory
-from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.reduction import Reduction
 
 __all__ = ["ENGINES", "METHODS", "TORCHJD", "Cell", "K", "Stepper"]

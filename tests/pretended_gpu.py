@@ -70,6 +70,7 @@ class PretendedGPU(TorchDispatchMode):
         monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
         monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
         # Parameters with a leaf for each task are of a class of their own, here of a remote one.
+        monkeypatch.setattr(engine, "Tensor", Remote)
         for module in (engine, task_parameters):
             monkeypatch.setattr(module, "TaskParameter", _TaskParameter)
 

@@ -50,4 +50,3 @@ def engine_and_buffers(
     # that they take no memory beside the activations of those steps.
     buffers.keep = balancer.update_every == 1
     return _ENGINES[name](), buffers
-

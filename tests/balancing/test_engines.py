@@ -19,8 +19,7 @@ from torch import nn
 from ant_lightning import ConfigError, DigitsData, NashMTL, PCGrad, multitask_backward
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop
-from ant_lightning.balancing.one_pass import LowMemory
-from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.one_pass import LowMemory, OnePass
 
 LR, EPS = 1e-3, 1e-8
 

@@ -29,8 +29,7 @@ from ant_lightning.affinity.gradient import FlatGradient
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop, UnsupportedError
 from ant_lightning.balancing.gradients import DenseTaskGradients
-from ant_lightning.balancing.one_pass import LowMemory
-from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.reduction import Reduction
 
 ENGINES = [Loop, Auto, OnePass, LowMemory]

@@ -12,8 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from ant_lightning import DDIM, DiT, PCGrad, UNet, multitask_backward
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop
-from ant_lightning.balancing.one_pass import LowMemory
-from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.cli.parser import run
 from ant_lightning.models import draws
 from ant_lightning.models.draws import step_noise

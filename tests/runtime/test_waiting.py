@@ -20,8 +20,7 @@ from ant_lightning import (
 )
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop
-from ant_lightning.balancing.one_pass import LowMemory
-from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.models import draws
 from ant_lightning.models.draws import step_noise
 

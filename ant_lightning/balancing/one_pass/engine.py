@@ -278,7 +278,7 @@ class OnePass(Engine):
 
         def watch(index: int, block: Tensor) -> None:
             # NaN != 0 is true: an overflow must not be taken for a dependence between samples.
-            tasks = ((block != 0) & block.isfinite()).flatten(1).any(1)
+            tasks = ((block != 0) & block.isfinite()).reshape(len(block), -1).any(1)
             indices.append(index)
             found.append(torch.stack([tasks[0], tasks[1:].any()]))
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ant_lightning.balancing.engines import UnsupportedError
 from ant_lightning.balancing.one_pass.grouped import products, samples_of, sums
 from ant_lightning.balancing.one_pass.task_parameters import (
     RULES,
@@ -116,7 +117,7 @@ class _Convolution(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.settings
         zeros = [0] * len(stride)
 
-        def differentiate(g, x, mask):
+        def differentiate(g, x, mask):  # noqa: ANN202
             return torch.ops.aten.convolution_backward(
                 g, x, weight, None, stride, padding, dilation, False, zeros, groups, mask
             )
@@ -155,9 +156,9 @@ def _convolution(ndim: int) -> Callable[..., Any]:
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, leaf, weight, sizes):
+    def forward(ctx, x, leaf, weight, padding_idx, sizes):
         ctx.save_for_backward(x)
-        ctx.num_rows, ctx.sizes = weight.shape[0], sizes
+        ctx.num_rows, ctx.padding_idx, ctx.sizes = weight.shape[0], padding_idx, sizes
         return F.embedding(x, weight)
 
     @staticmethod
@@ -168,7 +169,11 @@ class _Embedding(torch.autograd.Function):
         rows = x + first.view(-1, *[1] * (x.ndim - 1))
         table = grad.new_zeros(len(ctx.sizes) * ctx.num_rows, grad.shape[-1])
         table = table.index_add(0, rows.flatten(), grad.reshape(-1, grad.shape[-1]))
-        return None, table.unflatten(0, (len(ctx.sizes), -1)), None, None
+        table = table.unflatten(0, (len(ctx.sizes), -1))
+        if ctx.padding_idx is not None:  # which has no gradient
+            kept = torch.arange(ctx.num_rows, device=x.device) != ctx.padding_idx
+            table = table * kept[:, None]
+        return None, table, None, None, None
 
 
 def _embedding(
@@ -180,11 +185,17 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:  # noqa: ANN401
-    batched = isinstance(input, Tensor) and input.ndim and input.shape[0] == state.num_samples
-    plain = padding_idx is None and max_norm is None and not scale_grad_by_freq
-    if not batched or not plain:
+    if max_norm is not None or scale_grad_by_freq:
+        raise UnsupportedError(
+            "engine: one pass needs embeddings without max_norm and scale_grad_by_freq, found "
+            f"max_norm {max_norm} and scale_grad_by_freq {scale_grad_by_freq}"
+        )
+    if not input.ndim or input.shape[0] != state.num_samples or not has_leaf(weight):
         return NotImplemented
-    return _Embedding.apply(input, leaf_of(weight), value_of(weight), state.sizes)
+    if padding_idx is not None:
+        padding_idx %= weight.shape[0]
+    values = (value_of(weight), padding_idx)
+    return _Embedding.apply(input, leaf_of(weight), *values, state.sizes)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -206,7 +217,7 @@ class _LayerNorm(torch.autograd.Function):
             )[0]
         middle = tuple(range(1, x.ndim - len(ctx.shape)))
 
-        def sums_of(values):
+        def sums_of(values):  # noqa: ANN202
             return sums(values.sum(middle) if middle else values, ctx.sizes)
 
         if ctx.with_weight:
@@ -297,8 +308,10 @@ def _group_norm(
     if not _given_batch(input):
         return NotImplemented
     leaves = (_optional_leaf(weight), _optional_leaf(bias))
-    values = [value if value is None else _cast(value, to_norm=True)
-              for value in (value_of(weight), value_of(bias))]
+    values = [
+        value if value is None else _cast(value, to_norm=True)
+        for value in (value_of(weight), value_of(bias))
+    ]
     # The kernels read input, mean and rstd in this layout.
     input = _cast(input, to_norm=True).contiguous()
     return _GroupNorm.apply(input, *leaves, num_groups, *values, eps, state.sizes)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ant_lightning.balancing.buckets import memory_strides
 from ant_lightning.balancing.engines import Engine
 from ant_lightning.balancing.gradients import (
     TaskGradients,
@@ -68,7 +69,7 @@ class _StreamedTaskGradients(TaskGradients):
         present = torch.tensor(losses.tasks, device=device)
 
         def add(index: int, block: Tensor) -> None:
-            flat = block.flatten(1).to(torch.promote_types(block.dtype, torch.float32))
+            flat = block.reshape(len(block), -1).to(torch.promote_types(block.dtype, torch.float32))
             if batch.is_scaled:
                 flat = flat / batch.loss_scale
             if batch.reduction.world_size == 1:
@@ -99,7 +100,11 @@ class _StreamedTaskGradients(TaskGradients):
         found: dict[int, Tensor] = {}
 
         def add(index: int, block: Tensor) -> None:
-            found[index] = block.sum(0, dtype=torch.promote_types(block.dtype, torch.float32))
+            p, dtype = batch.shared[index], torch.promote_types(block.dtype, torch.float32)
+            # In the parameter's memory layout, which optimizers want.
+            found[index] = torch.empty_strided(
+                p.shape, memory_strides(p), dtype=dtype, device=p.device
+            ).copy_(block.sum(0, dtype=dtype))
 
         with losses.watched():
             losses.differentiate(values, batch.per_sample(weights, losses.rows), add)

@@ -195,16 +195,36 @@ def _for_samples(func: Callable[..., Any], flat: Sequence[Any], spec: TreeSpec) 
     """Apply a function to each sample, a batch of one, with the parameters of its task."""
     values, mapped = [], []
     for each in flat:
-        own = has_leaf(each)
-        of_sample = _depends_on_samples(each)
-        if own:
-            each = expand_to_samples(leaf_of(each), value_of(each), state.sizes)  # type: ignore[arg-type]
-        elif of_sample:
-            each = each[:, None]
-        values.append(each)
-        mapped.append(own or of_sample)
+        if has_leaf(each):
+            values.append(expand_to_samples(leaf_of(each), value_of(each), state.sizes))  # type: ignore[arg-type]
+        else:
+            values.append(each[:, None] if _depends_on_samples(each) else each)
+        mapped.append(values[-1] is not each)
     output = _mapped(func, values, spec, mapped)
-    return tree_map_only(Tensor, _without_batch_of_one, output)
+    output = tree_map_only(Tensor, _without_batch_of_one, output)
+    if not torch.compiler.is_compiling() and state.uses is not None:
+        _check_values(func, flat, spec, output)
+    return output
+
+
+@torch.no_grad()
+def _check_values(
+    func: Callable[..., Any],
+    flat: Sequence[Any],
+    spec: TreeSpec,
+    found: Any,  # noqa: ANN401
+) -> None:
+    """Refuse a function that gives a sample something else alone than in its batch."""
+    plain = [value_of(each) if has_leaf(each) else each for each in flat]
+    args, kwargs = tree_unflatten(plain, spec)
+    pairs = zip(tree_flatten(found)[0], tree_flatten(func(*args, **kwargs))[0], strict=True)
+    for a, b in pairs:
+        # Only rounding may differ.
+        same = torch.allclose(a, b, rtol=0, atol=1e-2 * float(b.abs().amax()), equal_nan=True)
+        if a.shape != b.shape or not same:
+            raise UnsupportedError(
+                f"engine: one pass needs functions that do not mix samples, found {_name(func)}"
+            )
 
 
 def _without_batch_of_one(value: Tensor) -> Tensor:
@@ -233,7 +253,7 @@ def _mapped(
     try:
         with DisableTorchFunctionSubclass():
             return torch.vmap(call)(*given)
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         if torch.compiler.is_compiling():
             raise
         reason = str(error).splitlines()[0] if str(error) else ""
