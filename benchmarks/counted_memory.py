@@ -85,6 +85,15 @@ class _TaskParameter(Shaped):
     __torch_function__ = task_parameters.TaskParameter.__torch_function__
 
 
+class _TaskView(Shaped):
+    __torch_function__ = task_parameters.TaskView.__torch_function__
+
+
+def _as_view(value: Any, leaf: Tensor) -> Any:  # noqa: ANN401
+    value.__class__, value.leaf = _TaskView, leaf
+    return value
+
+
 class CountedGPU(TorchDispatchMode):
     """Context in which large tensors, and tensors made of them, have no numbers and are counted.
 
@@ -107,6 +116,8 @@ class CountedGPU(TorchDispatchMode):
         for place, name, rule in (
             (engine, "TaskParameter", _TaskParameter),
             (task_parameters, "TaskParameter", _TaskParameter),
+            (task_parameters, "TaskView", _TaskView),
+            (task_parameters, "_as_view", _as_view),
             (layers, "_cast", cast_as_there),
             (torch, "group_norm", _in_single(torch.group_norm)),
             (torch, "layer_norm", _in_single(torch.layer_norm)),

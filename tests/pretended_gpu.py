@@ -57,6 +57,15 @@ class _TaskParameter(Remote):
     __torch_function__ = task_parameters.TaskParameter.__torch_function__
 
 
+class _TaskView(Remote):
+    __torch_function__ = task_parameters.TaskView.__torch_function__
+
+
+def _as_view(value, leaf):
+    value.__class__, value.leaf = _TaskView, leaf
+    return value
+
+
 class PretendedGPU(TorchDispatchMode):
     """Computes on the GPU; `waits` are the calls for which the host waits, and our line of each."""
 
@@ -73,6 +82,8 @@ class PretendedGPU(TorchDispatchMode):
         monkeypatch.setattr(engine, "Tensor", Remote)
         for module in (engine, task_parameters):
             monkeypatch.setattr(module, "TaskParameter", _TaskParameter)
+        monkeypatch.setattr(task_parameters, "TaskView", _TaskView)
+        monkeypatch.setattr(task_parameters, "_as_view", _as_view)
 
     def move(self, module):
         """Have all parameters and buffers of `module` on the GPU."""

@@ -172,14 +172,16 @@ def _for_tasks(func: Callable[..., Any], flat: Sequence[Any], spec: TreeSpec) ->
     expands = func in _EXPANDING and value.shape[0] == state.num_samples
     if expands and flat[0].shape[: value.ndim - flat[0].ndim + 1] in {(), (1,)}:
         return _own_task(found[0])
-    made = []
-    for plain, leaf in zip(outputs, found, strict=True):
-        view = plain.as_subclass(TaskView)
-        view.leaf = leaf
-        if not torch.compiler.is_compiling():
-            state.views.append(view)
-        made.append(view)
+    made = [_as_view(plain, leaf) for plain, leaf in zip(outputs, found, strict=True)]
+    if not torch.compiler.is_compiling():
+        state.views += made
     return tree_unflatten(made, form)
+
+
+def _as_view(value: Tensor, leaf: Tensor) -> TaskView:
+    view = value.as_subclass(TaskView)
+    view.leaf = leaf
+    return view
 
 
 def _own_task(values: Tensor) -> Tensor:
