@@ -266,7 +266,7 @@ class DenseTaskGradients(TaskGradients):
         of_factors = self._factors.gramian(self._factors.indices)
         if self._tasks == [*range(self.num_tasks)]:
             return inner + of_factors
-        places = torch.tensor(self._tasks, device=inner.device)
+        places = torch.tensor(self._tasks).to(inner.device, non_blocking=True)
         of_factors[places[:, None], places] += inner
         return of_factors
 
@@ -278,7 +278,7 @@ class DenseTaskGradients(TaskGradients):
         weights = (task_weights.to(self._empty.device) * scale).to(self._empty.dtype)
         found = self._combine_factors(weights)
         if self._tasks != [*range(self.num_tasks)]:
-            weights = weights[torch.tensor(self._tasks, device=weights.device)]
+            weights = weights[torch.tensor(self._tasks).to(weights.device, non_blocking=True)]
         missing = set(range(len(self.parameters))).difference(self._apart).union(self._factored)
         # A block is freed as soon as its combination is made.
         while self._matrices:

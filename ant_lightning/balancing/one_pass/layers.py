@@ -98,7 +98,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
 def _matmul(input: Tensor, other: Tensor) -> Any:  # noqa: ANN401
     if not _given_batch(input) or not has_leaf(other) or other.ndim != 2:
         return NotImplemented
-    return F.linear(input, other.mT)
+    return F.linear(input, other.transpose(0, 1))
 
 
 class _Convolution(torch.autograd.Function):

@@ -66,23 +66,25 @@ class _StreamedTaskGradients(TaskGradients):
         batch = losses.batch
         k, device = batch.num_tasks, batch.shared[0].device
         self._gramian = torch.zeros(k, k, dtype=torch.float64, device=device)
-        present = torch.tensor(losses.tasks, device=device)
-
-        def add(index: int, block: Tensor) -> None:
-            flat = block.reshape(len(block), -1).to(torch.promote_types(block.dtype, torch.float32))
-            if batch.is_scaled:
-                flat = flat / batch.loss_scale
-            if batch.reduction.world_size == 1:
-                self._gramian[present[:, None], present] += dot_products(flat)
-                return
-            self._add_over_ranks(flat.new_zeros(k, flat.shape[1]).index_copy_(0, present, flat))
+        self._present = torch.tensor(losses.tasks).to(device, non_blocking=True)
 
         with losses.watched():
-            losses.differentiate(values, losses.mean_weights(), add, retain_graph=True)
+            losses.differentiate(values, losses.mean_weights(), self, retain_graph=True)
 
-    def _add_over_ranks(self, flat: Tensor) -> None:
+    def receive(self, index: int, block: Tensor) -> None:
+        """Add the dot products of one parameter's gradients to the Gramian."""
         assert self._losses is not None
-        self._gramian += dot_products(self._losses.batch.reduction.all_reduce_(flat))
+        batch, present = self._losses.batch, self._present
+        flat = block.reshape(len(block), -1).to(torch.promote_types(block.dtype, torch.float32))
+        if batch.reduction.world_size > 1:
+            flat = flat.new_zeros(len(self._gramian), flat.shape[1]).index_copy_(0, present, flat)
+            self._gramian += dot_products(batch.reduction.all_reduce_(flat))
+        else:
+            self._gramian[present[:, None], present] += dot_products(flat)
+
+    def receive_factors(self, index: int, left: Tensor, right: Tensor) -> None:
+        """Not called: no weight is factored."""
+        raise AssertionError
 
     def gramian(self) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
@@ -97,26 +99,38 @@ class _StreamedTaskGradients(TaskGradients):
         for p in batch.shared:
             p.grad = None
         weights = task_weights.to(batch.num_samples) / batch.num_samples.clamp(min=1)
-        found: dict[int, Tensor] = {}
-
-        def add(index: int, block: Tensor) -> None:
-            p, dtype = batch.shared[index], torch.promote_types(block.dtype, torch.float32)
-            # In the parameter's memory layout, which optimizers want.
-            found[index] = torch.empty_strided(
-                p.shape, memory_strides(p), dtype=dtype, device=p.device
-            ).copy_(block.sum(0, dtype=dtype))
-
+        sums = _Sums(batch)
         with losses.watched():
-            losses.differentiate(values, batch.per_sample(weights, losses.rows), add)
-        gradients = [
-            found[i] if i in found else torch.zeros_like(p) for i, p in enumerate(batch.shared)
-        ]
-        # The pass has multiplied the gradient by `loss_scale` already.
-        if isinstance(scale, torch.Tensor) or scale != batch.loss_scale:
-            torch._foreach_mul_(gradients, scale / batch.loss_scale)
-        assign_gradients(batch.shared, gradients)
+            losses.differentiate(values, batch.per_sample(weights, losses.rows), sums)
+        if isinstance(scale, torch.Tensor) or scale != 1.0:
+            torch._foreach_mul_(sums.gradients, scale)
+        assign_gradients(batch.shared, sums.gradients)
         reduce_gradients_(batch.shared, reduction=batch.reduction)
 
     def release(self) -> None:
         """Free the graph and the activations."""
         self._losses = self._values = None
+
+
+class _Sums:
+    """The sum over tasks of each parameter's gradients, zero for those without one."""
+
+    def __init__(self, batch: TaskBatch) -> None:
+        # In the memory layouts of the parameters, which optimizers want.
+        self.gradients = [
+            torch.empty_strided(
+                p.shape,
+                memory_strides(p),
+                dtype=torch.promote_types(p.dtype, torch.float32),
+                device=p.device,
+            ).zero_()
+            for p in batch.shared
+        ]
+
+    def receive(self, index: int, block: Tensor) -> None:
+        """Sum the gradients of one parameter."""
+        self.gradients[index].copy_(block.sum(0, dtype=self.gradients[index].dtype))
+
+    def receive_factors(self, index: int, left: Tensor, right: Tensor) -> None:
+        """Not called: no weight is factored."""
+        raise AssertionError

@@ -54,8 +54,8 @@ state = State()
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 # Properties that are views; all others are constants or say something about the tensor.
-_VIEWS = {Tensor.T, Tensor.mT, Tensor.H, Tensor.mH}
-_CONSTANTS = {Tensor.detach, torch.detach, Tensor.data}
+_VIEWS = tuple(each.__get__ for each in (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH))
+_CONSTANTS = {Tensor.detach, torch.detach}
 # Functions that may make the first dimension that of the batch.
 _EXPANDING = {
     Tensor.expand,
@@ -85,7 +85,7 @@ def _dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def _is_constant(func: Callable[..., Any]) -> bool:
     if getattr(func, "__name__", "") == "__get__":
-        return getattr(func, "__self__", None) not in _VIEWS
+        return func not in _VIEWS
     return func in _CONSTANTS
 
 
