@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -91,9 +91,8 @@ class SortedLosses:
         loss = (values * weights.to(values.dtype)).sum() * self.batch.loss_scale
         self._leaves.begin(receiver, self.batch.loss_scale)
         with torch.autocast(loss.device.type, enabled=False):
-            found = torch.autograd.grad(
-                loss, [*leaves, *self._edges], allow_unused=True, retain_graph=retain_graph
-            )
+            inputs: list[Any] = [*leaves, *self._edges]
+            found = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=retain_graph)
         self._leaves.end()
         # A gradient of a parameter itself means a use that torch did not tell us of.
         others = [list(g.shape) for g in found[len(leaves) :] if g is not None]

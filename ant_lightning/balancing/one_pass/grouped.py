@@ -50,7 +50,8 @@ def products(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
         left, right = (each.flatten(0, 1).unflatten(0, shape) for each in (left, right))
         return torch.bmm(left.mT, right)
     if torch.compiler.is_compiling():
-        return _products(left, right, list(sizes))
+        result: Tensor = _products(left, right, list(sizes))
+        return result
     return _products_of_runs(left, right, sizes)
 
 

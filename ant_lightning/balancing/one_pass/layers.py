@@ -80,6 +80,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
     if not _given_batch(input) or weight.ndim != 2:
         return NotImplemented
     if not has_leaf(weight):
+        assert bias is not None  # one of the two has a leaf
         return F.linear(input, weight) + bias
     positions = input.shape[1:-1].numel()
     left, right = getattr(weight, "left", None), getattr(weight, "right", None)

@@ -54,7 +54,7 @@ state = State()
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 # Properties that are views; all others are constants or say something about the tensor.
-_VIEWS = tuple(each.__get__ for each in (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH))
+_VIEWS = tuple(each.__get__ for each in (Tensor.T, Tensor.mT, Tensor.H, Tensor.mH))  # type: ignore[attr-defined]
 _CONSTANTS = {Tensor.detach, torch.detach}
 # Functions that may make the first dimension that of the batch.
 _EXPANDING = {
