@@ -16,6 +16,7 @@ from ant_lightning.backbones.checkpoint_layouts import (
     find_weights,
 )
 from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.files.checkpoint_shards import check_shards, fill_shards
 from ant_lightning.files.safetensors_file import read_safetensors
 from ant_lightning.files.torch_file import not_finite, read_torch
 
@@ -58,6 +59,10 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     content = read_torch(path, allowed=_HARMLESS)
     if not isinstance(content, Mapping):
         raise FileError(f"{path}: must hold a dictionary, found {type(content).__name__}")
+    if "shards" in content and "pytorch-lightning_version" in content:
+        content = dict(content)
+        check_shards(path, content["shards"])
+        fill_shards(path, content)
     return content
 
 

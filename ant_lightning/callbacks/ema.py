@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from ant_lightning.balancing.shards import from_full, full_tensor, local_part
+from ant_lightning.balancing.shards import from_full, local_part
 from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.power_averages import PowerAverages, snapshot_folder
 from ant_lightning.callbacks.power_function import check_length
@@ -230,12 +230,11 @@ class EMA(RunCallback):
     ) -> None:
         """A checkpoint that is written during an evaluation holds the live weights as well."""
         for name, weight in (self._live or {}).items():
-            checkpoint["state_dict"][f"backbone.{name}"] = full_tensor(weight)
+            checkpoint["state_dict"][f"backbone.{name}"] = weight
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, the number of updates, and the digests of the snapshots."""
-        averages = {name: full_tensor(value) for name, value in self._averages.items()}
-        state = {"averages": averages, "num_updates": self.num_updates}
+        state: dict[str, Any] = {"averages": dict(self._averages), "num_updates": self.num_updates}
         return state | self._powers.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

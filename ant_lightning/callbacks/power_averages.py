@@ -129,10 +129,7 @@ class PowerAverages:
         """The averages and the digests of the snapshots; nothing if none is tracked."""
         if not self.tracked:
             return {}
-        powers = {
-            length: {name: full_tensor(value) for name, value in averages.items()}
-            for length, averages in self.tracked.items()
-        }
+        powers = {length: dict(averages) for length, averages in self.tracked.items()}
         return {"powers": powers, "snapshots": dict(self.snapshots)}
 
     @classmethod

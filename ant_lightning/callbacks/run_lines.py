@@ -9,6 +9,7 @@ import lightning as L
 
 from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA
+from ant_lightning.models.backbone import backbone_name
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.run_record import run_folder
 
@@ -39,7 +40,7 @@ class RunLines(RunCallback):
         folder = _shown(run_folder(trainer))
         _print(
             trainer,
-            f"fit: {type(backbone).__name__} with {_count(count)} parameters on {devices}, "
+            f"fit: {backbone_name(backbone)} with {_count(count)} parameters on {devices}, "
             f"from {start}{end}, in {folder}",
         )
 

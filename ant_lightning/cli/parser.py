@@ -169,7 +169,8 @@ class AntCLI(LightningCLI):
         self.paths.settings = config = self.config[self.command]
         path = str(config.ckpt_path or "last")
         named = path != "last" and "://" not in path
-        content = read_whole_checkpoint(Path(path)) if named else None  # raises if it is damaged
+        # Raises if it is damaged. No rank puts the shards of all ranks together.
+        content = read_whole_checkpoint(Path(path), with_shards=False) if named else None
         check_trainer_settings(config.trainer)
         # The record has the settings as given, without the folder chosen below: a command that
         # starts from the record must create a new run in a new folder.

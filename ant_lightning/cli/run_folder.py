@@ -146,7 +146,7 @@ def _last(
         return not changed
 
     paths = [path for folder in folders for path in folder.glob("*.ckpt")]
-    found = furthest_whole(paths, accept=has_same_settings)
+    found = furthest_whole(paths, accept=has_same_settings, with_shards=False)
     if found is not None:
         return found
     if others:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ant_lightning.backbones.checkpoint_layouts import bare_names
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.checkpoint_shards import check_shards, fill_shards
 from ant_lightning.models.backbone import backbone_name
 from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.csv_rows import keep_csv_rows
@@ -102,12 +103,15 @@ class BaseModule(L.LightningModule):
 
         The names differ if only one of the two networks is wrapped by torch (`torch.compile`, DDP).
         """
+        # Lightning's own reader, which a trainer without `Checkpoints` has, leaves shards out.
+        if "shards" in checkpoint:
+            path = Path(str(self.trainer.ckpt_path))
+            check_shards(path, checkpoint["shards"])
+            fill_shards(path, checkpoint)
         saved = checkpoint.get("ant_lightning", {})
         if saved.get("backbone") == "OptimizedModule":  # what 0.1 called every compiled network
             saved["backbone"] = backbone_name(self.backbone)
-        weights = checkpoint.get("state_dict")
-        if weights is not None:
-            checkpoint["state_dict"] = _renamed(weights, self.state_dict())
+        checkpoint["state_dict"] = _renamed(checkpoint["state_dict"], self.state_dict())
         # `EMA` names its averages after the backbone's parameters, without the module's prefix.
         own = dict(self.backbone.named_parameters())
         for state in checkpoint.get("callbacks", {}).values():
@@ -122,9 +126,7 @@ class BaseModule(L.LightningModule):
         Raises:
             ConfigError: Naming the part and the first weight that differ, with both shapes.
         """
-        theirs = checkpoint.get("state_dict")
-        if theirs is None:  # `ShardedStrategy` has loaded and removed it
-            return
+        theirs = checkpoint["state_dict"]
         ours = {name: _shape(value) for name, value in self.state_dict().items()}
         saved = {str(name): _shape(value) for name, value in theirs.items()}
         different = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]

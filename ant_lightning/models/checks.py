@@ -51,7 +51,7 @@ def check_strategy(strategy: Strategy) -> None:
     works = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy))
     if not works or isinstance(strategy, (DeepSpeedStrategy, XLAStrategy)):
         raise ConfigError(
-            "trainer.strategy: must be 'auto', 'ddp' or (experimental) "
+            "trainer.strategy: must be 'auto', 'ddp', 'fsdp2', 'hsdp' or an "
             "ant_lightning.ShardedStrategy, because the training step sums gradients itself, "
             f"found {type(strategy).__name__}"
         )

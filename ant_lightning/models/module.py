@@ -501,7 +501,7 @@ class MultiTaskDiffusion(DiffusionModule):
     def _keep_fixed_weights(self, checkpoint: dict[str, Any]) -> None:
         """Make the weights of `LinearScalarization` in the settings override the stored ones."""
         name = "balancer.weights"
-        stored = (checkpoint.get("state_dict") or {}).get(name)
+        stored = checkpoint["state_dict"].get(name)
         if not isinstance(self.balancer, LinearScalarization) or stored is None:
             return
         checkpoint["state_dict"][name] = self.balancer.weights.clone()

@@ -149,14 +149,6 @@ class OptimizerFactory:
             ConfigError: If a setting needs state that the checkpoint does not hold.
         """
         changed = self._apply(checkpoint, stored)
-        if changed:
-            # `ShardedStrategy` has loaded the optimizer already, so change its groups as well.
-            # Under other strategies Lightning loads the optimizer from `checkpoint` later.
-            for optimizer, state in zip(
-                trainer.optimizers, checkpoint["optimizer_states"], strict=False
-            ):
-                for group, now in zip(optimizer.param_groups, state["param_groups"], strict=False):
-                    group.update({name: now[name] for name in now if name != "params"})
         if trainer.is_global_zero:
             say_changed({f"model.{self._setting(name)}": pair for name, pair in changed.items()})
 

@@ -15,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 
 from ant_lightning.errors import CheckpointWriteError, FileError
 from ant_lightning.files.atomic import write_atomically
+from ant_lightning.files.checkpoint_shards import check_shards, fill_shards, remove_orphans
 from ant_lightning.files.torch_file import read_torch
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "content_fault",
     "furthest_whole",
+    "read_checkpoint_file",
     "read_whole_checkpoint",
     "remove_unfinished",
 ]
@@ -36,6 +38,7 @@ _POSSIBLE = {
     "optimizer_states": list,
     "lr_schedulers": list,
     "ant_lightning": Mapping,
+    "shards": Mapping,
 }
 _WORDS = {str: "a text", int: "a whole number", Mapping: "a dictionary", list: "a list"}
 
@@ -63,6 +66,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         try:
             write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+            _remove_orphans(Path(path).parent)  # those of the file that was replaced
         except (OSError, RuntimeError) as error:
             # PyTorch's writer reports a full disk as a RuntimeError about a file that is too short;
             # the OSError that caused it is further down the chain.
@@ -74,6 +78,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             reason = refused.strerror or str(refused)
             raise CheckpointWriteError(f"{path}: could not be written: {reason}") from error
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint with its shards, the file that names them first."""
+        super().remove_checkpoint(path)
+        if "://" not in str(path):
+            _remove_orphans(Path(path).parent)
+
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint, after checking that it is intact.
 
@@ -81,18 +91,39 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             FileError: If the file is damaged or not safe to read.
         """
         if "://" not in str(path) and Path(path).is_file():
-            read_whole_checkpoint(Path(path))
+            has_shards = "shards" in read_whole_checkpoint(Path(path), with_shards=False)
+            if has_shards:
+                return read_whole_checkpoint(Path(path))
         # Into memory, not mapped: training may replace or remove the file later.
         return super().load_checkpoint(path, *args, **{**kwargs, "weights_only": True})
 
 
-def read_whole_checkpoint(path: Path) -> dict[str, Any]:
+def read_whole_checkpoint(path: Path, *, with_shards: bool = True) -> dict[str, Any]:
     """The content of a checkpoint, after checking that all its parts match their checksums.
 
-    Every byte is read once; no code of the file is run, and no tensor is copied.
+    Every byte is read once; no code of the file is run, and no tensor is copied, but for those that
+    are put together from shards.
+
+    Args:
+        path: The file.
+        with_shards: Whether to put tensors together; without, their shards are checked only.
 
     Raises:
         FileError: If it is missing or damaged, would run code, or is not a Lightning checkpoint.
+    """
+    content = read_checkpoint_file(path)
+    if "shards" in content:
+        check_shards(path, content["shards"])
+        if with_shards:
+            fill_shards(path, content)
+    return content
+
+
+def read_checkpoint_file(path: Path) -> dict[str, Any]:
+    """As `read_whole_checkpoint`, without the shards that lie beside the file.
+
+    Raises:
+        FileError: As there.
     """
     content = read_torch(path)
     fault = content_fault(content)
@@ -123,6 +154,7 @@ def furthest_whole(
     paths: Iterable[Path],
     *,
     accept: Callable[[Path, dict[str, Any]], bool] = lambda path, content: True,
+    with_shards: bool = True,
 ) -> tuple[Path, dict[str, Any]] | None:
     """The intact checkpoint with the most steps, and its content; warns of damaged ones.
 
@@ -132,6 +164,7 @@ def furthest_whole(
         paths: The files.
         accept: Called with a file and its content before the checksums are compared; `False` skips
             the file without a warning.
+        with_shards: As in `read_whole_checkpoint`.
     """
     found = [(path, _peek(path)) for path in paths]
 
@@ -143,7 +176,7 @@ def furthest_whole(
         if content is not None and not accept(path, content):
             continue
         try:
-            return path, read_whole_checkpoint(path)
+            return path, read_whole_checkpoint(path, with_shards=with_shards)
         except FileError as error:
             warnings.warn(f"ckpt_path: skipped {error}", stacklevel=2)
     return None
@@ -159,12 +192,18 @@ def _peek(path: Path) -> dict[str, Any] | None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove half-written files of processes that have ended."""
+    """Remove half-written files and shards of processes that have ended."""
     for path in folder.glob(".*.ckpt.*.tmp"):
         pid = path.name.split(".")[-2]  # `write_atomically` names its files `.NAME.PID.tmp`
         # This process writes nothing now: a file with its number is from an earlier process.
         if pid.isdecimal() and (int(pid) == os.getpid() or not _is_alive(int(pid))):
             path.unlink(missing_ok=True)
+    _remove_orphans(folder)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Remove the shards that no checkpoint names, unless another process may be writing them."""
+    remove_orphans(folder, is_alive=_is_alive)
 
 
 def _is_alive(pid: int) -> bool:

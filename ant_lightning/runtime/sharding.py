@@ -64,9 +64,8 @@ def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
     for unit in _units(backbone):
         unit.set_reduce_scatter_unused_params(True)
     if trainer.is_global_zero:
-        replicas = f"{strategy.num_replicas} x " if strategy.num_replicas > 1 else ""
-        ranks = mesh.size(mesh.ndim - 1)
-        _log.warning("FSDP2: parameters are sharded over %s%d ranks", replicas, ranks)
+        shape = " x ".join(map(str, mesh.shape))
+        _log.warning("FSDP2: parameters are sharded over %s ranks", shape)
 
 
 def refuse_shards(trainer: L.Trainer, callback: L.Callback) -> None:

@@ -11,12 +11,15 @@ from ant_lightning.balancing.shards import full_tensor, is_sharded
 
 def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **settings):
     """Train and validate; what the run ends with."""
+    strategy = ShardedStrategy(**settings.pop("strategy", {})) if sharded else None
     precision = settings.pop("precision", "32-true")
     batch_size = settings.pop("batch_size", 20)
     model, ema = module(method, **settings), EMA(decay=0.9)
     callbacks = [ema]
     if folder is not None:
-        callbacks.append(Checkpoints(dirpath=folder, every_n_train_steps=3, save_last=True))
+        callbacks.append(
+            Checkpoints(dirpath=folder, every_n_train_steps=3, save_last=True, at_steps=[3])
+        )
     fit = trainer(
         ranks=ranks,
         steps=steps,
@@ -26,14 +29,14 @@ def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **set
         val_check_interval=3,
         check_val_every_n_epoch=None,
         enable_checkpointing=folder is not None,
-        strategy=ShardedStrategy() if sharded else None,
+        strategy=strategy,
     )
     fit.fit(model, datamodule=TinyData(batch_size=batch_size), ckpt_path=resume)
     parameters = dict(model.backbone.named_parameters())
     assert is_sharded(parameters.values()) == sharded
     return {
         "weights": {n: full_tensor(p) for n, p in parameters.items()},
-        "averages": ema.state_dict()["averages"],
+        "averages": {n: full_tensor(v) for n, v in ema.state_dict()["averages"].items()},
         "balancer": str(model.balancer.state_dict()) if model.balancer else "",
         "grad_norm": float(model.last_report.grad_norm),
         "val/loss": float(fit.callback_metrics["val/loss"]),
