@@ -164,10 +164,13 @@ class EMA(RunCallback):
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
-        weights = {n: w.detach().to(_dtype(w)) for n, w in self._weights(pl_module).items()}
+        # Of sharded weights this rank's parts: without communication.
+        weights = {n: local_part(w).to(_dtype(w)) for n, w in self._weights(pl_module).items()}
         # In place and for all tensors at once: m + (1 - d) (w - m).
         torch._foreach_lerp_(
-            [self._averages[name] for name in weights], list(weights.values()), 1 - decay
+            [local_part(self._averages[name]) for name in weights],
+            list(weights.values()),
+            1 - decay,
         )
         self._powers.update(weights, num_updates=self.num_updates)
         self._powers.snapshot(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
-from ant_lightning.balancing.shards import full_tensor
+from ant_lightning.balancing.shards import full_tensor, local_part
 from ant_lightning.callbacks.ema_snapshots import (
     average_from,
     kept_interval,
@@ -58,10 +58,10 @@ class PowerAverages:
         self.tracked = {length: self.tracked.get(length, {}) for length in lengths}
 
     def update(self, weights: Mapping[str, Tensor], *, num_updates: int) -> None:
-        """Average the weights after update `num_updates`, in place."""
+        """Average the weights after update `num_updates`, in place; parts if they are sharded."""
         for length, averages in self.tracked.items():
             torch._foreach_lerp_(
-                [averages[name] for name in weights],
+                [local_part(averages[name]) for name in weights],
                 list(weights.values()),
                 1 - power_decay(length, num_updates),
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.balancing.shards import is_sharded, local_part
 from ant_lightning.errors import DivergedRanksError
 from ant_lightning.runtime.rank_watch import several_ranks
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["check_ranks_agree"]
+
+_SHARDS = "shards of the backbone"
 
 
 def check_ranks_agree(
@@ -27,7 +29,7 @@ def check_ranks_agree(
     three numbers, and the host waits for the accelerator once.
 
     Args:
-        backbone: The network; sharded parameters are skipped.
+        backbone: The network. Sharded parameters are compared between replicas.
         balancer: Compared with its whole state; `None` for none.
         counts: The step, then any other numbers that must be equal.
         device: Device of the exchanged tensor, as the backend (NCCL, gloo) requires.
@@ -38,22 +40,38 @@ def check_ranks_agree(
     if not several_ranks():
         return
     # The backbone is large: sums on its device, then a hash of these. The balancer is hashed whole.
+    sharded = [p for p in backbone.parameters() if is_sharded([p])]
     ours = {
         "weights of the backbone": _digest([_bit_sums(_tensors(backbone))]),
         "state of the balancer": _digest([] if balancer is None else _tensors(balancer)),
         "number of steps or boundaries of clusters": _digest([torch.tensor(counts)]),
+        _SHARDS: _digest([_bit_sums([local_part(p) for p in sharded])]),
     }
     mine = torch.tensor(list(ours.values()), device=device)
     every = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     for name, column in zip(ours, torch.stack(every).cpu().unbind(1), strict=True):
-        # Report the minority: the value of most ranks is probably the right one.
-        others = torch.nonzero(column != column.mode().values).flatten().tolist()
+        if name == _SHARDS:
+            others = _parted(column, sharded)
+        else:
+            # Report the minority: the value of most ranks is probably the right one.
+            others = torch.nonzero(column != column.mode().values).flatten().tolist()
         if others:
             raise DivergedRanksError(
-                f"{name}: must be the same on all {len(column)} ranks, found another on ranks "
+                f"{name}: must be the same on all {len(column)} ranks"
+                f"{' with the same part' if name == _SHARDS else ''}, found another on ranks "
                 f"{others} at step {counts[0]}; no checkpoint was written"
             )
+
+
+def _parted(digests: Tensor, sharded: list[nn.Parameter]) -> list[int]:
+    """Ranks that hold the same parts as ranks of other replicas, with other values."""
+    if not sharded or sharded[0].device_mesh.ndim == 1:  # type: ignore[attr-defined]
+        return []
+    ranks: Tensor = sharded[0].device_mesh.mesh  # type: ignore[attr-defined] # [replicas, shards]
+    grid = digests[ranks]
+    parted: list[int] = ranks[:, (grid != grid[0]).any(0)].flatten().tolist()
+    return parted
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
