@@ -26,7 +26,7 @@ def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **set
         callbacks=callbacks,
         precision=precision,
         limit_val_batches=1.0,
-        val_check_interval=3,
+        val_check_interval=2,
         check_val_every_n_epoch=None,
         enable_checkpointing=folder is not None,
         strategy=strategy,

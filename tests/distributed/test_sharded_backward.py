@@ -14,7 +14,7 @@ from ant_lightning.balancing.reduction import Reduction, default_reduction
 from ant_lightning.errors import DivergedRanksError
 from ant_lightning.runtime.rank_agreement import check_ranks_agree
 
-MESHES = {"2": (2,), "4": (4,), "2 x 2": (2, 2)}  # the last: [replicas, shards]
+MESHES = {"2": (2,), "2 x 2": (2, 2)}  # [shards], or [replicas, shards]
 
 
 def sharded(mesh):
@@ -90,8 +90,7 @@ def parted(rank, mesh):
 
 
 def every_method(rank, ranks, mesh):
-    methods = ("pcgrad",) if mesh == (4,) else METHODS
-    found = {name: train(rank, ranks, name, mesh=mesh) for name in methods}
+    found = {name: train(rank, ranks, name, mesh=mesh) for name in METHODS}
     return found, parted(rank, mesh) if ranks == 4 else None
 
 
@@ -115,10 +114,10 @@ def mixed(rank):
 def test_sharded_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, mesh):
     ranks = math.prod(mesh)
     every, said = zip(*run_ranks(every_method, ranks, tmp_path, ranks, mesh), strict=True)
-    # Ranks 1 and 3 hold the same part if there are replicas; otherwise each part is another.
+    # Ranks 1 and 3 hold the same part.
     words = "shards of the backbone: must be the same on all 4 ranks with the same part, found "
     words += "another on ranks [1, 3] at step 5; no checkpoint was written"
-    assert said == (words if mesh == (2, 2) else None,) * ranks
+    assert said == (words if ranks == 4 else None,) * ranks
     for method in every[0]:
         one = train(0, 1, method)
         for rank in every:
