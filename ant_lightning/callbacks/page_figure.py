@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,14 +24,19 @@ def stacked_page(pictures: Mapping[str, Path]) -> NDArray[np.uint8]:
     """Image files under their headings as one picture `[h, w, 3]`.
 
     Args:
-        pictures: Files by heading, from top to bottom; the page is as wide as the widest.
+        pictures: Files by heading, from top to bottom, which are numbered; the page is as wide as
+            the widest picture or heading.
     """
-    opened = {title: Image.open(path).convert("RGB") for title, path in pictures.items()}
-    width = max(picture.width for picture in opened.values())
+    opened = {
+        f"{number}  {title}": Image.open(path).convert("RGB")
+        for number, (title, path) in enumerate(pictures.items(), 1)
+    }
+    font = ImageFont.load_default(size=_FONT)
+    widths = [24 + math.ceil(font.getlength(title)) for title in opened]
+    width = max([*widths, *(picture.width for picture in opened.values())])
     height = sum(_HEADING + picture.height for picture in opened.values())
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-    font = ImageFont.load_default(size=_FONT)
     top = 0
     for title, picture in opened.items():
         draw.rectangle((0, top, width, top + _HEADING - 8), fill=(235, 239, 244))

@@ -6,20 +6,17 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-from einops import rearrange
-from matplotlib.figure import Figure
-
-from ant_lightning.callbacks.base import RunCallback, steps_of
+from ant_lightning.callbacks.base import RunCallback, callback_of, steps_of
 from ant_lightning.callbacks.classes import images_by_class
+from ant_lightning.callbacks.ema import EMA
 from ant_lightning.callbacks.figures import save_figure
+from ant_lightning.callbacks.grid_figure import grid_columns, sample_grid
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import check_at_least
 
 if TYPE_CHECKING:
     import lightning as L
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from ant_lightning.models.module import MultiTaskDiffusion
@@ -35,7 +32,8 @@ class SampleGrid(RunCallback):
 
     Args:
         num_images: Images on each side.
-        columns: Images in a row; by default the number of classes, or a square.
+        columns: Images in a row; by default about a square, with each class in columns of its own
+            if there are few enough.
         every_n_epochs: Validations between two grids.
 
     Raises:
@@ -54,7 +52,7 @@ class SampleGrid(RunCallback):
     def __init__(
         self, *, num_images: int = 100, columns: int | None = None, every_n_epochs: int = 1
     ) -> None:
-        check_at_least(1, num_images=num_images, every_n_epochs=every_n_epochs)
+        check_at_least(1, num_images=num_images, columns=columns, every_n_epochs=every_n_epochs)
         super().__init__()
         self.num_images = num_images
         self.columns = columns
@@ -73,14 +71,13 @@ class SampleGrid(RunCallback):
         generated = to_uint8(images).cpu().numpy()
         real = to_uint8(self._real(trainer, pl_module)).cpu().numpy()
         classes = pl_module.num_classes
-        columns = self.columns or classes or max(1, round(self.num_images**0.5))
-        guidance = f", guidance {pl_module.guidance_scale:g}" if classes else ""
-        caption = f"step {steps_of(trainer, pl_module)}, {pl_module.sampler}{guidance}"
+        columns = self.columns or grid_columns(self.num_images, classes)
         self.path = save_figure(
             trainer,
-            sample_grid(generated, real, columns=min(columns, 16), caption=caption),
+            sample_grid(generated, real, columns=columns, caption=_caption(trainer, pl_module)),
             tag="1_samples/grid",
-            explain="Left should look like right: same classes in the same columns.",
+            explain="Left should look like right: "
+            + ("the same place has the same class." if classes else "as kinds, not one by one."),
         )
 
     def _real(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Tensor:
@@ -96,30 +93,15 @@ class SampleGrid(RunCallback):
         return images
 
 
-def sample_grid(
-    generated: NDArray[np.uint8], real: NDArray[np.uint8], *, columns: int, caption: str
-) -> Figure:
-    """Generated images beside real ones, both uint8 `[n, c, h, w]`."""
-    figure = Figure(figsize=(9, 4.9), dpi=110, layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, images, title in zip(axes, (generated, real), ("generated", "real"), strict=True):
-        axis.imshow(
-            image_grid(images, columns=columns),
-            cmap="gray",
-            vmin=0,
-            vmax=255,
-            interpolation="nearest",
-        )
-        axis.set_title(title)
-        axis.axis("off")
-    figure.suptitle(caption, fontsize=10)
-    return figure
-
-
-def image_grid(images: NDArray[np.uint8], *, columns: int) -> NDArray[np.uint8]:
-    """Images `[n, c, h, w]` as one picture `[rows (h + 1), columns (w + 1), c]`, row by row."""
-    missing = -len(images) % columns
-    # One white pixel below and to the right of each image separates it from the next.
-    padded = np.pad(images, ((0, missing), (0, 0), (0, 1), (0, 1)), constant_values=255)
-    grid: NDArray[np.uint8] = rearrange(padded, "(r k) c h w -> (r h) (k w) c", k=columns)
-    return grid
+def _caption(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> str:
+    """How the images were drawn."""
+    ema = callback_of(trainer, EMA)
+    parts = [
+        f"step {steps_of(trainer, pl_module)}",
+        "averaged weights" if ema is not None and ema.num_updates else "live weights",
+        str(pl_module.sampler),
+    ]
+    if pl_module.num_classes:
+        scale = pl_module.guidance_scale
+        parts.append("no guidance" if scale == 1 else f"guidance {scale:g}")
+    return ", ".join(parts)

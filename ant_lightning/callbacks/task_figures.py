@@ -6,8 +6,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from ant_lightning.callbacks.axes_style import plain_log_axis, task_colors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,15 +93,19 @@ def task_history(
     labels: Sequence[str],
 ) -> Figure:
     """Loss and effective weight of each task over training, `[n, k]` each, on log axes."""
-    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10.6, 3.6), dpi=110, layout="constrained")
     axes = figure.subplots(1, 2)
-    colors = colormaps["viridis"](np.linspace(0, 0.9, len(labels)))
+    colors = task_colors(len(labels))
     curves = {"loss": losses, "effective weight": weights}
     for axis, (name, values) in zip(axes, curves.items(), strict=True):
         for column, label, color in zip(values.T, labels, colors, strict=True):
             axis.plot(steps, column, label=label, color=color, linewidth=1.3)
-        axis.set(yscale="log", xlabel="optimizer step")
+        plain_log_axis(axis, values.ravel().tolist())
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_xlabel("optimizer step")
         axis.set_title(f"{name} of each task", fontsize=9)
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=7, title="timesteps", title_fontsize=7)
+        axis.grid(alpha=0.3)
+        # Beside the panel, where it hides no line.
+        place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+        axis.legend(fontsize=7, title="timesteps", title_fontsize=7, frameon=False, **place)
     return figure

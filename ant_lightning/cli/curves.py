@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from ant_lightning.callbacks.axes_style import plain_log_axis
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -68,8 +70,9 @@ def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:
             axis.plot(
                 steps, values, marker="o" if len(steps) < 20 else "", markersize=3, label=label
             )
-        if all(value > 0 for name in names for _, value in curves[name]):
-            axis.set_yscale("log")
+        drawn = [value for name in names for _, value in curves[name]]
+        if min(drawn) > 0:
+            plain_log_axis(axis, drawn)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("optimizer step", fontsize=8)
         axis.tick_params(labelsize=7, which="both")
