@@ -26,7 +26,7 @@ def grid_columns(num_images: int, num_classes: int) -> int:
 
     Few classes get several columns each, and more classes than fit lose their columns.
     """
-    square = max(1, round(num_images**0.5))
+    square = max(1, round(math.sqrt(num_images)))
     if not 1 <= num_classes <= 1.6 * square:
         # If possible, without an unfinished row.
         whole = [c for c in range(square, round(1.5 * square) + 1) if num_images % c == 0]
