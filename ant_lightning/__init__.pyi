@@ -149,10 +149,17 @@ from ant_lightning.data.stored_images import (
 )
 from ant_lightning.diffusion.density import (
     Density as Density,
-    LogitNormal as LogitNormal,
-    LogNormal as LogNormal,
     Table as Table,
     Uniform as Uniform,
+)
+from ant_lightning.diffusion.density_normal import (
+    LogitNormal as LogitNormal,
+    LogNormal as LogNormal,
+)
+from ant_lightning.diffusion.density_shifted import (
+    Mode as Mode,
+    Shifted as Shifted,
+    SizeShifted as SizeShifted,
 )
 from ant_lightning.diffusion.discrete import (
     DiscreteDiffusion as DiscreteDiffusion,

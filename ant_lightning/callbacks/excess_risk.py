@@ -10,6 +10,7 @@ from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.figures import append_row
 from ant_lightning.data.digits_mixture import DigitsMixtureData
 from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.models.draws import on_device
 from ant_lightning.randomness import keyed_generator
 from ant_lightning.tasks.clusterings import Clustering, SNRClustering
 
@@ -133,10 +134,10 @@ class ExcessRisk(RunCallback):
         generator = keyed_generator(self.seed, "excess risk")
         x_start, _ = data.mixture.draw(len(timesteps), generator=generator)
         noise = torch.randn(x_start.shape, generator=generator, dtype=torch.float64)
-        # x_t = a x_start + s noise, with the signal and noise level of each timestep.
-        a = process.alphas_cumprod.sqrt()[timesteps]
-        s = (1 - process.alphas_cumprod).sqrt()[timesteps]
-        x_t = a[:, None] * x_start + s[:, None] * noise
+        times = process.times(timesteps)
+        x_t = process.noised(x_start, noise, times)
+        at = process.levels(x_t, times)
+        a, s = at.a[:, 0], at.s[:, 0]
         levels = zip(*(each.split(self.batch_size) for each in (x_t, a, s)), strict=True)
         exact = torch.cat([data.mixture.denoise(x, a=a_, s=s_) for x, a_, s_ in levels])
         shape = (-1, *pl_module.image_shape)
@@ -145,10 +146,11 @@ class ExcessRisk(RunCallback):
     def _eps(self, pl_module: MultiTaskDiffusion, timesteps: Tensor, x_t: Tensor) -> Tensor:
         """The model's prediction of the noise, float64 on the CPU."""
         device, process = pl_module.device, pl_module.process
-        output = pl_module.denoise(x_t.float().to(device), timesteps.to(device), None)
+        times = process.times(timesteps)
+        output = pl_module.denoise(x_t.float().to(device), on_device(times, device), None)
         prediction, _ = process.split_output(output, x_t.shape[1])
         # Converted in float64: a prediction of x_start is divided by a small noise level.
-        return process.to_eps(prediction.cpu().double(), x_t, timesteps)
+        return process.to_eps(prediction.cpu().double(), x_t, times)
 
 
 def _split(values: Tensor, timesteps: Tensor, edges: Sequence[int]) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.draws import Draws, step_noise
+from ant_lightning.models.draws import Draws, on_device, step_noise
 from ant_lightning.models.optimizers import gradient_scaler, loss_scale
 from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, keyed_generator
 
@@ -162,6 +162,7 @@ class FixedLoss:
                     x_start = module.encode(batch)
                 draws = Draws(
                     steps.to(device),
+                    on_device(module.process.times(steps), device),
                     module.clusters.task_of(steps),
                     noise(part),
                     batch.labels if module.num_classes else None,

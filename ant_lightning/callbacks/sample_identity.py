@@ -13,6 +13,7 @@ from torch import nn
 from ant_lightning.balancing.shards import full_tensor
 from ant_lightning.callbacks.ema import averaged_weights
 from ant_lightning.files.identity import tensors_digest
+from ant_lightning.models.state import process_summary
 
 if TYPE_CHECKING:
     import lightning as L
@@ -35,6 +36,9 @@ def sample_identity(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> dict[s
     differently.
     """
     backbone, process = pl_module.backbone, pl_module.process
+    # Left out where it is what images of 0.1 were drawn with, so that these can be continued.
+    summary = process_summary(process)
+    known = None if summary == "DiscreteDiffusion" else summary
     with averaged_weights(trainer, pl_module):
         # Tensors outside the state dict, such as sine tables, follow from the settings, and their
         # rounding depends on the processor.
@@ -56,7 +60,8 @@ def sample_identity(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> dict[s
         "image_shape": list(pl_module.image_shape),
         "first_stage": None if first_stage is None else first_stage.fingerprint,
         "prediction_type": process.prediction_type,
-        "variance_type": process.variance_type,
+        **({} if known is None else {"process": known}),
+        "variance_type": process.identity().get("variance_type"),
         "schedule": _digest([f"{value:.6g}" for value in process.log_snr.tolist()]),
         "precision": str(trainer.precision),  # type: ignore[attr-defined]
     }

@@ -19,7 +19,7 @@ from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.curves import Curve, curves_figure, read_curves
 from ant_lightning.cli.load_run import make_part
 from ant_lightning.cli.renamed import with_new_names
-from ant_lightning.diffusion.discrete import DiscreteDiffusion
+from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.run_record import newest_record
 from ant_lightning.runtime.settings import flat_settings
@@ -174,7 +174,7 @@ def _clusters(
     process = (config["model"].get("init_args") or {}).get("process")
     if boundaries is None or process is None:
         return ""
-    log_snr = make_part(process, DiscreteDiffusion).log_snr
+    log_snr = make_part(process, NoiseProcess).log_snr
     columns = {
         "held-out loss": "val/task_{}/loss",
         "weight": "train/task_{}/weight",

@@ -1,6 +1,8 @@
 """Noise processes, their losses and samplers."""
 
-from ant_lightning.diffusion.density import Density, LogitNormal, LogNormal, Table, Uniform
+from ant_lightning.diffusion.density import Density, Table, Uniform
+from ant_lightning.diffusion.density_normal import LogitNormal, LogNormal
+from ant_lightning.diffusion.density_shifted import Mode, Shifted, SizeShifted
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.edm import EDM
 from ant_lightning.diffusion.flow import FlowMatching
@@ -52,6 +54,7 @@ __all__ = [
     "LogitNormal",
     "LossWeighting",
     "MinSNR",
+    "Mode",
     "NoiseProcess",
     "NoiseSchedule",
     "ODESampler",
@@ -61,6 +64,8 @@ __all__ = [
     "SampleStep",
     "Sampler",
     "ScaledLinearSchedule",
+    "Shifted",
+    "SizeShifted",
     "Table",
     "TableSchedule",
     "Uniform",

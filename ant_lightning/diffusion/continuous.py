@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
 
+from ant_lightning.diffusion.density_shifted import SizeShifted
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import check_at_least
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from jaxtyping import Float, Int
     from torch import Tensor
 
@@ -42,8 +46,11 @@ class ContinuousProcess(NoiseProcess):
     ) -> None:
         check_at_least(1, num_timesteps=num_timesteps)
         self.sampling_density = density
+        self.coordinate: Coordinate = coordinate
         self._edges = torch.linspace(*axis, num_timesteps + 1, dtype=torch.float64)
-        self._density = density.checked_masses(self._edges, coordinate=coordinate)
+        self._density: Tensor | None = None
+        if not isinstance(density, SizeShifted):  # which waits for `for_size`
+            self._density = density.checked_masses(self._edges, coordinate=coordinate)
         self._log_snr = self._log_snr_of_cells()
 
     @property
@@ -58,8 +65,24 @@ class ContinuousProcess(NoiseProcess):
 
     @property
     def density(self) -> Float[Tensor, " T"]:
-        """Share of the training draws that each cell has."""
+        """Share of the training draws that each cell has.
+
+        Raises:
+            ConfigError: If the density depends on the size of the images, which is not known.
+        """
+        if self._density is None:
+            return self.sampling_density.masses(self._edges)  # which raises
         return self._density
+
+    def for_size(self, height: int, width: int) -> Self:
+        """The process for images of this size; itself, unless its density depends on it."""
+        density = self.sampling_density.for_size(height, width)
+        if density is self.sampling_density:
+            return self
+        process = copy.copy(self)
+        process.sampling_density = density
+        process._density = density.checked_masses(self._edges, coordinate=self.coordinate)
+        return process
 
     @property
     def edges(self) -> Float[Tensor, " T+1"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ant_lightning.diffusion.continuous import ContinuousProcess
-from ant_lightning.diffusion.density import Density, LogNormal
+from ant_lightning.diffusion.density_normal import LogNormal
 from ant_lightning.diffusion.preconditioning import EDMPreconditioning, Preconditioning
 from ant_lightning.diffusion.prediction import Levels
 from ant_lightning.errors import ConfigError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    from ant_lightning.diffusion.density import Density
     from ant_lightning.diffusion.process import Images
 
 __all__ = ["EDM"]
@@ -163,7 +164,11 @@ class EDM(ContinuousProcess):
 
     def identity(self) -> dict[str, Any]:
         """The preconditioning with its numbers."""
-        settings = {k: v for k, v in vars(self.preconditioning).items() if isinstance(v, float)}
+        settings = {
+            name: value
+            for name, value in vars(self.preconditioning).items()
+            if isinstance(value, int | float)
+        }
         return {"preconditioning": type(self.preconditioning).__name__, **settings}
 
 

@@ -146,6 +146,10 @@ class NoiseProcess(ABC):
     def identity(self) -> dict[str, Any]:
         """Settings that change what the network's output means; a checkpoint keeps them."""
 
+    def for_size(self, height: int, width: int) -> NoiseProcess:
+        """The process for images of this size; itself, unless its density depends on the size."""
+        return self
+
     def prior(self, noise: Images) -> Images:
         """The state at `max_time` that standard normal noise stands for."""
         return noise

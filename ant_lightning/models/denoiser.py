@@ -13,12 +13,11 @@ from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.cache import check_first_stage
 from ant_lightning.data.module import image_data
 from ant_lightning.diffusion.guidance import GuidedDenoiser
-from ant_lightning.diffusion.losses import denoising_loss
 from ant_lightning.diffusion.samplers.ddim import DDPM
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.backbone import NO_NULL_CLASS, check_backbone, check_output
 from ant_lightning.models.base import BaseModule
-from ant_lightning.models.draws import Draws, step_noise
+from ant_lightning.models.draws import Draws, on_device, step_noise
 from ant_lightning.models.requests import as_indices, as_labels
 from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, run_seed
 from ant_lightning.runtime.sharding import UnevenCalls, shard_backbone
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.batch import Batch
     from ant_lightning.data.latents.space import LatentSpace
-    from ant_lightning.diffusion.discrete import DiscreteDiffusion
+    from ant_lightning.diffusion.process import NoiseProcess
     from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.first_stage.first_stage import FirstStage
     from ant_lightning.models.settings import Sampling
@@ -76,7 +75,7 @@ class DiffusionModule(BaseModule):
 
     Args:
         backbone: The network, called as `backbone(x_t, timesteps, labels)`.
-        process: Noise schedule, meaning of the network's output and weights of the loss.
+        process: How noise is added, what the network is given and what its output means.
         clusters: The tasks that losses are reported for.
         sampling: How images are drawn from noise.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels or cached latents.
@@ -96,7 +95,7 @@ class DiffusionModule(BaseModule):
         self,
         backbone: nn.Module,
         *,
-        process: DiscreteDiffusion,
+        process: NoiseProcess,
         clusters: TimestepClusters,
         sampling: Sampling,
         first_stage: FirstStage | None,
@@ -105,7 +104,8 @@ class DiffusionModule(BaseModule):
         super().__init__()
         check_backbone(backbone)
         self.backbone = backbone
-        self.process = process
+        # A shift of the density by resolution is fixed here, for the whole run.
+        self.process = process.for_size(*self.image_shape[1:])
         self.clusters = clusters
         self.sampling = sampling
         self.sampler: Sampler = sampling.sampler or DDPM(num_steps=250)
@@ -189,21 +189,15 @@ class DiffusionModule(BaseModule):
             )
         # bf16-true casts batches: noise levels and targets need float32.
         x_start = x_start.to(torch.promote_types(x_start.dtype, torch.float32))
-        x_t = self.process.q_sample(x_start, draws.timesteps, draws.noise)
+        x_t = self.process.noised(x_start, draws.noise, draws.times)
 
         def losses_of(rows: Tensor) -> Tensor:
             rows = rows.to(x_t.device, non_blocking=True)  # no wait: the copy is queued
-            timesteps = draws.timesteps[rows]
+            times = draws.times[rows]
             labels = None if draws.labels is None else draws.labels[rows]
-            output = self.denoise(x_t[rows], timesteps, labels)
-            terms = denoising_loss(
-                self.process,
-                output,
-                x_start[rows],
-                x_t[rows],
-                timesteps,
-                draws.noise[rows],
-                weights=self.process.loss_weights,
+            output = self.denoise(x_t[rows], times, labels)
+            terms = self.process.losses(
+                output, x_start=x_start[rows], x_t=x_t[rows], times=times, noise=draws.noise[rows]
             )
             if unweighted is not None:
                 unweighted[rows] = terms.mse.detach().to(unweighted)
@@ -211,14 +205,20 @@ class DiffusionModule(BaseModule):
 
         return losses_of
 
-    def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    def denoise(self, x_t: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
         """The backbone's output for `x_t` of any precision, computed in the backbone's dtype.
+
+        Args:
+            x_t: The state of the process, before it is scaled for the network.
+            times: The process' own times, `[b]`; the process says what the network is told.
+            labels: Classes `[b]`, or `None`.
 
         Raises:
             ConfigError: If the output is not one tensor of the right shape.
         """
         dtype = next(self.backbone.parameters()).dtype
-        return check_output(self.backbone, self.backbone(x_t.to(dtype), timesteps, labels), x_t)
+        x_in, told = self.process.network_inputs(x_t, times)
+        return check_output(self.backbone, self.backbone(x_in.to(dtype), told, labels), x_t)
 
     def encode(self, batch: Batch, *, step: int | None = None) -> Tensor:
         """`x_start [b, c, h, w]`: the images, or latents sampled from the first stage's moments.
@@ -266,8 +266,9 @@ class DiffusionModule(BaseModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Sum the unweighted losses of held-out images; each image has fixed noise.
 
-        The timesteps of images 0, 1, 2, ... are a golden-ratio sequence over 0 .. T-1, which covers
-        the timesteps evenly however many images there are.
+        The cells of images 0, 1, 2, ... are a golden-ratio sequence over 0 .. T-1, which covers the
+        noise axis evenly however many images there are. The times are the cells' centres: the loss
+        does not depend on the density of training.
 
         Raises:
             ConfigError: If the loader does not give a `Batch` that fits the backbone.
@@ -275,19 +276,21 @@ class DiffusionModule(BaseModule):
         check_batch(batch)
         # Fixed draws: validation losses of two runs, or two steps, differ only through the weights.
         steps = (batch.indices.cpu().double() * GOLDEN_RATIO) % 1
-        timesteps = (steps * self.clusters.num_timesteps).long().to(self.device)
+        timesteps = (steps * self.clusters.num_timesteps).long()
+        times = on_device(self.process.times(timesteps), self.device)
+        timesteps = timesteps.to(self.device)
         tasks = self.clusters.task_of(timesteps)
         noise = self.image_noise(batch.indices.tolist(), stream="validation")()
         labels = batch.labels if self.num_classes else None
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
-        draws = Draws(timesteps, tasks, noise, labels)
+        draws = Draws(timesteps, times, tasks, noise, labels)
         rows = torch.arange(len(batch.images), device=self.device)
         self.losses(self.encode(batch), draws, unweighted=unweighted)(rows)
         self.validation_losses.update(unweighted, tasks)
         self._finish_last(batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean loss over all timesteps, and over the timesteps of each task."""
+        """Log the mean loss over all cells of the noise axis, and over those of each task."""
         loss, by_task = self.validation_losses.compute()
         # `compute` has summed over ranks; `sync_dist` only averages equal values, and keeps
         # Lightning from warning that it is missing.

@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ant_lightning.randomness import GOLDEN_RATIO, keyed_generator
+from ant_lightning.tasks.clusters import TimestepClusters
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ant_lightning.data.batch import Batch
+    from ant_lightning.diffusion.process import NoiseProcess
     from ant_lightning.models.settings import TimestepSampling
-    from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["Draws", "TrainingDraws", "sample_shares", "spread_order", "step_noise"]
+__all__ = ["Draws", "TrainingDraws", "on_device", "sample_shares", "spread_order", "step_noise"]
 
 _BLOCK = 32  # images that share a generator
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Draws for the loss of a batch: `timesteps`, `tasks`, `labels` `[b]`; `noise [b, c, h, w]`."""
+    """Draws for the loss of a batch.
+
+    Attributes:
+        timesteps: Cells of the noise axis, int64 `[b]`.
+        times: The process' own times inside these cells, `[b]`.
+        tasks: Tasks of the cells, `[b]`.
+        noise: Standard normal noise, `[b, c, h, w]`.
+        labels: Classes `[b]`, or `None`.
+    """
 
     timesteps: Tensor
+    times: Tensor
     tasks: Tensor
     noise: Tensor
     labels: Tensor | None
@@ -41,7 +52,8 @@ class TrainingDraws:
     rotate among the ranks from step to step, so that no task always has the images of one rank.
 
     Args:
-        timesteps: How timesteps are drawn; its method must not be `None`.
+        process: Its density says how cells are drawn, and it draws the times inside them.
+        timesteps: How cells are drawn; its method must not be `None`.
         placement: `spread` or `sorted`.
         class_dropout: Share of labels replaced by the null class.
         null_class: Label of no class; `None` if the backbone has none.
@@ -50,6 +62,7 @@ class TrainingDraws:
         seed: Seed of all draws.
     """
 
+    process: NoiseProcess
     timesteps: TimestepSampling
     placement: Literal["spread", "sorted"]
     class_dropout: float
@@ -58,31 +71,57 @@ class TrainingDraws:
     image_shape: tuple[int, int, int]
     seed: int
 
+    @cached_property
+    def density(self) -> Tensor | None:
+        """The density of the process; `None` if uniform, whose draws are those of version 0.1."""
+        density = self.process.density
+        return None if bool((density == density[0]).all()) else density
+
     def __call__(
         self, batch: Batch, clusters: TimestepClusters, *, step: int, rank: int, world_size: int
     ) -> Draws:
-        """Timesteps, tasks, noise and labels of one rank's part of the batch of `step`."""
+        """Cells, times, tasks, noise and labels of one rank's part of the batch of `step`."""
         b, device = len(batch.images), batch.images.device
         total, mine = b * world_size, slice(rank * b, (rank + 1) * b)
         generator = keyed_generator(self.seed, "timesteps", step)
         if self.timesteps.method == "stratified":
-            timesteps, tasks = clusters.sample(
-                total, generator=generator, allocation=self.timesteps.allocation
+            cells, places, tasks = clusters.draw(
+                total,
+                generator=generator,
+                allocation=self.timesteps.allocation,
+                density=self.density,
             )
-            # `sample` returns them sorted by task, so a contiguous part has few tasks.
+            # `draw` returns them sorted by task, so a contiguous part has few tasks.
             if self.placement == "sorted":
                 part = (rank + step) % world_size
                 order = torch.arange(part * b, (part + 1) * b)
             else:
                 order = spread_order(total)[mine]
-            timesteps, tasks = timesteps[order], tasks[order]
+            cells, places, tasks = cells[order], places[order], tasks[order]
         else:
-            start, stop = self.timesteps.interval or (0, clusters.num_timesteps)
-            timesteps = torch.randint(start, stop, (total,), generator=generator)[mine]
-            tasks = clusters.task_of(timesteps)
+            interval = self.timesteps.interval or (0, clusters.num_timesteps)
+            cells, places = self._plain(interval, total, generator)
+            cells, places = cells[mine], places[mine]
+            tasks = clusters.task_of(cells)
+        times = self.process.times(cells, places)
         noise = step_noise(mine, self.image_shape, self.seed, step, device)
         labels = self._labels(batch.labels, mine, step) if self.num_classes else None
-        return Draws(timesteps.to(device, non_blocking=True), tasks, noise, labels)
+        return Draws(
+            cells.to(device, non_blocking=True), on_device(times, device), tasks, noise, labels
+        )
+
+    def _plain(
+        self, interval: tuple[int, int], total: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Cells of an interval by the density alone, and the places inside them."""
+        start, stop = interval
+        if self.density is None:
+            cells = torch.randint(start, stop, (total,), generator=generator)
+            return cells, torch.rand(total, generator=generator, dtype=torch.float64)
+        part = TimestepClusters((0, stop - start))
+        cells, places, _ = part.draw(total, generator=generator, density=self.density[start:stop])
+        # In random order already: the numbers of one task are independent.
+        return start + cells, places
 
     def _labels(self, labels: Tensor, mine: slice, step: int) -> Tensor:
         """The labels, with a share of them replaced by the null class."""
@@ -108,25 +147,32 @@ def spread_order(num_images: int) -> Tensor:
 
 
 def sample_shares(
-    sizes: Tensor, num_samples: Tensor, allocation: Literal["equal", "proportional"]
+    masses: Tensor, num_samples: Tensor, allocation: Literal["equal", "proportional"]
 ) -> Tensor:
-    """Weight of one sample of each task, `[k]`, that makes a stratified batch estimate uniform t.
+    """Weight of one sample of each task, `[k]`, that makes a stratified batch estimate plain draws.
 
-    The share `|I_i| / T` of a cluster is divided by its number of samples. A cluster with less
-    than one expected sample is missing from some batches. Its share is divided by the expected
-    number instead, so that the estimate of the mean over uniform timesteps stays unbiased.
+    The mass of a cluster is divided by its number of samples. A cluster with less than one expected
+    sample is missing from some batches. Its mass is divided by the expected number instead, so that
+    the estimate of the mean over the process' own density stays unbiased.
 
     Args:
-        sizes: Timesteps of each cluster, `[k]`.
+        masses: Mass of each cluster under the density, or its number of timesteps, `[k]`.
         num_samples: Samples of each task in the batch, `[k]` float64.
         allocation: How the batch was drawn: see `TimestepClusters.counts`.
     """
-    sizes = sizes.to(num_samples, non_blocking=True)
+    masses = masses.to(num_samples, non_blocking=True)
     total = num_samples.sum()
-    expected = total * sizes / sizes.sum()
+    expected = total * masses / masses.sum()
     if allocation == "equal":
-        expected = (total / len(sizes)).expand_as(sizes)
-    return sizes / sizes.sum() / num_samples.where(expected >= 1, expected)
+        expected = (total / len(masses)).expand_as(masses)
+    return masses / masses.sum() / num_samples.where(expected >= 1, expected)
+
+
+def on_device(times: Tensor, device: torch.device) -> Tensor:
+    """Times on a device; float32 if it has no float64."""
+    if device.type == "mps" and times.dtype == torch.float64:
+        times = times.float()
+    return times.to(device, non_blocking=True)
 
 
 def step_noise(

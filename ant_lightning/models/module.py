@@ -18,7 +18,7 @@ from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.shards import local_part
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
-from ant_lightning.diffusion.discrete import DiscreteDiffusion
+from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.models.backbone import NO_NULL_CLASS, backbone_name
 from ant_lightning.models.checks import (
@@ -42,7 +42,7 @@ from ant_lightning.models.optimizers import (
 )
 from ant_lightning.models.running_statistics import RunningStatistics
 from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
-from ant_lightning.models.state import CheckpointState, schedule_summary
+from ant_lightning.models.state import CheckpointState, process_summary, schedule_summary
 from ant_lightning.randomness import keyed_seed
 from ant_lightning.runtime.rank_agreement import check_ranks_agree
 from ant_lightning.runtime.sharded_strategy import ShardedStrategy
@@ -78,7 +78,8 @@ class MultiTaskDiffusion(DiffusionModule):
 
     Args:
         backbone: The network, called as `backbone(x_t, timesteps, labels)`.
-        process: Noise schedule, meaning of the network's output and weights of the loss.
+        process: How noise is added, what the network is given and what its output means:
+            `DiscreteDiffusion`, `FlowMatching` or `EDM`.
         tasks: What the tasks are and how they are balanced.
         timesteps: How timesteps are drawn in training.
         optimization: How the weights are optimised.
@@ -120,7 +121,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self,
         backbone: nn.Module,
         *,
-        process: DiscreteDiffusion,
+        process: NoiseProcess,
         tasks: Tasks,
         timesteps: TimestepSampling = TimestepSampling(),
         optimization: Optimization = Optimization(),
@@ -165,6 +166,7 @@ class MultiTaskDiffusion(DiffusionModule):
             optimization, path="optimization.", balancer=tasks.balancer
         )
         self.draws = TrainingDraws(
+            process=self.process,
             timesteps=self.timesteps,
             placement=tasks.placement,
             class_dropout=class_dropout,
@@ -211,10 +213,10 @@ class MultiTaskDiffusion(DiffusionModule):
         )
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
-    def denoise(self, x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    def denoise(self, x_t: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
         """As in the base class, but load `init_from` first if that is still due."""
         self.load_initial_weights()
-        return super().denoise(x_t, timesteps, labels)
+        return super().denoise(x_t, times, labels)
 
     def configure_model(self) -> None:
         """Shard the backbone if the strategy is `ShardedStrategy`."""
@@ -269,10 +271,10 @@ class MultiTaskDiffusion(DiffusionModule):
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
         log_snr = priors = None
         if isinstance(self.balancer, SampleBalancer):
-            log_snr = self.process.log_snr.to(self.device, non_blocking=True)[draws.timesteps]
+            log_snr = self.process.log_snr_at(draws.times)
         if self.balancer is not None and self.tasks.weighting == "by_size":
-            # pi_i = |I_i| / T.
-            priors = self.clusters.sizes.double() / self.clusters.num_timesteps
+            # pi_i is the mass of the cluster: |I_i| / T under the uniform density.
+            priors = self.clusters.masses(self.draws.density)
         x_start = self.encode(batch, step=self.global_step)
         # The network may run once per task or part; batch norm must still update once per step.
         statistics = RunningStatistics(self.backbone)
@@ -293,11 +295,13 @@ class MultiTaskDiffusion(DiffusionModule):
         statistics.keep() if report.finite else statistics.restore()
         self._finish_step(report)
         self.last_report = report
-        # Log the mean over uniform timesteps, however they were drawn: methods stay comparable.
+        # Log the mean over the process' own density, however the batch was allocated: methods stay
+        # comparable.
         loss = unweighted.mean()
         if self.timesteps.method == "stratified":
             allocation = self.timesteps.allocation
-            shares = sample_shares(self.clusters.sizes, report.num_samples, allocation)
+            masses = self.clusters.masses(self.draws.density)
+            shares = sample_shares(masses, report.num_samples, allocation)
             tasks = draws.tasks.to(shares.device, non_blocking=True)
             # The shares already span all ranks: cancel the division by `world_size` below.
             loss = (unweighted * shares[tasks]).sum().float() * self.trainer.world_size
@@ -360,7 +364,8 @@ class MultiTaskDiffusion(DiffusionModule):
             world_size=0 if self._trainer is None else self.trainer.world_size,
             backbone=backbone_name(self.backbone),
             prediction_type=self.process.prediction_type,
-            variance_type=self.process.variance_type,
+            process=process_summary(self.process),
+            variance_type=self.process.identity().get("variance_type"),
             schedule=schedule_summary(self.process),
             balancer=None if self.balancer is None else type(self.balancer).__name__,
             optimizer=optimizer,

@@ -7,6 +7,7 @@ from typing import Literal
 from ant_lightning.backbones.dit import DiT
 from ant_lightning.backbones.unet import UNet
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
+from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion
@@ -50,7 +51,7 @@ class ADMModule(MultiTaskDiffusion):
         backbone: UNet,
         *,
         tasks: Tasks,
-        process: DiscreteDiffusion = DiscreteDiffusion(variance_type="learned_range"),
+        process: NoiseProcess = DiscreteDiffusion(variance_type="learned_range"),
         timesteps: TimestepSampling = TimestepSampling(),
         optimization: Optimization = Optimization(),
         sampling: Sampling = Sampling(),
@@ -112,7 +113,7 @@ class DiTModule(MultiTaskDiffusion):
         backbone: DiT,
         *,
         tasks: Tasks,
-        process: DiscreteDiffusion = DiscreteDiffusion(variance_type="learned_range"),
+        process: NoiseProcess = DiscreteDiffusion(variance_type="learned_range"),
         timesteps: TimestepSampling = TimestepSampling(),
         optimization: Optimization = Optimization(),
         sampling: Sampling = Sampling(),

@@ -10,14 +10,15 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.tasks.clusters import TimestepClusters
 
 if TYPE_CHECKING:
-    from ant_lightning.diffusion.discrete import DiscreteDiffusion
+    from ant_lightning.diffusion.process import NoiseProcess
 
-__all__ = ["FORMAT_VERSION", "CheckpointState", "schedule_summary"]
+__all__ = ["FORMAT_VERSION", "CheckpointState", "process_summary", "schedule_summary"]
 
 FORMAT_VERSION = 1
 
 # Attributes that must agree with a checkpoint, each with the path of its setting for messages.
 _SETTINGS = {
+    "process": "process",
     "prediction_type": "process.prediction_type",
     "backbone": "backbone",
     "first_boundaries": "tasks.clustering (its boundaries; to keep the checkpoint's, use "
@@ -39,7 +40,8 @@ class CheckpointState:
         num_skipped_in_a_row: Steps skipped since the last step that was made.
         world_size: Number of ranks; 0 if not known.
         backbone: Class of the network.
-        prediction_type: As in `DiscreteDiffusion`.
+        process: See `process_summary`.
+        prediction_type: As in the process.
         variance_type: As in `DiscreteDiffusion`.
         schedule: See `schedule_summary`.
         balancer: Class of the balancer; `None` for vanilla, empty if not known.
@@ -56,6 +58,7 @@ class CheckpointState:
     num_skipped_in_a_row: int = 0
     world_size: int = 0
     backbone: str
+    process: str = "DiscreteDiffusion"  # the only one in 0.1
     prediction_type: str
     variance_type: str | None = None
     schedule: list[float] | None = None
@@ -154,7 +157,14 @@ class CheckpointState:
             )
 
 
-def schedule_summary(process: DiscreteDiffusion) -> list[float]:
+def process_summary(process: NoiseProcess) -> str:
+    """Class of a process, and the settings that change what the network's output means."""
+    separate = {"prediction_type", "variance_type"}
+    settings = [f"{k}={v}" for k, v in process.identity().items() if k not in separate]
+    return type(process).__name__ + (f"({', '.join(settings)})" if settings else "")
+
+
+def schedule_summary(process: NoiseProcess) -> list[float]:
     """T and the log-SNR of the first, the middle and the last timestep, to six digits.
 
     Identifies a schedule by its values, so that another class or spelling of the same one passes.

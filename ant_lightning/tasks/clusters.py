@@ -1,21 +1,32 @@
-"""Clusters of timesteps: `0 .. T-1` cut into half-open intervals, one for each task."""
+"""Clusters of timesteps: `0 .. T-1` cut into half-open intervals, one for each task.
+
+A timestep is a cell of the noise axis: for processes with a continuous time, an interval of it.
+"""
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
-    from torch import Tensor
+    from jaxtyping import Float, Int
 
-__all__ = ["TimestepClusters"]
+__all__ = ["CellDraws", "TimestepClusters"]
+
+
+class CellDraws(NamedTuple):
+    """Cells and tasks, int64 `[b]`, and the place inside each cell, float64 in [0, 1), `[b]`."""
+
+    cells: Tensor
+    places: Tensor
+    tasks: Tensor
 
 
 @dataclass(frozen=True)
@@ -93,25 +104,52 @@ class TimestepClusters:
         stops = torch.tensor(self.boundaries[1:], device=timesteps.device)
         return _numbered(stops, self.num_timesteps)[timesteps]
 
+    def masses(self, density: Float[Tensor, " T"] | None = None) -> Float[Tensor, " k"]:
+        """Share of each cluster in the draws of a density, `[k]` float64; by default uniform.
+
+        Raises:
+            ConfigError: If the density is not `[T]`, or a cluster has no mass.
+        """
+        if density is None:
+            return self.sizes.double() / self.num_timesteps
+        if density.shape != (self.num_timesteps,):
+            raise ConfigError(
+                f"density: must have the shape [{self.num_timesteps}], one for each cell, found "
+                f"{list(density.shape)}"
+            )
+        # Summed inside each cluster: differences of a cumulative sum lose the digits of the tails.
+        parts = density.double().split(self.sizes.tolist())
+        masses = torch.stack([part.sum() for part in parts])
+        if not bool((masses > 0).all()):
+            empty = int((~(masses > 0)).nonzero()[0, 0])
+            raise ConfigError(
+                f"density: must have mass in every cluster, found {float(masses[empty])} in task "
+                f"{empty}"
+            )
+        return masses / masses.sum()
+
     def counts(
         self,
         batch_size: int,
         *,
         generator: torch.Generator | None = None,
         allocation: Literal["equal", "proportional"] = "equal",
+        density: Float[Tensor, " T"] | None = None,
     ) -> Int[Tensor, " k"]:
         """Random number of samples of each task in a batch, `[k]` with the sum `batch_size`.
 
         Every count is the floor or the ceiling of its expectation, which is `batch_size / k`
-        (`equal`) or `batch_size |I_i| / T` (`proportional`).
+        (`equal`) or `batch_size` times the mass of the cluster (`proportional`).
 
         Args:
             batch_size: Number of samples, at least 1; it may be smaller than `k`.
             generator: Source of randomness; the result is on its device.
             allocation: `equal` or `proportional` expectations.
+            density: Mass of each cell, `[T]`; by default uniform, so that a cluster has the mass
+                `|I_i| / T`.
 
         Raises:
-            ConfigError: If `batch_size` or `allocation` breaks its rule.
+            ConfigError: If `batch_size`, `allocation` or `density` breaks its rule.
         """
         check_at_least(1, batch_size=batch_size)
         device = generator.device if generator is not None else None
@@ -121,14 +159,21 @@ class TimestepClusters:
             counts = torch.full((self.num_tasks,), each, device=device)
             counts[torch.randperm(self.num_tasks, generator=generator, device=device)[:rest]] += 1
             return counts
-        if allocation == "proportional":
-            # Systematic sampling: the end `batch_size boundaries / T` of each task is rounded down
-            # after adding the same random offset in [0, 1), here in exact integers times T.
+        if allocation != "proportional":
+            raise ConfigError(
+                f"allocation: must be 'equal' or 'proportional', found {allocation!r}"
+            )
+        # Systematic sampling: the end `batch_size` times the cumulative mass of each task is
+        # rounded down after adding the same random offset in [0, 1).
+        if density is None:  # in exact integers times T
             num_timesteps = self.num_timesteps
             offset = torch.randint(num_timesteps, (), generator=generator, device=device)
             ends = batch_size * torch.tensor(self.boundaries, device=device)
             return ((ends + offset) // num_timesteps).diff()
-        raise ConfigError(f"allocation: must be 'equal' or 'proportional', found {allocation!r}")
+        shift = torch.rand((), generator=generator, device=device, dtype=torch.float64)
+        masses = self.masses(density).to(shift.device)
+        stops = (batch_size * masses.cumsum(0)[:-1] + shift).floor().long().clamp(max=batch_size)
+        return torch.cat([stops.new_tensor([0]), stops, stops.new_tensor([batch_size])]).diff()
 
     def sample(
         self,
@@ -136,26 +181,65 @@ class TimestepClusters:
         *,
         generator: torch.Generator | None = None,
         allocation: Literal["equal", "proportional"] = "equal",
+        density: Float[Tensor, " T"] | None = None,
     ) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
-        """Draw timesteps: `counts` of them for each task, uniform inside its cluster.
+        """Draw timesteps: `counts` of them for each task, by the density inside its cluster.
 
         Returns:
             `timesteps [b]` and `task_ids [b]`, int64, sorted by task, on the generator's device
             (or the CPU).
 
         Raises:
-            ConfigError: If `batch_size` or `allocation` breaks its rule, see `counts`.
+            ConfigError: If `batch_size`, `allocation` or `density` breaks its rule, see `counts`.
+        """
+        drawn = self.draw(batch_size, generator=generator, allocation=allocation, density=density)
+        return drawn.cells, drawn.tasks
+
+    def draw(
+        self,
+        batch_size: int,
+        *,
+        generator: torch.Generator | None = None,
+        allocation: Literal["equal", "proportional"] = "equal",
+        density: Float[Tensor, " T"] | None = None,
+    ) -> CellDraws:
+        """Draw cells as `sample` does, and a place inside each cell.
+
+        One uniform number gives both: inside its cluster it is a quantile of the density, whose
+        whole part is the cell and whose rest is the place. `NoiseProcess.times(cells, places)`
+        turns it into a time.
         """
         # One draw of counts, and one uniform number for each sample. In float64: a float32 number
         # has 24 bits, too coarse a grid for clusters of a million timesteps.
-        counts = self.counts(batch_size, generator=generator, allocation=allocation)
+        counts = self.counts(
+            batch_size, generator=generator, allocation=allocation, density=density
+        )
         tasks = _numbered(counts.cumsum(0), batch_size)
         uniform = torch.rand(
             batch_size, generator=generator, device=tasks.device, dtype=torch.float64
         )
-        starts = torch.tensor(self.boundaries, device=tasks.device)
-        offsets = (uniform * starts.diff()[tasks]).long()
-        return starts[tasks] + offsets, tasks
+        if density is None:
+            starts = torch.tensor(self.boundaries, device=tasks.device)
+            offsets = uniform * starts.diff()[tasks]
+            cells = starts[tasks] + offsets.long()
+            return CellDraws(cells, offsets - offsets.floor(), tasks)
+        return self._by_density(tasks, uniform, density.to(tasks.device))
+
+    def _by_density(self, tasks: Tensor, uniform: Tensor, density: Tensor) -> CellDraws:
+        """Quantiles `uniform` of the density restricted to the clusters of `tasks`."""
+        parts = density.double().split(self.sizes.tolist())
+        # Task i has the cdf i .. i + 1: one increasing table for all tasks.
+        ends = torch.cat([i + p.cumsum(0).div_(p.sum()).clamp_(max=1) for i, p in enumerate(parts)])
+        stops = torch.tensor(self.boundaries[1:], device=tasks.device)
+        ends[stops - 1] = torch.arange(
+            1.0, self.num_tasks + 1, dtype=ends.dtype, device=ends.device
+        )
+        # Rounding must not reach the next task's table.
+        wanted = torch.minimum(tasks + uniform, (tasks + 1).double() * (1 - 2**-52))
+        cells = torch.searchsorted(ends, wanted, right=True)
+        begins = torch.cat([ends.new_zeros(1), ends[:-1]])[cells]
+        places = (wanted - begins) / (ends[cells] - begins)
+        return CellDraws(cells, places.clamp_(0, 1 - 2**-53), tasks)
 
 
 def _numbered(stops: Tensor, length: int) -> Tensor:

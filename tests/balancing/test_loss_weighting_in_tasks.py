@@ -56,7 +56,7 @@ def test_the_balancer_sees_weighted_losses_and_their_gradients(balancer, weighti
     batch = Batch(x_start, torch.zeros(30, dtype=torch.long), torch.arange(30))
     unweighted = torch.zeros(30)
     losses = module.losses(
-        x_start, Draws(timesteps, tasks, noise, batch.labels), unweighted=unweighted
+        x_start, Draws(timesteps, timesteps, tasks, noise, batch.labels), unweighted=unweighted
     )
     shared = list(module.backbone.parameters())
     report = multitask_backward(

@@ -1,0 +1,196 @@
+"""Mode density and shifts: where SD3 puts its training times, and how that follows resolution."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ant_lightning.diffusion.density import Coordinate, Density, Uniform
+from ant_lightning.errors import ConfigError, check_at_least
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+__all__ = ["Mode", "Shifted", "SizeShifted"]
+
+
+class Mode(Density):
+    """The mode density of SD3: heavier in the middle (`scale` above 0) or at the ends (below).
+
+    Its quantile is `t(q) = q - scale (cos²(pi (1 - q) / 2) - q)`; `scale = 0` is uniform.
+
+    Args:
+        scale: From -1 to `2 / (pi - 2)`, about 1.75, where the quantile still increases.
+
+    Raises:
+        ConfigError: If `scale` is outside this range.
+
+    Reference:
+        Esser et al., "Scaling Rectified Flow Transformers", equation 20 (with u = 1 - q),
+        arXiv 2403.03206.
+
+    Examples:
+        >>> from ant_lightning import FlowMatching, Mode
+        >>> process = FlowMatching(density=Mode(scale=1.29), num_timesteps=4)
+        >>> [round(mass, 3) for mass in process.density.tolist()]
+        [0.135, 0.365, 0.365, 0.135]
+    """
+
+    coordinate: ClassVar[Coordinate | None] = "time"
+
+    def __init__(self, scale: float = 1.29) -> None:
+        if not -1 <= scale <= 2 / (math.pi - 2):
+            raise ConfigError(f"scale: must be from -1 to 2 / (pi - 2), found {scale}")
+        self.scale = scale
+
+    def quantile(self, q: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The inverse cdf."""
+        return q - self.scale * (torch.cos(math.pi / 2 * (1 - q)).square() - q)
+
+    def cdf(self, t: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Share of the draws below t: the quantile inverted by bisection, to the last bit."""
+        low, high = torch.zeros_like(t), torch.ones_like(t)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.quantile(middle) <= t
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return torch.where(t >= 1, torch.ones_like(t), low)
+
+    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
+        """Differences of the cdf."""
+        return self.cdf(edges).diff()
+
+    def inside(
+        self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
+    ) -> Float[Tensor, " b"]:
+        """The quantile, restricted to the interval."""
+        start, stop = self.cdf(lower), self.cdf(upper)
+        t = self.quantile(start + u * (stop - start))
+        return torch.minimum(torch.maximum(t, lower), upper)  # rounding must not leave the cell
+
+
+class Shifted(Density):
+    """Another density of t with its times moved: `t = shift t' / (1 + (shift - 1) t')`.
+
+    A shift above 1 moves draws towards the noise. It changes the density, never the cells. The
+    sampler has a shift of its own.
+
+    Args:
+        density: The density of t'.
+        shift: Above 0; 1 changes nothing.
+
+    Raises:
+        ConfigError: If `shift` is not above 0, or the density is not one of t.
+
+    Reference:
+        Esser et al., "Scaling Rectified Flow Transformers", equation 23, arXiv 2403.03206.
+
+    Examples:
+        >>> from ant_lightning import FlowMatching, Shifted, Uniform
+        >>> process = FlowMatching(density=Shifted(Uniform(), shift=3.0), num_timesteps=2)
+        >>> [round(mass, 3) for mass in process.density.tolist()]  # t = 1/2 is t' = 1/4
+        [0.25, 0.75]
+    """
+
+    coordinate: ClassVar[Coordinate | None] = "time"
+
+    def __init__(self, density: Density = Uniform(), *, shift: float = 3.0) -> None:
+        if not 0 < shift < math.inf:
+            raise ConfigError(f"shift: must be above 0 and finite, found {shift}")
+        _check_shiftable(density)
+        self.density = density
+        self.shift = shift
+
+    def for_size(self, height: int, width: int) -> Density:
+        """The same shift of the inner density for this size."""
+        inner = self.density.for_size(height, width)
+        return self if inner is self.density else Shifted(inner, shift=self.shift)
+
+    def _before(self, t: Tensor) -> Tensor:
+        return t / (self.shift - (self.shift - 1) * t)
+
+    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
+        """The masses of the inner density between the edges before the shift."""
+        before = self._before(edges)
+        if type(self.density) is Uniform:  # whose own masses are those of equal cells
+            return before.diff()
+        return self.density.masses(before)
+
+    def inside(
+        self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
+    ) -> Float[Tensor, " b"]:
+        """The inner density's, shifted."""
+        before = self.density.inside(self._before(lower), self._before(upper), u)
+        t = self.shift * before / (1 + (self.shift - 1) * before)
+        return torch.minimum(torch.maximum(t, lower), upper)
+
+
+class SizeShifted(Density):
+    """`Shifted` by the size of what is denoised: `shift = sqrt(height width) / base_size`.
+
+    Larger images need more noise for the same uncertainty. The shift is fixed for a run, by the
+    size of the backbone's input; images of another size are refused. In a loop of your own, take
+    `process.for_size(height, width)`.
+
+    Args:
+        density: The density of t'.
+        base_size: Height and width (of the latents, if latents are denoised) that have shift 1.
+
+    Raises:
+        ConfigError: If `base_size` is below 1, the density is not one of t, or it is used before
+            the size is known.
+
+    Reference:
+        Esser et al., "Scaling Rectified Flow Transformers", section 5.3.2, arXiv 2403.03206.
+
+    Examples:
+        >>> from ant_lightning import FlowMatching, SizeShifted, Uniform
+        >>> process = FlowMatching(density=SizeShifted(Uniform(), base_size=32), num_timesteps=2)
+        >>> process.for_size(96, 96).density.tolist()  # shift 3
+        [0.25, 0.75]
+    """
+
+    coordinate: ClassVar[Coordinate | None] = "time"
+
+    def __init__(self, density: Density = Uniform(), *, base_size: int = 32) -> None:
+        check_at_least(1, base_size=base_size)
+        _check_shiftable(density)
+        self.density = density
+        self.base_size = base_size
+
+    def for_size(self, height: int, width: int) -> Density:
+        """The shift for this size."""
+        inner = self.density.for_size(height, width)
+        return Shifted(inner, shift=math.sqrt(height * width) / self.base_size)
+
+    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
+        """Refused: the size is not known.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "density: SizeShifted must know the size of the images, found none; take "
+            "process.for_size(height, width)"
+        )
+
+    def inside(
+        self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
+    ) -> Float[Tensor, " b"]:
+        """Refused: the size is not known.
+
+        Raises:
+            ConfigError: Always.
+        """
+        return self.masses(lower)
+
+
+def _check_shiftable(density: Density) -> None:
+    if density.coordinate != "time" and type(density) is not Uniform:
+        raise ConfigError(
+            f"density: must be Uniform or a density of t to be shifted, found "
+            f"{type(density).__name__}"
+        )
