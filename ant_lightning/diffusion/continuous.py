@@ -48,9 +48,9 @@ class ContinuousProcess(NoiseProcess):
         self.sampling_density = density
         self.coordinate: Coordinate = coordinate
         self._edges = torch.linspace(*axis, num_timesteps + 1, dtype=torch.float64)
-        self._density: Tensor | None = None
+        self._cells: tuple[Tensor, Tensor] | None = None  # what `on_cells` returns
         if not isinstance(density, SizeShifted):  # which waits for `for_size`
-            self._density = density.checked_masses(self._edges, coordinate=coordinate)
+            self._cells = density.on_cells(self._edges, coordinate=coordinate)
         self._log_snr = self._log_snr_of_cells()
 
     @property
@@ -70,9 +70,7 @@ class ContinuousProcess(NoiseProcess):
         Raises:
             ConfigError: If the density depends on the size of the images, which is not known.
         """
-        if self._density is None:
-            return self.sampling_density.masses(self._edges)  # which raises
-        return self._density
+        return self._density_on_cells()[1]
 
     def for_size(self, height: int, width: int) -> Self:
         """The process for images of this size; itself, unless its density depends on it."""
@@ -81,8 +79,13 @@ class ContinuousProcess(NoiseProcess):
             return self
         process = copy.copy(self)
         process.sampling_density = density
-        process._density = density.checked_masses(self._edges, coordinate=self.coordinate)
+        process._cells = density.on_cells(self._edges, coordinate=self.coordinate)
         return process
+
+    def _density_on_cells(self) -> tuple[Tensor, Tensor]:
+        if self._cells is None:
+            return self.sampling_density.on_cells(self._edges, coordinate=self.coordinate)
+        return self._cells
 
     @property
     def edges(self) -> Float[Tensor, " T+1"]:
@@ -103,13 +106,11 @@ class ContinuousProcess(NoiseProcess):
         self, cells: Int[Tensor, " b"], u: Float[Tensor, " b"] | None = None
     ) -> Float[Tensor, " b"]:
         """Times inside cells, in float64; see the base class."""
-        edges = self._edges.to(cells.device)
         if u is None:
+            edges = self._edges.to(cells.device)
             return self._time_of((edges[cells] + edges[cells + 1]) / 2)
-        edges = self.sampling_density.opened(edges)
-        return self._time_of(
-            self.sampling_density.inside(edges[cells], edges[cells + 1], u.double())
-        )
+        at = self._density_on_cells()[0].to(cells.device)
+        return self._time_of(self.sampling_density.inside(at[cells], at[cells + 1], u.double()))
 
     def _log_snr_of_cells(self) -> Tensor:
         return self.log_snr_at(self.times(torch.arange(self.num_timesteps)))

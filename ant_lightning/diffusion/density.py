@@ -22,25 +22,25 @@ Coordinate = Literal["time", "log_sigma"]
 
 
 class Density(ABC):
-    """A density over the noise axis: the mass of each cell, and its inverse cdf inside a cell.
+    """How often training draws each place on the noise axis: an exact cdf and its inverse.
 
     The coordinate z of the axis is t in [0, 1] (1 is noise) for `FlowMatching`, `t / T` for
-    `DiscreteDiffusion`, and ln sigma for `EDM`.
+    `DiscreteDiffusion`, and ln sigma for `EDM`. The mass of a cell is the difference of the cdf at
+    its edges; a time inside it is the quantile of a number between these two values.
 
-    A subclass implements `masses` and `inside`.
+    A subclass implements `cdf` and `quantile`.
 
     Attributes:
         coordinate: The coordinate that the density is defined on; `None` for any.
 
     Examples:
-        >>> import torch
         >>> from ant_lightning import Density, FlowMatching
-        >>> class Ramp(Density):  # density 2 t, cdf t²
+        >>> class Ramp(Density):  # density 2 t
         ...     coordinate = "time"
-        ...     def masses(self, edges):
-        ...         return edges.square().diff()
-        ...     def inside(self, lower, upper, u):
-        ...         return (lower.square() + u * (upper.square() - lower.square())).sqrt()
+        ...     def cdf(self, z):
+        ...         return z.square()
+        ...     def quantile(self, q):
+        ...         return q.sqrt()
         >>> FlowMatching(density=Ramp(), num_timesteps=2).density.tolist()
         [0.25, 0.75]
     """
@@ -48,27 +48,41 @@ class Density(ABC):
     coordinate: ClassVar[Coordinate | None] = None
 
     @abstractmethod
-    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
-        """Mass of each cell, from the exact cdf; need not sum to 1."""
+    def cdf(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Mass below the coordinate z."""
 
     @abstractmethod
-    def inside(
-        self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
-    ) -> Float[Tensor, " b"]:
-        """The inverse cdf at `u` in [0, 1) of the density restricted to `[lower, upper]`."""
+    def quantile(self, q: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The inverse of `cdf`."""
 
     def for_size(self, height: int, width: int) -> Density:
         """The density for images of this size; only a shift by resolution depends on it."""
         return self
 
-    def opened(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T+1"]:
-        """The edges, with the outer ones moved to where the density ends."""
-        return edges
+    def prepared(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T+1"]:
+        """What `masses` and `inside` need of the edges of the cells, computed once: the cdf."""
+        return self.cdf(edges)
 
-    def checked_masses(
+    def masses(self, prepared: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
+        """Mass of each cell; need not sum to 1."""
+        return prepared.diff()
+
+    def inside(
+        self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
+    ) -> Float[Tensor, " b"]:
+        """The inverse cdf at `u` in [0, 1) of the density restricted to cells.
+
+        Args:
+            lower: `prepared` at the lower edge of each cell.
+            upper: `prepared` at its upper edge.
+            u: Places inside the cells.
+        """
+        return self.quantile(lower + u * (upper - lower))
+
+    def on_cells(
         self, edges: Float[Tensor, " T+1"], *, coordinate: Coordinate
-    ) -> Float[Tensor, " T"]:
-        """The masses of the cells, normalised to the sum 1.
+    ) -> tuple[Float[Tensor, " T+1"], Float[Tensor, " T"]]:
+        """What `prepared` returns, and the masses of the cells, normalised to the sum 1.
 
         Raises:
             ConfigError: If the density has another coordinate, or a mass is negative, not finite,
@@ -80,14 +94,15 @@ class Density(ABC):
                 f"density: must be a density of {names[coordinate]} for this process, found "
                 f"{type(self).__name__}, one of {names[self.coordinate]}"  # type: ignore[index]
             )
-        masses = self.masses(edges)
+        prepared = self.prepared(edges)
+        masses = self.masses(prepared)
         if not bool((masses >= 0).all()) or not 0 < float(masses.sum()) < math.inf:
             raise ConfigError(
                 f"density: every mass must be finite and at least 0, with a sum above 0, found "
                 f"{type(self).__name__} with masses from {float(masses.min())} to "
                 f"{float(masses.max())}"
             )
-        return masses / masses.sum()
+        return prepared, masses / masses.sum()
 
 
 class Uniform(Density):
@@ -101,15 +116,20 @@ class Uniform(Density):
         [0.25, 0.25, 0.25, 0.25]
     """
 
-    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
-        """1 for each cell."""
-        return torch.ones_like(edges[1:])
+    def cdf(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """z itself: the mass of an interval is its length, in the units of the coordinate."""
+        return z
 
-    def inside(
-        self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
-    ) -> Float[Tensor, " b"]:
-        """`lower + u (upper - lower)`."""
-        return lower + u * (upper - lower)
+    def quantile(self, q: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """q itself."""
+        return q
+
+    def on_cells(
+        self, edges: Float[Tensor, " T+1"], *, coordinate: Coordinate
+    ) -> tuple[Float[Tensor, " T+1"], Float[Tensor, " T"]]:
+        """As in the base class; cells have exactly the same mass, whatever their edges round to."""
+        equal = torch.full_like(edges[1:], 1 / (len(edges) - 1))
+        return edges, equal
 
 
 class Table(Uniform):
@@ -137,8 +157,10 @@ class Table(Uniform):
                 f"weights: each must be finite and at least 0, with a sum above 0, found {found}"
             )
 
-    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
-        """The given numbers.
+    def on_cells(
+        self, edges: Float[Tensor, " T+1"], *, coordinate: Coordinate
+    ) -> tuple[Float[Tensor, " T+1"], Float[Tensor, " T"]]:
+        """The edges, and the given numbers with the sum 1.
 
         Raises:
             ConfigError: If there is not one for each cell.
@@ -147,4 +169,5 @@ class Table(Uniform):
             raise ConfigError(
                 f"weights: must be {len(edges) - 1}, one for each cell, found {len(self.weights)}"
             )
-        return torch.tensor(self.weights, dtype=torch.float64)
+        masses = torch.tensor(self.weights, dtype=torch.float64)
+        return edges, masses / masses.sum()

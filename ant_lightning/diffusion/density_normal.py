@@ -37,23 +37,37 @@ class _Normal(Density):
     def _coordinate(self, standard: Tensor) -> Tensor:
         """The inverse of `_standard`."""
 
-    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
+    def cdf(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The normal cdf."""
+        below: Tensor = torch.special.ndtr(self._standard(z))
+        return below
+
+    def quantile(self, q: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The normal quantile."""
+        return self._coordinate(torch.special.ndtri(q))
+
+    def prepared(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T+1"]:
+        """The standard normal variable at the edges."""
+        return self._standard(edges)
+
+    def masses(self, prepared: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
         """Differences of the normal cdf."""
-        at = self._standard(self.opened(edges))
-        lower, upper, _ = _in_lower_tail(at[:-1], at[1:])
+        lower, upper, _ = _in_lower_tail(prepared[:-1], prepared[1:])
         masses: Tensor = torch.special.ndtr(upper) - torch.special.ndtr(lower)
         return masses
 
     def inside(
         self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
     ) -> Float[Tensor, " b"]:
-        """The quantile of the normal distribution, restricted to the interval."""
-        low, high, flipped = _in_lower_tail(self._standard(lower), self._standard(upper))
+        """The quantile of the normal distribution, restricted to the cells."""
+        low, high, flipped = _in_lower_tail(lower, upper)
+        # At 0 the quantile of an open cell would be infinite.
+        u = u.clamp(min=2**-54)
         u = torch.where(flipped, 1 - u, u)
         start, stop = torch.special.ndtr(low), torch.special.ndtr(high)
-        quantile = torch.special.ndtri(start + u * (stop - start))
-        z = self._coordinate(torch.where(flipped, -quantile, quantile))
-        return torch.minimum(torch.maximum(z, lower), upper)  # rounding must not leave the cell
+        found = torch.special.ndtri(start + u * (stop - start))
+        found = torch.minimum(torch.maximum(found, low), high)  # rounding must not leave the cell
+        return self._coordinate(torch.where(flipped, -found, found))
 
 
 def _in_lower_tail(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,10 +138,11 @@ class LogNormal(_Normal):
     def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
         super().__init__(mean, std)
 
-    def opened(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T+1"]:
-        """The outer edges moved to minus and plus infinity."""
-        infinite = edges.new_tensor([-math.inf, math.inf])
-        return torch.cat([infinite[:1], edges[1:-1], infinite[1:]])
+    def prepared(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T+1"]:
+        """As in the base class, with the outer edges moved to minus and plus infinity."""
+        inner = super().prepared(edges[1:-1])
+        infinite = inner.new_tensor([-math.inf, math.inf])
+        return torch.cat([infinite[:1], inner, infinite[1:]])
 
     def _standard(self, z: Tensor) -> Tensor:
         return (z - self.mean) / self.std

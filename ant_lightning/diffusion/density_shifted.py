@@ -36,7 +36,7 @@ class Mode(Density):
         >>> from ant_lightning import FlowMatching, Mode
         >>> process = FlowMatching(density=Mode(scale=1.29), num_timesteps=4)
         >>> [round(mass, 3) for mass in process.density.tolist()]
-        [0.135, 0.365, 0.365, 0.135]
+        [0.134, 0.366, 0.366, 0.134]
     """
 
     coordinate: ClassVar[Coordinate | None] = "time"
@@ -58,18 +58,6 @@ class Mode(Density):
             below = self.quantile(middle) <= t
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return torch.where(t >= 1, torch.ones_like(t), low)
-
-    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
-        """Differences of the cdf."""
-        return self.cdf(edges).diff()
-
-    def inside(
-        self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
-    ) -> Float[Tensor, " b"]:
-        """The quantile, restricted to the interval."""
-        start, stop = self.cdf(lower), self.cdf(upper)
-        t = self.quantile(start + u * (stop - start))
-        return torch.minimum(torch.maximum(t, lower), upper)  # rounding must not leave the cell
 
 
 class Shifted(Density):
@@ -112,20 +100,30 @@ class Shifted(Density):
     def _before(self, t: Tensor) -> Tensor:
         return t / (self.shift - (self.shift - 1) * t)
 
-    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
-        """The masses of the inner density between the edges before the shift."""
-        before = self._before(edges)
-        if type(self.density) is Uniform:  # whose own masses are those of equal cells
-            return before.diff()
-        return self.density.masses(before)
+    def _after(self, t: Tensor) -> Tensor:
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def cdf(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The inner density's, before the shift."""
+        return self.density.cdf(self._before(z))
+
+    def quantile(self, q: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """The inner density's, shifted."""
+        return self._after(self.density.quantile(q))
+
+    def prepared(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T+1"]:
+        """The inner density's, at the edges before the shift."""
+        return self.density.prepared(self._before(edges))
+
+    def masses(self, prepared: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
+        """The inner density's."""
+        return self.density.masses(prepared)
 
     def inside(
         self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
     ) -> Float[Tensor, " b"]:
         """The inner density's, shifted."""
-        before = self.density.inside(self._before(lower), self._before(upper), u)
-        t = self.shift * before / (1 + (self.shift - 1) * before)
-        return torch.minimum(torch.maximum(t, lower), upper)
+        return self._after(self.density.inside(lower, upper, u))
 
 
 class SizeShifted(Density):
@@ -166,26 +164,20 @@ class SizeShifted(Density):
         inner = self.density.for_size(height, width)
         return Shifted(inner, shift=math.sqrt(height * width) / self.base_size)
 
-    def masses(self, edges: Float[Tensor, " T+1"]) -> Float[Tensor, " T"]:
-        """Refused: the size is not known.
+    def cdf(self, z: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Refused.
 
         Raises:
-            ConfigError: Always.
+            ConfigError: Always: the size is not known.
         """
         raise ConfigError(
             "density: SizeShifted must know the size of the images, found none; take "
             "process.for_size(height, width)"
         )
 
-    def inside(
-        self, lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], u: Float[Tensor, " b"]
-    ) -> Float[Tensor, " b"]:
-        """Refused: the size is not known.
-
-        Raises:
-            ConfigError: Always.
-        """
-        return self.masses(lower)
+    def quantile(self, q: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+        """Refused, as `cdf`."""
+        return self.cdf(q)
 
 
 def _check_shiftable(density: Density) -> None:

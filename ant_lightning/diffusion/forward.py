@@ -130,9 +130,8 @@ class ForwardProcess(NoiseProcess):
     def __init__(self, schedule: NoiseSchedule, density: Density = Uniform()) -> None:
         self._tables = _tables(schedule().double())
         # A density of t is taken at the edges `i / T` of the timesteps.
-        self._density = density.checked_masses(
-            torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64), coordinate="time"
-        )
+        edges = torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
+        self._density = density.on_cells(edges, coordinate="time")[1]
         self.timestep_map: Int[Tensor, " T"] = torch.arange(self.num_timesteps)
         self._is_respaced = False
         self._on_device: dict[torch.device, Tables] = {}

@@ -29,6 +29,14 @@ class CellDraws(NamedTuple):
     tasks: Tensor
 
 
+class _Table(NamedTuple):
+    """Mass of each cluster `[k]`; the cdf of each cluster at the edges of its cells, `[T]` each."""
+
+    masses: Tensor
+    begins: Tensor
+    ends: Tensor
+
+
 @dataclass(frozen=True)
 class TimestepClusters:
     """`k` contiguous clusters of the timesteps `0 .. T-1`; cluster i is task i.
@@ -112,13 +120,26 @@ class TimestepClusters:
         """
         if density is None:
             return self.sizes.double() / self.num_timesteps
+        return self._table(density).masses
+
+    def _table(self, density: Tensor) -> _Table:
+        """Masses and cdf of the clusters, kept until another density is asked for."""
+        kept = self.__dict__.get("_kept")
+        if kept is not None and kept[0] is density and kept[1] == density._version:
+            found: _Table = kept[2]
+            return found
         if density.shape != (self.num_timesteps,):
             raise ConfigError(
                 f"density: must have the shape [{self.num_timesteps}], one for each cell, found "
                 f"{list(density.shape)}"
             )
+        table = self._made_table(density.double())
+        self.__dict__["_kept"] = (density, density._version, table)
+        return table
+
+    def _made_table(self, density: Tensor) -> _Table:
         # Summed inside each cluster: differences of a cumulative sum lose the digits of the tails.
-        parts = density.double().split(self.sizes.tolist())
+        parts = density.split(self.sizes.tolist())
         masses = torch.stack([part.sum() for part in parts])
         if not bool((masses > 0).all()):
             empty = int((~(masses > 0)).nonzero()[0, 0])
@@ -126,7 +147,16 @@ class TimestepClusters:
                 f"density: must have mass in every cluster, found {float(masses[empty])} in task "
                 f"{empty}"
             )
-        return masses / masses.sum()
+        # Task i has the cdf i .. i + 1: one increasing table for all tasks.
+        cdfs = [
+            i + part.cumsum(0) / mass
+            for i, (part, mass) in enumerate(zip(parts, masses, strict=True))
+        ]
+        ends = torch.cat([cdf.clamp(max=i + 1) for i, cdf in enumerate(cdfs)])
+        stops = torch.tensor(self.boundaries[1:], device=ends.device)
+        ends[stops - 1] = torch.arange(1, self.num_tasks + 1, dtype=ends.dtype, device=ends.device)
+        begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+        return _Table(masses / masses.sum(), begins, ends)
 
     def counts(
         self,
@@ -221,25 +251,19 @@ class TimestepClusters:
         if density is None:
             starts = torch.tensor(self.boundaries, device=tasks.device)
             offsets = uniform * starts.diff()[tasks]
-            cells = starts[tasks] + offsets.long()
+            cells = self._cell_of(starts[tasks] + offsets.long())
             return CellDraws(cells, offsets - offsets.floor(), tasks)
-        return self._by_density(tasks, uniform, density.to(tasks.device))
+        table = self._table(density.to(tasks.device))
+        # Rounding must not reach the next task's part of the table.
+        wanted = torch.minimum(tasks + uniform, (tasks + 1) * (1 - 2.0**-52))
+        cells = torch.searchsorted(table.ends, wanted, right=True)
+        begins = table.begins[cells]
+        places = (wanted - begins) / (table.ends[cells] - begins)
+        return CellDraws(self._cell_of(cells), places.clamp_(0, 1 - 2.0**-53), tasks)
 
-    def _by_density(self, tasks: Tensor, uniform: Tensor, density: Tensor) -> CellDraws:
-        """Quantiles `uniform` of the density restricted to the clusters of `tasks`."""
-        parts = density.double().split(self.sizes.tolist())
-        # Task i has the cdf i .. i + 1: one increasing table for all tasks.
-        ends = torch.cat([i + p.cumsum(0).div_(p.sum()).clamp_(max=1) for i, p in enumerate(parts)])
-        stops = torch.tensor(self.boundaries[1:], device=tasks.device)
-        ends[stops - 1] = torch.arange(
-            1.0, self.num_tasks + 1, dtype=ends.dtype, device=ends.device
-        )
-        # Rounding must not reach the next task's table.
-        wanted = torch.minimum(tasks + uniform, (tasks + 1).double() * (1 - 2**-52))
-        cells = torch.searchsorted(ends, wanted, right=True)
-        begins = torch.cat([ends.new_zeros(1), ends[:-1]])[cells]
-        places = (wanted - begins) / (ends[cells] - begins)
-        return CellDraws(cells, places.clamp_(0, 1 - 2**-53), tasks)
+    def _cell_of(self, places: Tensor) -> Tensor:
+        """The cell at each place of `boundaries`."""
+        return places
 
 
 def _numbered(stops: Tensor, length: int) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 from ant_lightning.tasks.clusterings import Clustering
-from ant_lightning.tasks.clusters import CellDraws, TimestepClusters
+from ant_lightning.tasks.clusters import TimestepClusters, _Table
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -51,31 +51,11 @@ class ShuffledClusters(TimestepClusters):
         places = torch.tensor(self.order, device=timesteps.device).argsort()
         return super().task_of(places[timesteps])
 
-    def masses(self, density: Float[Tensor, " T"] | None = None) -> Float[Tensor, " k"]:
-        """As for contiguous clusters."""
-        return super().masses(None if density is None else density[list(self.order)])
+    def _made_table(self, density: Tensor) -> _Table:
+        return super()._made_table(density[list(self.order)])
 
-    def draw(
-        self,
-        batch_size: int,
-        *,
-        generator: torch.Generator | None = None,
-        allocation: Literal["equal", "proportional"] = "equal",
-        density: Float[Tensor, " T"] | None = None,
-    ) -> CellDraws:
-        """As for contiguous clusters."""
-        drawn = super().draw(
-            batch_size, generator=generator, allocation=allocation, density=density
-        )
-        if density is not None:
-            return drawn  # `_by_density` has left the permutation already
-        order = torch.tensor(self.order, device=drawn.cells.device)
-        return drawn._replace(cells=order[drawn.cells])
-
-    def _by_density(self, tasks: Tensor, uniform: Tensor, density: Tensor) -> CellDraws:
-        order = torch.tensor(self.order, device=density.device)
-        drawn = super()._by_density(tasks, uniform, density[order])
-        return drawn._replace(cells=order[drawn.cells])
+    def _cell_of(self, places: Tensor) -> Tensor:
+        return torch.tensor(self.order, device=places.device)[places]
 
 
 class ShuffledClustering(Clustering):

@@ -79,8 +79,9 @@ def test_times_fill_their_cell_by_the_density(name):
     u = torch.linspace(0, 1 - 1e-12, 101, dtype=torch.float64).repeat(4)
     times = process.times(cells, u)
     inner = cells > 0  # EDM's end cells are open
-    assert bool((times >= process.edges[cells])[inner].all())
-    assert bool((times <= process.edges[cells + 1]).all())
+    slack = 1e-12 * process.edges[cells + 1]  # rounding of the quantile at the edges
+    assert bool((times >= process.edges[cells] - slack)[inner].all())
+    assert bool((times <= process.edges[cells + 1] + slack).all())
     if times.is_floating_point():
         assert bool((times.view(4, 101).diff(dim=1) > 0).all())
         lowest = times.view(4, 101)[1:, 0]
