@@ -18,7 +18,8 @@ from ant_lightning.cli.parser import AntCLI, run
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 METHOD = ["balancer/uw.yaml", "clustering/snr.yaml"]
-RECIPES = {model: [f"digits/{model}.yaml", *METHOD] for model in ("adm", "dit", "ldm")}
+MODELS = ("adm", "dit", "edm", "ldm", "sit")
+RECIPES = {model: [f"digits/{model}.yaml", *METHOD] for model in MODELS}
 
 
 def demo(model: str, folder: Path, *, minutes: float, options: list[str]) -> AntCLI:

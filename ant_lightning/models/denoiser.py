@@ -12,8 +12,12 @@ from torchmetrics import Metric
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.cache import check_first_stage
 from ant_lightning.data.module import image_data
+from ant_lightning.diffusion.edm import EDM
+from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.guidance import GuidedDenoiser
 from ant_lightning.diffusion.samplers.ddim import DDPM
+from ant_lightning.diffusion.samplers.edm import EDMSampler
+from ant_lightning.diffusion.samplers.ode import ODESampler
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.backbone import NO_NULL_CLASS, check_backbone, check_output
 from ant_lightning.models.base import BaseModule
@@ -70,6 +74,13 @@ class TaskMeans(Metric):
         return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
 
+def default_sampler(process: NoiseProcess) -> Sampler:
+    """The sampler of a process that none was chosen for: that of its paper."""
+    if isinstance(process, FlowMatching):
+        return ODESampler(num_steps=50, method="heun")
+    return EDMSampler(num_steps=18) if isinstance(process, EDM) else DDPM(num_steps=250)
+
+
 class DiffusionModule(BaseModule):
     """A diffusion model that can be evaluated and sampled; `MultiTaskDiffusion` trains it.
 
@@ -108,7 +119,7 @@ class DiffusionModule(BaseModule):
         self.process = process.for_size(*self.image_shape[1:])
         self.clusters = clusters
         self.sampling = sampling
-        self.sampler: Sampler = sampling.sampler or DDPM(num_steps=250)
+        self.sampler: Sampler = sampling.sampler or default_sampler(process)
         self.guidance_scale = sampling.guidance_scale
         self.first_stage = first_stage
         self.latent_space: LatentSpace | None = None if first_stage is None else first_stage.space
@@ -431,7 +442,7 @@ class DiffusionModule(BaseModule):
     def _check_sampling(self) -> None:
         """Check that the backbone has what the process and the sampling need."""
         if self.sampling.sampler is not None:
-            self.sampler.num_calls(self.process)  # refuses what the schedule has no timesteps for
+            self.sampler.check(self.process)
         channels, guided = self.image_shape[0], self.sampling.guided_channels
         allowed, found = self.process.accepted_channels(channels), int(self.backbone.out_channels)
         if found not in allowed:

@@ -162,7 +162,8 @@ class Sampling:
     """How images are drawn from noise.
 
     Args:
-        sampler: Default `DDPM(num_steps=250)`.
+        sampler: By default `DDPM(num_steps=250)` for discrete diffusion, `ODESampler(num_steps=50)`
+            for flow matching, `EDMSampler(num_steps=18)` for EDM.
         guidance_scale: Scale of classifier-free guidance; 1 means no guidance.
         guided_channels: Channels that guidance changes; `None` for all (official DiT: 3).
         clip_denoised: Whether predicted images are clipped to [-1, 1] in every step; by default
