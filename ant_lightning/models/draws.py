@@ -91,19 +91,20 @@ class TrainingDraws:
                 allocation=self.timesteps.allocation,
                 density=self.density,
             )
+            # For the global batch: the last bit of a vectorised exp depends on the place in it.
+            times = self.process.times(cells, places)
             # `draw` returns them sorted by task, so a contiguous part has few tasks.
             if self.placement == "sorted":
                 part = (rank + step) % world_size
                 order = torch.arange(part * b, (part + 1) * b)
             else:
                 order = spread_order(total)[mine]
-            cells, places, tasks = cells[order], places[order], tasks[order]
+            cells, times, tasks = cells[order], times[order], tasks[order]
         else:
             interval = self.timesteps.interval or (0, clusters.num_timesteps)
             cells, places = self._plain(interval, total, generator)
-            cells, places = cells[mine], places[mine]
+            cells, times = cells[mine], self.process.times(cells, places)[mine]
             tasks = clusters.task_of(cells)
-        times = self.process.times(cells, places)
         noise = step_noise(mine, self.image_shape, self.seed, step, device)
         labels = self._labels(batch.labels, mine, step) if self.num_classes else None
         return Draws(
