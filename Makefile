@@ -14,7 +14,7 @@ help:  ## what each target does
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "PYTHON: Python 3.11 or newer is needed, found $$($(PYTHON) --version)"; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs,notebooks,torchjd,ode]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs,notebooks,torchjd,ode,wandb,mlflow]'
 	@touch $@
 
 install: .venv/installed  ## make .venv and install the package with all its extras

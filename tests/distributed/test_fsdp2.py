@@ -14,7 +14,8 @@ def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **set
     strategy = ShardedStrategy(**settings.pop("strategy", {})) if sharded else None
     precision = settings.pop("precision", "32-true")
     batch_size = settings.pop("batch_size", 20)
-    model, ema = module(method, **settings), EMA(decay=0.9)
+    model = module(method, **settings)
+    ema = EMA(decay=0.9, lengths=[0.1], snapshot_every=1)
     callbacks = [ema]
     if folder is not None:
         callbacks.append(
@@ -34,9 +35,12 @@ def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **set
     fit.fit(model, datamodule=TinyData(batch_size=batch_size), ckpt_path=resume)
     parameters = dict(model.backbone.named_parameters())
     assert is_sharded(parameters.values()) == sharded
+    state = ema.state_dict()
+    kinds = {"decay": state["averages"], "length": state["powers"][0.1]}
     return {
         "weights": {n: full_tensor(p) for n, p in parameters.items()},
-        "averages": {n: full_tensor(v) for n, v in ema.state_dict()["averages"].items()},
+        "averages": {f"{k} {n}": full_tensor(v) for k in kinds for n, v in kinds[k].items()},
+        "snapshots": state["snapshots"],
         "balancer": str(model.balancer.state_dict()) if model.balancer else "",
         "grad_norm": float(model.last_report.grad_norm),
         "val/loss": float(fit.callback_metrics["val/loss"]),
@@ -112,6 +116,9 @@ def test_a_sharded_run_resumes_to_the_last_bit(two_ranks):
         assert resumed["balancer"] == whole["balancer"]
         for name in ("weights", "averages"):
             assert largest_difference(resumed[name], whole[name]) == 0
+        # The resumed run has no folder for its own snapshots, but knows those that it went on from.
+        assert list(whole["snapshots"]) == [1, 2, 3, 4, 5, 6]
+        assert resumed["snapshots"] == {n: whole["snapshots"][n] for n in (1, 2, 3)}
 
 
 @needs_unused_shards
