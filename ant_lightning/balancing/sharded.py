@@ -76,6 +76,7 @@ class ShardedDifferentiation(Differentiation):
 
     def __init__(self, parameters: Sequence[nn.Parameter], reduction: Reduction) -> None:
         super().__init__(parameters, reduction)
+        self._last: list[Tensor | None] = []  # sharded gradients of the last pass
         for p in parameters:
             kinds = ["shard" if each.is_shard() else "copy" for each in _placements(p)]
             known = kinds in (["shard"], ["copy", "shard"])
@@ -104,15 +105,16 @@ class ShardedDifferentiation(Differentiation):
     def gradients(self, loss: Tensor) -> list[Tensor]:
         """This rank's part of each parameter's gradient, already summed over ranks."""
         # `backward` adds to `.grad`, so it is emptied before and after.
+        self._last = []
         for p in self.parameters:
             p.grad = None
         # FSDP2 averages over ranks; times their number this is the sum.
         (loss * self.reduction.world_size).backward()  # type: ignore[no-untyped-call]
-        parts = []
+        self._last = [p.grad for p in self.parameters]
         for p in self.parameters:
-            parts.append(torch.zeros_like(local_part(p)) if p.grad is None else local_part(p.grad))
             p.grad = None
-        return parts
+        pairs = zip(self._last, self.parameters, strict=True)
+        return [torch.zeros_like(local_part(p)) if g is None else local_part(g) for g, p in pairs]
 
     def last_gradients(self, loss: Tensor, before: Sequence[Tensor] = ()) -> list[Tensor]:
         """`gradients(loss)` plus `before`; FSDP2 overlaps its sums itself."""
@@ -123,13 +125,22 @@ class ShardedDifferentiation(Differentiation):
 
     def finish(self, gradients: Sequence[Tensor]) -> Tensor:
         """Write `.grad` and return its L2 norm over all ranks."""
-        assign_gradients(self.parameters, gradients)
+        # Where FSDP2 has made the sharded tensor already, it is taken: another takes 0.03 ms each.
+        missing = []
+        for p, last, value in zip(self.parameters, self._last, gradients, strict=True):
+            if last is not None and local_part(last).data_ptr() == value.data_ptr():
+                p.grad = last
+            else:
+                missing.append((p, value))
+        assign_gradients([p for p, _ in missing], [value for _, value in missing])
+        self._last = []
         # The passes have summed the gradients over ranks. Only the squared norms of the parts are
         # left to sum. A small parameter may have no elements on this rank.
         norms = torch._foreach_norm([g for g in gradients if g.numel()], dtype=torch.float32)
-        squares = [norm.double().square() for norm in norms]
-        start = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-        return sum_of_parts(sum(squares, start), self.parameters[0], self.reduction).sqrt()
+        total = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+        if norms:
+            total = torch.stack(norms).double().square().sum()
+        return sum_of_parts(total, self.parameters[0], self.reduction).sqrt()
 
 
 def sum_of_parts(value: Tensor, sharded: Tensor, reduction: Reduction) -> Tensor:
