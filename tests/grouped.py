@@ -20,7 +20,19 @@ GROUPS = {
             "max_skipped_steps",
         ),
     ),
-    "sampling": (Sampling, ("sampler", "guidance_scale", "guided_channels", "clip_denoised")),
+    "sampling": (
+        Sampling,
+        (
+            "sampler",
+            "guidance_scale",
+            "guided_channels",
+            "guidance_interval",
+            "guide_checkpoint",
+            "guide_backbone",
+            "guide_weights",
+            "clip_denoised",
+        ),
+    ),
 }
 
 

@@ -53,6 +53,7 @@ def sample_identity(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> dict[s
         "sampler": _described(pl_module.sampler),
         "guidance_scale": pl_module.guidance_scale,
         "guided_channels": pl_module.sampling.guided_channels,
+        **_guidance(pl_module),
         "clip_denoised": pl_module.clip_denoised,
         "seed": pl_module.seed,
         "num_classes": pl_module.num_classes,
@@ -65,6 +66,16 @@ def sample_identity(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> dict[s
         "schedule": _digest([f"{value:.6g}" for value in process.log_snr.tolist()]),
         "precision": str(trainer.precision),  # type: ignore[attr-defined]
     }
+
+
+def _guidance(pl_module: MultiTaskDiffusion) -> dict[str, Any]:
+    """Interval and second network, if they are used: without them an identity stays what it was."""
+    found: dict[str, Any] = {}
+    if pl_module.sampling.guidance_interval is not None:
+        found["guidance_interval"] = list(pl_module.sampling.guidance_interval)
+    if pl_module.guide is not None:
+        found["guide"] = tensors_digest(pl_module.guide.state_dict().values())
+    return found
 
 
 def _described(value: Any, depth: int = 0) -> Any:  # noqa: ANN401 - whatever a class keeps

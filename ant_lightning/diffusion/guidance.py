@@ -164,7 +164,7 @@ class GuidedDenoiser:
         return slice(None) if len(rows) == len(t) else rows
 
 
-def check_interval(interval: tuple[float, float]) -> None:
+def check_interval(interval: tuple[float, float], *, name: str = "interval") -> None:
     """Check an interval of noise levels.
 
     Raises:
@@ -172,4 +172,4 @@ def check_interval(interval: tuple[float, float]) -> None:
     """
     low, high = interval
     if not 0 <= low < high:
-        raise ConfigError(f"interval: 0 <= low < high must hold, found {low}, {high}")
+        raise ConfigError(f"{name}: 0 <= low < high must hold, found {low}, {high}")

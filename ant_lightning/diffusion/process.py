@@ -119,6 +119,11 @@ class NoiseProcess(ABC):
             u: Numbers in [0, 1), float64; `None` for the centre of each cell, whatever the density.
         """
 
+    def cells_at(self, times: Times) -> Int[Tensor, " b"]:
+        """The cells that times lie in; times beyond the axis belong to the end cells."""
+        inner = self.edges[1:-1].to(times.device)
+        return torch.bucketize(times.to(inner.dtype), inner, right=True)
+
     @abstractmethod
     def levels(self, x: Images, times: Times) -> Levels:
         """Signal and noise level of each image and their rates, which broadcast against `x`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.models.backbone import NO_NULL_CLASS, check_backbone, check_output
 from ant_lightning.models.base import BaseModule
 from ant_lightning.models.draws import Draws, on_device, step_noise
+from ant_lightning.models.guide import load_guide
 from ant_lightning.models.requests import as_indices, as_labels
 from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, run_seed
 from ant_lightning.runtime.sharding import UnevenCalls, shard_backbone
@@ -127,7 +128,14 @@ class DiffusionModule(BaseModule):
         self.trained_steps = 0
         self.validation_losses = TaskMeans(clusters.num_tasks)
         self.uneven_calls = UnevenCalls(backbone, self._padding)
+        # In a tuple: the guide is no part of the model, and no checkpoint holds it.
+        self._guides: tuple[nn.Module, ...] = ()
         self._check_sampling()
+
+    @property
+    def guide(self) -> nn.Module | None:
+        """The weaker network of autoguidance; `None` without one."""
+        return self._guides[0] if self._guides else None
 
     @property
     def num_tasks(self) -> int:
@@ -216,20 +224,29 @@ class DiffusionModule(BaseModule):
 
         return losses_of
 
-    def denoise(self, x_t: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
+    def denoise(
+        self,
+        x_t: Tensor,
+        times: Tensor,
+        labels: Tensor | None,
+        *,
+        network: nn.Module | None = None,
+    ) -> Tensor:
         """The backbone's output for `x_t` of any precision, computed in the backbone's dtype.
 
         Args:
             x_t: The state of the process, before it is scaled for the network.
             times: The process' own times, `[b]`; the process says what the network is told.
             labels: Classes `[b]`, or `None`.
+            network: Replaces the backbone.
 
         Raises:
             ConfigError: If the output is not one tensor of the right shape.
         """
-        dtype = next(self.backbone.parameters()).dtype
+        network = self.backbone if network is None else network
+        dtype = next(network.parameters()).dtype
         x_in, told = self.process.network_inputs(x_t, times)
-        return check_output(self.backbone, self.backbone(x_in.to(dtype), told, labels), x_t)
+        return check_output(network, network(x_in.to(dtype), told, labels), x_t)
 
     def encode(self, batch: Batch, *, step: int | None = None) -> Tensor:
         """`x_start [b, c, h, w]`: the images, or latents sampled from the first stage's moments.
@@ -389,7 +406,7 @@ class DiffusionModule(BaseModule):
         if labels is None and classes:
             labels = [index % classes for index in indices]
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        if scale != 1.0 and null is None:
+        if scale != 1.0 and null is None and self.guide is None:
             raise ConfigError(f"guidance_scale: must be 1 {NO_NULL_CLASS}, found {scale}")
         if labels is not None:
             labels = as_labels(labels, len(indices), num_classes=classes, null_class=null)
@@ -399,7 +416,22 @@ class DiffusionModule(BaseModule):
             null_label=null,
             scale=scale,
             guided_channels=self.sampling.guided_channels,
+            guide=None if self.guide is None else self._guide_at,
+            interval=self.sampling.guidance_interval,
+            process=self.process,
         )
+
+    def _guide_at(self, x_t: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
+        """The guide's output; a guide without classes is called without labels."""
+        guide = self.guide
+        assert guide is not None
+        return self.denoise(x_t, times, labels if guide.num_classes else None, network=guide)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The guide follows the module to its device and dtype.
+        for guide in self._guides:
+            guide._apply(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def predict_step(self, batch: list[int] | Tensor, batch_idx: int) -> Tensor:
         """Draw the images with these indices; the list of a rank may be empty.
@@ -455,7 +487,9 @@ class DiffusionModule(BaseModule):
                 f"sampling.guided_channels: must be from 1 to the {channels} channels of an image, "
                 f"or None for all, found {guided}"
             )
-        if self.null_class is None and self.guidance_scale != 1.0:
+        guide = load_guide(self.sampling, self.backbone)
+        self._guides = () if guide is None else (guide,)
+        if self.null_class is None and guide is None and self.guidance_scale != 1.0:
             raise ConfigError(
                 f"sampling.guidance_scale: must be 1 {NO_NULL_CLASS}, found {self.guidance_scale}"
             )

@@ -213,10 +213,17 @@ class MultiTaskDiffusion(DiffusionModule):
         )
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
-    def denoise(self, x_t: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
+    def denoise(
+        self,
+        x_t: Tensor,
+        times: Tensor,
+        labels: Tensor | None,
+        *,
+        network: nn.Module | None = None,
+    ) -> Tensor:
         """As in the base class, but load `init_from` first if that is still due."""
         self.load_initial_weights()
-        return super().denoise(x_t, times, labels)
+        return super().denoise(x_t, times, labels, network=network)
 
     def configure_model(self) -> None:
         """Shard the backbone if the strategy is `ShardedStrategy`."""

@@ -7,9 +7,11 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
 from torch.optim import Optimizer
 
 from ant_lightning.balancing.base import Balancer, GradientBalancer
+from ant_lightning.diffusion.guidance import check_interval
 from ant_lightning.diffusion.samplers.base import Sampler
 from ant_lightning.errors import ConfigError
 from ant_lightning.tasks.clusterings import Clustering
@@ -162,12 +164,22 @@ class Sampling:
     """How images are drawn from noise.
 
     Args:
-        sampler: By default `DDPM(num_steps=250)` for discrete diffusion, `ODESampler(num_steps=50)`
-            for flow matching, `EDMSampler(num_steps=18)` for EDM.
-        guidance_scale: Scale of classifier-free guidance; 1 means no guidance.
+        sampler: One for the process. By default `DDPM(num_steps=250)` for discrete diffusion,
+            `ODESampler(num_steps=50)` for flow matching, `EDMSampler(num_steps=18)` for EDM.
+        guidance_scale: Scale of guidance; 1 means no guidance.
         guided_channels: Channels that guidance changes; `None` for all (official DiT: 3).
+        guidance_interval: Guide only at noise levels `sigma = s / a` in `(low, high]`; `None` for
+            all. See `GuidedDenoiser`.
+        guide_checkpoint: Checkpoint of a weaker network that takes the place of the null class
+            (autoguidance): an earlier one of the same run, or that of a smaller network.
+        guide_backbone: The network of `guide_checkpoint`, if it is not the backbone's kind and
+            size.
+        guide_weights: Which weights of `guide_checkpoint`: `ema` or `model`.
         clip_denoised: Whether predicted images are clipped to [-1, 1] in every step; by default
             pixels are and latents are not.
+
+    Raises:
+        ConfigError: If the interval is empty, or a network has no checkpoint.
 
     Examples:
         >>> from ant_lightning import DDIM, Sampling
@@ -179,4 +191,17 @@ class Sampling:
     _: KW_ONLY
     guidance_scale: float = 1.0
     guided_channels: int | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guide_checkpoint: str | None = None
+    guide_backbone: nn.Module | None = None
+    guide_weights: Literal["ema", "model"] = "ema"
     clip_denoised: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.guidance_interval is not None:
+            check_interval(self.guidance_interval, name="guidance_interval")
+        if self.guide_backbone is not None and self.guide_checkpoint is None:
+            raise ConfigError(
+                "guide_checkpoint: needed with a guide_backbone, whose weights are random, "
+                f"found None with {type(self.guide_backbone).__name__}"
+            )

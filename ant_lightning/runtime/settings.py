@@ -22,6 +22,10 @@ _NEUTRAL = (
     "model.export",
     "model.sampling.guidance_scale",
     "model.sampling.guided_channels",
+    "model.sampling.guidance_interval",
+    "model.sampling.guide_checkpoint",
+    "model.sampling.guide_backbone",
+    "model.sampling.guide_weights",
     "model.optimization.max_skipped_steps",
     "model.sampling.sampler",
 )

@@ -25,19 +25,19 @@ __all__ = ["SpecialistSampler", "using_network"]
 class SpecialistSampler:
     """Samples images of a module, and the same with a specialist inside one interval.
 
-    A trajectory starts at timestep `T - 1` and goes down. With a specialist inside
-    `[start, stop)`, the trajectory equals the module's own until its first timestep below `stop`.
-    `sample` computes this shared part once and keeps the state at its end; `sample_with` goes on
-    from there. Multistep solvers (of diffusers) depend on more than the state, so they start from
-    noise.
+    A trajectory starts at the noisiest cell and goes down. With a specialist inside
+    `[start, stop)`, the trajectory equals the module's own up to its first step that calls the
+    network in a cell below `stop`. `sample` computes this shared part once and keeps the state at
+    its end; `sample_with` goes on from there. Multistep solvers (of diffusers) depend on more than
+    the state, so they start from noise.
 
     Args:
         module: The multi-task model.
-        intervals: `[start, stop)` of each specialist.
+        intervals: `[start, stop)` of each specialist, in cells.
         seed: Seed in place of the module's.
 
     Attributes:
-        num_steps: Denoising steps of a trajectory, once images were sampled.
+        num_steps: Steps of a trajectory, once images were sampled.
         first_step: First step inside each interval, once images were sampled.
     """
 
@@ -61,12 +61,20 @@ class SpecialistSampler:
         """The module's own images of these indices, as `module.sample` gives them.
 
         Raises:
-            ConfigError: If the sampler has no timestep in an interval.
+            ConfigError: If the sampler has no call in an interval, or is adaptive: its calls have
+                another time for each image.
         """
-        module = self.module
+        module, process = self.module, self.module.process
+        if module.sampler.num_calls(process) is None:
+            raise ConfigError(
+                "model.sampling.sampler: must have fixed times to switch between networks, found "
+                f"the adaptive {module.sampler}"
+            )
         noise, guided = module.image_noise(indices, seed=self.seed), module.guided(indices)
         x_T, num_draws, visited = noise(), 1, list[int]()
-        # Number of steps, state and number of noise draws when each interval was entered.
+        # Number of steps, state and number of noise draws at the start of the present step, and
+        # the same of the step in which each interval was entered.
+        now = (0, x_T, 1)
         entered: dict[tuple[int, int], tuple[int, Tensor, int]] = {}
         only_the_state_matters = not module.sampler.is_multistep
 
@@ -76,26 +84,29 @@ class SpecialistSampler:
             return noise()
 
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
-            timestep = int(t[0])  # the whole batch is at one timestep
+            cell = int(process.cells_at(t[:1]))  # the whole batch is at one time
             for interval in self.intervals:
-                if interval not in entered and timestep < interval[1] and only_the_state_matters:
-                    entered[interval] = (len(visited), x.cpu(), num_draws)
-            visited.append(timestep)
+                if interval not in entered and cell < interval[1] and only_the_state_matters:
+                    entered[interval] = (now[0], now[1].cpu(), now[2])
+            visited.append(cell)
             return guided(x, t)
 
-        x_start = module.sampler.sample(
-            module.process, denoiser, x_T, noise=next_noise, clip_denoised=module.clip_denoised
-        )
-        self.num_steps = len(visited)
+        x_start = x_T
+        for step in module.sampler.trajectory(
+            process, denoiser, x_T, noise=next_noise, clip_denoised=module.clip_denoised
+        ):
+            x_start = step.x
+            now = (step.index + 1, step.x, num_draws)
+        self.num_steps = now[0]
         for start, stop in self.intervals:
-            if not any(start <= timestep < stop for timestep in visited):
+            if not any(start <= cell < stop for cell in visited):
                 raise ConfigError(
                     f"model.sampling.sampler: must have a timestep in [{start}, {stop}), "
-                    f"found none in the {len(visited)} steps of {module.sampler}; take more steps"
+                    f"found none in the {now[0]} steps of {module.sampler}; take more steps"
                 )
             # Nothing was kept for a multistep solver: it starts from the noise x_T, one draw.
-            step, x, draws = entered.get((start, stop), (0, x_T.cpu(), 1))
-            self.first_step[start, stop] = step
+            first, x, draws = entered.get((start, stop), (0, x_T.cpu(), 1))
+            self.first_step[start, stop] = first
             self._states[(start, stop), tuple(indices)] = (x, draws)
         return module.decode(x_start)
 
@@ -116,10 +127,10 @@ class SpecialistSampler:
         for _ in range(num_draws):  # skip the noise that the shared part used
             noise()
 
-        def denoise(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-            inside = start <= int(timesteps[0]) < stop
+        def denoise(x_t: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
+            inside = start <= int(module.process.cells_at(times[:1])) < stop
             with using_network(module, specialist if inside else module.backbone):
-                return module.denoise(x_t, timesteps, labels)
+                return module.denoise(x_t, times, labels)
 
         x_start = module.sampler.sample(
             module.process,

@@ -40,8 +40,10 @@ class ODESampler(Sampler):
     twice with `heun`, `midpoint` and `ralston`, three times with `heun3`, four times with `rk4`.
     The error shrinks with the order of the method: 1 for `euler`, 2 for the next three, 3 and 4.
 
-    An adaptive method chooses the steps, for each image alone: its image does not depend on the
-    batch. It needs the extra `ode` (torchdiffeq).
+    An adaptive method chooses the steps for each image alone: an image does not depend on the
+    others of its batch. A network may round otherwise in a batch of another size, which may choose
+    other steps; the image then changes by less than the tolerance. It needs the extra `ode`
+    (torchdiffeq).
 
     Args:
         num_steps: Steps of a fixed method; `None` for 50. An adaptive one takes none.

@@ -1,0 +1,52 @@
+"""The weaker network of autoguidance, from a checkpoint of its own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ant_lightning.backbones.checkpoints import load_official_checkpoint
+from ant_lightning.errors import ConfigError
+from ant_lightning.models.backbone import backbone_name, check_backbone
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ant_lightning.models.settings import Sampling
+
+__all__ = ["load_guide"]
+
+
+def load_guide(sampling: Sampling, backbone: nn.Module) -> nn.Module | None:
+    """The network of `guide_checkpoint`, in evaluation mode; `None` without one.
+
+    Args:
+        sampling: Its `guide_backbone` is filled, or else a copy of `backbone`.
+        backbone: The network that is guided.
+
+    Raises:
+        ConfigError: If the checkpoint does not fit the network, or the network does not fit the
+            one it guides.
+    """
+    if sampling.guide_checkpoint is None:
+        return None
+    guide = sampling.guide_backbone
+    if guide is None:
+        guide = copy.deepcopy(backbone)
+    else:
+        check_backbone(guide)
+        for name in ("input_size", "in_channels", "out_channels", "num_classes"):
+            own, found = int(getattr(backbone, name) or 0), int(getattr(guide, name) or 0)
+            if found != own and not (name == "num_classes" and not found):
+                raise ConfigError(
+                    f"sampling.guide_backbone: {name} must be the backbone's {own}, found {found} "
+                    f"of {backbone_name(guide)}"
+                )
+    try:
+        load_official_checkpoint(
+            guide, Path(sampling.guide_checkpoint), weights=sampling.guide_weights
+        )
+    except ConfigError as error:
+        raise ConfigError(f"sampling.guide_checkpoint: {error}") from error
+    return guide.requires_grad_(False).eval()
