@@ -97,7 +97,8 @@ class ExcessRisk(RunCallback):
         # [3, n] by image: excess risk, risk, Bayes risk.
         errors = torch.stack([eps - exact, eps - noise, exact - noise])
         values = errors.square().flatten(2).mean(2)
-        clusters = self.clustering(pl_module.process.log_snr)
+        process = pl_module.process
+        clusters = self.clustering.with_density(process.density)(process.log_snr)
         by_task = [each.mean(1) for each in _split(values, timesteps, clusters.boundaries)]
         edges = torch.linspace(0, clusters.num_timesteps, 26).round().int().tolist()
         step = steps_of(trainer, pl_module)

@@ -20,7 +20,7 @@ from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError, NonFiniteError
-from ant_lightning.models.backbone import NO_NULL_CLASS, backbone_name
+from ant_lightning.models.backbone import NO_NULL_CLASS, backbone_name, check_backbone
 from ant_lightning.models.checks import (
     check_batch_norm,
     check_strategy,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.engines import Engine
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.data.batch import Batch
+    from ant_lightning.tasks.clusterings import Clustering
     from ant_lightning.tasks.clusters import TimestepClusters
 
 __all__ = ["MultiTaskDiffusion"]
@@ -135,7 +136,7 @@ class MultiTaskDiffusion(DiffusionModule):
         super().__init__(
             backbone,
             process=process,
-            clusters=tasks.clustering(process.log_snr),
+            clusters=_clusters(tasks.clustering, process, backbone),
             sampling=sampling,
             first_stage=first_stage,
             seed=seed,
@@ -543,3 +544,14 @@ class MultiTaskDiffusion(DiffusionModule):
                 f"{' and '.join(found)}, so results agree with those of the run that was stopped "
                 "in distribution alone"
             )
+
+
+def _clusters(
+    clustering: Clustering, process: NoiseProcess, backbone: nn.Module
+) -> TimestepClusters:
+    """The clusters of the process' noise axis; only weighted clusterings need its density."""
+    if clustering.weighted:
+        check_backbone(backbone)
+        size = int(backbone.input_size)  # type: ignore[arg-type]
+        clustering = clustering.with_density(process.for_size(size, size).density)
+    return clustering(process.log_snr)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.tasks.clusters import TimestepClusters
-from ant_lightning.tasks.costs import snr_costs
+from ant_lightning.tasks.costs import snr_costs, timestep_costs
 from ant_lightning.tasks.partition import partition
 
 if TYPE_CHECKING:
@@ -33,6 +34,27 @@ class Clustering(ABC):
         (0, 50, 100)
     """
 
+    weighted: bool = False
+    _density: Tensor | None = None
+
+    def with_density(self, density: Float[Tensor, " T"]) -> Clustering:
+        """This clustering; with the costs weighted by the density, if it is `weighted`."""
+        if not self.weighted:
+            return self
+        clustering = copy.copy(self)
+        clustering._density = density
+        return clustering
+
+    def _weights(self) -> Tensor | None:
+        """Weights of the costs.
+
+        Raises:
+            ConfigError: If the clustering is weighted and has no density.
+        """
+        if self.weighted and self._density is None:
+            raise ConfigError("weighted: needs the density, by with_density(density), found none")
+        return self._density if self.weighted else None
+
     @abstractmethod
     def __call__(self, log_snr: Float[Tensor, " T"]) -> TimestepClusters:
         """Cluster the `T` timesteps whose log-SNR is given.
@@ -54,6 +76,7 @@ class TimestepClustering(Clustering):
 
     Args:
         num_tasks: Number of clusters `k`.
+        weighted: Whether timesteps count by how often training draws them; the paper's do not.
 
     Raises:
         ConfigError: If `num_tasks` is below 1.
@@ -68,9 +91,10 @@ class TimestepClustering(Clustering):
         (0, 33, 66, 100)
     """
 
-    def __init__(self, num_tasks: int = 5) -> None:
+    def __init__(self, num_tasks: int = 5, *, weighted: bool = False) -> None:
         check_at_least(1, num_tasks=num_tasks)
         self.num_tasks = num_tasks
+        self.weighted = weighted
 
     def __call__(self, log_snr: Float[Tensor, " T"]) -> TimestepClusters:
         """Cluster by timestep; only the length of `log_snr` matters.
@@ -83,6 +107,9 @@ class TimestepClustering(Clustering):
             raise ConfigError(
                 f"num_tasks: must be at most the number of timesteps {num_timesteps}, found {k}"
             )
+        weights = self._weights()
+        if weights is not None:
+            return TimestepClusters(partition(timestep_costs(num_timesteps, weights=weights), k))
         return TimestepClusters(tuple(i * num_timesteps // k for i in range(k + 1)))
 
 
@@ -92,6 +119,7 @@ class SNRClustering(Clustering):
     Args:
         num_tasks: Number of clusters `k`.
         power: Power of the difference of log-SNRs: 1 as in the official code, 2 as in the paper.
+        weighted: Whether timesteps count by how often training draws them; the paper's do not.
 
     Raises:
         ConfigError: If `num_tasks` is below 1 or `power` is not above 0.
@@ -106,12 +134,13 @@ class SNRClustering(Clustering):
         (0, 2, 5, 6)
     """
 
-    def __init__(self, num_tasks: int = 5, power: float = 1) -> None:
+    def __init__(self, num_tasks: int = 5, power: float = 1, *, weighted: bool = False) -> None:
         check_at_least(1, num_tasks=num_tasks)
         if power <= 0:
             raise ConfigError(f"power: must be above 0, found {power}")
         self.num_tasks = num_tasks
         self.power = power
+        self.weighted = weighted
 
     def __call__(self, log_snr: Float[Tensor, " T"]) -> TimestepClusters:
         """Cluster by the differences of log-SNRs.
@@ -119,7 +148,8 @@ class SNRClustering(Clustering):
         Raises:
             ConfigError: If there are fewer timesteps than clusters.
         """
-        return TimestepClusters(partition(snr_costs(log_snr, power=self.power), self.num_tasks))
+        costs = snr_costs(log_snr, power=self.power, weights=self._weights())
+        return TimestepClusters(partition(costs, self.num_tasks))
 
 
 class FixedClustering(Clustering):

@@ -25,14 +25,20 @@ if TYPE_CHECKING:
 __all__ = ["affinity_costs", "snr_costs", "timestep_costs"]
 
 
-def timestep_costs(num_timesteps: int) -> Float[Tensor, "T T"]:
-    """Distance in timesteps: `costs[l, r] = sum_{t=l..r} (t - c)²`.
+def timestep_costs(
+    num_timesteps: int, *, weights: Float[Tensor, " T"] | None = None
+) -> Float[Tensor, "T T"]:
+    """Distance in timesteps: `costs[l, r] = sum_{t=l..r} w_t (t - c)²`, `w = 1` by default.
 
     The cost depends only on the length `n = r - l + 1`: it is `n (n² - 1) / 12` for odd n and
     `n (n² + 2) / 12` for even n. These are whole numbers, so the costs are exact.
 
+    Args:
+        num_timesteps: T.
+        weights: `w`, the density of the timesteps for instance; its mean is made 1.
+
     Raises:
-        ConfigError: If `num_timesteps` is below 1.
+        ConfigError: If `num_timesteps` is below 1, or the weights do not fit.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
@@ -43,6 +49,10 @@ def timestep_costs(num_timesteps: int) -> Float[Tensor, "T T"]:
         [0.0, 1.0, 2.0, 6.0]
     """
     check_at_least(1, num_timesteps=num_timesteps)
+    if weights is not None:
+        factors = _factors(weights, num_timesteps)
+        places = np.arange(num_timesteps, dtype=np.float64)
+        return _sums_from_centre(lambda c: factors * (places - c) ** 2, num_timesteps)
     n = np.arange(1, num_timesteps + 1)
     by_length = n * (n * n + np.where(n % 2, -1, 2)) // 12
     # Row l is a window of `inf .. inf, cost(1) .. cost(T)` with l times inf in front. The window of
@@ -52,15 +62,20 @@ def timestep_costs(num_timesteps: int) -> Float[Tensor, "T T"]:
     return torch.from_numpy(windows[::-1].copy())
 
 
-def snr_costs(log_snr: Float[Tensor, " T"], *, power: float = 1) -> Float[Tensor, "T T"]:
-    """Difference in log-SNR: `costs[l, r] = sum_{t=l..r} |log_snr[t] - log_snr[c]|^power`.
+def snr_costs(
+    log_snr: Float[Tensor, " T"], *, power: float = 1, weights: Float[Tensor, " T"] | None = None
+) -> Float[Tensor, "T T"]:
+    """Difference in log-SNR: `costs[l, r] = sum_{t=l..r} w_t |log_snr[t] - log_snr[c]|^power`.
 
     Args:
         log_snr: Log signal-to-noise ratio of each timestep, `[T]`, finite, in any order.
         power: 1 as in the official code, 2 as in the paper.
+        weights: `w`, 1 by default as in both; or the density of the timesteps, whose mean is made
+            1.
 
     Raises:
-        ConfigError: If `log_snr` is not one finite vector or `power` is not above 0.
+        ConfigError: If `log_snr` is not one finite vector, `power` is not above 0, or the weights
+            do not fit.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
@@ -86,8 +101,9 @@ def snr_costs(log_snr: Float[Tensor, " T"], *, power: float = 1) -> Float[Tensor
         away: Array = np.abs(values - values[c])
         if power != 1:
             away **= power
-        return away
+        return away if factors is None else factors * away
 
+    factors = None if weights is None else _factors(weights, len(values))
     return _sums_from_centre(distances, len(values))
 
 
@@ -119,6 +135,22 @@ def affinity_costs(affinity: Float[Tensor, "T T"]) -> Float[Tensor, "T T"]:
             f"with {int((~np.isfinite(values)).sum())} numbers that are not finite"
         )
     return _sums_from_centre(lambda c: -values[c], len(values))
+
+
+def _factors(weights: Tensor, num_timesteps: int) -> Array:
+    """Weights with the mean 1.
+
+    Raises:
+        ConfigError: If there is not one for each timestep, or one is negative or not finite.
+    """
+    values = _as_array(weights)
+    if values.shape != (num_timesteps,) or not ((values >= 0) & (values < np.inf)).all():
+        raise ConfigError(
+            f"weights: must be {num_timesteps} finite numbers of at least 0, found shape "
+            f"{values.shape} with a smallest of {values.min()}"
+        )
+    factors: Array = values / values.mean()
+    return factors
 
 
 def _as_array(values: Tensor) -> Array:

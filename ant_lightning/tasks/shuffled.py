@@ -78,7 +78,12 @@ class ShuffledClustering(Clustering):
 
     def __init__(self, clustering: Clustering, *, seed: int = 0) -> None:
         self.clustering = clustering
+        self.weighted = clustering.weighted
         self.seed = seed
+
+    def with_density(self, density: Float[Tensor, " T"]) -> ShuffledClustering:
+        """The same permutation of the other clustering with this density."""
+        return ShuffledClustering(self.clustering.with_density(density), seed=self.seed)
 
     def __call__(self, log_snr: Float[Tensor, " T"]) -> ShuffledClusters:
         """Clusters with the other clustering's boundaries, over a permutation of the timesteps."""
