@@ -95,7 +95,9 @@ def check_trainer(
             f"data.batch_size: must be at least the {balancer.num_tasks} tasks of a gradient "
             f"balancer, found {batch_size}"
         )
-    interval, batches = trainer.val_check_interval, len(data.train_images) // batch_size
+    # Absent if the interval is a time.
+    interval = getattr(trainer, "val_check_interval", None)
+    batches = len(data.train_images) // batch_size
     by_epoch = trainer.check_val_every_n_epoch is not None
     if by_epoch and isinstance(interval, int) and interval > max(1, batches):
         raise ConfigError(

@@ -527,3 +527,9 @@ def test_an_autoencoder_names_settings_that_it_has(tmp_path, options, export, me
         train(tmp_path, made, DataLoader(Images(), 8), **options)
     with pytest.raises(ConfigError, match="predict: an AutoencoderModule draws no images"):
         trainer(tmp_path).predict(made, [[0]])
+
+
+def test_the_interval_of_validations_may_be_a_time(tmp_path):
+    run = trainer(tmp_path, val_check_interval={"seconds": 60}, check_val_every_n_epoch=None)
+    run.fit(module(), DigitsData(batch_size=30))
+    assert run.global_step == 4
