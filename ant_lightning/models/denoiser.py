@@ -185,8 +185,9 @@ class DiffusionModule(BaseModule):
     def _padding(self) -> None:
         """A pass through the backbone for other ranks, see `uneven_calls`."""
         x_t = torch.zeros(1, *self.image_shape, device=self.device)
-        timesteps = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.denoise(x_t, timesteps, timesteps if self.num_classes else None)  # class 0
+        cell = torch.zeros(1, dtype=torch.int64)
+        labels = cell.to(self.device) if self.num_classes else None  # class 0
+        self.denoise(x_t, on_device(self.process.times(cell), self.device), labels)
 
     def losses(
         self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None

@@ -10,19 +10,28 @@ from tiny_runs import TinyData, module, trainer
 
 from ant_lightning import (
     DDIM,
+    EDM,
     EMA,
     ConfigError,
+    CosineSchedule,
+    DiscreteDiffusion,
     DiT,
+    FlowMatching,
     GenerationMetrics,
+    MultiTaskDiffusion,
     NegativeTransferGap,
     SampleGrid,
     SampleWriter,
     ShardedStrategy,
+    SNRClustering,
     TaskAffinity,
+    Tasks,
     TransferMatrix,
 )
 from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.data.dataset import TensorImages
+
+SIZES = {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "num_heads": 2}
 
 
 class Uneven(TinyData):
@@ -38,8 +47,7 @@ class Uneven(TinyData):
 
 def network():
     torch.manual_seed(0)
-    sizes = {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "num_heads": 2}
-    net = DiT(**sizes, depth=3, num_classes=3)
+    net = DiT(**SIZES, depth=3, num_classes=3)
     with torch.no_grad():  # adaLN-Zero starts with an output of 0
         for p in net.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
@@ -127,6 +135,20 @@ def test_evaluation_never_gathers_the_backbone_and_equals_that_of_one_process(tm
         difference = found["images"].astype(int) - one["images"].astype(int)
         assert np.abs(difference).max() <= 1
         torch.testing.assert_close(found["drawn"], one["drawn"][:rank], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "process", [DiscreteDiffusion(CosineSchedule()), FlowMatching(), EDM()], ids=type
+)
+def test_a_padding_pass_is_one_valid_call_of_the_backbone(process):
+    """Of any process: at a noise level that it has."""
+    backbone, calls = DiT(**SIZES, depth=1, num_classes=3, learn_sigma=False), []
+    backbone.register_forward_hook(lambda *call: calls.append(call))
+    MultiTaskDiffusion(backbone, process=process, tasks=Tasks(SNRClustering(3)))._padding()
+    ((_, (x, times, labels), output),) = calls
+    assert [len(each) for each in (x, times, labels)] == [1, 1, 1]
+    assert output.isfinite().all()
+    assert times.isfinite().all()
 
 
 @pytest.mark.parametrize(
