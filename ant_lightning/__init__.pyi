@@ -56,7 +56,6 @@ from ant_lightning.backbones.unet import (
 )
 from ant_lightning.balancing.backward import (
     BackwardReport as BackwardReport,
-    multitask_backward as multitask_backward,
     task_gradients as task_gradients,
 )
 from ant_lightning.balancing.base import (
@@ -78,6 +77,10 @@ from ant_lightning.balancing.nash import (
 from ant_lightning.balancing.pcgrad import (
     PCGrad as PCGrad,
     pcgrad_weights as pcgrad_weights,
+)
+from ant_lightning.balancing.step import (
+    MultiTaskStep as MultiTaskStep,
+    multitask_backward as multitask_backward,
 )
 from ant_lightning.balancing.torchjd import (
     TorchJDBalancer as TorchJDBalancer,

@@ -1,7 +1,7 @@
 """Balancers of task losses and task gradients, and the call that uses them; torch alone."""
 
 from ant_lightning.balancing.auto import Auto
-from ant_lightning.balancing.backward import BackwardReport, multitask_backward, task_gradients
+from ant_lightning.balancing.backward import BackwardReport, task_gradients
 from ant_lightning.balancing.base import Balancer, GradientBalancer, LossBalancer, SampleBalancer
 from ant_lightning.balancing.continuous import ContinuousUncertainty
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
@@ -14,6 +14,7 @@ from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduced import ReducedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 from ant_lightning.balancing.sharded import ShardedTaskGradients
+from ant_lightning.balancing.step import MultiTaskStep, multitask_backward
 from ant_lightning.balancing.step_losses import StepLosses, Weights
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
@@ -31,6 +32,7 @@ __all__ = [
     "Loop",
     "LossBalancer",
     "LowMemory",
+    "MultiTaskStep",
     "NashMTL",
     "OnePass",
     "PCGrad",

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
-from ant_lightning.balancing.one_pass import OnePass
+from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
     from ant_lightning.balancing.batch import TaskBatch
     from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
 
-__all__ = ["Auto", "multiplications"]
+__all__ = ["Auto", "EngineName", "make_engine", "multiplications"]
+
+EngineName = Literal["auto", "loop", "one_pass", "low_memory"]
 
 # Thresholds (in total, for each parameter) on the multiplications of a forward pass over one task.
 # Above both, the loop is as fast as one pass. Measured on a CPU: with 330 for each parameter the
@@ -72,6 +75,25 @@ class Auto(Engine):
         of_task = self._per_sample * len(batch) / batch.num_tasks
         in_all, for_each = _CPU if batch.shared[0].device.type == "cpu" else _OTHERS
         return of_task >= max(in_all, for_each * sum(p.numel() for p in batch.shared))
+
+
+_ENGINES: dict[str, type[Engine]] = {
+    "auto": Auto,
+    "loop": Loop,
+    "one_pass": OnePass,
+    "low_memory": LowMemory,
+}
+
+
+def make_engine(name: EngineName) -> Engine:
+    """A new engine.
+
+    Raises:
+        ConfigError: If there is no engine of that name.
+    """
+    if name not in _ENGINES:
+        raise ConfigError(f"engine: must be one of {sorted(_ENGINES)}, found {name!r}")
+    return _ENGINES[name]()
 
 
 # `mm` and `addmm` are the linear layers.

@@ -1,4 +1,4 @@
-"""`multitask_backward`: one call in place of `loss.backward()`, for every balancer."""
+"""The backward pass of a step: what every balancer and every engine has in common."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import torch
 from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import assign_gradients
-from ant_lightning.balancing.linear import SampleMean
 from ant_lightning.balancing.parameters import trained_parameters
-from ant_lightning.balancing.reduction import Reduction, default_reduction
+from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.step_losses import StepLosses
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable, Sequence
 
-    from jaxtyping import Float, Int
+    from jaxtyping import Int
     from torch import Tensor, nn
 
+    from ant_lightning.balancing.accumulation import Accumulation
     from ant_lightning.balancing.base import Balancer
+    from ant_lightning.balancing.batch import Losses
     from ant_lightning.balancing.engines import Engine
     from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+    from ant_lightning.balancing.reduction import Reduction
 
-__all__ = ["BackwardReport", "multitask_backward", "task_gradients"]
+__all__ = ["BackwardReport", "balanced_backward", "step_losses", "task_gradients"]
 
 # Largest gradient norm of a balancer's own parameters. In ordinary training on the digits the norm
 # reaches 6 (UW) or 14 (continuous UW), so the clip is active only in a spike of the loss.
@@ -36,18 +38,22 @@ _MAX_OWN_NORM = 100.0
 
 @dataclass(frozen=True)
 class BackwardReport:
-    """What `multitask_backward` did; all tensors are detached and equal on every rank.
+    """What one backward call did; all tensors are detached, and but for `aux` equal on every rank.
 
     Attributes:
         finite: `False` if a loss or a gradient had a NaN or an infinity. Every `.grad` is then
             `None` and the balancer is unchanged, so skip the optimizer step.
         objective: The value that was minimised, scalar.
-        task_losses: Mean loss of each task, `[k]`; NaN for a task without samples.
+        task_losses: Mean loss of each task, `[k]`; NaN for a task without samples. If the step has
+            several parts, over all parts until now.
         task_weights: Derivative of the objective with respect to `task_losses`, `[k]`.
         num_samples: Number of samples of each task, `[k]`.
-        grad_norm: L2 norm of the gradient that was written, before any clipping, scalar.
+        grad_norm: L2 norm of the gradient that was written, before any clipping, scalar; NaN if
+            none was written, because other parts of the step follow.
         gramian: Dot products of the task gradients, `[k, k]`; `None` between refreshes and for
             balancers that need none.
+        aux: What `losses` returned beside the losses, `[b, ...]`, in the order of this rank's
+            batch; `None` for nothing.
 
     Examples:
         >>> w = torch.nn.Parameter(torch.ones(1))
@@ -64,120 +70,45 @@ class BackwardReport:
     num_samples: Tensor
     grad_norm: Tensor
     gramian: Tensor | None = None
+    aux: Tensor | None = None
 
 
-def multitask_backward(
-    losses: Callable[[Tensor], Tensor],
-    tasks: Int[Tensor, " b"],
-    parameters: Iterable[nn.Parameter],
-    balancer: Balancer | None = None,
+def step_losses(
+    batch: TaskBatch,
     *,
-    num_tasks: int | None = None,
-    priors: Float[Tensor, " k"] | None = None,
-    micro_batch_size: int | None = None,
-    engine: Engine | None = None,
-    gradients: DenseTaskGradients | None = None,
-    reduction: Reduction | None = None,
-    loss_scale: Tensor | float = 1.0,
-    log_snr: Float[Tensor, " b"] | None = None,
-) -> BackwardReport:
-    """Fill `.grad` of `parameters` with the balanced gradient of several tasks.
-
-    Let `L_i` be the mean loss of task i over the samples of all ranks, and `pi_i` its prior. The
-    balancer sees `k pi_i L_i`, which is `L_i` for the default prior 1/k:
-
-    - A balancer of losses makes one objective of these, for one backward pass. If its weights
-      depend on them, they are summed over ranks between the forward and the backward pass.
-    - A balancer of gradients needs the gradient of each task when its weights are refreshed. The
-      samples of the tasks are disjoint, so this is the arithmetic of one pass over the batch.
-      Between refreshes it costs one ordinary pass.
-    - A balancer of samples weights each sample by its noise level.
-    - Without a balancer the objective is the mean over all samples.
-
-    An existing `.grad` is replaced, or removed if its parameter needs no gradient now, so
-    parameters may be frozen and thawed between calls. This function sums over ranks itself, and
-    the hooks of `DistributedDataParallel` never run. Let `losses` call the bare network and not
-    that wrapper: ranks may call the network a different number of times.
-
-    The network is called several times in a step, once for each task or part of the batch. Batch
-    norm then normalises each call alone and updates its running statistics in each (k times with
-    `Loop`; once with a loss balancer or none and without `micro_batch_size`). Use group or layer
-    norm, or put these layers into evaluation mode.
+    priors: Tensor | None,
+    log_snr: Tensor | None,
+    num_samples: Tensor | None = None,
+) -> StepLosses:
+    """The samples of `batch` as a balancer sees them before the forward pass.
 
     Args:
-        losses: Called with the positions `rows` of some samples of the batch; returns one loss for
-            each, `[len(rows)]`. Each sample is asked for exactly once, except that `Auto`,
-            `OnePass` and `LowMemory` also ask for two samples beforehand in their first calls.
-        tasks: Task of each sample of this rank's batch, `[b]` in `0 .. k-1`. Pass a tensor on the
-            CPU: one on an accelerator is copied to the host, which waits for the device.
-        parameters: Parameters to differentiate. Those that need no gradient are ignored, and
-            duplicates count once. Slices, transposed tensors and mixed dtypes are fine.
-        balancer: How to weight the tasks; `None` for the plain mean.
-        num_tasks: `k` if `balancer` is `None`; by default the largest task of this rank + 1. Pass
-            it on several ranks, which must agree on `k`.
-        priors: `pi`, `[k]`, positive with sum 1. 1/k each by default; `|I_i| / T` weights tasks by
-            their size.
-        micro_batch_size: Largest number of samples in one forward pass; `None` for no limit.
-        engine: How task gradients are computed, `Loop()` by default. Keep the object for the whole
-            run. It changes time and memory but not the result.
-        gradients: Buffers that are reused; by default each call allocates new ones.
-        reduction: Sums over ranks. By default over all ranks of `torch.distributed` if it is
-            initialised; all ranks must then call this function together.
-        loss_scale: `.grad` is left multiplied by this (for a gradient scaler in float16).
-        log_snr: Log signal-to-noise ratio of each sample, `[b]`; needed by a `SampleBalancer`.
-
-    Returns:
-        Losses, weights and norms, see `BackwardReport`.
+        batch: The samples of this rank.
+        priors: `pi`, `[k]`; 1/k each by default.
+        log_snr: That of each sample, `[b]`.
+        num_samples: Samples of each task of this rank in all parts of the step, `[k]`; by default
+            those of `batch`.
 
     Raises:
-        ConfigError: If a task number, a prior or a size is out of its range, or a parameter is
-            complex, sparse, or has several elements sharing one memory location.
-
-    Reference:
-        Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
-
-    Examples:
-        Two tasks pull a parameter to 1 and to -1; the losses of each are averaged first.
-
-        >>> w = torch.nn.Parameter(torch.zeros(1))
-        >>> targets, tasks = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0, 0, 1])
-        >>> def losses(rows):
-        ...     return (w - targets[rows]) ** 2
-        >>> report = multitask_backward(losses, tasks, [w], LinearScalarization(num_tasks=2))
-        >>> report.task_losses.tolist(), w.grad.tolist()
-        ([1.0, 1.0], [0.0])
+        ConfigError: If the priors or the counts are out of range.
     """
-    every = list(parameters)
-    shared = trained_parameters(every)
-    reduction = reduction or default_reduction()
-    batch = TaskBatch(
-        losses,
-        tasks,
-        balancer,
-        num_tasks,
-        shared,
-        reduction=reduction,
-        micro_batch_size=micro_batch_size,
-        loss_scale=loss_scale,
-    )
-    step = StepLosses(
+    of_step = batch.num_samples
+    if num_samples is not None:
+        own = batch.starts[1:], batch.starts[:-1]
+        missing = num_samples.cpu() < torch.tensor(own[0]) - torch.tensor(own[1])
+        if num_samples.shape != of_step.shape or bool(missing.any()):
+            raise ConfigError(
+                f"num_samples: the {batch.num_tasks} counts of the whole step are needed, at least "
+                f"those of each part, found {num_samples.tolist()}"
+            )
+        of_step = batch.reduction.all_reduce_(num_samples.to(of_step, copy=True))
+    return StepLosses(
         tasks=batch.tasks,
-        num_samples=batch.num_samples,
+        num_samples=of_step,
         scaled_priors=_scaled_priors(priors, batch),
-        reduction=reduction,
+        reduction=batch.reduction,
         log_snr=log_snr,
     )
-    # Of frozen parameters too: otherwise the optimizer would reuse the last step's gradient. This
-    # also frees the last step's task gradients, of which `.grad` may be a view.
-    for p in every:
-        p.grad = None
-    if gradients is not None:
-        gradients.bind(shared)
-    balancer = balancer or SampleMean(batch.num_tasks)
-    report, step = balanced_backward(batch, balancer, step, engine or Loop(), gradients)
-    if report.finite:
-        balancer.update(step)
-    return report
 
 
 def balanced_backward(
@@ -186,6 +117,9 @@ def balanced_backward(
     step: StepLosses,
     engine: Engine,
     gradients: DenseTaskGradients | None = None,
+    *,
+    accumulated: Accumulation | None = None,
+    last: bool = True,
 ) -> tuple[BackwardReport, StepLosses]:
     """Fill `.grad` of the parameters of `batch` and of the balancer; no state is updated.
 
@@ -195,10 +129,13 @@ def balanced_backward(
         step: The same samples, as the balancer sees them, without losses.
         engine: How task gradients are computed.
         gradients: Buffers that are reused; by default new ones.
+        accumulated: Sums over the parts of the step, if it has several.
+        last: Whether this is the last part. Before it, no `.grad` is filled.
 
     Returns:
         The report, and `step` with everything that `Balancer.update` may look at.
     """
+    objective: Tensor | None = None
     if balancer.refresh_due:
         found: TaskGradients = engine.task_gradients(batch, gradients)
         gramian = found.gramian()
@@ -218,11 +155,23 @@ def balanced_backward(
         found.release()
         objective = _fill_own(balancer, step, batch)
     else:
-        weights, grad_norm, step = _weighted_backward(batch, balancer, step)
-        # Launched before `is_finite` makes the host wait: launched after it, these kernels made
-        # UW's step on an H200 1 to 2 ms longer than vanilla's. They are discarded if not finite.
-        objective = _fill_own(balancer, step, batch)
-        finite = batch.is_finite(grad_norm)
+        if accumulated is None:
+            weights, total, step = _weighted_backward(batch, balancer, step)
+        else:
+            factor = accumulated.begin(batch, last=last)
+            weights, total, step = _weighted_backward(
+                batch, balancer, step, before=accumulated.total, factor=factor, last=last
+            )
+            weights, step = accumulated.end(batch, total, weights, step)
+        if last:
+            grad_norm = batch.differentiation.finish(total) / batch.loss_scale
+            # Launched before `is_finite` makes the host wait: launched after it, these kernels made
+            # UW's step on an H200 1 to 2 ms longer than vanilla's. They are discarded if not
+            # finite.
+            objective = _fill_own(balancer, step, batch)
+        else:
+            grad_norm = torch.full_like(weights[0], torch.nan)
+        finite = batch.is_finite(*([grad_norm] if last else []))
     assert step.task_losses is not None
     if not finite:
         objective = None
@@ -236,15 +185,16 @@ def balanced_backward(
         objective=objective,
         task_losses=step.task_losses,
         task_weights=weights,
-        num_samples=batch.num_samples,
+        num_samples=step.num_samples,
         grad_norm=grad_norm,
         gramian=step.gramian,
+        aux=batch.aux,
     )
     return report, replace(step, task_weights=weights)
 
 
 def task_gradients(
-    losses: Callable[[Tensor], Tensor],
+    losses: Losses,
     tasks: Int[Tensor, " b"],
     parameters: Iterable[nn.Parameter],
     *,
@@ -283,12 +233,27 @@ def task_gradients(
 
 
 def _weighted_backward(
-    batch: TaskBatch, balancer: Balancer, step: StepLosses
-) -> tuple[Tensor, Tensor, StepLosses]:
-    """Set `.grad` to the gradient of `sum_s per_sample[s] losses[s]`.
+    batch: TaskBatch,
+    balancer: Balancer,
+    step: StepLosses,
+    *,
+    before: Sequence[Tensor] = (),
+    factor: float = 1.0,
+    last: bool = True,
+) -> tuple[Tensor, list[Tensor], StepLosses]:
+    """The gradient of `loss_scale * sum_s per_sample[s] losses[s]`, for this rank's samples.
+
+    Args:
+        batch: The samples.
+        balancer: Gives the weights.
+        step: What it sees of the samples.
+        before: The gradient of earlier parts of the step, which is added.
+        factor: Factor of the gradient of this part.
+        last: Whether no part follows.
 
     Returns:
-        The weights of the tasks, the unscaled norm of the gradient, and `step` with its losses.
+        The weights of the tasks, the gradient of each parameter (to be read by
+        `differentiation.finish` alone if this is the last part), and `step` with its losses.
     """
     (passes,) = batch.passes([torch.arange(len(batch), device=batch.order.device)])
     known: list[Tensor] = []  # losses with their graph, if they come before the weights
@@ -304,22 +269,22 @@ def _weighted_backward(
                     batch.losses_of(rows)
         step = replace(step, losses=batch.values, task_losses=batch.mean_losses())
         weights = balancer.step_weights(step)
-    total: list[Tensor] = []
+    per_sample = weights.samples if factor == 1 else weights.samples * factor
+    total = list(before)
     for index, rows in enumerate(passes):
         again = balancer.needs_losses
         losses = known.pop() if known else batch.losses_of(rows, again=again)
-        of_rows = weights.samples[rows.to(weights.samples.device, non_blocking=True)]
+        of_rows = per_sample[rows.to(per_sample.device, non_blocking=True)]
         loss = (losses * of_rows.to(losses.dtype)).sum()
-        if index == len(passes) - 1:
+        if last and index == len(passes) - 1:
             total = batch.last_gradients_of(loss, total)
         elif total:
             torch._foreach_add_(total, batch.gradients_of(loss))
         else:
             total = batch.gradients_of(loss)
-    grad_norm = batch.differentiation.finish(total) / batch.loss_scale
     if not balancer.needs_losses:
         step = replace(step, losses=batch.values, task_losses=batch.mean_losses())
-    return weights.tasks, grad_norm, step
+    return weights.tasks, total, step
 
 
 def _fill_own(balancer: Balancer, step: StepLosses, batch: TaskBatch) -> Tensor | None:

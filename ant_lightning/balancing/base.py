@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class Balancer(nn.Module, ABC):
         needs_gramian: Whether the balancer ever needs the Gramian of the task gradients.
         looks_back: Whether `update` must come after the optimizer's step, because it needs the
             losses of the batch at the new weights.
+        accumulation: Whether the gradient of a step may be the sum of several backward calls:
+            `any`, if a sample's weight depends on no other sample; `proportional`, if it depends
+            on the number of samples of its task; `none`, if the whole batch is needed at once.
+        update_every: Steps from one Gramian to the next, for a balancer that needs it.
 
     Raises:
         ConfigError: If `num_tasks` is below 1.
@@ -64,6 +68,8 @@ class Balancer(nn.Module, ABC):
     needs_losses: bool = False
     needs_gramian: bool = False
     looks_back: bool = False
+    accumulation: Literal["any", "proportional", "none"] = "none"
+    update_every: int = 1
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
@@ -143,6 +149,8 @@ class LossBalancer(Balancer):
         tensor(3.)
     """
 
+    accumulation = "proportional"
+
     @abstractmethod
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
         """The objective, computed in float32 at least.
@@ -211,6 +219,7 @@ class SampleBalancer(Balancer):
         tensor([0., 2.])
     """
 
+    accumulation = "any"
     kept_weights: Tensor
 
     def __init__(self, num_tasks: int) -> None:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.differentiation import Differentiation
     from ant_lightning.balancing.reduction import Reduction
 
+    # One loss for each row, or a pair of these and something else for each.
+    Losses = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+
 __all__ = ["TaskBatch"]
 
 
@@ -26,7 +29,8 @@ class TaskBatch:
     """One batch of samples and an index, `order`, that sorts it by task; no sample is moved.
 
     Args:
-        losses: Called with some rows of the batch; returns one loss for each.
+        losses: Called with some rows of the batch; returns one loss for each, or a pair of these
+            and something else for each.
         tasks: Task of each sample of this rank, `[b]`.
         balancer: Determines the number of tasks.
         num_tasks: Number of tasks without a balancer; by default the largest task + 1.
@@ -43,6 +47,7 @@ class TaskBatch:
         samples: Samples of each task on each rank, `[N, k]` float64.
         num_samples: Samples of each task on all ranks, `[k]` float64.
         values: The recorded losses, `[b]` float64, in the original order of the batch.
+        aux: What `losses` returned beside the losses, `[b, ...]`, detached; `None` for nothing.
 
     Raises:
         ConfigError: If the tasks are not one integer in `0 .. k-1` for each sample.
@@ -50,7 +55,7 @@ class TaskBatch:
 
     def __init__(
         self,
-        losses: Callable[[Tensor], Tensor],
+        losses: Losses,
         tasks: Tensor,
         balancer: Balancer | None,
         num_tasks: int | None,
@@ -92,6 +97,7 @@ class TaskBatch:
         self.reduction = reduction
         self.micro_batch_size = micro_batch_size
         self.loss_scale = loss_scale
+        self.aux: Tensor | None = None
         self._losses = losses
         self._sums = torch.zeros(self.num_tasks, dtype=torch.float64, device=device)
         self.values = torch.zeros(len(tasks), dtype=torch.float64, device=device)
@@ -144,14 +150,27 @@ class TaskBatch:
         return task_values[self.tasks_of(rows)]
 
     def evaluate(self, rows: Tensor) -> Tensor:
-        """One loss for each of `rows`, in float32 at least."""
-        values = self._losses(rows)
+        """One loss for each of `rows`, in float32 at least; what is beside it is kept in `aux`."""
+        found = self._losses(rows)
+        values, aux = found if isinstance(found, tuple) else (found, None)
         if values.shape != rows.shape:
             raise ConfigError(
                 f"losses: one value for each row is needed, shape {list(rows.shape)}, "
                 f"found {list(values.shape)}"
             )
+        if aux is not None:
+            self._keep(rows, aux.detach())
         return values.float() if values.dtype in {torch.float16, torch.bfloat16} else values
+
+    def _keep(self, rows: Tensor, aux: Tensor) -> None:
+        if aux.shape[:1] != rows.shape:
+            raise ConfigError(
+                f"losses: what is returned beside the losses must have a first dimension of "
+                f"{len(rows)}, one entry for each row, found shape {list(aux.shape)}"
+            )
+        if self.aux is None:
+            self.aux = aux.new_zeros(len(self), *aux.shape[1:])
+        self.aux[rows.to(aux.device, non_blocking=True)] = aux
 
     def record(self, rows: Tensor, values: Tensor) -> None:
         """Keep the losses of `rows` for the report."""
@@ -172,11 +191,27 @@ class TaskBatch:
         if not len(rows):
             # An empty slice of a real loss: its sum is 0 but still has a graph, so the backward
             # pass takes part in the collectives of FSDP2.
-            return self._losses(self.order[:1])[:0].float()
+            found = self._losses(self.order[:1])
+            return (found[0] if isinstance(found, tuple) else found)[:0].float()
         values = self.evaluate(rows)
         if not again:
             self.record(rows, values)
         return values
+
+    @torch.no_grad()
+    def losses_now(self) -> Tensor:
+        """Mean loss of each task over all ranks, `[k]` float64, at the weights of now.
+
+        Makes the forward passes again; neither the recorded losses nor `aux` change.
+        """
+        sums, self.aux, kept = torch.zeros_like(self._sums), None, self.aux
+        (passes,) = self.passes([torch.arange(len(self), device=self.order.device)])
+        for rows in passes:
+            values = self.losses_of(rows, again=True)
+            if len(rows):
+                sums.index_add_(0, self.tasks_of(rows), values.to(sums))
+        self.aux = kept
+        return self.reduction.all_reduce_(sums) / self.num_samples
 
     def mean_losses(self) -> Tensor:
         """Mean loss of each task over the samples of all ranks, `[k]`.

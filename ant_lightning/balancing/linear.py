@@ -23,6 +23,8 @@ __all__ = ["LinearScalarization", "SampleMean"]
 class SampleMean(Balancer):
     """The mean over all samples, whatever their tasks and priors: vanilla training."""
 
+    accumulation = "any"
+
     @property
     def task_weights(self) -> Float[Tensor, " k"]:
         """1/k each, as if all tasks had the same number of samples."""

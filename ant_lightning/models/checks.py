@@ -10,7 +10,7 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ant_lightning.balancing.base import Balancer, GradientBalancer
+from ant_lightning.balancing.base import Balancer
 from ant_lightning.data.module import image_data
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.backbone import backbone_name
@@ -79,7 +79,7 @@ def check_trainer(
     Raises:
         ConfigError: Naming the setting, the rule and the value found.
     """
-    by_gradient = isinstance(balancer, GradientBalancer)
+    by_gradient = balancer is not None and balancer.needs_gramian
     if by_gradient and any(isinstance(m, nn.SyncBatchNorm) for m in backbone.modules()):
         raise ConfigError(
             "trainer.sync_batchnorm: must be false with a gradient balancer, because ranks run the "
@@ -90,7 +90,7 @@ def check_trainer(
         return
     batch_size = data.batch_size  # of all ranks together
     # Otherwise every step would lack the gradient of some task.
-    if isinstance(balancer, GradientBalancer) and batch_size < balancer.num_tasks:
+    if balancer is not None and balancer.needs_gramian and batch_size < balancer.num_tasks:
         raise ConfigError(
             f"data.batch_size: must be at least the {balancer.num_tasks} tasks of a gradient "
             f"balancer, found {batch_size}"
@@ -121,7 +121,7 @@ def check_batch_norm(
     """
     named = backbone.named_modules()
     found = [(n, m) for n, m in named if isinstance(m, _BatchNorm) and m.training]
-    by_task = isinstance(balancer, GradientBalancer)
+    by_task = balancer is not None and balancer.needs_gramian
     if not found or not (by_task or parts > 1):
         return
     layer = f"{type(found[0][1]).__name__} {found[0][0]!r} ({len(found)} such layers in all)"

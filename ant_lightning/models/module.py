@@ -11,11 +11,12 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from ant_lightning.backbones.checkpoints import load_official_checkpoint
-from ant_lightning.balancing.backward import BackwardReport, multitask_backward, task_gradients
-from ant_lightning.balancing.base import GradientBalancer, SampleBalancer
+from ant_lightning.balancing.backward import BackwardReport, task_gradients
+from ant_lightning.balancing.base import SampleBalancer
 from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.shards import local_part
+from ant_lightning.balancing.step import MultiTaskStep
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import NoiseProcess
@@ -29,7 +30,6 @@ from ant_lightning.models.checks import (
 )
 from ant_lightning.models.denoiser import DiffusionModule
 from ant_lightning.models.draws import Draws, TrainingDraws, sample_shares
-from ant_lightning.models.engine import engine_and_buffers
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.freezing import TrainedParameters
 from ant_lightning.models.old_checkpoints import upgrade
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
-    from ant_lightning.balancing.engines import Engine
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.data.batch import Batch
     from ant_lightning.tasks.clusterings import Clustering
@@ -74,7 +73,7 @@ _OF_RUN = (
 class MultiTaskDiffusion(DiffusionModule):
     """A diffusion model trained on clusters of timesteps as tasks.
 
-    One optimization step serves every method: draw timesteps, let `multitask_backward` fill the
+    One optimization step serves every method: draw timesteps, let `MultiTaskStep` fill the
     gradients, clip, step.
 
     Args:
@@ -141,7 +140,7 @@ class MultiTaskDiffusion(DiffusionModule):
             first_stage=first_stage,
             seed=seed,
         )
-        self.automatic_optimization = False  # `multitask_backward` replaces `loss.backward()`
+        self.automatic_optimization = False  # `MultiTaskStep` replaces `loss.backward()`
         self.tasks = tasks
         self.balancer = tasks.balancer
         specialist = timesteps.interval is not None
@@ -177,8 +176,7 @@ class MultiTaskDiffusion(DiffusionModule):
             seed=self.seed,
         )
         # Made in `on_fit_start`, when the ranks and the device are known.
-        self._engine: Engine | None = None
-        self._gradients: DenseTaskGradients | None = None
+        self._step: MultiTaskStep | None = None
         self._trained = TrainedParameters()
         if init_from is not None and Path(init_from).is_file():
             self.load_initial_weights()
@@ -258,7 +256,13 @@ class MultiTaskDiffusion(DiffusionModule):
             balancer=self.balancer,
             parts=self.optimization.accumulate_grad_batches,
         )
-        self._engine, self._gradients = engine_and_buffers(self.tasks, self.backbone)
+        self._step = MultiTaskStep(
+            self.backbone,
+            self.balancer,
+            num_tasks=self.num_tasks,
+            engine=self.tasks.engine,
+            placement=self.tasks.placement,
+        )
 
     def draw(self, batch: Batch, *, step: int) -> Draws:
         """Timesteps, tasks, noise and labels of this rank in a training step."""
@@ -286,22 +290,22 @@ class MultiTaskDiffusion(DiffusionModule):
         x_start = self.encode(batch, step=self.global_step)
         # The network may run once per task or part; batch norm must still update once per step.
         statistics = RunningStatistics(self.backbone)
-        report = multitask_backward(
+        assert self._step is not None, "on_fit_start was not called"
+        # Rounded up: at most `accumulate_grad_batches` parts.
+        parts = self.optimization.accumulate_grad_batches
+        self._step.micro_batch_size = -(-len(batch.images) // parts)
+        self._trained.follow(self.backbone, self.trainer.optimizers[0])
+        report = self._step.backward(
             statistics.once(self.losses(x_start, draws, unweighted=unweighted)),
             draws.tasks,
-            self._trained.follow(self.backbone, self.trainer.optimizers[0]),
-            self.balancer,
-            num_tasks=self.num_tasks,
             priors=priors,
-            # Rounded up: at most `accumulate_grad_batches` parts.
-            micro_batch_size=-(-len(batch.images) // self.optimization.accumulate_grad_batches),
-            engine=self._engine,
-            gradients=self._gradients,
             loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
             log_snr=log_snr,
         )
-        statistics.keep() if report.finite else statistics.restore()
         self._finish_step(report)
+        self._step.update()
+        # Last: a balancer that looks back has run the network again.
+        statistics.keep() if report.finite else statistics.restore()
         self.last_report = report
         # Log the mean over the process' own density, however the batch was allocated: methods stay
         # comparable.
@@ -456,7 +460,7 @@ class MultiTaskDiffusion(DiffusionModule):
                 f"timesteps.interval: must end at {self.clusters.num_timesteps} or before, found "
                 f"{list(interval)}"
             )
-        if isinstance(balancer, GradientBalancer) and self.timesteps.method == "uniform":
+        if balancer is not None and balancer.needs_gramian and self.timesteps.method == "uniform":
             raise ConfigError(
                 "timesteps.method: must be 'stratified', because a gradient balancer needs samples "
                 "of every task in each batch, found 'uniform'"

@@ -10,15 +10,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import nn
 from torch.optim import Optimizer
 
-from ant_lightning.balancing.base import Balancer, GradientBalancer
+from ant_lightning.balancing.auto import EngineName
+from ant_lightning.balancing.base import Balancer
 from ant_lightning.diffusion.guidance import check_interval
 from ant_lightning.diffusion.samplers.base import Sampler
 from ant_lightning.errors import ConfigError
 from ant_lightning.tasks.clusterings import Clustering
 
-__all__ = ["EngineName", "Optimization", "Sampling", "Tasks", "TimestepSampling", "adamw"]
-
-EngineName = Literal["auto", "loop", "one_pass", "low_memory"]
+__all__ = ["Optimization", "Sampling", "Tasks", "TimestepSampling", "adamw"]
 
 
 def adamw(groups: Any) -> Optimizer:  # noqa: ANN401 - parameters, or groups of them
@@ -60,7 +59,7 @@ class Tasks:
     def __post_init__(self) -> None:
         if self.placement == "spread":
             return
-        if not isinstance(self.balancer, GradientBalancer):
+        if self.balancer is None or not self.balancer.needs_gramian:
             raise ConfigError(
                 "placement: must be 'spread' without a gradient balancer, because 'sorted' saves "
                 f"traffic of task gradients, found {self.placement!r} with "

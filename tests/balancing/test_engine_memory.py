@@ -11,14 +11,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ant_lightning import NashMTL, PCGrad, multitask_backward, task_gradients
+from ant_lightning import MultiTaskStep, NashMTL, PCGrad, multitask_backward, task_gradients
 from ant_lightning.balancing.auto import multiplications
 from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import DenseTaskGradients
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.reduction import Reduction
-from ant_lightning.models.engine import engine_and_buffers
 from benchmarks.counted_memory import counted_memory
 from benchmarks.memory import LiveBytes
 from benchmarks.steps import Cell, K
@@ -158,17 +157,16 @@ def test_a_combination_is_the_last_use_of_rows():
 @pytest.mark.parametrize("placement", ["spread", "sorted"])
 @pytest.mark.parametrize(("every", "held"), [(1, True), (2, False)])
 def test_rows_are_held_where_every_step_needs_them(every, held, placement):
-    model = tiny_digits.module(
-        balancer=NashMTL(3, update_every=every), engine="loop", placement=placement
-    )
-    engine, rows = engine_and_buffers(model.tasks, model.backbone)
+    model = tiny_digits.module()
     x, t = torch.randn(6, *model.image_shape), torch.arange(6)
 
     def losses(rows):
         return (model.backbone(x[rows], t[rows], t[rows]) - 1).square().mean((1, 2, 3))
 
-    parameters = [p for p in model.backbone.parameters() if p.requires_grad]
-    multitask_backward(losses, t % 3, parameters, model.balancer, engine=engine, gradients=rows)
+    balancer = NashMTL(3, update_every=every)
+    step = MultiTaskStep(model.backbone, balancer, engine="loop", placement=placement)
+    step.backward(losses, t % 3)
+    rows, parameters = step._rows, [p for p in model.backbone.parameters() if p.requires_grad]
     buffers = [value for value in vars(rows).values() if isinstance(value, torch.Tensor)]
     most = max(buffer.numel() for buffer in buffers)
     assert most >= 3 * sum(p.numel() for p in parameters) if held else most == 0
