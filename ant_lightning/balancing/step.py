@@ -242,7 +242,7 @@ class MultiTaskStep:
         if self._rows is not None:
             self._rows.bind(batch.shared)
             return self._rows
-        if self.placement == "sorted":
+        if self.placement == "sorted" and self.reduction.world_size > 1:
             self._rows = PlacedTaskGradients(
                 batch.num_tasks, batch.shared, reduction=self.reduction
             )
