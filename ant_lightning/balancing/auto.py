@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -111,7 +112,9 @@ def multiplications(batch: TaskBatch) -> float:
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with undisturbed(batch.shared[0].device), counter:
+        with undisturbed(batch.shared[0].device), warnings.catch_warnings(), counter:
+            # The counter's hooks on modules end with it.
+            warnings.filterwarnings("ignore", "Using `torch.compile.*global hooks", UserWarning)
             batch.evaluate(rows)
     finally:
         torch.set_autocast_cache_enabled(caching)

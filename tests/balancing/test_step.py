@@ -1,6 +1,7 @@
 """`MultiTaskStep`: auxiliary values, accumulation, networks of all kinds, and what it remembers."""
 
 import copy
+import gc
 import weakref
 from itertools import pairwise
 
@@ -237,7 +238,7 @@ def test_state_is_not_given_away_in_the_middle_of_a_step():
     assert "log_vars" in step.state_dict()["balancer"]
 
 
-def test_the_engine_of_one_call_is_that_of_the_next():
+def test_the_engine_of_one_call_is_that_of_the_next_and_keeps_no_network_alive():
     problem = Problem()
     first = next(problem.network.parameters())
     for _ in range(2):
@@ -245,6 +246,11 @@ def test_the_engine_of_one_call_is_that_of_the_next():
     engine = weakref.ref(remembered_engine("auto", first))
     assert remembered_engine("auto", first) is engine()
     assert remembered_engine("loop", first) is not engine()
+    dead = weakref.ref(first)
+    del problem, first
+    gc.collect()
+    assert dead() is None
+    assert engine() is None
 
 
 def test_one_call_takes_an_engine_of_the_users_own():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,11 @@ from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whol
 from ant_lightning.balancing.one_pass import layers  # noqa: F401 - fills the table of rules
 from ant_lightning.balancing.one_pass.leaves import Leaves
 from ant_lightning.balancing.one_pass.task_parameters import TaskParameter, state
-from ant_lightning.balancing.parameters import same_tensors
 from ant_lightning.balancing.weight_factors import has_small_factors
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
     from ant_lightning.balancing.batch import TaskBatch
@@ -125,7 +125,8 @@ class OnePass(Engine):
 
     def __init__(self) -> None:
         self._leaves = Leaves()
-        self._parameters: Sequence[nn.Parameter] = ()  # for which the next three hold
+        # For which the next three hold. Weak: an engine must not keep a network alive.
+        self._parameters: list[weakref.ref[nn.Parameter]] = []
         self._missing: set[int] = set()  # places of parameters that are not checked yet
         self._layers: dict[int, tuple[int, int]] = {}  # uses, and positions for each sample
         self._num_checks = 0
@@ -167,8 +168,9 @@ class OnePass(Engine):
                 raise UnsupportedError(
                     f"engine: one pass needs parameters of the class Parameter, found {type(p)}"
                 )
-        if not same_tensors(batch.shared, self._parameters):  # some may be thawed
-            self._parameters, self._num_checks = batch.shared, 0
+        known = [parameter() for parameter in self._parameters]
+        if [*map(id, known)] != [*map(id, batch.shared)]:  # some may be thawed
+            self._parameters, self._num_checks = [weakref.ref(p) for p in batch.shared], 0
             self._missing, self._layers = set(range(len(batch.shared))), {}
         losses = SortedLosses(batch, self._leaves)
         # The uses of each layer too are known from a check, and needed alike on all ranks.

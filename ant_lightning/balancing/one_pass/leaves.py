@@ -50,7 +50,7 @@ class Leaves:
         key = [num_tasks, *((id(p), p.data_ptr(), p.dtype, p.stride()) for p in parameters)]
         if key == self._made_for:
             return
-        self._made_for, self._factors, self._parameters = key, {}, parameters
+        self._made_for, self._factors = key, {}
         self.dense = [p.detach().expand(num_tasks, *p.shape).requires_grad_() for p in parameters]
         for index, leaf in enumerate(self.dense):
             _send(leaf, partial(self._arrived, index))
@@ -61,7 +61,7 @@ class Leaves:
             return
         self._factors = {}
         for index, count in positions.items():
-            p = self._parameters[index]
+            p = self.dense[index][0]
             dtype = torch.promote_types(p.dtype, torch.float32)
             zero = torch.zeros((), dtype=dtype, device=p.device)
             left, right = (zero.expand(count, size).detach().requires_grad_() for size in p.shape)
