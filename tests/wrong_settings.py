@@ -140,6 +140,26 @@ SETTINGS = {
         ["--model.sampling.guided_channels=9"],
         ["guided_channels", "the 1 channels", "9"],
     ),
+    "sampler of another process": (
+        ["--model.sampling.sampler=EDMSampler"],
+        ["model.sampling.sampler: must be one for DiscreteDiffusion", "EDMSampler"],
+    ),
+    "steps of an adaptive solver": (
+        [
+            "--model.sampling.sampler=ODESampler",
+            "--model.sampling.sampler.method=dopri5",
+            "--model.sampling.sampler.num_steps=50",
+        ],
+        ["sampling.sampler.num_steps: must be left out of the adaptive dopri5", "50"],
+    ),
+    "interval of guidance": (
+        ["--model.sampling.guidance_interval=[3,1]"],
+        ["sampling.guidance_interval: 0 <= low < high", "3.0, 1.0"],
+    ),
+    "no guide": (
+        ["--model.sampling.guide_checkpoint=/nope.ckpt"],
+        ["sampling.guide_checkpoint: /nope.ckpt: no such file"],
+    ),
     "decay of the averages": (["--ema.decay=-0.1"], ["ema.decay: must be at least 0", "-0.1"]),
     "batch 0": (["--data.batch_size=0"], ["data.batch_size: must be at least 1", "0"]),
     "batch above the data": (["--data.batch_size=5000"], ["data.batch_size", "1437", "5000"]),

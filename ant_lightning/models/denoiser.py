@@ -475,7 +475,15 @@ class DiffusionModule(BaseModule):
     def _check_sampling(self) -> None:
         """Check that the backbone has what the process and the sampling need."""
         if self.sampling.sampler is not None:
-            self.sampler.check(self.process)
+            try:
+                self.sampler.check(self.process)
+            except ConfigError as error:
+                # Not an argument of the sampler's own: the sampler or the process does not fit.
+                if str(error).startswith("sampler: "):
+                    raise ConfigError(f"sampling.{error}") from error
+                if str(error).startswith("process."):
+                    raise ConfigError(str(error)) from error
+                raise
         channels, guided = self.image_shape[0], self.sampling.guided_channels
         allowed, found = self.process.accepted_channels(channels), int(self.backbone.out_channels)
         if found not in allowed:

@@ -153,8 +153,11 @@ def test_autoguidance_by_an_earlier_checkpoint_and_a_smaller_network(tmp_path):
             {"guide_checkpoint": "/nope.ckpt"},
             "sampling.guide_checkpoint: /nope.ckpt: no such file",
         ),
-        ({"sampler": DDIM(5)}, "sampler: must be one for FlowMatching, found DDIM"),
-        ({"sampler": EDMSampler()}, "sampler: must be one for FlowMatching, found EDMSampler"),
+        ({"sampler": DDIM(5)}, "^sampling.sampler: must be one for FlowMatching, found DDIM"),
+        (
+            {"sampler": EDMSampler()},
+            "^sampling.sampler: must be one for FlowMatching, found EDMSampler",
+        ),
         ({"sampler": SDESampler(diffusion="sbdm")}, "diffusion: must be finite at t = 1"),
     ],
 )
