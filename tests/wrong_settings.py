@@ -223,10 +223,6 @@ SETTINGS = {
         [callback("LearningRateMonitor", LIGHTNING), "--trainer.logger=false"],
         ["LearningRateMonitor", "logger"],
     ),
-    "a callback that needs a network": (
-        [callback("GenerationMetrics")],
-        ["trainer.callbacks.extractor: needed"],
-    ),
     "checks past the epoch": (
         ["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=100000"],
         ["trainer.val_check_interval", "the 71 batches", "100000"],
@@ -277,7 +273,7 @@ SETTINGS = {
     # Files.
     "no folder of images": (
         ["--data=ImageFolderData"],
-        ["data.root, image_size, num_held_out: needed"],
+        ["data.root, image_size: needed"],
     ),
     "no latents": (
         ["--data=LatentsData", "--data.cache=/nope"],

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ant_lightning
-from ant_lightning.cli.config_files import check_config_file, config_paths, load_yaml
+from ant_lightning.cli.config_files import check_config_file, config_paths
+from ant_lightning.cli.merged_settings import FLAGS, merge, merged_settings
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
 from ant_lightning.cli.renamed import refuse_old_names
 from ant_lightning.cli.source_names import arguments_of
@@ -27,7 +28,6 @@ __all__ = ["first_look", "top_settings"]
 _RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
 _ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter"}
 _GROUPS = {"trainer": "Trainer", **_RUN_GROUPS, **_ENCODE_GROUPS}
-_FLAGS = ("-h", "--help", "--print_config")
 # Settings whose short names mean our classes, unless the user brings their own.
 _OURS = re.compile(r"model|data|model\..*\b(balancer|clustering|schedule|sampler|loss_weighting)")
 # Importing another package may add classes, which then have short names too.
@@ -50,17 +50,9 @@ def first_look(arguments: Sequence[str]) -> None:
     known = top_settings(command)
     for path in config_paths(args):
         check_config_file(path, known=known)
-    options = _options([each for each in args if each not in _FLAGS])
-    if known is None or options is None:
+    settings = merged_settings(args)
+    if known is None or settings is None:
         return
-    # Merged as the parser does: only the value that counts in the end is checked.
-    settings: dict[str, Any] = {}
-    for name, value in options:
-        if name in {"config", "c"}:
-            is_file = Path(value).is_file()
-            _merge(settings, _loaded(Path(value).read_text(encoding="utf8") if is_file else value))
-        else:
-            _merge(settings, _nested(name, value))
     refuse_old_names(settings)
     _check_names(settings, known)
     check_run_settings(settings)
@@ -73,7 +65,7 @@ def first_look(arguments: Sequence[str]) -> None:
             raise ConfigError(f"samples.{name}: must be at least 1, found {value}")
     _check_classes(settings)
     missing = [name for name in ("data", "model") if settings.get(name) is None]
-    if missing and command != "encode" and not set(args) & set(_FLAGS):
+    if missing and command != "encode" and not set(args) & FLAGS:
         raise ConfigError(needed(", ".join(missing)))
 
 
@@ -90,57 +82,6 @@ def top_settings(command: str) -> list[str] | None:
     handed_over = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
     own = {"config", "print_config", "seed_everything", "trainer", "model", "data", *_RUN_GROUPS}
     return sorted(own | (method - handed_over))
-
-
-def _options(args: Sequence[str]) -> list[tuple[str, str]] | None:
-    """Name and value of each option; `None` if the command line has any other form."""
-    found, rest = [], list(args)
-    while rest:
-        name, sign, value = rest.pop(0).partition("=")
-        if not re.fullmatch(r"--[A-Za-z]\w*(\.\w+)*\+?|-c", name) or name.endswith(".help"):
-            return None
-        if not sign:
-            if not rest or rest[0].startswith("--"):
-                return None
-            value = rest.pop(0)
-        found.append((name.lstrip("-"), value))
-    return found
-
-
-def _loaded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
-    try:
-        return load_yaml(text)
-    except Exception:  # not YAML: the parser decides whether a string is valid here
-        return text
-
-
-def _nested(name: str, value: str) -> dict[str, Any]:
-    """An option as a nested config; a `+` option becomes an opaque value that no check inspects."""
-    inner: Any = object() if name.endswith("+") else _loaded(value)
-    for part in reversed(name.removesuffix("+").split(".")):
-        inner = {part: inner}
-    return inner  # type: ignore[no-any-return]
-
-
-def _merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
-    """Merge settings, later ones first; `init_args` are moved up beside their `class_path`."""
-    if not isinstance(settings, dict):
-        return
-    for name, given in settings.items():
-        if name == "init_args":
-            _merge(into, given)
-            continue
-        before = into.get(name)
-        if name == "class_path" and before not in (None, given):
-            into.clear()  # another class: the parser keeps those old settings that still fit
-        is_class = isinstance(before, dict) and "class_path" in before and isinstance(given, str)
-        value = {"class_path": given} if is_class else given
-        if isinstance(value, dict):
-            if not isinstance(before, dict):
-                into[name] = before = {"class_path": before} if isinstance(before, str) else {}
-            _merge(before, value)
-        else:
-            into[name] = value
 
 
 def _check_names(settings: dict[str, Any], known: Sequence[str]) -> None:
@@ -186,7 +127,7 @@ def _class_paths(value: Any, setting: str) -> Iterator[tuple[str, str, dict[str,
     elif isinstance(value, list):
         for i, inner in enumerate(value):
             flat: dict[str, Any] = {}
-            _merge(flat, inner)
+            merge(flat, inner)
             yield from _class_paths(flat, f"{setting}[{i}]")
     elif isinstance(value, str) and _OURS.fullmatch(setting):
         yield setting, value, {}

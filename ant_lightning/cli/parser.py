@@ -26,6 +26,7 @@ from ant_lightning.cli.config_files import (
     import_named_classes,
     load_yaml,
 )
+from ant_lightning.cli.derived_settings import derived_settings
 from ant_lightning.cli.messages import first_config_error, one_line
 from ant_lightning.cli.run_folder import (
     RunFolder,
@@ -230,6 +231,7 @@ def run(args: Sequence[str]) -> AntCLI:
     for path in config_paths(args):  # before the parser is made, which takes longer
         check_config_file(path)
     import_named_classes(args)
+    args = [*args, *derived_settings(args[1:])]
     try:
         return AntCLI(
             L.LightningModule,

@@ -14,7 +14,7 @@ from ant_lightning.data.class_map import number_classes, record_classes
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.folder_images import FolderImages, broken_images
 from ant_lightning.data.image_search import find_images
-from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
+from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, default_held_out
 from ant_lightning.data.pictures import Crop, read_picture
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.files.identity import shortened
@@ -38,7 +38,8 @@ class ImageFolderData(ImageDataModule):
         root: The folder.
         image_size: Height and width in pixels that images are resized and cropped to.
         batch_size: Images of one optimizer step, over all ranks.
-        num_held_out: Images that are never trained on: validation, test, reference of FID.
+        num_held_out: Images that are never trained on: validation, test, reference of FID. By
+            default a tenth of them, at most 1,000.
         labels: `folders`: the first folder below `root` is an image's class. `none`: no classes.
             `auto`: `none` if the images lie in `root` itself, else `folders`.
         class_map: JSON file of class names and numbers; made if it does not exist.
@@ -49,7 +50,7 @@ class ImageFolderData(ImageDataModule):
         validate_images: `raise`: decode every image before training, and refuse broken ones.
             `skip`: leave broken ones out. `off`: a broken image ends the run when it is loaded.
         split_seed: Seed of the split; part of the data set, so separate from the run's seed.
-        num_workers: Loading processes of each rank.
+        num_workers: Loading processes of each rank; by default four, or the cores of this machine.
         seed: Order of the images, and flips; by default the seed of the run.
 
     Attributes:
@@ -81,7 +82,7 @@ class ImageFolderData(ImageDataModule):
         *,
         image_size: int,
         batch_size: int,
-        num_held_out: int,
+        num_held_out: int | None = None,
         labels: Literal["auto", "folders", "none"] = "auto",
         class_map: str | None = None,
         channels: Literal[1, 3] = 3,
@@ -90,7 +91,7 @@ class ImageFolderData(ImageDataModule):
         flip: bool = True,
         validate_images: Literal["raise", "skip", "off"] = "raise",
         split_seed: int = 0,
-        num_workers: int = 4,
+        num_workers: int | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
@@ -110,6 +111,11 @@ class ImageFolderData(ImageDataModule):
         self.class_names: list[str] = []
         self.num_skipped = 0
 
+    def shape_and_classes(self) -> tuple[tuple[int, int, int], int]:
+        """Shape of the images, and the number of their classes, from the names of the files."""
+        _, names = find_images(self.root, labels=self.labels)
+        return self.image_shape, len(number_classes(names, self.class_map))
+
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Find, check, number and split the images."""
         paths, names = find_images(self.root, labels=self.labels)
@@ -125,6 +131,8 @@ class ImageFolderData(ImageDataModule):
                 "validate_images: every class must have an image that is not broken, "
                 f"{self.class_names[min(empty)]} in {self.root} has none"
             )
+        if self.num_held_out is None:
+            self.num_held_out = default_held_out(len(kept))
         if not 1 <= self.num_held_out < len(kept):
             raise ConfigError(
                 f"num_held_out: must be at least 1 and below the {len(kept)} images in "

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.dataset import CHUNK, ImageDataset
 from ant_lightning.data.loader import RankKeys, ShuffledLoader, evaluation_loader
+from ant_lightning.data.workers import available_cores
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.files.identity import differences, tensors_digest
 from ant_lightning.randomness import run_seed
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "IMAGES_DIGEST",
     "ImageDataModule",
+    "default_held_out",
     "image_data",
     "needed_image_data",
 ]
@@ -47,7 +49,7 @@ class ImageDataModule(L.LightningDataModule):
 
     Args:
         batch_size: Images of one optimizer step, over all ranks.
-        num_workers: Loading processes of each rank.
+        num_workers: Loading processes of each rank; `None`: four, or the cores of this machine.
         seed: Decides the order of the training images; by default the seed of the run.
 
     Raises:
@@ -75,9 +77,11 @@ class ImageDataModule(L.LightningDataModule):
     identity_settings: ClassVar[tuple[str, ...]] = ()
     settings_determine_images: ClassVar[bool] = False
 
-    def __init__(self, *, batch_size: int, num_workers: int, seed: int | None) -> None:
+    def __init__(self, *, batch_size: int, num_workers: int | None, seed: int | None) -> None:
         super().__init__()
         check_at_least(1, batch_size=batch_size)
+        if num_workers is None:
+            num_workers = min(4, available_cores())
         check_at_least(0, num_workers=num_workers)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -87,6 +91,10 @@ class ImageDataModule(L.LightningDataModule):
     @abstractmethod
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Return the training and the held-out images; called once in each process."""
+
+    def shape_and_classes(self) -> tuple[tuple[int, int, int], int]:
+        """Shape `(c, h, w)` and number of classes that a network must fit; decodes no image."""
+        return self.image_shape, self.num_classes
 
     @cached_property
     def _parts(self) -> tuple[ImageDataset, ImageDataset]:
@@ -246,6 +254,11 @@ class ImageDataModule(L.LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
+
+
+def default_held_out(num_images: int) -> int:
+    """Images that are held out if nothing else is said: a tenth, at least 1 and at most 1,000."""
+    return min(1000, max(1, num_images // 10))
 
 
 def image_data(trainer: L.Trainer) -> ImageDataModule | None:

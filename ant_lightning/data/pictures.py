@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -10,9 +11,18 @@ from PIL import ExifTags, Image, features
 from ant_lightning.errors import FileError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from typing import BinaryIO
 
-__all__ = ["SUFFIXES", "Crop", "is_grey", "open_picture", "read_picture"]
+__all__ = [
+    "GREY_MODES",
+    "SUFFIXES",
+    "Crop",
+    "decoded_picture",
+    "fitted_pixels",
+    "is_grey",
+    "open_picture",
+    "read_picture",
+]
 
 Crop = Literal["center_adm", "resize"]
 # The only decoders that a file can reach, whatever its suffix: others run programs (PostScript).
@@ -28,13 +38,13 @@ _FORMATS = {
     "TGA": (".tga",),
 }
 # Optional parts of Pillow. If one is missing, its files count as unsupported.
-if features.check("avif"):
+if "avif" in features.get_supported():
     _FORMATS["AVIF"] = (".avif",)
-if features.check("jpg_2000"):
+if "jpg_2000" in features.get_supported():
     _FORMATS["JPEG2000"] = (".jp2", ".j2k")
 SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
 # Pillow's modes without colour.
-_GREY = frozenset({"1", "L", "LA", "I", "I;16", "I;16B"})
+GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B"})
 # The transpose for each value of the EXIF orientation tag; 1 and unknown values change nothing.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -65,6 +75,17 @@ def read_picture(
         FileError: If the file cannot be decoded; names the file.
     """
     picture = open_picture(path, channels=channels, exif_rotation=exif_rotation)
+    return fitted_pixels(picture, image_size=image_size, crop=crop)
+
+
+def fitted_pixels(picture: Image.Image, *, image_size: int, crop: Crop) -> np.ndarray:
+    """Crop and resize an 8-bit picture; uint8 `[image_size, image_size, channels]`.
+
+    Args:
+        picture: A picture of mode `L` or `RGB`.
+        image_size: Height and width in pixels.
+        crop: See `read_picture`.
+    """
     size = (image_size, image_size)
     # As in guided-diffusion's `center_crop_arr`: box filters halve, bicubic does the rest.
     if crop == "center_adm":
@@ -77,16 +98,18 @@ def read_picture(
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     top, left = (picture.height - image_size) // 2, (picture.width - image_size) // 2
     pixels = np.asarray(picture)[top : top + image_size, left : left + image_size]
-    return pixels.reshape(image_size, image_size, channels)
+    return pixels.reshape(image_size, image_size, -1)
 
 
-def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Image.Image:
+def open_picture(
+    source: Path | BinaryIO, *, channels: int, exif_rotation: bool = True
+) -> Image.Image:
     """Decode a file as 8-bit grey or RGB; alpha is composited on white.
 
     16-bit greys are scaled to 8 bits. Of an animation, the first frame is decoded.
 
     Args:
-        path: The file.
+        source: The path of the file, or its content.
         channels: 3 for colour, 1 for grey.
         exif_rotation: Whether to apply the EXIF orientation, as viewers do. TIFF has its own
             orientation tag, which is always applied.
@@ -95,13 +118,19 @@ def open_picture(path: Path, *, channels: int, exif_rotation: bool = True) -> Im
         FileError: If the file is damaged, truncated, no image, or has float or 32-bit values.
     """
     try:
-        with Image.open(path, formats=_formats(path)) as file:
-            file.load()  # decodes here, where errors are caught
-            picture = _in_8_bits(file, "RGB" if channels == 3 else "L")
-            turn = _turn(file) if exif_rotation else None
-            return picture if turn is None else picture.transpose(turn)
+        with Image.open(source, formats=_formats(source)) as file:
+            return decoded_picture(file, channels=channels, exif_rotation=exif_rotation)
     except Exception as error:  # damage makes Pillow raise errors of many kinds
-        raise FileError(f"{path}: cannot be decoded, truncated or damaged ({error})") from error
+        name = source if isinstance(source, Path) else "an image"
+        raise FileError(f"{name}: cannot be decoded, truncated or damaged ({error})") from error
+
+
+def decoded_picture(file: Image.Image, *, channels: int, exif_rotation: bool = True) -> Image.Image:
+    """An opened image as 8-bit grey or RGB; see `open_picture`, without its translated errors."""
+    file.load()  # decodes here, where errors are caught
+    picture = _in_8_bits(file, "RGB" if channels == 3 else "L")
+    turn = _turn(file) if exif_rotation else None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def is_grey(path: Path) -> bool:
@@ -112,14 +141,15 @@ def is_grey(path: Path) -> bool:
     """
     try:
         with Image.open(path, formats=_formats(path)) as file:
-            return file.mode in _GREY
+            return file.mode in GREY_MODES
     except Exception as error:
         raise FileError(f"{path}: cannot be decoded ({error})") from error
 
 
-def _formats(path: Path) -> list[str]:
+def _formats(source: Path | BinaryIO) -> list[str]:
     """The decoders to try. TGA files have no signature, so theirs is tried only for `.tga`."""
-    return [name for name in _FORMATS if name != "TGA" or path.suffix.lower() == ".tga"]
+    is_tga = isinstance(source, Path) and source.suffix.lower() == ".tga"
+    return [name for name in _FORMATS if name != "TGA" or is_tga]
 
 
 def _turn(file: Image.Image) -> Image.Transpose | None:

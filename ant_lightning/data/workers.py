@@ -10,10 +10,17 @@ from typing import Any
 
 from ant_lightning.errors import DataLoadingError
 
-__all__ = ["dead_worker", "worker_settings"]
+__all__ = ["available_cores", "dead_worker", "worker_settings"]
 
 # What torch's signal handler raises in the main thread, wherever that happens to be.
 _DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (?:is killed|exited)[^.]*")
+
+
+def available_cores() -> int:
+    """Cores that this process may use; torch warns of more loading processes than that."""
+    if hasattr(os, "sched_getaffinity"):  # a scheduler may give fewer than the machine has
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def worker_settings(num_workers: int) -> dict[str, Any]:

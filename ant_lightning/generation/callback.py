@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import warn_of_empty_classes
@@ -16,6 +17,7 @@ from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.figure import quality_history
+from ant_lightning.generation.inception import InceptionFeatures
 from ant_lightning.generation.neighbours import NUM_NEIGHBOURS
 from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.scores import GenerationScores
@@ -44,7 +46,8 @@ class GenerationMetrics(RunCallback):
     `ant-lightning score` scores stored images with the same settings.
 
     Args:
-        extractor: Network that turns images into features.
+        extractor: Network that turns images into features; by default `InceptionFeatures()`. If
+            its weights are not there and cannot be downloaded, a run trains without scores.
         num_images: Images to draw; by default as many as are held out. `ant-lightning score` by
             default scores all stored images.
         batch_size: Images drawn at once.
@@ -73,7 +76,7 @@ class GenerationMetrics(RunCallback):
 
     def __init__(
         self,
-        extractor: FeatureExtractor,
+        extractor: FeatureExtractor | None = None,
         *,
         num_images: int | None = None,
         batch_size: int = 250,
@@ -94,7 +97,7 @@ class GenerationMetrics(RunCallback):
                 "with_train: must be false if training images are the reference, found true"
             )
         super().__init__()
-        self.extractor = extractor
+        self._extractor = extractor
         self.num_images = num_images
         self.batch_size = batch_size
         self.every_n_epochs = every_n_epochs
@@ -104,17 +107,41 @@ class GenerationMetrics(RunCallback):
         self.k = k
         self.seed = seed
         self._scores: GenerationScores | None = None
+        self._is_off = False
+
+    @property
+    def extractor(self) -> FeatureExtractor:
+        """The network; the default one is loaded when it is first asked for.
+
+        Raises:
+            ConfigError: If its weights are not here and cannot be downloaded.
+        """
+        if self._extractor is None:
+            self._extractor = InceptionFeatures()
+        return self._extractor
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
-        """Forget the real images: the next call may have others."""
+        """Forget the real images, as the next call may have others; load a default extractor."""
         super().setup(trainer, pl_module, stage)
         self._scores = None
+        self._is_off = False
+        problem = None
+        try:
+            _ = self.extractor
+        except ConfigError as error:
+            if stage != "fit":  # a command that only measures
+                raise
+            problem = error
+        # All ranks measure or none does.
+        self._is_off = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+        if self._is_off:
+            rank_zero_warn(f"GenerationMetrics: this run has no FID and no other score: {problem}")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure, unless this is the sanity check or not yet due."""
         due = (trainer.current_epoch + 1) % self.every_n_epochs == 0
         fitting = trainer.state.fn == "fit"
-        if not trainer.sanity_checking and (due or not fitting):
+        if not trainer.sanity_checking and (due or not fitting) and not self._is_off:
             self._measure(trainer, pl_module, prefix="val")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:

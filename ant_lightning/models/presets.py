@@ -26,7 +26,8 @@ class ADMModule(MultiTaskDiffusion):
         timesteps: How timesteps are drawn in training.
         optimization: How the weights are optimised.
         sampling: How images are drawn from noise.
-        class_dropout: Share of labels replaced by the null class, for guidance.
+        class_dropout: Share of labels replaced by the null class; by default 0.1, or 0 for a
+            backbone without a null class.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels.
         init_from: Official checkpoint that the backbone starts from.
         init_weights: Which weights of that file, if it has both.
@@ -55,12 +56,15 @@ class ADMModule(MultiTaskDiffusion):
         timesteps: TimestepSampling = TimestepSampling(),
         optimization: Optimization = Optimization(),
         sampling: Sampling = Sampling(),
-        class_dropout: float = 0.0,
+        class_dropout: float | None = None,
         first_stage: FirstStage | None = None,
         init_from: str | None = None,
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
     ) -> None:
+        # As in `DiTModule`.
+        if class_dropout is None:
+            class_dropout = 0.0 if backbone.null_class is None else 0.1
         super().__init__(
             backbone,
             process=process,

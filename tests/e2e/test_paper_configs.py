@@ -76,6 +76,8 @@ def arguments(model, method, place, *, fit=False):
     balancer, clustering = method
     files = [f"{model}.yaml", f"balancer/{balancer}.yaml", f"clustering/{clustering}.yaml"]
     args = [x for file in files for x in ("--config", str(CONFIGS / file))]
+    if balancer != "vanilla":  # the command line takes it from the clustering
+        args += ["--model.tasks.balancer.num_tasks=5"]
     if clustering == "gradient":
         args += [f"--model.tasks.clustering.affinity={place / 'affinity.npz'}"]
     if "adm" not in model:
@@ -93,7 +95,7 @@ def merged(model, method, place):
     for option in options[6:]:
         path, value = option.removeprefix("--model.").split("=")
         *groups, owner, name = path.split(".")
-        setting = {owner: {"init_args": {name: value}}}
+        setting = {owner: {"init_args": {name: yaml.safe_load(value)}}}
         for group in groups:
             setting = {group: setting}
         merge(result, {"model": {"init_args": setting}})

@@ -82,6 +82,10 @@ class LatentsData(ImageDataModule):
         self.flip = flip
         self.images = images
 
+    def shape_and_classes(self) -> tuple[tuple[int, int, int], int]:
+        """Shape of the latents and number of classes."""
+        return self.latent_space.latent_shape(self.moments_shape), self.num_classes
+
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Map the shards of both splits, and compare the cache with `images`."""
         if self.images is not None:

@@ -1,0 +1,137 @@
+"""Settings that follow from others, so that nothing has to be said twice.
+
+- `num_tasks` of a balancer is that of the clustering.
+- `input_size`, `in_channels` and `num_classes` of a network are those of the data, or of their
+  latents; `out_channels` follows from the process.
+
+They are added to a command line as options. What is set anywhere, to any value, stays.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import ArgumentParser
+
+import ant_lightning
+from ant_lightning.cli.merged_settings import merged_settings
+from ant_lightning.data.module import ImageDataModule
+from ant_lightning.models.first_stage.first_stage import FirstStage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+__all__ = ["derived_settings"]
+
+_SIZES = ("input_size", "in_channels", "num_classes", "out_channels")
+
+
+def derived_settings(args: Sequence[str]) -> list[str]:
+    """Options for the settings that follow from those of a command line and were not given.
+
+    Args:
+        args: The arguments of a command, without its name.
+
+    Returns:
+        Options to append, `["--model.backbone.init_args.input_size=32", ..]`; none where the
+        settings are incomplete or wrong, which the parser then says.
+    """
+    settings = merged_settings(args)
+    model = settings.get("model") if settings else None
+    if not settings or not isinstance(model, dict):
+        return []
+    found = {}
+    tasks = model.get("tasks")
+    if isinstance(tasks, dict):
+        num_tasks = _num_tasks(tasks.get("clustering"))
+        if num_tasks and "num_tasks" in _open(tasks.get("balancer")):
+            found["model.init_args.tasks.balancer.init_args.num_tasks"] = num_tasks
+    own, backbone = (
+        [name for name in _open(part) if name in _SIZES] for part in (model, model.get("backbone"))
+    )
+    if own or backbone:
+        sizes = _sizes(settings)
+        places = {"model.init_args": own, "model.init_args.backbone.init_args": backbone}
+        for path, names in places.items():
+            found |= {f"{path}.{name}": sizes[name] for name in names if name in sizes}
+    return [f"--{name}={value}" for name, value in found.items()]
+
+
+def _open(part: object) -> list[str]:
+    """The arguments that the class of a part takes and that are not given."""
+    given = part if isinstance(part, dict) else {"class_path": part}
+    kind = _ours(given.get("class_path"))
+    return [] if kind is None else [n for n in inspect.signature(kind).parameters if n not in given]
+
+
+def _ours(name: object) -> Callable[..., Any] | None:
+    """Our public class or preset of this name."""
+    last = str(name).removeprefix("ant_lightning.")
+    return getattr(ant_lightning, last) if last in ant_lightning.__all__ else None
+
+
+def _num_tasks(clustering: object) -> int | None:
+    """The number of tasks of a clustering, `None` if its settings do not tell."""
+    given: dict[str, Any] = (
+        clustering if isinstance(clustering, dict) else {"class_path": clustering}
+    )
+    if isinstance(given.get("boundaries"), list):
+        return len(given["boundaries"]) - 1
+    if "clustering" in given:  # `ShuffledClustering` has the tasks of another
+        return _num_tasks(given["clustering"])
+    kind = _ours(given.get("class_path"))
+    default = inspect.signature(kind).parameters.get("num_tasks") if kind else None
+    number = given.get("num_tasks", default and default.default)
+    return number if type(number) is int else None
+
+
+def _sizes(settings: Mapping[str, Any]) -> dict[str, int]:
+    """What a network must fit: sizes and classes of the data, or of their latents."""
+    model, first_stage = settings["model"], settings["model"].get("first_stage")
+    try:
+        data = _made(settings.get("data"), ImageDataModule)
+        shape, num_classes = data.shape_and_classes()
+        if first_stage is not None and not hasattr(data, "latent_space"):
+            shape = _made(first_stage, FirstStage).latent_shape(shape)
+    except Exception:  # whatever is wrong, the command itself says it, with the path of the setting
+        return {}
+    channels, size, _ = shape
+    learned = _variance_type(model) == "learned_range"
+    return {
+        "input_size": size,
+        "in_channels": channels,
+        "out_channels": 2 * channels if learned else channels,
+        "num_classes": num_classes,
+    }
+
+
+def _variance_type(model: Mapping[str, Any]) -> str | None:
+    """The variance of the process, which decides the channels of the output."""
+    process = model.get("process")
+    if process is None:  # the module has one of its own
+        kind = _ours(model.get("class_path"))
+        default = inspect.signature(kind).parameters.get("process") if kind else None
+        return getattr(default and default.default, "variance_type", None)
+    return process.get("variance_type") if isinstance(process, dict) else None
+
+
+def _made(settings: Any, kind: type) -> Any:  # noqa: ANN401
+    """The object that merged settings describe."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "part", required=True)
+    chosen = settings if isinstance(settings, dict) else {"class_path": settings}
+    named = {"class_path": f"ant_lightning.{kind.__name__}", **chosen}
+    return parser.instantiate(parser.parse_object({"part": _unmerged(named)})).part
+
+
+def _unmerged(settings: Any) -> Any:  # noqa: ANN401 - values of all kinds
+    """Settings with the arguments of each class in `init_args` again, as the parser reads them."""
+    if isinstance(settings, list):
+        return [_unmerged(each) for each in settings]
+    if not isinstance(settings, dict):
+        return settings
+    inner = {name: _unmerged(value) for name, value in settings.items()}
+    if "class_path" not in inner:
+        return inner
+    return {"class_path": inner.pop("class_path"), "init_args": inner}

@@ -1,0 +1,92 @@
+"""The settings of a command line, merged from its files and options without parsing them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ant_lightning.cli.config_files import load_yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["FLAGS", "merge", "merged_settings"]
+
+FLAGS = frozenset({"-h", "--help", "--print_config"})
+
+
+def merged_settings(args: Sequence[str]) -> dict[str, Any] | None:
+    """What `--config` files and options say, with later ones first, as the parser merges them.
+
+    `init_args` are moved up beside their `class_path`. Only the value that counts in the end is
+    kept.
+
+    Args:
+        args: The arguments of a command, without its name.
+
+    Returns:
+        The settings; `None` if the command line has a form that only the parser understands.
+    """
+    options = _options([each for each in args if each not in FLAGS])
+    if options is None:
+        return None
+    settings: dict[str, Any] = {}
+    for name, value in options:
+        if name in {"config", "c"}:
+            is_file = Path(value).is_file()
+            merge(settings, _loaded(Path(value).read_text(encoding="utf8") if is_file else value))
+        else:
+            merge(settings, _nested(name, value))
+    return settings
+
+
+def _options(args: Sequence[str]) -> list[tuple[str, str]] | None:
+    """Name and value of each option; `None` if the command line has any other form."""
+    found, rest = [], list(args)
+    while rest:
+        name, sign, value = rest.pop(0).partition("=")
+        if not re.fullmatch(r"--[A-Za-z]\w*(\.\w+)*\+?|-c", name) or name.endswith(".help"):
+            return None
+        if not sign:
+            if not rest or rest[0].startswith("--"):
+                return None
+            value = rest.pop(0)
+        found.append((name.lstrip("-"), value))
+    return found
+
+
+def _loaded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
+    try:
+        return load_yaml(text)
+    except Exception:  # not YAML: the parser decides whether a string is valid here
+        return text
+
+
+def _nested(name: str, value: str) -> dict[str, Any]:
+    """An option as a nested config; a `+` option becomes an opaque value that no check inspects."""
+    inner: Any = object() if name.endswith("+") else _loaded(value)
+    for part in reversed(name.removesuffix("+").split(".")):
+        inner = {part: inner}
+    return inner  # type: ignore[no-any-return]
+
+
+def merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
+    """Merge settings, later ones first; `init_args` are moved up beside their `class_path`."""
+    if not isinstance(settings, dict):
+        return
+    for name, given in settings.items():
+        if name == "init_args":
+            merge(into, given)
+            continue
+        before = into.get(name)
+        if name == "class_path" and before not in (None, given):
+            into.clear()  # another class: the parser keeps those old settings that still fit
+        is_class = isinstance(before, dict) and "class_path" in before and isinstance(given, str)
+        value = {"class_path": given} if is_class else given
+        if isinstance(value, dict):
+            if not isinstance(before, dict):
+                into[name] = before = {"class_path": before} if isinstance(before, str) else {}
+            merge(before, value)
+        else:
+            into[name] = value

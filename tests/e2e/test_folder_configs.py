@@ -1,0 +1,131 @@
+"""Configs `folder/...`: sizes, classes and tasks are said once, or not at all."""
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from ant_lightning import GenerationMetrics, ImageFolderData
+from ant_lightning.cli.configs import config_names
+from ant_lightning.cli.derived_settings import derived_settings
+from ant_lightning.cli.main import main
+
+SMALL = {
+    "dit": ["--model.backbone.hidden_size=8", "--model.backbone.depth=1"],
+    "adm": ["--model.backbone.model_channels=32", "--model.backbone.channel_mult=[1,1]"],
+    "ldm": ["--model.backbone.model_channels=32", "--model.backbone.channel_mult=[1]"],
+}
+SMALL["dit"] += ["--model.backbone.num_heads=1"]
+SMALL["adm"] += ["--model.backbone.num_res_blocks=1", "--model.backbone.attention_resolutions=[]"]
+SMALL["ldm"] += ["--model.backbone.num_res_blocks=1", "--model.backbone.attention_resolutions=[]"]
+FOLDER = sorted(name for name in config_names() if name.startswith("folder/"))
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Twelve images of three classes, of several sizes."""
+    for i in range(12):
+        folder = tmp_path / "images" / "abc"[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20 + i, 30), (20 * i, 0, 100)).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("name", FOLDER)
+def test_a_folder_is_all_that_a_run_needs(name, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kind = name.split("/")[1].split("_")[0]
+    if kind == "ldm":
+        AutoencoderKL(
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            **{
+                "down_block_types": ("DownEncoderBlock2D",) * 2,
+                "up_block_types": ("UpDecoderBlock2D",) * 2,
+            },
+        ).save_pretrained("vae")
+        SMALL["ldm"].append("--model.first_stage.source=vae")
+    quick = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu"]
+    quick += ["--trainer.callbacks=null", "--data.batch_size=10", "--data.num_workers=0"]
+    quick += ["--trainer.enable_progress_bar=false", "--model.tasks.clustering.num_tasks=3"]
+    assert main(["fit", "--config", name, f"--data.root={images}", *quick, *SMALL[kind]]) == 0
+    record = yaml.safe_load(
+        (tmp_path / f"runs/folder_{name[7:]}/version_0/config.yaml").read_text()
+    )
+    backbone = record["model"]["init_args"]["backbone"]["init_args"]
+    size = record["data"]["init_args"]["image_size"]
+    assert size == int(name[-2:])
+    expected = {"input_size": size, "in_channels": 3, "num_classes": 3}
+    if kind == "ldm":
+        expected |= {"input_size": size // 2, "in_channels": 4, "out_channels": 4}
+    elif kind == "adm":
+        expected |= {"out_channels": 6}
+    assert backbone.items() >= expected.items()
+    tasks = record["model"]["init_args"]["tasks"]
+    assert tasks["balancer"]["init_args"]["num_tasks"] == 3
+
+
+def options(*args):
+    return dict(each[2:].split("=") for each in derived_settings(list(args)))
+
+
+BACKBONE = "model.init_args.backbone.init_args."
+
+
+def test_what_is_set_stays_and_what_follows_is_added(images):
+    args = ["--config", str(config_names()["folder/adm_32"]), f"--data.root={images}"]
+    sizes = {"input_size": "32", "in_channels": "3", "num_classes": "3", "out_channels": "6"}
+    tasks = {"model.init_args.tasks.balancer.init_args.num_tasks": "5"}
+    assert options(*args) == {BACKBONE + name: value for name, value in sizes.items()} | tasks
+    assert options(*args, "--model.tasks.balancer=null", "--model.backbone.num_classes=0") == {
+        BACKBONE + name: value for name, value in sizes.items() if name != "num_classes"
+    }
+    found = options(*args, "--data.channels=1", "--model.process.variance_type=fixed_small")
+    assert found[BACKBONE + "in_channels"] == found[BACKBONE + "out_channels"] == "1"
+    shuffled = str(config_names()["clustering/shuffled"])
+    fixed = "--model.tasks.clustering={class_path: FixedClustering, boundaries: [0, 9, 1000]}"
+    assert options(*args, f"--config={shuffled}").items() >= tasks.items()
+    assert options(*args, fixed)[next(iter(tasks))] == "2"
+
+
+def test_a_folder_that_is_missing_is_left_to_the_command(tmp_path, capsys):
+    assert main(["fit", "--config=folder/dit_32", "--data.root=/nope", "--data.seed=0"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "ant-lightning: error: data.root: must be a folder of images, found /nope"
+    )
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (19, 1), (35, 3)])
+def test_a_tenth_is_held_out_by_default(count, held_out, tmp_path):
+    for i in range(count):
+        Image.new("L", (4, 4), i).save(tmp_path / f"{i}.png")
+    data = ImageFolderData(str(tmp_path), image_size=4, batch_size=1, num_workers=0)
+    assert (len(data.train_images), len(data.held_out_images)) == (count - held_out, held_out)
+    assert data.settings()["num_held_out"] == held_out
+
+
+def test_a_run_without_weights_of_inception_trains_without_scores(
+    images, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+
+    def offline(url, path):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    args = [
+        "--config=folder/dit_32",
+        f"--data.root={images}",
+        *SMALL["dit"],
+        "--data.batch_size=10",
+    ]
+    args += ["--trainer.callbacks=ant_lightning.GenerationMetrics", "--data.num_workers=0"]
+    args += ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu"]
+    with pytest.warns(UserWarning, match=r"no FID and no other score: weights: could not be"):
+        assert main(["fit", *args]) == 0
+    last = next((tmp_path / "runs").rglob("last.ckpt"))
+    assert main(["validate", *args[:-2], f"--ckpt_path={last}"]) == 2
+    assert "weights: could not be downloaded (no network)" in capsys.readouterr().err
+    assert GenerationMetrics().last_scores == {}
