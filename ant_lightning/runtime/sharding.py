@@ -42,8 +42,7 @@ def shard_backbone(backbone: nn.Module, trainer: L.Trainer) -> None:
         )
     # FSDP2 keeps what it makes in its first pass, and training cannot write to a tensor that was
     # made in inference mode.
-    training = trainer.fit_loop.epoch_loop.val_loop
-    for loop in (training, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False
     from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: PLC0415 - a second
 

@@ -35,6 +35,7 @@ def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **set
     fit.fit(model, datamodule=TinyData(batch_size=batch_size), ckpt_path=resume)
     parameters = dict(model.backbone.named_parameters())
     assert is_sharded(parameters.values()) == sharded
+    assert fit.validate_loop.inference_mode != sharded
     state = ema.state_dict()
     kinds = {"decay": state["averages"], "length": state["powers"][0.1]}
     return {
