@@ -15,7 +15,7 @@ from ant_lightning.balancing.weight_factors import WeightFactors
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor, nn
@@ -108,6 +108,18 @@ class DenseTaskGradients(TaskGradients):
         self._row_views: list[list[Tensor]] = []
         self._blocks: dict[int, Tensor] = {}
         self._matrices: list[tuple[list[int], Tensor]] = []
+        self._spare: dict[int, Tensor] = {}  # large blocks of the last step, to be used again
+
+    def spare(self, index: int, num_tasks: int) -> Tensor | None:
+        """A block `[m, *shape]` of the last step that may be overwritten, if one was kept.
+
+        New memory is slow on a CPU: the kernel clears each page when it is first written.
+        """
+        block, p = self._spare.pop(index, None), self.parameters[index]
+        if block is None or len(block) != num_tasks:
+            return None
+        strides = (p.numel(), *memory_strides(p))
+        return block.as_strided((num_tasks, *p.shape), strides, block.storage_offset())
 
     def begin(
         self,
@@ -137,6 +149,8 @@ class DenseTaskGradients(TaskGradients):
         self._factored = dict(factored)
         self._blocks, self._matrices = {}, []
         self._open, self._spent = True, False
+        found = len(self._tasks)
+        self._inner = torch.zeros(found, found, dtype=torch.float64, device=self._empty.device)
 
     def receive(self, index: int, block: Float[Tensor, "m ..."]) -> None:
         """Take the gradients of one parameter, for the tasks of `begin`.
@@ -151,7 +165,9 @@ class DenseTaskGradients(TaskGradients):
         """
         assert self._open, "receive was called before begin"
         assert index not in self._blocks, "receive was called twice for a parameter"
-        self._blocks[index] = self._flat(index, block)
+        self._blocks[index] = flat = self._flat(index, block)
+        if flat.shape[1] >= CHUNK:  # now, while it is in the cache
+            self._inner += dot_products(flat)
 
     def receive_factors(
         self, index: int, left: Float[Tensor, "bn o"], right: Float[Tensor, "bn i"]
@@ -207,43 +223,13 @@ class DenseTaskGradients(TaskGradients):
             self._rows[task].zero_()
         self._matrices = [([*range(len(self.parameters))], self._rows)]
 
-    def write_together(
-        self,
-        tasks: Sequence[int],
-        fill: Callable[[list[Tensor]], None],
-        parameters: Sequence[nn.Parameter] | None = None,
-        *,
-        samples: Float[Tensor, "N k"] | None = None,
-    ) -> None:
-        """Set the gradients of `tasks` together; those of the other tasks become zero.
-
-        Args:
-            tasks: Tasks that this rank has samples of, `m` of them.
-            fill: Called once with a tensor `[m, *shape]` for each parameter, and fills them.
-            parameters: Parameters that have gradients, by default all; the others are left out.
-            samples: Number of samples of each task on each rank.
-        """
-        known = {id(p) for p in (self.parameters if parameters is None else parameters)}
-        indices = [index for index, p in enumerate(self.parameters) if id(p) in known]
-        apart = [*set(range(len(self.parameters))).difference(indices)]
-        self.begin(tasks, samples=samples, apart=apart)
-        sizes = [self.parameters[index].numel() * len(tasks) for index in indices]
-        blocks = []
-        for index, flat in zip(
-            indices, self._empty.new_empty(sum(sizes)).split(sizes), strict=True
-        ):
-            p = self.parameters[index]
-            strides = (p.numel(), *memory_strides(p))
-            blocks.append(flat.as_strided((len(tasks), *p.shape), strides, flat.storage_offset()))
-        fill(blocks)
-        for index, block in zip(indices, blocks, strict=True):
-            self.receive(index, block)
-
     def _close(self) -> None:
         """Join small blocks to one matrix; each large one stays a matrix of its own."""
         if not self._open:
             return
         self._open = False
+        if self._matrices:  # of `write`
+            self._inner += dot_products(self._rows)
         small = []
         for index, block in self._blocks.items():
             if block.shape[1] < CHUNK:
@@ -253,16 +239,14 @@ class DenseTaskGradients(TaskGradients):
         if small:
             joined = torch.cat([self._blocks[index] for index in small], dim=1)
             self._matrices.append((small, joined))
+            self._inner += dot_products(joined)
         self._blocks = {}
 
     def gramian(self) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64; before `combine_`."""
         assert not self._spent, "gramian was called after combine_"
         self._close()
-        found = len(self._tasks)
-        inner = torch.zeros(found, found, dtype=torch.float64, device=self._empty.device)
-        for _, matrix in self._matrices:
-            inner += dot_products(matrix)
+        inner = self._inner
         of_factors = self._factors.gramian(self._factors.indices)
         if self._tasks == [*range(self.num_tasks)]:
             return inner + of_factors
@@ -280,9 +264,11 @@ class DenseTaskGradients(TaskGradients):
         if self._tasks != [*range(self.num_tasks)]:
             weights = weights[torch.tensor(self._tasks).to(weights.device, non_blocking=True)]
         missing = set(range(len(self.parameters))).difference(self._apart).union(self._factored)
-        # A block is freed as soon as its combination is made.
+        # A block is freed as soon as its combination is made, unless it is used again.
         while self._matrices:
             indices, matrix = self._matrices.pop()
+            if self.keep and len(indices) == 1 and matrix is not self._rows:
+                self._spare[indices[0]] = matrix
             with full_precision(matrix.device):
                 combined = torch.mv(matrix.mT, weights)
             self._assign(indices, views_of(combined, [self.parameters[i] for i in indices]))

@@ -18,7 +18,7 @@ from ant_lightning.balancing.weight_factors import has_small_factors
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from ant_lightning.balancing.batch import TaskBatch
@@ -54,20 +54,25 @@ class SortedLosses:
         self._edges = [torch.autograd.graph.get_gradient_edge(p) for p in batch.shared]
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Run the network, and its backward pass, inside this context."""
+    def watched(self, spare: Mapping[int, Tensor] | None = None) -> Iterator[None]:
+        """Run the network, and its backward pass, inside this context.
+
+        Args:
+            spare: For some parameters, memory for the gradients of the tasks, `[m, *shape]`.
+        """
         shared = self.batch.shared
         classes = [type(p) for p in shared]
         state.sizes = self.sizes
         try:
             for index, p in enumerate(shared):
                 p.leaf, p.left, p.right = self._leaves.of(index)  # type: ignore[attr-defined]
+                p.spare = None if spare is None else spare.get(index)  # type: ignore[attr-defined]
                 p.__class__ = TaskParameter
             yield
         finally:
             for p, before in zip(shared, classes, strict=True):
                 p.__class__ = before
-                for name in ("leaf", "left", "right"):
+                for name in ("leaf", "left", "right", "spare"):
                     vars(p).pop(name, None)
             # The network may have kept a view, for instance in an attribute.
             for view in state.views:
@@ -144,7 +149,7 @@ class OnePass(Engine):
         gradients = rows or new_rows(batch)
         factored = self._factored(batch)
         self._leaves.factor({index: n * len(batch) for index, n in factored.items()})
-        with losses.watched():
+        with losses.watched(self._spare(batch, gradients, len(losses.tasks))):
             values = batch.evaluate(losses.rows)
             gradients.begin(
                 losses.tasks,
@@ -217,6 +222,18 @@ class OnePass(Engine):
             # need the products of the factors of one use with those of the other.
             if uses == 1 and positions and has_small_factors(positions * samples, p):
                 found[index] = positions
+        return found
+
+    def _spare(
+        self, batch: TaskBatch, gradients: DenseTaskGradients, num_tasks: int
+    ) -> dict[int, Tensor]:
+        """Memory of the last step for weights that are used once."""
+        found = {}
+        for index, p in enumerate(batch.shared):
+            if self._layers.get(id(p), (0, 0))[0] == 1:
+                block = gradients.spare(index, num_tasks)
+                if block is not None:
+                    found[index] = block
         return found
 
 

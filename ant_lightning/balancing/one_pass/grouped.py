@@ -37,27 +37,33 @@ def sums(values: Tensor, sizes: Sequence[int]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def products(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
+def products(
+    left: Tensor, right: Tensor, sizes: Sequence[int], out: Tensor | None = None
+) -> Tensor:
     """`P[i] = sum_s left[s]^T right[s]` over the samples s of task i, `[m, o, c]`.
 
     Args:
         left: `[b, n, o]`.
         right: `[b, n, c]`.
         sizes: Number of samples of each task.
+        out: Memory for the result, if it fits.
     """
-    if len(set(sizes)) == 1:
-        shape = (len(sizes), -1)
-        left, right = (each.flatten(0, 1).unflatten(0, shape) for each in (left, right))
+    if torch.compiler.is_compiling():  # a compiler does not take `out`
+        if len(set(sizes)) > 1:
+            result: Tensor = _products(left, right, list(sizes))
+            return result
+        left, right = (each.unflatten(0, (len(sizes), -1)).flatten(1, 2) for each in (left, right))
         return torch.bmm(left.mT, right)
-    if torch.compiler.is_compiling():
-        result: Tensor = _products(left, right, list(sizes))
-        return result
-    return _products_of_runs(left, right, sizes)
+    return _products_of_runs(left, right, sizes, out)
 
 
-def _products_of_runs(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
+def _products_of_runs(
+    left: Tensor, right: Tensor, sizes: Sequence[int], out: Tensor | None = None
+) -> Tensor:
     # Each call writes to its place in the result: `cat` would copy all of it.
-    result = left.new_empty(len(sizes), left.shape[-1], right.shape[-1])
+    result, shape = out, (len(sizes), left.shape[-1], right.shape[-1])
+    if result is None or result.shape != shape or result.dtype != left.dtype:
+        result = left.new_empty(shape)
     for tasks, samples, count in _runs(sizes):
         a, b = (each[samples].flatten(0, 1).unflatten(0, (count, -1)) for each in (left, right))
         torch.bmm(a.mT, b, out=result[tasks])
@@ -66,7 +72,7 @@ def _products_of_runs(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tens
 
 @torch.library.custom_op("ant_lightning::products", mutates_args=())
 def _products(left: Tensor, right: Tensor, sizes: list[int]) -> Tensor:
-    """`_products_of_runs` as one operation, because a compiler does not take `out`."""
+    """`_products_of_runs` as one operation."""
     return _products_of_runs(left, right, sizes)
 
 

@@ -59,8 +59,9 @@ class _Linear(torch.autograd.Function):
     """On rows `[b n, c]` for n positions of each sample."""
 
     @staticmethod
-    def forward(ctx, x, weight_leaf, bias_leaf, left, right, weight, bias, sizes):
+    def forward(ctx, x, weight_leaf, bias_leaf, left, right, weight, bias, spare, sizes):
         ctx.save_for_backward(x, weight)
+        ctx.spare = spare
         ctx.sizes, ctx.factored, ctx.with_bias = sizes, left is not None, bias_leaf is not None
         return F.linear(x, weight, bias)
 
@@ -71,9 +72,9 @@ class _Linear(torch.autograd.Function):
         g, x = (each.unflatten(0, (sum(ctx.sizes), -1)) for each in (grad, x))
         of_bias = sums(g.sum(1), ctx.sizes) if ctx.with_bias else None
         if ctx.factored:
-            return of_input, None, of_bias, grad, x.flatten(0, 1), None, None, None
-        of_weight = products(g, x.to(g.dtype), ctx.sizes)
-        return of_input, of_weight, of_bias, None, None, None, None, None
+            return of_input, None, of_bias, grad, x.flatten(0, 1), None, None, None, None
+        of_weight = products(g, x.to(g.dtype), ctx.sizes, ctx.spare)
+        return of_input, of_weight, of_bias, None, None, None, None, None, None
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: ANN401
@@ -92,7 +93,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
     values = (value_of(weight), value_of(bias))
     leaves = (leaf if left is None else None, of_bias, left, right)
     # On rows: of more dimensions the output would be a view, which may not be changed in place.
-    output = _Linear.apply(_cast(input).flatten(0, -2), *leaves, *values, state.sizes)
+    spare = None if torch.compiler.is_compiling() else getattr(weight, "spare", None)
+    output = _Linear.apply(_cast(input).flatten(0, -2), *leaves, *values, spare, state.sizes)
     return output.unflatten(0, input.shape[:-1])
 
 

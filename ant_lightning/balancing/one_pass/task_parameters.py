@@ -96,6 +96,7 @@ class TaskParameter(nn.Parameter):
     # For a layer that meets few positions: leaves whose gradients are its two factors.
     left: Tensor | None
     right: Tensor | None
+    spare: Tensor | None  # memory that a layer's rule may use for the gradients of the tasks
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
         """Make an ordinary parameter: copies have no leaf."""
