@@ -169,5 +169,38 @@ def test_rows_are_held_where_every_step_needs_them(every, held, placement):
     rows, parameters = step._rows, [p for p in model.backbone.parameters() if p.requires_grad]
     buffers = [value for value in vars(rows).values() if isinstance(value, torch.Tensor)]
     most = max(buffer.numel() for buffer in buffers)
-    assert most >= 3 * sum(p.numel() for p in parameters) if held else most == 0
+    assert most >= 3 * sum(p.numel() for p in parameters) if held else most <= 3 * 3  # a Gramian
     assert all(p.grad is not None for p in parameters)
+
+
+def test_memory_of_large_blocks_is_used_again_in_the_next_step():
+    torch.manual_seed(0)
+    layer, x, tasks = (
+        nn.Linear(256, 256),
+        torch.randn(6, 100, 256),
+        torch.tensor([0, 1, 2, 2, 1, 0]),
+    )
+    parameters, engine = list(layer.parameters()), OnePass()
+    rows = DenseTaskGradients(3, parameters, reduction=Reduction())
+
+    def step(engine, **settings):
+        report = multitask_backward(
+            lambda rows: layer(x[rows]).square().mean((1, 2)),
+            tasks,
+            parameters,
+            PCGrad(3),
+            engine=engine,
+            **settings,
+        )
+        return report.gramian, parameters[0].grad.clone()
+
+    places = []
+    for _ in range(3):
+        x += 0.1
+        for found, expected in zip(step(engine, gradients=rows), step(Loop()), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        places.append(rows._spare[0].data_ptr())
+    assert places[0] == places[1] == places[2]
+    rows.keep = False
+    step(engine, gradients=rows)
+    assert not rows._spare
