@@ -192,6 +192,10 @@ from ant_lightning.diffusion.preconditioning import (
 from ant_lightning.diffusion.process import (
     NoiseProcess as NoiseProcess,
 )
+from ant_lightning.diffusion.proposals import (
+    LossSecondMoment as LossSecondMoment,
+    SpeeD as SpeeD,
+)
 from ant_lightning.diffusion.samplers.base import (
     Sampler as Sampler,
 )

@@ -17,6 +17,7 @@ from ant_lightning.diffusion.preconditioning import (
     VPPreconditioning,
 )
 from ant_lightning.diffusion.process import DenoisingLoss, NoiseProcess
+from ant_lightning.diffusion.proposals import CellProposal, LossSecondMoment, SpeeD
 from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep
 from ant_lightning.diffusion.samplers.ddim import DDIM, DDPM
 from ant_lightning.diffusion.samplers.edm import EDMSampler
@@ -38,6 +39,7 @@ __all__ = [
     "DDPM",
     "EDM",
     "P2",
+    "CellProposal",
     "CosineSchedule",
     "Denoiser",
     "DenoisingLoss",
@@ -52,6 +54,7 @@ __all__ = [
     "LinearSchedule",
     "LogNormal",
     "LogitNormal",
+    "LossSecondMoment",
     "LossWeighting",
     "MinSNR",
     "Mode",
@@ -66,6 +69,7 @@ __all__ = [
     "ScaledLinearSchedule",
     "Shifted",
     "SizeShifted",
+    "SpeeD",
     "Table",
     "TableSchedule",
     "Uniform",

@@ -137,6 +137,9 @@ class DiffusionModule(BaseModule):
         """The weaker network of autoguidance; `None` without one."""
         return self._guides[0] if self._guides else None
 
+    #: Whether losses are multiplied by the importance of their draws.
+    corrects_importance: bool = True
+
     @property
     def num_tasks(self) -> int:
         """Number of timestep clusters."""
@@ -209,6 +212,7 @@ class DiffusionModule(BaseModule):
             )
         # bf16-true casts batches: noise levels and targets need float32.
         x_start = x_start.to(torch.promote_types(x_start.dtype, torch.float32))
+        correction = draws.importance if self.corrects_importance else None
         x_t = self.process.noised(x_start, draws.noise, draws.times)
 
         def losses_of(rows: Tensor) -> Tensor:
@@ -221,6 +225,8 @@ class DiffusionModule(BaseModule):
             )
             if unweighted is not None:
                 unweighted[rows] = terms.mse.detach().to(unweighted)
+            if correction is not None:
+                return terms.loss * correction[rows]
             return terms.loss
 
         return losses_of

@@ -33,6 +33,7 @@ class Draws:
         tasks: Tasks of the cells, `[b]`.
         noise: Standard normal noise, `[b, c, h, w]`.
         labels: Classes `[b]`, or `None`.
+        importance: Own density of each cell over that which it was drawn by, `[b]`; `None` for 1.
     """
 
     timesteps: Tensor
@@ -40,6 +41,7 @@ class Draws:
     tasks: Tensor
     noise: Tensor
     labels: Tensor | None
+    importance: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,7 @@ class TrainingDraws:
         b, device = len(batch.images), batch.images.device
         total, mine = b * world_size, slice(rank * b, (rank + 1) * b)
         generator = keyed_generator(self.seed, "timesteps", step)
+        importance = None
         if self.timesteps.method == "stratified":
             cells, places, tasks = clusters.draw(
                 total,
@@ -102,27 +105,27 @@ class TrainingDraws:
             cells, times, tasks = cells[order], times[order], tasks[order]
         else:
             interval = self.timesteps.interval or (0, clusters.num_timesteps)
-            cells, places = self._plain(interval, total, generator)
+            density = self.density
+            if self.timesteps.proposal is not None:
+                density = self.timesteps.proposal.shares(self.process)
+            cells, places = _plain(interval, total, generator, density)
+            if self.timesteps.proposal is not None and density is not None:
+                inside = slice(*interval)
+                ratio = self.process.density / density
+                ratio *= density[inside].sum() / self.process.density[inside].sum()
+                importance = ratio[cells[mine]].to(device, torch.float32, non_blocking=True)
             cells, times = cells[mine], self.process.times(cells, places)[mine]
             tasks = clusters.task_of(cells)
         noise = step_noise(mine, self.image_shape, self.seed, step, device)
         labels = self._labels(batch.labels, mine, step) if self.num_classes else None
         return Draws(
-            cells.to(device, non_blocking=True), on_device(times, device), tasks, noise, labels
+            cells.to(device, non_blocking=True),
+            on_device(times, device),
+            tasks,
+            noise,
+            labels,
+            importance,
         )
-
-    def _plain(
-        self, interval: tuple[int, int], total: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Cells of an interval by the density alone, and the places inside them."""
-        start, stop = interval
-        if self.density is None:
-            cells = torch.randint(start, stop, (total,), generator=generator)
-            return cells, torch.rand(total, generator=generator, dtype=torch.float64)
-        part = TimestepClusters((0, stop - start))
-        cells, places, _ = part.draw(total, generator=generator, density=self.density[start:stop])
-        # In random order already: the numbers of one task are independent.
-        return start + cells, places
 
     def _labels(self, labels: Tensor, mine: slice, step: int) -> Tensor:
         """The labels, with a share of them replaced by the null class."""
@@ -134,6 +137,20 @@ class TrainingDraws:
         drawn = torch.rand(mine.stop, generator=generator, dtype=torch.float32)[mine]
         dropped = (drawn < self.class_dropout).to(labels.device, non_blocking=True)
         return labels.masked_fill(dropped, self.null_class)
+
+
+def _plain(
+    interval: tuple[int, int], total: int, generator: torch.Generator, density: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Cells of an interval by the density alone (`None`: uniform), and the places inside them."""
+    start, stop = interval
+    if density is None:
+        cells = torch.randint(start, stop, (total,), generator=generator)
+        return cells, torch.rand(total, generator=generator, dtype=torch.float64)
+    part = TimestepClusters((0, stop - start))
+    # In random order already: the numbers of one task are independent.
+    cells, places, _ = part.draw(total, generator=generator, density=density[start:stop])
+    return start + cells, places
 
 
 def spread_order(num_images: int) -> Tensor:

@@ -145,9 +145,13 @@ class MultiTaskDiffusion(DiffusionModule):
         self.balancer = tasks.balancer
         specialist = timesteps.interval is not None
         # Vanilla training draws timesteps as DDPM does; for a balancer each task has its share.
-        by_default = "uniform" if tasks.balancer is None or specialist else "stratified"
+        # A part of the module, so that a checkpoint has its state.
+        self.proposal = timesteps.proposal
+        plain = tasks.balancer is None or specialist or self.proposal is not None
+        by_default = "uniform" if plain else "stratified"
         method: Any = timesteps.method or by_default
         self.timesteps = replace(timesteps, method=method)
+        self.corrects_importance = self.proposal is None or self.proposal.corrected
         self.optimization = optimization
         self.class_dropout = class_dropout
         self.init_from = init_from
@@ -310,6 +314,9 @@ class MultiTaskDiffusion(DiffusionModule):
         # Log the mean over the process' own density, however the batch was allocated: methods stay
         # comparable.
         loss = unweighted.mean()
+        if draws.importance is not None:
+            loss = (unweighted * draws.importance).mean()
+            self._record_losses(draws, unweighted)
         if self.timesteps.method == "stratified":
             allocation = self.timesteps.allocation
             masses = self.clusters.masses(self.draws.density)
@@ -330,6 +337,19 @@ class MultiTaskDiffusion(DiffusionModule):
                 }
             )
         return {"loss": loss}
+
+    def _record_losses(self, draws: Draws, mse: Tensor) -> None:
+        """Tell the proposal the losses of all ranks."""
+        if self.proposal is None:
+            return
+        weights = self.process.loss_weights_at(draws.times)
+        losses = mse.detach() if weights is None else mse.detach() * weights.to(mse)
+        cells = draws.timesteps
+        if self.trainer.world_size > 1:
+            gathered: Any = (self.all_gather(each) for each in (cells, losses))
+            cells, losses = (each.flatten() for each in gathered)
+        if bool(losses.isfinite().all()):
+            self.proposal.record(cells.cpu(), losses.cpu())
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Update `trained_steps`."""

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ant_lightning.balancing.auto import EngineName
 from ant_lightning.balancing.base import Balancer
 from ant_lightning.diffusion.guidance import check_interval
+from ant_lightning.diffusion.proposals import CellProposal
 from ant_lightning.diffusion.samplers.base import Sampler
 from ant_lightning.errors import ConfigError
 from ant_lightning.tasks.clusterings import Clustering
@@ -82,9 +83,12 @@ class TimestepSampling:
         allocation: Images of each task in a stratified batch: `equal`, or `proportional` to the
             size of its cluster.
         interval: `[start, stop)`: train on these timesteps only (a specialist).
+        proposal: Draws by importance in place of the process' own density (`LossSecondMoment`,
+            `SpeeD`): baselines, for `uniform` draws.
 
     Raises:
-        ConfigError: If the interval is empty, or the method is `stratified` with an interval.
+        ConfigError: If the interval is empty, or the method is `stratified` with an interval or a
+            proposal.
 
     Examples:
         >>> from ant_lightning import TimestepSampling
@@ -96,8 +100,14 @@ class TimestepSampling:
     _: KW_ONLY
     allocation: Literal["equal", "proportional"] = "equal"
     interval: tuple[int, int] | None = None
+    proposal: CellProposal | None = None
 
     def __post_init__(self) -> None:
+        if self.proposal is not None and self.method == "stratified":
+            raise ConfigError(
+                "method: must be 'uniform' with a proposal, which replaces the shares of the "
+                "tasks, found 'stratified'"
+            )
         if self.interval is None:
             return
         start, stop = self.interval
