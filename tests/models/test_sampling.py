@@ -64,7 +64,7 @@ CASES = {
     "ddpm": (DiscreteDiffusion(), DDIM(5)),
     "flow": (FlowMatching(), ODESampler(4)),
     "sde": (FlowMatching("gvp"), SDESampler(4)),
-    "adaptive": (FlowMatching(), ODESampler(method="bosh3", rtol=1e-3, atol=1e-3)),
+    "adaptive": (FlowMatching(), ODESampler(method="bosh3", rtol=1e-2, atol=1e-2)),
     "edm": (EDM(), EDMSampler(4, S_churn=2.0)),
 }
 
@@ -78,7 +78,7 @@ def test_an_image_is_a_function_of_seed_and_index(name):
     assert together.isfinite().all()
     # A batch of another size is rounded otherwise. A fixed method changes by as much, an adaptive
     # one may choose its steps by it: it changes by less than its tolerance.
-    atol = 1e-3 if name == "adaptive" else 2e-5
+    atol = 1e-2 if name == "adaptive" else 2e-5
     torch.testing.assert_close(model.sample([2]), together[2:3], rtol=0, atol=atol)
     torch.testing.assert_close(model.sample([3, 2]), together[[3, 2]], rtol=0, atol=atol)
     # In a batch of the same size not a bit depends on the other images.
