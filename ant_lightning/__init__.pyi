@@ -129,6 +129,9 @@ from ant_lightning.data.digits import (
 from ant_lightning.data.digits_mixture import (
     DigitsMixtureData as DigitsMixtureData,
 )
+from ant_lightning.data.hugging_face import (
+    HuggingFaceDataset as HuggingFaceDataset,
+)
 from ant_lightning.data.image_folder import (
     ImageFolderData as ImageFolderData,
 )
@@ -140,6 +143,9 @@ from ant_lightning.data.latents.space import (
 )
 from ant_lightning.data.latents.writer import (
     LatentWriter as LatentWriter,
+)
+from ant_lightning.data.map_style import (
+    MapStyleData as MapStyleData,
 )
 from ant_lightning.data.module import (
     ImageDataModule as ImageDataModule,
