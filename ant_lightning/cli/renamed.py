@@ -87,6 +87,8 @@ def with_new_names(settings: Any) -> Any:  # noqa: ANN401 - whatever YAML holds
             value = init.pop(old)
             if old == "learn_sigma":  # of RGB images, with channels for the variance or without
                 value = 6 if value else 3
+            if (old, value) == ("engine", "vmap"):  # gone: one pass has rules for more layers
+                value = "auto"
             (init.setdefault(group, {}) if group else init)[name] = value
         # Arguments that the loop moved into `process` need the class that takes them.
         if moved is _OF_MODULES and "class_path" not in init.get("process", {"class_path": ""}):

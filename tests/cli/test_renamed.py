@@ -128,3 +128,9 @@ def test_last_goes_on_with_a_run_of_version_0_1(old_run, capsys):
     assert main(args) == 0
     state = torch.load(old_run / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 7
+
+
+def test_a_run_with_an_engine_that_is_gone_takes_auto():
+    old = {"class_path": "ant_lightning.modules.DiTModule", "init_args": {"engine": "vmap"}}
+    new = with_new_names(old)["init_args"]
+    assert new["tasks"]["engine"] == "auto"
