@@ -67,6 +67,23 @@ from ant_lightning.balancing.base import (
 from ant_lightning.balancing.continuous import (
     ContinuousUncertainty as ContinuousUncertainty,
 )
+from ant_lightning.balancing.famo import (
+    FAMO as FAMO,
+)
+from ant_lightning.balancing.gls import (
+    GLS as GLS,
+)
+from ant_lightning.balancing.gradvac import (
+    GradVac as GradVac,
+    gradvac_weights as gradvac_weights,
+)
+from ant_lightning.balancing.history import (
+    DWA as DWA,
+    RLW as RLW,
+)
+from ant_lightning.balancing.imtl import (
+    IMTLL as IMTLL,
+)
 from ant_lightning.balancing.linear import (
     LinearScalarization as LinearScalarization,
 )
@@ -77,6 +94,9 @@ from ant_lightning.balancing.nash import (
 from ant_lightning.balancing.pcgrad import (
     PCGrad as PCGrad,
     pcgrad_weights as pcgrad_weights,
+)
+from ant_lightning.balancing.stch import (
+    STCH as STCH,
 )
 from ant_lightning.balancing.step import (
     MultiTaskStep as MultiTaskStep,

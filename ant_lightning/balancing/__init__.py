@@ -5,27 +5,41 @@ from ant_lightning.balancing.backward import BackwardReport, task_gradients
 from ant_lightning.balancing.base import Balancer, GradientBalancer, LossBalancer, SampleBalancer
 from ant_lightning.balancing.continuous import ContinuousUncertainty
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
+from ant_lightning.balancing.famo import FAMO
+from ant_lightning.balancing.gls import GLS
 from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+from ant_lightning.balancing.gradvac import GradVac, gradvac_weights
+from ant_lightning.balancing.history import DWA, RLW
+from ant_lightning.balancing.imtl import IMTLL
 from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.nash import NashMTL, nash_weights
+from ant_lightning.balancing.objective import ObjectiveBalancer
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduced import ReducedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 from ant_lightning.balancing.sharded import ShardedTaskGradients
+from ant_lightning.balancing.stch import STCH
 from ant_lightning.balancing.step import MultiTaskStep, multitask_backward
 from ant_lightning.balancing.step_losses import StepLosses, Weights
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
 
 __all__ = [
+    "DWA",
+    "FAMO",
+    "GLS",
+    "IMTLL",
+    "RLW",
+    "STCH",
     "Auto",
     "BackwardReport",
     "Balancer",
     "ContinuousUncertainty",
     "DenseTaskGradients",
     "Engine",
+    "GradVac",
     "GradientBalancer",
     "GroupReduction",
     "LinearScalarization",
@@ -34,6 +48,7 @@ __all__ = [
     "LowMemory",
     "MultiTaskStep",
     "NashMTL",
+    "ObjectiveBalancer",
     "OnePass",
     "PCGrad",
     "PlacedTaskGradients",
@@ -48,6 +63,7 @@ __all__ = [
     "UnsupportedError",
     "Weights",
     "default_reduction",
+    "gradvac_weights",
     "multitask_backward",
     "nash_weights",
     "pcgrad_weights",

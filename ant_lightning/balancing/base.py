@@ -149,7 +149,7 @@ class LossBalancer(Balancer):
         tensor(3.)
     """
 
-    accumulation = "proportional"
+    accumulation: Literal["any", "proportional", "none"] = "proportional"
 
     @abstractmethod
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
