@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10
 
 from ant_lightning import HuggingFaceDataset, ImageDataModule, MapStyleData
+from ant_lightning.cli.configs import config_names
+from ant_lightning.cli.derived_settings import derived_settings
 from ant_lightning.data.loader import ShuffledLoader
 from ant_lightning.errors import ConfigError
 
@@ -122,6 +124,11 @@ def test_torchvisions_files_by_class_path(tmp_path):
         chosen = {"class_path": "ant_lightning.MapStyleData"}
         chosen["init_args"] = {**parts, "batch_size": 4, "num_workers": 0}
         data = parser.instantiate(parser.parse_object({"data": chosen})).data
+        roots = [f"--data.{part}.root={tmp_path}" for part in parts]
+        sizes = derived_settings(["--config", str(config_names()["cifar10/dit"]), *roots])
+    assert {each.rpartition(".")[2] for each in sizes} == {
+        *("input_size=32", "in_channels=3", "num_classes=10", "num_tasks=5"),
+    }
     assert data.shape_and_classes() == ((3, 32, 32), 10)
     assert (len(data.train_images), len(data.held_out_images)) == (30, 6)
     batch = data.held_out_images.load([5], epoch=None)
