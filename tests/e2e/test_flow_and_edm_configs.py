@@ -70,6 +70,8 @@ def settings_of(name, first_stages, balancer=None, *, small=False):
     if balancer:
         tasks = yaml.safe_load((CONFIGS / f"balancer/{balancer}.yaml").read_text())["model"]
         init["tasks"] |= tasks["init_args"]["tasks"]
+        # The command line takes it from the clustering.
+        init["tasks"]["balancer"].setdefault("init_args", {})["num_tasks"] = 5
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
     return parser, parser.parse_object({"model": model})

@@ -23,7 +23,7 @@ TINY = [
 @pytest.mark.filterwarnings("ignore:ckpt_path. there is no checkpoint in:UserWarning")
 def test_a_cell_of_the_study_trains_and_its_checkpoint_keeps_the_placebo(tmp_path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
-    cells = Study.read(CONFIGS / "studies" / "evidence.yaml").cells
+    cells = Study.read(CONFIGS.parent / "studies" / "evidence.yaml").cells
     place = [f"--trainer.logger.init_args.save_dir={tmp_path}"]
     place += ["--trainer.logger.init_args.version=0", "--trainer.val_check_interval=2"]
     callback = {"class_path": "ExcessRisk", "init_args": {"images_per_timestep": 1}}
