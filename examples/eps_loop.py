@@ -1,6 +1,6 @@
 """A plain PyTorch loop that predicts noise, with PCGrad over five clusters of timesteps.
 
-Run it with `python examples/eps_loop.py`. It needs no Lightning: `multitask_backward` replaces
+Run it with `python examples/eps_loop.py`. It needs no Lightning: `MultiTaskStep` replaces
 `loss.backward()`.
 """
 
@@ -10,9 +10,9 @@ from torch import nn
 from ant_lightning import (
     CosineSchedule,
     DiscreteDiffusion,
+    MultiTaskStep,
     PCGrad,
     SNRClustering,
-    multitask_backward,
 )
 
 
@@ -47,7 +47,7 @@ def train(num_steps: int = 500, batch_size: int = 250) -> list[float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     process = DiscreteDiffusion(CosineSchedule())
     clusters = SNRClustering(num_tasks=5)(process.log_snr)
-    balancer = PCGrad(num_tasks=5)
+    step = MultiTaskStep(model, PCGrad(num_tasks=5))
     history = []
     for _ in range(num_steps):
         x_start = two_moons(batch_size, generator)
@@ -58,9 +58,10 @@ def train(num_steps: int = 500, batch_size: int = 250) -> list[float]:
         def losses(rows: torch.Tensor) -> torch.Tensor:
             return (model(x_t[rows], t[rows]) - noise[rows]).square().mean(1)
 
-        report = multitask_backward(losses, tasks, model.parameters(), balancer)
+        report = step.backward(losses, tasks)
         if report.finite:
             optimizer.step()
+        step.update()
         history.append(float(report.task_losses.mean()))
     return history
 

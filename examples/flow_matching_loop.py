@@ -7,7 +7,7 @@ straight path x_t = (1 - t) x_0 + t noise. A time is drawn uniformly inside its 
 import torch
 from eps_loop import Denoiser, two_moons
 
-from ant_lightning import SNRClustering, UncertaintyWeighting, multitask_backward
+from ant_lightning import MultiTaskStep, SNRClustering, UncertaintyWeighting
 
 NUM_CELLS = 200
 
@@ -23,6 +23,7 @@ def train(num_steps: int = 500, batch_size: int = 250) -> list[float]:
         {"params": balancer.parameters(), "lr": balancer.lr},
     ]
     optimizer = torch.optim.Adam(groups)
+    step = MultiTaskStep(model, balancer)
     centres = (torch.arange(NUM_CELLS, dtype=torch.float64) + 0.5) / NUM_CELLS
     clusters = SNRClustering(num_tasks=5)(2 * torch.log((1 - centres) / centres))
     history = []
@@ -37,9 +38,10 @@ def train(num_steps: int = 500, batch_size: int = 250) -> list[float]:
         def losses(rows: torch.Tensor) -> torch.Tensor:
             return (model(x_t[rows], 1000 * t[rows]) - velocity[rows]).square().mean(1)
 
-        report = multitask_backward(losses, tasks, model.parameters(), balancer)
+        report = step.backward(losses, tasks)
         if report.finite:
             optimizer.step()
+        step.update()
         history.append(float(report.task_losses.mean()))
     return history
 
