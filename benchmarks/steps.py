@@ -8,6 +8,7 @@ one ordinary backward pass.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from ant_lightning import (
     DiT,
     GradientBalancer,
     LinearScalarization,
+    MultiTaskStep,
     NashMTL,
     PCGrad,
     SNRClustering,
@@ -34,13 +36,8 @@ from ant_lightning import (
     dit_b_2,
     dit_s_2,
     ldm_ffhq256,
-    multitask_backward,
 )
 from ant_lightning.balancing.auto import Auto
-from ant_lightning.balancing.engines import Engine, Loop
-from ant_lightning.balancing.gradients import DenseTaskGradients
-from ant_lightning.balancing.one_pass import LowMemory, OnePass
-from ant_lightning.balancing.reduction import Reduction
 
 __all__ = ["ENGINES", "METHODS", "TORCHJD", "Cell", "K", "Stepper"]
 
@@ -70,12 +67,8 @@ METHODS: dict[str, Callable[[], Balancer | None]] = {
     "nash every step": lambda: NashMTL(K, update_every=1),
     "official": lambda: PCGrad(K),
 }
-# Engines, and methods outside `multitask_backward`; all with PCGrad on every step.
-ENGINES: dict[str, type[Engine]] = {
-    "loop": Loop,
-    "one_pass": OnePass,
-    "low_memory": LowMemory,
-}
+# Engines, and methods outside `MultiTaskStep`; all with PCGrad on every step.
+ENGINES = ("loop", "one_pass", "low_memory")
 TORCHJD = ("torchjd autogram", "torchjd autojac")
 
 
@@ -87,10 +80,11 @@ class Cell:
     batch_size: int
     device: str = "cpu"
     bf16: bool = False
-    compiled: bool = False
+    compiled: str = ""  # the mode of torch.compile, or nothing for an eager network
 
     def __str__(self) -> str:
-        extras = [", bf16" * self.bf16, ", compiled" * self.compiled]
+        modes = {"default": ", compiled", "reduce-overhead": ", CUDA graphs"}
+        extras = [", bf16" * self.bf16, modes.get(self.compiled, "")]
         return "".join([self.network, *extras])
 
     def build(self) -> nn.Module:
@@ -109,7 +103,7 @@ class Cell:
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.02)
         if self.compiled:
-            model.compile()
+            model.compile(mode=self.compiled)
         return model.to(self.device)
 
 
@@ -128,16 +122,17 @@ class Stepper:
         self.balancer = METHODS.get(name, METHODS["pcgrad"])()
         if self.balancer is not None:
             self.balancer.to(cell.device)
-        self.engine = ENGINES.get(name, Loop if cell.compiled else Auto)()
         self.shared = [p for p in self.model.parameters() if p.requires_grad]
         own = list(self.balancer.parameters()) if self.balancer else []
         self.optimizer = torch.optim.AdamW([*self.shared, *own], lr=1e-5)
         self.foreign = name == "official" or name in TORCHJD
         self.autogram = Autogram(self.model, batch_dim=0) if name == TORCHJD[0] else None
-        self.rows: DenseTaskGradients | None = None
-        with_rows = isinstance(self.balancer, GradientBalancer) and not self.foreign
-        if with_rows and name not in {"low_memory", "nash"}:
-            self.rows = DenseTaskGradients(K, self.shared, reduction=Reduction())
+        self.multitask = MultiTaskStep(
+            self.model,
+            self.balancer,
+            num_tasks=K,
+            engine=name if name in ENGINES else "auto",  # type: ignore[arg-type]
+        )
         model: Any = self.model
         learned = model.out_channels == 2 * model.in_channels
         self.process = DiscreteDiffusion(
@@ -161,8 +156,9 @@ class Stepper:
             return self.name
         if not isinstance(self.balancer, GradientBalancer):
             return ""
-        used = self.engine.used if isinstance(self.engine, Auto) else self.engine
-        return next(name for name, kind in ENGINES.items() if kind is type(used))
+        engine = self.multitask.engine
+        used = engine.used if isinstance(engine, Auto) else engine
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(used).__name__).lower()
 
     def step(self) -> None:
         """One optimization step."""
@@ -182,19 +178,13 @@ class Stepper:
             if self.foreign:
                 norm = self._foreign(losses, tasks)
             else:
-                norm = multitask_backward(
-                    losses,
-                    tasks,
-                    self.shared,
-                    self.balancer,
-                    num_tasks=K,
-                    engine=self.engine,
-                    gradients=self.rows,
-                    log_snr=self.process.log_snr[t],
+                norm = self.multitask.backward(
+                    losses, tasks, log_snr=self.process.log_snr[t]
                 ).grad_norm
         factor = (1.0 / (norm + 1e-6)).clamp(max=1.0).float()
         torch._foreach_mul_([p.grad for p in self.shared], factor)
         self.optimizer.step()
+        self.multitask.update()
         if self.cell.device != "cpu":
             torch.cuda.synchronize()
 
