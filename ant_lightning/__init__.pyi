@@ -136,6 +136,12 @@ from ant_lightning.callbacks.sample_writer import (
 from ant_lightning.cli.load_run import (
     load_run as load_run,
 )
+from ant_lightning.data.archives.edm import (
+    EDMImages as EDMImages,
+)
+from ant_lightning.data.archives.tar import (
+    TarShards as TarShards,
+)
 from ant_lightning.data.batch import (
     Batch as Batch,
 )

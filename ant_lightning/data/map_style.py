@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.folder_images import is_flipped
-from ant_lightning.data.module import ImageDataModule, default_held_out
+from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, default_held_out
 from ant_lightning.data.pictures import Crop
 from ant_lightning.data.samples import (
     Key,
@@ -25,6 +25,8 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 __all__ = ["MapStyleData"]
@@ -159,6 +161,14 @@ class MapStyleData(ImageDataModule):
             _Samples(self, self.dataset, train, flip_seed=seed),
             _Samples(self, self.dataset, held_out, flip_seed=None),
         )
+
+    def digests(self, known: Mapping[str, Any]) -> dict[str, str]:
+        """What the data sets say identifies them, or else a digest of all pixels."""
+        parts = (self.dataset,) if self.held_out is None else (self.dataset, self.held_out)
+        found = [getattr(part, "fingerprint", None) for part in parts]
+        if not all(isinstance(each, str) for each in found):
+            return super().digests(known)
+        return {IMAGES_DIGEST: hashlib.sha256(repr(found).encode()).hexdigest()[:16]}
 
     def converted(self, image: Any, channels: int) -> Tensor:  # noqa: ANN401
         """An image of a sample as `[c, h, w]` in [-1, 1]."""

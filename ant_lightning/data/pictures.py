@@ -133,17 +133,18 @@ def decoded_picture(file: Image.Image, *, channels: int, exif_rotation: bool = T
     return picture if turn is None else picture.transpose(turn)
 
 
-def is_grey(path: Path) -> bool:
+def is_grey(source: Path | BinaryIO) -> bool:
     """Whether an image is greyscale, from its header alone.
 
     Raises:
         FileError: If the file has no image header; names the file.
     """
     try:
-        with Image.open(path, formats=_formats(path)) as file:
+        with Image.open(source, formats=_formats(source)) as file:
             return file.mode in GREY_MODES
     except Exception as error:
-        raise FileError(f"{path}: cannot be decoded ({error})") from error
+        name = source if isinstance(source, Path) else "an image"
+        raise FileError(f"{name}: cannot be decoded ({error})") from error
 
 
 def _formats(source: Path | BinaryIO) -> list[str]:

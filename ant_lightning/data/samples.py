@@ -16,6 +16,7 @@ from ant_lightning.data.pictures import (
     Crop,
     decoded_picture,
     fitted_pixels,
+    is_grey,
     open_picture,
 )
 from ant_lightning.errors import ConfigError
@@ -76,6 +77,9 @@ def label_of(sample: Any, key: Key = None) -> int | None:  # noqa: ANN401
 
 def num_channels(image: Any) -> int:  # noqa: ANN401
     """Channels of an image: 1 for a grey picture, 3 for any other; those of a tensor or array."""
+    content = _encoded(image)
+    if content is not None:  # decoded, all have three
+        return 1 if is_grey(BytesIO(content)) else 3
     picture = _opened(image)
     if isinstance(picture, Image.Image):
         return 1 if picture.mode in GREY_MODES else 3
@@ -150,12 +154,18 @@ def _entry(sample: Any, key: str | int, what: str) -> Any:  # noqa: ANN401
         ) from error
 
 
+def _encoded(image: Any) -> bytes | None:  # noqa: ANN401
+    """The encoded bytes of an image, `None` if it is decoded."""
+    if isinstance(image, dict):  # undecoded, as in parquet files
+        image = image.get("bytes")
+    return image if isinstance(image, bytes) else None
+
+
 def _opened(image: Any) -> Image.Image | Tensor:  # noqa: ANN401
     """The image as a PIL image, or as a tensor `[c, h, w]`."""
-    if isinstance(image, dict) and image.get("bytes") is not None:  # undecoded, as in parquet files
-        image = image["bytes"]
-    if isinstance(image, bytes):
-        return open_picture(BytesIO(image), channels=3)
+    content = _encoded(image)
+    if content is not None:
+        return open_picture(BytesIO(content), channels=3)
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray):

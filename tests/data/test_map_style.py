@@ -80,6 +80,8 @@ def test_every_sample_once_an_epoch_and_the_same_for_ranks_and_workers(world_siz
                 part = slice(rank * 4 // world_size, (rank + 1) * 4 // world_size)
                 assert torch.equal(mine.images, batch.images[part])
                 assert torch.equal(mine.indices, batch.indices[part])
+            if workers:
+                loader._iterator._shutdown_workers()  # or the garbage collector waits for them
 
 
 def test_a_resumed_loader_goes_on_bit_for_bit_and_leaves_the_generators_alone():

@@ -17,6 +17,7 @@ SMALL = {
     "ldm": ["--model.backbone.model_channels=32", "--model.backbone.channel_mult=[1]"],
 }
 SMALL["dit"] += ["--model.backbone.num_heads=1"]
+SMALL["sit"] = SMALL["dit"]
 SMALL["adm"] += ["--model.backbone.num_res_blocks=1", "--model.backbone.attention_resolutions=[]"]
 SMALL["ldm"] += ["--model.backbone.num_res_blocks=1", "--model.backbone.attention_resolutions=[]"]
 FOLDER = sorted(name for name in config_names() if name.startswith("folder/"))
