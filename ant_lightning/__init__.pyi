@@ -307,6 +307,9 @@ from ant_lightning.generation.statistics import (
 from ant_lightning.models.autoencoder import (
     AutoencoderModule as AutoencoderModule,
 )
+from ant_lightning.models.auxiliary import (
+    FeatureAlignment as FeatureAlignment,
+)
 from ant_lightning.models.first_stage.first_stage import (
     FirstStage as FirstStage,
 )

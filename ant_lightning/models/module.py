@@ -21,6 +21,7 @@ from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.models.auxiliary import FeatureAlignment
 from ant_lightning.models.backbone import NO_NULL_CLASS, backbone_name, check_backbone
 from ant_lightning.models.checks import (
     check_batch_norm,
@@ -34,6 +35,7 @@ from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.freezing import TrainedParameters
 from ant_lightning.models.old_checkpoints import upgrade
 from ant_lightning.models.optimizers import (
+    HEAD,
     OptimizerFactory,
     back_off,
     gradient_scaler,
@@ -86,6 +88,7 @@ class MultiTaskDiffusion(DiffusionModule):
         sampling: How images are drawn from noise.
         class_dropout: Share of labels replaced by the null class, for guidance.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels.
+        auxiliary: A term of the loss from inside the network; `None` for none.
         init_from: Official checkpoint that the backbone starts from. A checkpoint that is loaded
             later replaces its weights, and then the file need not exist any more.
         init_weights: Which weights of that file, if it has both: the averages or the live ones.
@@ -128,6 +131,7 @@ class MultiTaskDiffusion(DiffusionModule):
         sampling: Sampling = Sampling(),
         class_dropout: float = 0.0,
         first_stage: FirstStage | None = None,
+        auxiliary: FeatureAlignment | None = None,
         init_from: str | None = None,
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
@@ -154,6 +158,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self.corrects_importance = self.proposal is None or self.proposal.corrected
         self.optimization = optimization
         self.class_dropout = class_dropout
+        self.auxiliary = auxiliary
         self.init_from = init_from
         self.init_weights: Literal["ema", "model"] = init_weights
         self.init_due = init_from is not None  # until the file, or any checkpoint, was loaded
@@ -166,6 +171,9 @@ class MultiTaskDiffusion(DiffusionModule):
         self.num_skipped_in_a_row = 0
         self._check_settings()
         warn_of_other_model(tasks.clustering, backbone)
+        if auxiliary is not None:
+            auxiliary.path = "auxiliary."
+            auxiliary.attach(backbone)
         self.optimizer_factory = OptimizerFactory(
             optimization, path="optimization.", balancer=tasks.balancer
         )
@@ -206,14 +214,16 @@ class MultiTaskDiffusion(DiffusionModule):
         rank_zero_only(print)(f"init_from {report}")
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
-        """The backbone's parameters in one group, the balancer's own in another."""
+        """One group each for the backbone, the balancer and the auxiliary term."""
         self.load_initial_weights()
         own = [] if self.balancer is None else list(self.balancer.parameters())
-        # The backbone comes first: schedulers and thawed parameters use only the first group.
-        groups = [self._trained.begin(self.backbone), own]
-        optimizer, scheduler = self.optimizer_factory.make(
-            [{"params": each} for each in groups if each], trainer=self._trainer
-        )
+        # The backbone comes first: thawed parameters join the first group.
+        groups: list[dict[str, Any]] = [{"params": self._trained.begin(self.backbone)}]
+        if own:
+            groups.append({"params": own})
+        if self.auxiliary is not None:
+            groups.append({"params": list(self.auxiliary.parameters()), "role": HEAD})
+        optimizer, scheduler = self.optimizer_factory.make(groups, trainer=self._trainer)
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def denoise(
@@ -299,13 +309,19 @@ class MultiTaskDiffusion(DiffusionModule):
         parts = self.optimization.accumulate_grad_batches
         self._step.micro_batch_size = -(-len(batch.images) // parts)
         self._trained.follow(self.backbone, self.trainer.optimizers[0])
+        losses: Any = self.losses(x_start, draws, unweighted=unweighted)
+        if self.auxiliary is not None:
+            losses = self._with_auxiliary(self.auxiliary, losses, batch, draws)
+        scale = loss_scale(gradient_scaler(self.trainer), self.device)
         report = self._step.backward(
-            statistics.once(self.losses(x_start, draws, unweighted=unweighted)),
+            statistics.once(losses),
             draws.tasks,
             priors=priors,
-            loss_scale=loss_scale(gradient_scaler(self.trainer), self.device),
+            loss_scale=scale,
             log_snr=log_snr,
         )
+        if self.auxiliary is not None and report.finite:
+            self.auxiliary.backward(loss_scale=scale, max_norm=self.optimization.clip_grad_norm)
         self._finish_step(report)
         self._step.update()
         # Last: a balancer that looks back has run the network again.
@@ -336,7 +352,30 @@ class MultiTaskDiffusion(DiffusionModule):
                     "train/skipped_steps": self.num_skipped_steps,
                 }
             )
+            if self.auxiliary is not None and self.auxiliary.value is not None:
+                self.log_now({"train/alignment": self.auxiliary.value})
         return {"loss": loss}
+
+    def _with_auxiliary(
+        self,
+        auxiliary: FeatureAlignment,
+        losses: Any,
+        batch: Batch,
+        draws: Draws,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """The losses with the auxiliary term.
+
+        Raises:
+            ConfigError: If the batch has no images, or the term does not fit.
+        """
+        images = self.images_of(batch)  # decodes cached latents
+        if self.first_stage is None and self.latent_space is not None:
+            raise ConfigError(
+                "auxiliary.features: need images, or a first_stage that decodes the cached "
+                f"latents, found latents {list(images.shape[1:])} and no first_stage"
+            )
+        factors = draws.importance if self.corrects_importance else None
+        return auxiliary.added(losses, images, factors=factors)
 
     def _record_losses(self, draws: Draws, mse: Tensor) -> None:
         """Tell the proposal the losses of all ranks."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ant_lightning.models.optimizers import HEAD
+
 __all__ = ["upgrade"]
 
 # Attributes in which schedulers keep one value per parameter group.
@@ -32,17 +34,20 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
         if old:
             states[old.group(1) + "}"] = states.pop(key)
     # Schedulers saw the balancer's parameter group too and changed its learning rate: keep only
-    # the first group's values, and reset the balancer's rate to its setting, `initial_lr`.
+    # the values of the groups that they see today, and reset the balancer's rate to its setting,
+    # `initial_lr`.
+    optimizers = checkpoint.get("optimizer_states") or []
+    groups = [group for state in optimizers for group in state.get("param_groups", [])]
+    seen = 1 + sum(group.get("role") == HEAD for group in groups[1:])
     for state in checkpoint.get("lr_schedulers") or []:
         # `SequentialLR` and `ChainedScheduler` keep their schedulers' states in `_schedulers`.
         for each in (state, *state.get("_schedulers", [])):
             for name in _BY_GROUP:
                 if isinstance(each.get(name), list):
-                    each[name] = each[name][:1]
-    for state in checkpoint.get("optimizer_states") or []:
-        for group in state.get("param_groups", [])[1:]:
-            if "initial_lr" in group:
-                group["lr"] = group.pop("initial_lr")
+                    each[name] = each[name][:seen]
+    for group in groups[1:]:
+        if "initial_lr" in group and group.get("role") != HEAD:
+            group["lr"] = group.pop("initial_lr")
     # The setting `optimizer.lr` was called `model.optimizer.lr`.
     own = checkpoint.get("ant_lightning") or {}
     if own.get("optimization"):

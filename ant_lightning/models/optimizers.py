@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ant_lightning.models.settings import Optimization
 
 __all__ = [
+    "HEAD",
     "OptimizerFactory",
     "back_off",
     "gradient_scaler",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 Made = TypeVar("Made")
+
+HEAD = "head"  # the `role` of a group that has the settings of the backbone's, and its schedule
 
 # Entries of a scheduler's state that are not settings: counts, and values from the optimizer.
 _NOT_SETTINGS = {
@@ -67,7 +70,7 @@ class OptimizerFactory:
     def make(self, groups: Any, *, trainer: L.Trainer | None = None) -> tuple[Optimizer, Any]:  # noqa: ANN401
         """The optimizer, and its scheduler or `None`.
 
-        Step the scheduler with `step`, which hides the optimizer's second group from it.
+        Step the scheduler with `step`, which hides the balancer's group from it.
 
         Args:
             groups: Parameters, or the parameter groups of the backbone and the balancer.
@@ -79,8 +82,9 @@ class OptimizerFactory:
                 computed; or if the schedule ends before the run does.
         """
         groups = list(groups)
-        if len(groups) > 1 and self.balancer is not None:
-            groups[1] |= {"lr": self.balancer.lr, "weight_decay": 0.0}
+        for group in groups[1:]:
+            if self.balancer is not None and group.get("role") != HEAD:
+                group |= {"lr": self.balancer.lr, "weight_decay": 0.0}
         optimizer = self._made("optimizer", self.settings.optimizer, groups)
         # LBFGS must evaluate the loss again within a step; SparseAdam takes sparse gradients only.
         if isinstance(optimizer, LBFGS | SparseAdam):
@@ -116,7 +120,7 @@ class OptimizerFactory:
         They are read off throwaway objects, so that defaults of torch are included.
         """
         own = self.balancer is not None and any(True for _ in self.balancer.parameters())
-        optimizer, scheduler = self._trial(1 + own)
+        optimizer, scheduler = self._trial([None] * (1 + own))
         warmup_steps = self.settings.warmup_steps
         found = _of_groups(optimizer.state_dict()["param_groups"])
         found["lr_scheduler"] = (
@@ -183,10 +187,11 @@ class OptimizerFactory:
                 f"{self.path}{name}: refused its settings: {error or type(error).__name__}"
             ) from error
 
-    def _trial(self, num_groups: int) -> tuple[Optimizer, Any]:
+    def _trial(self, roles: list[str | None]) -> tuple[Optimizer, Any]:
         """Optimizer and scheduler of throwaway parameters, one per group."""
+        groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in roles]
         return self.make(
-            [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(num_groups)]
+            [g | ({"role": role} if role else {}) for g, role in zip(groups, roles, strict=True)]
         )
 
     def _apply(
@@ -209,7 +214,7 @@ class OptimizerFactory:
         changed = differences(stored, current)
         if not changed:
             return {}
-        optimizer, scheduler = self._trial(len(groups))
+        optimizer, scheduler = self._trial([group.get("role") for group in groups])
         self._check_state(states[0]["state"], optimizer, changed)
         if scheduler is not None:
             self._advance(scheduler, int(checkpoint["global_step"]))
@@ -266,9 +271,11 @@ def say_changed(changed: dict[str, tuple[Any, Any]], *, effect: str = "from now 
 
 @contextmanager
 def _backbone_only(optimizer: Optimizer) -> Iterator[None]:
-    """Hide all but the optimizer's first group: schedulers change every group they see."""
+    """Hide the balancer's group: schedulers change every group they see."""
     groups = optimizer.param_groups
-    optimizer.param_groups = groups[:1]
+    optimizer.param_groups = [
+        group for place, group in enumerate(groups) if not place or group.get("role") == HEAD
+    ]
     try:
         yield
     finally:
@@ -284,7 +291,7 @@ def _of_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
     }
     # A scheduler moves the setting to `initial_lr` and changes `lr` in every step.
     found["optimizer.lr"] = groups[0].get("initial_lr", groups[0]["lr"])
-    if len(groups) > 1:
+    if len(groups) > 1 and groups[1].get("role") != HEAD:
         found["balancer.lr"] = groups[1].get("initial_lr", groups[1]["lr"])
     return found
 

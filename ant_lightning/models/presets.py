@@ -9,6 +9,7 @@ from ant_lightning.backbones.unet import UNet
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError
+from ant_lightning.models.auxiliary import FeatureAlignment
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
@@ -29,6 +30,7 @@ class ADMModule(MultiTaskDiffusion):
         class_dropout: Share of labels replaced by the null class; by default 0.1, or 0 for a
             backbone without a null class.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels.
+        auxiliary: A term of the loss from inside the network.
         init_from: Official checkpoint that the backbone starts from.
         init_weights: Which weights of that file, if it has both.
         seed: Seed of timesteps, noise and dropout.
@@ -58,6 +60,7 @@ class ADMModule(MultiTaskDiffusion):
         sampling: Sampling = Sampling(),
         class_dropout: float | None = None,
         first_stage: FirstStage | None = None,
+        auxiliary: FeatureAlignment | None = None,
         init_from: str | None = None,
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
@@ -74,6 +77,7 @@ class ADMModule(MultiTaskDiffusion):
             sampling=sampling,
             class_dropout=class_dropout,
             first_stage=first_stage,
+            auxiliary=auxiliary,
             init_from=init_from,
             init_weights=init_weights,
             seed=seed,
@@ -93,6 +97,7 @@ class DiTModule(MultiTaskDiffusion):
         class_dropout: Share of labels replaced by the null class; by default 0.1, or 0 for a
             backbone without a null class.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels.
+        auxiliary: A term of the loss from inside the network.
         init_from: Official checkpoint that the backbone starts from.
         init_weights: Which weights of that file, if it has both.
         seed: Seed of timesteps, noise and dropout.
@@ -123,6 +128,7 @@ class DiTModule(MultiTaskDiffusion):
         sampling: Sampling = Sampling(),
         class_dropout: float | None = None,
         first_stage: FirstStage | None = None,
+        auxiliary: FeatureAlignment | None = None,
         init_from: str | None = None,
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
@@ -139,6 +145,7 @@ class DiTModule(MultiTaskDiffusion):
             sampling=sampling,
             class_dropout=class_dropout,
             first_stage=first_stage,
+            auxiliary=auxiliary,
             init_from=init_from,
             init_weights=init_weights,
             seed=seed,
