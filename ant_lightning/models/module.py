@@ -50,9 +50,12 @@ from ant_lightning.runtime.rank_agreement import check_ranks_agree
 from ant_lightning.runtime.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import lightning as L
     from torch import Tensor
 
+    from ant_lightning.balancing.batch import Losses
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.data.batch import Batch
     from ant_lightning.tasks.clusterings import Clustering
@@ -359,10 +362,10 @@ class MultiTaskDiffusion(DiffusionModule):
     def _with_auxiliary(
         self,
         auxiliary: FeatureAlignment,
-        losses: Any,
+        losses: Callable[[Tensor], Tensor],
         batch: Batch,
-        draws: Draws,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        draws: Draws,
+    ) -> Losses:
         """The losses with the auxiliary term.
 
         Raises:
