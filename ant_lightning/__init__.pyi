@@ -133,6 +133,9 @@ from ant_lightning.callbacks.sample_grid import (
 from ant_lightning.callbacks.sample_writer import (
     SampleWriter as SampleWriter,
 )
+from ant_lightning.cli.export import (
+    export as export,
+)
 from ant_lightning.cli.load_run import (
     load_run as load_run,
 )

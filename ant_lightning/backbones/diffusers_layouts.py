@@ -103,37 +103,42 @@ def _made(operation: str, value: Tensor | None) -> Tensor:
     """One weight of diffusers, from ours or from nothing."""
     kind, *rest = operation.split()
     if value is None:
-        if kind == "zeros":
-            return torch.zeros(*map(int, rest[0].split("x")))
-        channels = int(rest[1])
-        if rest[0] == "zero_bias":
-            return torch.zeros(channels)
-        # On each channel alone: the 2x2 mean as a part of a 3x3 kernel, or the identity.
-        kernel, each = torch.zeros(channels, channels, 3, 3), torch.arange(channels)
-        if rest[0] == "avg_kernel":
-            kernel[each, each, 1:, 1:] = 0.25
-        else:
-            kernel[each, each, 1, 1] = 1.0
-        return kernel
+        return _constant(kind, rest)
     if kind == "squeeze":
-        return value.squeeze(-1)
-    if kind in {"rows", "new_order", "legacy"}:
+        value = value.squeeze(-1)
+    elif kind in {"rows", "new_order", "legacy"}:
         third = int(rest[0][0])
         if kind == "legacy":
             heads = int(rest[1].removeprefix("heads="))
-            rows = value.unflatten(0, (heads, 3, -1))[:, third].flatten(0, 1)
+            value = value.unflatten(0, (heads, 3, -1))[:, third].flatten(0, 1)
         else:
-            rows = value.unflatten(0, (3, -1))[third]
-        return rows.squeeze(-1) if kind != "rows" and value.ndim == 3 else rows
-    if kind == "pad_rows":
+            value = value.unflatten(0, (3, -1))[third]
+        value = value.squeeze(-1) if value.ndim == 3 else value  # of a convolution
+    elif kind == "pad_rows":
         missing = int(rest[0]) - len(value)
-        return torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
-    if kind == "spread":
+        value = torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+    elif kind == "spread":
         halves = value.unflatten(1, (2, -1))
         spread = value.new_zeros(len(value), 2, halves.shape[2] * int(rest[0]))
         spread[..., :: int(rest[0])] = halves
-        return spread.flatten(1)
+        value = spread.flatten(1)
     return value
+
+
+def _constant(kind: str, rest: Sequence[str]) -> Tensor:
+    """A weight of diffusers that we do not have."""
+    if kind == "zeros":
+        return torch.zeros(*map(int, rest[0].split("x")))
+    channels = int(rest[1])
+    if rest[0] == "zero_bias":
+        return torch.zeros(channels)
+    # On each channel alone: the 2x2 mean as a part of a 3x3 kernel, or the identity.
+    kernel, each = torch.zeros(channels, channels, 3, 3), torch.arange(channels)
+    if rest[0] == "avg_kernel":
+        kernel[each, each, 1:, 1:] = 0.25
+    else:
+        kernel[each, each, 1, 1] = 1.0
+    return kernel
 
 
 def _joined(operation: str, thirds: Mapping[int, Tensor]) -> Tensor:
@@ -308,9 +313,7 @@ def _unet_config(
         "freq_shift": 0,
         "act_fn": "silu",
         "downsample_padding": 1,
-        "resnet_time_scale_shift": (
-            "scale_shift" if first.use_scale_shift_norm else "default"
-        ),
+        "resnet_time_scale_shift": ("scale_shift" if first.use_scale_shift_norm else "default"),
     }
     if dropout := float(first.dropout):  # type: ignore[arg-type]
         config["dropout"] = dropout

@@ -18,13 +18,16 @@ from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.cli.run_folder import stored_settings
 from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.exports.single_files import EXPORTED_WEIGHTS
+from ant_lightning.files.json_file import read_json
+from ant_lightning.files.safetensors_file import read_safetensors, read_tensors
 from ant_lightning.models.base import BaseModule
 from ant_lightning.runtime.checkpoint_files import furthest_whole, read_whole_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["load_run", "make_part"]
+__all__ = ["load_run", "make_part", "run_settings"]
 
 _TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
 
@@ -44,7 +47,8 @@ def load_run(
     lightning and diffusers.
 
     Args:
-        path: A checkpoint, or the folder of a run, whose checkpoint with the most steps is loaded.
+        path: A checkpoint; the folder of a run, whose checkpoint with the most steps is loaded; or
+            what `export(..., to="safetensors")` wrote, with the weights it has.
         weights: `ema` for the averaged weights, `model` for the live ones.
         ema_length: Length of the average, as `length` of `EMA`; `None` for that of its `decay`.
         config: The settings of the run, if they are not stored with it.
@@ -87,6 +91,8 @@ def load_run(
         check_length("ema_length", ema_length)
         if weights == "model":
             raise ConfigError(f"ema_length: must be None with weights 'model', found {ema_length}")
+    if (Path(path) / EXPORTED_WEIGHTS).is_file():
+        return _exported(Path(path), trust)
     path, content = _checkpoint(Path(path))
     settings = _settings(path, content, config)
     module: BaseModule = make_part(_of_model(settings), L.LightningModule, trust)
@@ -100,6 +106,30 @@ def load_run(
     if is_cache and "latent_space" not in content.get("ant_lightning", {}):
         # A checkpoint of 0.1 does not describe its latent space; the cache of its latents does.
         module.latent_space = make_part(data, L.LightningDataModule, trust).latent_space
+    return module.eval()
+
+
+def run_settings(path: str | Path, config: str | Path | None = None) -> dict[str, Any]:
+    """The settings of the run that `load_run` would load.
+
+    Raises:
+        ConfigError: If there is no checkpoint or no settings.
+    """
+    return _settings(*_checkpoint(Path(path)), config)
+
+
+def _exported(folder: Path, trust: Sequence[str]) -> L.LightningModule:
+    """The module of weights and settings that were exported."""
+    settings = read_json(folder / "config.json", kind=dict)
+    if not isinstance(settings.get("model"), dict):
+        raise FileError(f"{folder}/config.json: must hold the settings of a model, found none")
+    path = folder / EXPORTED_WEIGHTS
+    weights, _ = read_safetensors(path)
+    _, about = read_tensors(path, {}, {"state": dict, "trained_steps": int})
+    module: BaseModule = make_part(_of_model(settings), L.LightningModule, trust)
+    fill_backbone(module.backbone, weights, path=folder, weights="ema")
+    state = {"ant_lightning": about["state"], "global_step": about["trained_steps"]}
+    module.load_content({**state, "state_dict": module.state_dict()})
     return module.eval()
 
 

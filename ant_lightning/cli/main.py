@@ -1,4 +1,5 @@
 r"""usage: ant-lightning {fit,validate,test,predict,score,encode} --config NAME [options]
+       ant-lightning export RUN --to {diffusers,official,safetensors,torch}
        ant-lightning report RUN_FOLDER
        ant-lightning configs
 
@@ -11,6 +12,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
                                            (PNG files; --samples.npz FILE.npz for one file)
   score      FID ... of stored images      --images FOLDER or FILE.npz
   encode     write a cache of latents      --config imagenet/encode
+  export     write a trained model for diffusers, the official code, safetensors or torch.export
   report     write report.md into the log folder of a run
   configs    list the configs by name; configs show NAME > my.yaml copies one
 
@@ -54,7 +56,12 @@ __all__ = ["main"]
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 WITHOUT_LIGHTNING = ("configs", "report")  # they need not wait for its import
-OTHERS = ("encode", "score", *WITHOUT_LIGHTNING)  # a module each; the rest are the Trainer's
+OTHERS = (
+    "encode",
+    "export",
+    "score",
+    *WITHOUT_LIGHTNING,
+)  # a module each; the rest are the Trainer's
 COMMANDS = ("fit", "validate", "test", "predict", *OTHERS)
 
 

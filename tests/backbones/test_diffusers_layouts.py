@@ -70,14 +70,14 @@ def test_outputs_are_equal_and_the_way_back_is_exact(case):
 
 def test_what_has_no_equivalent_is_refused_with_the_reason():
     sizes = {"input_size": 8, "num_res_blocks": 1, "model_channels": 64}
-    with pytest.raises(ConfigError, match="channel_mult: must begin with 1, 2 or 4, .*found 0.5"):
+    with pytest.raises(ConfigError, match=r"channel_mult: must begin with 1, 2 or 4, .*found 0.5"):
         diffusers_layout(UNet(**sizes, channel_mult=[0.5, 1]))
     heads = {"channel_mult": [1, 2], "attention_resolutions": [1, 2], "num_heads": 4}
-    with pytest.raises(ConfigError, match="num_heads: .*found heads of 16, 32 channels"):
+    with pytest.raises(ConfigError, match=r"num_heads: .*found heads of 16, 32 channels"):
         diffusers_layout(UNet(**sizes, **heads))
-    with pytest.raises(ConfigError, match="mlp_ratio: must be 4, .*found 2.0"):
+    with pytest.raises(ConfigError, match=r"mlp_ratio: must be 4, .*found 2.0"):
         diffusers_layout(DiT(input_size=4, hidden_size=8, depth=1, num_heads=1, mlp_ratio=2))
-    with pytest.raises(ConfigError, match="must be a DiT or a UNet .*found Linear"):
+    with pytest.raises(ConfigError, match=r"must be a DiT or a UNet .*found Linear"):
         diffusers_layout(torch.nn.Linear(1, 1))
 
 
@@ -86,5 +86,5 @@ def test_a_constant_that_differs_is_not_dropped():
     layout = diffusers_layout(ours)
     made = layout.to_diffusers(ours.state_dict())
     made["up_blocks.0.upsamplers.0.conv.weight"] = torch.randn(64, 64, 3, 3)
-    with pytest.raises(ConfigError, match="must be the constant identity_kernel"):
+    with pytest.raises(ConfigError, match=r"must be the constant identity_kernel"):
         layout.from_diffusers(made, {n: v.shape for n, v in ours.state_dict().items()})

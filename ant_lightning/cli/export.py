@@ -1,0 +1,154 @@
+"""`ant-lightning export RUN --to FORMAT`: a trained model for others' programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from ant_lightning import __version__
+from ant_lightning.cli.load_run import load_run, run_settings
+from ant_lightning.errors import ConfigError
+from ant_lightning.exports.card import model_card
+from ant_lightning.exports.exported import Exported, new_folder
+from ant_lightning.exports.pipeline_folder import write_pipeline
+from ant_lightning.exports.single_files import write_official, write_program, write_safetensors
+from ant_lightning.files.json_file import write_json
+from ant_lightning.models.first_stage.first_stage import FirstStage
+from ant_lightning.models.module import MultiTaskDiffusion
+from ant_lightning.runtime.quiet import keep_quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["export", "run_export"]
+
+Format = Literal["diffusers", "official", "safetensors", "torch"]
+_WRITERS = {
+    "diffusers": write_pipeline,
+    "official": write_official,
+    "safetensors": write_safetensors,
+    "torch": write_program,
+}
+
+
+def export(
+    run: str | Path,
+    *,
+    to: Format,
+    output: str | Path | None = None,
+    weights: Literal["ema", "live"] = "ema",
+    first_stage: str | None = None,
+    config: str | Path | None = None,
+    trust: Sequence[str] = (),
+) -> Exported:
+    """Write a trained model for other programs, into a folder with a model card.
+
+    What has no exact equivalent is refused, with the reason. A scheduler of diffusers that samples
+    otherwise than the run is said in `notes`, on the command line and in the card.
+
+    Args:
+        run: Folder of a run, or a checkpoint.
+        to: `diffusers`: a pipeline folder with network, scheduler and first stage, for
+            `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`. `official`: the
+            file that the official repository of DiT, ADM, P2 or latent diffusion reads.
+            `safetensors`: the weights with their settings, for `load_run`. `torch`: a program of
+            `torch.export`.
+        output: The folder; by default `exports/<to>` in the run's. One that an export wrote is
+            replaced, any other is left as it is.
+        weights: The moving average, or the live weights.
+        first_stage: Folder of the first stage of a run on cached latents.
+        config: The settings of the run, if they are not stored with it.
+        trust: Other packages, modules or classes that the settings may name.
+
+    Returns:
+        The folder; `push_to_hub("owner/name")` uploads it.
+
+    Raises:
+        ConfigError: If the run cannot be loaded, a part has no equivalent, or the folder is not
+            free.
+
+    Examples:
+        `export("runs/digits/version_0", to="diffusers").push_to_hub("me/digits")` uploads a
+        pipeline. The command line does the same:
+        `ant-lightning export runs/digits/version_0 --to diffusers --push_to_hub me/digits`.
+
+        >>> from ant_lightning import export
+        >>> export("runs/none", to="pickle")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ant_lightning.errors.ConfigError: to: must be one of ..., found 'pickle'
+    """
+    for name, value, known in (("to", to, tuple(_WRITERS)), ("weights", weights, ("ema", "live"))):
+        if value not in known:
+            raise ConfigError(f"{name}: must be one of {', '.join(known)}, found {value!r}")
+    path = Path(run)
+    if not path.exists():
+        raise ConfigError(f"run: must be the folder of a run or a checkpoint, found no {path}")
+    module: Any = load_run(
+        path, weights="ema" if weights == "ema" else "model", config=config, trust=trust
+    )
+    if not isinstance(module, MultiTaskDiffusion):
+        raise ConfigError(f"run: must be of a diffusion model, found {type(module).__name__}")
+    if first_stage is not None:
+        _give_first_stage(module, first_stage)
+    settings = run_settings(path, config)
+    folder = _run_folder(path)
+    about: dict[str, Any] = {
+        "to": to,
+        "weights": weights,
+        "trained_steps": module.trained_steps,
+        "ant_lightning": __version__,
+    }
+    goal = folder / "exports" / to if output is None else Path(output)
+    with new_folder(goal, about) as made:
+        about["notes"] = notes = _WRITERS[to](module, made)
+        card = model_card(module, settings, folder, to=to, weights=weights, notes=notes)
+        (made / "README.md").write_text(card, encoding="utf8")
+        if to == "safetensors":
+            keys = ("model", "data", "seed_everything")
+            write_json(made / "config.json", {k: settings[k] for k in keys if k in settings})
+    return Exported(goal)
+
+
+def run_export(args: Sequence[str]) -> None:
+    """Export the run of `args` (without the command's name) and print where it is.
+
+    Raises:
+        ConfigError: If an argument is wrong, or a part has no equivalent.
+    """
+    keep_quiet("export")
+    parser = ArgumentParser(prog="ant-lightning export", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("run", type=str, help="folder of a run, or a checkpoint")
+    parser.add_function_arguments(export, skip={"run"})
+    parser.add_argument("--push_to_hub", type=str | None, help="owner/name on the hub")
+    try:
+        settings = parser.parse_args(list(args))
+    except Exception as error:
+        raise ConfigError(f"export: {error}") from error
+    options = settings.as_dict()
+    hub = options.pop("push_to_hub")
+    exported = export(options.pop("run"), **options)
+    for note in exported.notes:
+        print(f"note: {note}")
+    print(exported.path)
+    if hub is not None:
+        print(exported.push_to_hub(hub))
+
+
+def _give_first_stage(module: MultiTaskDiffusion, source: str) -> None:
+    """Use this first stage, if it made the latents of the run."""
+    made = FirstStage(source)
+    space = module.latent_space
+    if space is None or made.fingerprint != space.fingerprint:
+        wanted = "no first stage" if space is None else f"fingerprint {space.fingerprint}"
+        raise ConfigError(
+            f"first_stage: must be that of the run ({wanted}), found {made.fingerprint}"
+        )
+    module.first_stage = made
+
+
+def _run_folder(path: Path) -> Path:
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name == "checkpoints" else folder

@@ -1,0 +1,1 @@
+"""Trained models for others' programs: diffusers, the official code, safetensors, torch.export."""

@@ -1,0 +1,123 @@
+"""The model card of an export: what was trained, on what, with which clusters, how good it is."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ant_lightning.runtime.settings import flat_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ant_lightning.models.denoiser import DiffusionModule
+
+__all__ = ["model_card"]
+
+_LOADING = {
+    "diffusers": """from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
+images = pipeline(batch_size=4).images""",
+    "safetensors": """from ant_lightning import load_run
+
+images = load_run(FOLDER).sample(4)""",
+    "official": """from ant_lightning import load_official_checkpoint
+
+load_official_checkpoint(network, "FOLDER/FILE")""",
+    "torch": """import torch
+
+network = torch.export.load("FOLDER/model.pt2").module()
+output = network({inputs})""",
+}
+
+
+def model_card(
+    module: DiffusionModule,
+    settings: Mapping[str, Any],
+    run_folder: Path,
+    *,
+    to: str,
+    weights: str,
+    notes: Sequence[str],
+) -> str:
+    """The text of `README.md`.
+
+    Args:
+        module: The trained model.
+        settings: Those of its run.
+        run_folder: Where scores of the run may lie (`generation_metrics.jsonl`).
+        to: Format of the export.
+        weights: `ema` or `live`.
+        notes: What the exported model does otherwise than the run.
+    """
+    flat = flat_settings(dict(settings))
+    tasks = getattr(module, "clusters", None)
+    boundaries = list(tasks.boundaries) if tasks is not None else []
+    count = sum(parameter.numel() for parameter in module.backbone.parameters())
+    data = [f"{n.rpartition('.')[2]} {v}" for n, v in flat.items() if _names_data(n, v)]
+    rows = {
+        "model": flat.get("model") or type(module).__name__,
+        "network": f"{type(module.backbone).__name__}, {count:,} parameters",
+        "images": f"{' x '.join(map(str, module.image_shape))} ({_space(module)})",
+        "data": ", ".join([str(flat.get("data") or "unknown"), *data]),
+        "noise": repr_of(module.process),
+        "clusters": ", ".join(f"[{a}, {b})" for a, b in pairwise(boundaries)),
+        "clustering": flat.get("model.tasks.clustering") or "unknown",
+        "balancer": flat.get("model.tasks.balancer") or "none (vanilla)",
+        "optimizer steps": module.trained_steps,
+        "weights": "moving average" if weights == "ema" else "live",
+        **_scores(run_folder),
+    }
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+    inputs = "x, timesteps, labels" if module.num_classes else "x, timesteps"
+    parts = [
+        "---\nlibrary_name: "
+        + ("diffusers" if to == "diffusers" else "ant-lightning")
+        + ("" if module.num_classes else "\npipeline_tag: unconditional-image-generation")
+        + "\ntags:\n- diffusion\n- ant-lightning\n---",
+        "# A diffusion model trained with ant_lightning",
+        f"| | |\n| --- | --- |\n{table}",
+        f"```python\n{_LOADING[to].replace('{inputs}', inputs)}\n```",
+    ]
+    if notes:
+        parts.append("Differences from the run:\n\n" + "\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def repr_of(process: Any) -> str:  # noqa: ANN401 - a process
+    """Class of a process, and what its network predicts."""
+    found = ", ".join(f"{name} {value}" for name, value in process.identity().items())
+    return f"{type(process).__name__}({found}), {process.num_timesteps} cells"
+
+
+def _names_data(name: str, value: object) -> bool:
+    """Whether a setting says which data: a path, a name, a size."""
+    last = name.rpartition(".")[2]
+    known = {"folder", "path", "name", "root", "dataset", "cache", "image_size", "size"}
+    return name.startswith("data.") and last in known and value is not None
+
+
+def _space(module: DiffusionModule) -> str:
+    space = module.latent_space
+    return "pixels" if space is None else f"latents of {space.source}"
+
+
+def _scores(folder: Path) -> dict[str, str]:
+    """The last scores that the run measured."""
+    path = folder / "generation_metrics.jsonl"
+    if not path.is_file():
+        return {"FID": "not measured"}
+    try:
+        last = json.loads(path.read_text(encoding="utf8").splitlines()[-1])
+        scores = {str(name): f"{value:.4g}" for name, value in last["scores"].items()}
+    except (ValueError, IndexError, KeyError, AttributeError, TypeError):
+        return {"FID": "not measured"}
+    about = ", ".join(f"{n} {v}" for n, v in last.items() if isinstance(v, str | int | float))
+    return {**scores, "scores measured with": about}
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

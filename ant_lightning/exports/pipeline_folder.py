@@ -1,0 +1,140 @@
+"""Writes a trained model as a pipeline folder of diffusers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ant_lightning.backbones.checkpoint_layouts import bare_names
+from ant_lightning.backbones.diffusers_layouts import diffusers_layout
+from ant_lightning.backbones.unet import UNet
+from ant_lightning.errors import ConfigError
+from ant_lightning.exports.schedulers import Scheduling, scheduler_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ant_lightning.models.denoiser import DiffusionModule
+
+__all__ = ["diffusers_network", "write_pipeline"]
+
+
+def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of diffusers
+    """A network of diffusers that computes what this DiT or UNet does, with its weights.
+
+    Raises:
+        ConfigError: If there is none; says why.
+
+    Examples:
+        >>> import torch
+        >>> from ant_lightning import DiT
+        >>> from ant_lightning.exports.pipeline_folder import diffusers_network
+        >>> dit = DiT(input_size=4, hidden_size=8, depth=1, num_heads=1, num_classes=3)
+        >>> x, t, labels = torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.tensor([0, 2])
+        >>> theirs = diffusers_network(dit)
+        >>> output = theirs(x, t, class_labels=labels).sample
+        >>> torch.allclose(output, dit(x, t, labels), atol=1e-5)
+        True
+    """
+    import diffusers  # noqa: PLC0415 - 5 s of imports
+
+    layout = diffusers_layout(network)
+    own = network.state_dict()
+    weights = layout.to_diffusers({bare: own[name] for bare, name in bare_names(own).items()})
+    if layout.class_name == "DiTTransformer2DModel":
+        kind = import_module("ant_lightning.exports.exact_dit").ExactDiT
+    else:
+        kind = getattr(diffusers, layout.class_name)
+    made = kind(**layout.config)
+    made.load_state_dict(weights)
+    return made.eval()
+
+
+def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
+    """Write the pipeline of a module into an empty folder.
+
+    An unconditional UNet of pixels with DDPM becomes a `DDPMPipeline`; all else an `ANTPipeline`,
+    whose code lies in the folder.
+
+    Returns:
+        What the pipeline does otherwise than the run, a line each.
+
+    Raises:
+        ConfigError: If the network, the process or the first stage has no equivalent.
+    """
+    backbone, space = module.backbone, module.latent_space
+    found = scheduler_of(module)
+    if space is not None and module.first_stage is None:
+        raise ConfigError(
+            "first_stage: needed to decode the cached latents that the run was trained on, found "
+            f"None; give the folder of {space.source}"
+        )
+    network = diffusers_network(backbone)
+    is_unet = isinstance(backbone, UNet)
+    name, kind = ("unet", None) if is_unet else ("transformer", "exact_dit")
+    parts: dict[str, tuple[Any, str | None]] = {
+        name: (network, kind),
+        "scheduler": (found.scheduler, None),
+    }
+    if module.first_stage is not None:
+        vae = copy.deepcopy(module.first_stage._autoencoder).cpu()
+        vae.register_to_config(scaling_factor=module.first_stage.space.scale)
+        parts["vae"] = (vae, None)
+    if getattr(backbone, "class_embedder", None) is not None:
+        table = backbone.class_embedder["embedding"]  # type: ignore[index]
+        made = import_module("ant_lightning.exports.class_table").ClassTable(
+            table.num_embeddings, table.embedding_dim
+        )
+        made.embedding.load_state_dict({"weight": table.weight})
+        parts["class_table"] = (made, "class_table")
+    index = _index(module, found, parts)
+    for part, (value, code) in parts.items():
+        value.save_pretrained(folder / part)
+        if code is not None:
+            _copy_code(code, folder / part)
+    if isinstance(index["_class_name"], list):
+        _copy_code("ant_pipeline", folder)
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return found.notes
+
+
+def _index(
+    module: DiffusionModule, found: Scheduling, parts: dict[str, tuple[Any, str | None]]
+) -> dict[str, Any]:
+    """The content of `model_index.json`."""
+    import diffusers  # noqa: PLC0415
+
+    listed: dict[str, Any] = {
+        name: [code or "diffusers", type(value).__name__] for name, (value, code) in parts.items()
+    }
+    version = {"_diffusers_version": diffusers.__version__}
+    is_ddpm = type(found.scheduler).__name__ == "DDPMScheduler"
+    if listed.keys() == {"unet", "scheduler"} and is_ddpm and not module.num_classes:
+        return {"_class_name": "DDPMPipeline", **version, **listed}
+    for name in ("unet", "transformer", "vae", "class_table"):
+        listed.setdefault(name, [None, None])
+    space = module.latent_space
+    return {
+        "_class_name": ["ant_pipeline", "ANTPipeline"],
+        **version,
+        **listed,
+        "process": found.process,
+        "num_classes": module.num_classes,
+        "null_class": module.null_class,
+        "guidance_scale": module.guidance_scale if module.null_class is not None else 1.0,
+        "guided_channels": module.sampling.guided_channels,
+        "num_inference_steps": found.num_steps,
+        "eta": found.eta,
+        "clip_sample": module.clip_denoised,
+        "latent_shape": list(module.image_shape),
+        "latent_scale": 1.0 if space is None else space.scale,
+        "latent_shift": 0.0 if space is None else space.shift,
+    }
+
+
+def _copy_code(name: str, folder: Path) -> None:
+    source = Path(__file__).with_name(f"{name}.py")
+    (folder / f"{name}.py").write_text(source.read_text(encoding="utf8"), encoding="utf8")
