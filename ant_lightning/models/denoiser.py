@@ -502,7 +502,7 @@ class DiffusionModule(BaseModule):
                 f"sampling.guided_channels: must be from 1 to the {channels} channels of an image, "
                 f"or None for all, found {guided}"
             )
-        guide = load_guide(self.sampling, self.backbone)
+        guide = load_guide(self.sampling, self.backbone, self.process)
         self._guides = () if guide is None else (guide,)
         if self.null_class is None and guide is None and self.guidance_scale != 1.0:
             raise ConfigError(

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ant_lightning.backbones.checkpoints import load_official_checkpoint
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.backbone import backbone_name, check_backbone
+from ant_lightning.models.checkpoint_origin import load_weights_for
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ant_lightning.diffusion.process import NoiseProcess
     from ant_lightning.models.settings import Sampling
 
 __all__ = ["load_guide"]
 
 
-def load_guide(sampling: Sampling, backbone: nn.Module) -> nn.Module | None:
+def load_guide(sampling: Sampling, backbone: nn.Module, process: NoiseProcess) -> nn.Module | None:
     """The network of `guide_checkpoint`, in evaluation mode; `None` without one.
 
     Args:
         sampling: Its `guide_backbone` is filled, or else a copy of `backbone`.
         backbone: The network that is guided.
+        process: What both were trained for.
 
     Raises:
-        ConfigError: If the checkpoint does not fit the network, or the network does not fit the
-            one it guides.
+        ConfigError: If the checkpoint does not fit the network or the process, or the network does
+            not fit the one it guides.
     """
     if sampling.guide_checkpoint is None:
         return None
@@ -44,9 +45,7 @@ def load_guide(sampling: Sampling, backbone: nn.Module) -> nn.Module | None:
                     f"of {backbone_name(guide)}"
                 )
     try:
-        load_official_checkpoint(
-            guide, Path(sampling.guide_checkpoint), weights=sampling.guide_weights
-        )
+        load_weights_for(process, guide, sampling.guide_checkpoint, weights=sampling.guide_weights)
     except ConfigError as error:
         raise ConfigError(f"sampling.guide_checkpoint: {error}") from error
     return guide.requires_grad_(False).eval()

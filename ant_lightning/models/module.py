@@ -10,7 +10,6 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
-from ant_lightning.backbones.checkpoints import load_official_checkpoint
 from ant_lightning.balancing.backward import BackwardReport, task_gradients
 from ant_lightning.balancing.base import SampleBalancer
 from ant_lightning.balancing.linear import LinearScalarization
@@ -23,6 +22,7 @@ from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.models.auxiliary import FeatureAlignment
 from ant_lightning.models.backbone import NO_NULL_CLASS, backbone_name, check_backbone
+from ant_lightning.models.checkpoint_origin import load_weights_for
 from ant_lightning.models.checks import (
     check_batch_norm,
     check_strategy,
@@ -203,13 +203,13 @@ class MultiTaskDiffusion(DiffusionModule):
         weights are needed.
 
         Raises:
-            ConfigError: If the file does not fit.
+            ConfigError: If the file does not fit, or is of another process.
         """
         if self.init_from is None or not self.init_due:
             return
         try:
-            report = load_official_checkpoint(
-                self.backbone, self.init_from, weights=self.init_weights
+            report = load_weights_for(
+                self.process, self.backbone, self.init_from, weights=self.init_weights
             )
         except ConfigError as error:
             raise ConfigError(f"init_from: {error}") from error
