@@ -29,6 +29,9 @@ from ant_lightning.affinity.result import (
 from ant_lightning.backbones.checkpoints import (
     load_official_checkpoint as load_official_checkpoint,
 )
+from ant_lightning.backbones.diffusers import (
+    DiffusersBackbone as DiffusersBackbone,
+)
 from ant_lightning.backbones.dit import (
     DiT as DiT,
 )

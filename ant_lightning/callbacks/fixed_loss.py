@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.data.batch import Batch
+from ant_lightning.diffusion.condition import map_condition
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.draws import Draws, on_device, step_noise
 from ant_lightning.models.optimizers import gradient_scaler, loss_scale
@@ -154,7 +154,9 @@ class FixedLoss:
         for first in range(0, len(indices), self._batch_size):
             part = slice(first, min(first + self._batch_size, len(indices)))
             loaded = self._dataset.load(indices[part], epoch=None)
-            batch = Batch(loaded.images.to(device), loaded.labels.to(device), loaded.indices)
+            batch = loaded._replace(
+                images=loaded.images.to(device), labels=loaded.labels.to(device)
+            )
             steps = timesteps[part]
             unweighted = torch.zeros(len(steps), device=device)
             with module.trainer.precision_plugin.forward_context():
@@ -165,7 +167,7 @@ class FixedLoss:
                     on_device(module.process.times(steps), device),
                     module.clusters.task_of(steps),
                     noise(part),
-                    batch.labels if module.num_classes else None,
+                    map_condition(lambda each: each.to(device), module.conditions.of_batch(batch)),
                 )
                 # Calling `losses` also fills `unweighted`.
                 losses = module.losses(x_start, draws, unweighted=unweighted)

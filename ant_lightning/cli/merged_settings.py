@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ant_lightning
 from ant_lightning.cli.config_files import load_yaml
 
 if TYPE_CHECKING:
@@ -71,6 +73,14 @@ def _nested(name: str, value: str) -> dict[str, Any]:
     return inner  # type: ignore[no-any-return]
 
 
+def _arguments(class_path: object) -> set[str]:
+    """The arguments of a class of ours; none of other classes, which are not imported here."""
+    name = str(class_path).removeprefix("ant_lightning.")
+    if name not in ant_lightning.__all__:
+        return set()
+    return set(inspect.signature(getattr(ant_lightning, name)).parameters)
+
+
 def merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
     """Merge settings, later ones first; `init_args` are moved up beside their `class_path`."""
     if not isinstance(settings, dict):
@@ -81,7 +91,9 @@ def merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
             continue
         before = into.get(name)
         if name == "class_path" and before not in (None, given):
-            into.clear()  # another class: the parser keeps those old settings that still fit
+            # Another class: like the parser, keep those old settings that still fit.
+            for other in set(into) - _arguments(given):
+                del into[other]
         is_class = isinstance(before, dict) and "class_path" in before and isinstance(given, str)
         value = {"class_path": given} if is_class else given
         if isinstance(value, dict):

@@ -20,6 +20,8 @@ class Batch(NamedTuple):
         labels: `[b]` int64; zeros for data without classes.
         indices: `[b]` int64, position of each image in its data set. Random numbers are keyed by
             it, so that they do not depend on the batch or the rank.
+        condition: Named tensors `[b, ...]` that a network is told beside the labels, such as the
+            embeddings of captions; empty for none.
 
     Examples:
         >>> import torch
@@ -32,6 +34,7 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     indices: Tensor
+    condition: dict[str, Tensor] = {}  # noqa: RUF012 - a tuple's; never changed
 
 
 def check_batch(batch: object) -> None:
@@ -50,7 +53,7 @@ def check_batch(batch: object) -> None:
             f"Batch(image, label, index), found a {type(batch).__name__}{inside}"
         )
     # Only dtypes and shapes: to check values, the host would have to wait for the GPU.
-    images, labels, indices = batch
+    images, labels, indices, _ = batch
     if not images.is_floating_point():
         raise ConfigError(f"batch.images: must be floating point in [-1, 1], found {images.dtype}")
     for name, each in (("labels", labels), ("indices", indices)):

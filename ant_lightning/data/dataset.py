@@ -46,6 +46,11 @@ class ImageDataset(Dataset[Batch], ABC):
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
         """Load the images at `indices`."""
 
+    def conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What a network is told of the images at `indices` beside labels; by default nothing."""
+        del indices
+        return {}
+
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """The images at `indices` as uint8 `[b, c, h, w]`, without augmentation, for metrics."""
         return to_uint8(self.load(list(indices), epoch=None).images)

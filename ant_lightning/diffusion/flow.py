@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
@@ -110,6 +111,12 @@ class FlowMatching(ContinuousProcess):
         self.convention: FlowConvention = convention
         axis = _train_interval(path, prediction_type, train_eps)
         super().__init__(density=density, num_timesteps=num_timesteps, axis=axis, coordinate="time")
+
+    def with_convention(self, convention: FlowConvention) -> FlowMatching:
+        """The same process for a network of this convention."""
+        process = copy.copy(self)
+        process.convention = convention
+        return process
 
     def _time_of(self, z: Tensor) -> Tensor:
         return z

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ant_lightning.diffusion.condition import (
+    Condition,
+    NullCondition,
+    map_condition,
+    null_like,
+    rows_of,
+)
 from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
@@ -16,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GuidedDenoiser", "check_interval"]
 
-Model: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Model: TypeAlias = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 class GuidedDenoiser:
@@ -33,9 +40,10 @@ class GuidedDenoiser:
 
     Args:
         model: Called as `model(x, times, labels)`.
-        labels: Classes of the batch, int64 `[b]`; `None` for an unconditional network, which is
-            called as `model(x, times, None)`.
-        null_label: The label of the null class; `None` if the network has none.
+        labels: Classes of the batch, int64 `[b]`, or named tensors `[b, ...]`; `None` for an
+            unconditional network, which is called as `model(x, times, None)`.
+        null_label: The label of the null class, or a null tensor of each name for one image; `None`
+            if the network has none.
         scale: 1 is no guidance, above 1 pushes away from the weaker prediction.
         guided_channels: How many of the image's channels are guided, counted from the first;
             `None` for all. The official DiT and SiT guide 3 of their 4 latent channels.
@@ -75,9 +83,9 @@ class GuidedDenoiser:
     def __init__(
         self,
         model: Model,
-        labels: Tensor | None,
+        labels: Condition,
         *,
-        null_label: int | None,
+        null_label: NullCondition,
         scale: float,
         guided_channels: int | None = None,
         guide: Model | None = None,
@@ -89,6 +97,12 @@ class GuidedDenoiser:
         if scale != 1.0 and guide is None and (labels is None or null_label is None):
             lacking = "labels" if labels is None else "a null class"
             raise ConfigError(f"scale: must be 1 for a network without {lacking}, found {scale}")
+        if scale != 1.0 and guide is None and isinstance(null_label, Mapping):
+            for name in labels:  # type: ignore[union-attr]
+                if null_label.get(name) is None:
+                    raise ConfigError(
+                        f"null_label: needed for {name} with scale {scale}, found none"
+                    )
         check_at_least(1, guided_channels=guided_channels)
         if interval is not None:
             check_interval(interval)
@@ -110,10 +124,11 @@ class GuidedDenoiser:
             ConfigError: If the batch has another size than `labels`, or fewer channels than
                 `guided_channels`.
         """
-        if self.labels is not None and len(x_t) != len(self.labels):
-            raise ConfigError(
-                f"labels: must be {len(x_t)}, one for each image, found {len(self.labels)}"
-            )
+        for each in self.labels.values() if isinstance(self.labels, Mapping) else [self.labels]:
+            if each is not None and len(x_t) != len(each):
+                raise ConfigError(
+                    f"labels: must be {len(x_t)}, one for each image, found {len(each)}"
+                )
         # Channels of the image, not of the output: the output may also hold variance values.
         num_guided = self.guided_channels or x_t.shape[1]
         if num_guided > x_t.shape[1]:
@@ -125,16 +140,14 @@ class GuidedDenoiser:
             return self.model(x_t, t, self.labels)
         # Without an interval `rows` is a slice of everything, which copies nothing.
         x_some, t_some = x_t[rows], t[rows]
-        some = None if self.labels is None else self.labels[rows]
+        some = rows_of(self.labels, rows)
         if self.guide is not None:
             cond = self.model(x_t, t, self.labels)
             weak = self.guide(x_some, t_some, some)
         else:
-            # The constructor has checked them.
-            assert self.labels is not None
-            assert some is not None
-            assert self.null_label is not None
-            labels = torch.cat([self.labels, torch.full_like(some, self.null_label)])
+            # The constructor has checked that there is a null for every entry.
+            null = null_like(some, self.null_label)
+            labels = map_condition(lambda one, two: torch.cat([one, two]), self.labels, null)
             both = self.model(torch.cat([x_t, x_some]), torch.cat([t, t_some]), labels)
             cond, weak = both[: len(x_t)], both[len(x_t) :]
         cond_part, weak_part = cond[rows, :num_guided], weak[:, :num_guided]

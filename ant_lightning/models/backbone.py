@@ -3,36 +3,61 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from inspect import signature
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ant_lightning.backbones.diffusers import DiffusersBackbone
 from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.errors import ConfigError
 
-__all__ = ["NO_NULL_CLASS", "backbone_name", "check_backbone", "check_output"]
+if TYPE_CHECKING:
+    from ant_lightning.diffusion.condition import Condition
 
-# Attributes of a network, each with its smallest valid value; `null_class` may be missing.
-_SIZES = {"input_size": 1, "in_channels": 1, "out_channels": 1, "num_classes": 0, "null_class": 0}
+__all__ = [
+    "backbone_name",
+    "call_backbone",
+    "check_backbone",
+    "check_output",
+    "output_channels",
+    "size_of",
+]
 
-
-# The reason in messages of settings that need a null class, which the backbone lacks.
-NO_NULL_CLASS = (
-    "because the backbone has no null class (a DiT or UNet has one with num_classes above 1 and "
-    "class_dropout_prob above 0, a network of your own with an attribute null_class)"
-)
+# Attributes of every network, and of one that is told labels alone, with the smallest valid value.
+_SIZES = {"input_size": 1, "in_channels": 1}
+_OF_LABELS = {"out_channels": 1, "num_classes": 0}
+_OPTIONAL = {"out_channels": 1, "num_classes": 0, "null_class": 0}
 
 
 def backbone_name(backbone: nn.Module) -> str:
     """Name of the network's own class, without the one that `torch.compile` or FSDP2 adds."""
     bare = getattr(backbone, "_orig_mod", backbone)
+    if isinstance(bare, DiffusersBackbone):
+        bare = getattr(bare.network, "_orig_mod", bare.network)
     kind = type(bare)
     # `fully_shard` replaces the class by a new one with the bases (FSDPModule, own class).
     return (kind.__bases__[-1] if is_sharded(bare.parameters()) else kind).__name__
 
 
+def size_of(backbone: nn.Module) -> tuple[int, int]:
+    """Height and width of what the network denoises."""
+    size: Any = backbone.input_size
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    return int(height), int(width)
+
+
+def output_channels(backbone: nn.Module) -> int:
+    """Channels of the network's output; those of its input unless it says otherwise."""
+    return int(getattr(backbone, "out_channels", backbone.in_channels))  # type: ignore[arg-type]
+
+
 def check_backbone(backbone: nn.Module) -> None:
-    """Check that a network has its sizes and can be called as `backbone(x_t, timesteps, labels)`.
+    """Check that a network says of itself what the protocol asks, and can be called as it says.
+
+    With `null_condition` it is called as `backbone(x_t, t, condition)`, with a mapping of the
+    tensors that it names; else, with `num_classes`, as `backbone(x_t, t, labels)`.
 
     Raises:
         ConfigError: If an attribute is missing or invalid, or the call signature does not fit.
@@ -42,39 +67,97 @@ def check_backbone(backbone: nn.Module) -> None:
             f"backbone: must be a torch.nn.Module with parameters, found {type(backbone).__name__}"
         )
     name = backbone_name(backbone)
+    every = (*_SIZES, *_OPTIONAL, "null_condition")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # third-party classes may warn of deprecated attributes
-        sizes = {each: getattr(backbone, each) for each in _SIZES if hasattr(backbone, each)}
-    missing = [each for each in _SIZES if each not in sizes and each != "null_class"]
+        found = {each: getattr(backbone, each) for each in every if hasattr(backbone, each)}
+    of_labels = "null_condition" not in found and "num_classes" in found
+    needed = [*_SIZES, *(_OF_LABELS if of_labels else ["null_condition"])]
+    missing = [each for each in needed if each not in found]
     if missing:
+        rule = "0 for no classes" if of_labels else "{} for no condition"
         raise ConfigError(
-            f"backbone: {name} must have the attributes {', '.join(list(_SIZES)[:4])} (0 for no "
-            f"classes), found no {', '.join(missing)}"
+            f"backbone: {name} must have the attributes {', '.join(needed)} ({rule}), found no "
+            f"{', '.join(missing)}"
         )
-    for each, value in sizes.items():
-        least = _SIZES[each]
-        # `None` counts as 0, which `num_classes` and `null_class` may be.
-        if not isinstance(value or 0, int) or (value or 0) < least:
-            raise ConfigError(
-                f"backbone: {name}.{each} must be a whole number of at least {least}, "
-                f"found {value!r}"
-            )
+    if not of_labels:
+        _check_null(name, found)
+    for each, least in {**_SIZES, **_OPTIONAL}.items():
+        _check_size(f"{name}.{each}", found.get(each, least), least, pair=each == "input_size")
+    third = "labels" if of_labels else "condition"
     try:
         signature(backbone.forward).bind(None, None, None)
     except TypeError as error:
         raise ConfigError(
-            f"backbone: {name}.forward must take (x_t, timesteps, labels), found "
+            f"backbone: {name}.forward must take (x_t, t, {third}), found "
             f"{signature(backbone.forward)}"
         ) from error
 
 
+def _check_size(name: str, value: object, least: int, *, pair: bool) -> None:
+    parts = list(value) if pair and isinstance(value, tuple | list) else [value, value]
+    # `None` counts as 0, which `num_classes` and `null_class` may be.
+    numbers: list[Any] = [part or 0 for part in parts]
+    if len(numbers) == 2 and all(isinstance(each, int) and each >= least for each in numbers):
+        return
+    rule = f"a whole number of at least {least}{', or a height and a width' if pair else ''}"
+    raise ConfigError(f"backbone: {name} must be {rule}, found {value!r}")
+
+
+def _check_null(name: str, found: Mapping[str, Any]) -> None:
+    null = found["null_condition"]
+    kinds = (Tensor, int, float, type(None))
+    if not isinstance(null, Mapping) or not all(isinstance(v, kinds) for v in null.values()):
+        raise ConfigError(
+            f"backbone: {name}.null_condition must map the name of each condition to its null "
+            f"value (a tensor for one image, a number, or None for no null), found {null!r:.80}"
+        )
+    if ("labels" in null) != bool(found.get("num_classes")):
+        raise ConfigError(
+            f"backbone: {name}.num_classes must be the number of classes with labels in "
+            f"null_condition, and 0 or left out without, found {found.get('num_classes')} with "
+            f"{', '.join(null) or 'none'}"
+        )
+
+
+def call_backbone(network: nn.Module, x_in: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """The network's output; one that takes named conditions is given those that it names.
+
+    Args:
+        network: The network.
+        x_in: Images, scaled for the network.
+        t: What the network is told of the noise level, `[b]`.
+        condition: Labels or named tensors.
+
+    Raises:
+        ConfigError: If a condition is missing, or the output is not one tensor of the right shape.
+    """
+    names: Any = getattr(network, "null_condition", None)
+    if names is not None:
+        given = {"labels": condition} if isinstance(condition, Tensor) else dict(condition or {})
+        missing = [name for name in names if name not in given]
+        if missing:
+            raise ConfigError(
+                f"condition: must have {', '.join(missing)} for {backbone_name(network)}, found "
+                f"{', '.join(given) or 'none'}"
+            )
+        condition = {
+            name: given[name].to(x_in.dtype) if given[name].is_floating_point() else given[name]
+            for name in names
+        }
+    elif isinstance(condition, Mapping):
+        condition = condition.get("labels")
+    return check_output(network, network(x_in, t, condition), x_in)
+
+
 def check_output(backbone: nn.Module, output: object, x_t: Tensor) -> Tensor:
-    """Return a network's output if it is one tensor of the right shape.
+    """Return a network's output, or its field `sample`, if it is a tensor of the right shape.
 
     Raises:
         ConfigError: If it is not.
     """
-    wanted = (len(x_t), int(backbone.out_channels), *x_t.shape[2:])  # type: ignore[arg-type]
+    output = getattr(output, "sample", output)  # output objects of diffusers
+    wanted = (len(x_t), output_channels(backbone), *x_t.shape[2:])
     if isinstance(output, Tensor) and output.shape == wanted:
         return output
     found = list(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"

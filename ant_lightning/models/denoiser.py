@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
+from ant_lightning.backbones.diffusers import DiffusersBackbone, as_backbone
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.cache import check_first_stage
 from ant_lightning.data.module import image_data
+from ant_lightning.diffusion.condition import map_condition, rows_of
 from ant_lightning.diffusion.edm import EDM
 from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.guidance import GuidedDenoiser
@@ -19,8 +21,15 @@ from ant_lightning.diffusion.samplers.ddim import DDPM
 from ant_lightning.diffusion.samplers.edm import EDMSampler
 from ant_lightning.diffusion.samplers.ode import ODESampler
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.backbone import NO_NULL_CLASS, check_backbone, check_output
+from ant_lightning.models.backbone import (
+    backbone_name,
+    call_backbone,
+    check_backbone,
+    output_channels,
+    size_of,
+)
 from ant_lightning.models.base import BaseModule
+from ant_lightning.models.conditions import Conditions
 from ant_lightning.models.draws import Draws, on_device, step_noise
 from ant_lightning.models.guide import load_guide
 from ant_lightning.models.requests import as_indices, as_labels
@@ -28,12 +37,13 @@ from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, run_seed
 from ant_lightning.runtime.sharding import UnevenCalls, shard_backbone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
     from ant_lightning.data.batch import Batch
     from ant_lightning.data.latents.space import LatentSpace
+    from ant_lightning.diffusion.condition import Condition
     from ant_lightning.diffusion.process import NoiseProcess
     from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.first_stage.first_stage import FirstStage
@@ -86,7 +96,7 @@ class DiffusionModule(BaseModule):
     """A diffusion model that can be evaluated and sampled; `MultiTaskDiffusion` trains it.
 
     Args:
-        backbone: The network, called as `backbone(x_t, timesteps, labels)`.
+        backbone: The network, called as `backbone(x_t, t, condition)`.
         process: How noise is added, what the network is given and what its output means.
         clusters: The tasks that losses are reported for.
         sampling: How images are drawn from noise.
@@ -114,10 +124,14 @@ class DiffusionModule(BaseModule):
         seed: int | None,
     ) -> None:
         super().__init__()
+        backbone = as_backbone(backbone)
         check_backbone(backbone)
         self.backbone = backbone
+        if isinstance(backbone, DiffusersBackbone) and isinstance(process, FlowMatching):
+            process = process.with_convention("diffusers")
         # A shift of the density by resolution is fixed here, for the whole run.
         self.process = process.for_size(*self.image_shape[1:])
+        self.conditions = Conditions(backbone)
         self.clusters = clusters
         self.sampling = sampling
         self.sampler: Sampler = sampling.sampler or default_sampler(process)
@@ -148,18 +162,26 @@ class DiffusionModule(BaseModule):
     @property
     def num_classes(self) -> int:
         """Classes the backbone is conditioned on; 0 for none."""
-        return int(self.backbone.num_classes or 0)
+        return self.conditions.num_classes
 
     @property
     def null_class(self) -> int | None:
         """The label that stands for no class; `None` if the backbone has none."""
-        return getattr(self.backbone, "null_class", None)
+        return self.conditions.null_class
+
+    @property
+    def no_null(self) -> str:
+        """The reason in messages of settings that need null values, which the backbone lacks."""
+        return (
+            f"because {backbone_name(self.backbone)} has {self.conditions.without_null} (a DiT or "
+            "UNet has a null class with num_classes above 1 and class_dropout_prob above 0, a "
+            "network of your own by its null_condition)"
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(c, h, w)` of what is denoised."""
-        size = int(self.backbone.input_size)
-        return int(self.backbone.in_channels), size, size
+        return int(self.backbone.in_channels), *size_of(self.backbone)
 
     @property
     def clip_denoised(self) -> bool:
@@ -176,8 +198,11 @@ class DiffusionModule(BaseModule):
         """Compare the data with the backbone and the first stage."""
         self.uneven_calls.cancel()
         data: Any = image_data(self.trainer)
-        if stage != "predict" and data is not None:
+        if data is None:
+            return
+        if stage != "predict":
             self._bind(data)
+        self.conditions.bind(data)
 
     def on_validation_start(self) -> None:
         """Let ranks have different numbers of batches; their last batch finishes it."""
@@ -190,7 +215,8 @@ class DiffusionModule(BaseModule):
         x_t = torch.zeros(1, *self.image_shape, device=self.device)
         cell = torch.zeros(1, dtype=torch.int64)
         labels = cell.to(self.device) if self.num_classes else None  # class 0
-        self.denoise(x_t, on_device(self.process.times(cell), self.device), labels)
+        condition = self.conditions.of_padding(labels, self.device)
+        self.denoise(x_t, on_device(self.process.times(cell), self.device), condition)
 
     def losses(
         self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None
@@ -199,7 +225,7 @@ class DiffusionModule(BaseModule):
 
         Args:
             x_start: Clean images or latents, `[b, c, h, w]`.
-            draws: Timesteps, tasks, noise and labels of the batch.
+            draws: Timesteps, tasks, noise and condition of the batch.
             unweighted: `[b]`, filled with the mean squared errors without any weight.
 
         Raises:
@@ -218,8 +244,8 @@ class DiffusionModule(BaseModule):
         def losses_of(rows: Tensor) -> Tensor:
             rows = rows.to(x_t.device, non_blocking=True)  # no wait: the copy is queued
             times = draws.times[rows]
-            labels = None if draws.labels is None else draws.labels[rows]
-            output = self.denoise(x_t[rows], times, labels)
+            condition = rows_of(draws.condition, rows)
+            output = self.denoise(x_t[rows], times, condition)
             terms = self.process.losses(
                 output, x_start=x_start[rows], x_t=x_t[rows], times=times, noise=draws.noise[rows]
             )
@@ -235,7 +261,7 @@ class DiffusionModule(BaseModule):
         self,
         x_t: Tensor,
         times: Tensor,
-        labels: Tensor | None,
+        condition: Condition,
         *,
         network: nn.Module | None = None,
     ) -> Tensor:
@@ -244,16 +270,17 @@ class DiffusionModule(BaseModule):
         Args:
             x_t: The state of the process, before it is scaled for the network.
             times: The process' own times, `[b]`; the process says what the network is told.
-            labels: Classes `[b]`, or `None`.
+            condition: Classes `[b]`, named tensors `[b, ...]`, or `None`.
             network: Replaces the backbone.
 
         Raises:
-            ConfigError: If the output is not one tensor of the right shape.
+            ConfigError: If a condition is missing, or the output is not one tensor of the right
+                shape.
         """
         network = self.backbone if network is None else network
         dtype = next(network.parameters()).dtype
         x_in, told = self.process.network_inputs(x_t, times)
-        return check_output(network, network(x_in.to(dtype), told, labels), x_t)
+        return call_backbone(network, x_in.to(dtype), told, condition)
 
     def encode(self, batch: Batch, *, step: int | None = None) -> Tensor:
         """`x_start [b, c, h, w]`: the images, or latents sampled from the first stage's moments.
@@ -316,9 +343,9 @@ class DiffusionModule(BaseModule):
         timesteps = timesteps.to(self.device)
         tasks = self.clusters.task_of(timesteps)
         noise = self.image_noise(batch.indices.tolist(), stream="validation")()
-        labels = batch.labels if self.num_classes else None
+        condition = self.conditions.of_batch(batch)
         unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
-        draws = Draws(timesteps, times, tasks, noise, labels)
+        draws = Draws(timesteps, times, tasks, noise, condition)
         rows = torch.arange(len(batch.images), device=self.device)
         self.losses(self.encode(batch), draws, unweighted=unweighted)(rows)
         self.validation_losses.update(unweighted, tasks)
@@ -350,6 +377,7 @@ class DiffusionModule(BaseModule):
         indices: int | Iterable[int] | Tensor,
         *,
         labels: int | Iterable[int] | Tensor | None = None,
+        condition: Mapping[str, Tensor] | None = None,
         guidance_scale: float | None = None,
         sampler: Sampler | None = None,
         seed: int | None = None,
@@ -365,6 +393,8 @@ class DiffusionModule(BaseModule):
             indices: Which images; a number `n` stands for the first `n`.
             labels: One for each image, or one for all; by default index modulo the number of
                 classes.
+            condition: Named tensors `[n, ...]` beside the labels; by default those of the held-out
+                images of the data, index modulo their number.
             guidance_scale: Replaces the module's.
             sampler: Replaces the module's.
             seed: Replaces the module's.
@@ -374,7 +404,9 @@ class DiffusionModule(BaseModule):
         """
         indices = as_indices(indices)
         noise = self.image_noise(indices, seed=seed)
-        denoiser = self.guided(indices, labels=labels, guidance_scale=guidance_scale)
+        denoiser = self.guided(
+            indices, labels=labels, condition=condition, guidance_scale=guidance_scale
+        )
         with self.uneven_calls(), _evaluating(self):
             x_start = (sampler or self.sampler).sample(
                 self.process, denoiser, noise(), noise=noise, clip_denoised=self.clip_denoised
@@ -394,8 +426,9 @@ class DiffusionModule(BaseModule):
         indices: Iterable[int],
         *,
         labels: int | Iterable[int] | Tensor | None = None,
+        condition: Mapping[str, Tensor] | None = None,
         guidance_scale: float | None = None,
-        denoise: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
+        denoise: Callable[[Tensor, Tensor, Condition], Tensor] | None = None,
     ) -> GuidedDenoiser:
         """The denoiser that a sampler calls for the images with these indices.
 
@@ -403,6 +436,7 @@ class DiffusionModule(BaseModule):
             indices: Which images.
             labels: One for each image, or one for all; by default index modulo the number of
                 classes.
+            condition: Named tensors `[n, ...]` beside the labels, as for `sample`.
             guidance_scale: Replaces the module's.
             denoise: Replaces the module's method `denoise`.
 
@@ -413,14 +447,15 @@ class DiffusionModule(BaseModule):
         if labels is None and classes:
             labels = [index % classes for index in indices]
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        if scale != 1.0 and null is None and self.guide is None:
-            raise ConfigError(f"guidance_scale: must be 1 {NO_NULL_CLASS}, found {scale}")
+        if scale != 1.0 and self.conditions.without_null and self.guide is None:
+            raise ConfigError(f"guidance_scale: must be 1 {self.no_null}, found {scale}")
         if labels is not None:
             labels = as_labels(labels, len(indices), num_classes=classes, null_class=null)
+        told = self.conditions.of_images(indices, labels, condition)
         return GuidedDenoiser(
             denoise or self.denoise,
-            None if labels is None else labels.to(self.device),
-            null_label=null,
+            map_condition(lambda each: each.to(self.device), told),
+            null_label=self.conditions.null,
             scale=scale,
             guided_channels=self.sampling.guided_channels,
             guide=None if self.guide is None else self._guide_at,
@@ -428,11 +463,13 @@ class DiffusionModule(BaseModule):
             process=self.process,
         )
 
-    def _guide_at(self, x_t: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
+    def _guide_at(self, x_t: Tensor, times: Tensor, condition: Condition) -> Tensor:
         """The guide's output; a guide without classes is called without labels."""
         guide = self.guide
         assert guide is not None
-        return self.denoise(x_t, times, labels if guide.num_classes else None, network=guide)
+        if not hasattr(guide, "null_condition") and not guide.num_classes:
+            condition = None
+        return self.denoise(x_t, times, condition, network=guide)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # The guide follows the module to its device and dtype.
@@ -491,7 +528,7 @@ class DiffusionModule(BaseModule):
                     raise ConfigError(str(error)) from error
                 raise
         channels, guided = self.image_shape[0], self.sampling.guided_channels
-        allowed, found = self.process.accepted_channels(channels), int(self.backbone.out_channels)
+        allowed, found = self.process.accepted_channels(channels), output_channels(self.backbone)
         if found not in allowed:
             raise ConfigError(
                 f"backbone.out_channels: must be {' or '.join(map(str, allowed))} with "
@@ -504,9 +541,9 @@ class DiffusionModule(BaseModule):
             )
         guide = load_guide(self.sampling, self.backbone, self.process)
         self._guides = () if guide is None else (guide,)
-        if self.null_class is None and guide is None and self.guidance_scale != 1.0:
+        if self.conditions.without_null and guide is None and self.guidance_scale != 1.0:
             raise ConfigError(
-                f"sampling.guidance_scale: must be 1 {NO_NULL_CLASS}, found {self.guidance_scale}"
+                f"sampling.guidance_scale: must be 1 {self.no_null}, found {self.guidance_scale}"
             )
 
     def _bind(self, data: Any) -> None:  # noqa: ANN401 - attributes that only some data have

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ant_lightning.data.batch import Batch
+    from ant_lightning.diffusion.condition import Condition
     from ant_lightning.diffusion.process import NoiseProcess
+    from ant_lightning.models.conditions import Conditions
     from ant_lightning.models.settings import TimestepSampling
 
 __all__ = ["Draws", "TrainingDraws", "on_device", "sample_shares", "spread_order", "step_noise"]
@@ -32,7 +34,7 @@ class Draws:
         times: The process' own times inside these cells, `[b]`.
         tasks: Tasks of the cells, `[b]`.
         noise: Standard normal noise, `[b, c, h, w]`.
-        labels: Classes `[b]`, or `None`.
+        condition: What the network is told beside the time: labels `[b]`, named tensors, or `None`.
         importance: Own density of each cell over that which it was drawn by, `[b]`; `None` for 1.
     """
 
@@ -40,7 +42,7 @@ class Draws:
     times: Tensor
     tasks: Tensor
     noise: Tensor
-    labels: Tensor | None
+    condition: Condition
     importance: Tensor | None = None
 
 
@@ -57,9 +59,8 @@ class TrainingDraws:
         process: Its density says how cells are drawn, and it draws the times inside them.
         timesteps: How cells are drawn; its method must not be `None`.
         placement: `spread` or `sorted`.
-        class_dropout: Share of labels replaced by the null class.
-        null_class: Label of no class; `None` if the backbone has none.
-        num_classes: Classes of the backbone; 0 for no labels.
+        class_dropout: Share of images whose conditions are all replaced by their null values.
+        conditions: What the backbone is conditioned on.
         image_shape: `(c, h, w)` of the noise.
         seed: Seed of all draws.
     """
@@ -68,8 +69,7 @@ class TrainingDraws:
     timesteps: TimestepSampling
     placement: Literal["spread", "sorted"]
     class_dropout: float
-    null_class: int | None
-    num_classes: int
+    conditions: Conditions
     image_shape: tuple[int, int, int]
     seed: int
 
@@ -82,7 +82,7 @@ class TrainingDraws:
     def __call__(
         self, batch: Batch, clusters: TimestepClusters, *, step: int, rank: int, world_size: int
     ) -> Draws:
-        """Cells, times, tasks, noise and labels of one rank's part of the batch of `step`."""
+        """Cells, times, tasks, noise and condition of one rank's part of the batch of `step`."""
         b, device = len(batch.images), batch.images.device
         total, mine = b * world_size, slice(rank * b, (rank + 1) * b)
         generator = keyed_generator(self.seed, "timesteps", step)
@@ -117,26 +117,27 @@ class TrainingDraws:
             cells, times = cells[mine], self.process.times(cells, places)[mine]
             tasks = clusters.task_of(cells)
         noise = step_noise(mine, self.image_shape, self.seed, step, device)
-        labels = self._labels(batch.labels, mine, step) if self.num_classes else None
+        condition = self._condition(batch, mine, step)
         return Draws(
             cells.to(device, non_blocking=True),
             on_device(times, device),
             tasks,
             noise,
-            labels,
+            condition,
             importance,
         )
 
-    def _labels(self, labels: Tensor, mine: slice, step: int) -> Tensor:
-        """The labels, with a share of them replaced by the null class."""
-        if self.null_class is None or not self.class_dropout:
-            return labels
+    def _condition(self, batch: Batch, mine: slice, step: int) -> Condition:
+        """The condition, with that of a share of the images replaced by its null values."""
+        condition = self.conditions.of_batch(batch)
+        if condition is None or not self.class_dropout or self.conditions.without_null:
+            return condition
         # Drawn for the images of the ranks before this one as well: the same draw for an image on
         # any number of ranks.
         generator = keyed_generator(self.seed, "class dropout", step)
         drawn = torch.rand(mine.stop, generator=generator, dtype=torch.float32)[mine]
-        dropped = (drawn < self.class_dropout).to(labels.device, non_blocking=True)
-        return labels.masked_fill(dropped, self.null_class)
+        dropped = (drawn < self.class_dropout).to(batch.images.device, non_blocking=True)
+        return self.conditions.dropped(condition, dropped)
 
 
 def _plain(

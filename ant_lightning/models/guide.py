@@ -5,8 +5,14 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING
 
+from ant_lightning.backbones.diffusers import as_backbone
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.backbone import backbone_name, check_backbone
+from ant_lightning.models.backbone import (
+    backbone_name,
+    check_backbone,
+    output_channels,
+    size_of,
+)
 from ant_lightning.models.checkpoint_origin import load_weights_for
 
 if TYPE_CHECKING:
@@ -16,6 +22,14 @@ if TYPE_CHECKING:
     from ant_lightning.models.settings import Sampling
 
 __all__ = ["load_guide"]
+
+
+def _size(network: nn.Module, name: str) -> int | tuple[int, int]:
+    if name == "input_size":
+        return size_of(network)
+    if name == "out_channels":
+        return output_channels(network)
+    return int(getattr(network, name, 0) or 0)
 
 
 def load_guide(sampling: Sampling, backbone: nn.Module, process: NoiseProcess) -> nn.Module | None:
@@ -36,9 +50,10 @@ def load_guide(sampling: Sampling, backbone: nn.Module, process: NoiseProcess) -
     if guide is None:
         guide = copy.deepcopy(backbone)
     else:
+        guide = as_backbone(guide)
         check_backbone(guide)
         for name in ("input_size", "in_channels", "out_channels", "num_classes"):
-            own, found = int(getattr(backbone, name) or 0), int(getattr(guide, name) or 0)
+            own, found = _size(backbone, name), _size(guide, name)
             if found != own and not (name == "num_classes" and not found):
                 raise ConfigError(
                     f"sampling.guide_backbone: {name} must be the backbone's {own}, found {found} "

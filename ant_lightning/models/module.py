@@ -10,6 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
+from ant_lightning.backbones.diffusers import as_backbone
 from ant_lightning.balancing.backward import BackwardReport, task_gradients
 from ant_lightning.balancing.base import SampleBalancer
 from ant_lightning.balancing.linear import LinearScalarization
@@ -21,7 +22,7 @@ from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError, NonFiniteError
 from ant_lightning.models.auxiliary import FeatureAlignment
-from ant_lightning.models.backbone import NO_NULL_CLASS, backbone_name, check_backbone
+from ant_lightning.models.backbone import backbone_name, check_backbone, size_of
 from ant_lightning.models.checkpoint_origin import load_weights_for
 from ant_lightning.models.checks import (
     check_batch_norm,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.batch import Losses
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.data.batch import Batch
+    from ant_lightning.diffusion.condition import Condition
     from ant_lightning.tasks.clusterings import Clustering
     from ant_lightning.tasks.clusters import TimestepClusters
 
@@ -82,14 +84,16 @@ class MultiTaskDiffusion(DiffusionModule):
     gradients, clip, step.
 
     Args:
-        backbone: The network, called as `backbone(x_t, timesteps, labels)`.
+        backbone: The network, called as `backbone(x_t, t, condition)`; see the page "Your own
+            model". One of diffusers is put into a `DiffusersBackbone`.
         process: How noise is added, what the network is given and what its output means:
             `DiscreteDiffusion`, `FlowMatching` or `EDM`.
         tasks: What the tasks are and how they are balanced.
         timesteps: How timesteps are drawn in training.
         optimization: How the weights are optimised.
         sampling: How images are drawn from noise.
-        class_dropout: Share of labels replaced by the null class, for guidance.
+        class_dropout: Share of images whose condition is replaced by the null class, or by the null
+            value of every entry, for guidance.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels.
         auxiliary: A term of the loss from inside the network; `None` for none.
         init_from: Official checkpoint that the backbone starts from. A checkpoint that is loaded
@@ -139,6 +143,7 @@ class MultiTaskDiffusion(DiffusionModule):
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
     ) -> None:
+        backbone = as_backbone(backbone)
         super().__init__(
             backbone,
             process=process,
@@ -185,8 +190,7 @@ class MultiTaskDiffusion(DiffusionModule):
             timesteps=self.timesteps,
             placement=tasks.placement,
             class_dropout=class_dropout,
-            null_class=self.null_class,
-            num_classes=self.num_classes,
+            conditions=self.conditions,
             image_shape=self.image_shape,
             seed=self.seed,
         )
@@ -233,13 +237,13 @@ class MultiTaskDiffusion(DiffusionModule):
         self,
         x_t: Tensor,
         times: Tensor,
-        labels: Tensor | None,
+        condition: Condition,
         *,
         network: nn.Module | None = None,
     ) -> Tensor:
         """As in the base class, but load `init_from` first if that is still due."""
         self.load_initial_weights()
-        return super().denoise(x_t, times, labels, network=network)
+        return super().denoise(x_t, times, condition, network=network)
 
     def configure_model(self) -> None:
         """Shard the backbone if the strategy is `ShardedStrategy`."""
@@ -536,9 +540,9 @@ class MultiTaskDiffusion(DiffusionModule):
             raise ConfigError(
                 f"class_dropout: must be at least 0 and below 1, found {self.class_dropout}"
             )
-        if self.null_class is None and self.class_dropout:
+        if self.class_dropout and self.conditions.without_null:
             raise ConfigError(
-                f"class_dropout: must be 0 {NO_NULL_CLASS}, found {self.class_dropout}"
+                f"class_dropout: must be 0 {self.no_null}, found {self.class_dropout}"
             )
         check_batch_norm(self.backbone, balancer, engine=engine, parts=parts)
 
@@ -618,6 +622,6 @@ def _clusters(
     """The clusters of the process' noise axis; only weighted clusterings need its density."""
     if clustering.weighted:
         check_backbone(backbone)
-        size = int(backbone.input_size)  # type: ignore[arg-type]
-        clustering = clustering.with_density(process.for_size(size, size).density)
+        size = size_of(backbone)
+        clustering = clustering.with_density(process.for_size(*size).density)
     return clustering(process.log_snr)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from ant_lightning.diffusion.condition import Condition
     from ant_lightning.generation.extractor import FeatureExtractor
     from ant_lightning.models.denoiser import DiffusionModule
 
@@ -127,10 +128,10 @@ class SpecialistSampler:
         for _ in range(num_draws):  # skip the noise that the shared part used
             noise()
 
-        def denoise(x_t: Tensor, times: Tensor, labels: Tensor | None) -> Tensor:
+        def denoise(x_t: Tensor, times: Tensor, condition: Condition) -> Tensor:
             inside = start <= int(module.process.cells_at(times[:1])) < stop
             with using_network(module, specialist if inside else module.backbone):
-                return module.denoise(x_t, times, labels)
+                return module.denoise(x_t, times, condition)
 
         x_start = module.sampler.sample(
             module.process,

@@ -294,7 +294,7 @@ def test_posterior_noise_is_keyed_by_step_or_by_image(stage, tmp_path):
     assert torch.equal(at_3, module.encode(batch, step=3))
     assert not torch.equal(at_3, module.encode(batch, step=4))
     by_index = module.encode(batch)
-    alone = module.encode(Batch(*(part[1:2] for part in batch)))
+    alone = module.encode(Batch(*(part[1:2] for part in batch[:3])))
     torch.testing.assert_close(by_index[1:2], alone, rtol=1e-4, atol=1e-5)
     assert module.images_of(batch) is batch.images
     moments = Batch(stage.encode_moments(batch.images), batch.labels, batch.indices)
