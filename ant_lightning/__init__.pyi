@@ -167,11 +167,18 @@ from ant_lightning.data.hugging_face import (
 from ant_lightning.data.image_folder import (
     ImageFolderData as ImageFolderData,
 )
+from ant_lightning.data.latents.lightning_dit import (
+    LightningDiTLatentsData as LightningDiTLatentsData,
+)
 from ant_lightning.data.latents.module import (
     LatentsData as LatentsData,
 )
 from ant_lightning.data.latents.space import (
     LatentSpace as LatentSpace,
+)
+from ant_lightning.data.latents.stored_moments import (
+    EDM2LatentsData as EDM2LatentsData,
+    REPALatentsData as REPALatentsData,
 )
 from ant_lightning.data.latents.writer import (
     LatentWriter as LatentWriter,

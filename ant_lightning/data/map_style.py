@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.folder_images import is_flipped
-from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, default_held_out
+from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
 from ant_lightning.data.pictures import Crop
 from ant_lightning.data.samples import (
     Key,
@@ -21,8 +21,8 @@ from ant_lightning.data.samples import (
     num_channels,
     training_image,
 )
+from ant_lightning.data.split import split_positions
 from ant_lightning.errors import ConfigError
-from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -148,15 +148,8 @@ class MapStyleData(ImageDataModule):
                 _Samples(self, self.dataset, everything, flip_seed=seed),
                 _Samples(self, self.held_out, held_out, flip_seed=None),
             )
-        if self.num_held_out is None:
-            self.num_held_out = default_held_out(count)
-        if not 1 <= self.num_held_out < count:
-            raise ConfigError(
-                f"num_held_out: must be at least 1 and below the {count} images, "
-                f"found {self.num_held_out}"
-            )
-        order = torch.randperm(count, generator=keyed_generator(self.split_seed, "map split"))
-        held_out, train = (part.sort().values for part in order.tensor_split([self.num_held_out]))
+        train, held_out = split_positions(count, self.num_held_out, seed=self.split_seed)
+        self.num_held_out = len(held_out)
         return (
             _Samples(self, self.dataset, train, flip_seed=seed),
             _Samples(self, self.dataset, held_out, flip_seed=None),

@@ -314,7 +314,7 @@ class DiffusionModule(BaseModule):
     def decode(self, x_start: Tensor) -> Tensor:
         """Images in [-1, 1] from `x_start`; latents stay latents without a first stage."""
         if self.first_stage is not None:
-            return self.first_stage.decode(x_start)
+            return self.first_stage.decode(x_start, space=self.latent_space)
         return x_start.clamp(-1, 1) if self.latent_space is None else x_start
 
     def images_of(self, batch: Batch) -> Tensor:

@@ -447,7 +447,8 @@ class MultiTaskDiffusion(DiffusionModule):
             schedule=schedule_summary(self.process),
             balancer=None if self.balancer is None else type(self.balancer).__name__,
             optimizer=optimizer,
-            first_stage=None if space is None else space.fingerprint,
+            # Empty for latents of other programs, whose first stage is not known.
+            first_stage=None if space is None else space.fingerprint or None,
             train_interval=None if interval is None else list(interval),
             latent_space=None if space is None else asdict(space),
             optimization=optimization,
@@ -488,8 +489,10 @@ class MultiTaskDiffusion(DiffusionModule):
         self.num_skipped_steps = state.num_skipped_steps
         self.num_skipped_in_a_row = state.num_skipped_in_a_row
         self.trained_steps = int(checkpoint["global_step"])
-        if self.latent_space is None and state.latent_space is not None:
-            # Without it, latents would be treated as pixels and clipped during sampling.
+        own = None if self.first_stage is None else self.first_stage.space
+        if state.latent_space is not None and self.latent_space in (None, own):
+            # Without it, latents would be treated as pixels and clipped during sampling, and those
+            # of another program would be decoded with the first stage's own scale.
             self.latent_space = LatentSpace(**state.latent_space)
         self.init_due = False
         if self.is_training_run:

@@ -67,9 +67,8 @@ def open_store(path: str | Path, *, suffixes: Collection[str], setting: str = "p
     else:
         raise ConfigError(f"{setting}: must be a folder or a zip archive, found {path}")
     if not len(store):
-        raise ConfigError(
-            f"{setting}: must hold {' or '.join(sorted(suffixes))}, found no such file"
-        )
+        kinds = " or ".join(sorted(suffixes))
+        raise ConfigError(f"{setting}: must hold files of type {kinds}, found none in {path}")
     return store
 
 

@@ -146,12 +146,12 @@ def read_index(folder: Path) -> CacheIndex:
 
 
 def check_first_stage(cache: LatentSpace, ours: LatentSpace, folder: Path) -> None:
-    """Check that a cache was encoded by our first stage.
+    """Check that a cache was encoded by our first stage, if its weights are known.
 
     Raises:
         ConfigError: If the fingerprints differ; names both first stages.
     """
-    if cache.fingerprint != ours.fingerprint:
+    if cache.fingerprint and cache.fingerprint != ours.fingerprint:
         raise ConfigError(
             f"first_stage: must be the one that the latent cache {folder} was made by, {cache}, "
             f"found {ours}"

@@ -16,16 +16,18 @@ __all__ = ["LatentSpace"]
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpace:
-    """The latents of one first stage, `x = (z - shift) scale`.
+    """The latents of one first stage, `x = (z - shift) scale`, for all channels or for each.
 
     The moments of a KL autoencoder are the mean and the log-variance of `z`, concatenated along the
-    channels. The moments of a VQ autoencoder are `z` itself, before it is quantised.
+    channels. The moments of a VQ autoencoder are `z` itself, before it is quantised; so are latents
+    that were drawn once and stored.
 
     Attributes:
         kind: Kind of autoencoder, `kl` or `vq`.
-        scale: Factor that gives the latents a standard deviation of about 1.
-        shift: What is subtracted from `z` before the multiplication.
-        fingerprint: Hash of the encoder's and decoder's weights, the scale and the shift.
+        scale: Factor that gives the latents a standard deviation of about 1; one number, or `c`.
+        shift: What is subtracted from `z` before the multiplication; one number, or `c`.
+        fingerprint: Hash of the encoder's and decoder's weights, the scale and the shift; empty if
+            the weights are not known.
         source: Where the first stage was loaded from, for messages.
 
     Raises:
@@ -43,17 +45,21 @@ class LatentSpace:
     """
 
     kind: Literal["kl", "vq"]
-    scale: float
-    shift: float
+    scale: float | tuple[float, ...]
+    shift: float | tuple[float, ...]
     fingerprint: str
     source: str
 
     def __post_init__(self) -> None:
         if self.kind not in ("kl", "vq"):
             raise ConfigError(f"kind: must be 'kl' or 'vq', found {self.kind!r}")
-        if not (self.scale > 0 and math.isfinite(self.scale)):
+        for name in ("scale", "shift"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):  # JSON files have lists
+                object.__setattr__(self, name, tuple(value))
+        if not all(each > 0 and math.isfinite(each) for each in _each(self.scale)):
             raise ConfigError(f"scale: must be above 0 and finite, found {self.scale}")
-        if not math.isfinite(self.shift):
+        if not all(math.isfinite(each) for each in _each(self.shift)):
             raise ConfigError(f"shift: must be finite, found {self.shift}")
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -67,7 +73,11 @@ class LatentSpace:
             mean, log_variance = moments.chunk(2, dim=1)
             # The published autoencoders clamp to the same bounds.
             moments = mean + (0.5 * log_variance.clamp(-30.0, 20.0)).exp() * noise
-        return (moments - self.shift) * self.scale
+        return (moments - _over(moments, self.shift)) * _over(moments, self.scale)
+
+    def raw(self, x_start: Tensor) -> Tensor:
+        """`z = x / scale + shift`, which the decoder takes, of latents `x [b, c, h, w]`."""
+        return x_start / _over(x_start, self.scale) + _over(x_start, self.shift)
 
     def moments_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """The shape of moments `(c, h, w)` for a shape of latents."""
@@ -78,3 +88,23 @@ class LatentSpace:
         """The shape of latents `(c, h, w)` for a shape of moments."""
         channels, height, width = moments_shape
         return (channels // 2 if self.kind == "kl" else channels), height, width
+
+
+def _each(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _over(latents: Tensor, value: float | tuple[float, ...]) -> float | Tensor:
+    """A number, or one for each channel as `[c, 1, 1]`.
+
+    Raises:
+        ConfigError: If there are not as many as channels.
+    """
+    if not isinstance(value, tuple):
+        return value
+    if len(value) != latents.shape[1]:
+        raise ConfigError(
+            f"scale, shift: must be one number for each of {latents.shape[1]} channels, found "
+            f"{len(value)}"
+        )
+    return latents.new_tensor(value).view(-1, 1, 1)

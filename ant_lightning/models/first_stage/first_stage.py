@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -34,9 +35,10 @@ class FirstStage(nn.Module):
         source: A local folder of diffusers, a single file (also of latent-diffusion), or
             `owner/name` on the hub: see `load_autoencoder`.
         kind: `kl` or `vq`, checked against the source; by default that of the source.
-        scale: Scale of the latents; by default the source's `scaling_factor`, or the published
-            0.18215 (KL) or 1 (VQ).
-        shift: Shift of the latents; by default the source's `shift_factor`, or 0.
+        scale: Scale of the latents, one number or one for each channel; by default the source's
+            `scaling_factor`, divided by its `latents_std` if it has those, or the published 0.18215
+            (KL) or 1 (VQ).
+        shift: Shift of the latents; by default the source's `latents_mean` or `shift_factor`, or 0.
         batch_size: Images that are encoded or decoded at once.
         local_files_only: Use only files that were downloaded before, without asking the hub.
 
@@ -65,8 +67,8 @@ class FirstStage(nn.Module):
         source: str,
         *,
         kind: Literal["kl", "vq"] | None = None,
-        scale: float | None = None,
-        shift: float | None = None,
+        scale: float | list[float] | None = None,
+        shift: float | list[float] | None = None,
         batch_size: int = 32,
         local_files_only: bool = False,
     ) -> None:
@@ -92,13 +94,22 @@ class FirstStage(nn.Module):
         if self.factor < 2:
             raise ConfigError(f"source: must reduce the size of images, found {source}")
         self.batch_size = batch_size
-        scale = config.get("scaling_factor") if scale is None else scale
-        scale = _SCALES[found] if scale is None else scale
-        shift = (config.get("shift_factor") or 0.0) if shift is None else shift
-        fingerprint = _fingerprint(autoencoder, scale, shift)
-        self.space = LatentSpace(
-            kind=found, scale=scale, shift=shift, fingerprint=fingerprint, source=source
+        own_scale, own_shift = _normalisation(config, _SCALES[found])
+        space = LatentSpace(
+            kind=found,
+            scale=own_scale if scale is None else scale,  # type: ignore[arg-type]
+            shift=own_shift if shift is None else shift,  # type: ignore[arg-type]
+            fingerprint="",
+            source=source,
         )
+        for name in ("scale", "shift"):
+            value = getattr(space, name)
+            if isinstance(value, tuple) and len(value) != self.latent_channels:
+                raise ConfigError(
+                    f"{name}: must be one number, or one for each of the {self.latent_channels} "
+                    f"channels, found {len(value)}"
+                )
+        self.space = replace(space, fingerprint=_fingerprint(autoencoder, space))
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """`(c, h, w)` of the latents of an image of `image_shape`.
@@ -127,10 +138,14 @@ class FirstStage(nn.Module):
             lambda part: self._autoencoder.encode(part).latent_dist.parameters, images
         )
 
-    def decode(self, x_start: Tensor) -> Tensor:
-        """Images in [-1, 1] of latents `[b, c, h, w]`; VQ latents are quantised first."""
-        # The inverse of `LatentSpace.sample`: x = (z - shift) scale.
-        z = x_start / self.space.scale + self.space.shift
+    def decode(self, x_start: Tensor, *, space: LatentSpace | None = None) -> Tensor:
+        """Images in [-1, 1] of latents `[b, c, h, w]`; VQ latents are quantised first.
+
+        Args:
+            x_start: The latents.
+            space: Scale and shift of latents that another program stored; by default our own.
+        """
+        z = (space or self.space).raw(x_start)
         return self._in_parts(lambda part: self._autoencoder.decode(part).sample, z).clamp(-1, 1)
 
     @property
@@ -154,9 +169,29 @@ class FirstStage(nn.Module):
         return self
 
 
-def _fingerprint(autoencoder: nn.Module, scale: float, shift: float) -> str:
+def _normalisation(config: dict[str, Any], default: float) -> tuple[Any, Any]:
+    """Scale and shift that the config of a diffusers autoencoder asks for.
+
+    With `latents_mean` and `latents_std` of each channel, pipelines of diffusers take
+    `x = (z - latents_mean) scaling_factor / latents_std`; without, `(z - shift_factor)
+    scaling_factor`.
+    """
+    scale = config.get("scaling_factor")
+    scale = default if scale is None else scale
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return scale, config.get("shift_factor") or 0.0
+    try:
+        return [scale / each for each in std], [float(each) for each in mean]
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"source: latents_std must be numbers above 0, one for each channel, found {std!r:.80}"
+        ) from error
+
+
+def _fingerprint(autoencoder: nn.Module, space: LatentSpace) -> str:
     """Hash of 64 bits in hexadecimal, over names, shapes and float32 values."""
-    digest = hashlib.blake2b(f"{scale!r}/{shift!r}".encode(), digest_size=8)
+    digest = hashlib.blake2b(f"{space.scale!r}/{space.shift!r}".encode(), digest_size=8)
     for name, value in sorted(autoencoder.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())

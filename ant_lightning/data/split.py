@@ -1,0 +1,39 @@
+"""Which samples of a data set are held out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ant_lightning.data.module import default_held_out
+from ant_lightning.errors import ConfigError
+from ant_lightning.randomness import keyed_generator
+
+__all__ = ["split_positions"]
+
+
+def split_positions(count: int, num_held_out: int | None, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions that are trained on, and those that are not, each in increasing order.
+
+    Args:
+        count: Samples of the data set.
+        num_held_out: How many are held out; `None`: a tenth, at most 1,000.
+        seed: Decides which ones.
+
+    Raises:
+        ConfigError: If none would be left to train on.
+
+    Examples:
+        >>> from ant_lightning.data.split import split_positions
+        >>> train, held_out = split_positions(20, None, seed=0)
+        >>> len(train), len(held_out), sorted([*train.tolist(), *held_out.tolist()]) == [*range(20)]
+        (18, 2, True)
+    """
+    chosen = default_held_out(count) if num_held_out is None else num_held_out
+    if not 1 <= chosen < count:
+        raise ConfigError(
+            f"num_held_out: must be at least 1 and below the {count} images, found {chosen}"
+        )
+    order = torch.randperm(count, generator=keyed_generator(seed, "map split"))
+    held_out, train = (part.sort().values for part in order.tensor_split([chosen]))
+    return train, held_out
