@@ -13,6 +13,7 @@ from ant_lightning.backbones.spatial_transformer import SpatialTransformer
 from ant_lightning.backbones.unet import UNet
 from ant_lightning.backbones.unet_blocks import AttentionBlock, Downsample, ResBlock, Stage
 from ant_lightning.errors import ConfigError
+from ant_lightning.sizes import height_and_width
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -179,7 +180,7 @@ def diffusers_layout(network: nn.Module) -> DiffusersLayout:
 def _of_dit(dit: DiT) -> DiffusersLayout:
     width, heads = dit.pos_embed.shape[-1], dit.blocks[0].get_submodule("attn").num_heads
     mlp_size = len(dit.blocks[0].get_parameter("mlp.fc1.bias"))
-    height, columns = _both(dit.input_size)
+    height, columns = height_and_width(dit.input_size)
     if mlp_size != 4 * width:
         raise ConfigError(
             f"backbone.mlp_ratio: must be 4, as DiTTransformer2DModel has, found {mlp_size / width}"
@@ -295,7 +296,7 @@ def _unet_config(
             "UNet2DConditionModel has no such blocks with cross-attention, found true"
         )
     kinds = [attending if each else plain for each in attends]
-    height, columns = _both(unet.input_size)
+    height, columns = height_and_width(unet.input_size)
     first = unet.get_submodule("middle_block.0")
     heads = [_heads(module) for module in unet.modules()]
     found = [each for each in heads if each is not None]
@@ -439,9 +440,3 @@ def _heads(module: nn.Module) -> tuple[int, int] | None:
         heads = module.get_submodule("transformer_blocks.0.attn1").num_heads
         return module.norm.num_channels, int(heads)  # type: ignore[arg-type]
     return None
-
-
-def _both(size: int | Sequence[int]) -> tuple[int, int]:
-    """Height and width of a size."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width

@@ -19,11 +19,12 @@ from ant_lightning.backbones.layers import (
     timestep_mlp,
 )
 from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.sizes import Size, height_and_width
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["DiT"]
+__all__ = ["DiT", "position_embedding"]
 
 _MAX_DEPTH = 1000  # a typo must not fill the memory
 _TIMESTEP_FEATURES = 256
@@ -36,14 +37,15 @@ def _axis_features(positions: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def _position_embedding(dim: int, grid_size: int) -> Tensor:
-    """Sinusoidal features of each patch's position, `[1, grid_size**2, dim]` float32.
+def position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Sinusoidal features of the position of each of `h w` patches, `[1, h w, dim]` float32.
 
     The first half encodes the column and the second half the row, as in the official code.
     """
-    axis = _axis_features(torch.arange(grid_size, dtype=torch.float64), dim // 2)
-    columns = axis[None].expand(grid_size, -1, -1)
-    rows = axis[:, None].expand(-1, grid_size, -1)
+    height, width = grid
+    axis = _axis_features(torch.arange(max(grid), dtype=torch.float64), dim // 2)
+    columns = axis[None, :width].expand(height, -1, -1)
+    rows = axis[:height, None].expand(-1, width, -1)
     return rearrange(torch.cat([columns, rows], dim=-1), "h w d -> 1 (h w) d").float()
 
 
@@ -138,14 +140,15 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Diffusion transformer with the layers and parameter names of the official one.
 
-    Called as `dit(x, timesteps, labels)` with `x` `[b, c, s, s]`, `timesteps` `[b]` (integer or
-    fractional, in steps) and `labels` `[b]`; returns `[b, out_channels, s, s]`. The network is
+    Called as `dit(x, timesteps, labels)` with `x` `[b, c, h, w]`, `timesteps` `[b]` (integer or
+    fractional, in steps) and `labels` `[b]`; returns `[b, out_channels, h, w]`. The network is
     deterministic: it never drops labels itself. For classifier-free guidance, the training step
     replaces labels by `null_class`.
 
     Args:
-        input_size: Height and width of `x` (latents: 32 for 256 px images).
-        patch_size: Side of a patch; divides `input_size`.
+        input_size: Height and width of `x` (latents: 32 for 256 px images); one number for a
+            square.
+        patch_size: Side of a patch; divides height and width.
         in_channels: Channels of `x`.
         hidden_size: Width of the tokens; a multiple of 4 and of `num_heads`.
         depth: Number of blocks.
@@ -184,7 +187,7 @@ class DiT(nn.Module):
     def __init__(
         self,
         *,
-        input_size: int = 32,
+        input_size: Size = 32,
         patch_size: int = 2,
         in_channels: int = 4,
         hidden_size: int = 1152,
@@ -198,10 +201,11 @@ class DiT(nn.Module):
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        check_at_least(1, patch_size=patch_size, input_size=input_size, in_channels=in_channels)
+        check_at_least(1, patch_size=patch_size, in_channels=in_channels)
         check_at_least(1, hidden_size=hidden_size, depth=depth, num_heads=num_heads)
         check_classes(num_classes, class_dropout_prob)
-        if input_size % patch_size:
+        height, width = height_and_width(input_size)
+        if height % patch_size or width % patch_size:
             raise ConfigError(
                 f"patch_size: must divide input_size {input_size}, found {patch_size}"
             )
@@ -225,7 +229,8 @@ class DiT(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
 
         # A frozen parameter, not a buffer: the official optimizer states count it as a parameter.
-        num_patches = (input_size // patch_size) ** 2
+        self.grid = (height // patch_size, width // patch_size)
+        num_patches = self.grid[0] * self.grid[1]
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, hidden_size), requires_grad=False)
         self.x_embedder = PatchEmbed(
             patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size
@@ -256,8 +261,7 @@ class DiT(nn.Module):
         for name, parameter in self.named_parameters():
             value = parameter.detach()
             if name == "pos_embed":
-                grid_size = self.input_size // self.patch_size
-                value.copy_(_position_embedding(value.shape[-1], grid_size))
+                value.copy_(position_embedding(value.shape[-1], self.grid))
             elif name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(value)
             elif name.startswith(("t_embedder", "y_embedder")):
@@ -268,19 +272,21 @@ class DiT(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b c s s"],
+        x: Float[Tensor, "b c h w"],
         timesteps: Float[Tensor, " b"] | Int[Tensor, " b"],
         labels: Int[Tensor, " b"] | None = None,
-    ) -> Float[Tensor, "b out_channels s s"]:
+    ) -> Float[Tensor, "b out_channels h w"]:
         """Predict the noise (or x0, v) and, if learned, the variance values.
 
         Raises:
             ConfigError: If `x`, `timesteps` or `labels` do not fit the network.
         """
         check_images(x, timesteps, in_channels=self.in_channels)
-        size = self.input_size
-        if x.shape[2:] != (size, size):
-            raise ConfigError(f"x: must be {size} x {size}, found {x.shape[2]} x {x.shape[3]}")
+        (rows, columns), p = self.grid, self.patch_size
+        if x.shape[2:] != (rows * p, columns * p):
+            raise ConfigError(
+                f"x: must be {rows * p} x {columns * p}, found {x.shape[2]} x {x.shape[3]}"
+            )
         tokens = self.x_embedder(x) + self.pos_embed  # [b, n, d]
         conditioning = embed_timesteps(self.t_embedder["mlp"], timesteps)
         if self.y_embedder is not None:
@@ -292,8 +298,7 @@ class DiT(nn.Module):
             )
         patches = self.final_layer(tokens, conditioning)
         # The official layer orders the pixels of a patch (p, q, c), but `x_embedder` (c, p, q).
-        grid, p = size // self.patch_size, self.patch_size
-        output: Tensor = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid, p=p, q=p)
+        output: Tensor = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)
         return output
 
     def _check_labels(self, labels: Tensor | None, timesteps: Tensor) -> Tensor:

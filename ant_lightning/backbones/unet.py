@@ -27,6 +27,7 @@ from ant_lightning.backbones.unet_blocks import (
     Upsample,
 )
 from ant_lightning.errors import ConfigError
+from ant_lightning.sizes import Size, height_and_width
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -50,7 +51,7 @@ class UNet(nn.Module):
     and `num_classes=0` is called with a `context` `[b, m, context_dim]` instead of labels.
 
     Args:
-        input_size: Height and width of `x` at training time.
+        input_size: Height and width of `x` at training time; one number for a square.
         in_channels: Channels of `x`.
         out_channels: Channels of the output: `in_channels`, or twice as many if the variance is
             learned.
@@ -104,7 +105,7 @@ class UNet(nn.Module):
     def __init__(
         self,
         *,
-        input_size: int,
+        input_size: Size,
         in_channels: int = 3,
         out_channels: int = 3,
         model_channels: int = 128,
@@ -293,7 +294,7 @@ def _level_widths(model_channels: int, channel_mult: Sequence[float]) -> list[in
 
 
 def _check_levels(
-    input_size: int, num_levels: int, attention_resolutions: Sequence[int], **blocks: int
+    input_size: Size, num_levels: int, attention_resolutions: Sequence[int], **blocks: int
 ) -> None:
     """Check the sizes of a UNet.
 
@@ -305,7 +306,7 @@ def _check_levels(
         if not 1 <= count <= _MAX_BLOCKS:
             raise ConfigError(f"{name}: must be from 1 to {_MAX_BLOCKS}, found {count}")
     multiple = 2 ** (num_levels - 1)
-    if input_size < 1 or input_size % multiple:
+    if any(side % multiple for side in height_and_width(input_size)):
         raise ConfigError(
             f"input_size: must be divisible by {multiple} ({num_levels} entries in "
             f"channel_mult), found {input_size}"

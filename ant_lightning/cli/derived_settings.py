@@ -41,7 +41,7 @@ def derived_settings(args: Sequence[str]) -> list[str]:
     model = settings.get("model") if settings else None
     if not settings or not isinstance(model, dict):
         return []
-    found = {}
+    found: dict[str, object] = {}
     tasks = model.get("tasks")
     if isinstance(tasks, dict):
         num_tasks = _num_tasks(tasks.get("clustering"))
@@ -86,7 +86,7 @@ def _num_tasks(clustering: object) -> int | None:
     return number if type(number) is int else None
 
 
-def _sizes(settings: Mapping[str, Any]) -> dict[str, int]:
+def _sizes(settings: Mapping[str, Any]) -> dict[str, int | list[int]]:
     """What a network must fit: sizes and classes of the data, or of their latents."""
     model, first_stage = settings["model"], settings["model"].get("first_stage")
     try:
@@ -96,10 +96,10 @@ def _sizes(settings: Mapping[str, Any]) -> dict[str, int]:
             shape = _made(first_stage, FirstStage).latent_shape(shape)
     except Exception:  # whatever is wrong, the command itself says it, with the path of the setting
         return {}
-    channels, size, _ = shape
+    channels, height, width = shape
     learned = _variance_type(model) == "learned_range"
     return {
-        "input_size": size,
+        "input_size": height if height == width else [height, width],
         "in_channels": channels,
         "out_channels": 2 * channels if learned else channels,
         "num_classes": num_classes,

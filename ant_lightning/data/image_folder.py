@@ -16,10 +16,11 @@ from ant_lightning.data.folder_images import FolderImages, broken_images
 from ant_lightning.data.image_search import find_images
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, default_held_out
 from ant_lightning.data.pictures import Crop, read_picture
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError
 from ant_lightning.files.identity import shortened
 from ant_lightning.randomness import keyed_generator
 from ant_lightning.runtime.run_record import run_folder
+from ant_lightning.sizes import Size, height_and_width
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +37,8 @@ class ImageFolderData(ImageDataModule):
 
     Args:
         root: The folder.
-        image_size: Height and width in pixels that images are resized and cropped to.
+        image_size: Height and width in pixels that images are resized and cropped to; one number
+            for a square.
         batch_size: Images of one optimizer step, over all ranks.
         num_held_out: Images that are never trained on: validation, test, reference of FID. By
             default a tenth of them, at most 1,000.
@@ -80,7 +82,7 @@ class ImageFolderData(ImageDataModule):
         self,
         root: str,
         *,
-        image_size: int,
+        image_size: Size,
         batch_size: int,
         num_held_out: int | None = None,
         labels: Literal["auto", "folders", "none"] = "auto",
@@ -95,11 +97,10 @@ class ImageFolderData(ImageDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        check_at_least(1, image_size=image_size)
         if channels not in {1, 3}:
             raise ConfigError(f"channels: must be 1 or 3, found {channels}")
         self.root = Path(root)
-        self.image_shape = (channels, image_size, image_size)
+        self.image_shape = (channels, *height_and_width(image_size, name="image_size"))
         self.num_held_out = num_held_out
         self.labels = labels
         self.class_map = class_map
@@ -144,10 +145,10 @@ class ImageFolderData(ImageDataModule):
         # Which images are held out is random; the order inside a part is that of the paths.
         held_out = sorted(kept[i] for i in order[: self.num_held_out].tolist())
         train = sorted(set(kept) - set(held_out))
-        channels, image_size, _ = self.image_shape
+        channels, *size = self.image_shape
         read = partial(
             read_picture,
-            image_size=image_size,
+            image_size=(size[0], size[1]),
             channels=channels,
             crop=self.crop,
             exif_rotation=self.exif_rotation,

@@ -23,6 +23,7 @@ from ant_lightning.data.samples import (
 )
 from ant_lightning.data.split import split_positions
 from ant_lightning.errors import ConfigError
+from ant_lightning.sizes import Size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,8 +52,8 @@ class MapStyleData(ImageDataModule):
         held_out: Images that are never trained on; by default a random part of `dataset`.
         batch_size: Images of one optimizer step, over all ranks.
         num_held_out: Size of that part; by default a tenth, at most 1,000.
-        image_size: Height and width that images are cropped and resized to; by default those of
-            the first image, which all must have then.
+        image_size: Height and width that images are cropped and resized to, one number for a
+            square; by default those of the first image, which all must have then.
         num_classes: Number of classes; by default what `dataset.classes`, `dataset.num_classes` or
             its features say. 0 ignores labels.
         image: Name or place of the image in a sample; by default the entry called `image`, `img`,
@@ -91,7 +92,7 @@ class MapStyleData(ImageDataModule):
         batch_size: int,
         held_out: Dataset | None = None,
         num_held_out: int | None = None,
-        image_size: int | None = None,
+        image_size: Size | None = None,
         num_classes: int | None = None,
         image: Key = None,
         label: Key = None,
@@ -129,11 +130,6 @@ class MapStyleData(ImageDataModule):
         channels = num_channels(found) if channels is None else channels
         self.image_size = image_size
         first = self.converted(found, channels)
-        if first.shape[1] != first.shape[2]:
-            raise ConfigError(
-                f"image_size: must be given, as the first image is {first.shape[2]} x "
-                f"{first.shape[1]} and networks take squares, found None"
-            )
         self.image_shape = (channels, first.shape[1], first.shape[2])
         self.num_classes = self._classes(sample, num_classes)
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image, features
 
 from ant_lightning.errors import FileError
+from ant_lightning.sizes import Size, height_and_width
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -58,17 +59,18 @@ _TURNS = {
 
 
 def read_picture(
-    path: Path, *, image_size: int, channels: int, crop: Crop, exif_rotation: bool = True
+    path: Path, *, image_size: Size, channels: int, crop: Crop, exif_rotation: bool = True
 ) -> np.ndarray:
-    """Read the pixels of a file as uint8 `[image_size, image_size, channels]`.
+    """Read the pixels of a file as uint8 `[h, w, channels]`.
 
     Args:
         path: The file.
-        image_size: Height and width in pixels.
+        image_size: Height and width in pixels; one number for a square.
         channels: 3 for colour, 1 for grey; a file of the other kind is converted.
-        crop: `center_adm` scales the shorter side to `image_size` and cuts out the middle, as ADM
-            and DiT do. The scaling halves with a box filter while the side is at least twice as
-            long, then is bicubic. `resize` scales both sides, which changes the proportions.
+        crop: `center_adm` scales the picture until it just covers `image_size` and cuts out the
+            middle, as ADM and DiT do. The scaling halves with a box filter while both sides are at
+            least twice as long, then is bicubic. `resize` scales both sides, which changes the
+            proportions.
         exif_rotation: See `open_picture`.
 
     Raises:
@@ -78,27 +80,28 @@ def read_picture(
     return fitted_pixels(picture, image_size=image_size, crop=crop)
 
 
-def fitted_pixels(picture: Image.Image, *, image_size: int, crop: Crop) -> np.ndarray:
-    """Crop and resize an 8-bit picture; uint8 `[image_size, image_size, channels]`.
+def fitted_pixels(picture: Image.Image, *, image_size: Size, crop: Crop) -> np.ndarray:
+    """Crop and resize an 8-bit picture; uint8 `[h, w, channels]`.
 
     Args:
         picture: A picture of mode `L` or `RGB`.
-        image_size: Height and width in pixels.
+        image_size: Height and width in pixels; one number for a square.
         crop: See `read_picture`.
     """
-    size = (image_size, image_size)
+    height, width = height_and_width(image_size, name="image_size")
+    size = (width, height)
     # As in guided-diffusion's `center_crop_arr`: box filters halve, bicubic does the rest.
     if crop == "center_adm":
-        while min(picture.size) >= 2 * image_size:
+        while picture.width >= 2 * width and picture.height >= 2 * height:
             half = (picture.width // 2, picture.height // 2)
             picture = picture.resize(half, Image.Resampling.BOX)
-        factor = image_size / min(picture.size)
+        factor = max(width / picture.width, height / picture.height)
         size = (round(picture.width * factor), round(picture.height * factor))
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
-    top, left = (picture.height - image_size) // 2, (picture.width - image_size) // 2
-    pixels = np.asarray(picture)[top : top + image_size, left : left + image_size]
-    return pixels.reshape(image_size, image_size, -1)
+    top, left = (picture.height - height) // 2, (picture.width - width) // 2
+    pixels = np.asarray(picture)[top : top + height, left : left + width]
+    return pixels.reshape(height, width, -1)
 
 
 def open_picture(

@@ -21,6 +21,7 @@ from ant_lightning.data.pictures import (
 )
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_seed
+from ant_lightning.sizes import Size, height_and_width
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +91,7 @@ def training_image(
     image: Any,  # noqa: ANN401
     *,
     channels: int,
-    image_size: int | None,
+    image_size: Size | None,
     crop: Crop,
     value_range: tuple[float, float],
 ) -> Tensor:
@@ -102,7 +103,7 @@ def training_image(
     Args:
         image: A PIL image, encoded bytes, an array `[h, w]` or `[h, w, c]`, a tensor `[c, h, w]`.
         channels: Channels wanted.
-        image_size: Height and width wanted; `None` keeps the size.
+        image_size: Height and width wanted, one number for a square; `None` keeps the size.
         crop: See `read_picture`.
         value_range: What floats run from and to.
 
@@ -182,13 +183,15 @@ def _opened(image: Any) -> Image.Image | Tensor:  # noqa: ANN401
 
 
 def _rescaled(
-    image: Tensor, *, channels: int, size: int | None, value_range: tuple[float, float]
+    image: Tensor, *, channels: int, size: Size | None, value_range: tuple[float, float]
 ) -> Tensor:
     low, high = value_range
-    if (size is not None and image.shape[1:] != (size, size)) or len(image) != channels:
+    both = tuple(image.shape[1:]) if size is None else height_and_width(size, name="image_size")
+    if tuple(image.shape[1:]) != both or len(image) != channels:
         raise ConfigError(
-            f"image_size: floating-point images are not resized and must be [{channels}, {size}, "
-            f"{size}], found {list(image.shape)}; return uint8 or PIL images to have them resized"
+            "image_size: floating-point images are not resized and must be "
+            f"{[channels, *both]}, found {list(image.shape)}; return uint8 or PIL images to have "
+            "them resized"
         )
     least, most = float(image.min()), float(image.max())
     margin = 1e-4 * (high - low)  # an interpolation may overshoot in the last bits

@@ -201,3 +201,35 @@ def test_bad_inputs_are_named(change, message):
     arguments = {"x": x, "timesteps": timesteps, "labels": labels, **change}
     with pytest.raises(ConfigError, match=message):
         tiny()(**arguments)
+
+
+def test_height_and_width_are_apart():
+    torch.manual_seed(0)
+    settings = {"patch_size": 2, "in_channels": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    settings |= {"num_classes": 0, "learn_sigma": False}
+    wide, square = DiT(input_size=(4, 8), **settings), DiT(input_size=8, **settings)
+    weights = square.state_dict() | {"pos_embed": wide.pos_embed}
+    for name, value in weights.items():
+        if name != "pos_embed":
+            torch.nn.init.normal_(value, std=0.2)
+    wide.load_state_dict(weights)
+    # Rows and columns have the positions that they have in the square.
+    grid = square.pos_embed.view(4, 4, 16)
+    torch.testing.assert_close(wide.pos_embed.view(2, 4, 16), grid[:2], atol=0, rtol=0)
+    x, t = torch.randn(2, 2, 4, 8), torch.tensor([3, 700])
+    output = wide(x, t)
+    assert output.shape == x.shape
+    # Only positions tell rows from columns: without them, the transposed image gives the transpose.
+    with torch.no_grad():
+        wide.pos_embed.zero_()
+        tall = DiT(input_size=(8, 4), **settings)
+        tall.load_state_dict(wide.state_dict())
+        shifted = wide(x.roll(2, dims=3), t)
+        torch.testing.assert_close(shifted, wide(x, t).roll(2, dims=3), atol=1e-5, rtol=0)
+        assert tall(x.mT, t).shape == (2, 2, 8, 4)
+    with pytest.raises(ConfigError, match="x: must be 4 x 8, found 8 x 4"):
+        wide(x.mT, t)
+    with pytest.raises(ConfigError, match="patch_size: must divide input_size"):
+        DiT(input_size=(4, 7), **settings)
+    with pytest.raises(ConfigError, match=r"input_size: must be at least 1, .*found \(4, 8, 2\)"):
+        DiT(input_size=(4, 8, 2), **settings)

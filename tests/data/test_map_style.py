@@ -168,10 +168,6 @@ WRONG = {
         lambda: made([(x, 0) for x in PIXELS]),
         "num_classes: must be given",
     ),
-    "no square": (
-        lambda: made([PIXELS[0][:, :4]]),
-        "image_size: must be given, as the",
-    ),
     "no image": (lambda: made([{"x": 1}]), "image: must name the entry with the"),
     "a text": (lambda: made(["x"]), "image: must be a PIL image, an array"),
     "a label that is no number": (
