@@ -79,6 +79,8 @@ def test_what_is_set_stays_and_what_follows_is_added(images):
     sizes = {"input_size": "32", "in_channels": "3", "num_classes": "3", "out_channels": "6"}
     tasks = {"model.init_args.tasks.balancer.init_args.num_tasks": "5"}
     assert options(*args) == {BACKBONE + name: value for name, value in sizes.items()} | tasks
+    wide = options(*args, "--data.image_size=[32, 64]")
+    assert wide[f"{BACKBONE}input_size"] == "[32, 64]"
     assert options(*args, "--model.tasks.balancer=null", "--model.backbone.num_classes=0") == {
         BACKBONE + name: value for name, value in sizes.items() if name != "num_classes"
     }

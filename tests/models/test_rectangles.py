@@ -1,0 +1,97 @@
+"""Images of 8 x 16 train, are sampled, drawn as a grid and scored."""
+
+import json
+
+import pytest
+import torch
+from lightning import Trainer
+from PIL import Image
+
+from ant_lightning import (
+    DDIM,
+    DiscreteDiffusion,
+    DiT,
+    GenerationMetrics,
+    MapStyleData,
+    ModuleFeatures,
+    MultiTaskDiffusion,
+    PCGrad,
+    SampleGrid,
+    SampleWriter,
+    Sampling,
+    SNRClustering,
+    StoredImages,
+    Tasks,
+    UNet,
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ant_lightning.generation.frechet.RankDeficientWarning"
+)
+NETWORKS = {
+    "dit": lambda: DiT(
+        input_size=(8, 16),
+        patch_size=4,
+        in_channels=3,
+        hidden_size=8,
+        depth=1,
+        num_heads=1,
+        num_classes=0,
+        learn_sigma=False,
+    ),
+    "adm": lambda: UNet(
+        input_size=(8, 16), model_channels=32, channel_mult=[1, 1], num_res_blocks=1
+    ),
+}
+
+
+class Features(torch.nn.Module):
+    """Means of rows and of columns: an image of another shape has another number of them."""
+
+    def forward(self, images):
+        values = images.double().mean(1)
+        return torch.cat([values.mean(1), values.mean(2)], 1)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_rectangle_trains_samples_and_scores(name, tmp_path):
+    torch.manual_seed(0)
+    images = list(torch.randint(0, 256, (24, 3, 8, 16), dtype=torch.uint8))
+    data = MapStyleData(images, batch_size=8, num_held_out=8, num_workers=0)
+    module = MultiTaskDiffusion(
+        NETWORKS[name](),
+        process=DiscreteDiffusion(),
+        tasks=Tasks(SNRClustering(2), balancer=PCGrad(2)),
+        sampling=Sampling(DDIM(2)),
+        seed=0,
+    )
+    assert module.image_shape == (3, 8, 16)
+    features = ModuleFeatures(Features(), num_features=24, name="rows and columns")
+    grid = SampleGrid(num_images=4, columns=2)
+    trainer = Trainer(
+        max_steps=2,
+        val_check_interval=2,
+        callbacks=[GenerationMetrics(features, num_images=8), grid],
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        logger=False,
+        num_sanity_val_steps=0,
+    )
+    before = {n: p.detach().clone() for n, p in module.backbone.named_parameters()}
+    trainer.fit(module, data)
+    assert any(not torch.equal(before[n], p) for n, p in module.backbone.named_parameters())
+    assert module.sample(3).shape == (3, 3, 8, 16)
+    row = json.loads(next(tmp_path.rglob("generation_metrics.jsonl")).read_text().splitlines()[-1])
+    assert row["scores"]["fid"] > 0
+    with Image.open(grid.path) as picture:
+        assert picture.width > picture.height
+    writer = SampleWriter(num_images=2, folder=str(tmp_path / "images"), batch_size=2)
+    predictor = Trainer(
+        accelerator="cpu", callbacks=[writer], logger=False, enable_progress_bar=False
+    )
+    predictor.predict(module, data)
+    stored = StoredImages(str(tmp_path / "images"))
+    assert next(stored.batches(batch_size=2)).shape == (2, 3, 8, 16)
