@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ant_lightning.balancing.agreement import together
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.shards import is_sharded
@@ -38,8 +39,9 @@ class Auto(Engine):
     forward pass over one task has 1e9 multiplications in total and 600 for each parameter (on a
     GPU 1e13 and 8192, the latter an estimate). Multiplications are counted once, in a forward pass
     over two samples before the first call; those of attention are left out. The loop is also used
-    for networks that `OnePass` does not support (detected in the first steps), for sharded
-    parameters, and for batches that are computed in parts.
+    for networks that `OnePass` does not support (detected in the first steps, and said once), for
+    sharded parameters, and for batches that are computed in parts. All ranks make the same choice:
+    what one of them finds unsupported is so for all.
 
     Attributes:
         used: The engine of the last call; the loop before the first.
@@ -63,17 +65,23 @@ class Auto(Engine):
                 self.used = self._one_pass
                 return self.used.task_gradients(batch, rows)
             except UnsupportedError as error:
-                # `OnePass` is not tried again: each try costs a forward pass.
+                # On all ranks. `OnePass` is not tried again: each try costs a forward pass.
                 self.reason = str(error)
+                if batch.reduction.rank == 0:
+                    warnings.warn(f"{error}; auto uses the loop from now on", stacklevel=2)
         self.used = self._loop
         return self.used.task_gradients(batch, rows)
 
     def _bound_by_sums(self, batch: TaskBatch) -> bool:
         """Whether a pass over one task is long enough to hide the call overhead of the loop."""
-        # Counted, not timed: a resumed run and every rank then make the same choice.
+        # Counted, not timed: a resumed run then makes the same choice. Means over ranks, whose
+        # samples may differ in size and number.
+        ranks = batch.reduction.world_size
         if self._per_sample is None:
-            self._per_sample = multiplications(batch)
-        of_task = self._per_sample * len(batch) / batch.num_tasks
+            own = together(lambda: multiplications(batch), batch)
+            total = torch.tensor(own, dtype=torch.float64, device=batch.shared[0].device)
+            self._per_sample = float(batch.reduction.all_reduce_(total)) / ranks
+        of_task = self._per_sample * batch.num_on_all_ranks / (ranks * batch.num_tasks)
         in_all, for_each = _CPU if batch.shared[0].device.type == "cpu" else _OTHERS
         return of_task >= max(in_all, for_each * sum(p.numel() for p in batch.shared))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -86,10 +87,14 @@ class TaskBatch:
         self.starts: list[int] = [0, *counts.cumsum(0).tolist()]
         self.order = on_host.argsort(stable=True).to(tasks.device, non_blocking=True)
         self.tasks = on_host.to(device, non_blocking=True)
-        # Each rank fills its own row of a table of zeros, so the sum over ranks is a gather.
-        table = torch.zeros(reduction.world_size, self.num_tasks, dtype=torch.float64)
-        table[reduction.rank] = counts
-        self.samples = reduction.all_reduce_(table.to(device, non_blocking=True))
+        # Each rank fills its own row of a table of zeros, so the sum over ranks is a gather. The
+        # last column says whether a rank's batch is computed in parts.
+        in_parts = micro_batch_size is not None and micro_batch_size < len(tasks)
+        table = torch.zeros(reduction.world_size, self.num_tasks + 1, dtype=torch.float64)
+        table[reduction.rank, :-1], table[reduction.rank, -1] = counts, float(in_parts)
+        self._own_row = table[reduction.rank]
+        self._table = reduction.all_reduce_(table.to(device, non_blocking=True))
+        self.samples = self._table[:, :-1]
         self.num_samples = self.samples.sum(0)
         self.shared = shared
         self.differentiation = differentiation or new_differentiation(shared, reduction)
@@ -111,10 +116,20 @@ class TaskBatch:
         spans = enumerate(pairwise(self.starts))
         return [task for task, (start, stop) in spans if stop > start]
 
+    @cached_property
+    def _table_on_host(self) -> Tensor:
+        """Samples of each task on each rank, and whether it has parts; a wait on several ranks."""
+        return self._own_row[None] if self.reduction.world_size == 1 else self._table.cpu()
+
     @property
     def in_parts(self) -> bool:
-        """Whether the batch does not fit into one forward pass."""
-        return self.micro_batch_size is not None and self.micro_batch_size < len(self)
+        """Whether the batch does not fit into one forward pass on some rank."""
+        return self.micro_batch_size is not None and bool(self._table_on_host[:, -1].any())
+
+    @property
+    def num_on_all_ranks(self) -> int:
+        """Number of samples of all ranks."""
+        return int(self._table_on_host[:, :-1].sum())
 
     @property
     def is_scaled(self) -> bool:

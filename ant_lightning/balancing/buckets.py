@@ -49,6 +49,11 @@ class ArrivalOrder:
         self._reduction = reduction
         self._seen: dict[int, None] = {}  # a set that keeps the order
         self._agreed = False
+        self._begun = False
+
+    def begin(self) -> None:
+        """Begin a backward pass in which gradients arrive; all ranks call this together."""
+        self._begun = True
 
     def note(self, index: int) -> None:
         """Note that the gradient of a parameter has arrived."""
@@ -60,7 +65,7 @@ class ArrivalOrder:
 
         All ranks call this together.
         """
-        if self._agreed or not self._seen:
+        if self._agreed or not self._begun:
             return False
         self._agreed = True
         found = [*self._seen, *(index for index in self.indices if index not in self._seen)]

@@ -223,7 +223,7 @@ class DenseTaskGradients(TaskGradients):
             self._rows[task].zero_()
         self._matrices = [([*range(len(self.parameters))], self._rows)]
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Join small blocks to one matrix; each large one stays a matrix of its own."""
         if not self._open:
             return
@@ -245,7 +245,7 @@ class DenseTaskGradients(TaskGradients):
     def gramian(self) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64; before `combine_`."""
         assert not self._spent, "gramian was called after combine_"
-        self._close()
+        self.close()
         inner = self._inner
         of_factors = self._factors.gramian(self._factors.indices)
         if self._tasks == [*range(self.num_tasks)]:
@@ -257,7 +257,7 @@ class DenseTaskGradients(TaskGradients):
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter, once."""
         assert not self._spent, "combine_ was called twice"
-        self._close()
+        self.close()
         self._spent = True
         weights = (task_weights.to(self._empty.device) * scale).to(self._empty.dtype)
         found = self._combine_factors(weights)
@@ -305,7 +305,7 @@ class DenseTaskGradients(TaskGradients):
         """The gradients as rows, in the order of the parameters. Valid before `combine_`."""
         assert not self._spent, "rows was called after combine_"
         assert not self._factored, "rows was called, but some weights have factors"
-        self._close()
+        self.close()
         if [indices for indices, _ in self._matrices] == [[*range(len(self.parameters))]]:
             return self._matrices[0][1]
         sizes = [p.numel() for p in self.parameters]

@@ -72,6 +72,7 @@ class GradientBuckets:
         """
         if self._order.agree(self.parameters[0].device):
             self._arrange()
+        self._order.begin()
         self._before = before
         self._arrived: set[int] = set()
         self._missing = [len(bucket.members) for bucket in self._buckets]

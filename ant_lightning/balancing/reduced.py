@@ -122,6 +122,8 @@ class ReducedTaskGradients(DenseTaskGradients):
         if changed or not self._buckets or self._laid_out_for != (self._apart, {*self._factored}):
             self._forget_buckets()
             self._make_buckets()
+        if tasks is not None:
+            self._order.begin()
         self._slots = {task: slot for slot, task in enumerate(self._tasks)}
         self._missing = [len(bucket.members) for bucket in self._buckets]
         self._sources: dict[int, Tensor] = {}  # blocks that are sent as they are
@@ -270,7 +272,7 @@ class ReducedTaskGradients(DenseTaskGradients):
                 full = self._flat(index, total[index][None])[0]
             self._send(place, task, full)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         """Send what has not arrived as zeros, and wait until every shard has."""
         if not self._open:
             return
@@ -292,13 +294,13 @@ class ReducedTaskGradients(DenseTaskGradients):
     def gramian(self) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks; before `combine_`."""
         assert not self._spent, "gramian was called after combine_"
-        self._close()
+        self.close()
         return self.reduction.all_reduce_(self._sum.clone())
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter, once."""
         assert not self._spent, "combine_ was called twice"
-        self._close()
+        self.close()
         self._spent = True
         weights = (task_weights.to(self._empty.device) * scale).to(self._empty.dtype)
         found: list[tuple[Bucket, Tensor, Callable[[], None]]] = []
@@ -333,5 +335,5 @@ class ReducedTaskGradients(DenseTaskGradients):
         """
         assert not self._spent, "rows was called after combine_"
         assert not self._factored, "rows was called, but some weights have factors"
-        self._close()
+        self.close()
         return self._shards

@@ -115,7 +115,7 @@ class FixedLoss:
             return draw()
 
         batches = self._losses(images.tolist(), timesteps, noise)
-        mse = torch.cat([unweighted.cpu().double() for _, unweighted in batches])
+        mse = torch.cat([errors.cpu().double() for _, errors in batches])
         losses = torch.zeros(self._num_images, dtype=torch.float64)
         losses[own] = mse.view(-1, num_draws).mean(1)
         if trainer.world_size > 1:  # the losses of other ranks are 0 here
@@ -158,7 +158,6 @@ class FixedLoss:
                 images=loaded.images.to(device), labels=loaded.labels.to(device)
             )
             steps = timesteps[part]
-            unweighted = torch.zeros(len(steps), device=device)
             with module.trainer.precision_plugin.forward_context():
                 with torch.no_grad():  # gradients are those of the backbone, not the first stage
                     x_start = module.encode(batch)
@@ -169,7 +168,6 @@ class FixedLoss:
                     noise(part),
                     map_condition(lambda each: each.to(device), module.conditions.of_batch(batch)),
                 )
-                # Calling `losses` also fills `unweighted`.
-                losses = module.losses(x_start, draws, unweighted=unweighted)
-                weighted = losses(torch.arange(len(steps), device=device))
-            yield weighted * scale, unweighted
+                losses = module.losses(x_start, draws)
+                weighted, mse = losses(torch.arange(len(steps), device=device))
+            yield weighted * scale, mse

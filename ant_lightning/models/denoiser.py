@@ -218,15 +218,14 @@ class DiffusionModule(BaseModule):
         condition = self.conditions.of_padding(labels, self.device)
         self.denoise(x_t, on_device(self.process.times(cell), self.device), condition)
 
-    def losses(
-        self, x_start: Tensor, draws: Draws, *, unweighted: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor]:
-        """Make the function `rows -> losses [len(rows)]` that `multitask_backward` calls.
+    def losses(self, x_start: Tensor, draws: Draws) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Make the function `rows -> losses, mean squared errors` that `MultiTaskStep` calls.
+
+        Both are `[len(rows)]`; the errors are float32, without any weight and without gradient.
 
         Args:
             x_start: Clean images or latents, `[b, c, h, w]`.
             draws: Timesteps, tasks, noise and condition of the batch.
-            unweighted: `[b]`, filled with the mean squared errors without any weight.
 
         Raises:
             ConfigError: If the backbone takes another shape than that of `x_start`.
@@ -241,7 +240,7 @@ class DiffusionModule(BaseModule):
         correction = draws.importance if self.corrects_importance else None
         x_t = self.process.noised(x_start, draws.noise, draws.times)
 
-        def losses_of(rows: Tensor) -> Tensor:
+        def losses_of(rows: Tensor) -> tuple[Tensor, Tensor]:
             rows = rows.to(x_t.device, non_blocking=True)  # no wait: the copy is queued
             times = draws.times[rows]
             condition = rows_of(draws.condition, rows)
@@ -249,11 +248,8 @@ class DiffusionModule(BaseModule):
             terms = self.process.losses(
                 output, x_start=x_start[rows], x_t=x_t[rows], times=times, noise=draws.noise[rows]
             )
-            if unweighted is not None:
-                unweighted[rows] = terms.mse.detach().to(unweighted)
-            if correction is not None:
-                return terms.loss * correction[rows]
-            return terms.loss
+            loss = terms.loss if correction is None else terms.loss * correction[rows]
+            return loss, terms.mse.detach().float()
 
         return losses_of
 
@@ -344,11 +340,10 @@ class DiffusionModule(BaseModule):
         tasks = self.clusters.task_of(timesteps)
         noise = self.image_noise(batch.indices.tolist(), stream="validation")()
         condition = self.conditions.of_batch(batch)
-        unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
         draws = Draws(timesteps, times, tasks, noise, condition)
         rows = torch.arange(len(batch.images), device=self.device)
-        self.losses(self.encode(batch), draws, unweighted=unweighted)(rows)
-        self.validation_losses.update(unweighted, tasks)
+        _, mse = self.losses(self.encode(batch), draws)(rows)
+        self.validation_losses.update(mse, tasks)
         self._finish_last(batch_idx)
 
     def on_validation_epoch_end(self) -> None:

@@ -300,8 +300,6 @@ class MultiTaskDiffusion(DiffusionModule):
         # Dropout inside the network: other masks on each rank, the same ones in a resumed run.
         torch.manual_seed(keyed_seed(self.seed, "network", self.global_step, self.global_rank))
         draws = self.draw(batch, step=self.global_step)
-        # Filled by `losses`: what is logged must not depend on the balancer's weights.
-        unweighted = torch.zeros(len(batch.images), device=self.device, dtype=torch.float32)
         log_snr = priors = None
         if isinstance(self.balancer, SampleBalancer):
             log_snr = self.process.log_snr_at(draws.times)
@@ -316,7 +314,7 @@ class MultiTaskDiffusion(DiffusionModule):
         parts = self.optimization.accumulate_grad_batches
         self._step.micro_batch_size = -(-len(batch.images) // parts)
         self._trained.follow(self.backbone, self.trainer.optimizers[0])
-        losses: Any = self.losses(x_start, draws, unweighted=unweighted)
+        losses: Losses = self.losses(x_start, draws)
         if self.auxiliary is not None:
             losses = self._with_auxiliary(self.auxiliary, losses, batch, draws)
         scale = loss_scale(gradient_scaler(self.trainer), self.device)
@@ -334,19 +332,21 @@ class MultiTaskDiffusion(DiffusionModule):
         # Last: a balancer that looks back has run the network again.
         statistics.keep() if report.finite else statistics.restore()
         self.last_report = report
-        # Log the mean over the process' own density, however the batch was allocated: methods stay
-        # comparable.
-        loss = unweighted.mean()
+        # Log the mean over the process' own density, however the batch was allocated and the
+        # balancer weights it: methods stay comparable.
+        assert report.aux is not None, "`losses` gives the mean squared errors beside the losses"
+        mse = report.aux
+        loss = mse.mean()
         if draws.importance is not None:
-            loss = (unweighted * draws.importance).mean()
-            self._record_losses(draws, unweighted)
+            loss = (mse * draws.importance).mean()
+            self._record_losses(draws, mse)
         if self.timesteps.method == "stratified":
             allocation = self.timesteps.allocation
             masses = self.clusters.masses(self.draws.density)
             shares = sample_shares(masses, report.num_samples, allocation)
             tasks = draws.tasks.to(shares.device, non_blocking=True)
             # The shares already span all ranks: cancel the division by `world_size` below.
-            loss = (unweighted * shares[tasks]).sum().float() * self.trainer.world_size
+            loss = (mse * shares[tasks]).sum().float() * self.trainer.world_size
         if self.log_due:
             loss = default_reduction().all_reduce_(loss.detach()) / self.trainer.world_size
             # For progress bar and monitors; `log_now` sends it to the loggers at the right step.
@@ -366,7 +366,7 @@ class MultiTaskDiffusion(DiffusionModule):
     def _with_auxiliary(
         self,
         auxiliary: FeatureAlignment,
-        losses: Callable[[Tensor], Tensor],
+        losses: Losses,
         batch: Batch,
         draws: Draws,
     ) -> Losses:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _NormBase
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["RunningStatistics"]
+
+T = TypeVar("T")
 
 
 class RunningStatistics:
@@ -36,7 +38,7 @@ class RunningStatistics:
         self._changes: list[Tensor] = []  # change times number of samples, summed over passes
         self._num_samples = 0
 
-    def once(self, losses: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def once(self, losses: Callable[[Tensor], T]) -> Callable[[Tensor], T]:
         """Start a step and wrap its `losses`; end the step with `keep` or `restore`."""
         if not self._layers:
             return losses
@@ -44,7 +46,7 @@ class RunningStatistics:
         self._changes = [b.new_zeros(b.shape) for b in self._before]
         self._num_samples = 0
 
-        def one_pass(rows: Tensor) -> Tensor:
+        def one_pass(rows: Tensor) -> T:
             self.restore()
             values = losses(rows)
             if torch.is_grad_enabled():  # passes without gradients are not training

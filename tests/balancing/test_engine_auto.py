@@ -49,6 +49,7 @@ class Stopped(nn.Module):
     ],
     ids=["padding 0", "padding 2", "norm", "frequency", "stopped view"],
 )
+@pytest.mark.filterwarnings("ignore:.*auto uses the loop from now on")
 def test_auto_is_right_where_a_layer_means_something_else(network):
     # A limit of the norm changes the weights: a problem for each.
     assert_same(Problem(network, EQUAL).run(Auto()), Problem(network, EQUAL).run(Loop()))

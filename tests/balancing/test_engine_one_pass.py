@@ -39,7 +39,8 @@ def test_a_view_that_the_network_keeps_is_given_back_and_its_next_use_found():
         problem.run(OnePass(), calls=2)
     assert type(problem.network.view) is torch.Tensor
     problem.network.view = None
-    assert_same(problem.run(Auto(), calls=3), expected)
+    with pytest.warns(UserWarning, match="another use .* auto uses the loop from now on"):
+        assert_same(problem.run(Auto(), calls=3), expected)
 
 
 class Typed(nn.Module):
@@ -95,7 +96,9 @@ def test_one_pass_refuses_a_network_that_does_not_fit_and_auto_takes_the_loop(
     assert words in str(error.value)
     auto = Auto()
     expected = problem.run(Loop())
-    assert_same(problem.run(auto, calls=2), expected)
+    with pytest.warns(UserWarning, match=f"{words}.*; auto uses the loop from now on") as said:
+        assert_same(problem.run(auto, calls=2), expected)
+    assert len(said) == 1
     assert words in auto.reason
 
 

@@ -54,10 +54,7 @@ def test_the_balancer_sees_weighted_losses_and_their_gradients(balancer, weighti
     timesteps, tasks = module.clusters.sample(30, generator=generator)
     noise = torch.randn(x_start.shape, generator=generator)
     batch = Batch(x_start, torch.zeros(30, dtype=torch.long), torch.arange(30))
-    unweighted = torch.zeros(30)
-    losses = module.losses(
-        x_start, Draws(timesteps, timesteps, tasks, noise, batch.labels), unweighted=unweighted
-    )
+    losses = module.losses(x_start, Draws(timesteps, timesteps, tasks, noise, batch.labels))
     shared = list(module.backbone.parameters())
     report = multitask_backward(
         losses,
@@ -70,12 +67,12 @@ def test_the_balancer_sees_weighted_losses_and_their_gradients(balancer, weighti
     snr = module.process.snr
     inside = (snr.clamp(max=5) if isinstance(weighting, MinSNR) else snr / (1 + snr)) / (snr + 1)
     assert inside.max() / inside.min() > 5  # the weighting does something
-    weighted = inside[timesteps] * unweighted.double()
+    weighted = inside[timesteps] * report.aux.double()
     means = torch.stack([weighted[tasks == i].mean() for i in range(K)])
     torch.testing.assert_close(report.task_losses, means, rtol=1e-4, atol=1e-7)
     if balancer != "continuous":  # the others weigh a task's samples alike
         objective = sum(
-            w * losses(torch.nonzero(tasks == i)[:, 0]).mean()
+            w * losses(torch.nonzero(tasks == i)[:, 0])[0].mean()
             for i, w in enumerate(report.task_weights.tolist())
         )
         trained = [p for p in shared if p.requires_grad]

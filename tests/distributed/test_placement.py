@@ -40,7 +40,6 @@ def train(rank, world_size, method, kind, reduction):
             network.parameters(),
             balancer,
             micro_batch_size=4,
-            engine="loop",
             gradients=gradients,
             reduction=reduction,
         )

@@ -119,7 +119,7 @@ def train(
             balancer,
             num_tasks=K,
             micro_batch_size=3 if engine is None else None,
-            engine=engine or "loop",
+            engine=engine or "auto",
             gradients=rows,
             reduction=reduction,
             log_snr=4 * x[:, 0],

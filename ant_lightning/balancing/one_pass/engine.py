@@ -5,20 +5,22 @@ from __future__ import annotations
 import sys
 import weakref
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ant_lightning.balancing.agreement import together
 from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whole, new_rows
 from ant_lightning.balancing.one_pass import layers  # noqa: F401 - fills the table of rules
 from ant_lightning.balancing.one_pass.leaves import Leaves
 from ant_lightning.balancing.one_pass.task_parameters import TaskParameter, state
 from ant_lightning.balancing.weight_factors import has_small_factors
+from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
     from ant_lightning.balancing.batch import TaskBatch
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.one_pass.leaves import Receiver
 
 __all__ = ["OnePass", "SortedLosses"]
+
+T = TypeVar("T")
 
 # Steps in which mixing is checked. A layer behind a weight that is still 0 has no gradient to
 # check, so later steps try again; a layer that no loss depends on must not keep them trying.
@@ -135,6 +139,8 @@ class OnePass(Engine):
         self._missing: set[int] = set()  # places of parameters that are not checked yet
         self._layers: dict[int, tuple[int, int]] = {}  # uses, and positions for each sample
         self._num_checks = 0
+        self._unknown = True  # whether something is to be checked, on any rank
+        self._checking = False  # whether this step is one of the first, in which ranks agree
 
     def task_gradients(
         self, batch: TaskBatch, rows: DenseTaskGradients | None = None
@@ -149,17 +155,39 @@ class OnePass(Engine):
         gradients = rows or new_rows(batch)
         factored = self._factored(batch)
         self._leaves.factor({index: n * len(batch) for index, n in factored.items()})
+        weights = losses.mean_weights()
+
+        def differentiate() -> None:
+            try:
+                losses.differentiate(values, weights, gradients)
+            finally:
+                if self._checking and batch.reduction.world_size > 1:
+                    gradients.close()  # other ranks wait for what this one has not sent
+
         with losses.watched(self._spare(batch, gradients, len(losses.tasks))):
-            values = batch.evaluate(losses.rows)
+            values = self._tried(lambda: batch.evaluate(losses.rows), batch)
             gradients.begin(
                 losses.tasks,
                 samples=batch.samples,
                 factored=factored,
                 sample_tasks=batch.tasks_of(losses.rows),
             )
-            losses.differentiate(values, losses.mean_weights(), gradients)
+            self._tried(differentiate, batch)
         batch.record(losses.rows, values)
         return gradients
+
+    def _tried(self, attempt: Callable[[], T], batch: TaskBatch) -> T:
+        """The result of `attempt`; a refusal is one of all ranks, if they still agree on it."""
+        if self._checking or batch.reduction.world_size == 1:
+            return together(attempt, batch)
+        try:
+            return attempt()
+        except UnsupportedError as error:
+            # In each step, agreement would make the host wait between forward and backward pass.
+            raise ConfigError(
+                f"{error}; several ranks can fall back on the loop in their first steps only, "
+                "found this in a later one; use the loop from the start"
+            ) from error
 
     def prepare(self, batch: TaskBatch) -> SortedLosses:
         """Sort the batch, and check that samples do not mix, until all parameters are checked.
@@ -177,13 +205,37 @@ class OnePass(Engine):
         if [*map(id, known)] != [*map(id, batch.shared)]:  # some may be thawed
             self._parameters, self._num_checks = [weakref.ref(p) for p in batch.shared], 0
             self._missing, self._layers = set(range(len(batch.shared))), {}
+            self._unknown = True
         losses = SortedLosses(batch, self._leaves)
-        # The uses of each layer too are known from a check, and needed alike on all ranks.
-        unknown = not self._layers or (self._missing and len(losses.tasks) > 1)
-        if unknown and self._num_checks < _MOST_CHECKS:
-            self._num_checks += 1
-            self._check_samples_do_not_mix(losses)
+        self._checking = self._unknown and self._num_checks < _MOST_CHECKS
+        if self._checking:
+            together(lambda: self._check(losses), batch)
+            self._agree(batch)
         return losses
+
+    def _check(self, losses: SortedLosses) -> None:
+        """Check mixing, if some parameter is not checked yet and this batch has several tasks."""
+        # The uses of each layer too are known from a check.
+        due = not self._layers or (self._missing and len(losses.tasks) > 1)
+        self._num_checks += bool(due) or losses.batch.reduction.world_size > 1
+        if due:
+            self._check_samples_do_not_mix(losses)
+
+    def _agree(self, batch: TaskBatch) -> None:
+        """Make what the next steps depend on equal on all ranks."""
+        if batch.reduction.world_size == 1:
+            self._unknown = bool(self._missing)
+            return
+        found = [self._layers.get(id(p), (0, 0)) for p in batch.shared]
+        table = torch.tensor(
+            [[uses == 1, n, n * n] for uses, n in found] + [[bool(self._missing)] * 3]
+        )
+        ranks, table = batch.reduction.world_size, table.to(batch.shared[0].device)
+        *sums, (unknown, _, _) = batch.reduction.all_reduce_(table).tolist()
+        self._unknown = unknown > 0
+        for p, (uses, _), (once, total, squares) in zip(batch.shared, found, sums, strict=True):
+            same = once == ranks and total * total == ranks * squares
+            self._layers[id(p)] = uses, total // ranks if same else 0
 
     def _check_samples_do_not_mix(self, losses: SortedLosses) -> None:
         """Differentiate the loss of the first task: any gradient at the others is mixing."""
@@ -212,9 +264,7 @@ class OnePass(Engine):
 
     def _factored(self, batch: TaskBatch) -> dict[int, int]:
         """Weights whose factors are smaller than one gradient, and positions for each sample."""
-        # All ranks must decide alike, so on several the host waits for the sum of their samples.
-        one_rank = batch.reduction.world_size == 1
-        samples = len(batch) if one_rank else int(batch.samples.sum())
+        samples = batch.num_on_all_ranks  # all ranks must decide alike
         found = {}
         for index, p in enumerate(batch.shared):
             uses, positions = self._layers.get(id(p), (0, 0))
