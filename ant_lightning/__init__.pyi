@@ -76,6 +76,9 @@ from ant_lightning.balancing.famo import (
 from ant_lightning.balancing.gls import (
     GLS as GLS,
 )
+from ant_lightning.balancing.gradnorm import (
+    GradNorm as GradNorm,
+)
 from ant_lightning.balancing.gradvac import (
     GradVac as GradVac,
     gradvac_weights as gradvac_weights,

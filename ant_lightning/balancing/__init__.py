@@ -8,6 +8,7 @@ from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
 from ant_lightning.balancing.famo import FAMO
 from ant_lightning.balancing.gls import GLS
 from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+from ant_lightning.balancing.gradnorm import GradNorm
 from ant_lightning.balancing.gradvac import GradVac, gradvac_weights
 from ant_lightning.balancing.history import DWA, RLW
 from ant_lightning.balancing.imtl import IMTLL
@@ -39,6 +40,7 @@ __all__ = [
     "ContinuousUncertainty",
     "DenseTaskGradients",
     "Engine",
+    "GradNorm",
     "GradVac",
     "GradientBalancer",
     "GroupReduction",

@@ -10,7 +10,7 @@ import torch
 from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import assign_gradients
-from ant_lightning.balancing.parameters import trained_parameters
+from ant_lightning.balancing.parameters import matching, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.step_losses import StepLosses
 from ant_lightning.errors import ConfigError
@@ -138,8 +138,16 @@ def balanced_backward(
     objective: Tensor | None = None
     if balancer.refresh_due:
         found: TaskGradients = engine.task_gradients(batch, gradients)
-        gramian = found.gramian()
-        step = replace(step, gramian=gramian, losses=batch.values, task_losses=batch.mean_losses())
+        gramian = shared_gramian = found.gramian()
+        if balancer.shared_parameters:
+            shared_gramian = found.gramian(matching(balancer.shared_parameters, batch.names))
+        step = replace(
+            step,
+            gramian=gramian,
+            shared_gramian=shared_gramian,
+            losses=batch.values,
+            task_losses=batch.mean_losses(),
+        )
         finite = batch.is_finite(gramian)
         if finite:
             # The balancer sees the gradients `k pi_i g_i`; its weights are then turned into
@@ -294,6 +302,8 @@ def _fill_own(balancer: Balancer, step: StepLosses, batch: TaskBatch) -> Tensor 
     1e8 times too large stays in Adam's second moment for 30,000 steps, in which the balancer
     hardly learns; with clipping it stays for a few hundred.
     """
+    for p in balancer.parameters():
+        p.grad = None  # that of the last step, if there is none in this one
     objective, grads = balancer.own_gradients(step)
     if grads:
         assign_gradients([p for p in balancer.parameters() if p.requires_grad], grads)

@@ -54,6 +54,8 @@ class Balancer(nn.Module, ABC):
             `any`, if a sample's weight depends on no other sample; `proportional`, if it depends
             on the number of samples of its task; `none`, if the whole batch is needed at once.
         update_every: Steps from one Gramian to the next, for a balancer that needs it.
+        shared_parameters: Names or patterns of the parameters over which the balancer wants a
+            Gramian beside that over all; none for all.
 
     Raises:
         ConfigError: If `num_tasks` is below 1.
@@ -70,6 +72,7 @@ class Balancer(nn.Module, ABC):
     looks_back: bool = False
     accumulation: Literal["any", "proportional", "none"] = "none"
     update_every: int = 1
+    shared_parameters: tuple[str, ...] = ()
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()

@@ -40,6 +40,7 @@ class TaskBatch:
         micro_batch_size: Largest number of samples in one forward pass; `None` for no limit.
         loss_scale: Losses are multiplied by this in a backward pass.
         differentiation: That of the run, which keeps the buckets of several ranks; by default new.
+        names: Name of each parameter of `shared`, if they are known.
 
     Attributes:
         order: Rows of the batch, those of task 0 first, `[b]`.
@@ -66,6 +67,7 @@ class TaskBatch:
         micro_batch_size: int | None = None,
         loss_scale: Tensor | float = 1.0,
         differentiation: Differentiation | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ConfigError(f"micro_batch_size: must be at least 1, found {micro_batch_size}")
@@ -97,6 +99,7 @@ class TaskBatch:
         self.samples = self._table[:, :-1]
         self.num_samples = self.samples.sum(0)
         self.shared = shared
+        self.names = tuple(names)
         self.differentiation = differentiation or new_differentiation(shared, reduction)
         self.differentiation.bind(shared)
         self.reduction = reduction

@@ -15,7 +15,7 @@ from ant_lightning.balancing.weight_factors import WeightFactors
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor, nn
@@ -41,8 +41,12 @@ class TaskGradients(ABC):
     """
 
     @abstractmethod
-    def gramian(self) -> Float[Tensor, "k k"]:
-        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
+    def gramian(self, of: Collection[int] | None = None) -> Float[Tensor, "k k"]:
+        """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks.
+
+        Args:
+            of: Indices of the parameters that count, the same on all ranks; by default all.
+        """
 
     @abstractmethod
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
@@ -242,17 +246,29 @@ class DenseTaskGradients(TaskGradients):
             self._inner += dot_products(joined)
         self._blocks = {}
 
-    def gramian(self) -> Float[Tensor, "k k"]:
+    def gramian(self, of: Collection[int] | None = None) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64; before `combine_`."""
         assert not self._spent, "gramian was called after combine_"
         self.close()
-        inner = self._inner
-        of_factors = self._factors.gramian(self._factors.indices)
+        inner = self._inner if of is None else self._inner_of(of)
+        of_factors = self._factors.gramian(
+            index for index in self._factors.indices if of is None or index in of
+        )
         if self._tasks == [*range(self.num_tasks)]:
             return inner + of_factors
         places = torch.tensor(self._tasks).to(inner.device, non_blocking=True)
         of_factors[places[:, None], places] += inner
         return of_factors
+
+    def _inner_of(self, of: Collection[int]) -> Tensor:
+        """Dot products of the blocks of some parameters."""
+        total = torch.zeros_like(self._inner)
+        for indices, matrix in self._matrices:
+            parts = matrix.split([self.parameters[index].numel() for index in indices], dim=1)
+            for index, part in zip(indices, parts, strict=True):
+                if index in of:
+                    total += dot_products(part)
+        return total
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter, once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -12,9 +14,9 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
-__all__ = ["is_dense", "same_tensors", "trained_parameters"]
+__all__ = ["is_dense", "matching", "names_of", "same_tensors", "trained_parameters"]
 
 P = TypeVar("P", bound="Tensor")
 
@@ -44,6 +46,38 @@ def trained_parameters(parameters: Iterable[P]) -> list[P]:
 def same_tensors(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
     """Whether both have the same tensor objects in the same order."""
     return [id(each) for each in left] == [id(each) for each in right]
+
+
+def names_of(parameters: Iterable[Tensor], model: nn.Module) -> list[str]:
+    """The name of each parameter in `model`, without those of wrappers; empty for others."""
+    known = {}
+    for name, p in model.named_parameters():
+        parts = [part for part in name.split(".") if part != "_orig_mod"]
+        known[id(p)] = ".".join(parts)
+    return [known.get(id(p), "") for p in parameters]
+
+
+@lru_cache(maxsize=8)
+def matching(patterns: tuple[str, ...], names: tuple[str, ...]) -> tuple[int, ...]:
+    """Indices of the names that one of the patterns fits, `*` standing for any characters.
+
+    Raises:
+        ConfigError: If a pattern fits none.
+
+    Examples:
+        >>> from ant_lightning.balancing.parameters import matching
+        >>> matching(("blocks.1.*", "out"), ("blocks.0.w", "blocks.1.w", "blocks.1.b", "out"))
+        (1, 2, 3)
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            known = f"{names[0]} .. {names[-1]}" if names else "none; names need a MultiTaskStep"
+            raise ConfigError(
+                "shared_parameters: must be names of parameters that are trained, or patterns of "
+                f"them, found {pattern!r} among {known}"
+            )
+    pairs = enumerate(names)
+    return tuple(i for i, name in pairs if any(fnmatchcase(name, each) for each in patterns))
 
 
 def is_dense(tensor: Tensor) -> bool:

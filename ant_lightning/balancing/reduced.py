@@ -13,7 +13,7 @@ from ant_lightning.balancing.products import dot_products, full_precision
 from ant_lightning.balancing.weight_factors import WeightFactors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor
@@ -291,11 +291,27 @@ class ReducedTaskGradients(DenseTaskGradients):
             self._settle()
         self._blocks = {}
 
-    def gramian(self) -> Float[Tensor, "k k"]:
+    def gramian(self, of: Collection[int] | None = None) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks; before `combine_`."""
         assert not self._spent, "gramian was called after combine_"
         self.close()
-        return self.reduction.all_reduce_(self._sum.clone())
+        return self.reduction.all_reduce_(self._sum.clone() if of is None else self._sum_of(of))
+
+    def _sum_of(self, of: Collection[int]) -> Tensor:
+        """This rank's share of the Gramian of some parameters."""
+        total, rank = torch.zeros_like(self._sum), self.reduction.rank
+        for place, (bucket, part) in enumerate(zip(self._buckets, self._parts, strict=True)):
+            if bucket.members[0] in self._factored:
+                if bucket.members[0] in of and place % self.reduction.world_size == rank:
+                    total += self._factors.gramian(bucket.members)
+                continue
+            start = -rank * part.shape[1]  # of the bucket, in columns of this rank's part
+            for index in bucket.members:
+                stop = start + self.parameters[index].numel()
+                if index in of:
+                    total += dot_products(part[:, max(start, 0) : max(stop, 0)])
+                start = stop
+        return total
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into the `.grad` of every parameter, once."""

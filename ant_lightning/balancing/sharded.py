@@ -18,7 +18,7 @@ from ant_lightning.balancing.shards import is_sharded, local_part
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from jaxtyping import Float
     from torch import Tensor, nn
@@ -53,9 +53,9 @@ class ShardedTaskGradients(DenseTaskGradients):
             self._sharded = list(parameters)
             super().bind([local_part(p) for p in parameters])  # type: ignore[misc]
 
-    def gramian(self) -> Float[Tensor, "k k"]:
+    def gramian(self, of: Collection[int] | None = None) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64, summed over the parts."""
-        return sum_of_parts(super().gramian(), self._sharded[0], self._ranks)
+        return sum_of_parts(super().gramian(of), self._sharded[0], self._ranks)
 
     def _assign(self, indices: Sequence[int], values: Sequence[Tensor]) -> None:
         """Set `.grad` of the sharded parameters: no optimizer reads that of their parts."""

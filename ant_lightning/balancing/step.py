@@ -13,7 +13,7 @@ from ant_lightning.balancing.auto import make_engine
 from ant_lightning.balancing.backward import balanced_backward, step_losses
 from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.linear import SampleMean
-from ant_lightning.balancing.parameters import trained_parameters
+from ant_lightning.balancing.parameters import names_of, trained_parameters
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.errors import ConfigError
@@ -112,6 +112,7 @@ class MultiTaskStep:
         self.engine = make_engine(engine)
         self._chosen = None if parameters is None else list(parameters)
         self._wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
+        self._bare = model.module if isinstance(model, DistributedDataParallel) else model
         self._differentiation: Differentiation | None = None
         self._rows: DenseTaskGradients | None = None
         self._accumulated: Accumulation | None = None
@@ -163,16 +164,19 @@ class MultiTaskStep:
                 f"{type(self.balancer).__name__}, found another backward"
             )
         every = self.parameters
+        shared = trained_parameters(every)
+        named = self.balancer is not None and self.balancer.shared_parameters
         batch = TaskBatch(
             losses,
             tasks,
             self.balancer,
             self.num_tasks,
-            trained_parameters(every),
+            shared,
             reduction=self.reduction,
             micro_batch_size=self.micro_batch_size,
             loss_scale=loss_scale,
             differentiation=self._differentiation,
+            names=names_of(shared, self._bare) if named else (),
         )
         self._differentiation = batch.differentiation
         balancer = self.balancer or SampleMean(batch.num_tasks)

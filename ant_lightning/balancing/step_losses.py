@@ -44,6 +44,7 @@ class StepLosses:
         task_losses: Mean loss of each task over all ranks, `[k]` float64, NaN for a task without
             samples; `None` before the forward pass.
         gramian: Dot products of the task gradients, `[k, k]` float64; `None` if not computed.
+        shared_gramian: The same over the balancer's `shared_parameters` only.
         task_weights: The weights that the balancer gave in this step, `[k]`; `None` before.
 
     Examples:
@@ -68,6 +69,7 @@ class StepLosses:
     losses: Float[Tensor, " b"] | None = None
     task_losses: Float[Tensor, " k"] | None = None
     gramian: Float[Tensor, "k k"] | None = None
+    shared_gramian: Float[Tensor, "k k"] | None = None
     task_weights: Float[Tensor, " k"] | None = None
 
     @property

@@ -17,6 +17,8 @@ from ant_lightning.balancing.gradients import (
 from ant_lightning.balancing.one_pass.engine import OnePass, SortedLosses
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from jaxtyping import Float
     from torch import Tensor
 
@@ -65,7 +67,7 @@ class _StreamedTaskGradients(TaskGradients):
         self._values: Tensor | None = values
         batch = losses.batch
         k, device = batch.num_tasks, batch.shared[0].device
-        self._gramian = torch.zeros(k, k, dtype=torch.float64, device=device)
+        self._gramians = torch.zeros(len(batch.shared), k, k, dtype=torch.float64, device=device)
         self._present = torch.tensor(losses.tasks).to(device, non_blocking=True)
 
         with losses.watched():
@@ -77,18 +79,19 @@ class _StreamedTaskGradients(TaskGradients):
         batch, present = self._losses.batch, self._present
         flat = block.reshape(len(block), -1).to(torch.promote_types(block.dtype, torch.float32))
         if batch.reduction.world_size > 1:
-            flat = flat.new_zeros(len(self._gramian), flat.shape[1]).index_copy_(0, present, flat)
-            self._gramian += dot_products(batch.reduction.all_reduce_(flat))
+            flat = flat.new_zeros(batch.num_tasks, flat.shape[1]).index_copy_(0, present, flat)
+            self._gramians[index] = dot_products(batch.reduction.all_reduce_(flat))
         else:
-            self._gramian[present[:, None], present] += dot_products(flat)
+            self._gramians[index][present[:, None], present] = dot_products(flat)
 
     def receive_factors(self, index: int, left: Tensor, right: Tensor) -> None:
         """Not called: no weight is factored."""
         raise AssertionError
 
-    def gramian(self) -> Float[Tensor, "k k"]:
+    def gramian(self, of: Collection[int] | None = None) -> Float[Tensor, "k k"]:
         """`G[i, j] = g_i . g_j`, float64, over the samples of all ranks."""
-        return self._gramian
+        found = self._gramians if of is None else self._gramians[[*of]]
+        return found.sum(0)
 
     def combine_(self, task_weights: Float[Tensor, " k"], *, scale: Tensor | float = 1.0) -> None:
         """Write `scale * sum_i task_weights[i] g_i` into every parameter's `.grad`, once."""
