@@ -51,8 +51,6 @@ from ant_lightning.runtime.rank_agreement import check_ranks_agree
 from ant_lightning.runtime.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import lightning as L
     from torch import Tensor
 
