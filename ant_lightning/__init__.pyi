@@ -274,6 +274,9 @@ from ant_lightning.diffusion.schedules import (
     TableSchedule as TableSchedule,
     ZeroTerminalSNR as ZeroTerminalSNR,
 )
+from ant_lightning.diffusion.stored_scheduler import (
+    stored_process as stored_process,
+)
 from ant_lightning.diffusion.weighting import (
     P2 as P2,
     LossWeighting as LossWeighting,

@@ -1,0 +1,286 @@
+"""Networks of diffusers train, resume and are guided, each as its pipeline calls it."""
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from tiny_digits import trainer
+from torch.utils.data import DataLoader, Dataset
+from torchjd.aggregation import UPGradWeighting
+
+from ant_lightning import (
+    DWA,
+    EDM,
+    FAMO,
+    GLS,
+    IMTLL,
+    RLW,
+    STCH,
+    Batch,
+    Checkpoints,
+    ConfigError,
+    ContinuousUncertainty,
+    CosineSchedule,
+    DiffusersBackbone,
+    DiscreteDiffusion,
+    FlowMatching,
+    GradVac,
+    LinearScalarization,
+    MultiTaskDiffusion,
+    NashMTL,
+    Optimization,
+    PCGrad,
+    SNRClustering,
+    Tasks,
+    TorchJDBalancer,
+    UncertaintyWeighting,
+    stored_process,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "M_diffusers"
+SHAPES = {"encoder_hidden_states": (3, 12), "pooled_projections": (10,)}
+NETWORKS = [*(path.stem.removeprefix("manifest_") for path in sorted(GOLDEN.glob("manifest_*")))]
+FLUX = "FluxTransformer2DModel"
+CASES = [*NETWORKS, f"{FLUX} with guidance", "UNet2DModel with labels"]
+BALANCERS = [
+    *(LinearScalarization, UncertaintyWeighting, ContinuousUncertainty, PCGrad, GradVac, NashMTL),
+    *(FAMO, GLS, IMTLL, STCH, DWA, RLW),
+    lambda k: TorchJDBalancer(k, weighting=UPGradWeighting()),
+]
+
+
+def network(case, **settings):
+    name, _, variant = case.partition(" with ")
+    config = json.loads((GOLDEN / f"manifest_{name}.json").read_text())["config"]
+    if name == FLUX:
+        config |= {"in_channels": 16, "guidance_embeds": variant == "guidance"}
+    if variant == "labels":
+        config["num_class_embeds"] = 5
+    torch.manual_seed(0)
+    made = getattr(diffusers, name)(**config | settings)
+    with torch.no_grad():  # some layers start at 0, and their inputs would not matter
+        for p in made.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    return made
+
+
+def backbone(case):
+    null = 4 if case.endswith("labels") else None
+    size = (4, 6) if case.startswith(FLUX) else None
+    return DiffusersBackbone(network(case), input_size=size, null_class=null)
+
+
+def process_for(net):
+    if type(net.network).__name__.startswith(("SD3", "Flux", "Sana")):
+        return FlowMatching()
+    kind = "learned_range" if net.out_channels == 2 * net.in_channels else "fixed_small"
+    return DiscreteDiffusion(CosineSchedule(100), variance_type=kind)
+
+
+def module(case="SD3Transformer2DModel", balancer=None, **settings):
+    net = backbone(case)
+    process = settings.pop("process", None) or process_for(net)
+    return MultiTaskDiffusion(
+        net,
+        process=process,
+        tasks=Tasks(SNRClustering(3), balancer=balancer),
+        optimization=Optimization(lambda groups: torch.optim.AdamW(groups, lr=1e-2)),
+        class_dropout=0.3 if net.null_condition else 0.0,
+        seed=0,
+        **settings,
+    )
+
+
+class Images(Dataset):
+    def __init__(self, net):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(6, net.in_channels, *net.input_size, generator=generator)
+        names = [name for name in net.null_condition if name != "labels"]
+        self.told = {n: torch.randn(6, *SHAPES[n], generator=generator) for n in names}
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, i):
+        told = {name: each[i] for name, each in self.told.items()}
+        return Batch(self.images[i], torch.tensor(i % 4), torch.tensor(i), told)
+
+
+def fit(folder, made, steps, resume=None):
+    saves = Checkpoints(dirpath=folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    run = trainer(folder, saves, steps=steps, enable_checkpointing=True, limit_val_batches=0)
+    loader = DataLoader(Images(made.backbone), 6)
+    run.fit(made, loader, loader, ckpt_path=resume)
+    return torch.load(folder / f"step={steps}.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_under_pcgrad_resume_bit_for_bit_and_sample_with_guidance(tmp_path, case):
+    made = module(case, PCGrad(3))
+    before = {name: each.clone() for name, each in made.state_dict().items()}
+    whole = fit(tmp_path / "whole", made, 2)
+    assert any(not torch.equal(whole[name], before[name]) for name in before)
+    fit(tmp_path / "parts", module(case, PCGrad(3)), 1)
+    resumed = fit(
+        tmp_path / "parts", module(case, PCGrad(3)), 2, resume=tmp_path / "parts" / "step=1.ckpt"
+    )
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    net, scale = made.backbone, 2.0 if made.backbone.null_condition else 1.0
+    told = {name: each[:2] for name, each in Images(net).told.items()}
+    made.sampler.num_steps = 2
+    drawn = made.sample(2, condition=told or None, guidance_scale=scale)
+    assert drawn.shape == (2, net.in_channels, *net.input_size)
+    assert drawn.isfinite().all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_under_uncertainty_weighting(tmp_path, case):
+    made = module(case, UncertaintyWeighting(3))
+    fit(tmp_path, made, 2)
+    assert made.last_report.finite
+
+
+@pytest.mark.parametrize("number", range(len(BALANCERS)))
+def test_two_steps_under_every_balancer(tmp_path, number):
+    made = module(balancer=BALANCERS[number](3))
+    fit(tmp_path, made, 2)
+    assert made.last_report.finite
+    assert made.num_skipped_steps == 0
+
+
+def test_a_unet_as_edm_and_as_it_is_handed_over():
+    made = MultiTaskDiffusion(
+        network("UNet2DModel"), process=EDM(), tasks=Tasks(SNRClustering(3)), seed=0
+    )
+    assert isinstance(made.backbone, DiffusersBackbone)
+    assert made.image_shape == (3, 8, 8)
+    made.sampler.num_steps = 2
+    assert made.sample(2).isfinite().all()
+
+
+def test_the_velocity_is_noise_minus_data_and_the_time_1000_sigma():
+    made = module()
+    seen = {}
+    made.backbone.network.register_forward_pre_hook(
+        lambda part, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    told = {name: torch.randn(2, *shape) for name, shape in SHAPES.items()}
+    x, sigma = torch.randn(2, 4, 4, 4), torch.tensor([0.25, 0.5], dtype=torch.float64)
+    output = made.denoise(x, sigma, told)
+    assert seen["timestep"].tolist() == [250.0, 500.0]
+    terms = made.process.losses(
+        output, x_start=torch.zeros_like(x), x_t=x, times=sigma, noise=output.detach()
+    )
+    torch.testing.assert_close(terms.mse, torch.zeros(2))
+
+
+def test_flux_is_packed_as_its_pipeline_packs():
+    net = backbone(FLUX)
+    seen = {}
+    net.network.register_forward_pre_hook(
+        lambda part, args, kwargs: seen.update(kwargs, packed=args[0]), with_kwargs=True
+    )
+    x = torch.randn(2, 4, 4, 6)
+    told = {name: torch.randn(2, *shape) for name, shape in SHAPES.items()}
+    output = net(x, torch.tensor([100.0, 900.0]), told)
+    pipeline = diffusers.FluxPipeline
+    assert torch.equal(seen["packed"], pipeline._pack_latents(x, 2, 4, 4, 6))
+    ids = pipeline._prepare_latent_image_ids(2, 2, 3, "cpu", torch.float32)
+    assert torch.equal(seen["img_ids"], ids)
+    torch.testing.assert_close(seen["timestep"], torch.tensor([0.1, 0.9]))
+    direct = net.network(
+        seen["packed"],
+        told["encoder_hidden_states"],
+        told["pooled_projections"],
+        **{name: seen[name] for name in ("timestep", "img_ids", "txt_ids")},
+    ).sample
+    assert torch.equal(pipeline._unpack_latents(direct, 32, 48, 8), output)
+
+
+def test_a_dit_of_diffusers_drops_no_label_by_itself():
+    net = backbone("DiTTransformer2DModel").train()
+    x, t, told = torch.randn(8, 4, 4, 4), torch.full((8,), 50), {"labels": torch.arange(8) % 5}
+    assert all(torch.equal(net(x, t, told), net(x, t, told)) for _ in range(4))
+    assert net.null_condition == {"labels": 5}
+
+
+SCHEDULERS = {
+    "DDPMScheduler": {"beta_schedule": "squaredcos_cap_v2", "variance_type": "fixed_large"},
+    "DDIMScheduler": {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"},
+    "PNDMScheduler": {"beta_schedule": "linear", "num_train_timesteps": 500},
+    "FlowMatchEulerDiscreteScheduler": {"shift": 3.0},
+    "DPMSolverMultistepScheduler": {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 3.0,
+    },
+    "EDMEulerScheduler": {"sigma_max": 60.0},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_process_is_that_of_the_stored_scheduler(tmp_path, name):
+    scheduler = getattr(diffusers, name)(**SCHEDULERS[name])
+    scheduler.save_pretrained(tmp_path / "scheduler")
+    process = stored_process(str(tmp_path))
+    if isinstance(process, DiscreteDiffusion):
+        # diffusers' table is in float32; its cumulative product of T factors loses up to T ulps.
+        found = process.alphas_cumprod.float()
+        torch.testing.assert_close(found, scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+        assert process.prediction_type == ("v" if name == "DDIMScheduler" else "eps")
+        assert process.variance_type == (
+            "fixed_large" if name == "DDPMScheduler" else "fixed_small"
+        )
+    elif isinstance(process, FlowMatching):
+        assert (process.convention, process.sampling_density.shift) == ("diffusers", 3.0)
+    else:
+        assert isinstance(process, EDM)
+        assert process.max_time == pytest.approx(60.0)
+
+
+def test_a_stored_network_is_the_one_that_was_saved(tmp_path):
+    saved = network("DiTTransformer2DModel")
+    saved.save_pretrained(tmp_path / "transformer")
+    found = DiffusersBackbone(folder=str(tmp_path)).network
+    assert all(map(torch.equal, found.state_dict().values(), saved.state_dict().values()))
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    assert stored_process(str(tmp_path)).variance_type == "learned_range"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (DiffusersBackbone, "folder: needed without a network"),
+        (lambda: DiffusersBackbone(torch.nn.Linear(1, 1)), "network: must be one of .* Linear"),
+        (lambda: DiffusersBackbone(network(FLUX, in_channels=16)), "input_size: must be given"),
+        (lambda: DiffusersBackbone(network(FLUX), input_size=(4, 5)), "input_size: must be even"),
+        (
+            lambda: DiffusersBackbone(network("SD3Transformer2DModel"), masks=True),
+            "masks: must be false for SD3",
+        ),
+        (
+            lambda: DiffusersBackbone(network("UNet2DModel"), null_class=3),
+            "null_class: must be None for a network without labels, found 3",
+        ),
+        (
+            lambda: DiffusersBackbone(network("DiTTransformer2DModel"), null_class=6),
+            "null_class: must be a row of the table, 0 to 5, found 6",
+        ),
+        (
+            lambda: DiffusersBackbone(network("UNet2DModel", class_embed_type="timestep")),
+            "class_embed_type 'timestep' is not supported",
+        ),
+        (lambda: stored_process("/nowhere"), "folder: must hold a scheduler of diffusers"),
+    ],
+)
+def test_what_does_not_fit_is_named(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_a_folder_of_another_class_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(ConfigError, match=r"folder: must hold one of UNet2DModel.*AutoencoderKL"):
+        DiffusersBackbone(folder=str(tmp_path))
