@@ -34,6 +34,7 @@ class GradientClustering(Clustering):
             `.npz` file with the arrays `affinity [n, n]`, `timesteps [n]` and `num_timesteps` is
             read as well.
         num_tasks: Number of clusters `k`.
+        weighted: Whether timesteps count by how often training draws them; the paper's do not.
 
     Raises:
         ConfigError: If `num_tasks` is below 1.
@@ -49,8 +50,11 @@ class GradientClustering(Clustering):
         (0, 3, 8)
     """
 
-    def __init__(self, affinity: str | Path | Tensor, num_tasks: int = 5) -> None:
+    def __init__(
+        self, affinity: str | Path | Tensor, num_tasks: int = 5, *, weighted: bool = False
+    ) -> None:
         check_at_least(1, num_tasks=num_tasks)
+        self.weighted = weighted
         self.affinity = affinity
         self.num_tasks = num_tasks
 
@@ -69,7 +73,8 @@ class GradientClustering(Clustering):
                 f"affinity: must have the schedule's {len(log_snr)} timesteps, "
                 f"found {len(affinity)}"
             )
-        return TimestepClusters(partition(affinity_costs(affinity), self.num_tasks))
+        costs = affinity_costs(affinity, weights=self._weights())
+        return TimestepClusters(partition(costs, self.num_tasks))
 
     def measured_model(self) -> str | None:
         """Description of the measured model; `None` if the affinity does not come with one."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,10 +20,17 @@ from ant_lightning.runtime.sharded_strategy import ShardedStrategy
 if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.strategies import Strategy
+    from torch import Tensor
 
     from ant_lightning.tasks.clusterings import Clustering
 
-__all__ = ["check_batch_norm", "check_strategy", "check_trainer", "warn_of_other_model"]
+__all__ = [
+    "check_batch_norm",
+    "check_strategy",
+    "check_trainer",
+    "warn_of_other_model",
+    "warn_of_rare_tasks",
+]
 
 
 def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
@@ -136,3 +144,26 @@ def check_batch_norm(
         f"statistics in evaluation; group or layer norm has no such gap; found {layer}",
         stacklevel=4,
     )
+
+
+def warn_of_rare_tasks(masses: Tensor, num_images: int, allocation: str | None) -> None:
+    """Warn of tasks that are missing from some batches.
+
+    Args:
+        masses: Share of the draws that each cluster has, `[k]`.
+        num_images: Images of a step, on all ranks together.
+        allocation: See `TimestepSampling`; `None` for draws that ignore the tasks.
+    """
+    k = len(masses)
+    expected = [num_images / k] * k if allocation == "equal" else (num_images * masses).tolist()
+    rare = [
+        f"task {task} (mass {mass:.2g}, {count:.2g} a step)"
+        for task, (mass, count) in enumerate(zip(masses.tolist(), expected, strict=True))
+        if count < 1 - 1e-9
+    ]
+    if rare:
+        rank_zero_warn(
+            f"tasks: the expected number of images of a task should be at least 1 a step, found "
+            f"less for {', '.join(rare)} in batches of {num_images}: such a task is missing from "
+            "some steps; use larger batches, timesteps.allocation equal, or weighted clusters"
+        )

@@ -79,6 +79,12 @@ class TrainingDraws:
         density = self.process.density
         return None if bool((density == density[0]).all()) else density
 
+    @property
+    def training_density(self) -> Tensor | None:
+        """How often training draws each cell now: by the proposal, if there is one."""
+        proposal = self.timesteps.proposal
+        return self.density if proposal is None else proposal.shares(self.process)
+
     def __call__(
         self, batch: Batch, clusters: TimestepClusters, *, step: int, rank: int, world_size: int
     ) -> Draws:
@@ -105,9 +111,7 @@ class TrainingDraws:
             cells, times, tasks = cells[order], times[order], tasks[order]
         else:
             interval = self.timesteps.interval or (0, clusters.num_timesteps)
-            density = self.density
-            if self.timesteps.proposal is not None:
-                density = self.timesteps.proposal.shares(self.process)
+            density = self.training_density
             cells, places = _plain(interval, total, generator, density)
             if self.timesteps.proposal is not None and density is not None:
                 inside = slice(*interval)

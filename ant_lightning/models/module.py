@@ -29,6 +29,7 @@ from ant_lightning.models.checks import (
     check_strategy,
     check_trainer,
     warn_of_other_model,
+    warn_of_rare_tasks,
 )
 from ant_lightning.models.denoiser import DiffusionModule
 from ant_lightning.models.draws import Draws, TrainingDraws, sample_shares
@@ -192,6 +193,7 @@ class MultiTaskDiffusion(DiffusionModule):
             image_shape=self.image_shape,
             seed=self.seed,
         )
+        self._warned_of_rare_tasks = False
         # Made in `on_fit_start`, when the ranks and the device are known.
         self._step: MultiTaskStep | None = None
         self._trained = TrainedParameters()
@@ -298,6 +300,12 @@ class MultiTaskDiffusion(DiffusionModule):
         # Dropout inside the network: other masks on each rank, the same ones in a resumed run.
         torch.manual_seed(keyed_seed(self.seed, "network", self.global_step, self.global_rank))
         draws = self.draw(batch, step=self.global_step)
+        if not self._warned_of_rare_tasks and self.balancer is not None:
+            self._warned_of_rare_tasks = True
+            allocation = self.timesteps.allocation if self._is_stratified else None
+            total = len(batch.images) * self.trainer.world_size
+            density = self.draws.training_density
+            warn_of_rare_tasks(self.clusters.masses(density), total, allocation)
         log_snr = priors = None
         if isinstance(self.balancer, SampleBalancer):
             log_snr = self.process.log_snr_at(draws.times)
@@ -338,7 +346,7 @@ class MultiTaskDiffusion(DiffusionModule):
         if draws.importance is not None:
             loss = (mse * draws.importance).mean()
             self._record_losses(draws, mse)
-        if self.timesteps.method == "stratified":
+        if self._is_stratified:
             allocation = self.timesteps.allocation
             masses = self.clusters.masses(self.draws.density)
             shares = sample_shares(masses, report.num_samples, allocation)
@@ -381,6 +389,11 @@ class MultiTaskDiffusion(DiffusionModule):
             )
         factors = draws.importance if self.corrects_importance else None
         return auxiliary.added(losses, images, factors=factors)
+
+    @property
+    def _is_stratified(self) -> bool:
+        """Whether each task has its share of a batch."""
+        return self.timesteps.method == "stratified"
 
     def _record_losses(self, draws: Draws, mse: Tensor) -> None:
         """Tell the proposal the losses of all ranks."""

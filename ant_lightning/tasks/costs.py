@@ -107,14 +107,18 @@ def snr_costs(
     return _sums_from_centre(distances, len(values))
 
 
-def affinity_costs(affinity: Float[Tensor, "T T"]) -> Float[Tensor, "T T"]:
-    """Minus the affinity with the centre: `costs[l, r] = -sum_{t=l..r} affinity[c, t]`.
+def affinity_costs(
+    affinity: Float[Tensor, "T T"], *, weights: Float[Tensor, " T"] | None = None
+) -> Float[Tensor, "T T"]:
+    """Minus the affinity with the centre: `costs[l, r] = -sum_{t=l..r} w_t affinity[c, t]`.
 
     Args:
         affinity: Task affinity scores of all pairs of timesteps, `[T, T]`, finite.
+        weights: `w`, 1 by default as in the paper; or the density of the timesteps, whose mean is
+            made 1.
 
     Raises:
-        ConfigError: If `affinity` is not one finite square matrix.
+        ConfigError: If `affinity` is not one finite square matrix, or the weights do not fit.
 
     Reference:
         Go et al., "Addressing Negative Transfer in Diffusion Models", section 4, arXiv 2306.00354.
@@ -134,7 +138,10 @@ def affinity_costs(affinity: Float[Tensor, "T T"]) -> Float[Tensor, "T T"]:
             f"affinity: must be a square matrix of finite numbers, found shape {values.shape} "
             f"with {int((~np.isfinite(values)).sum())} numbers that are not finite"
         )
-    return _sums_from_centre(lambda c: -values[c], len(values))
+    if weights is None:
+        return _sums_from_centre(lambda c: -values[c], len(values))
+    factors = _factors(weights, len(values))
+    return _sums_from_centre(lambda c: -factors * values[c], len(values))
 
 
 def _factors(weights: Tensor, num_timesteps: int) -> Array:

@@ -28,6 +28,7 @@ NAMES = list(found())
 # Millions of parameters: SiT's are those of DiT; EDM's ADM has 296, its DDPM++ 56.
 MILLIONS = {
     "cifar10/edm": 59,
+    "imagenet/edm2_64": 296,
     "imagenet/edm_64": 296,
     "imagenet/sit_b2": 131,
     "imagenet/sit_xl2": 675,
@@ -116,3 +117,26 @@ def test_two_steps_at_reduced_width(name, balancer, first_stages, tmp_path):
     assert module.num_skipped_steps == 0
     after = module.backbone.state_dict()
     assert sum(not torch.equal(before[key], after[key]) for key in before) > 2
+
+
+def test_edm2_has_its_averages_and_its_learning_rate(first_stages):
+    config = yaml.safe_load((CONFIGS / "imagenet/edm2_64.yaml").read_text())
+    assert config["ema"]["lengths"] == [0.05, 0.1]
+    parser, settings = settings_of("imagenet/edm2_64", first_stages, small=True)
+    module = parser.instantiate_classes(settings).model
+    optimizer, _ = module.optimizer_factory.make([{"params": [torch.zeros(1)]}])
+    scheduler = module.optimization.lr_scheduler(optimizer)
+    # Equation 67 at half the warm-up of 10 million images, at its end, and far beyond.
+    batch = config["data"]["init_args"]["batch_size"]
+    steps = (5e6 / batch, 1e7 / batch, 4 * 70000)
+    assert [scheduler.factor(n) for n in steps] == pytest.approx([0.5, 1.0, 0.5])
+
+
+def test_the_configs_of_cifar_10_read_the_same_files():
+    data = [
+        yaml.safe_load((CONFIGS / f"cifar10/{name}.yaml").read_text())["data"]
+        for name in ("edm", "adm", "dit")
+    ]
+    for each in data:
+        del each["init_args"]["batch_size"]
+    assert data[0] == data[1] == data[2]

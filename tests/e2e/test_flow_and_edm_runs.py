@@ -1,5 +1,6 @@
 """The digits under flow matching and EDM: every method trains, resumes and is measured alike."""
 
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -238,3 +239,27 @@ def test_the_exact_denoiser_of_the_digits_is_one_field_in_all_its_types():
             prediction = process.convert(kind, exact, x_t, times, prediction_type="eps")
             back = process.to_eps(prediction, x_t, times, prediction_type=kind)
             torch.testing.assert_close(back, exact, rtol=1e-7, atol=1e-9)
+
+
+def rare_warnings(balancer, tmp_path, **timesteps):
+    """Warnings of three steps with 12 images, on clusters of which the first has little mass."""
+    process = FlowMatching(density=LogitNormal(1.0, 0.5), num_timesteps=100)
+    model = module(process, balancer, timesteps=TimestepSampling(**timesteps))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer(tmp_path, 3).fit(model, datamodule=DigitsData(batch_size=12, seed=0))
+    return model, [str(each.message) for each in found if "tasks: the expected" in str(each)]
+
+
+def test_a_task_that_is_rarer_than_one_image_a_step_warns_once(tmp_path):
+    model, found = rare_warnings("uw", tmp_path, allocation="proportional")
+    assert len(found) == 1
+    masses = model.clusters.masses(model.process.density)
+    assert 12 * float(masses[0]) < 1 <= 12 * float(masses[1])
+    words = f"task 0 (mass {float(masses[0]):.2g}, {12 * float(masses[0]):.2g} a step) in batches"
+    assert words in found[0]
+    assert "\n" not in found[0]
+    # Without shares, tasks are drawn by their mass as well.
+    assert len(rare_warnings("uw", tmp_path, method="uniform")[1]) == 1
+    for balancer, settings in (("uw", {}), ("vanilla", {}), ("vanilla", {"method": "uniform"})):
+        assert rare_warnings(balancer, tmp_path, **settings)[1] == []
