@@ -20,7 +20,8 @@ def found():
     for path in sorted(CONFIGS.glob("*/*.yaml")):
         model = (yaml.safe_load(path.read_text()) or {}).get("model") or {}
         process = model.get("init_args", {}).get("process", {}).get("class_path", "")
-        if process.rpartition(".")[2] in OTHERS and path.parent.name != "digits":
+        elsewhere = path.parent.name in {"digits", "folder"}  # test_folder_configs
+        if process.rpartition(".")[2] in OTHERS and not elsewhere:
             yield f"{path.parent.name}/{path.stem}"
 
 
@@ -71,7 +72,7 @@ def settings_of(name, first_stages, balancer=None, *, small=False):
     if balancer:
         tasks = yaml.safe_load((CONFIGS / f"balancer/{balancer}.yaml").read_text())["model"]
         init["tasks"] |= tasks["init_args"]["tasks"]
-        # The command line takes it from the clustering.
+    if "balancer" in init["tasks"]:  # the command line takes it from the clustering
         init["tasks"]["balancer"].setdefault("init_args", {})["num_tasks"] = 5
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
@@ -116,7 +117,8 @@ def test_two_steps_at_reduced_width(name, balancer, first_stages, tmp_path):
     assert trainer.global_step == 2
     assert module.num_skipped_steps == 0
     after = module.backbone.state_dict()
-    assert sum(not torch.equal(before[key], after[key]) for key in before) > 2
+    # At least the last layer: the output starts at 0, and EDM2's first step has rate 0.
+    assert sum(not torch.equal(before[key], after[key]) for key in before) >= 2
 
 
 def test_edm2_has_its_averages_and_its_learning_rate(first_stages):
