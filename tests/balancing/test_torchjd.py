@@ -128,13 +128,35 @@ def test_a_failure_keeps_the_last_weights_and_is_said_once(how):
     assert (twin.num_failures, twin.task_weights.tolist()) == (2, good.tolist())
 
 
+class Counting(aggregation.Weighting):
+    """Remembers in a plain attribute how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, stat: torch.Tensor, /) -> torch.Tensor:
+        self.calls += 1
+        return torch.full((len(stat),), 1 / self.calls)
+
+
+# Why a weighting is refused, and what to use.
+WHOLE = ("whole matrix of task gradients, and no rank holds it; use", "UPGradWeighting")
+
+
 @pytest.mark.parametrize(
     ("weighting", "words"),
     [
         (nn.Linear(2, 2), ["torchjd.aggregation", "Linear"]),
         (aggregation.AlignedMTL(), ["weighting", "AlignedMTL"]),
-        (aggregation.MoDoWeighting(gamma=0.1, rho=0.1), ["Gramian", "MoDoWeighting"]),
-        (aggregation.GradVacWeighting(), ["GradVacWeighting", "memory"]),
+        (aggregation.MoDoWeighting(gamma=0.1, rho=0.1), [*WHOLE, "MoDoWeighting"]),
+        (aggregation.SDMGradWeighting(), [*WHOLE, "SDMGradWeighting"]),
+        (aggregation.ExcessMTLWeighting(), [*WHOLE, "ExcessMTLWeighting"]),
+        (
+            aggregation.CRMOGMWeighting(aggregation.MoDoWeighting(gamma=0.1, rho=0.1)),
+            [*WHOLE, "MoDoWeighting"],
+        ),
+        (Counting(), ["Counting", "changes ['calls']"]),
         (aggregation.ConstantWeighting(torch.ones(3)), ["ConstantWeighting", "2 tasks"]),
         (Failing("raise") << (lambda g: 2 * g), ["fails on 2 tasks", "no solution"]),
         (Failing("nan") << (lambda g: 2 * g), ["2 finite weights", "nan"]),
@@ -145,3 +167,48 @@ def test_other_modules_are_refused(weighting, words):
     with pytest.raises(ConfigError) as error:
         TorchJDBalancer(2, weighting=weighting)
     assert all(word in str(error.value) for word in words), error.value
+
+
+REMEMBERING = {
+    "gradvac": lambda: aggregation.GradVacWeighting(beta=0.3),
+    "cr-mogm": lambda: aggregation.CRMOGMWeighting(aggregation.UPGradWeighting(), alpha=0.8),
+    "cr-mogm of gradvac": lambda: aggregation.CRMOGMWeighting(aggregation.GradVacWeighting()),
+    "pcd": lambda: aggregation.PCDWeighting(tau=0.5, beta=0.9),
+}
+
+
+def gramians(num):
+    rows = torch.randn(num, 3, 5, generator=torch.Generator().manual_seed(3)).double()
+    return rows @ rows.mT
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_weightings_with_a_memory_are_torchjds_over_twenty_steps_and_resume(name, tmp_path):
+    make = REMEMBERING[name]
+    balancer, theirs, alone = TorchJDBalancer(3, weighting=make(), seed=5), make(), make()
+    num_different = 0
+    for number, gramian in enumerate(gramians(20), start=1):
+        if number == 8:
+            torch.save(balancer.state_dict(), tmp_path / "state.pt")
+            balancer = TorchJDBalancer(3, weighting=make(), seed=5)
+            balancer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        torch.manual_seed(5 + 1_000_003 * number)
+        expected = theirs(gramian)
+        torch.manual_seed(5 + 1_000_003 * number)
+        alone.reset()
+        num_different += not torch.equal(expected, alone(gramian))
+        assert torch.equal(balancer(gramian), expected)
+    assert num_different > 10  # the memory counts
+    # Into one that has already made steps, and back to the beginning.
+    balancer.load_state_dict(TorchJDBalancer(3, weighting=make(), seed=5).state_dict())
+    first = gramians(1)[0]
+    assert torch.equal(balancer(first), TorchJDBalancer(3, weighting=make(), seed=5)(first))
+
+
+def test_a_failure_leaves_the_memory_as_it_was():
+    balancer = TorchJDBalancer(3, weighting=aggregation.CRMOGMWeighting(Failing("nan")))
+    balancer(torch.eye(3, dtype=torch.float64))
+    before = balancer.weighting._lambda.clone()
+    with pytest.warns(UserWarning, match="num_failures"):
+        balancer(2 * torch.eye(3, dtype=torch.float64))
+    assert torch.equal(balancer.weighting._lambda, before)
