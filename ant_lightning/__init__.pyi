@@ -148,6 +148,9 @@ from ant_lightning.cli.load_run import (
 from ant_lightning.data.archives.edm import (
     EDMImages as EDMImages,
 )
+from ant_lightning.data.archives.stream import (
+    StreamData as StreamData,
+)
 from ant_lightning.data.archives.tar import (
     TarShards as TarShards,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -15,15 +14,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ant_lightning.data.archives.entries import image_entry, label_of_entries
 from ant_lightning.data.archives.index import ArchiveIndex, archive_index, bytes_at
-from ant_lightning.data.pictures import SUFFIXES
 from ant_lightning.errors import ConfigError, FileError
 
 __all__ = ["TarShards", "expanded_braces"]
 
 _COLUMNS = ("offset", "size", "label")
 _NO_LABEL = -1
-_MAX_LABEL_BYTES = 2**20
 
 
 class TarShards(Dataset[dict[str, Any]]):
@@ -143,31 +141,15 @@ class TarShards(Dataset[dict[str, Any]]):
         self, shard: Path, key: str, entries: dict[str, tuple[int, int]]
     ) -> tuple[int, int, int]:
         """Offset and size of the image of a sample, and its label."""
-        where = f"{shard}: sample {key.removeprefix('/')}"
-        images = [each for each in entries if Path(f"x.{each}").suffix in SUFFIXES]
-        if self._image is not None:
-            images = [each for each in entries if each == self._image.lower()]
-        if len(images) != 1:
-            wanted = "one image" if self._image is None else f"a file .{self._image}"
-            raise FileError(f"{where} must have {wanted}, found {', '.join(entries)}; see `image`")
-        return (*entries[images[0]], self._number(where, shard, entries))
-
-    def _number(self, where: str, shard: Path, entries: dict[str, tuple[int, int]]) -> int:
-        """The label of a sample."""
-        extension, _, entry = (self._label or "cls").partition(":")
-        if extension not in entries:
-            if self._label is None:
-                return _NO_LABEL
-            raise FileError(f"{where} must have a file .{extension}, found {', '.join(entries)}")
-        offset, size = entries[extension]
-        content = bytes_at(shard, offset, size) if size <= _MAX_LABEL_BYTES else b""
         try:
-            value = json.loads(content)[entry] if entry else int(content)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            value = content[:40]
-        if type(value) is not int or not 0 <= value < 2**62:
-            raise FileError(f"{where} must have a whole number as label, found {value!r:.60}")
-        return value
+            image = image_entry(entries, self._image)
+            label = label_of_entries(
+                entries, self._label, lambda name: bytes_at(shard, *entries[name])
+            )
+        except ValueError as error:
+            name = key.removeprefix("/")
+            raise FileError(f"{shard}: sample {name} must have {error}") from error
+        return (*entries[image], _NO_LABEL if label is None else label)
 
 
 def expanded_braces(pattern: str) -> list[str]:
