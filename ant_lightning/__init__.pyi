@@ -291,6 +291,9 @@ from ant_lightning.errors import (
 from ant_lightning.generation.callback import (
     GenerationMetrics as GenerationMetrics,
 )
+from ant_lightning.generation.clip_score import (
+    CaptionScore as CaptionScore,
+)
 from ant_lightning.generation.extractor import (
     FeatureExtractor as FeatureExtractor,
     Features as Features,
@@ -325,6 +328,10 @@ from ant_lightning.generation.shipped_networks import (
 )
 from ant_lightning.generation.statistics import (
     ImageStatistics as ImageStatistics,
+)
+from ant_lightning.generation.transformers_features import (
+    CLIPFeatures as CLIPFeatures,
+    DINOv2Features as DINOv2Features,
 )
 from ant_lightning.models.autoencoder import (
     AutoencoderModule as AutoencoderModule,

@@ -1,6 +1,6 @@
 r"""usage: ant-lightning {fit,validate,test,predict,score,encode} --config NAME [options]
        ant-lightning export RUN --to {diffusers,official,safetensors,torch}
-       ant-lightning report RUN_FOLDER
+       ant-lightning {report,sweep} RUN_FOLDER
        ant-lightning configs
 
 Diffusion training as multi-task learning over clusters of timesteps.
@@ -11,6 +11,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
   predict    write images                  --ckpt_path FILE --samples.num_images 1000
                                            (PNG files; --samples.npz FILE.npz for one file)
   score      FID ... of stored images      --images FOLDER or FILE.npz
+  sweep      FID ... over guidance scales   --guidance 1 1.5 2, or EMA lengths, --ema 0.05 0.1
   encode     write a cache of latents      --config imagenet/encode
   export     write a trained model for diffusers, the official code, safetensors or torch.export
   report     write report.md into the log folder of a run
@@ -60,6 +61,7 @@ OTHERS = (
     "encode",
     "export",
     "score",
+    "sweep",
     *WITHOUT_LIGHTNING,
 )  # a module each; the rest are the Trainer's
 COMMANDS = ("fit", "validate", "test", "predict", *OTHERS)

@@ -41,6 +41,8 @@ def run_score(args: Sequence[str]) -> dict[str, float]:
     parser = ArgumentParser(prog="ant-lightning score", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="config of a run")
     parser.add_argument("--images", type=str, required=True, help="folder, or npz file as ADM's")
+    parser.add_argument("--captions", type=str | None, help="file with a caption a line")
+    parser.add_argument("--clip", type=str | None, help="folder of transformers' CLIP, for these")
     parser.add_argument("--output", type=str | None, help="append the scores as a line of JSON")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ..")
     parser.add_argument("--devices", type=int, default=1, help="processes that share the images")
@@ -52,7 +54,11 @@ def run_score(args: Sequence[str]) -> dict[str, float]:
         fabric = L.Fabric(accelerator=settings.accelerator, devices=settings.devices)
         fabric.launch()
         images = StoredImages(settings.images)
+        captions = captions_of(settings.captions, settings.clip, images)
         scores = score_images(settings.metrics, settings.data, images, fabric)
+        if captions:
+            limit = settings.metrics.num_images
+            scores["clip_score"] = caption_score(images, captions, settings.clip, fabric, limit)
     if fabric.is_global_zero:
         for name, value in scores.items():
             print(f"{name:28} {value:.6g}")
@@ -91,6 +97,49 @@ def score_images(
     ):
         scores.update(batch)
     return scores.compute()
+
+
+def captions_of(path: str | None, clip: str | None, images: StoredImages) -> list[str]:
+    """The captions of stored images, from a file with one on each line, in the images' order.
+
+    Raises:
+        ConfigError: If only one of `captions` and `clip` is given, or the file has another number
+            of lines than there are images.
+    """
+    if (path is None) != (clip is None):
+        given, missing = ("captions", "clip") if clip is None else ("clip", "captions")
+        raise ConfigError(f"{missing}: must be given with {given}, found none")
+    if path is None:
+        return []
+    if not Path(path).is_file():
+        raise ConfigError(f"captions: must be a file, found {path}")
+    lines = Path(path).read_text(encoding="utf8").splitlines()
+    if len(lines) != images.num_images:
+        raise ConfigError(
+            f"captions: must have {images.num_images} lines, one for each image, found "
+            f"{len(lines)} in {path}"
+        )
+    return lines
+
+
+def caption_score(
+    images: StoredImages,
+    captions: Sequence[str],
+    clip: str,
+    fabric: L.Fabric,
+    limit: int | None = None,
+) -> float:
+    """CLIP score of stored images with their captions; the ranks of `fabric` share them."""
+    # Imported here: it imports transformers.
+    from ant_lightning.generation.clip_score import CaptionScore  # noqa: PLC0415
+
+    metric = CaptionScore(clip).to(fabric.device)
+    limit = limit or images.num_images
+    first, every = fabric.global_rank, fabric.world_size
+    mine = iter(range(first, limit, every))
+    for batch in images.batches(limit=limit, first=first, every=every, batch_size=64):
+        metric.update(batch.to(fabric.device), [captions[next(mine)] for _ in batch])
+    return float(metric.compute())
 
 
 def _without_the_run(args: Sequence[str]) -> list[str]:

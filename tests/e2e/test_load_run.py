@@ -1,6 +1,7 @@
 """`load_run`: a ready module from a run's folder or a checkpoint, of trusted classes alone."""
 
 import copy
+import json
 import os
 import sys
 
@@ -10,8 +11,18 @@ import torch
 import yaml
 from PIL import Image
 
-from ant_lightning import AutoencoderModule, ConfigError, DiT, DiTModule, load_run
+from ant_lightning import (
+    AutoencoderModule,
+    ConfigError,
+    DigitsData,
+    DigitsFeatures,
+    DiT,
+    DiTModule,
+    GenerationMetrics,
+    load_run,
+)
 from ant_lightning.cli.main import main
+from ant_lightning.cli.sweep import run_sweep
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import FileError
 
@@ -56,6 +67,14 @@ MODEL = {
         },
     },
 }
+SCORES = {
+    "class_path": "ant_lightning.GenerationMetrics",
+    "init_args": {
+        "extractor": {"class_path": "ant_lightning.DigitsFeatures"},
+        "num_images": 30,
+        "with_train": False,
+    },
+}
 QUIET = {
     "accelerator": "cpu",
     "max_steps": 3,
@@ -67,7 +86,7 @@ QUIET = {
 }
 
 
-def fit(folder, model, *, seed=7):
+def fit(folder, model, *, seed=7, callbacks=()):
     """Train with the command line; returns the run's folder."""
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
@@ -76,7 +95,7 @@ def fit(folder, model, *, seed=7):
     data = {"class_path": "ant_lightning.DigitsData", "init_args": {"batch_size": 20}}
     settings = {
         "seed_everything": seed,
-        "trainer": {**QUIET, "logger": logger},
+        "trainer": {**QUIET, "logger": logger, "callbacks": list(callbacks)},
         "ema": {
             "decay": 0.5,
             "warmup": False,
@@ -94,7 +113,7 @@ def fit(folder, model, *, seed=7):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return fit(tmp_path_factory.mktemp("run"), MODEL)
+    return fit(tmp_path_factory.mktemp("run"), MODEL, callbacks=[SCORES])
 
 
 @pytest.fixture(autouse=True)
@@ -346,3 +365,32 @@ def test_an_autoencoder_is_loaded_too(tmp_path):
     module = load_run(run)
     assert isinstance(module, AutoencoderModule)
     assert_holds(module, averages(content(run)))
+
+
+# 30 images do for equality, not for a FID that means something.
+@pytest.mark.filterwarnings("ignore::ant_lightning.generation.frechet.RankDeficientWarning")
+def test_a_sweep_scores_guidance_scales_and_ema_lengths(run, capsys):
+    rows = run_sweep([str(run), "--guidance", "1", "3", "--ema", "0.1", "0.2", "--accelerator=cpu"])
+    assert [(row["ema_length"], row["guidance_scale"]) for row in rows] == [
+        *((0.1, 1.0), (0.1, 3.0)),
+        *((0.2, 1.0), (0.2, 3.0)),
+    ]
+    assert [json.loads(line) for line in (run / "sweep.jsonl").read_text().splitlines()] == rows
+    with Image.open(run / "sweep.png") as picture:
+        assert picture.width > 1000
+    assert "guidance 3, EMA length 0.2: fid" in capsys.readouterr().out
+    data = DigitsData()
+    data.setup("test")
+    metric = GenerationMetrics(DigitsFeatures(), with_train=False).new_scores(
+        data, seed=7, device="cpu"
+    )
+    images = load_run(run, ema_length=0.2).sample(30, guidance_scale=3.0)
+    metric.update(to_uint8(images))
+    assert rows[3]["scores"] == pytest.approx(metric.compute(), rel=1e-4, abs=1e-5)
+    for args, line in (
+        ([str(run)], "guidance: needs values, or --ema does, found none"),
+        ([str(run / "checkpoints"), "--guidance", "1"], "must be the log folder of a run"),
+        ([str(run), "--ema", "0.9"], "ema_length"),
+    ):
+        assert main(["sweep", *args, "--accelerator=cpu"]) == 2
+        assert line in capsys.readouterr().err

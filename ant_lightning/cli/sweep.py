@@ -1,0 +1,143 @@
+"""`ant-lightning sweep RUN`: scores of a run's images over guidance scales and EMA lengths.
+
+For each value it draws the same images (same seed, noise and classes) and scores them as the run's
+`GenerationMetrics` does. Rows are appended to `sweep.jsonl` in the run's folder, and `sweep.png`
+there shows those of this call.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from jsonargparse import ArgumentParser
+from matplotlib.figure import Figure
+
+from ant_lightning.cli.config_files import load_yaml
+from ant_lightning.cli.load_run import load_run, make_part
+from ant_lightning.cli.messages import first_config_error
+from ant_lightning.cli.renamed import with_new_names
+from ant_lightning.data.batch import to_uint8
+from ant_lightning.errors import ConfigError
+from ant_lightning.generation.callback import GenerationMetrics
+from ant_lightning.runtime.quiet import keep_quiet
+from ant_lightning.runtime.run_record import newest_record
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["run_sweep"]
+
+_PANELS = {
+    "Fréchet distance (lower is better)": {"fid": "generated", "fid_real": "real against real"},
+    "share of images (higher is better)": {
+        "precision": "precision",
+        "recall": "recall",
+        "class_agreement": "class is the one asked for",
+    },
+}
+
+
+def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
+    """Draw and score images for each value; prints a line for each and returns the rows.
+
+    Raises:
+        ConfigError: If an argument is wrong, or the folder is not that of a run that has
+            `GenerationMetrics`.
+    """
+    keep_quiet("sweep")
+    parser = ArgumentParser(prog="ant-lightning sweep", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("run", type=str, help="folder of a run")
+    parser.add_argument("--guidance", type=float, nargs="+", help="guidance scales")
+    parser.add_argument("--ema", type=float, nargs="+", help="lengths of the average (ema.lengths)")
+    parser.add_argument("--num_images", type=int | None, help="by default as in the run")
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ..")
+    try:
+        chosen = parser.parse_args(list(args))
+    except Exception as error:  # the parser has errors of several kinds
+        raise first_config_error(error) from error
+    if not (chosen.guidance or chosen.ema):
+        raise ConfigError("guidance: needs values, or --ema does, found none")
+    folder = Path(chosen.run)
+    data, metrics = _of_run(folder)
+    device = L.Fabric(accelerator=chosen.accelerator, devices=1).device
+    data.setup("test")
+    num_images = chosen.num_images or metrics.num_images or len(data.held_out_images)
+    scores, rows = None, []
+    for length, scale in product(chosen.ema or [None], chosen.guidance or [None]):
+        module: Any = load_run(folder, ema_length=length).to(device)
+        if scores is None:
+            cache = folder / "reference_cache"
+            scores = metrics.new_scores(data, seed=module.seed, device=device, cache_dir=cache)
+        for start in range(0, num_images, metrics.batch_size):
+            batch = range(start, min(start + metrics.batch_size, num_images))
+            scores.update(to_uint8(module.sample(batch, guidance_scale=scale)))
+        row = {
+            "guidance_scale": module.guidance_scale if scale is None else scale,
+            "ema_length": length,
+            "step": module.trained_steps,
+            "sampler": str(module.sampler),
+            "seed": module.seed,
+            "extractor": metrics.extractor.name,
+            "scores": scores.compute(),
+        }
+        scores.reset()
+        rows.append(row)
+        shown = [f"{name} {row['scores'][name]:.4g}" for name in _shown(row)]
+        at = "" if length is None else f", EMA length {length:g}"
+        print(f"guidance {row['guidance_scale']:g}{at}: {', '.join(shown)}", flush=True)
+        with (folder / "sweep.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    sweep_figure(rows).savefig(folder / "sweep.png")
+    print(folder / "sweep.png")
+    return rows
+
+
+def sweep_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Scores against the guidance scale, a colour for each EMA length; or against the length."""
+    over = "guidance_scale" if len({row["guidance_scale"] for row in rows}) > 1 else "ema_length"
+    other = "ema_length" if over == "guidance_scale" else "guidance_scale"
+    groups = list(dict.fromkeys(row[other] for row in rows))
+    figure = Figure(figsize=(8.4, 3.6), dpi=150, layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, 2), _PANELS.items(), strict=True):
+        for color, group in enumerate(groups):
+            mine = sorted((row for row in rows if row[other] == group), key=lambda row: row[over])
+            for (name, label), style in zip(names.items(), ("o-", "s--", "^:"), strict=False):
+                values = [row["scores"].get(name, float("nan")) for row in mine]
+                if len(groups) > 1:
+                    label += f", {'EMA length' if other == 'ema_length' else 'guidance'} {group:g}"
+                axis.plot(
+                    [row[over] for row in mine], values, style, color=f"C{color}", label=label
+                )
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("guidance scale" if over == "guidance_scale" else "EMA length")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    count = rows[0]["scores"].get("num_images", 0)
+    figure.suptitle(f"n = {count:.0f} generated images, step {rows[0]['step']}", fontsize=9)
+    return figure
+
+
+def _shown(row: dict[str, Any]) -> list[str]:
+    return [name for names in _PANELS.values() for name in names if name in row["scores"]]
+
+
+def _of_run(folder: Path) -> tuple[Any, GenerationMetrics]:
+    """The data and the metrics of a run, from its record."""
+    record = newest_record(folder)
+    if record is None:
+        raise ConfigError(f"{folder}: must be the log folder of a run, found no config.yaml")
+    config = with_new_names(load_yaml(record.read_text(encoding="utf8")))
+    callbacks = (config.get("trainer") or {}).get("callbacks") or []
+    kind = GenerationMetrics.__name__
+    for each in callbacks:
+        if isinstance(each, dict) and str(each.get("class_path")).rpartition(".")[2] == kind:
+            data = make_part(config["data"], L.LightningDataModule)
+            return data, make_part(each, L.Callback)
+    raise ConfigError(
+        f"trainer.callbacks: must have {kind} to score images, found none in {record}"
+    )
