@@ -40,11 +40,12 @@ class CheckpointReport:
 
     Attributes:
         path: The file.
-        layout: `state dict`, `training file`, `latent-diffusion` or `lightning`.
+        layout: `state dict`, `training file`, `latent-diffusion`, `lightning` or `diffusers`.
         weights: `ema` or `model`; `None` for a bare state dict, which holds one set.
         num_tensors: Number of tensors found for the backbone.
         num_parameters: Number of values in these tensors.
         ignored: Number of entries left out, by the first part of their name (`optimizer`, ...).
+        adapted: What was made anew for another number of classes or another size of images.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class CheckpointReport:
     num_tensors: int
     num_parameters: int
     ignored: dict[str, int]
+    adapted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         which = "" if self.weights is None else f", {self.weights} weights"
@@ -60,6 +62,7 @@ class CheckpointReport:
         return (
             f"{self.path}: {self.layout}{which}, {self.num_tensors} tensors, "
             f"{self.num_parameters} parameters; left out: {left or 'nothing'}"
+            + "".join(f"; {each}" for each in self.adapted)
         )
 
 

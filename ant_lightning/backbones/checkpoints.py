@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ant_lightning.backbones.checkpoint_layouts import (
@@ -15,6 +19,12 @@ from ant_lightning.backbones.checkpoint_layouts import (
     bare_names,
     find_weights,
 )
+from ant_lightning.backbones.diffusers_folder import (
+    FOLDER_CONFIG,
+    diffusers_weights,
+    read_folder,
+)
+from ant_lightning.backbones.dit import position_embedding
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.checkpoint_shards import check_shards, fill_shards
 from ant_lightning.files.safetensors_file import read_safetensors
@@ -35,6 +45,7 @@ _HARMLESS: list[Any] = [
     (_LightningCallback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
 ]
 _MAX_LISTED = 10
+_POSITIONS = "pos_embed"
 # Of DiT, ADM and LDM. A wrong number of rows is reported as `num_classes`, which the user can set.
 _CLASS_TABLES = (
     "y_embedder.embedding_table.weight",
@@ -44,14 +55,17 @@ _CLASS_TABLES = (
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
-    """Read a `.safetensors` file, or any file that `torch.save` wrote, onto the CPU.
+    """Read a folder of diffusers, a `.safetensors` file, or any file that `torch.save` wrote.
 
-    No code in the file can run; see `read_torch`. Large files are mapped into memory, not copied.
+    Everything is on the CPU. No code in the file can run; see `read_torch`. Large
+    files are mapped into memory, not copied.
 
     Raises:
         FileError: If the file is missing, damaged, or needs pickled classes or functions.
     """
     path = Path(path)
+    if path.is_dir():
+        return read_folder(path)
     if not path.is_file():
         raise FileError(f"{path}: no such file")
     if path.suffix == ".safetensors":
@@ -67,20 +81,24 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
 
 def load_official_checkpoint(
-    backbone: nn.Module, path: str | Path, *, weights: Weights = "ema"
+    backbone: nn.Module, path: str | Path, *, weights: Weights = "ema", adapt: bool = False
 ) -> CheckpointReport:
     """Load a published checkpoint into a DiT or UNet of the same architecture, in place.
 
     Known files: raw state dicts (guided-diffusion, P2, released DiT weights), training files of
     DiT and ANT (`model`, `ema`), latent-diffusion's `.ckpt`, this package's own Lightning
-    checkpoints, and the same in safetensors. What `torch.compile`, DDP or FSDP add to names is
+    checkpoints, the same in safetensors, and folders of diffusers (of a network that ours would be
+    exported as, or of its pipeline). What `torch.compile`, DDP or FSDP add to names is
     ignored, in the file and in the backbone. Values are cast to the backbone's dtype and moved to
     its device. If one entry does not fit, the backbone is left unchanged.
 
     Args:
         backbone: The network to fill.
-        path: The file.
+        path: The file or the folder.
         weights: Which set to load, `ema` or `model`, from files that hold both.
+        adapt: Whether a network for other classes or another size of images is filled: its class
+            table stays as it was made, and so do sinusoidal positions of a DiT; others are
+            interpolated. The report says so.
 
     Returns:
         What was loaded, and what was left out.
@@ -102,11 +120,17 @@ def load_official_checkpoint(
         ('training file', 22, {'opt': 1})
     """
     path = Path(path)
-    return fill_backbone(backbone, read_checkpoint(path), path=path, weights=weights)
+    content = read_checkpoint(path)
+    return fill_backbone(backbone, content, path=path, weights=weights, adapt=adapt)
 
 
 def fill_backbone(
-    backbone: nn.Module, content: Mapping[str, Any], *, path: Path, weights: Weights
+    backbone: nn.Module,
+    content: Mapping[str, Any],
+    *,
+    path: Path,
+    weights: Weights,
+    adapt: bool = False,
 ) -> CheckpointReport:
     """Load the content of a checkpoint that was read before; see `load_official_checkpoint`."""
     own = backbone.state_dict()
@@ -114,12 +138,59 @@ def fill_backbone(
         raise ConfigError(f"backbone: must have memory to load {path} into, found the meta device")
     own_names = bare_names(own)
     target = {bare: own[name] for bare, name in own_names.items()}
+    if FOLDER_CONFIG in content:
+        tensors = _of_diffusers(backbone, content, target, path)
+        content = {"state_dict": tensors}
     tensors, report = find_weights(content, target, weights=weights, path=path)
+    if adapt:
+        grid = getattr(backbone, "_grid", None)
+        tensors, adapted = _adapted(tensors, target, grid)
+        report = replace(report, adapted=adapted)
     problems = _problems(tensors, target)
     if problems:
         raise ConfigError(f"{path}: must fit the network, found " + "; ".join(problems))
     backbone.load_state_dict({own_names[name]: tensor for name, tensor in tensors.items()})
     return report
+
+
+def _of_diffusers(
+    backbone: nn.Module, content: Mapping[str, Any], target: Mapping[str, Tensor], path: Path
+) -> dict[str, Tensor]:
+    shapes = {name: tuple(value.shape) for name, value in target.items()}
+    return diffusers_weights(backbone, content, shapes, path)
+
+
+def _adapted(
+    found: Mapping[str, Tensor], target: Mapping[str, Tensor], grid: tuple[int, int] | None
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Keep the network's own class table and positions where the file has others.
+
+    Positions that are not sinusoidal, on a square, are interpolated to `grid`.
+    """
+    tensors, said = dict(found), []
+    for name in _CLASS_TABLES:
+        rows = [len(side[name]) if name in side else 0 for side in (found, target)]
+        if rows[0] == rows[1] or not set(found) & set(target):
+            continue
+        tensors.pop(name, None)
+        if rows[1]:
+            tensors[name] = target[name]
+        said.append(f"class table made anew ({rows[0]} rows in the file, {rows[1]} here)")
+    given, own = found.get(_POSITIONS), target.get(_POSITIONS)
+    if given is not None and own is not None and given.shape != own.shape:
+        side = math.isqrt(given.shape[1])
+        square = position_embedding(given.shape[2], (side, side))
+        learned = square.shape == given.shape and not torch.allclose(
+            square, given.float(), atol=1e-3
+        )
+        tensors[_POSITIONS] = own
+        if learned and grid is not None:
+            image = given.float().transpose(1, 2).unflatten(2, (side, side))
+            resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+            tensors[_POSITIONS] = resized.flatten(2).transpose(1, 2)
+        how = "interpolated" if learned else "computed anew"
+        said.append(f"positions {how} ({given.shape[1]} in the file, {own.shape[1]} here)")
+    return tensors, tuple(said)
 
 
 def _problems(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[str]:

@@ -75,14 +75,15 @@ class DiffusersLayout:
             shapes: The shapes of our weights; what has no counterpart there is left out.
 
         Raises:
-            ConfigError: If a weight is missing, or a constant of ours has another value there.
+            ConfigError: If a constant of ours has another value there.
         """
         found: dict[str, Tensor] = {}
         thirds: dict[str, dict[int, Tensor]] = {}
         for theirs, ours, operation in self.rows:
+            kind, *rest = operation.split()
             if theirs not in weights:
-                raise ConfigError(f"weights: must hold {theirs}, found no such entry")
-            value, (kind, *rest) = weights[theirs], operation.split()
+                continue
+            value = weights[theirs]
             if ours is None:
                 constant = _made(operation, None)
                 if kind == "const" and not torch.allclose(value.float(), constant):
@@ -93,7 +94,7 @@ class DiffusersLayout:
                     found[ours] = _joined(operation, thirds[ours]).reshape(*shapes[ours])
             elif kind == "spread":
                 found[ours] = value.unflatten(1, (2, -1))[..., :: int(rest[0])].flatten(1)
-            elif kind == "pad_rows":
+            elif kind == "pad_rows" and len(value) == int(rest[0]):
                 found[ours] = value[: shapes[ours][0]]
             else:
                 found[ours] = value.unsqueeze(-1) if kind == "squeeze" else value

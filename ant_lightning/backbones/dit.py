@@ -229,8 +229,8 @@ class DiT(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
 
         # A frozen parameter, not a buffer: the official optimizer states count it as a parameter.
-        self.grid = (height // patch_size, width // patch_size)
-        num_patches = self.grid[0] * self.grid[1]
+        self._grid = (height // patch_size, width // patch_size)
+        num_patches = self._grid[0] * self._grid[1]
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches, hidden_size), requires_grad=False)
         self.x_embedder = PatchEmbed(
             patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size
@@ -261,7 +261,7 @@ class DiT(nn.Module):
         for name, parameter in self.named_parameters():
             value = parameter.detach()
             if name == "pos_embed":
-                value.copy_(position_embedding(value.shape[-1], self.grid))
+                value.copy_(position_embedding(value.shape[-1], self._grid))
             elif name.endswith("bias") or "adaLN_modulation" in name or "final_layer" in name:
                 nn.init.zeros_(value)
             elif name.startswith(("t_embedder", "y_embedder")):
@@ -282,7 +282,7 @@ class DiT(nn.Module):
             ConfigError: If `x`, `timesteps` or `labels` do not fit the network.
         """
         check_images(x, timesteps, in_channels=self.in_channels)
-        (rows, columns), p = self.grid, self.patch_size
+        (rows, columns), p = self._grid, self.patch_size
         if x.shape[2:] != (rows * p, columns * p):
             raise ConfigError(
                 f"x: must be {rows * p} x {columns * p}, found {x.shape[2]} x {x.shape[3]}"

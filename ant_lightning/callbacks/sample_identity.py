@@ -55,6 +55,8 @@ def sample_identity(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> dict[s
         "guided_channels": pl_module.sampling.guided_channels,
         **_guidance(pl_module),
         "clip_denoised": pl_module.clip_denoised,
+        # Left out where all classes take turns, as in earlier versions.
+        **({} if pl_module.predict_classes is None else {"classes": pl_module.predict_classes}),
         "seed": pl_module.seed,
         "num_classes": pl_module.num_classes,
         "null_class": pl_module.null_class,

@@ -15,6 +15,8 @@ from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import lightning as L
     from torch import Tensor
 
@@ -34,6 +36,8 @@ class SampleWriter(RunCallback):
     Args:
         num_images: Images over all ranks.
         batch_size: Images drawn at once.
+        classes: Image i is of class i modulo their number in this list; by default of all classes
+            in turn.
         folder: Folder for PNG files; by default `samples` in the log folder.
         npz: File for all images (`arr_0 [n, h, w, c]`, uint8), in place of the folder.
 
@@ -52,6 +56,7 @@ class SampleWriter(RunCallback):
         *,
         num_images: int = 100,
         batch_size: int = 100,
+        classes: Sequence[int] | None = None,
         folder: str | None = None,
         npz: str | None = None,
     ) -> None:
@@ -65,6 +70,9 @@ class SampleWriter(RunCallback):
         self.batch_size = batch_size
         self.folder = folder
         self.npz = npz
+        self.classes = None if classes is None else [int(each) for each in classes]
+        if self.classes == []:
+            raise ConfigError("classes: must be None or at least one class, found []")
         self._files: PngSamples | None = None  # once existing images are known to be of this run
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
@@ -73,8 +81,21 @@ class SampleWriter(RunCallback):
         if stage == "predict":
             super().setup(trainer, pl_module, stage)
             self._files = None
+            self._check_classes(pl_module)
+            pl_module.predict_classes = self.classes
             data = needed_image_data(trainer, "SampleWriter")
             data.predict_indices = partial(self._missing_batches, trainer, pl_module)
+
+    def _check_classes(self, pl_module: MultiTaskDiffusion) -> None:
+        """Check the classes against those of the network."""
+        most = max(pl_module.num_classes - 1, pl_module.null_class or 0)
+        if self.classes is not None and not pl_module.num_classes:
+            raise ConfigError(
+                "samples.classes: must be left out for a network without classes, found "
+                f"{self.classes}"
+            )
+        if self.classes is not None and not 0 <= min(self.classes) <= max(self.classes) <= most:
+            raise ConfigError(f"samples.classes: must be from 0 to {most}, found {self.classes}")
 
     def _missing_batches(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion
@@ -126,6 +147,7 @@ class SampleWriter(RunCallback):
         if stage != "predict":
             return
         trainer.datamodule.predict_indices = None  # type: ignore[attr-defined]
+        pl_module.predict_classes = None
         if self._files is None:
             return
         trainer.strategy.barrier()

@@ -25,7 +25,12 @@ _PREDICTIONS = {"velocity": "v", "noise": "eps", "score": "score"}
 
 
 def load_weights_for(
-    process: NoiseProcess, backbone: nn.Module, path: str | Path, *, weights: Weights
+    process: NoiseProcess,
+    backbone: nn.Module,
+    path: str | Path,
+    *,
+    weights: Weights,
+    adapt: bool = False,
 ) -> CheckpointReport:
     """Fill `backbone` as `load_official_checkpoint` does, if the file is of the same process.
 
@@ -46,7 +51,7 @@ def load_weights_for(
             f"{path}: must be trained for the process of the run ({ours}), found a network for "
             f"{found}"
         )
-    return fill_backbone(backbone, content, path=path, weights=weights)
+    return fill_backbone(backbone, content, path=path, weights=weights, adapt=adapt)
 
 
 def _trained_for(content: Mapping[str, Any]) -> str | None:

@@ -140,6 +140,8 @@ class DiffusionModule(BaseModule):
         self.latent_space: LatentSpace | None = None if first_stage is None else first_stage.space
         self.seed = run_seed(seed)
         self.trained_steps = 0
+        #: Classes of the images that `predict` draws, in turn; `None` for all.
+        self.predict_classes: list[int] | None = None
         self.validation_losses = TaskMeans(clusters.num_tasks)
         self.uneven_calls = UnevenCalls(backbone, self._padding)
         # In a tuple: the guide is no part of the model, and no checkpoint holds it.
@@ -480,7 +482,11 @@ class DiffusionModule(BaseModule):
         """
         if isinstance(batch, int):  # which `sample` would take for a number of images
             raise ConfigError(f"predict: each batch must be a list of indices, found {batch}")
-        images = self.sample(batch) if len(batch) else torch.empty(0, *self.image_shape)
+        classes = self.predict_classes
+        labels = None if classes is None else [classes[int(i) % len(classes)] for i in batch]
+        images = torch.empty(0, *self.image_shape)
+        if len(batch):
+            images = self.sample(batch, labels=labels)
         self._finish_last(batch_idx)
         return images
 

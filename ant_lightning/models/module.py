@@ -95,8 +95,10 @@ class MultiTaskDiffusion(DiffusionModule):
             value of every entry, for guidance.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels.
         auxiliary: A term of the loss from inside the network; `None` for none.
-        init_from: Official checkpoint that the backbone starts from. A checkpoint that is loaded
-            later replaces its weights, and then the file need not exist any more.
+        init_from: Official checkpoint, or folder of diffusers, that the backbone starts from. For
+            other classes or another size of images, class table and positions are made anew, which
+            is printed. A checkpoint that is loaded later replaces the weights, and then the file
+            need not exist any more.
         init_weights: Which weights of that file, if it has both: the averages or the live ones.
         seed: Seed of timesteps, noise and dropout; by default that of `seed_everything`.
 
@@ -197,7 +199,7 @@ class MultiTaskDiffusion(DiffusionModule):
         # Made in `on_fit_start`, when the ranks and the device are known.
         self._step: MultiTaskStep | None = None
         self._trained = TrainedParameters()
-        if init_from is not None and Path(init_from).is_file():
+        if init_from is not None and Path(init_from).exists():
             self.load_initial_weights()
 
     def load_initial_weights(self) -> None:
@@ -213,7 +215,11 @@ class MultiTaskDiffusion(DiffusionModule):
             return
         try:
             report = load_weights_for(
-                self.process, self.backbone, self.init_from, weights=self.init_weights
+                self.process,
+                self.backbone,
+                self.init_from,
+                weights=self.init_weights,
+                adapt=True,
             )
         except ConfigError as error:
             raise ConfigError(f"init_from: {error}") from error

@@ -330,7 +330,7 @@ def test_files_without_weights(content, message, tmp_path):
 
 def test_no_file_at_all_and_text_files(tmp_path):
     assert_refused(dit(), tmp_path / "none.pt", "no such file", "none.pt")
-    assert_refused(dit(), tmp_path, "no such file")
+    assert_refused(dit(), tmp_path, "found no config.json")
     (tmp_path / "page.pt").write_text("<html>quota exceeded</html>" * 9)
     assert_refused(dit(), tmp_path / "page.pt", "page.pt: truncated, damaged, or not written by")
 

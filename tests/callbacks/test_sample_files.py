@@ -20,6 +20,7 @@ from ant_lightning import (
     StoredImages,
 )
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples
+from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import FileError
 
 
@@ -246,3 +247,18 @@ def test_latents_are_not_written_as_pictures(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.first_stage: needed to decode"):
         predict(tmp_path, model, num_images=2, folder=str(tmp_path / "images"))
     assert not (tmp_path / "images").exists()
+
+
+def test_classes_take_turns_and_must_exist(tmp_path):
+    model = module()
+    predict(tmp_path, model, num_images=5, batch_size=2, classes=[7, 2], folder=str(tmp_path / "a"))
+    drawn = torch.cat(list(StoredImages(tmp_path / "a").batches(batch_size=5)))
+    expected = model.sample(5, labels=[7, 2, 7, 2, 7])
+    assert torch.equal(drawn, to_uint8(expected))
+    assert not torch.equal(drawn, to_uint8(model.sample(5)))
+    with pytest.raises(ConfigError, match=r"made with classes \[7, 2\], and this run has \[1\]"):
+        predict(tmp_path, model, num_images=5, classes=[1], folder=str(tmp_path / "a"))
+    with pytest.raises(ConfigError, match=r"samples.classes: must be from 0 to 10, found \[11\]"):
+        predict(tmp_path, model, num_images=5, classes=[11])
+    with pytest.raises(ConfigError, match="classes: must be None or at least one class"):
+        SampleWriter(classes=[])
