@@ -105,10 +105,10 @@ def sweep_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     for axis, (title, names) in zip(figure.subplots(1, 2), _PANELS.items(), strict=True):
         for color, group in enumerate(groups):
             mine = sorted((row for row in rows if row[other] == group), key=lambda row: row[over])
-            for (name, label), style in zip(names.items(), ("o-", "s--", "^:"), strict=False):
+            for (name, shown), style in zip(names.items(), ("o-", "s--", "^:"), strict=False):
                 values = [row["scores"].get(name, float("nan")) for row in mine]
-                if len(groups) > 1:
-                    label += f", {'EMA length' if other == 'ema_length' else 'guidance'} {group:g}"
+                what = "EMA length" if other == "ema_length" else "guidance"
+                label = f"{shown}, {what} {group:g}" if len(groups) > 1 else shown
                 axis.plot(
                     [row[over] for row in mine], values, style, color=f"C{color}", label=label
                 )
