@@ -45,7 +45,8 @@ class CaptionScore(CLIPScore):
 
     def __init__(self, folder: str | Path) -> None:
         network, _ = pretrained(folder, "CLIPModel")
-        super().__init__(lambda: (_Embeddings(network), _processor(folder)))
+        parts: Any = (_Embeddings(network), _processor(folder))  # in place of transformers' classes
+        super().__init__(lambda: parts)
 
     def update(self, images: Tensor, captions: Sequence[str]) -> None:  # type: ignore[override]
         """Add uint8 images `[n, c, h, w]` and their captions.

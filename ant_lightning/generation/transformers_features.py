@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ class _TransformersFeatures(FeatureExtractor):
     deviation: ClassVar[tuple[float, float, float]]
     _mean: Tensor
     _deviation: Tensor
+    network: Any  # a class of an extra
 
     def __init__(self, network: nn.Module, *, num_features: int, name: str, size: int) -> None:
         super().__init__(num_features=num_features, name=name)
@@ -119,7 +120,7 @@ class CLIPFeatures(_TransformersFeatures):
         return Features(self.network.visual_projection(pooled).float())
 
 
-def pretrained(folder: str | Path, name: str) -> tuple[nn.Module, str]:
+def pretrained(folder: str | Path, name: str) -> tuple[Any, str]:
     """The network of a local folder by transformers' class `name`, and a digest of its weights.
 
     Raises:
