@@ -21,6 +21,7 @@ from ant_lightning.callbacks.figures import log_folder, save_figure
 from ant_lightning.callbacks.measuring import MeasuringCallback, measurement_bar
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.tasks.figure import NOISE_AXES
+from ant_lightning.tasks.time_axis import TimeAxis
 
 if TYPE_CHECKING:
     import lightning as L
@@ -203,11 +204,12 @@ class TaskAffinity(MeasuringCallback):
         if message is not None:
             _log.warning("task affinity: %s", message)
         result.save(log_folder(trainer) / "task_affinity.safetensors")
+        time = TimeAxis.of(pl_module.process)
         for axis in NOISE_AXES:
             explain = "Red: the two timesteps want the same change of the weights. Blue: conflict."
-            figure = affinity_heat_maps(result, axis=axis)
+            figure = affinity_heat_maps(result, axis=axis, time=time)
             save_figure(trainer, figure, tag=f"5_affinity/by_{axis}", explain=explain)
         if len(timesteps) > 1:
             explain = "If it falls, tasks should be intervals of neighbouring timesteps."
-            figure = affinity_curves(result)
+            figure = affinity_curves(result, time=time)
             save_figure(trainer, figure, tag="5_affinity/by_distance", explain=explain)

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ant_lightning.affinity.result import AffinityResult
+    from ant_lightning.tasks.time_axis import TimeAxis
 
 __all__ = ["affinity_curves", "affinity_heat_maps"]
 
 _RELIABLE = 0.8  # where `AffinityResult.reliability_warning` begins to warn
 
 
-def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") -> Figure:
+def affinity_heat_maps(
+    result: AffinityResult, *, axis: NoiseAxis = "timestep", time: TimeAxis | None = None
+) -> Figure:
     """Plain and corrected affinity as heat maps, and below them the reliability of each gradient.
 
     Blue is conflict (-1), white 0, red agreement (1). Grey entries of the corrected map have no
@@ -30,7 +33,9 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
 
     Args:
         result: The measurement.
-        axis: `timestep`, or `log_snr` for cells as wide as the log-SNR that they cover.
+        axis: `timestep` (or the process' own time), or `log_snr` for cells as wide as the log-SNR
+            that they cover.
+        time: The process' own time, for the axis `timestep`.
 
     Raises:
         ConfigError: If `axis` is `log_snr` and the result has no log-SNR.
@@ -42,6 +47,10 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
     if axis == "log_snr" and result.log_snr is not None:
         limits = (float(result.log_snr.min()), float(result.log_snr.max()))
     edges = cell_edges(_positions(result, axis).numpy()).clip(*limits)
+    label, log = NOISE_AXES[axis], False
+    if axis == "timestep" and time is not None and time.label != "timestep":
+        # The grid point c stands for a cell that covers c to c + 1.
+        edges, label, log = time.at((edges + 0.5).clip(*limits)), time.label, time.log
     maps = {
         "plain: cosine of the mean gradients": result.plain,
         "corrected for the noise of the gradients": result.corrected,
@@ -50,7 +59,8 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
         mesh = panel.pcolormesh(edges, edges, values.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
         panel.set_facecolor("0.8")  # shows where an entry is NaN
         panel.set_title(title, fontsize=9)
-        panel.set_ylabel(NOISE_AXES[axis])
+        panel.set_ylabel(label)
+        panel.set_yscale("log" if log else "linear")
         panel.set_box_aspect(1)
         if axis == "timestep":
             panel.invert_yaxis()  # noise grows downwards, as in a printed matrix
@@ -58,7 +68,8 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
     for panel in bottom:
         panel.stairs(result.reliability.numpy(), edges, color="tab:green", linewidth=1.2)
         panel.axhline(_RELIABLE, color="0.4", linestyle="--", linewidth=0.8)
-        panel.set(xlabel=NOISE_AXES[axis], ylabel="reliability", ylim=(-0.05, 1.05))
+        panel.set(xlabel=label, ylabel="reliability", ylim=(-0.05, 1.05))
+        panel.set_xscale("log" if log else "linear")
         panel.grid(alpha=0.3)
         panel.label_outer()
     if axis == "log_snr":  # noise grows to the right and downwards, as over timesteps
@@ -67,7 +78,9 @@ def affinity_heat_maps(result: AffinityResult, *, axis: NoiseAxis = "timestep") 
     return figure
 
 
-def affinity_curves(result: AffinityResult, *, num_bins: int = 20) -> Figure:
+def affinity_curves(
+    result: AffinityResult, *, num_bins: int = 20, time: TimeAxis | None = None
+) -> Figure:
     """Mean affinity against the distance of timesteps and (if known) of log-SNRs.
 
     Bands are one standard deviation over the pairs of a bin. The legend has Spearman's rank
@@ -76,6 +89,7 @@ def affinity_curves(result: AffinityResult, *, num_bins: int = 20) -> Figure:
     Args:
         result: The measurement.
         num_bins: Bins of distance.
+        time: The process' own time, whose cells are counted; timesteps by default.
     """
     axes = [axis for axis in NOISE_AXES if axis == "timestep" or result.log_snr is not None]
     figure = Figure(figsize=(4.7 * len(axes), 3.8), dpi=110, layout="constrained")
@@ -94,7 +108,10 @@ def affinity_curves(result: AffinityResult, *, num_bins: int = 20) -> Figure:
                 low = _curve(panel, values, positions, label=label, color=color, num_bins=num_bins)
                 lowest = min(lowest, low)
         panel.axhline(0, color="0.4", linewidth=0.8)
-        panel.set_xlabel(f"|difference of {NOISE_AXES[axis]}|")
+        label = f"|difference of {NOISE_AXES[axis]}|"
+        if axis == "timestep" and time is not None and time.label != "timestep":
+            label = f"|difference of cells| (equal steps of {'ln ' * time.log}{time.unit})"
+        panel.set_xlabel(label)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7, loc="upper right")
     # Corrected estimates of gradients that are mostly noise go far beyond ±1: cut the axis.

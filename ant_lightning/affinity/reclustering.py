@@ -13,6 +13,7 @@ from ant_lightning.callbacks.measuring import MeasuringCallback
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.figure import boundaries_figure
+from ant_lightning.tasks.time_axis import TimeAxis
 
 if TYPE_CHECKING:
     import lightning as L
@@ -100,8 +101,13 @@ class Reclustering(MeasuringCallback):
         pl_module.recluster(clusters)
         pl_module.log_now(_boundaries(pl_module))
         if trainer.is_global_zero:
-            history, log_snr = pl_module.cluster_history, pl_module.process.log_snr
-            figure = boundaries_figure(history, log_snr, last_step=step + self.recluster_every)
+            process = pl_module.process
+            figure = boundaries_figure(
+                pl_module.cluster_history,
+                process.log_snr,
+                last_step=step + self.recluster_every,
+                time=TimeAxis.of(process),
+            )
             explain = "Bands that settle: the tasks are stable. Bands that jump: too few images."
             save_figure(trainer, figure, tag="5_affinity/clusters", explain=explain)
 

@@ -10,6 +10,7 @@ from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.figures import save_figure
 from ant_lightning.callbacks.task_figures import pair_heat_map, task_history, task_labels
 from ant_lightning.errors import check_at_least
+from ant_lightning.tasks.time_axis import TimeAxis
 
 if TYPE_CHECKING:
     import lightning as L
@@ -91,11 +92,16 @@ class ConflictMonitor(RunCallback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Draw the curves since the start, and the cosines since the last validation."""
-        labels = task_labels(pl_module.clusters)
+        time = TimeAxis.of(pl_module.process)
+        labels = task_labels(pl_module.clusters, time)
         if len(self._history) > 1:
             save_figure(
                 trainer,
-                task_history(*(each.numpy() for each in self._curves().values()), labels=labels),
+                task_history(
+                    *(each.numpy() for each in self._curves().values()),
+                    labels=labels,
+                    unit=time.unit,
+                ),
                 tag="3_tasks/losses_and_weights",
                 explain="Left: a task whose loss rises while others fall is losing. "
                 "Right: a higher line counts more in the step; equal lines are plain averaging.",
@@ -106,7 +112,8 @@ class ConflictMonitor(RunCallback):
                 labels=labels,
                 title=f"mean of {len(self._cosines)} batches up to step "
                 f"{steps_of(trainer, pl_module)}",
-                rows="timesteps of task i",
+                rows="",
+                unit=time.unit,
                 bar="cosine of the gradients",
             )
             save_figure(

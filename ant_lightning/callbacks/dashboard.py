@@ -16,6 +16,7 @@ from ant_lightning.callbacks.page_figure import stacked_page
 from ant_lightning.callbacks.task_figures import task_labels
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.runtime.loggers import send_picture
+from ant_lightning.tasks.time_axis import TimeAxis
 
 __all__ = ["Dashboard"]
 
@@ -94,10 +95,12 @@ def _guide(pl_module: MultiTaskDiffusion, content: dict[str, Any]) -> str:
         # A group is called `3 tasks`: TensorBoard sorts groups by name.
         charts.append(f"{group[0]}. **{group[2:]}** (Custom Scalars; figures in Images)")
         charts += [f"    * *{title}*: {sentence}" for title, (sentence, _) in of_group.items()]
-    labels = enumerate(task_labels(pl_module.clusters))
+    time = TimeAxis.of(pl_module.process)
+    labels = enumerate(task_labels(pl_module.clusters, time))
     return "\n".join(content["guide"]).format(
         network=type(pl_module.backbone).__name__,
         method="vanilla" if pl_module.balancer is None else type(pl_module.balancer).__name__,
         tasks=", ".join(f"task {i} = {label}" for i, label in labels),
         charts="\n".join(charts),
+        unit=time.unit,
     )

@@ -77,11 +77,16 @@ class FixedLoss:
             yield losses.sum() / num
 
     def of_task(self, task: int) -> Tensor:
-        """The mean loss over a task's timesteps, a scalar."""
+        """The mean loss over a task's timesteps as training draws them, a scalar."""
         num = self._num_images
         start, stop = self._module.clusters.boundaries[task : task + 2]
         generator = keyed_generator(self._seed, "probe timesteps", task)
-        timesteps = torch.randint(start, stop, (num,), generator=generator)
+        density = self._module.draws.density
+        if density is None:
+            timesteps = torch.randint(start, stop, (num,), generator=generator)
+        else:
+            drawn = torch.multinomial(density[start:stop], num, True, generator=generator)
+            timesteps = start + drawn
         everything = torch.arange(len(self._dataset))
         indices = self._images(everything, num, "probe images of task", task)
         losses = self._losses(indices, timesteps, self._noise("probe task", task))

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ant_lightning.tasks.clusters import TimestepClusters
+    from ant_lightning.tasks.time_axis import TimeAxis
 
 __all__ = ["pair_heat_map", "task_history", "task_labels", "transfer_heat_map"]
 
 
-def task_labels(clusters: TimestepClusters) -> list[str]:
-    """The timesteps of each task: `0-99`."""
-    return [f"{start}-{stop - 1}" for start, stop in pairwise(clusters.boundaries)]
+def task_labels(clusters: TimestepClusters, time: TimeAxis) -> list[str]:
+    """The interval of each task: `0-99` of timesteps, `0.1 to 0.2` of another time."""
+    return [time.words(start, stop) for start, stop in pairwise(clusters.boundaries)]
 
 
 def pair_heat_map(
@@ -33,6 +34,7 @@ def pair_heat_map(
     title: str,
     rows: str,
     bar: str,
+    unit: str = "timesteps",
     number: str = "{:.2f}",
     shades: NDArray[np.float64] | None = None,
 ) -> Figure:
@@ -40,10 +42,11 @@ def pair_heat_map(
 
     Args:
         values: The numbers; row i and column j are the tasks i and j.
-        labels: The timesteps of each task.
+        labels: The interval of each task.
         title: The title.
-        rows: Label of the rows.
+        rows: Label of the rows, before `of task i`.
         bar: Label of the colour bar.
+        unit: What the intervals are made of.
         number: Format of the numbers.
         shades: Numbers that decide the colours; by default the values.
     """
@@ -53,7 +56,7 @@ def pair_heat_map(
     image = axis.imshow(colours, cmap="RdBu_r", vmin=-1, vmax=1)
     axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=8)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
-    axis.set(xlabel="timesteps of task j", ylabel=rows)
+    axis.set(xlabel=f"{unit} of task j", ylabel=f"{rows}{unit} of task i")
     axis.set_title(title, fontsize=9)
     for (i, j), value in np.ndenumerate(values):
         # Black is hard to read on the dark ends of the colour map.
@@ -64,7 +67,7 @@ def pair_heat_map(
 
 
 def transfer_heat_map(
-    transfer: NDArray[np.float64], *, labels: Sequence[str], title: str
+    transfer: NDArray[np.float64], *, labels: Sequence[str], title: str, unit: str = "timesteps"
 ) -> Figure:
     """Transfer `[k, k]` in per cent of task j's loss: blue harms, red helps.
 
@@ -78,7 +81,8 @@ def transfer_heat_map(
         100 * transfer,
         labels=labels,
         title=title,
-        rows="gradient step on the timesteps of task i",
+        rows="gradient step on the ",
+        unit=unit,
         bar="relative to the larger own effect of i and j",
         number="{:+.2f}%",
         shades=shades.clip(-1, 1),
@@ -91,6 +95,7 @@ def task_history(
     weights: NDArray[np.float64],
     *,
     labels: Sequence[str],
+    unit: str = "timesteps",
 ) -> Figure:
     """Loss and effective weight of each task over training, `[n, k]` each, on log axes."""
     figure = Figure(figsize=(10.6, 3.6), dpi=110, layout="constrained")
@@ -107,5 +112,5 @@ def task_history(
         axis.grid(alpha=0.3)
         # Beside the panel, where it hides no line.
         place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
-        axis.legend(fontsize=7, title="timesteps", title_fontsize=7, frameon=False, **place)
+        axis.legend(fontsize=7, title=unit, title_fontsize=7, frameon=False, **place)
     return figure

@@ -25,6 +25,7 @@ from ant_lightning.runtime.run_record import newest_record
 from ant_lightning.runtime.settings import flat_settings
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.figure import clusterings_figure
+from ant_lightning.tasks.time_axis import TimeAxis
 from ant_lightning.transfer.figure import transfer_gap_bars
 from ant_lightning.transfer.result import TransferGapResult
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 __all__ = ["run_report", "write_report"]
 
@@ -43,6 +45,8 @@ _SUMMARY = {
     "balancer": "model.tasks.balancer",
     "clustering": "model.tasks.clustering",
     "draws of timesteps": "model.timesteps.method",
+    "process": "model.process",
+    "density of times": "model.process.density",
     "schedule": "model.process.schedule",
     "prediction": "model.process.prediction_type",
     "train interval": "model.timesteps.interval",
@@ -91,6 +95,8 @@ def write_report(folder: Path) -> Path:
         checkpoint = Path(config.get("ckpt_path") or checkpoint)
     state: Any = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
     curves = read_curves(folder)
+    process = _process(config)
+    time = None if process is None else TimeAxis.of(process)
     parts = [
         f"# Run {'/'.join(folder.resolve().parts[-2:])}\n\n{_summary(config, state)}",
         _scores(folder / "generation_metrics.jsonl"),
@@ -98,9 +104,9 @@ def write_report(folder: Path) -> Path:
         if (folder / "1_samples_grid.png").is_file()
         else "",
         _curves(folder, curves),
-        _clusters(folder, config, state, curves),
-        _affinity(folder),
-        _transfer(folder),
+        _clusters(folder, process, state, curves),
+        _affinity(folder, time),
+        _transfer(folder, time),
         f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
     ]
     path = folder / "report.md"
@@ -163,18 +169,28 @@ def _curves(folder: Path, curves: Mapping[str, Curve]) -> str:
     return f"## Curves\n\n{_saved(figure, folder, 'curves')}\n{table}"
 
 
+def _process(config: dict[str, Any]) -> NoiseProcess | None:
+    """The process of a run, for its size of images; `None` of an autoencoder."""
+    # `make_part` refuses a file that names classes of packages that are not trusted.
+    settings = (config["model"].get("init_args") or {}).get("process")
+    if settings is None:
+        return None
+    process: NoiseProcess = make_part(settings, NoiseProcess)
+    size = flat_settings(config).get("model.backbone.input_size")
+    return process.for_size(size, size) if isinstance(size, int) else process
+
+
 def _clusters(
     folder: Path,
-    config: dict[str, Any],
+    process: NoiseProcess | None,
     state: Any,  # noqa: ANN401 - a checkpoint
     curves: Mapping[str, Curve],
 ) -> str:
     boundaries = (state.get("ant_lightning") or {}).get("boundaries")
-    # `make_part` refuses a file that names classes of packages that are not trusted.
-    process = (config["model"].get("init_args") or {}).get("process")
     if boundaries is None or process is None:
         return ""
-    log_snr = make_part(process, NoiseProcess).log_snr
+    log_snr, time = process.log_snr, TimeAxis.of(process)
+    by_step = time.label == "timestep"
     columns = {
         "held-out loss": "val/task_{}/loss",
         "weight": "train/task_{}/weight",
@@ -186,46 +202,62 @@ def _clusters(
         [
             task,
             f"{a}-{b - 1}",
+            *([] if by_step else [time.words(a, b)]),
             f"{float(log_snr[b - 1]):.2f} to {float(log_snr[a]):.2f}",
             *(_last(curves.get(curve.format(task))) for curve in columns.values()),
         ]
         for task, (a, b) in enumerate(pairwise(boundaries))
     ]
-    figure = clusterings_figure({"clusters": TimestepClusters(boundaries)}, log_snr)
-    table = _table(["task", "timesteps", "log-SNR", *columns], *rows)
+    figure = clusterings_figure(
+        {"clusters": TimestepClusters(boundaries)}, log_snr, time=time, density=_density(process)
+    )
+    heads = ["timesteps"] if by_step else ["cells", time.label]
+    table = _table(["task", *heads, "log-SNR", *columns], *rows)
     return (
         f"## Clusters\n\n{_saved(figure, folder, 'clusters')}\n"
-        "The lower panels are for batches in which every cluster has the same share. "
+        "The lower panels are for batches in which every cluster has the same share; the dashed "
+        "line is the process' own density. "
         f"Losses, weights and norms are the last ones.\n\n{table}"
     )
+
+
+def _density(process: NoiseProcess) -> Tensor | None:
+    """How often training draws each cell; `None` if it depends on a size that is not known."""
+    try:
+        return process.density
+    except ConfigError:
+        return None
 
 
 def _last(curve: Curve | None) -> str:
     return f"{curve[-1][1]:.4g}" if curve else ""
 
 
-def _affinity(folder: Path) -> str:
+def _affinity(folder: Path, time: TimeAxis | None) -> str:
     files = [folder / f"task_affinity.{kind}" for kind in ("safetensors", "npz")]  # npz: of 0.1
     found = [path for path in files if path.is_file()]
     if not found:
         return ""
     result = AffinityResult.load(found[0])
-    figure = affinity_heat_maps(result, axis="timestep" if result.log_snr is None else "log_snr")
+    pages = [_saved(affinity_heat_maps(result, time=time), folder, "affinity_by_time")]
+    if result.log_snr is not None:
+        pages.append(_saved(affinity_heat_maps(result, axis="log_snr"), folder, "affinity"))
     return (
-        f"## Task affinity\n\n{_saved(figure, folder, 'affinity')}\n"
+        f"## Task affinity\n\n{''.join(pages)}\n"
         f"Lowest split-half reliability {float(result.reliability.min()):.2f}; where it is far "
         "below 0.8, a cosine says more about noise than about the tasks.\n"
     )
 
 
-def _transfer(folder: Path) -> str:
+def _transfer(folder: Path, time: TimeAxis | None) -> str:
     if not (folder / "negative_transfer_gap.jsonl").is_file():
         return ""
     result = TransferGapResult.load(folder / "negative_transfer_gap.jsonl")
-    heads = ["timesteps", "budget", "specialist's steps", "loss gap (%)", "FID gap"]
+    time = TimeAxis.timesteps(result.gaps[-1].stop) if time is None else time
+    heads = [time.unit, "budget", "specialist's steps", "loss gap (%)", "FID gap"]
     rows = [
         [
-            f"{gap.start}-{gap.stop - 1}",
+            time.words(gap.start, gap.stop),
             gap.budget,
             f"{gap.specialist_steps} of {result.multitask_steps}",
             "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * each for each in gap.relative_loss_gap)),
@@ -233,7 +265,7 @@ def _transfer(folder: Path) -> str:
         ]
         for gap in result.gaps
     ]
-    figure = transfer_gap_bars({"this run": result})
+    figure = transfer_gap_bars({"this run": result}, time=time)
     return (
         f"## Negative-transfer gap\n\n{_saved(figure, folder, 'negative_transfer')}\n"
         f"Below 0 is negative transfer: a model of the interval alone is better there.\n\n"

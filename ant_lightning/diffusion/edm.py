@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -63,6 +63,7 @@ class EDM(ContinuousProcess):
     """
 
     time_label: ClassVar[str] = "sigma"
+    time_scale: ClassVar[Literal["linear", "log"]] = "log"
     prediction_type: str = "F"
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class NoiseProcess(ABC):
     Attributes:
         prediction_type: What the network predicts, in this convention.
         time_label: Name of the process' own time on an axis.
+        time_scale: Whether equal cells are equal steps of the time (`linear`) or of its logarithm
+            (`log`).
 
     Examples:
         >>> import torch
@@ -79,6 +81,7 @@ class NoiseProcess(ABC):
 
     prediction_type: str
     time_label: ClassVar[str]
+    time_scale: ClassVar[Literal["linear", "log"]] = "linear"
 
     @property
     @abstractmethod

@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from ant_lightning.tasks.time_axis import TimeAxis
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -31,18 +33,25 @@ NoiseAxis = Literal["timestep", "log_snr"]
 NOISE_AXES: dict[NoiseAxis, str] = {"timestep": "timestep", "log_snr": "log-SNR"}  # axis: label
 
 
-def importance_density(clusters: TimestepClusters) -> NDArray[np.float64]:
-    """How often each timestep is drawn, relative to uniform sampling, `[T]`.
+def importance_density(
+    clusters: TimestepClusters, density: Tensor | None = None
+) -> NDArray[np.float64]:
+    """How often each cell is drawn, relative to uniform sampling, `[T]`.
 
-    If every cluster has the same number of samples, it is `T / (k |I_i|)` for t in `I_i`. Its mean
-    over timesteps is 1.
+    If every cluster has the same number of samples, it is `T p_t / (k P_i)` for t in `I_i`, where
+    `P_i` is the mass of the cluster. Its mean over cells is 1.
+
+    Args:
+        clusters: The clusters.
+        density: `p`, the process' own density, `[T]`; by default uniform, `1 / T`.
     """
-    sizes = clusters.sizes.numpy()
-    # A timestep of task i has the probability 1 / (k |I_i|); with uniform sampling it has 1 / T.
-    density: NDArray[np.float64] = np.repeat(
-        clusters.num_timesteps / (clusters.num_tasks * sizes.astype(np.float64)), sizes
-    )
-    return density
+    num_cells = clusters.num_timesteps
+    own = np.full(num_cells, 1 / num_cells) if density is None else density.double().numpy()
+    masses = np.add.reduceat(own, np.array(clusters.boundaries[:-1]))
+    # A cell of task i has the probability p_t / (k P_i); with uniform sampling it has 1 / T.
+    shares = np.repeat(num_cells / (clusters.num_tasks * masses), clusters.sizes.numpy())
+    drawn: NDArray[np.float64] = own * shares
+    return drawn
 
 
 def cell_edges(positions: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -54,40 +63,58 @@ def cell_edges(positions: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([[first], middles, [last]])
 
 
-def clusterings_figure(clusterings: Mapping[str, TimestepClusters], log_snr: Tensor) -> Figure:
-    """Clusterings as rows of intervals, and the density of timesteps that each implies.
+def clusterings_figure(
+    clusterings: Mapping[str, TimestepClusters],
+    log_snr: Tensor,
+    *,
+    time: TimeAxis | None = None,
+    density: Tensor | None = None,
+) -> Figure:
+    """Clusterings as rows of intervals, and how often each draws the cells of the noise axis.
 
-    The left column is over timesteps, the right one over log-SNR; noise grows to the right.
+    The left column is over the process' own time, the right one over log-SNR; noise grows to the
+    right. The dashed line is the process' own density.
 
     Args:
         clusterings: Clusters by the name of their row.
-        log_snr: Log-SNR of the schedule, `[T]`.
+        log_snr: Log-SNR of the cells, `[T]`.
+        time: The process' own time; timesteps by default.
+        density: The process' own density, `[T]`; uniform by default.
     """
+    time = TimeAxis.timesteps(len(log_snr)) if time is None else time
+    own = np.ones(len(log_snr)) if density is None else density.double().numpy() * len(log_snr)
     figure = Figure(figsize=(10, 5), dpi=110, layout="constrained")
     panels = figure.subplots(2, 2, height_ratios=[1, 1.3], sharex="col")
     edges_of = {
-        "timestep": np.arange(len(log_snr) + 1, dtype=np.float64),
+        "timestep": time.edges,
         "log_snr": cell_edges(log_snr.double().numpy()),
     }
-    for (intervals, densities), (axis, label) in zip(panels.T, NOISE_AXES.items(), strict=True):
-        edges = edges_of[axis]
-        _intervals(intervals, clusterings, edges)
+    for (intervals, densities), axis in zip(panels.T, NOISE_AXES, strict=True):
+        edges, by_time = edges_of[axis], axis == "timestep"
+        label = time.label if by_time else NOISE_AXES[axis]
+        densities.set_xscale("log" if by_time and time.log else "linear")
+        _intervals(intervals, clusterings, edges, log=by_time and time.log)
         for name, clusters in clusterings.items():
-            densities.stairs(importance_density(clusters), edges, label=name, linewidth=1.6)
-        densities.axhline(1, color="0.4", linestyle="--", linewidth=0.8)
+            drawn = importance_density(clusters, density)
+            densities.stairs(drawn, edges, label=name, linewidth=1.6)
+        densities.stairs(own, edges, color="0.2", linestyle="--", linewidth=0.9, label="own")
         # Log-SNR falls with the timestep: these limits reverse its axis, so noise grows rightwards.
         densities.set(xlabel=label, xlim=(edges[0], edges[-1]))
         densities.set_ylim(bottom=0)
         densities.grid(alpha=0.3, which="both")
         densities.label_outer()
         intervals.label_outer()
-    panels[1, 0].set_ylabel("draws of a timestep\n(uniform = 1)")
+    panels[1, 0].set_ylabel(f"draws of a {_cell(time)}\n(uniform = 1)")
     panels[1, 0].legend(fontsize=8)
     return figure
 
 
 def boundaries_figure(
-    history: Sequence[tuple[int, Sequence[int]]], log_snr: Tensor, *, last_step: int
+    history: Sequence[tuple[int, Sequence[int]]],
+    log_snr: Tensor,
+    *,
+    last_step: int,
+    time: TimeAxis | None = None,
 ) -> Figure:
     """The intervals of the tasks in the course of a training that changed them.
 
@@ -95,7 +122,9 @@ def boundaries_figure(
         history: First step and boundaries `0 .. T` of each clustering, in order of time.
         log_snr: Log-SNR of the schedule, `[T]`.
         last_step: Step at which the last clustering ends.
+        time: The process' own time; timesteps by default.
     """
+    time = TimeAxis.timesteps(len(log_snr)) if time is None else time
     figure = Figure(figsize=(10, 4), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2)
     steps = [step for step, _ in history] + [max(last_step, history[-1][0] + 1)]
@@ -103,33 +132,47 @@ def boundaries_figure(
     noise = cell_edges(log_snr.double().numpy())
     colors = _task_colors(boundaries.shape[1] - 1)
     for panel, axis in zip(panels, NOISE_AXES, strict=True):
-        values = boundaries if axis == "timestep" else noise[boundaries]
+        values = time.edges[boundaries] if axis == "timestep" else noise[boundaries]
+        log = axis == "timestep" and time.log
         values = np.concatenate([values, values[-1:]])  # the last clustering ends at `last_step`
         for task, color in enumerate(colors):
             low, high = values[:, task], values[:, task + 1]
             panel.fill_between(steps, low, high, step="post", color=color)
-            middle = (low[-1] + high[-1]) / 2
+            middle = (low[-1] * high[-1]) ** 0.5 if log else (low[-1] + high[-1]) / 2
             panel.annotate(f" task {task}", (steps[-1], middle), fontsize=8, va="center")
-        panel.set(xlabel="training step", ylabel=NOISE_AXES[axis], xlim=(steps[0], steps[-1]))
+        label = time.label if axis == "timestep" else NOISE_AXES[axis]
+        panel.set(xlabel="training step", ylabel=label, xlim=(steps[0], steps[-1]))
+        panel.set_yscale("log" if log else "linear")
         panel.set_ylim(values[0, 0], values[0, -1])  # noise grows upwards
     return figure
 
 
 def _intervals(
-    panel: Axes, clusterings: Mapping[str, TimestepClusters], edges: NDArray[np.float64]
+    panel: Axes,
+    clusterings: Mapping[str, TimestepClusters],
+    edges: NDArray[np.float64],
+    *,
+    log: bool = False,
 ) -> None:
     for row, clusters in enumerate(clusterings.values()):
         colors = _task_colors(clusters.num_tasks)
         for task, (start, stop) in enumerate(pairwise(clusters.boundaries)):
             width = edges[stop] - edges[start]
             panel.barh(row, width, left=edges[start], color=colors[task], edgecolor="white")
-            if abs(width) > 0.04 * abs(edges[-1] - edges[0]):  # wide enough for its number
+            places = np.log(edges) if log else edges  # as they lie on the page
+            share = (places[stop] - places[start]) / (places[-1] - places[0])
+            if share > 0.04:  # wide enough for its number
                 # Viridis is bright for the upper half of the tasks.
                 dark = "0.1" if task > clusters.num_tasks / 2 else "white"
-                at = (edges[start] + width / 2, row)
+                middle = (places[start] + places[stop]) / 2
+                at = (np.exp(middle) if log else middle, row)
                 panel.text(*at, str(task), ha="center", va="center", fontsize=8, color=dark)
     panel.set_yticks(range(len(clusterings)), list(clusterings))
     panel.invert_yaxis()  # the first clustering on top
+
+
+def _cell(time: TimeAxis) -> str:
+    return "timestep" if time.label == "timestep" else "cell"
 
 
 def _task_colors(num_tasks: int) -> NDArray[np.float64]:

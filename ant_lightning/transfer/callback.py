@@ -19,6 +19,7 @@ from ant_lightning.generation.frechet import GaussianStatistics, frechet_distanc
 from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.statistics import ImageStatistics
 from ant_lightning.runtime.sharding import refuse_shards
+from ant_lightning.tasks.time_axis import TimeAxis
 from ant_lightning.transfer.figure import transfer_gap_bars
 from ant_lightning.transfer.gap import negative_transfer_gap
 from ant_lightning.transfer.result import IntervalGap, TransferGapResult
@@ -292,7 +293,7 @@ class NegativeTransferGap(RunCallback):
             "seed": self._seed(pl_module),
         }
         append_row(trainer, "negative_transfer_gap.jsonl", row)
-        figure = transfer_gap_bars({"this model": result})
+        figure = transfer_gap_bars({"this model": result}, time=TimeAxis.of(pl_module.process))
         explain = "Below 0 is negative transfer: a model of the interval alone is better there."
         save_figure(trainer, figure, tag="6_transfer/negative_transfer_gap", explain=explain)
 

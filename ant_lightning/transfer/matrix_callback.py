@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from types import NoneType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,8 +10,9 @@ import torch
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import save_figure
 from ant_lightning.callbacks.measuring import MeasuringCallback
-from ant_lightning.callbacks.task_figures import transfer_heat_map
+from ant_lightning.callbacks.task_figures import task_labels, transfer_heat_map
 from ant_lightning.errors import ConfigError
+from ant_lightning.tasks.time_axis import TimeAxis
 from ant_lightning.transfer.matrix import transfer_matrix
 
 if TYPE_CHECKING:
@@ -96,9 +96,11 @@ class TransferMatrix(MeasuringCallback):
         if not trainer.is_global_zero:
             return
         title = f"share of task j's loss that one step on task i removes (lr {self.lr:g})"
+        time = TimeAxis.of(pl_module.process)
         figure = transfer_heat_map(
             self.matrix.numpy(),
-            labels=[f"{a}-{b - 1}" for a, b in pairwise(pl_module.clusters.boundaries)],
+            labels=task_labels(pl_module.clusters, time),
+            unit=time.unit,
             title=f"{title}\nat training step {steps_of(trainer, pl_module)}",
         )
         explain = "Red: a step on task i lowers task j's loss by this share. Blue: it raises it."

@@ -6,7 +6,18 @@ import pytest
 import tiny_digits
 import torch
 
-from ant_lightning import ConfigError, DigitsData, DigitsMixtureData, DiT, ExcessRisk, SNRClustering
+from ant_lightning import (
+    EDM,
+    ConfigError,
+    DigitsData,
+    DigitsMixtureData,
+    DiT,
+    ExcessRisk,
+    FlowMatching,
+    MultiTaskDiffusion,
+    SNRClustering,
+    Tasks,
+)
 
 
 class Exact(torch.nn.Module):
@@ -29,6 +40,45 @@ class Exact(torch.nn.Module):
         if self.kind == "x0":
             return self.process.to_x_start(eps, x_t.double(), timesteps, prediction_type="eps")
         return eps
+
+
+class ExactVelocity(Exact):
+    """The same under flow matching or EDM, where the network is given its own time and scale."""
+
+    def forward(self, x_in, told, labels=None):
+        process = self.process
+        if isinstance(process, EDM):
+            sigma = (4 * told.double()).exp()
+            x_t = x_in.double() / process.preconditioning.c_in(sigma).view(-1, 1, 1, 1)
+            times = sigma
+        else:
+            times, x_t = 1 - told.double(), x_in.double()
+        at = process.levels(x_t, times)
+        a, s = torch.as_tensor(at.a), at.s
+        a = a.double().expand_as(s)
+        eps = self.mixture.denoise(x_t.flatten(1), a=a.flatten(), s=s.flatten()).view(x_t.shape)
+        eps = eps + self.off
+        if not isinstance(process, EDM):
+            return -process.to_v(eps, x_t, times, prediction_type="eps")
+        denoised = process.to_x_start(eps, x_t, times, prediction_type="eps")
+        made = process.preconditioning
+        c_skip, c_out = (f(times).view(-1, 1, 1, 1) for f in (made.c_skip, made.c_out))
+        return (denoised - c_skip * x_t) / c_out
+
+
+@pytest.mark.parametrize("process", [FlowMatching(num_timesteps=100), EDM(num_timesteps=100)])
+@pytest.mark.parametrize("off", [0.0, 0.1])
+def test_it_is_that_distance_under_flow_matching_and_edm(tmp_path, process, off):
+    backbone = ExactVelocity("v", off)
+    backbone.process = process
+    module = MultiTaskDiffusion(
+        backbone, process=process, tasks=Tasks(SNRClustering(num_tasks=3)), seed=0
+    )
+    logged, row = measure(tmp_path, module)
+    # float32 outputs, multiplied by up to 1 / sigma or 1 / (1 - t) at the ends.
+    assert row["tasks"]["excess"] == pytest.approx([off**2] * 3, abs=1e-4)
+    assert logged["val/excess_risk"] == pytest.approx(off**2, abs=1e-4)
+    assert row["boundaries"] == list(module.clusters.boundaries)
 
 
 def measure(folder, module, **settings):
