@@ -348,6 +348,13 @@ from ant_lightning.models.learning_rate import (
 from ant_lightning.models.module import (
     MultiTaskDiffusion as MultiTaskDiffusion,
 )
+from ant_lightning.models.muon import (
+    MuonAdamW as MuonAdamW,
+)
+from ant_lightning.models.parameter_groups import (
+    MuonGroups as MuonGroups,
+    NamedGroups as NamedGroups,
+)
 from ant_lightning.models.presets import (
     ADMModule as ADMModule,
     DiTModule as DiTModule,

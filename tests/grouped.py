@@ -18,6 +18,7 @@ GROUPS = {
             "clip_grad_norm",
             "accumulate_grad_batches",
             "max_skipped_steps",
+            "param_groups",
         ),
     ),
     "sampling": (

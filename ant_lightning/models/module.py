@@ -184,7 +184,7 @@ class MultiTaskDiffusion(DiffusionModule):
             auxiliary.path = "auxiliary."
             auxiliary.attach(backbone)
         self.optimizer_factory = OptimizerFactory(
-            optimization, path="optimization.", balancer=tasks.balancer
+            optimization, path="optimization.", balancer=tasks.balancer, network=backbone
         )
         self.draws = TrainingDraws(
             process=self.process,
@@ -227,11 +227,11 @@ class MultiTaskDiffusion(DiffusionModule):
         rank_zero_only(print)(f"init_from {report}")
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
-        """One group each for the backbone, the balancer and the auxiliary term."""
+        """Groups of the backbone, of the balancer and of the auxiliary term."""
         self.load_initial_weights()
         own = [] if self.balancer is None else list(self.balancer.parameters())
-        # The backbone comes first: thawed parameters join the first group.
-        groups: list[dict[str, Any]] = [{"params": self._trained.begin(self.backbone)}]
+        # The backbone comes first.
+        groups = self._trained.begin(self.backbone, self.optimizer_factory.groups())
         if own:
             groups.append({"params": own})
         if self.auxiliary is not None:
@@ -448,8 +448,8 @@ class MultiTaskDiffusion(DiffusionModule):
         optimizer = optimization = None
         if self.is_training_run:
             # A checkpoint may be loaded before the trainer has its optimizer.
-            made = self.trainer.optimizers or self.optimizer_factory.make([torch.zeros(1)])
-            optimizer = type(made[0]).__name__
+            made = self.trainer.optimizers
+            optimizer = type(made[0]).__name__ if made else self.optimizer_factory.kind()
             optimization = self.optimizer_factory.described()
         space, interval = self.latent_space, self.timesteps.interval
         return CheckpointState(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ant_lightning.models.optimizers import HEAD
-
 __all__ = ["upgrade"]
 
 # Attributes in which schedulers keep one value per parameter group.
@@ -38,7 +36,7 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
     # `initial_lr`.
     optimizers = checkpoint.get("optimizer_states") or []
     groups = [group for state in optimizers for group in state.get("param_groups", [])]
-    seen = 1 + sum(group.get("role") == HEAD for group in groups[1:])
+    seen = 1 + sum("role" in group for group in groups[1:])
     for state in checkpoint.get("lr_schedulers") or []:
         # `SequentialLR` and `ChainedScheduler` keep their schedulers' states in `_schedulers`.
         for each in (state, *state.get("_schedulers", [])):
@@ -46,7 +44,7 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
                 if isinstance(each.get(name), list):
                     each[name] = each[name][:seen]
     for group in groups[1:]:
-        if "initial_lr" in group and group.get("role") != HEAD:
+        if "initial_lr" in group and "role" not in group:
             group["lr"] = group.pop("initial_lr")
     # The setting `optimizer.lr` was called `model.optimizer.lr`.
     own = checkpoint.get("ant_lightning") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from contextlib import contextmanager
@@ -13,13 +14,16 @@ from torch import Tensor
 from torch.optim import LBFGS, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
+from ant_lightning.balancing.parameters import names_of
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.identity import differences
+from ant_lightning.models.parameter_groups import checked_groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import lightning as L
+    from torch import nn
     from torch.optim import Optimizer
 
     from ant_lightning.balancing.base import Balancer
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HEAD",
+    "NETWORK",
     "OptimizerFactory",
     "back_off",
     "gradient_scaler",
@@ -36,7 +41,12 @@ __all__ = [
 
 Made = TypeVar("Made")
 
-HEAD = "head"  # the `role` of a group that has the settings of the backbone's, and its schedule
+# The `role` of groups that follow the scheduler, as the first does, which has none: that of an
+# auxiliary term, with the settings of the first, and others of the backbone, with settings of
+# their own. The balancer's group has no role.
+HEAD, NETWORK = "head", "network"
+
+_MEMBERS = "param_groups.members"
 
 # Entries of a scheduler's state that are not settings: counts, and values from the optimizer.
 _NOT_SETTINGS = {
@@ -56,16 +66,58 @@ class OptimizerFactory:
     Args:
         settings: How the weights are optimised.
         path: Path of `settings` among the arguments of the module, for messages.
-        balancer: Its parameters, if any, form the optimizer's second group, whose learning rate is
+        balancer: Its parameters, if any, form a group of the optimizer, whose learning rate is
             `balancer.lr`.
+        network: Whose parameters `settings.param_groups` puts into groups.
     """
 
     def __init__(
-        self, settings: Optimization, *, path: str = "", balancer: Balancer | None = None
+        self,
+        settings: Optimization,
+        *,
+        path: str = "",
+        balancer: Balancer | None = None,
+        network: nn.Module | None = None,
     ) -> None:
         self.settings = settings
         self.path = path
         self.balancer = balancer
+        self.network = network
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The groups of the network's parameters, frozen ones too; one without `param_groups`.
+
+        Raises:
+            ConfigError: If `param_groups` fails, or does not put each parameter into one group.
+        """
+        assert self.network is not None, "the factory has no network"
+        parameters = list(self.network.parameters())
+        if self.settings.param_groups is None:
+            return [{"params": parameters}]
+        named = list(zip(names_of(parameters, self.network), parameters, strict=True))
+        made = self._made("param_groups", self.settings.param_groups, named)
+        try:
+            first, *others = checked_groups(made, named)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}{error}") from error
+        return [first, *({**group, "role": NETWORK} for group in others)]
+
+    def _trial_groups(self) -> list[dict[str, Any]]:
+        """The same with a throwaway parameter each, a matrix in a group of matrices."""
+        if self.settings.param_groups is None:
+            return [{"params": [torch.zeros(1, requires_grad=True)]}]
+        return [
+            {
+                **group,
+                "params": [
+                    torch.zeros(
+                        (1, 1) if all(p.ndim == 2 for p in group["params"]) else (1,),
+                        requires_grad=True,
+                    )
+                ],
+            }
+            for group in self.groups()
+        ]
 
     def make(self, groups: Any, *, trainer: L.Trainer | None = None) -> tuple[Optimizer, Any]:  # noqa: ANN401
         """The optimizer, and its scheduler or `None`.
@@ -83,7 +135,7 @@ class OptimizerFactory:
         """
         groups = list(groups)
         for group in groups[1:]:
-            if self.balancer is not None and group.get("role") != HEAD:
+            if self.balancer is not None and "role" not in group:
                 group |= {"lr": self.balancer.lr, "weight_decay": 0.0}
         optimizer = self._made("optimizer", self.settings.optimizer, groups)
         # LBFGS must evaluate the loss again within a step; SparseAdam takes sparse gradients only.
@@ -119,14 +171,15 @@ class OptimizerFactory:
 
         They are read off throwaway objects, so that defaults of torch are included.
         """
-        own = self.balancer is not None and any(True for _ in self.balancer.parameters())
-        optimizer, scheduler = self._trial([None] * (1 + own))
+        optimizer, scheduler = self._own_trial()
         warmup_steps = self.settings.warmup_steps
         found = _of_groups(optimizer.state_dict()["param_groups"])
         found["lr_scheduler"] = (
             None if warmup_steps or scheduler is None else type(scheduler).__name__
         )
         found["warmup_steps"] = warmup_steps
+        if self.settings.param_groups is not None:
+            found[_MEMBERS] = self._members()
         if scheduler is not None:
             found |= _of_scheduler(scheduler.state_dict())
         # Through JSON: a checkpoint, loaded with `weights_only`, may hold plain values only.
@@ -162,7 +215,7 @@ class OptimizerFactory:
 
     def _try_scheduler(self, factory: Callable[[Any], Any], num_steps: float | None) -> None:
         """Make and step the scheduler on a throwaway optimizer, so that bad settings fail early."""
-        throwaway = self.settings.optimizer([{"params": [torch.zeros(1)]}])
+        throwaway = self._made("optimizer", self.settings.optimizer, self._trial_groups())
         trial = self._made("lr_scheduler", factory, throwaway)
         total = getattr(trial, "total_steps", None)
         if total is not None and num_steps is not None and total < num_steps:
@@ -187,12 +240,42 @@ class OptimizerFactory:
                 f"{self.path}{name}: refused its settings: {error or type(error).__name__}"
             ) from error
 
+    def _members(self) -> list[str]:
+        """A hash of the names in each group: their order in the groups numbers the moments."""
+        assert self.network is not None, "the factory has no network"
+        parameters = list(self.network.parameters())
+        names = dict(zip(map(id, parameters), names_of(parameters, self.network), strict=True))
+        every = ["\n".join(names[id(p)] for p in group["params"]) for group in self.groups()]
+        return [hashlib.blake2b(each.encode(), digest_size=8).hexdigest() for each in every]
+
+    def kind(self) -> str:
+        """Class of the optimizer."""
+        return type(self._own_trial()[0]).__name__
+
+    def _own_trial(self) -> tuple[Optimizer, Any]:
+        """Optimizer and scheduler of throwaway parameters, one per group of these settings."""
+        own = self.balancer is not None and any(True for _ in self.balancer.parameters())
+        others = [NETWORK] * (len(self._trial_groups()) - 1)
+        return self._trial([None, *others, *[None] * own])
+
     def _trial(self, roles: list[str | None]) -> tuple[Optimizer, Any]:
         """Optimizer and scheduler of throwaway parameters, one per group."""
-        groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in roles]
-        return self.make(
-            [g | ({"role": role} if role else {}) for g, role in zip(groups, roles, strict=True)]
-        )
+        groups = self._trial_groups()
+        found = 1 + roles.count(NETWORK)
+        if len(groups) != found:
+            raise ConfigError(
+                f"{self.path}param_groups: must make the {found} groups of the checkpoint, "
+                f"found {len(groups)}"
+            )
+        first, *others = groups
+        made = [first]
+        for role in roles[1:]:
+            if role == NETWORK:
+                made.append(others.pop(0))
+            else:
+                made.append({"params": [torch.zeros(1, requires_grad=True)]})
+                made[-1] |= {"role": role} if role else {}
+        return self.make(made)
 
     def _apply(
         self, checkpoint: dict[str, Any], stored: dict[str, Any] | None
@@ -214,6 +297,11 @@ class OptimizerFactory:
         changed = differences(stored, current)
         if not changed:
             return {}
+        if _MEMBERS in changed:
+            raise ConfigError(
+                f"{self.path}param_groups: must put the same parameters into the same groups as "
+                "the run of the checkpoint did, found others"
+            )
         optimizer, scheduler = self._trial([group.get("role") for group in groups])
         self._check_state(states[0]["state"], optimizer, changed)
         if scheduler is not None:
@@ -252,9 +340,9 @@ class OptimizerFactory:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        kept = next(iter(stored.values()), {})
+        kept = {name for each in stored.values() for name in each}
         # If the old optimizer kept no state (SGD without momentum), the new one starts its own.
-        if kept and optimizer.state[parameters[0]].keys() - kept.keys():
+        if kept and {name for p in parameters for name in optimizer.state[p]} - kept:
             named = (item for item in changed.items() if item[0].startswith("optimizer."))
             name, (then, now) = next(named, ("optimizer", ("another", "this one")))
             raise ConfigError(
@@ -274,7 +362,7 @@ def _backbone_only(optimizer: Optimizer) -> Iterator[None]:
     """Hide the balancer's group: schedulers change every group they see."""
     groups = optimizer.param_groups
     optimizer.param_groups = [
-        group for place, group in enumerate(groups) if not place or group.get("role") == HEAD
+        group for place, group in enumerate(groups) if not place or "role" in group
     ]
     try:
         yield
@@ -283,16 +371,20 @@ def _backbone_only(optimizer: Optimizer) -> Iterator[None]:
 
 
 def _of_groups(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The optimizer settings of the network's group, and the learning rate of the balancer's."""
-    found = {
-        f"optimizer.{name}": value
-        for name, value in groups[0].items()
-        if name not in {"params", "initial_lr", "param_names"}
-    }
-    # A scheduler moves the setting to `initial_lr` and changes `lr` in every step.
-    found["optimizer.lr"] = groups[0].get("initial_lr", groups[0]["lr"])
-    if len(groups) > 1 and groups[1].get("role") != HEAD:
-        found["balancer.lr"] = groups[1].get("initial_lr", groups[1]["lr"])
+    """The optimizer settings of the network's groups, and the learning rate of the balancer's."""
+    found: dict[str, Any] = {}
+    own = [groups[0], *(group for group in groups[1:] if group.get("role") == NETWORK)]
+    for place, group in enumerate(own):
+        path = f"param_groups.{place}" if place else "optimizer"
+        found |= {
+            f"{path}.{name}": value
+            for name, value in group.items()
+            if name not in {"params", "initial_lr", "param_names", "role"}
+        }
+        # A scheduler moves the setting to `initial_lr` and changes `lr` in every step.
+        found[f"{path}.lr"] = group.get("initial_lr", group["lr"])
+    for group in [each for each in groups[1:] if "role" not in each][:1]:
+        found["balancer.lr"] = group.get("initial_lr", group["lr"])
     return found
 
 

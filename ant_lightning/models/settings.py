@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -134,6 +135,9 @@ class Optimization:
         clip_grad_norm: Largest norm of the backbone's gradient; `None` for no clipping.
         accumulate_grad_batches: Parts into which the images of a step are split, to save memory.
         max_skipped_steps: Steps in a row that may be skipped because of a NaN or an infinity.
+        param_groups: Puts the network's parameters, pairs of name and parameter, into groups of the
+            optimizer, such as `NamedGroups` and `MuonGroups`. All are clipped by one norm, and
+            follow the scheduler. Default: one group.
 
     Raises:
         ConfigError: If a setting is out of range, or there is a warm-up beside a scheduler.
@@ -151,6 +155,7 @@ class Optimization:
     clip_grad_norm: float | None = 1.0
     accumulate_grad_batches: int = 1
     max_skipped_steps: int = 10
+    param_groups: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("accumulate_grad_batches", "max_skipped_steps"):
