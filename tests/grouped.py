@@ -43,6 +43,6 @@ def grouped(**settings):
     groups = {}
     for name, (kind, fields) in GROUPS.items():
         found = {field: settings.pop(field) for field in fields if field in settings}
-        if found:
+        if found and name not in settings:  # a whole group may be given in place of its fields
             groups[name] = kind(**found)
     return {**settings, **groups}

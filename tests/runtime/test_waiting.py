@@ -8,10 +8,16 @@ import tiny_fit
 import torch
 from engine_problems import NEARLY, FewPositions, Problem, dit, unet
 from pretended_gpu import GPU, PretendedGPU, Remote
+from torch.utils._pytree import tree_map_only
 
 from ant_lightning import (
+    EDM,
     EMA,
     ContinuousUncertainty,
+    DiT,
+    FeatureAlignment,
+    FlowMatching,
+    LogitNormal,
     MinSNR,
     NashMTL,
     PCGrad,
@@ -105,14 +111,46 @@ def test_a_step_on_a_gpu_gives_the_numbers_of_the_cpu_and_waits_for_its_end(
     assert len(waits[-1]) <= MOST.get(name, 0) + 1, waits[-1]
 
 
-@pytest.mark.parametrize("name", ["vanilla", "uw", "continuous_uw", "pcgrad", "nash", "upgrad"])
-def test_a_training_step_waits_for_a_gpu_no_more_than_its_gradients_do(name, tmp_path, monkeypatch):
-    settings = {"loss_weighting": MinSNR(), "weighting": "by_size"}
+def aligned():
+    """An auxiliary term on the tiny network."""
+    features = torch.nn.Conv2d(1, 5, 4, stride=4)
+    sizes = {"width": 8, "feature_width": 5, "hidden_size": 8}
+    return {"auxiliary": FeatureAlignment(block="blocks.0", features=features, **sizes)}
+
+
+def eps_only(**settings):
+    return DiT(**settings, learn_sigma=False)
+
+
+PROCESSES = {
+    "ddpm": lambda: {"loss_weighting": MinSNR(), "weighting": "by_size"},
+    "flow": lambda: {"process": FlowMatching(density=LogitNormal(), num_timesteps=100)},
+    "flow, gvp": lambda: {
+        "process": FlowMatching("gvp", prediction_type="eps", loss_weighting="velocity")
+    },
+    "edm": lambda: {"process": EDM(num_timesteps=100), "kind": eps_only, "weighting": "by_size"},
+    "aligned": lambda: {"process": FlowMatching(num_timesteps=100), **aligned()},
+}
+METHODS = ["vanilla", "uw", "continuous_uw", "pcgrad", "nash", "upgrad"]
+
+
+@pytest.mark.parametrize(
+    ("name", "process"),
+    [*((name, "ddpm") for name in METHODS)]
+    + [(name, process) for name in ("uw", "pcgrad") for process in PROCESSES if process != "ddpm"]
+    + [("continuous_uw", "edm")],
+)
+def test_a_training_step_waits_for_a_gpu_no_more_than_its_gradients_do(
+    name, process, tmp_path, monkeypatch
+):
+    settings = PROCESSES[process]()
     module = tiny_fit.fit(tmp_path, method=name, steps=1, model=settings).lightning_module
     ema = next(each for each in module.trainer.callbacks if isinstance(each, EMA))
     batch = next(iter(module.trainer.train_dataloader))
     gpu = PretendedGPU(monkeypatch)
     gpu.move(module)
+    if module.auxiliary is not None:
+        gpu.move(module.auxiliary._features[0])
     monkeypatch.setattr(module, "_device", GPU)
     monkeypatch.setattr(module, "lr_schedulers", lambda: None)
 
@@ -125,7 +163,7 @@ def test_a_training_step_waits_for_a_gpu_no_more_than_its_gradients_do(name, tmp
         monkeypatch.setattr(module, "optimizers", lambda: optimizer)
         module.on_fit_start()
         ema._averages = {key: Remote(value) for key, value in ema._averages.items()}
-        batch = type(batch)(*map(Remote, batch))
+        batch = tree_map_only(torch.Tensor, Remote, batch)
         for _ in range(8):  # in the last one Nash is refreshed
             gpu.waits, ema._last_step = [], None
             outputs = module.training_step(batch, 0)
