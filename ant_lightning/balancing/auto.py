@@ -78,9 +78,10 @@ class Auto(Engine):
         # samples may differ in size and number.
         ranks = batch.reduction.world_size
         if self._per_sample is None:
-            own = together(lambda: multiplications(batch), batch)
-            total = torch.tensor(own, dtype=torch.float64, device=batch.shared[0].device)
-            self._per_sample = float(batch.reduction.all_reduce_(total)) / ranks
+            self._per_sample = own = together(lambda: multiplications(batch), batch)
+            if ranks > 1:  # the host waits, once
+                total = torch.tensor(own, dtype=torch.float64, device=batch.shared[0].device)
+                self._per_sample = float(batch.reduction.all_reduce_(total)) / ranks
         of_task = self._per_sample * batch.num_on_all_ranks / (ranks * batch.num_tasks)
         in_all, for_each = _CPU if batch.shared[0].device.type == "cpu" else _OTHERS
         return of_task >= max(in_all, for_each * sum(p.numel() for p in batch.shared))
