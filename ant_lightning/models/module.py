@@ -254,11 +254,17 @@ class MultiTaskDiffusion(DiffusionModule):
     def configure_model(self) -> None:
         """Shard the backbone if the strategy is `ShardedStrategy`."""
         strategy = None if self._trainer is None else self.trainer.strategy
-        if self.tasks.placement == "sorted" and isinstance(strategy, ShardedStrategy):
-            raise ConfigError(
-                "tasks.placement: must be 'spread' under FSDP2, which sums gradients itself, "
-                "found 'sorted'"
-            )
+        if isinstance(strategy, ShardedStrategy):
+            if self.tasks.placement == "sorted":
+                raise ConfigError(
+                    "tasks.placement: must be 'spread' under FSDP2, which sums gradients itself, "
+                    "found 'sorted'"
+                )
+            if self.tasks.engine not in {"auto", "loop"}:
+                raise ConfigError(
+                    "tasks.engine: must be 'auto' or 'loop' under FSDP2, where no rank has whole "
+                    f"parameters, found {self.tasks.engine!r}"
+                )
         super().configure_model()
 
     def setup(self, stage: str) -> None:

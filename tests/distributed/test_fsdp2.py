@@ -5,7 +5,15 @@ import torch
 from rank_processes import needs_unused_shards, run_ranks
 from tiny_runs import METHODS, ROUNDING, TinyData, module, sgd, trainer
 
-from ant_lightning import EMA, Checkpoints, ConfigError, ShardedStrategy
+from ant_lightning import (
+    EMA,
+    Checkpoints,
+    ConfigError,
+    MuonAdamW,
+    MuonGroups,
+    NamedGroups,
+    ShardedStrategy,
+)
 from ant_lightning.balancing.shards import full_tensor, is_sharded
 
 
@@ -50,6 +58,7 @@ def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **set
     }
 
 
+WHOLE = {"accumulate_grad_batches": 1}
 LOW = {"precision": "bf16-mixed", "optimizer": sgd, "batch_size": 8}
 
 
@@ -132,10 +141,35 @@ def test_one_process_goes_on_from_a_sharded_checkpoint(two_ranks, folder):
     assert largest_difference(one["averages"], whole["averages"]) < ROUNDING
 
 
+def named_groups(rank):
+    groups = NamedGroups({"*.bias": {"lr": 1e-2}, "late": {"weight_decay": 0.0}})
+    return run(2, "uw", param_groups=groups)["weights"]
+
+
+@needs_unused_shards
+def test_groups_of_parameters_are_those_of_one_process(tmp_path):
+    first, second = run_ranks(named_groups, 2, tmp_path, limit=110)
+    groups = NamedGroups({"*.bias": {"lr": 1e-2}, "late": {"weight_decay": 0.0}})
+    one = run(1, "uw", sharded=False, param_groups=groups)["weights"]
+    assert largest_difference(first, one) < 10 * ROUNDING  # biases have ten times the rate
+    assert largest_difference(first, second) == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "precision", "words"),
     [
         ({"placement": "sorted"}, "32-true", r"tasks\.placement.*'spread'"),
+        (
+            {"engine": "one_pass", **WHOLE},
+            "32-true",
+            r"tasks\.engine.*'auto' or 'loop'.*found 'one_pass'",
+        ),
+        ({"engine": "low_memory", **WHOLE}, "bf16-mixed", r"tasks\.engine.*found 'low_memory'"),
+        (
+            {"optimizer": MuonAdamW, "param_groups": MuonGroups()},
+            "32-true",
+            r"optimization\.optimizer.*Muon needs whole matrices, found some that are sharded",
+        ),
         ({}, "bf16-true", r"trainer\.precision.*found bf16-true"),
     ],
 )
