@@ -54,6 +54,9 @@ from ant_lightning.backbones.presets import (
     ldm_cin256 as ldm_cin256,
     ldm_ffhq256 as ldm_ffhq256,
 )
+from ant_lightning.backbones.routing import (
+    ChannelRouting as ChannelRouting,
+)
 from ant_lightning.backbones.unet import (
     UNet as UNet,
 )

@@ -186,6 +186,11 @@ def _of_dit(dit: DiT) -> DiffusersLayout:
         raise ConfigError(
             f"backbone.mlp_ratio: must be 4, as DiTTransformer2DModel has, found {mlp_size / width}"
         )
+    if dit.routing is not None:
+        raise ConfigError(
+            "backbone.routing: must be None, as DiTTransformer2DModel has no masks of channels, "
+            f"found {dit.routing}"
+        )
     if height != columns:
         raise ConfigError(
             "backbone.input_size: must be square, as the positions of DiTTransformer2DModel are, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import astuple
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from ant_lightning.backbones.layers import (
     run_block,
     timestep_mlp,
 )
+from ant_lightning.backbones.routing import ChannelRouting
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.sizes import Size, height_and_width
 
@@ -160,6 +162,7 @@ class DiT(nn.Module):
             of the ANT repository: its table has one row, `class_dropout_prob` adds no null class,
             and `labels` may be left out.
         learn_sigma: Whether the output has twice the channels, the second half for the variance.
+        routing: Masks of channels for each noise level; `None` for none.
         gradient_checkpointing: Whether to recompute each block in the backward pass.
         compiled: Whether to run through `torch.compile`, which compiles at the first call.
 
@@ -197,6 +200,7 @@ class DiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        routing: ChannelRouting | None = None,
         gradient_checkpointing: bool = False,
         compiled: bool = False,
     ) -> None:
@@ -226,6 +230,9 @@ class DiT(nn.Module):
         self.class_dropout_prob = class_dropout_prob if num_classes > 1 else 0.0
         self.null_class = num_classes if self.class_dropout_prob > 0 else None
         self.learn_sigma = learn_sigma
+        self._routing = routing
+        # In plain numbers, which identify what images were drawn with.
+        self.routing = None if routing is None else astuple(routing)
         self.gradient_checkpointing = gradient_checkpointing
 
         # A frozen parameter, not a buffer: the official optimizer states count it as a parameter.
@@ -292,14 +299,20 @@ class DiT(nn.Module):
         if self.y_embedder is not None:
             table = self.y_embedder["embedding_table"]
             conditioning = conditioning + table(self._check_labels(labels, timesteps))
+        mask = None
+        if self._routing is not None:
+            mask = self._routing.masks(timesteps, tokens.shape[2])[:, None].to(tokens)
         for block in self.blocks:
-            tokens = run_block(
-                block, tokens, conditioning, checkpointing=self.gradient_checkpointing
+            routed = tokens if mask is None else tokens * mask
+            output = run_block(
+                block, routed, conditioning, checkpointing=self.gradient_checkpointing
             )
+            # Channels outside of the mask pass by the block.
+            tokens = output if mask is None else output + tokens * (1 - mask)
         patches = self.final_layer(tokens, conditioning)
         # The official layer orders the pixels of a patch (p, q, c), but `x_embedder` (c, p, q).
-        output: Tensor = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)
-        return output
+        image: Tensor = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=p, q=p)
+        return image
 
     def _check_labels(self, labels: Tensor | None, timesteps: Tensor) -> Tensor:
         """Check the labels; a network with a single class may go without, and gets zeros."""

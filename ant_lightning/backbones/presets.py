@@ -30,6 +30,7 @@ _ARGUMENTS = {
     "context_dim",
     "learn_sigma",
     "dropout",
+    "routing",
     "gradient_checkpointing",
     "channels_last",
     "compiled",

@@ -47,6 +47,11 @@ def write_official(module: DiffusionModule, folder: Path) -> list[str]:
     backbone = module.backbone
     weights = network_weights(backbone)
     if isinstance(backbone, DiT):
+        if backbone.routing is not None:
+            raise ConfigError(
+                "backbone.routing: must be None, as the official DiT has no masks of channels, "
+                f"found {backbone.routing}"
+            )
         if not backbone.num_classes:
             raise ConfigError(
                 "backbone.num_classes: must be at least 1, as the official DiT always has a class "
