@@ -1,0 +1,70 @@
+"""The digits under flow matching and EDM, with an auxiliary term too: two ranks against one."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from rank_processes import run_ranks
+from tiny_runs import trainer
+
+from ant_lightning import DigitsData, FeatureAlignment
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CASES = [
+    ("sit", "uw", False),
+    ("sit", "pcgrad", True),  # with an auxiliary term
+    ("edm", "uw", False),
+    ("edm", "pcgrad", False),
+]
+
+
+def fit(config, balancer, aligned, ranks):
+    """Three steps of a shipped config at reduced width; the weights, and those of the head."""
+    model = yaml.safe_load((CONFIGS / f"digits/{config}.yaml").read_text())["model"]
+    init = model["init_args"]
+    init["seed"] = 3
+    init["backbone"]["init_args"] |= {"hidden_size": 16, "depth": 1, "num_heads": 2}
+    # Adam divides gradients that are 0 up to rounding by their size.
+    init["optimization"] = {
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}
+    }
+    part = yaml.safe_load((CONFIGS / f"balancer/{balancer}.yaml").read_text())["model"]
+    init["tasks"] |= part["init_args"]["tasks"]
+    init["tasks"]["balancer"].setdefault("init_args", {})["num_tasks"] = 5
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(L.LightningModule, "model")
+    settings = parser.parse_object({"model": model})
+    torch.manual_seed(0)
+    module = parser.instantiate_classes(settings).model
+    if aligned:
+        sizes = {"width": 16, "feature_width": 3, "hidden_size": 8}
+        patches = torch.nn.Conv2d(1, 3, 2, stride=2)
+        module.auxiliary = FeatureAlignment(block="blocks.0", features=patches, **sizes)
+        module.auxiliary.attach(module.backbone)
+    run = trainer(ranks=ranks, steps=3)
+    run.fit(module, datamodule=DigitsData(batch_size=20, seed=0))
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def every_case(rank):
+    return [fit(*case, ranks=2) for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return run_ranks(every_case, 2, tmp_path_factory.mktemp("flow"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_ranks_train_as_one_process_does(two_ranks, case):
+    first, second = (found[CASES.index(case)] for found in two_ranks)
+    one = fit(*case, ranks=1)
+    assert first.keys() == one.keys()
+    assert any("head" in name for name in one) == case[2]
+    for name, value in one.items():
+        assert torch.equal(first[name], second[name]), name
+        # Three steps of length 0.05 and a clipped norm of 1, with float32 sums in another order.
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=3 * 0.05 * 100 * 2**-24)
