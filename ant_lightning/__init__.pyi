@@ -204,6 +204,16 @@ from ant_lightning.data.shapes import (
 from ant_lightning.data.stored_images import (
     StoredImages as StoredImages,
 )
+from ant_lightning.data.text.cache import (
+    TextCache as TextCache,
+    TextWriter as TextWriter,
+)
+from ant_lightning.data.text.encoder import (
+    TextEncoder as TextEncoder,
+)
+from ant_lightning.data.text.folder import (
+    CaptionFolderData as CaptionFolderData,
+)
 from ant_lightning.diffusion.density import (
     Density as Density,
     Table as Table,

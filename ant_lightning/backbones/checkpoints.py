@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,13 +131,17 @@ def fill_backbone(
     path: Path,
     weights: Weights,
     adapt: bool = False,
+    held: Collection[str] = (),
 ) -> CheckpointReport:
-    """Load the content of a checkpoint that was read before; see `load_official_checkpoint`."""
+    """Load the content of a checkpoint that was read before; see `load_official_checkpoint`.
+
+    The backbone keeps its own values of the names in `held`.
+    """
     own = backbone.state_dict()
     if any(value.is_meta for value in own.values()):
         raise ConfigError(f"backbone: must have memory to load {path} into, found the meta device")
     own_names = bare_names(own)
-    target = {bare: own[name] for bare, name in own_names.items()}
+    target = {bare: own[name] for bare, name in own_names.items() if name not in held}
     if FOLDER_CONFIG in content:
         tensors = _of_diffusers(backbone, content, target, path)
         content = {"state_dict": tensors}
@@ -149,7 +153,8 @@ def fill_backbone(
     problems = _problems(tensors, target)
     if problems:
         raise ConfigError(f"{path}: must fit the network, found " + "; ".join(problems))
-    backbone.load_state_dict({own_names[name]: tensor for name, tensor in tensors.items()})
+    filled = {own_names[name]: tensor for name, tensor in tensors.items()}
+    backbone.load_state_dict({name: own[name] for name in held} | filled)
     return report
 
 

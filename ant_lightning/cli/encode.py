@@ -1,9 +1,10 @@
-"""`ant-lightning encode`: write the latents of a data set once; training then needs no encoder."""
+"""`ant-lightning encode`: write latents or embeddings of captions once, for training to read."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import ArgumentParser, set_loader
@@ -18,6 +19,7 @@ from ant_lightning.cli.config_files import (
 from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.data.latents.writer import LatentWriter
 from ant_lightning.data.module import ImageDataModule
+from ant_lightning.data.text.cache import TextWriter
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.runtime.quiet import keep_quiet
@@ -44,8 +46,13 @@ def run_encode(args: Sequence[str]) -> int:
     parser = ArgumentParser(prog="ant-lightning encode", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="file of the settings below")
     parser.add_subclass_arguments(ImageDataModule, "data", required=True)
-    parser.add_class_arguments(FirstStage, "first_stage")
-    parser.add_class_arguments(LatentWriter, "cache")
+    # A command writes either latents or embeddings of captions.
+    writes_text = _writes_text(args)
+    if writes_text:
+        parser.add_class_arguments(TextWriter, "text")
+    else:
+        parser.add_class_arguments(FirstStage, "first_stage")
+        parser.add_class_arguments(LatentWriter, "cache")
     parser.add_argument(
         "--device", type=str, default="auto", help="cpu, cuda, cuda:1, ..; auto takes a GPU"
     )
@@ -57,16 +64,30 @@ def run_encode(args: Sequence[str]) -> int:
         rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         device = _device(settings.device)
         settings.data.setup("predict")
-        writer: LatentWriter = settings.cache
-        count = writer.write(
-            settings.data,
-            settings.first_stage.to(device),
-            rank=rank,
-            world_size=world_size,
-            device=device,
-        )
+        ranks: Any = {"rank": rank, "world_size": world_size, "device": device}
+        writer: LatentWriter | TextWriter = settings.text if writes_text else settings.cache
+        if isinstance(writer, TextWriter):
+            count = writer.write(_captions(settings.data), **ranks)
+        else:
+            count = writer.write(settings.data, settings.first_stage.to(device), **ranks)
     print(f"rank {rank} of {world_size}: wrote {count} shards to {writer.output}")
     return count
+
+
+def _writes_text(args: Sequence[str]) -> bool:
+    """Whether the command line or a file of it has settings of `text`."""
+    texts = [load_yaml(Path(path).read_text(encoding="utf8")) for path in config_paths(args)]
+    return any(arg.startswith("--text") for arg in args) or any("text" in each for each in texts)
+
+
+def _captions(data: ImageDataModule) -> list[str]:
+    captions = getattr(data, "captions", None)
+    if captions is None:
+        raise ConfigError(
+            "data: must have captions to encode text, as CaptionFolderData has, found "
+            f"{type(data).__name__}"
+        )
+    return list(captions())
 
 
 def _device(name: str) -> torch.device:

@@ -26,7 +26,7 @@ __all__ = ["first_look", "top_settings"]
 
 # Groups of settings whose class is always the same.
 _RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
-_ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter"}
+_ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter", "text": "TextWriter"}
 _GROUPS = {"trainer": "Trainer", **_RUN_GROUPS, **_ENCODE_GROUPS}
 # Settings whose short names mean our classes, unless the user brings their own.
 _OURS = re.compile(r"model|data|model\..*\b(balancer|clustering|schedule|sampler|loss_weighting)")

@@ -100,7 +100,8 @@ def load_run(
     if weights == "ema":
         averages = {} if ema_length is None else _of_length(content, path, ema_length)
         whole = content | averages
-        fill_backbone(module.backbone, whole, path=path, weights="ema")  # type: ignore[arg-type]
+        held = module.not_stored
+        fill_backbone(module.backbone, whole, path=path, weights="ema", held=held)  # type: ignore[arg-type]
     data = settings.get("data") or {}
     is_cache = str(data.get("class_path")).endswith("LatentsData")
     if is_cache and "latent_space" not in content.get("ant_lightning", {}):

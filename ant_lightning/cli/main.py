@@ -13,6 +13,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
   score      FID ... of stored images      --images FOLDER or FILE.npz
   sweep      FID ... over guidance scales   --guidance 1 1.5 2, or EMA lengths, --ema 0.05 0.1
   encode     write a cache of latents      --config imagenet/encode
+             or of captions' embeddings    --config captions/encode
   export     write a trained model for diffusers, the official code, safetensors or torch.export
   report     write report.md into the log folder of a run
   configs    list the configs by name; configs show NAME > my.yaml copies one

@@ -30,6 +30,9 @@ class BaseModule(L.LightningModule):
     """A LightningModule with a `backbone` that can be constructed from a checkpoint."""
 
     backbone: Any
+    #: Names in the backbone's state that no checkpoint holds: the base of an adapter.
+    not_stored: frozenset[str] = frozenset()
+    base_weights: str | None = None
 
     @_restricted_classmethod  # called on an instance, it would leave the instance unchanged
     def load_from_checkpoint(  # type: ignore[override]

@@ -80,6 +80,11 @@ class Conditions:
         if isinstance(self.null, Mapping):
             self.null = {name: found.get(name, value) for name, value in self.null.items()}
 
+    def null_state(self) -> dict[str, Tensor]:
+        """The null values for a checkpoint."""
+        null = self.null if isinstance(self.null, Mapping) else {}
+        return {name: value for name, value in null.items() if value is not None}
+
     def of_batch(self, batch: Batch) -> Condition:
         """What the network is told of the images of a batch.
 

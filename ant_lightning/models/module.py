@@ -21,6 +21,7 @@ from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.models.adapters import Adapter, base_fingerprint, insert
 from ant_lightning.models.auxiliary import FeatureAlignment
 from ant_lightning.models.backbone import backbone_name, check_backbone, size_of
 from ant_lightning.models.checkpoint_origin import load_weights_for
@@ -95,6 +96,8 @@ class MultiTaskDiffusion(DiffusionModule):
             value of every entry, for guidance.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels.
         auxiliary: A term of the loss from inside the network; `None` for none.
+        adapter: Trains an adapter of PEFT in place of the backbone's own weights, which then are in
+            no checkpoint: they come from where the backbone does.
         init_from: Official checkpoint, or folder of diffusers, that the backbone starts from. For
             other classes or another size of images, class table and positions are made anew, which
             is printed. A checkpoint that is loaded later replaces the weights, and then the file
@@ -140,6 +143,7 @@ class MultiTaskDiffusion(DiffusionModule):
         class_dropout: float = 0.0,
         first_stage: FirstStage | None = None,
         auxiliary: FeatureAlignment | None = None,
+        adapter: Adapter | None = None,
         init_from: str | None = None,
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
@@ -201,6 +205,9 @@ class MultiTaskDiffusion(DiffusionModule):
         self._trained = TrainedParameters()
         if init_from is not None and Path(init_from).exists():
             self.load_initial_weights()
+        self.adapter = adapter
+        if adapter is not None:
+            self._insert(adapter)
 
     def load_initial_weights(self) -> None:
         """Fill the backbone from `init_from`, once, unless a checkpoint was loaded.
@@ -225,6 +232,18 @@ class MultiTaskDiffusion(DiffusionModule):
             raise ConfigError(f"init_from: {error}") from error
         self.init_due = False
         rank_zero_only(print)(f"init_from {report}")
+
+    def _insert(self, adapter: Adapter) -> None:
+        """Put the adapter in; from now on the state of the module is that of the adapter."""
+        if self.init_due:
+            raise ConfigError(
+                f"init_from: must be a file with an adapter, whose base it is, found "
+                f"{self.init_from}"
+            )
+        self.not_stored = insert(adapter, self.backbone)
+        self.base_weights = base_fingerprint(self.backbone.state_dict(), self.not_stored)
+        self.register_state_dict_post_hook(_without_base)
+        self.register_load_state_dict_pre_hook(_with_base)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """Groups of the backbone, of the balancer and of the auxiliary term."""
@@ -476,6 +495,8 @@ class MultiTaskDiffusion(DiffusionModule):
             latent_space=None if space is None else asdict(space),
             optimization=optimization,
             trained=self._trained.state(self.backbone),
+            adapter=None if self.adapter is None else str(self.adapter),
+            base_weights=self.base_weights,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -488,6 +509,7 @@ class MultiTaskDiffusion(DiffusionModule):
         # First: ranks that have diverged must not leave a checkpoint.
         check_ranks_agree(self.backbone, self.balancer, counts, device=self.device)
         checkpoint.setdefault("ant_lightning", {}).update(self.checkpoint_state().state_dict())
+        checkpoint["null_condition"] = self.conditions.null_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the checkpoint with the settings; take its clusters and counts.
@@ -517,6 +539,7 @@ class MultiTaskDiffusion(DiffusionModule):
             # Without it, latents would be treated as pixels and clipped during sampling, and those
             # of another program would be decoded with the first stage's own scale.
             self.latent_space = LatentSpace(**state.latent_space)
+        self.conditions.take_null(checkpoint.get("null_condition", {}))
         self.init_due = False
         if self.is_training_run:
             self._warn_of_other_ranks(state.world_size)
@@ -651,3 +674,16 @@ def _clusters(
         size = size_of(backbone)
         clustering = clustering.with_density(process.for_size(*size).density)
     return clustering(process.log_snr)
+
+
+def _without_base(module: MultiTaskDiffusion, state: dict[str, Any], prefix: str, _: Any) -> None:  # noqa: ANN401
+    """Leave the weights that an adapter does not change out of the module's state."""
+    for name in module.not_stored:
+        state.pop(f"{prefix}backbone.{name}", None)
+
+
+def _with_base(module: MultiTaskDiffusion, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Add them again to a state that is loaded."""
+    own = module.backbone.state_dict()
+    for name in module.not_stored:
+        state.setdefault(f"{prefix}backbone.{name}", own[name])

@@ -27,6 +27,8 @@ _SETTINGS = {
     "balancer": "tasks.balancer",
     "first_stage": "first_stage (its fingerprint)",
     "optimizer": "optimization.optimizer",
+    "adapter": "adapter",
+    "base_weights": "backbone (a fingerprint of the weights below the adapter)",
 }
 
 
@@ -51,6 +53,8 @@ class CheckpointState:
         latent_space: Fields of the `LatentSpace`; `None` for pixels.
         optimization: Settings of optimizer and scheduler; `None` outside `fit`.
         trained: State of `TrainedParameters`.
+        adapter: Settings of the adapter; `None` without one.
+        base_weights: Fingerprint of the weights that it was put into.
     """
 
     cluster_history: list[tuple[int, tuple[int, ...]]]
@@ -69,6 +73,8 @@ class CheckpointState:
     latent_space: dict[str, Any] | None = None
     optimization: dict[str, Any] | None = None
     trained: dict[str, list[str]] | None = None
+    adapter: str | None = None
+    base_weights: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

@@ -82,6 +82,11 @@ class LatentsData(ImageDataModule):
         self.flip = flip
         self.images = images
 
+    @property
+    def null_condition(self) -> dict[str, Tensor]:
+        """Null values of conditions: those of `images`."""
+        return getattr(self.images, "null_condition", {})
+
     def shape_and_classes(self) -> tuple[tuple[int, int, int], int]:
         """Shape of the latents and number of classes."""
         return self.latent_space.latent_shape(self.moments_shape), self.num_classes
@@ -144,7 +149,12 @@ class _CachedMoments(ImageDataset):
             moments.append(self._moments[shard][position, view])
         rows = torch.tensor(indices)
         # Stacking is what reads the values from the mapped files.
-        return Batch(torch.stack(moments).float(), self.labels[rows], rows)
+        told = self.conditions(indices)
+        return Batch(torch.stack(moments).float(), self.labels[rows], rows, told)
+
+    def conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Those of the real images, where `LatentsData` was given them."""
+        return {} if self._real is None else self._real.conditions(indices)
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """The pixels of the real images."""
