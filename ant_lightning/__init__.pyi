@@ -301,6 +301,9 @@ from ant_lightning.diffusion.weighting import (
 from ant_lightning.errors import (
     ConfigError as ConfigError,
 )
+from ant_lightning.exports.adapter_files import (
+    save_adapter as save_adapter,
+)
 from ant_lightning.generation.callback import (
     GenerationMetrics as GenerationMetrics,
 )
@@ -345,6 +348,11 @@ from ant_lightning.generation.statistics import (
 from ant_lightning.generation.transformers_features import (
     CLIPFeatures as CLIPFeatures,
     DINOv2Features as DINOv2Features,
+)
+from ant_lightning.models.adapters import (
+    Adapter as Adapter,
+    LoRA as LoRA,
+    PeftAdapter as PeftAdapter,
 )
 from ant_lightning.models.autoencoder import (
     AutoencoderModule as AutoencoderModule,

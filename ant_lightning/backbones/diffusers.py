@@ -220,9 +220,10 @@ def _pretrained(folder: Path) -> nn.Module:
 
     found, config = network_config(folder)
     try:
-        return getattr(diffusers, config["_class_name"]).from_pretrained(  # type: ignore[no-any-return]
+        network: nn.Module = getattr(diffusers, config["_class_name"]).from_pretrained(
             found, local_files_only=True, low_cpu_mem_usage=False
         )
+        return network.train()  # it comes in evaluation mode
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"folder: {found} cannot be read: {str(error).splitlines()[0]}"

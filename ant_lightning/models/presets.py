@@ -9,6 +9,7 @@ from ant_lightning.backbones.unet import UNet
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError
+from ant_lightning.models.adapters import Adapter
 from ant_lightning.models.auxiliary import FeatureAlignment
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion
@@ -31,6 +32,7 @@ class ADMModule(MultiTaskDiffusion):
             backbone without a null class.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels.
         auxiliary: A term of the loss from inside the network.
+        adapter: Trains an adapter of PEFT in place of the backbone's own weights.
         init_from: Official checkpoint that the backbone starts from.
         init_weights: Which weights of that file, if it has both.
         seed: Seed of timesteps, noise and dropout.
@@ -61,6 +63,7 @@ class ADMModule(MultiTaskDiffusion):
         class_dropout: float | None = None,
         first_stage: FirstStage | None = None,
         auxiliary: FeatureAlignment | None = None,
+        adapter: Adapter | None = None,
         init_from: str | None = None,
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
@@ -78,6 +81,7 @@ class ADMModule(MultiTaskDiffusion):
             class_dropout=class_dropout,
             first_stage=first_stage,
             auxiliary=auxiliary,
+            adapter=adapter,
             init_from=init_from,
             init_weights=init_weights,
             seed=seed,
@@ -98,6 +102,7 @@ class DiTModule(MultiTaskDiffusion):
             backbone without a null class.
         first_stage: Autoencoder whose latents are denoised; `None` for pixels.
         auxiliary: A term of the loss from inside the network.
+        adapter: Trains an adapter of PEFT in place of the backbone's own weights.
         init_from: Official checkpoint that the backbone starts from.
         init_weights: Which weights of that file, if it has both.
         seed: Seed of timesteps, noise and dropout.
@@ -129,6 +134,7 @@ class DiTModule(MultiTaskDiffusion):
         class_dropout: float | None = None,
         first_stage: FirstStage | None = None,
         auxiliary: FeatureAlignment | None = None,
+        adapter: Adapter | None = None,
         init_from: str | None = None,
         init_weights: Literal["ema", "model"] = "ema",
         seed: int | None = None,
@@ -146,6 +152,7 @@ class DiTModule(MultiTaskDiffusion):
             class_dropout=class_dropout,
             first_stage=first_stage,
             auxiliary=auxiliary,
+            adapter=adapter,
             init_from=init_from,
             init_weights=init_weights,
             seed=seed,
