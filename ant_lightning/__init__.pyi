@@ -205,7 +205,6 @@ from ant_lightning.data.stored_images import (
     StoredImages as StoredImages,
 )
 from ant_lightning.data.text.cache import (
-    TextCache as TextCache,
     TextWriter as TextWriter,
 )
 from ant_lightning.data.text.encoder import (

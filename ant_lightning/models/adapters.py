@@ -21,7 +21,18 @@ NAME = "default"  # PEFT's
 
 
 class Adapter(ABC):
-    """Which adapter is put into a backbone; the base for `LoRA` and `PeftAdapter`."""
+    """Which adapter is put into a backbone; the base for `LoRA` and `PeftAdapter`.
+
+    Examples:
+        >>> from ant_lightning import Adapter
+        >>> class LoHa(Adapter):
+        ...     def config(self):
+        ...         from peft import LoHaConfig
+        ...
+        ...         return LoHaConfig(r=2, target_modules=["to_q"])
+        >>> LoHa().config().r
+        2
+    """
 
     @abstractmethod
     def config(self) -> Any:  # noqa: ANN401 - a `peft.PeftConfig`; peft is an extra

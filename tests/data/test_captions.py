@@ -6,8 +6,9 @@ import transformers
 import yaml
 from captions import write_encoders, write_images
 
-from ant_lightning import CaptionFolderData, ConfigError, TextCache, TextEncoder, TextWriter
+from ant_lightning import CaptionFolderData, ConfigError, TextEncoder, TextWriter
 from ant_lightning.cli.main import main
+from ant_lightning.data.text.cache import TextCache
 from ant_lightning.errors import FileError
 
 TEXT, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
