@@ -24,11 +24,12 @@ __all__ = ["ConflictMonitor"]
 class ConflictMonitor(RunCallback):
     """Logs loss and effective weight of each task and the conflict of their gradients.
 
-    Scalars: `train/task_i/loss` and `/weight` (means since the last log), `/grad_norm`, and
+    Scalars: `train/task_i/loss` and `/weight` (means since the last log), `/grad_norm`,
     `train/conflicting_pairs`, the share of pairs of tasks whose gradients have a negative dot
-    product. Figures: losses and weights on log axes, and the cosines `[k, k]` of the gradients,
-    averaged since the last figure. Methods that need no Gramian do not compute task gradients; for
-    them a probe computes those of the batch in an extra pass.
+    product, and `train/mean_cosine`, the mean of their cosines. Figures: losses and weights on log
+    axes, and the cosines `[k, k]` of the gradients, averaged since the last figure. Methods that
+    need no Gramian do not compute task gradients; for them a probe computes those of the batch in
+    an extra pass.
 
     Args:
         log_every_n_steps: Steps between scalars.
@@ -107,11 +108,16 @@ class ConflictMonitor(RunCallback):
                 "Right: a higher line counts more in the step; equal lines are plain averaging.",
             )
         if self._cosines:
+            cosines = torch.stack(self._cosines)
+            count = f"{len(cosines)} batch" + "es" * (len(cosines) > 1)
+            title = f"mean of {count} up to step {steps_of(trainer, pl_module)}"
+            if len(pairs := _pairs(cosines)):
+                # The scalar of the same batches: a pair may conflict in some and not in the mean.
+                title += f"; {float((pairs < 0).double().mean()):.0%} of pairs conflict in a batch"
             figure = pair_heat_map(
-                torch.stack(self._cosines).nanmean(0).nan_to_num().numpy(),
+                cosines.nanmean(0).nan_to_num().numpy(),
                 labels=labels,
-                title=f"mean of {len(self._cosines)} batches up to step "
-                f"{steps_of(trainer, pl_module)}",
+                title=title,
                 rows="",
                 unit=time.unit,
                 bar="cosine of the gradients",
@@ -152,8 +158,15 @@ class ConflictMonitor(RunCallback):
         cosines = gramian / norms.outer(norms)
         self._cosines.append(cosines)  # NaN for a task without a gradient: `nanmean` skips it
         logs = {f"train/task_{i}/grad_norm": norm for i, norm in enumerate(norms.tolist())}
-        pairs = torch.triu_indices(len(norms), len(norms), offset=1)
-        if pairs.numel():
-            negative = cosines[pairs[0], pairs[1]] < 0
-            logs["train/conflicting_pairs"] = float(negative.double().mean())
+        pairs = _pairs(cosines)
+        if len(pairs):
+            logs["train/conflicting_pairs"] = float((pairs < 0).double().mean())
+            logs["train/mean_cosine"] = float(pairs.mean())
         return logs
+
+
+def _pairs(cosines: Tensor) -> Tensor:
+    """The cosines of pairs of two tasks in `[.., k, k]` where both have a gradient, flat."""
+    first, second = torch.triu_indices(cosines.shape[-1], cosines.shape[-1], offset=1)
+    found = cosines[..., first, second].flatten()
+    return found[found.isfinite()]

@@ -52,8 +52,10 @@ class Dashboard(RunCallback):
         content = _content()
         layout = {
             group: {
-                title: ["Multiline", _patterns(tags, pl_module.num_tasks)]
-                for title, (_, tags) in of_group.items()
+                # The page of charts shows nothing but titles, so they hold the sentences.
+                f"{title}: {sentence}": ["Multiline", _patterns(tags, pl_module.num_tasks)]
+                for title, (sentence, tags) in of_group.items()
+                if tags  # a picture has none
             }
             for group, of_group in content["charts"].items()
         }

@@ -18,6 +18,7 @@ __all__ = ["stacked_page"]
 
 _HEADING = 44  # pixels
 _FONT = 22
+_MARGIN = 12
 
 
 def stacked_page(pictures: Mapping[str, Path]) -> NDArray[np.uint8]:
@@ -32,15 +33,15 @@ def stacked_page(pictures: Mapping[str, Path]) -> NDArray[np.uint8]:
         for number, (title, path) in enumerate(pictures.items(), 1)
     }
     font = ImageFont.load_default(size=_FONT)
-    widths = [24 + math.ceil(font.getlength(title)) for title in opened]
-    width = max([*widths, *(picture.width for picture in opened.values())])
+    widths = [2 * _MARGIN + math.ceil(font.getlength(title)) for title in opened]
+    width = max([*widths, *(2 * _MARGIN + picture.width for picture in opened.values())])
     height = sum(_HEADING + picture.height for picture in opened.values())
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     top = 0
     for title, picture in opened.items():
         draw.rectangle((0, top, width, top + _HEADING - 8), fill=(235, 239, 244))
-        draw.text((12, top + 6), title, fill=(20, 20, 20), font=font)
+        draw.text((_MARGIN, top + 6), title, fill=(20, 20, 20), font=font)
         page.paste(picture, ((width - picture.width) // 2, top + _HEADING))
         top += _HEADING + picture.height
     return np.asarray(page)

@@ -31,7 +31,7 @@ class SampleGrid(RunCallback):
     epoch, so TensorBoard's slider shows how the same images improve.
 
     Args:
-        num_images: Images on each side.
+        num_images: Images on each side; fewer if the last row would not be whole.
         columns: Images in a row; by default about a square, with each class in columns of its own
             if there are few enough.
         every_n_epochs: Validations between two grids.
@@ -65,13 +65,15 @@ class SampleGrid(RunCallback):
             return
         with pl_module.uneven_calls():
             if trainer.is_global_zero:
-                images = pl_module.sample(range(self.num_images))
+                classes = pl_module.num_classes
+                columns = self.columns or grid_columns(self.num_images, classes)
+                # Without an unfinished row.
+                count = max(1, self.num_images // columns) * columns
+                images = pl_module.sample(range(min(count, self.num_images)))
         if not trainer.is_global_zero:
             return
         generated = to_uint8(images).cpu().numpy()
-        real = to_uint8(self._real(trainer, pl_module)).cpu().numpy()
-        classes = pl_module.num_classes
-        columns = self.columns or grid_columns(self.num_images, classes)
+        real = to_uint8(self._real(trainer, pl_module, len(images))).cpu().numpy()
         self.path = save_figure(
             trainer,
             sample_grid(generated, real, columns=columns, caption=_caption(trainer, pl_module)),
@@ -80,13 +82,13 @@ class SampleGrid(RunCallback):
             + ("the same place has the same class." if classes else "as kinds, not one by one."),
         )
 
-    def _real(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> Tensor:
+    def _real(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, count: int) -> Tensor:
         """Held-out images with the classes of the generated ones; grey for a class without any."""
         dataset = needed_image_data(trainer, "SampleGrid").held_out_images
         classes = pl_module.num_classes
-        chosen: list[int | None] = list(range(min(len(dataset), self.num_images)))
+        chosen: list[int | None] = list(range(min(len(dataset), count)))
         if classes:
-            chosen = images_by_class(dataset, self.num_images, num_classes=classes)
+            chosen = images_by_class(dataset, count, num_classes=classes)
         images = pl_module.images_of(dataset.load([index or 0 for index in chosen], epoch=None))
         # A class without a real image gets mid-grey (0 in [-1, 1]), not an image of another class.
         images[[index is None for index in chosen]] = 0.0

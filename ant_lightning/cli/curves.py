@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from ant_lightning.callbacks.axes_style import plain_log_axis
+from ant_lightning.callbacks.axes_style import plain_log_axis, task_colors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,6 +19,7 @@ Curve = list[tuple[int, float]]
 # Title of a panel and the curves in it.
 _PANELS = {
     "loss": r"(train|val)/loss",
+    "loss of each task (training)": r"train/task_\d+/loss",
     "loss of each task (held out)": r"val/task_\d+/loss",
     "effective weight of each task": r"train/task_\d+/weight",
     "FID": r"val/fid(_real|_train)?",
@@ -50,8 +51,9 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
 def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:
     """A panel for each entry of `_PANELS` that has curves; `None` if no entry has."""
+    by_number = sorted(curves, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
     chosen = {
-        title: [name for name in sorted(curves) if re.fullmatch(pattern, name)]
+        title: [name for name in by_number if re.fullmatch(pattern, name)]
         for title, pattern in _PANELS.items()
     }
     shown = {title: names for title, names in chosen.items() if names}
@@ -64,12 +66,11 @@ def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     for axis, (title, names) in zip(axes, shown.items(), strict=False):
-        for name in names:
+        for name, color in zip(names, task_colors(len(names)), strict=True):
             steps, values = zip(*curves[name], strict=True)
             label = name.split("/")[1].replace("_", " ") if "task_" in name else name
-            axis.plot(
-                steps, values, marker="o" if len(steps) < 20 else "", markersize=3, label=label
-            )
+            marker = "o" if len(steps) < 20 else ""
+            axis.plot(steps, values, marker=marker, markersize=3, label=label, color=color)
         drawn = [value for name in names for _, value in curves[name]]
         if min(drawn) > 0:
             plain_log_axis(axis, drawn)

@@ -41,26 +41,36 @@ def test_the_layout_asks_the_questions_in_order(events):
     layout = layout_pb2.Layout()
     layout.ParseFromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == [
+        "1 samples",
         "2 quality",
         "3 tasks",
         "4 conflict",
     ]
-    assert [chart.title for chart in layout.category[1].chart] == [
-        "loss of each task",
+    # Each chart has its sentence, which the page shows above it.
+    assert [chart.title.split(": ")[0] for chart in layout.category[2].chart] == [
+        "training loss of each task",
+        "held-out loss of each task",
         "effective weight of each task",
     ]
-    tags = {t.strip("^$") for t in layout.category[1].chart[1].multiline.tag}
+    assert layout.category[2].chart[2].title.endswith("Equal lines are plain averaging.")
+    tags = {t.strip("^$") for t in layout.category[2].chart[2].multiline.tag}
     assert tags == {f"train/task_{i}/weight" for i in range(3)}
-    # Charts of tasks and conflict name scalars that are really logged.
+    # Charts but those of quality name scalars that are really logged.
     logged = set(events.Tags()["scalars"])
-    for category in layout.category[1:]:
+    for category in (layout.category[0], *layout.category[2:]):
         for chart in category.chart:
             assert {t.strip("^$") for t in chart.multiline.tag} <= logged, chart.title
 
 
 def test_the_guide_has_a_sentence_for_everything(events):
     text = events.Tensors("0_how_to_read/text_summary")[0].tensor_proto.string_val[0].decode()
-    order = ["1_samples/grid", "*FID*", "*loss of each task*", "*effective weight", "4_conflict/"]
+    order = [
+        "1_samples/grid",
+        "*FID*",
+        "*training loss of each task*",
+        "*effective weight",
+        "4_conflict/",
+    ]
     places = [text.index(each) for each in order]
     assert places == sorted(places)
     assert "vanilla" in text
