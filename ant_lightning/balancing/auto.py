@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ant_lightning.balancing.agreement import together
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
+from ant_lightning.balancing.one_pass.engine import eagerly
 from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import undisturbed
@@ -121,7 +122,8 @@ def multiplications(batch: TaskBatch) -> float:
     caching = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
-        with undisturbed(batch.shared[0].device), warnings.catch_warnings(), counter:
+        # A counter cannot look into a compiled network.
+        with undisturbed(batch.shared[0].device), warnings.catch_warnings(), eagerly(), counter:
             # The counter's hooks on modules end with it.
             warnings.filterwarnings("ignore", "Using `torch.compile.*global hooks", UserWarning)
             batch.evaluate(rows)

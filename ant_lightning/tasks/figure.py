@@ -97,7 +97,9 @@ def clusterings_figure(
         for name, clusters in clusterings.items():
             drawn = importance_density(clusters, density)
             densities.stairs(drawn, edges, label=name, linewidth=1.6)
-        densities.stairs(own, edges, color="0.2", linestyle="--", linewidth=0.9, label="own")
+        densities.stairs(
+            own, edges, color="0.2", linestyle="--", linewidth=0.9, label="own density"
+        )
         # Log-SNR falls with the timestep: these limits reverse its axis, so noise grows rightwards.
         densities.set(xlabel=label, xlim=(edges[0], edges[-1]))
         densities.set_ylim(bottom=0)

@@ -6,7 +6,7 @@ import torch._dynamo
 from engine_problems import EQUAL, Everything, Problem, assert_same, dit
 from torch import nn
 
-from ant_lightning import PCGrad, multitask_backward
+from ant_lightning import MultiTaskStep, PCGrad, multitask_backward
 from ant_lightning.balancing import Loop, LowMemory, OnePass, UnsupportedError
 
 # Of torch's own code, for a compiled block whose input is a result.
@@ -145,3 +145,18 @@ def test_channels_last_stays_channels_last():
     assert_same(problem.run(OnePass(), calls=2), expected)
     weight = problem.network.conv2.weight
     assert weight.grad.stride() == weight.stride()
+
+
+def test_auto_counts_a_compiled_network_as_it_was_written():
+    counted = []
+    for wrap in (lambda network: network, compiled):
+        network = dit(num_classes=5)
+        step = MultiTaskStep(wrap(network), PCGrad(num_tasks=3))
+        x, labels = torch.randn(6, 4, 8, 8), torch.arange(6) % 5
+
+        def losses(rows, call=step.model, x=x, labels=labels):
+            return call(x[rows], rows, labels[rows]).square().mean((1, 2, 3))
+
+        step.backward(losses, torch.tensor([0, 0, 1, 1, 2, 2]))
+        counted.append(step.engine._per_sample)
+    assert counted[0] == counted[1] > 0

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.balancing.one_pass.leaves import Receiver
 
-__all__ = ["OnePass", "SortedLosses"]
+__all__ = ["OnePass", "SortedLosses", "eagerly"]
 
 T = TypeVar("T")
 
@@ -245,7 +245,7 @@ class OnePass(Engine):
         self._leaves.factor({})
         try:
             # Eagerly, where uses can be counted and no graph is compiled that is used only once.
-            with undisturbed(batch.shared[0].device), _eagerly(), losses.watched():
+            with undisturbed(batch.shared[0].device), eagerly(), losses.watched():
                 weights = first.double().to(batch.tasks.device, non_blocking=True)
                 losses.differentiate(batch.evaluate(losses.rows), weights, reached)
             uses, positions = state.uses, state.positions
@@ -313,7 +313,7 @@ class _Reached:
         return first, others
 
 
-def _eagerly() -> AbstractContextManager[object]:
+def eagerly() -> AbstractContextManager[object]:
     """Context in which compiled networks run as they were written."""
     # Only where something may be compiled: the import takes a second.
     if "torch._dynamo" not in sys.modules:
