@@ -213,6 +213,9 @@ from ant_lightning.data.text.encoder import (
 from ant_lightning.data.text.folder import (
     CaptionFolderData as CaptionFolderData,
 )
+from ant_lightning.diagnosis.callback import (
+    Diagnosis as Diagnosis,
+)
 from ant_lightning.diffusion.density import (
     Density as Density,
     Table as Table,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.models.module import MultiTaskDiffusion
+    from ant_lightning.tasks.clusters import TimestepClusters
 
 __all__ = ["FixedLoss"]
 
@@ -78,8 +79,11 @@ class FixedLoss:
 
     def of_task(self, task: int) -> Tensor:
         """The mean loss over a task's timesteps as training draws them, a scalar."""
-        num = self._num_images
-        start, stop = self._module.clusters.boundaries[task : task + 2]
+        return self.in_cells(*self._module.clusters.boundaries[task : task + 2], key=task)
+
+    def in_cells(self, start: int, stop: int, *, key: int) -> Tensor:
+        """The mean loss over the timesteps of `[start, stop)`, drawn as in training, on the draws of this key."""
+        num, task = self._num_images, key
         generator = keyed_generator(self._seed, "probe timesteps", task)
         density = self._module.draws.density
         if density is None:
@@ -91,6 +95,27 @@ class FixedLoss:
         indices = self._images(everything, num, "probe images of task", task)
         losses = self._losses(indices, timesteps, self._noise("probe task", task))
         return torch.stack([each.sum() for each, _ in losses]).sum() / num
+
+    def batch(
+        self, num_images: int, clusters: TimestepClusters
+    ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """One batch as a training step has it: its losses by rows, and the tasks `[b]`.
+
+        The timesteps are drawn by cluster.
+        """
+        generator = keyed_generator(self._seed, "probe batch")
+        timesteps, tasks = clusters.sample(num_images, generator=generator)
+        everything = torch.arange(len(self._dataset))
+        indices = self._images(everything, num_images, "probe batch")
+        noise = self._noise("probe batch", 0)(slice(0, num_images))
+        x_start, draws = self._drawn(indices, timesteps, tasks, noise)
+        losses = self._module.losses(x_start, draws)
+
+        def of_rows(rows: Tensor) -> Tensor:
+            with self._module.trainer.precision_plugin.forward_context():
+                return losses(rows.to(self._module.device))[0]
+
+        return of_rows, tasks
 
     @torch.no_grad()
     def in_interval(self, start: int, stop: int, *, num_draws: int) -> Tensor:
@@ -158,21 +183,29 @@ class FixedLoss:
         scale = self.scale
         for first in range(0, len(indices), self._batch_size):
             part = slice(first, min(first + self._batch_size, len(indices)))
-            loaded = self._dataset.load(indices[part], epoch=None)
-            batch = loaded._replace(
-                images=loaded.images.to(device), labels=loaded.labels.to(device)
-            )
             steps = timesteps[part]
             with module.trainer.precision_plugin.forward_context():
-                with torch.no_grad():  # gradients are those of the backbone, not the first stage
-                    x_start = module.encode(batch)
-                draws = Draws(
-                    steps.to(device),
-                    on_device(module.process.times(steps), device),
-                    module.clusters.task_of(steps),
-                    noise(part),
-                    map_condition(lambda each: each.to(device), module.conditions.of_batch(batch)),
+                x_start, draws = self._drawn(
+                    indices[part], steps, module.clusters.task_of(steps), noise(part)
                 )
                 losses = module.losses(x_start, draws)
                 weighted, mse = losses(torch.arange(len(steps), device=device))
             yield weighted * scale, mse
+
+    def _drawn(
+        self, indices: list[int], timesteps: Tensor, tasks: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Draws]:
+        """Clean images or latents with these indices, and the draws of a step on them."""
+        module, device = self._module, self._module.device
+        loaded = self._dataset.load(indices, epoch=None)
+        batch = loaded._replace(images=loaded.images.to(device), labels=loaded.labels.to(device))
+        with torch.no_grad():  # gradients are those of the backbone, not the first stage
+            x_start = module.encode(batch)
+        draws = Draws(
+            timesteps.to(device),
+            on_device(module.process.times(timesteps), device),
+            tasks,
+            noise,
+            map_condition(lambda each: each.to(device), module.conditions.of_batch(batch)),
+        )
+        return x_start, draws

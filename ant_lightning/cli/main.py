@@ -1,6 +1,6 @@
 r"""usage: ant-lightning {fit,validate,test,predict,score,encode} --config NAME [options]
        ant-lightning export RUN --to {diffusers,official,safetensors,torch}
-       ant-lightning {report,sweep} RUN_FOLDER
+       ant-lightning {report,diagnose,sweep} RUN_FOLDER
        ant-lightning configs
 
 Diffusion training as multi-task learning over clusters of timesteps.
@@ -11,6 +11,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
   predict    write images                  --ckpt_path FILE --samples.num_images 1000
                                            (PNG files; --samples.npz FILE.npz for one file)
   score      FID ... of stored images      --images FOLDER or FILE.npz
+  diagnose   would balancing help? writes diagnosis.html into the folder of a run
   sweep      FID ... over guidance scales   --guidance 1 1.5 2, or EMA lengths, --ema 0.05 0.1
   encode     write a cache of latents      --config imagenet/encode
              or of captions' embeddings    --config captions/encode
@@ -59,6 +60,7 @@ __all__ = ["main"]
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 WITHOUT_LIGHTNING = ("configs", "report")  # they need not wait for its import
 OTHERS = (
+    "diagnose",
     "encode",
     "export",
     "score",

@@ -1,0 +1,76 @@
+"""`ant-lightning diagnose RUN`: would balancing help this model? A page with the answer.
+
+It is `validate` with the callback `Diagnosis` alone: of a run's newest checkpoint, or of a config
+whose `model.init_from` names the weights of others.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ant_lightning.cli.parser import run
+from ant_lightning.errors import ConfigError
+from ant_lightning.runtime.checkpoint_files import furthest_whole
+from ant_lightning.runtime.run_record import newest_record
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["run_diagnose"]
+
+
+def run_diagnose(args: Sequence[str]) -> None:
+    """Diagnose a run (`RUN [options]`), or a config (`--config NAME [options]`).
+
+    Options `--num_images 256` and the like are those of `Diagnosis`; all others are those of
+    `validate`.
+
+    Raises:
+        ConfigError: If the folder is not that of a run with a checkpoint, or an option is wrong.
+    """
+    rest = list(args)
+    if rest and not rest[0].startswith("-"):
+        rest = [*_of_run(Path(rest[0])), *rest[1:]]
+    elif not any(each.partition("=")[0] in {"-c", "--config"} for each in rest):
+        raise ConfigError("diagnose: needs the folder of a run, or --config, found none")
+    own, rest = _split(rest)
+    callback = {"class_path": "ant_lightning.Diagnosis", "init_args": own}
+    if not any(each.startswith("--trainer.limit_val_batches") for each in rest):
+        rest.append("--trainer.limit_val_batches=1.0")  # a run may have trained without validation
+    run(["validate", *rest, f"--trainer.callbacks={json.dumps([callback])}"])
+
+
+def _of_run(folder: Path) -> list[str]:
+    """The options that load a run."""
+    record = newest_record(folder)
+    if record is None:
+        raise ConfigError(f"{folder}: must be the log folder of a run, found no config.yaml")
+    found = furthest_whole((folder / "checkpoints").glob("*.ckpt"))
+    if found is None:
+        raise ConfigError(f"{folder / 'checkpoints'}: needs a checkpoint, found none")
+    return [f"--config={record}", f"--ckpt_path={found[0]}"]
+
+
+def _split(args: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """The settings of `Diagnosis` among the options, and the other options."""
+    from ant_lightning.cli.source_names import arguments_of  # noqa: PLC0415
+
+    names = arguments_of("Diagnosis") or frozenset()
+    own: dict[str, object] = {}
+    others, rest = [], list(args)
+    while rest:
+        option, sign, value = rest.pop(0).partition("=")
+        name = option.removeprefix("--")
+        if not option.startswith("--") or name not in names:
+            others.append(option + sign + value)
+            continue
+        if not sign and not rest:
+            raise ConfigError(f"{name}: needs a value, found none")
+        text = value if sign else rest.pop(0)
+        try:
+            own[name] = json.loads(text)
+        except ValueError:
+            own[name] = text
+    return own, others

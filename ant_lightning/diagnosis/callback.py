@@ -1,0 +1,216 @@
+"""`Diagnosis`: measures a checkpoint in a validation and writes a page of advice."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from ant_lightning.affinity.figure import affinity_curves, affinity_heat_maps
+from ant_lightning.affinity.measure import task_affinity, timestep_grid
+from ant_lightning.balancing.nash import NashMTL
+from ant_lightning.balancing.pcgrad import PCGrad
+from ant_lightning.balancing.step import MultiTaskStep
+from ant_lightning.balancing.uncertainty import UncertaintyWeighting
+from ant_lightning.callbacks.base import steps_of
+from ant_lightning.callbacks.figures import log_folder
+from ant_lightning.callbacks.measuring import MeasuringCallback, measurement_bar
+from ant_lightning.diagnosis.figure import profile_figure
+from ant_lightning.diagnosis.findings import Findings
+from ant_lightning.diagnosis.page import write_page
+from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.tasks.clusterings import SNRClustering
+from ant_lightning.transfer.matrix import transfer_matrix
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import lightning as L
+
+    from ant_lightning.balancing.base import Balancer
+    from ant_lightning.callbacks.fixed_loss import FixedLoss
+    from ant_lightning.models.module import MultiTaskDiffusion
+    from ant_lightning.tasks.clusters import TimestepClusters
+
+__all__ = ["Diagnosis"]
+
+
+class Diagnosis(MeasuringCallback):
+    """Measures gradients and losses of a checkpoint, and writes what to try first and why.
+
+    `ant-lightning diagnose` is a validation with this callback. It writes `diagnosis.md`,
+    `diagnosis.html`, `task_affinity.safetensors` and pictures into the run's folder: conflicts
+    between tasks with their errors, loss and gradient share by timestep, what each clustering and
+    balancer would make of them, the transfer matrix, and the time of a step on this machine.
+
+    The tasks are the module's; for a module without clusters, 5 SNR clusters.
+
+    Args:
+        num_points: Timesteps of the grid, evenly spread.
+        num_images: Images for each timestep, in two disjoint halves.
+        batch_size: Most images in one forward pass, and those of the steps that are timed.
+        lr: Length of the gradient step of the transfer matrix.
+        images: Images to measure on: those that are trained on (`train`), or `held_out`.
+        weights: Weights to measure: `ema` or `live`.
+        timed_steps: Steps of each method that are timed; 0 leaves the cost out.
+        seed: Seed of images and noise; by default that of the module.
+
+    Raises:
+        ConfigError: If a number is out of its range, or a task has no timestep of the grid.
+
+    Examples:
+        >>> from ant_lightning import Diagnosis
+        >>> Diagnosis(num_points=20, num_images=64).timed_steps
+        5
+    """
+
+    findings: Findings | None
+    run_state: ClassVar = {"findings": lambda: None}
+
+    def __init__(
+        self,
+        *,
+        num_points: int = 40,
+        num_images: int = 256,
+        batch_size: int = 64,
+        lr: float = 1e-2,
+        images: Literal["train", "held_out"] = "train",
+        weights: Literal["ema", "live"] = "ema",
+        timed_steps: int = 5,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_images=num_images, batch_size=batch_size, images=images, weights=weights, seed=seed
+        )
+        check_at_least(1, num_points=num_points)
+        check_at_least(0, timed_steps=timed_steps)
+        if not lr > 0:
+            raise ConfigError(f"lr: must be above 0, found {lr}")
+        self.num_points = num_points
+        self.lr = lr
+        self.timed_steps = timed_steps
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        """Measure, and write the page on rank 0."""
+        if not self.is_due(trainer):
+            return
+        process = pl_module.process
+        with self.fixed_loss(trainer, pl_module) as loss:
+            clusters = _tasks_of(pl_module)
+            grid = timestep_grid(process.num_timesteps, num_points=self.num_points)
+            with measurement_bar(trainer, "diagnosis", unit=" timesteps") as bar:
+
+                def show(done: int, total: int) -> None:
+                    bar.total = total
+                    bar.update(done - bar.n)
+
+                affinity = task_affinity(
+                    loss.at_timestep,
+                    parameters=pl_module.backbone.parameters(),
+                    num_timesteps=process.num_timesteps,
+                    timesteps=grid,
+                    log_snr=process.log_snr,
+                    seed=self.seed_of(pl_module),
+                    model=f"{type(pl_module.backbone).__name__}, {self.weights} weights",
+                    warn_below=-1,  # the page says it
+                    on_progress=show,
+                )
+            scale = float(loss.scale)
+            self.findings = Findings(
+                affinity,
+                torch.tensor([_mean_loss(loss, t) / scale for t in grid], dtype=torch.float64),
+                clusters,
+                transfer=transfer_matrix(
+                    lambda task: loss.in_cells(*clusters.boundaries[task : task + 2], key=task),
+                    parameters=pl_module.backbone.parameters(),
+                    lr=self.lr / scale,
+                    num_tasks=clusters.num_tasks,
+                ),
+                prediction_type=process.prediction_type,
+                is_latent=pl_module.latent_space is not None,
+                seconds=self._seconds(loss, pl_module, clusters),
+            )
+        self._write(trainer, pl_module)
+
+    def _seconds(
+        self, loss: FixedLoss, pl_module: MultiTaskDiffusion, clusters: TimestepClusters
+    ) -> dict[str, float]:
+        """Median time of a backward pass by method, from the fixed loss on one batch."""
+        if not self.timed_steps:
+            return {}
+        k = clusters.num_tasks
+        balancers: dict[str, Callable[[], Balancer | None]] = {
+            "vanilla": lambda: None,
+            "UW": lambda: UncertaintyWeighting(k),
+            "PCGrad": lambda: PCGrad(k),
+            "NashMTL, weights refreshed": lambda: NashMTL(k, update_every=1),
+        }
+        losses, tasks = loss.batch(self.batch_size, clusters)
+        kept = [p.grad for p in pl_module.backbone.parameters()]
+        found: dict[str, float] = {}
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                for name, make in balancers.items():
+                    balancer = make()
+                    if balancer is not None:
+                        balancer.to(pl_module.device)
+                    step = MultiTaskStep(pl_module.backbone, balancer, num_tasks=k)
+                    times = []
+                    for _ in range(self.timed_steps + 1):  # the first one warms up
+                        start = time.perf_counter()
+                        step.backward(losses, tasks)
+                        if pl_module.device.type == "cuda":
+                            torch.cuda.synchronize()
+                        times.append(time.perf_counter() - start)
+                    found[name] = sorted(times[1:])[len(times[1:]) // 2]
+        finally:
+            for parameter, grad in zip(pl_module.backbone.parameters(), kept, strict=True):
+                parameter.grad = grad
+        return found
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        """Pictures and page, in the run's folder."""
+        assert self.findings is not None
+        folder, affinity = log_folder(trainer), self.findings.affinity
+        affinity.save(folder / "task_affinity.safetensors")
+        pictures = {
+            "diagnosis_profile.png": (
+                profile_figure(self.findings),
+                "Loss and share of the squared gradient by log-SNR; dashed lines bound the tasks.",
+            ),
+            "diagnosis_affinity.png": (
+                affinity_heat_maps(affinity, axis="log_snr"),
+                "Red: the two timesteps want the same change of the weights. Blue: conflict.",
+            ),
+            "diagnosis_distance.png": (
+                affinity_curves(affinity),
+                "If affinity falls with distance, tasks should be neighbouring timesteps.",
+            ),
+        }
+        for name, (figure, _) in pictures.items():
+            figure.savefig(folder / name)
+        about = (
+            f"{affinity.model} after {steps_of(trainer, pl_module)} steps, "
+            f"{type(pl_module.process).__name__} predicting {pl_module.process.prediction_type}; "
+            f"{len(affinity.timesteps)} timesteps, {self.num_images} images for each."
+        )
+        if not steps_of(trainer, pl_module) and pl_module.init_from is None:
+            about += " These weights are untrained: train first, and diagnose then."
+        texts = {name: text for name, (_, text) in pictures.items()}
+        print(write_page(self.findings, folder, texts, about=about))
+
+
+def _mean_loss(loss: FixedLoss, timestep: int) -> float:
+    """The training loss at a timestep, over the images of both halves."""
+    with torch.no_grad():
+        return sum(float(term) for half in (0, 1) for term in loss.at_timestep(timestep, half)) / 2
+
+
+def _tasks_of(pl_module: MultiTaskDiffusion) -> TimestepClusters:
+    """The module's clusters, or 5 SNR clusters for a module with one task."""
+    if pl_module.num_tasks > 1:
+        return pl_module.clusters
+    return SNRClustering(5)(pl_module.process.log_snr)

@@ -1,0 +1,170 @@
+"""What the measured gradients and losses say about the tasks of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.affinity.clustering import GradientClustering, spread_affinity
+from ant_lightning.affinity.distance import distance_correlation
+from ant_lightning.affinity.estimate import (
+    corrected_affinity,
+    corrected_standard_error,
+    split_half_reliability,
+)
+from ant_lightning.balancing.nash import nash_weights
+from ant_lightning.balancing.pcgrad import PCGrad
+from ant_lightning.errors import ConfigError
+from ant_lightning.tasks.clusterings import SNRClustering, TimestepClustering
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from ant_lightning.affinity.result import AffinityResult
+    from ant_lightning.tasks.clusters import TimestepClusters
+
+__all__ = ["Findings"]
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Measurements of one checkpoint, by timestep and by task.
+
+    The gradient of a task is the mean of the measured gradients in its cluster. A task's cluster
+    must therefore hold a timestep of the grid.
+
+    Attributes:
+        affinity: Gradients on a grid of `n` timesteps, with the log-SNR of the process.
+        losses: Training loss at these timesteps, `[n]`, positive.
+        clusters: The `k` tasks.
+        transfer: Share of task j's loss that a step on task i removes, `[k, k]`; `None` if not
+            measured.
+        prediction_type: What the network predicts.
+        is_latent: Whether it denoises the latents of a first stage.
+        seconds: Time of one backward pass on this machine, by the name of the method.
+
+    Raises:
+        ConfigError: If a cluster has no timestep of the grid, or shapes do not fit.
+    """
+
+    affinity: AffinityResult
+    losses: Float[Tensor, " n"]
+    clusters: TimestepClusters
+    transfer: Float[Tensor, "k k"] | None = None
+    prediction_type: str = "eps"
+    is_latent: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.affinity.timesteps)
+        if self.losses.shape != (n,):
+            raise ConfigError(f"losses: must have shape ({n},), found {tuple(self.losses.shape)}")
+        empty = (self._members.sum(1) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ConfigError(
+                f"num_points: must be so many that each task has a timestep of the grid, found "
+                f"{n}, and none in task {empty[0]}"
+            )
+
+    @property
+    def num_tasks(self) -> int:
+        """`k`."""
+        return self.clusters.num_tasks
+
+    @cached_property
+    def _members(self) -> Float[Tensor, "k n"]:
+        """1 where a timestep of the grid belongs to a task."""
+        tasks = self.clusters.task_of(torch.tensor(self.affinity.timesteps))
+        return (tasks == torch.arange(self.num_tasks)[:, None]).double()
+
+    @cached_property
+    def _half_dots(self) -> Float[Tensor, "c 2 2 k k"]:
+        """Dot products of the tasks' gradients, half by half."""
+        means = self._members / self._members.sum(1, keepdim=True)
+        return means @ self.affinity.half_dots @ means.T
+
+    @cached_property
+    def task_losses(self) -> Float[Tensor, " k"]:
+        """Mean loss of each task."""
+        return self._members @ self.losses.double() / self._members.sum(1)
+
+    @cached_property
+    def cosines(self) -> Float[Tensor, "k k"]:
+        """Cosines of the tasks' gradients, corrected for noise; NaN where noise drowns them."""
+        return corrected_affinity(self._half_dots).nanmean(0)
+
+    @cached_property
+    def cosine_errors(self) -> Float[Tensor, "k k"]:
+        """Approximate standard errors of `cosines`."""
+        return corrected_standard_error(self._half_dots).nanmean(0)
+
+    @cached_property
+    def reliability(self) -> Float[Tensor, " k"]:
+        """Split-half reliability of each task's gradient: 1 without noise."""
+        return split_half_reliability(self._half_dots).mean(0)
+
+    @cached_property
+    def gradient_shares(self) -> Float[Tensor, " k"]:
+        """Each task's share of the squared lengths of the gradients, without their noise."""
+        dots = self._half_dots.mean(0)
+        squares = ((dots[0, 1] + dots[1, 0]) / 2).diagonal().clamp(min=0)
+        return squares / squares.sum()
+
+    @cached_property
+    def conflicts(self) -> list[tuple[int, int]]:
+        """Pairs of tasks whose cosine is below 0 by more than two standard errors, worst first."""
+        found = [
+            (i, j)
+            for i, j in combinations(range(self.num_tasks), 2)
+            if float(self.cosines[i, j] + 2 * self.cosine_errors[i, j]) < 0
+        ]
+        return sorted(found, key=lambda pair: float(self.cosines[pair]))
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """Weight of each task by balancer, `[k]` with mean 1.
+
+        PCGrad and NashMTL are given these gradients; UW is at its equilibrium, `1 / (2 L_i)`.
+        """
+        gramian = self._half_dots.mean((0, 1, 2))
+        found = {
+            "PCGrad": PCGrad(self.num_tasks)(gramian),
+            "NashMTL": nash_weights(gramian),
+            "UW": 0.5 / self.task_losses,
+        }
+        return {name: each.double() / each.double().mean() for name, each in found.items()}
+
+    @cached_property
+    def clusterings(self) -> dict[str, TimestepClusters]:
+        """The clusters that each clustering would make of this process."""
+        log_snr = self.affinity.log_snr
+        if log_snr is None:
+            return {}
+        k = self.num_tasks
+        found = {"timestep": TimestepClustering(k)(log_snr), "SNR": SNRClustering(k)(log_snr)}
+        if len(self.affinity.timesteps) > k:
+            full = spread_affinity(
+                self.affinity.plain,
+                timesteps=self.affinity.timesteps,
+                num_timesteps=self.affinity.num_timesteps,
+            )
+            found["gradient"] = GradientClustering(full, num_tasks=k)(log_snr)
+        return found
+
+    @cached_property
+    def correlations(self) -> dict[str, float]:
+        """Rank correlation of affinity with distance, in timesteps and in log-SNR."""
+        if len(self.affinity.timesteps) < 3:
+            return {}
+        axes = {"timestep": torch.tensor(self.affinity.timesteps, dtype=torch.float64)}
+        if self.affinity.grid_log_snr is not None:
+            axes["log-SNR"] = self.affinity.grid_log_snr
+        return {
+            name: distance_correlation(self.affinity.plain, each).estimate
+            for name, each in axes.items()
+        }

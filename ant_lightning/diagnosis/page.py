@@ -1,0 +1,159 @@
+"""The page of a diagnosis, as Markdown and as one HTML file."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from typing import TYPE_CHECKING
+
+import torch
+
+from ant_lightning.diagnosis.advice import advice
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from ant_lightning.diagnosis.findings import Findings
+
+__all__ = ["write_page"]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto } img { max-width: 100% }
+th, td { border: 1px solid #ccc; padding: .2rem .6rem; text-align: right }
+th { background: #f4f4f4 }
+"""
+
+
+class _Page:
+    """Builds the same content twice."""
+
+    def __init__(self, title: str, folder: Path) -> None:
+        self.folder = folder
+        self.markdown = [f"# {title}"]
+        self.html = [f"<h1>{escape(title)}</h1>"]
+        self.title = title
+
+    def heading(self, text: str) -> None:
+        self.markdown.append(f"## {text}")
+        self.html.append(f"<h2>{escape(text)}</h2>")
+
+    def text(self, text: str, *, bold: str = "", after: str = "") -> None:
+        lead = f"**{bold}.** " if bold else ""
+        tail = f" (evidence: docs/{after})" if after else ""
+        self.markdown.append(f"{lead}{text}{tail}")
+        strong = f"<strong>{escape(bold)}.</strong> " if bold else ""
+        self.html.append(f"<p>{strong}{escape(text + tail)}</p>")
+
+    def table(self, *rows: Sequence[object]) -> None:
+        lines = [rows[0], ["---:"] * len(rows[0]), *rows[1:]]
+        self.markdown.append("\n".join(f"| {' | '.join(map(str, each))} |" for each in lines))
+        cells = [
+            "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row)
+            for tag, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True)
+        ]
+        self.html.append(f"<table>{''.join(f'<tr>{each}</tr>' for each in cells)}</table>")
+
+    def picture(self, name: str, text: str) -> None:
+        self.markdown.append(f"![{text}]({name})")
+        data = base64.b64encode((self.folder / name).read_bytes()).decode()
+        self.html.append(f'<img src="data:image/png;base64,{data}" alt="{escape(text)}">')
+
+    def write(self) -> Path:
+        """Write both files; returns the HTML."""
+        head = f'<meta charset="utf-8"><title>{escape(self.title)}</title><style>{_STYLE}</style>'
+        body = "\n".join(self.html)
+        text = "\n\n".join(self.markdown) + "\n"
+        (self.folder / "diagnosis.md").write_text(text, encoding="utf8")
+        path = self.folder / "diagnosis.html"
+        page = f"<!doctype html><html><head>{head}</head><body>{body}</body></html>"
+        path.write_text(page, encoding="utf8")
+        return path
+
+
+def write_page(findings: Findings, folder: Path, pictures: dict[str, str], *, about: str) -> Path:
+    """Write `diagnosis.md` and `diagnosis.html`; returns the latter.
+
+    Args:
+        findings: What was measured.
+        folder: Where the pictures lie and the page goes.
+        pictures: Files in the folder, each with a sentence on how to read it.
+        about: What was measured, in a line.
+    """
+    page = _Page("Would balancing help?", folder)
+    page.text(about)
+    page.heading("What to try first")
+    for each in advice(findings):
+        page.text(each.text, bold=each.title, after=each.evidence)
+    page.heading("Tasks")
+    page.text(
+        "Weights are those that each balancer would give to these gradients and losses, relative "
+        "to equal ones. Task 0 has the least noise."
+    )
+    page.table(*_tasks(findings))
+    page.heading("Conflicts")
+    page.text("Cosines of the tasks' gradients, corrected for noise, with their standard errors.")
+    page.table(*_cosines(findings))
+    if findings.transfer is not None:
+        page.heading("Transfer")
+        page.text(
+            "Share of task j's loss (column) that a gradient step on task i (row) removes. A "
+            "negative entry beside a positive diagonal is harm."
+        )
+        page.table(*_matrix(findings.transfer, lambda i, j, x: f"{x:.2%}"))
+    page.heading("Clusters")
+    page.text("What each clustering would make of this process, as first timesteps of the tasks.")
+    page.table(
+        ["clustering", *(f"task {i}" for i in range(findings.num_tasks))],
+        ["this model", *findings.clusters.boundaries[:-1]],
+        *([name, *each.boundaries[:-1]] for name, each in findings.clusterings.items()),
+    )
+    if findings.seconds:
+        page.heading("Cost on this machine")
+        vanilla = findings.seconds["vanilla"]
+        page.text("Time of a forward and backward pass over one batch, without the optimizer.")
+        page.table(
+            ["method", "ms", "relative to vanilla"],
+            *([m, f"{1e3 * s:.0f}", f"{s / vanilla:.2f}"] for m, s in findings.seconds.items()),
+        )
+    page.heading("Pictures")
+    for name, text in pictures.items():
+        page.picture(name, text)
+        page.text(text)
+    return page.write()
+
+
+def _tasks(findings: Findings) -> list[list[str]]:
+    """The table of tasks."""
+    bounds = findings.clusters.boundaries
+    log_snr = findings.affinity.log_snr
+    losses, weights = findings.task_losses, findings.weights
+    rows = [
+        ["task", "timesteps", "log-SNR", "loss", "share of squared gradient", "reliability"]
+        + [f"weight by {name}" for name in weights]
+    ]
+    for i in range(findings.num_tasks):
+        start, stop = bounds[i : i + 2]
+        ends = "" if log_snr is None else f"{log_snr[start]:.1f} to {log_snr[stop - 1]:.1f}"
+        row = [str(i), f"{start}-{stop - 1}", ends, f"{losses[i]:.4g}"]
+        row += [f"{findings.gradient_shares[i]:.1%}", f"{findings.reliability[i]:.2f}"]
+        rows.append(row + [f"{each[i]:.2f}" for each in weights.values()])
+    return rows
+
+
+def _cosines(findings: Findings) -> list[list[str]]:
+    errors = findings.cosine_errors
+
+    def cell(i: int, j: int, x: float) -> str:
+        return "1" if i == j else "noise" if x != x else f"{x:.2f} ± {errors[i, j]:.2f}"  # noqa: PLR0124
+
+    return _matrix(findings.cosines, cell)
+
+
+def _matrix(matrix: torch.Tensor, cell) -> list[list[str]]:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    k = len(matrix)
+    rows = [["task", *map(str, range(k))]]
+    for i in range(k):
+        rows.append([str(i), *(cell(i, j, float(matrix[i, j])) for j in range(k))])
+    return rows

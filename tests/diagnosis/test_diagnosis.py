@@ -1,0 +1,150 @@
+"""Advice from gradients that are planted, in numbers and in two runs."""
+
+import re
+
+import pytest
+import torch
+import yaml
+
+from ant_lightning import AffinityResult, TimestepClusters
+from ant_lightning.cli.main import main
+from ant_lightning.diagnosis.advice import advice
+from ant_lightning.diagnosis.findings import Findings
+from ant_lightning.errors import ConfigError
+
+NETWORK = """
+import torch
+
+class Gain(torch.nn.Module):
+    in_channels = out_channels = 1
+    input_size = 8
+    num_classes = 0
+
+    def __init__(self, start: float):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(start))
+
+    def forward(self, x_t, t, labels=None):
+        return self.gain * x_t
+"""
+
+
+def findings(gradients, noise=0.0, losses=None, **settings):
+    """From two halves with the gradients `[n, p]` of 6 timesteps and noise of this size."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, *gradients.shape)
+    halves = gradients + noise * torch.randn(shape, generator=generator, dtype=torch.float64)
+    dots = torch.einsum("gip,hjp->ghij", halves, halves)[None]
+    log_snr = torch.linspace(6, -6, 12, dtype=torch.float64)
+    affinity = AffinityResult(
+        timesteps=(0, 2, 4, 6, 8, 10), num_timesteps=12, half_dots=dots, log_snr=log_snr
+    )
+    losses = torch.ones(6) if losses is None else torch.tensor(losses)
+    return Findings(affinity, losses, TimestepClusters((0, 4, 8, 12)), **settings)
+
+
+def titles(found):
+    return " | ".join(each.title for each in advice(found))
+
+
+def test_planted_conflict_and_agreement_get_different_advice():
+    opposed = torch.eye(3).double().repeat_interleave(2, 0)
+    opposed[4:] = torch.tensor([-1.0, 0.0, 0.1]).double()
+    found = findings(opposed)
+    assert found.conflicts == [(0, 2)]
+    assert float(found.cosines[0, 2]) == pytest.approx(-1 / 1.01**0.5)
+    assert "Try NashMTL first" in titles(found)
+    agreed = findings(torch.ones(6, 3).double())
+    assert agreed.conflicts == []
+    assert "no tasks conflict" in titles(agreed)
+    torch.testing.assert_close(agreed.weights["PCGrad"], torch.ones(3).double())
+    assert float(found.weights["PCGrad"][1]) != pytest.approx(1.0)
+
+
+def test_noise_is_not_taken_for_a_conflict():
+    found = findings(torch.full((6, 40), 0.01).double(), noise=1.0)
+    assert "Measure with more images" in titles(found)
+    quiet = findings(torch.ones(6, 40).double(), noise=0.1)
+    assert "Measure with more images" not in titles(quiet)
+
+
+def test_losses_shares_and_what_the_network_predicts():
+    gradients = torch.ones(6, 2).double() * torch.tensor([1.0, 1, 1, 1, 3, 3])[:, None].double()
+    found = findings(gradients, losses=[2.0, 2, 1, 1, 0.1, 0.1])
+    torch.testing.assert_close(found.gradient_shares, torch.tensor([1, 1, 9.0]).double() / 11)
+    torch.testing.assert_close(found.task_losses, torch.tensor([2.0, 1, 0.1]).double())
+    weights = found.weights["UW"]
+    torch.testing.assert_close(weights[2] / weights[0], torch.tensor(20.0).double())
+    assert "bound it with min_loss" in titles(found)
+    assert "would change little" in titles(findings(gradients))
+    assert "predicts v" in titles(findings(gradients, prediction_type="v"))
+    assert "denoises latents" in titles(findings(gradients, is_latent=True))
+    assert found.clusterings.keys() == {"timestep", "SNR", "gradient"}
+    with pytest.raises(ConfigError, match="none in task 1"):
+        Findings(found.affinity, torch.ones(6), TimestepClusters((0, 1, 2, 12)))
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """The folder of a run whose network is one number that starts at `start` and stays there."""
+    (tmp_path / "gain_network.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def train(start):
+        settings = {
+            "trainer": {"accelerator": "cpu", "max_steps": 1, "limit_val_batches": 0}
+            | {"enable_progress_bar": False, "num_sanity_val_steps": 0}
+            | {"logger": {"class_path": "lightning.pytorch.loggers.CSVLogger"}},
+            "data": {"class_path": "ant_lightning.DigitsData", "init_args": {"batch_size": 20}},
+            "model": {
+                "class_path": "ant_lightning.MultiTaskDiffusion",
+                "init_args": {
+                    "backbone": {
+                        "class_path": "gain_network.Gain",
+                        "init_args": {"start": start},
+                    },
+                    "process": {
+                        "class_path": "ant_lightning.DiscreteDiffusion",
+                        "init_args": {"variance_type": "fixed_small"},
+                    },
+                    "tasks": {"clustering": "ant_lightning.SNRClustering"},
+                    "optimization": {
+                        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e-9}}
+                    },
+                    "sampling": {"guidance_scale": 1.0},
+                },
+            },
+        }
+        settings["trainer"]["logger"]["init_args"] = {"save_dir": str(tmp_path), "name": f"{start}"}
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+        assert main(["fit", "--config", "run.yaml"]) == 0
+        return tmp_path / f"{start}" / "version_0"
+
+    return train
+
+
+def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys):
+    """The best gain is the noise's share of x_t: 0 without noise, 1 without signal."""
+    pages = {}
+    for start in (-1.0, 0.5):  # below every task's optimum, and between them
+        run = trained(start)
+        options = ["--num_points=20", "--num_images=64", "--timed_steps=1"]
+        assert main(["diagnose", str(run), *options]) == 0
+        pages[start] = (run / "diagnosis.md").read_text()
+        html = (run / "diagnosis.html").read_text()
+        assert html.count("data:image/png;base64,") == 3
+        assert "version_0/diagnosis.html" in capsys.readouterr().out
+        assert (run / "task_affinity.safetensors").is_file()
+    assert "no tasks conflict" in pages[-1.0]
+    assert "Try NashMTL first" in pages[0.5]
+    for page in pages.values():
+        assert re.search(r"\| PCGrad \| \d+ \| [\d.]+ \|", page)
+        assert "## Transfer" in page
+
+
+def test_what_is_not_a_run_is_refused_in_one_line(tmp_path, capsys):
+    assert main(["diagnose", str(tmp_path)]) == 2
+    assert "must be the log folder of a run, found no config.yaml" in capsys.readouterr().err
+    assert main(["diagnose"]) == 2
+    assert "needs the folder of a run, or --config, found none" in capsys.readouterr().err
