@@ -82,7 +82,7 @@ class FixedLoss:
         return self.in_cells(*self._module.clusters.boundaries[task : task + 2], key=task)
 
     def in_cells(self, start: int, stop: int, *, key: int) -> Tensor:
-        """The mean loss over the timesteps of `[start, stop)`, drawn as in training, on the draws of this key."""
+        """The mean loss over the timesteps of `[start, stop)`, on the draws of this key."""
         num, task = self._num_images, key
         generator = keyed_generator(self._seed, "probe timesteps", task)
         density = self._module.draws.density
