@@ -182,6 +182,22 @@ def test_broken_images_are_skipped_and_counted_on_demand(with_broken):
     assert len(data.train_images) + len(data.held_out_images) == 9
 
 
+def test_a_large_folder_is_not_decoded_first(nested, monkeypatch):
+    from ant_lightning.data import image_folder
+
+    checked = []
+    monkeypatch.setattr(image_folder, "broken_images", lambda paths: checked.append(paths) or {})
+    for many, count in ((9, 9), (8, 3)):
+        monkeypatch.setattr(image_folder, "_MANY_IMAGES", many)
+        monkeypatch.setattr(image_folder, "_SPOT_CHECKS", 3)
+        folder_data(nested).setup("fit")
+        assert len(checked[-1]) == count
+    folder_data(nested, validate_images="raise").setup("fit")
+    assert len(checked[-1]) == 9
+    folder_data(nested, validate_images="off").setup("fit")
+    assert checked[-1] == []
+
+
 def test_unchecked_broken_images_are_named_when_their_turn_comes(with_broken):
     data = folder_data(with_broken, validate_images="off", num_held_out=1)
     data.setup("validate")

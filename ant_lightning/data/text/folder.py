@@ -43,7 +43,7 @@ class CaptionFolderData(ImageFolderData):
         crop: `center_adm` or `resize`.
         exif_rotation: Whether to apply the EXIF orientation of photos.
         flip: Whether training images are mirrored; captions that say left or right do not turn.
-        validate_images: `raise`, `skip` or `off`.
+        validate_images: `auto`, `raise`, `skip` or `off`.
         split_seed: Seed of the split.
         num_workers: Loading processes of each rank.
         seed: Order of the images, and flips; by default the seed of the run.
@@ -78,7 +78,7 @@ class CaptionFolderData(ImageFolderData):
         crop: Crop = "center_adm",
         exif_rotation: bool = True,
         flip: bool = False,
-        validate_images: Literal["raise", "skip", "off"] = "raise",
+        validate_images: Literal["auto", "raise", "skip", "off"] = "auto",
         split_seed: int = 0,
         num_workers: int | None = None,
         seed: int | None = None,
