@@ -418,6 +418,14 @@ from ant_lightning.tasks.shuffled import (
 from ant_lightning.transfer.callback import (
     NegativeTransferGap as NegativeTransferGap,
 )
+from ant_lightning.transfer.expert_callback import (
+    ExpertComparison as ExpertComparison,
+)
+from ant_lightning.transfer.experts import (
+    IntervalExperts as IntervalExperts,
+    merged_weights as merged_weights,
+    with_experts as with_experts,
+)
 from ant_lightning.transfer.gap import (
     negative_transfer_gap as negative_transfer_gap,
 )

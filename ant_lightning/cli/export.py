@@ -18,6 +18,7 @@ from ant_lightning.files.json_file import write_json
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.runtime.quiet import keep_quiet
+from ant_lightning.transfer.experts import with_experts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +41,8 @@ def export(
     output: str | Path | None = None,
     weights: Literal["ema", "live"] = "ema",
     first_stage: str | None = None,
+    experts: Sequence[str] | None = None,
+    merge_weights: Sequence[float] | None = None,
     config: str | Path | None = None,
     trust: Sequence[str] = (),
 ) -> Exported:
@@ -59,6 +62,9 @@ def export(
             replaced, any other is left as it is.
         weights: The moving average, or the live weights.
         first_stage: Folder of the first stage of a run on cached latents.
+        experts: Checkpoints of specialists of intervals, see `with_experts`: the model switches
+            between them and the run's own.
+        merge_weights: A weight for each of them, to merge them into one network instead.
         config: The settings of the run, if they are not stored with it.
         trust: Other packages, modules or classes that the settings may name.
 
@@ -93,18 +99,28 @@ def export(
         raise ConfigError(f"run: must be of a diffusion model, found {type(module).__name__}")
     if first_stage is not None:
         _give_first_stage(module, first_stage)
+    if experts or merge_weights:
+        if merge_weights is None and to != "diffusers":
+            raise ConfigError(
+                "to: must be diffusers for a model that switches between experts (give "
+                f"merge_weights to make it one network), found {to!r}"
+            )
+        averaged = weights == "ema"
+        module = with_experts(module, experts or [], merge_weights=merge_weights, averaged=averaged)
     settings = run_settings(path, config)
     folder = _run_folder(path)
     about: dict[str, Any] = {
         "to": to,
         "weights": weights,
         "trained_steps": module.trained_steps,
+        "experts": [str(each) for each in experts or ()],
+        "merge_weights": merge_weights if merge_weights is None else list(merge_weights),
         "ant_lightning": __version__,
     }
     goal = folder / "exports" / to if output is None else Path(output)
     with new_folder(goal, about) as made:
-        about["notes"] = notes = _WRITERS[to](module, made)
-        card = model_card(module, settings, folder, to=to, weights=weights, notes=notes)
+        about["notes"] = _WRITERS[to](module, made)
+        card = model_card(module, settings, folder, about=about)
         (made / "README.md").write_text(card, encoding="utf8")
         if to == "safetensors":
             keys = ("model", "data", "seed_everything")

@@ -1,8 +1,8 @@
 """`ant-lightning report RUN_FOLDER`: settings and results of a run, as `report.md` in its folder.
 
 It reads the newest `config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
-`task_affinity.safetensors`, `negative_transfer_gap.jsonl`, `generation_metrics.jsonl` and
-`1_samples_grid.png`. Sections whose file is missing are left out.
+`task_affinity.safetensors`, `negative_transfer_gap.jsonl`, `interval_experts.jsonl`,
+`generation_metrics.jsonl` and `1_samples_grid.png`. Sections whose file is missing are left out.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def write_report(folder: Path) -> Path:
         _clusters(folder, process, state, curves),
         _affinity(folder, time),
         _transfer(folder, time),
+        _experts(folder),
         f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
     ]
     path = folder / "report.md"
@@ -271,6 +272,23 @@ def _transfer(folder: Path, time: TimeAxis | None) -> str:
         f"Below 0 is negative transfer: a model of the interval alone is better there.\n\n"
         f"{_table(heads, *rows)}"
     )
+
+
+def _experts(folder: Path) -> str:
+    """The base beside what specialists made of it, from `interval_experts.jsonl`."""
+    path = folder / "interval_experts.jsonl"
+    if not path.is_file():
+        return ""
+    row = json.loads(path.read_text().splitlines()[-1])
+    names = list(row["models"]["base"])
+    values = [
+        [model, *(f"{found[name]:.4g}" for name in names)] for model, found in row["models"].items()
+    ]
+    about = (
+        "`switched` uses each specialist inside its interval and the base elsewhere; `merged` adds "
+        f"their differences from the base to its weights, times {row['merge_weights']}."
+    )
+    return f"## Interval experts\n\n{about}\n\n{_table(['model', *names], *values)}"
 
 
 def _saved(figure: Figure, folder: Path, name: str) -> str:

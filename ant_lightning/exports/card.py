@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ant_lightning.runtime.settings import flat_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from ant_lightning.models.denoiser import DiffusionModule
 
@@ -39,9 +39,7 @@ def model_card(
     settings: Mapping[str, Any],
     run_folder: Path,
     *,
-    to: str,
-    weights: str,
-    notes: Sequence[str],
+    about: Mapping[str, Any],
 ) -> str:
     """The text of `README.md`.
 
@@ -49,10 +47,9 @@ def model_card(
         module: The trained model.
         settings: Those of its run.
         run_folder: Where scores of the run may lie (`generation_metrics.jsonl`).
-        to: Format of the export.
-        weights: `ema` or `live`.
-        notes: What the exported model does otherwise than the run.
+        about: Of the export: `to`, `weights`, `experts`, `merge_weights`, `notes`.
     """
+    to, notes = about["to"], about["notes"]
     flat = flat_settings(dict(settings))
     tasks = getattr(module, "clusters", None)
     boundaries = list(tasks.boundaries) if tasks is not None else []
@@ -68,7 +65,8 @@ def model_card(
         "clustering": flat.get("model.tasks.clustering") or "unknown",
         "balancer": flat.get("model.tasks.balancer") or "none (vanilla)",
         "optimizer steps": module.trained_steps,
-        "weights": "moving average" if weights == "ema" else "live",
+        "weights": "moving average" if about["weights"] == "ema" else "live",
+        **_experts(about),
         **_scores(run_folder),
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
@@ -85,6 +83,15 @@ def model_card(
     if notes:
         parts.append("Differences from the run:\n\n" + "\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
+
+
+def _experts(about: Mapping[str, Any]) -> dict[str, str]:
+    """How many specialists of intervals went into the model, if any."""
+    count, merged = len(about["experts"]), about["merge_weights"]
+    if not count:
+        return {}
+    how = "switched by the noise level" if merged is None else f"merged with weights {merged}"
+    return {"experts": f"{count} specialists of intervals, {how}"}
 
 
 def repr_of(process: Any) -> str:  # noqa: ANN401 - a process

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ant_lightning.backbones.checkpoint_layouts import bare_names
 from ant_lightning.backbones.diffusers_layouts import diffusers_layout
-from ant_lightning.backbones.unet import UNet
 from ant_lightning.errors import ConfigError
 from ant_lightning.exports.schedulers import Scheduling, scheduler_of
+from ant_lightning.transfer.experts import IntervalExperts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ant_lightning.models.denoiser import DiffusionModule
 
 __all__ = ["diffusers_network", "write_pipeline"]
+
+# Classes of ours, whose code is copied into the folder.
+_CODE = {"ExactDiT": "exact_dit", "IntervalNetwork": "interval_network"}
 
 
 def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of diffusers
@@ -41,6 +44,8 @@ def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of d
     """
     import diffusers  # noqa: PLC0415 - 5 s of imports
 
+    if isinstance(network, IntervalExperts):
+        return _interval_network(network)
     layout = diffusers_layout(network)
     own = network.state_dict()
     weights = layout.to_diffusers({bare: own[name] for bare, name in bare_names(own).items()})
@@ -50,6 +55,29 @@ def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of d
         kind = getattr(diffusers, layout.class_name)
     made = kind(**layout.config)
     made.load_state_dict(weights)
+    return made.eval()
+
+
+def _interval_network(experts: IntervalExperts) -> Any:  # noqa: ANN401 - a model of diffusers
+    """The networks of intervals as one model of diffusers."""
+    layouts = [diffusers_layout(network) for network in experts.networks]
+    if any("class_embedder.embedding.weight" in each.state_dict() for each in experts.networks):
+        raise ConfigError(
+            "experts: must not have class tables outside of the UNet, as there is one for all in "
+            "a pipeline, found use_spatial_transformer with classes"
+        )
+    kind = import_module("ant_lightning.exports.interval_network").IntervalNetwork
+    made = kind(
+        class_name=layouts[0].class_name,
+        network=layouts[0].config,
+        borders=experts.borders,
+        rising=experts.rising,
+        served_by=experts.served_by,
+    )
+    for theirs, network, layout in zip(made.networks, experts.networks, layouts, strict=True):
+        own = network.state_dict()
+        weights = {bare: own[name] for bare, name in bare_names(own).items()}
+        theirs.load_state_dict(layout.to_diffusers(weights))
     return made.eval()
 
 
@@ -73,8 +101,9 @@ def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
             f"None; give the folder of {space.source}"
         )
     network = diffusers_network(backbone)
-    is_unet = isinstance(backbone, UNet)
-    name, kind = ("unet", None) if is_unet else ("transformer", "exact_dit")
+    class_name = network.config.get("class_name", type(network).__name__)
+    name = "unet" if class_name.startswith("UNet") else "transformer"
+    kind = _CODE.get(type(network).__name__)
     parts: dict[str, tuple[Any, str | None]] = {
         name: (network, kind),
         "scheduler": (found.scheduler, None),
@@ -112,7 +141,8 @@ def _index(
     }
     version = {"_diffusers_version": diffusers.__version__}
     is_ddpm = type(found.scheduler).__name__ == "DDPMScheduler"
-    if listed.keys() == {"unet", "scheduler"} and is_ddpm and not module.num_classes:
+    plain = listed.keys() == {"unet", "scheduler"} and listed["unet"][0] == "diffusers"
+    if plain and is_ddpm and not module.num_classes:
         return {"_class_name": "DDPMPipeline", **version, **listed}
     for name in ("unet", "transformer", "vae", "class_table"):
         listed.setdefault(name, [None, None])

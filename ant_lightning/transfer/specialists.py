@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["Specialist", "find_specialists", "specialist_network"]
+__all__ = ["Specialist", "check_specialist", "find_specialists", "specialist_network"]
 
 # What a specialist must have in common with the multi-task model: its name in checkpoints, and the
 # setting that an error names. The interval is compared last: another schedule gives other clusters,
@@ -82,7 +82,9 @@ def find_specialists(
             )
         # A budget without specialists has no files.
         for i, (file, interval) in enumerate(zip(files or (), ends, strict=False)):
-            found.append(_checked(module, Path(file), interval, budget, f"by_{budget}[{i}]"))
+            found.append(
+                check_specialist(module, Path(file), interval, budget, f"by_{budget}[{i}]")
+            )
     return found
 
 
@@ -104,10 +106,25 @@ def specialist_network(
     return network.eval().requires_grad_(False).to(module.device)
 
 
-def _checked(
-    module: MultiTaskDiffusion, path: Path, interval: tuple[int, int], budget: str, where: str
+def check_specialist(
+    module: MultiTaskDiffusion,
+    path: Path,
+    interval: tuple[int, int] | None,
+    budget: str,
+    where: str,
 ) -> Specialist:
-    """The specialist in a file, if it fits the module; `where` is the argument in errors."""
+    """The specialist in a file, if it fits the module.
+
+    Args:
+        module: The multi-task model.
+        path: The file.
+        interval: What it must be trained on; `None` for its own.
+        budget: See `Specialist`.
+        where: The argument in errors.
+
+    Raises:
+        ConfigError: If it is none of a specialist, or differs from the module.
+    """
     if not path.is_file():
         raise ConfigError(f"{where}: must be an existing checkpoint, found no {path}")
     content = read_checkpoint(path)
@@ -118,6 +135,9 @@ def _checked(
             f"found {path}"
         )
     steps = int(content["global_step"])
+    if interval is None:
+        start, stop = saved["train_interval"]
+        interval = int(start), int(stop)
     ours = {**module.checkpoint_state().state_dict(), "train_interval": list(interval)}
     pairs = {setting: (ours[name], saved[name]) for name, setting in _SAME.items()}
     # 0: the module's weights do not come from a checkpoint that counts steps.

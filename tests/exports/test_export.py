@@ -29,6 +29,7 @@ from ant_lightning import (
     export,
     load_official_checkpoint,
     load_run,
+    with_experts,
 )
 from ant_lightning.cli.main import main
 from ant_lightning.errors import ConfigError
@@ -305,6 +306,51 @@ def test_a_refused_export_leaves_nothing_behind(run, tmp_path):
 
 def stage_of(folder):
     return save_first_stages(folder) / "kl"
+
+
+@pytest.fixture(scope="module")
+def experts(run, tmp_path_factory):
+    """Specialists of both ends of the noise axis, live and averaged."""
+    from ant_lightning import DiTModule, TimestepSampling
+
+    files = []
+    for seed, interval in ((1, (0, 300)), (2, (600, 1000))):
+        network = DiT(**DIT, in_channels=1, num_classes=5)
+        torch.manual_seed(seed)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.05)
+        made = DiTModule(
+            network,
+            tasks=Tasks(SNRClustering(3)),
+            timesteps=TimestepSampling(interval=interval),
+            seed=5,
+        )
+        trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+        trainer.strategy.connect(made)
+        files.append(str(tmp_path_factory.mktemp("expert") / "last.ckpt"))
+        trainer.save_checkpoint(files[-1])
+    return files
+
+
+def test_a_pipeline_switches_between_experts(run, experts, tmp_path, monkeypatch):
+    exported = export(run, to="diffusers", output=tmp_path / "out", weights="live", experts=experts)
+    assert "2 specialists of intervals, switched" in (exported.path / "README.md").read_text()
+    made = with_experts(load_run(run, weights="model"), experts, averaged=False)
+    pipeline = same_images(made, exported.path, monkeypatch)
+    assert len(pipeline.transformer.networks) == 3
+    with pytest.raises(ConfigError, match=r"to: must be diffusers for a model that switches"):
+        export(run, to="torch", output=tmp_path / "no", weights="live", experts=experts)
+
+
+def test_merged_experts_leave_in_every_format(run, experts, tmp_path):
+    merged = {"experts": experts, "merge_weights": [0.5, 0.25], "weights": "live"}
+    made = with_experts(
+        load_run(run, weights="model"), experts, merge_weights=[0.5, 0.25], averaged=False
+    )
+    exported = export(run, to="safetensors", output=tmp_path / "out", **merged)
+    assert torch.equal(load_run(exported.path).sample(2), made.sample(2))
+    assert "merged with weights [0.5, 0.25]" in (exported.path / "README.md").read_text()
 
 
 class LocalHub:

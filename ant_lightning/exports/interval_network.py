@@ -1,0 +1,54 @@
+"""Networks of intervals of the noise axis as one; `ant-lightning export` copies this file.
+
+Each call goes to the network of its timestep, as in pipelines with two transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import diffusers
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+__all__ = ["IntervalNetwork"]
+
+Output: TypeAlias = Any  # an object with the field `sample`
+
+
+class IntervalNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Networks of one class, from the least noise to the most.
+
+    Args:
+        class_name: Their class in diffusers.
+        network: Its arguments.
+        borders: The timesteps between two intervals.
+        rising: Whether timesteps rise with the noise.
+        served_by: Which network serves each interval.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        class_name: str,
+        network: dict[str, Any],
+        borders: list[float],
+        rising: bool,
+        served_by: list[int],
+    ) -> None:
+        super().__init__()
+        kind = getattr(diffusers, class_name)
+        self.networks = nn.ModuleList(kind(**network) for _ in range(max(served_by) + 1))
+        if class_name == "DiTTransformer2DModel":  # the time frequencies of the official DiT
+            for name, part in self.networks.named_modules():
+                if name.endswith("norm1.emb.time_proj"):
+                    part.downscale_freq_shift = 0  # type: ignore[assignment]
+
+    def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Output:
+        """Call the network of this timestep, which is one for the whole batch."""
+        told, rising = float(timestep.flatten()[0]), self.config.rising
+        above = [told >= each if rising else told <= each for each in self.config.borders]
+        index = sum(above)
+        chosen = self.networks[self.config.served_by[index]]
+        return chosen(sample, timestep, **conditions)
