@@ -31,6 +31,7 @@ EngineName = Literal["auto", "loop", "one_pass", "low_memory"]
 # threshold for each parameter on a GPU is an estimate.
 _CPU = (1e9, 600)
 _OTHERS = (1e13, 8192)
+_ADAPTER = 0.1
 
 
 class Auto(Engine):
@@ -44,12 +45,17 @@ class Auto(Engine):
     sharded parameters, and for batches that are computed in parts. All ranks make the same choice:
     what one of them finds unsupported is so for all.
 
+    Args:
+        trained_share: Share of the network's weights that is trained. Below a tenth, as with an
+            adapter, one pass holds next to nothing for each task, and the loop is never faster.
+
     Attributes:
         used: The engine of the last call; the loop before the first.
         reason: Why `OnePass` is not used, or `None`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trained_share: float = 1.0) -> None:
+        self.trained_share = trained_share
         self._one_pass = OnePass()
         self._loop = Loop()
         self._per_sample: float | None = None
@@ -75,6 +81,8 @@ class Auto(Engine):
 
     def _bound_by_sums(self, batch: TaskBatch) -> bool:
         """Whether a pass over one task is long enough to hide the call overhead of the loop."""
+        if self.trained_share < _ADAPTER:
+            return False
         # Counted, not timed: a resumed run then makes the same choice. Means over ranks, whose
         # samples may differ in size and number.
         ranks = batch.reduction.world_size
@@ -96,15 +104,15 @@ _ENGINES: dict[str, type[Engine]] = {
 }
 
 
-def make_engine(name: EngineName) -> Engine:
-    """A new engine.
+def make_engine(name: EngineName, trained_share: float = 1.0) -> Engine:
+    """A new engine; `trained_share` is for `Auto`.
 
     Raises:
         ConfigError: If there is no engine of that name.
     """
     if name not in _ENGINES:
         raise ConfigError(f"engine: must be one of {sorted(_ENGINES)}, found {name!r}")
-    return _ENGINES[name]()
+    return Auto(trained_share) if name == "auto" else _ENGINES[name]()
 
 
 # `mm` and `addmm` are the linear layers.

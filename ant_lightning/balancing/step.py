@@ -109,7 +109,10 @@ class MultiTaskStep:
         self.placement = placement
         self.micro_batch_size = micro_batch_size
         self.reduction = reduction or default_reduction()
-        self.engine = make_engine(engine)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.engine = make_engine(
+            engine, trained / max(1, sum(p.numel() for p in model.parameters()))
+        )
         self._chosen = None if parameters is None else list(parameters)
         self._wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         self._bare = model.module if isinstance(model, DistributedDataParallel) else model

@@ -77,6 +77,10 @@ def _guidance(pl_module: MultiTaskDiffusion) -> dict[str, Any]:
         found["guidance_interval"] = list(pl_module.sampling.guidance_interval)
     if pl_module.guide is not None:
         found["guide"] = tensors_digest(pl_module.guide.state_dict().values())
+    prompts = pl_module.conditions.prompts
+    if prompts is not None:  # those of a few images tell one set of captions from another
+        told = [*prompts(list(range(8))).values(), *pl_module.conditions.null_state().values()]
+        found["conditions"] = tensors_digest(told)
     return found
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ant_lightning.backbones.checkpoint_layouts import bare_names
+from ant_lightning.backbones.diffusers import DiffusersBackbone
 from ant_lightning.backbones.diffusers_layouts import diffusers_layout
 from ant_lightning.errors import ConfigError
+from ant_lightning.exports.diffusers_parts import write_adapter, write_parts
 from ant_lightning.exports.schedulers import Scheduling, scheduler_of
 from ant_lightning.transfer.experts import IntervalExperts
 
@@ -85,7 +87,8 @@ def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
     """Write the pipeline of a module into an empty folder.
 
     An unconditional UNet of pixels with DDPM becomes a `DDPMPipeline`; all else an `ANTPipeline`,
-    whose code lies in the folder.
+    whose code lies in the folder. A network of diffusers is written as parts of a pipeline, an
+    adapter alone.
 
     Returns:
         What the pipeline does otherwise than the run, a line each.
@@ -94,6 +97,10 @@ def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
         ConfigError: If the network, the process or the first stage has no equivalent.
     """
     backbone, space = module.backbone, module.latent_space
+    if getattr(module, "adapter", None) is not None:
+        return write_adapter(module, folder)  # type: ignore[arg-type]
+    if isinstance(backbone, DiffusersBackbone):
+        return write_parts(module, folder)
     found = scheduler_of(module)
     if space is not None and module.first_stage is None:
         raise ConfigError(

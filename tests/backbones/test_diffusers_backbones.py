@@ -30,6 +30,7 @@ from ant_lightning import (
     UncertaintyWeighting,
     stored_process,
 )
+from ant_lightning.exports.pipeline_folder import write_pipeline
 
 BALANCERS = [
     *(LinearScalarization, UncertaintyWeighting, ContinuousUncertainty, PCGrad, GradVac, NashMTL),
@@ -206,3 +207,18 @@ def test_a_folder_of_another_class_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(ConfigError, match=r"folder: must hold one of UNet2DModel.*AutoencoderKL"):
         DiffusersBackbone(folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("case", ["SD3Transformer2DModel", "UNet2DModel"])
+def test_what_was_trained_leaves_as_parts_of_a_pipeline_and_comes_back(tmp_path, case):
+    made = module(case)
+    made.sampler.num_steps = 10
+    notes = write_pipeline(made, tmp_path)
+    part = "unet" if case.startswith("UNet") else "transformer"
+    assert notes[0].startswith(f"parts of a pipeline: pass {part} and scheduler")
+    back = DiffusersBackbone(folder=str(tmp_path))
+    theirs = back.network.state_dict()
+    assert all(torch.equal(theirs[n], v) for n, v in made.backbone.network.state_dict().items())
+    process = stored_process(str(tmp_path))
+    torch.testing.assert_close(process.log_snr, made.process.log_snr)
+    assert process.prediction_type == made.process.prediction_type

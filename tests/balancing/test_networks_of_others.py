@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ant_lightning import NashMTL, multitask_backward
-from ant_lightning.balancing import Loop, OnePass
+from ant_lightning import LoRA, MultiTaskStep, NashMTL, multitask_backward
+from ant_lightning.balancing import Loop, OnePass, auto
+from ant_lightning.models.adapters import insert
 
 MANIFESTS = sorted((Path(__file__).parents[1] / "golden" / "M_diffusers").glob("manifest_*.json"))
 TASKS = torch.tensor([0, 1, 2, 2, 1, 0, 2])
@@ -110,6 +111,27 @@ def test_adapters_of_peft(settings):
             if "lora" in name:
                 p.add_(torch.randn_like(p), alpha=0.1)
     assert_equal(run(network, arguments, OnePass(), calls=2), run(network, arguments, Loop()))
+
+
+def test_auto_takes_one_pass_for_an_adapter_however_long_a_pass_is(monkeypatch):
+    monkeypatch.setattr(auto, "_CPU", (0, 0))  # any network is large
+    path = next(path for path in MANIFESTS if "SD3" in path.stem)
+    network, arguments = of_diffusers(path)
+    given = {name: each for name, (each, _) in arguments.items()}
+
+    def losses(rows):
+        return network(**{n: e[rows] for n, e in given.items()}).sample.square().mean((1, 2, 3))
+
+    used = {}
+    for kind in ("whole", "adapter"):
+        if kind == "adapter":
+            network.requires_grad_(False)
+            insert(LoRA(r=1), network.double())
+            network.double()
+        step = MultiTaskStep(network, NashMTL(3))
+        step.backward(losses, TASKS)
+        used[kind] = type(step.engine.used)
+    assert used == {"whole": Loop, "adapter": OnePass}
 
 
 def test_a_vision_transformer_of_timm():

@@ -6,7 +6,7 @@ import torch
 import yaml
 from captions import write_encoders, write_images
 
-from ant_lightning import load_run, save_adapter
+from ant_lightning import export, load_run, save_adapter
 from ant_lightning.cli.configs import config_names
 from ant_lightning.cli.main import main
 
@@ -78,4 +78,10 @@ def test_a_caption_folder_trains_sd3_with_lora_under_pcgrad(tmp_path, monkeypatc
     }
     assert module.sample(2, condition=told).shape == (2, 3, 8, 8)
     assert save_adapter(module, tmp_path / "lora").name == "pytorch_lora_weights.safetensors"
+    exported = export(checkpoint, to="diffusers", output=tmp_path / "exported")
+    assert exported.notes == ["the adapter alone: pipeline.load_lora_weights(FOLDER) reads it"]
+    written = [
+        folder / "pytorch_lora_weights.safetensors" for folder in (exported.path, tmp_path / "lora")
+    ]
+    assert written[0].read_bytes() == written[1].read_bytes()
     assert main(["predict", *args, f"--ckpt_path={checkpoint}", "--samples.num_images=2"]) == 0
