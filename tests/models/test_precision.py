@@ -259,7 +259,7 @@ def test_draws_do_not_depend_on_the_default_dtype():
         low_noise = ImageNoise([3, 4], shape=(1, 4, 4), seed=0)()
     finally:
         torch.set_default_dtype(torch.float32)
-    for name in ("timesteps", "tasks", "noise", "labels"):
+    for name in ("timesteps", "tasks", "noise", "condition"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0)
     assert torch.equal(low_noise, noise)
 
