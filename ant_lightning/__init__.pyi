@@ -100,6 +100,9 @@ from ant_lightning.balancing.nash import (
     NashMTL as NashMTL,
     nash_weights as nash_weights,
 )
+from ant_lightning.balancing.one_call import (
+    multitask_backward as multitask_backward,
+)
 from ant_lightning.balancing.pcgrad import (
     PCGrad as PCGrad,
     pcgrad_weights as pcgrad_weights,
@@ -109,7 +112,6 @@ from ant_lightning.balancing.stch import (
 )
 from ant_lightning.balancing.step import (
     MultiTaskStep as MultiTaskStep,
-    multitask_backward as multitask_backward,
 )
 from ant_lightning.balancing.torchjd import (
     TorchJDBalancer as TorchJDBalancer,

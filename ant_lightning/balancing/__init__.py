@@ -15,6 +15,7 @@ from ant_lightning.balancing.imtl import IMTLL
 from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.nash import NashMTL, nash_weights
 from ant_lightning.balancing.objective import ObjectiveBalancer
+from ant_lightning.balancing.one_call import multitask_backward
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
 from ant_lightning.balancing.placed import PlacedTaskGradients
@@ -22,7 +23,7 @@ from ant_lightning.balancing.reduced import ReducedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 from ant_lightning.balancing.sharded import ShardedTaskGradients
 from ant_lightning.balancing.stch import STCH
-from ant_lightning.balancing.step import MultiTaskStep, multitask_backward
+from ant_lightning.balancing.step import MultiTaskStep
 from ant_lightning.balancing.step_losses import StepLosses, Weights
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting

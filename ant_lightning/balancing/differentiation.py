@@ -42,7 +42,7 @@ class Differentiation:
     def __init__(self, parameters: Sequence[nn.Parameter], reduction: Reduction) -> None:
         self.parameters = parameters
         self.reduction = reduction
-        self._buckets: GradientBuckets | None = None
+        self.buckets: GradientBuckets | None = None
         self._sending = False
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -83,13 +83,13 @@ class Differentiation:
             if before:
                 torch._foreach_add_(found, list(before))
             return found
-        buckets = self._buckets
+        buckets = self.buckets
         if (
             buckets is None
             or not same_tensors(buckets.parameters, self.parameters)
             or buckets.dtype != sums_dtype(self.parameters)  # after a cast
         ):
-            buckets = self._buckets = GradientBuckets(self.parameters, self.reduction)
+            buckets = self.buckets = GradientBuckets(self.parameters, self.reduction)
         buckets.begin(before)
         # Hooks on leaves run in `grad` too, once for each, with the sum over all uses. They are
         # registered after the forward pass, where a compiled network would have to trace them.
@@ -107,9 +107,9 @@ class Differentiation:
 
     def finish(self, gradients: Sequence[Tensor]) -> Tensor:
         """Write the sum over ranks into `.grad` and return its L2 norm."""
-        if self._sending and self._buckets is not None:
+        if self._sending and self.buckets is not None:
             self._sending = False
-            assign_gradients(self.parameters, self._buckets.finish())
+            assign_gradients(self.parameters, self.buckets.finish())
         else:
             assign_gradients(self.parameters, gradients)
             reduce_gradients_(self.parameters, reduction=self.reduction)

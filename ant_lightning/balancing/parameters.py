@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["is_dense", "matching", "names_of", "same_tensors", "trained_parameters"]
+__all__ = [
+    "clear_gradients",
+    "is_dense",
+    "matching",
+    "names_of",
+    "same_tensors",
+    "trained_parameters",
+]
 
 P = TypeVar("P", bound="Tensor")
 
@@ -46,6 +53,14 @@ def trained_parameters(parameters: Iterable[P]) -> list[P]:
 def same_tensors(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
     """Whether both have the same tensor objects in the same order."""
     return [id(each) for each in left] == [id(each) for each in right]
+
+
+def clear_gradients(parameters: Iterable[Tensor]) -> None:
+    """Remove every `.grad`."""
+    # Of frozen parameters too: otherwise the optimizer would reuse the last step's gradient. This
+    # also frees the last step's task gradients, of which `.grad` may be a view.
+    for p in parameters:
+        p.grad = None
 
 
 def names_of(parameters: Iterable[Tensor], model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""`MultiTaskStep` and `multitask_backward`: in place of `loss.backward()`, for every balancer."""
+"""`MultiTaskStep`: in place of `loss.backward()`, for every balancer."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ant_lightning.balancing.accumulation import Accumulation
 from ant_lightning.balancing.auto import make_engine
 from ant_lightning.balancing.backward import balanced_backward, step_losses
 from ant_lightning.balancing.batch import TaskBatch
+from ant_lightning.balancing.buffers import Buffers
 from ant_lightning.balancing.linear import SampleMean
-from ant_lightning.balancing.parameters import names_of, trained_parameters
-from ant_lightning.balancing.placed import PlacedTaskGradients
+from ant_lightning.balancing.parameters import clear_gradients, names_of, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.errors import ConfigError
 
@@ -28,13 +27,10 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.backward import BackwardReport
     from ant_lightning.balancing.base import Balancer
     from ant_lightning.balancing.batch import Losses
-    from ant_lightning.balancing.differentiation import Differentiation
-    from ant_lightning.balancing.engines import Engine
-    from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.balancing.reduction import Reduction
     from ant_lightning.balancing.step_losses import StepLosses
 
-__all__ = ["MultiTaskStep", "multitask_backward"]
+__all__ = ["MultiTaskStep"]
 
 
 class MultiTaskStep:
@@ -105,19 +101,16 @@ class MultiTaskStep:
         self.model = model
         self.balancer = balancer
         self.num_tasks = num_tasks if balancer is None else balancer.num_tasks
-        self.engine_name = engine
-        self.placement = placement
         self.micro_batch_size = micro_batch_size
         self.reduction = reduction or default_reduction()
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.engine = make_engine(
             engine, trained / max(1, sum(p.numel() for p in model.parameters()))
         )
+        self._buffers = Buffers(self.engine, placed=placement == "sorted")
         self._chosen = None if parameters is None else list(parameters)
         self._wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         self._bare = model.module if isinstance(model, DistributedDataParallel) else model
-        self._differentiation: Differentiation | None = None
-        self._rows: DenseTaskGradients | None = None
         self._accumulated: Accumulation | None = None
         self._waiting: tuple[StepLosses, TaskBatch] | None = None  # for `update`
         trained_parameters(self.parameters)
@@ -142,7 +135,8 @@ class MultiTaskStep:
 
         A step may have several parts, as in a loop that accumulates gradients. Each is a call with
         `accumulate=True`, but for the last. The last call fills `.grad` with the gradient of the
-        joined batch, summed over ranks once, and its report has the losses of all parts. With
+        joined batch, summed over ranks once, while its own backward pass goes on; its report has
+        the losses of all parts. With
         weights of tasks, each part must have its tasks in the same proportion, or `num_samples`
         must be passed. Balancers that need the whole batch at once refuse this.
 
@@ -178,10 +172,10 @@ class MultiTaskStep:
             reduction=self.reduction,
             micro_batch_size=self.micro_batch_size,
             loss_scale=loss_scale,
-            differentiation=self._differentiation,
+            differentiation=self._buffers.differentiation,
             names=names_of(shared, self._bare) if named else (),
         )
-        self._differentiation = batch.differentiation
+        self._buffers.differentiation = batch.differentiation
         balancer = self.balancer or SampleMean(batch.num_tasks)
         if balancer.accumulation == "any":
             num_samples = None  # a sample's weight does not depend on them
@@ -190,7 +184,7 @@ class MultiTaskStep:
             accumulated = accumulated or Accumulation(balancer, num_samples)
             accumulated.check(num_samples)
         step = step_losses(batch, priors=priors, log_snr=log_snr, num_samples=num_samples)
-        _clear(every)
+        clear_gradients(every)
         with ExitStack() as stack:
             # Its hooks would wait for gradients that `autograd.grad` does not give to them.
             for wrapper in self._wrappers:
@@ -200,7 +194,7 @@ class MultiTaskStep:
                 balancer,
                 step,
                 self.engine,
-                self._buffers(batch) if balancer.refresh_due else None,
+                self._buffers.rows(batch, balancer),
                 accumulated=accumulated,
                 last=not accumulate,
             )
@@ -241,159 +235,3 @@ class MultiTaskStep:
         self._accumulated = self._waiting = None
         if self.balancer is not None:
             self.balancer.load_state_dict(state["balancer"])
-
-    def _buffers(self, batch: TaskBatch) -> DenseTaskGradients | None:
-        """Buffers of the run for task gradients, or `None` if the engine has no use for them."""
-        if self.engine_name == "low_memory":
-            return None
-        if self._rows is not None:
-            self._rows.bind(batch.shared)
-            return self._rows
-        if self.placement == "sorted" and self.reduction.world_size > 1:
-            self._rows = PlacedTaskGradients(
-                batch.num_tasks, batch.shared, reduction=self.reduction
-            )
-        else:
-            self._rows = batch.differentiation.new_rows(batch.num_tasks)
-        # If most steps need no task gradients, free the buffers after use, so that they take no
-        # memory beside the activations of those steps.
-        self._rows.keep = self.balancer is None or self.balancer.update_every == 1
-        return self._rows
-
-
-def multitask_backward(
-    losses: Losses,
-    tasks: Int[Tensor, " b"],
-    parameters: Iterable[nn.Parameter],
-    balancer: Balancer | None = None,
-    *,
-    num_tasks: int | None = None,
-    priors: Float[Tensor, " k"] | None = None,
-    micro_batch_size: int | None = None,
-    engine: Engine | EngineName = "auto",
-    gradients: DenseTaskGradients | None = None,
-    reduction: Reduction | None = None,
-    loss_scale: Tensor | float = 1.0,
-    log_snr: Float[Tensor, " b"] | None = None,
-) -> BackwardReport:
-    """Fill `.grad` of `parameters` with the balanced gradient of several tasks.
-
-    Let `L_i` be the mean loss of task i over the samples of all ranks, and `pi_i` its prior. The
-    balancer sees `k pi_i L_i`, which is `L_i` for the default prior 1/k:
-
-    - A balancer of losses makes one objective of these, for one backward pass. If its weights
-      depend on them, they are summed over ranks between the forward and the backward pass.
-    - A balancer of gradients needs the gradient of each task when its weights are refreshed. The
-      samples of the tasks are disjoint, so this is the arithmetic of one pass over the batch.
-      Between refreshes it costs one ordinary pass.
-    - A balancer of samples weights each sample by its noise level.
-    - Without a balancer the objective is the mean over all samples.
-
-    An existing `.grad` is replaced, or removed if its parameter needs no gradient now, so
-    parameters may be frozen and thawed between calls. This function sums over ranks itself, and
-    the hooks of `DistributedDataParallel` never run. Let `losses` call the bare network and not
-    that wrapper: ranks may call the network a different number of times.
-
-    The network may be called several times in a step, once for each task or part of the batch.
-    Batch norm then normalises each call alone and updates its running statistics in each (k times
-    with the loop; once with a loss balancer or none and without `micro_batch_size`). Use group or
-    layer norm, or put these layers into evaluation mode.
-
-    This is the form of one call of `MultiTaskStep`, which also keeps its buffers, accumulates
-    gradients over several calls, and serves balancers that look back at a step.
-
-    Args:
-        losses: Called with the positions `rows` of some samples of the batch; returns one loss for
-            each, `[len(rows)]`, or a pair of these and something else for each, which is reported
-            as `aux`. Each sample is asked for exactly once, except that engines other than the
-            loop also ask for two samples beforehand in their first calls, and that a balancer
-            whose weights depend on the losses asks twice with `micro_batch_size`.
-        tasks: Task of each sample of this rank's batch, `[b]` in `0 .. k-1`. Pass a tensor on the
-            CPU: one on an accelerator is copied to the host, which waits for the device.
-        parameters: Parameters to differentiate. Those that need no gradient are ignored, and
-            duplicates count once. Slices, transposed tensors and mixed dtypes are fine.
-        balancer: How to weight the tasks; `None` for the plain mean.
-        num_tasks: `k` if `balancer` is `None`; by default the largest task of this rank + 1. Pass
-            it on several ranks, which must agree on `k`.
-        priors: `pi`, `[k]`, positive with sum 1. 1/k each by default; `|I_i| / T` weights tasks by
-            their size.
-        micro_batch_size: Largest number of samples in one forward pass; `None` for no limit.
-        engine: How task gradients are computed: `auto`, `one_pass`, `loop` or `low_memory`, or an
-            engine. It changes time and memory but not the result. What an engine has learnt about
-            a network is kept for the next call with the same first parameter.
-        gradients: Buffers that are reused; by default each call allocates new ones.
-        reduction: Sums over ranks. By default over all ranks of `torch.distributed` if it is
-            initialised; all ranks must then call this function together.
-        loss_scale: `.grad` is left multiplied by this (for a gradient scaler in float16).
-        log_snr: Log signal-to-noise ratio of each sample, `[b]`; needed by a `SampleBalancer`.
-
-    Returns:
-        Losses, weights and norms, see `BackwardReport`.
-
-    Raises:
-        ConfigError: If a task number, a prior or a size is out of its range, if a parameter is
-            complex, sparse, or has several elements sharing one memory location, or if the
-            balancer needs a `MultiTaskStep`.
-
-    Reference:
-        Go et al., "Addressing Negative Transfer in Diffusion Models", arXiv 2306.00354.
-
-    Examples:
-        Two tasks pull a parameter to 1 and to -1; the losses of each are averaged first.
-
-        >>> w = torch.nn.Parameter(torch.zeros(1))
-        >>> targets, tasks = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0, 0, 1])
-        >>> def losses(rows):
-        ...     return (w - targets[rows]) ** 2
-        >>> report = multitask_backward(losses, tasks, [w], LinearScalarization(num_tasks=2))
-        >>> report.task_losses.tolist(), w.grad.tolist()
-        ([1.0, 1.0], [0.0])
-    """
-    every = list(parameters)
-    if balancer is not None and balancer.looks_back:
-        name = type(balancer).__name__
-        raise ConfigError(
-            f"balancer: {name} looks back at a step after the optimizer, which one call cannot "
-            f"do; use MultiTaskStep, found {name}"
-        )
-    batch = TaskBatch(
-        losses,
-        tasks,
-        balancer,
-        num_tasks,
-        trained_parameters(every),
-        reduction=reduction or default_reduction(),
-        micro_batch_size=micro_batch_size,
-        loss_scale=loss_scale,
-    )
-    step = step_losses(batch, priors=priors, log_snr=log_snr)
-    _clear(every)
-    if gradients is not None:
-        gradients.bind(batch.shared)
-    balancer = balancer or SampleMean(batch.num_tasks)
-    found = remembered_engine(engine, batch.shared[0]) if isinstance(engine, str) else engine
-    report, step = balanced_backward(batch, balancer, step, found, gradients)
-    if report.finite:
-        balancer.update(step)
-    return report
-
-
-def _clear(parameters: Iterable[nn.Parameter]) -> None:
-    """Remove every `.grad`."""
-    # Of frozen parameters too: otherwise the optimizer would reuse the last step's gradient. This
-    # also frees the last step's task gradients, of which `.grad` may be a view.
-    for p in parameters:
-        p.grad = None
-
-
-# For each first parameter, the engines of `multitask_backward` by name. An engine keeps what it has
-# learnt about a network: without it, each call would try again what is possible there.
-_remembered: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def remembered_engine(name: EngineName, first: nn.Parameter) -> Engine:
-    """The engine of earlier calls with this first parameter; it goes when the parameter does."""
-    engines: dict[str, Engine] = _remembered.setdefault(first, {})
-    if name not in engines:
-        engines[name] = make_engine(name)
-    return engines[name]

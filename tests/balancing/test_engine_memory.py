@@ -167,7 +167,10 @@ def test_rows_are_held_where_every_step_needs_them(every, held, placement):
     balancer = NashMTL(3, update_every=every)
     step = MultiTaskStep(model.backbone, balancer, engine="loop", placement=placement)
     step.backward(losses, t % 3)
-    rows, parameters = step._rows, [p for p in model.backbone.parameters() if p.requires_grad]
+    rows, parameters = (
+        step._buffers._rows,
+        [p for p in model.backbone.parameters() if p.requires_grad],
+    )
     buffers = [value for value in vars(rows).values() if isinstance(value, torch.Tensor)]
     most = max(buffer.numel() for buffer in buffers)
     assert most >= 3 * sum(p.numel() for p in parameters) if held else most <= 3 * 3  # a Gramian

@@ -20,7 +20,7 @@ from ant_lightning import (
     multitask_backward,
 )
 from ant_lightning.balancing.engines import Engine, Loop
-from ant_lightning.balancing.step import remembered_engine
+from ant_lightning.balancing.one_call import remembered
 
 K, B = 3, 12
 TASKS = torch.tensor([0, 2, 1, 0, 1, 2, 2, 1, 0, 0, 2, 1])
@@ -238,16 +238,39 @@ def test_state_is_not_given_away_in_the_middle_of_a_step():
     assert "log_vars" in step.state_dict()["balancer"]
 
 
-def test_the_engine_of_one_call_is_that_of_the_next_and_keeps_no_network_alive():
-    problem = Problem()
-    first = next(problem.network.parameters())
-    for _ in range(2):
-        multitask_backward(problem.losses, TASKS, problem.network.parameters(), PCGrad(K))
-    engine = weakref.ref(remembered_engine("auto", first))
-    assert remembered_engine("auto", first) is engine()
-    assert remembered_engine("loop", first) is not engine()
-    dead = weakref.ref(first)
-    del problem, first
+@pytest.mark.parametrize("name", ["auto", "loop"])
+def test_what_one_call_keeps_is_for_the_next_and_keeps_no_network_alive(name):
+    problem, other = Problem(), Problem()
+    first, frozen = next(problem.network.parameters()), problem.network[-1].bias
+
+    def call(at, engine=name, balancer=None):
+        balancer = balancer or PCGrad(K)
+        multitask_backward(at.losses, TASKS, at.network.parameters(), balancer, engine=engine)
+        return [p.grad for p in at.network.parameters()]
+
+    call(problem)
+    kept = remembered(name, first)
+    rows, differentiation = kept._rows, kept.differentiation
+    memory = rows._rows.data_ptr()
+    for balancer in (NashMTL(K, update_every=1), UncertaintyWeighting(K), PCGrad(K)):
+        call(problem, balancer=balancer)
+        assert remembered(name, first) is kept
+        assert (kept._rows, kept.differentiation) == (rows, differentiation)
+        assert rows._rows.data_ptr() == memory
+    assert remembered("low_memory", first) is not kept
+    # Others when another number of parameters is trained, or after an error; with the same result.
+    frozen.requires_grad_(False)
+    call(problem)
+    assert kept._rows is not rows
+    frozen.requires_grad_(True)
+    with pytest.raises(ZeroDivisionError):
+        multitask_backward(lambda rows: 1 / 0, TASKS, problem.network.parameters(), engine=name)
+    assert kept._rows is None
+    found, expected = call(problem), call(other, Loop())
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True)) or name == "auto"
+    torch.testing.assert_close(found, expected)
+    dead, engine = weakref.ref(first), weakref.ref(kept.engine)
+    del problem, first, frozen, kept, rows, differentiation, found
     gc.collect()
     assert dead() is None
     assert engine() is None

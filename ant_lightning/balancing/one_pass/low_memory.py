@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.buckets import memory_strides
+from ant_lightning.balancing.buckets import ArrivalOrder, memory_strides
 from ant_lightning.balancing.engines import Engine
 from ant_lightning.balancing.gradients import (
     TaskGradients,
@@ -41,6 +41,7 @@ class LowMemory(Engine):
 
     def __init__(self) -> None:
         self._one_pass = OnePass()
+        self._order: ArrivalOrder | None = None  # in which ranks sum their gradients
 
     def task_gradients(
         self, batch: TaskBatch, rows: DenseTaskGradients | None = None
@@ -54,7 +55,9 @@ class LowMemory(Engine):
         losses = self._one_pass.prepare(batch)
         with losses.watched():
             values = batch.evaluate(losses.rows)
-        found = _StreamedTaskGradients(losses, values)
+        if self._order is None or len(self._order.indices) != len(batch.shared):
+            self._order = ArrivalOrder(len(batch.shared), batch.reduction)
+        found = _StreamedTaskGradients(losses, values, self._order)
         batch.record(losses.rows, values)
         return found
 
@@ -62,7 +65,7 @@ class LowMemory(Engine):
 class _StreamedTaskGradients(TaskGradients):
     """A Gramian, and the losses; the combination differentiates them again."""
 
-    def __init__(self, losses: SortedLosses, values: Tensor) -> None:
+    def __init__(self, losses: SortedLosses, values: Tensor, order: ArrivalOrder) -> None:
         self._losses: SortedLosses | None = losses
         self._values: Tensor | None = values
         batch = losses.batch
@@ -70,8 +73,16 @@ class _StreamedTaskGradients(TaskGradients):
         self._gramians = torch.zeros(len(batch.shared), k, k, dtype=torch.float64, device=device)
         self._present = torch.tensor(losses.tasks).to(device, non_blocking=True)
 
+        # On several ranks a gradient waits until those before it in the order have been summed:
+        # a parameter may have none on some rank.
+        order.agree(device)
+        order.begin()
+        self._order, self._next = order, 0
+        self._waiting: dict[int, Tensor] = {}
         with losses.watched():
             losses.differentiate(values, losses.mean_weights(), self, retain_graph=True)
+        if batch.reduction.world_size > 1:
+            self._sum_over_ranks(every=True)
 
     def receive(self, index: int, block: Tensor) -> None:
         """Add the dot products of one parameter's gradients to the Gramian."""
@@ -80,9 +91,24 @@ class _StreamedTaskGradients(TaskGradients):
         flat = block.reshape(len(block), -1).to(torch.promote_types(block.dtype, torch.float32))
         if batch.reduction.world_size > 1:
             flat = flat.new_zeros(batch.num_tasks, flat.shape[1]).index_copy_(0, present, flat)
-            self._gramians[index] = dot_products(batch.reduction.all_reduce_(flat))
+            self._waiting[index] = flat
+            self._order.note(index)
+            self._sum_over_ranks()
         else:
             self._gramians[index][present[:, None], present] = dot_products(flat)
+
+    def _sum_over_ranks(self, *, every: bool = False) -> None:
+        """Sum what has arrived, in order; with `every`, what has not is zero."""
+        assert self._losses is not None
+        batch, order = self._losses.batch, self._order.indices
+        while self._next < len(order) and (every or order[self._next] in self._waiting):
+            index, self._next = order[self._next], self._next + 1
+            flat = self._waiting.pop(index, None)
+            if flat is None:
+                p = batch.shared[index]
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                flat = p.new_zeros(batch.num_tasks, p.numel(), dtype=dtype)
+            self._gramians[index] = dot_products(batch.reduction.all_reduce_(flat))
 
     def receive_factors(self, index: int, left: Tensor, right: Tensor) -> None:
         """Not called: no weight is factored."""
