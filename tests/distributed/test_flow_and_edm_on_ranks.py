@@ -7,10 +7,12 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from rank_processes import run_ranks
+from rank_processes import needs_unused_shards, run_ranks
 from tiny_runs import trainer
+from torch.distributed.fsdp import FSDPModule
 
-from ant_lightning import DigitsData, FeatureAlignment
+from ant_lightning import DigitsData, FeatureAlignment, ShardedStrategy
+from ant_lightning.balancing.shards import full_tensor
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CASES = [
@@ -21,7 +23,7 @@ CASES = [
 ]
 
 
-def fit(config, balancer, aligned, ranks):
+def fit(config, balancer, aligned, ranks, strategy=None):
     """Three steps of a shipped config at reduced width; the weights, and those of the head."""
     model = yaml.safe_load((CONFIGS / f"digits/{config}.yaml").read_text())["model"]
     init = model["init_args"]
@@ -44,13 +46,16 @@ def fit(config, balancer, aligned, ranks):
         patches = torch.nn.Conv2d(1, 3, 2, stride=2)
         module.auxiliary = FeatureAlignment(block="blocks.0", features=patches, **sizes)
         module.auxiliary.attach(module.backbone)
-    run = trainer(ranks=ranks, steps=3)
+    run = trainer(ranks=ranks, steps=3, strategy=strategy)
     run.fit(module, datamodule=DigitsData(batch_size=20, seed=0))
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
+    return {name: full_tensor(p.detach()).clone() for name, p in module.named_parameters()}
 
 
 def every_case(rank):
-    return [fit(*case, ranks=2) for case in CASES]
+    found = {case: fit(*case, ranks=2) for case in CASES}
+    if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):  # torch >= 2.14
+        found["sharded"] = fit(*CASES[1], ranks=2, strategy=ShardedStrategy())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +63,8 @@ def two_ranks(tmp_path_factory):
     return run_ranks(every_case, 2, tmp_path_factory.mktemp("flow"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_two_ranks_train_as_one_process_does(two_ranks, case):
-    first, second = (found[CASES.index(case)] for found in two_ranks)
+def check_equal(two_ranks, key, case):
+    first, second = (found[key] for found in two_ranks)
     one = fit(*case, ranks=1)
     assert first.keys() == one.keys()
     assert any("head" in name for name in one) == case[2]
@@ -68,3 +72,13 @@ def test_two_ranks_train_as_one_process_does(two_ranks, case):
         assert torch.equal(first[name], second[name]), name
         # Three steps of length 0.05 and a clipped norm of 1, with float32 sums in another order.
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=3 * 0.05 * 100 * 2**-24)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_ranks_train_as_one_process_does(two_ranks, case):
+    check_equal(two_ranks, case, case)
+
+
+@needs_unused_shards
+def test_two_shards_train_as_one_process_does_with_an_auxiliary_term(two_ranks):
+    check_equal(two_ranks, "sharded", CASES[1])
