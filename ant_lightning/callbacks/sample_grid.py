@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, ClassVar
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
+    from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.module import MultiTaskDiffusion
 
 __all__ = ["SampleGrid"]
@@ -31,7 +33,7 @@ class SampleGrid(RunCallback):
     epoch, so TensorBoard's slider shows how the same images improve.
 
     Args:
-        num_images: Images on each side; fewer if the last row would not be whole.
+        num_images: Images on each side; fewer if fewer are held out, or for whole rows.
         columns: Images in a row; by default about a square, with each class in columns of its own
             if there are few enough.
         every_n_epochs: Validations between two grids.
@@ -66,10 +68,12 @@ class SampleGrid(RunCallback):
         with pl_module.uneven_calls():
             if trainer.is_global_zero:
                 classes = pl_module.num_classes
-                columns = self.columns or grid_columns(self.num_images, classes)
-                # Without an unfinished row.
-                count = max(1, self.num_images // columns) * columns
-                images = pl_module.sample(range(min(count, self.num_images)))
+                dataset = needed_image_data(trainer, "SampleGrid").held_out_images
+                # As many as there are real ones to compare with, and without an unfinished row.
+                count = min(self.num_images, max(len(dataset), classes))
+                columns = self.columns or grid_columns(count, classes)
+                count -= count % columns if count > columns else 0
+                images = pl_module.sample(range(count))
         if not trainer.is_global_zero:
             return
         generated = to_uint8(images).cpu().numpy()
@@ -101,9 +105,21 @@ def _caption(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> str:
     parts = [
         f"step {steps_of(trainer, pl_module)}",
         "averaged weights" if ema is not None and ema.num_updates else "live weights",
-        str(pl_module.sampler),
+        _brief(pl_module.sampler),
     ]
     if pl_module.num_classes:
         scale = pl_module.guidance_scale
         parts.append("no guidance" if scale == 1 else f"guidance {scale:g}")
     return ", ".join(parts)
+
+
+def _brief(sampler: Sampler) -> str:
+    """A sampler with its number of steps and what else was chosen: `ODESampler(num_steps=25)`."""
+    chosen = []
+    for name, parameter in inspect.signature(type(sampler)).parameters.items():
+        value = getattr(sampler, name, parameter.default)
+        if value is None or (value == parameter.default and name != "num_steps"):
+            continue
+        plain = isinstance(value, str | int | float)
+        chosen.append(f"{name}={value}" if plain else f"{name}={type(value).__name__}")
+    return f"{type(sampler).__name__}({', '.join(chosen)})"

@@ -4,12 +4,27 @@ import io
 
 import numpy as np
 import pytest
+from diffusers import EulerDiscreteScheduler
+from grouped import grouped
+from lightning import Trainer
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ant_lightning import (
+    DDIM,
+    CosineSchedule,
+    DiffusersSampler,
+    DiT,
+    DiTModule,
+    ODESampler,
+    SampleGrid,
+    ShapesData,
+    TimestepClustering,
+)
 from ant_lightning.callbacks.axes_style import plain_log_axis, task_colors
 from ant_lightning.callbacks.grid_figure import grid_columns, image_grid, sample_grid
 from ant_lightning.callbacks.page_figure import stacked_page
+from ant_lightning.callbacks.sample_grid import _brief
 
 
 def noise(n, c, *size):
@@ -110,3 +125,34 @@ def test_headings_of_a_page_are_numbered_and_whole(tmp_path):
     assert page.shape[1] > 300
     assert (page[:30, -8:] > 200).all()  # nothing is written into the margin
     assert not np.array_equal(page[:44], page[64:108])
+
+
+def test_the_caption_says_what_was_chosen_of_a_sampler():
+    assert _brief(DDIM(num_steps=25)) == "DDIM(num_steps=25)"
+    chosen = ODESampler(num_steps=4, method="euler")
+    assert _brief(chosen) == "ODESampler(num_steps=4, method=euler)"
+    wrapped = DiffusersSampler(EulerDiscreteScheduler(), num_steps=7)
+    assert _brief(wrapped) == "DiffusersSampler(scheduler=EulerDiscreteScheduler, num_steps=7)"
+
+
+@pytest.mark.parametrize(("labelled", "side"), [(False, 9), (True, 8)])
+def test_as_many_are_generated_as_are_held_out_in_whole_rows(labelled, side, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "ant_lightning.callbacks.sample_grid.sample_grid",
+        lambda generated, real, **_: drawn.append((len(generated), len(real))) or Figure(),
+    )
+    data = ShapesData(image_size=8, num_images=12, num_held_out=10, num_classes=4, batch_size=4)
+    network = DiT(input_size=8, patch_size=4, in_channels=3, hidden_size=8, depth=1, num_heads=1,
+                  num_classes=4 * labelled)  # fmt: skip
+    settings = grouped(
+        schedule=CosineSchedule(100),
+        variance_type="learned_range",
+        clustering=TimestepClustering(num_tasks=2),
+        sampler=DDIM(num_steps=2),
+    )
+    Trainer(
+        accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[SampleGrid()],
+        enable_progress_bar=False, limit_val_batches=1,
+    ).validate(DiTModule(network, **settings), data, verbose=False)  # fmt: skip
+    assert drawn == [(side, side)]

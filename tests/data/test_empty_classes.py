@@ -23,7 +23,7 @@ def test_the_grid_leaves_the_place_of_a_class_without_images(tmp_path):
     callback = SampleGrid(num_images=20)
     run = trainer(tmp_path, callback, limit_val_batches=1)
     run.validate(module(), WithoutThrees(), verbose=False)
-    real = callback._real(run, run.lightning_module)
+    real = callback._real(run, run.lightning_module, 20)
     empty = [place for place, image in enumerate(real) if not image.any()]
     assert empty == [3, 13]
     labels = run.datamodule.held_out_images.labels
