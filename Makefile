@@ -5,7 +5,7 @@ MODEL ?= dit
 DATASET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare ntg evidence tables test test-cpu test-faults soak check docs bench clean
+.PHONY: help install demo compare ntg evidence tables test test-cpu test-faults test-app soak check docs bench clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -46,6 +46,12 @@ test-cpu: .venv/installed  ## parity and engines again, with the arithmetic of a
 
 test-faults: .venv/installed  ## break runs on purpose: kills, full disks, damaged files (at most 20 minutes)
 	$(BIN)/python -m pytest -m slow tests/faults tests/untrusted tests/distributed
+
+test-app: .venv/installed  ## drive the page of `ant-lightning app` in headless Chromium
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app]' playwright
+	command -v chromium > /dev/null || $(BIN)/python -m playwright install --with-deps chromium
+	$(BIN)/python -m pytest -m slow tests/app -W ignore::ResourceWarning \
+	  -W ignore::pytest.PytestUnraisableExceptionWarning
 
 soak: .venv/installed  ## half an hour of training in which memory, open files and speed must stay flat
 	$(BIN)/python -m benchmarks.soak

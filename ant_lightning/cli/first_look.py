@@ -45,7 +45,7 @@ def first_look(arguments: Sequence[str]) -> None:
         missing = [each for each in args if not each.startswith("-") and not Path(each).is_dir()]
         if missing:
             raise ConfigError(f"{missing[0]}: must be the log folder of a run")
-    if command in {"configs", "export", "report", "sweep"}:  # they take no settings of a run
+    if command in {"app", "configs", "export", "report", "sweep"}:  # they take no settings of a run
         return
     known = top_settings(command)
     for path in config_paths(args):

@@ -1,6 +1,6 @@
 r"""usage: ant-lightning {fit,validate,test,predict,score,encode} --config NAME [options]
        ant-lightning export RUN --to {diffusers,official,safetensors,torch}
-       ant-lightning {report,diagnose,sweep} RUN_FOLDER
+       ant-lightning {report,diagnose,sweep,app} RUN_FOLDER
        ant-lightning configs
 
 Diffusion training as multi-task learning over clusters of timesteps.
@@ -13,6 +13,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
   score      FID ... of stored images      --images FOLDER or FILE.npz
   diagnose   would balancing help? writes diagnosis.html into the folder of a run
   sweep      FID ... over guidance scales   --guidance 1 1.5 2, or EMA lengths, --ema 0.05 0.1
+  app        a web page that draws from runs     RUN [RUN ..], needs ant-lightning[app]
   encode     write a cache of latents      --config imagenet/encode
              or of captions' embeddings    --config captions/encode
   export     write a trained model for diffusers, the official code, safetensors or torch.export
@@ -60,6 +61,7 @@ __all__ = ["main"]
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 WITHOUT_LIGHTNING = ("configs", "report")  # they need not wait for its import
 OTHERS = (
+    "app",
     "diagnose",
     "encode",
     "export",
