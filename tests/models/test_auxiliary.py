@@ -11,6 +11,8 @@ from tiny_fit import SIZE, assert_same, everything, fit
 from torch import nn
 
 from ant_lightning import (
+    FAMO,
+    IMTLL,
     Batch,
     ConfigError,
     DigitsData,
@@ -18,6 +20,7 @@ from ant_lightning import (
     DiTModule,
     FeatureAlignment,
     FlowMatching,
+    LatentSpace,
     MultiTaskStep,
     SNRClustering,
     Tasks,
@@ -143,16 +146,27 @@ def test_gradients_are_those_of_plain_autograd(engine, compiled):
     torch.testing.assert_close(term.value, -cosines.mean().detach())
 
 
-def test_a_balancer_that_asks_twice_and_small_parts_change_no_gradient():
+@pytest.mark.parametrize("balancer", [UncertaintyWeighting, IMTLL, FAMO])
+def test_a_balancer_that_asks_twice_and_small_parts_change_no_gradient(balancer):
     network, term, x, _, losses = problem()
     found = []
     for size, scale, norm in ((None, 1.0, None), (2, 8.0, None), (None, 8.0, 1e-3)):
-        step = MultiTaskStep(network, UncertaintyWeighting(3), micro_batch_size=size)
+        step = MultiTaskStep(network, balancer(3), micro_batch_size=size)
         step.backward(term.added(losses, x), TASKS, loss_scale=scale)
         term.backward(loss_scale=scale, max_norm=norm)
+        step.update()  # FAMO asks for the losses once more
         found.append(torch.cat([p.grad.flatten() for p in term.head.parameters()]) / scale)
     torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(found[2], found[0] * (1e-3 / found[0].norm()), rtol=1e-2, atol=0)
+
+
+def test_cached_latents_without_their_first_stage_are_refused():
+    model = flow_module(auxiliary=alignment())
+    model.latent_space = LatentSpace(kind="vq", scale=1.0, shift=0.0, fingerprint="", source="")
+    batch = Batch(torch.randn(2, 1, 8, 8), torch.arange(2), torch.arange(2))
+    draws = model.draws(batch, model.clusters, step=0, rank=0, world_size=1)
+    with pytest.raises(ConfigError, match=r"auxiliary\.features: need images, or a first_stage"):
+        model._with_auxiliary(model.auxiliary, model.losses(batch.images, draws), batch, draws)
 
 
 @pytest.mark.parametrize("method", ["vanilla", "uw", "pcgrad"])
