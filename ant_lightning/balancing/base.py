@@ -371,6 +371,23 @@ class GradientBalancer(Balancer):
         self._num_steps_used = int(state[0])
 
 
+class CountsSteps(Balancer):
+    """Base of the balancers whose extra state is the number of finite steps."""
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__(num_tasks)
+        # A plain int: reading a counter on an accelerator would make the host wait in every step.
+        self._num_steps = 0
+
+    def get_extra_state(self) -> Tensor:
+        """Number of finite steps."""
+        return torch.tensor([self._num_steps])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the state of `get_extra_state`."""
+        self._num_steps = int(state[0])
+
+
 def check_min_loss(min_loss: float) -> float:
     """Check and return `min_loss`, the smallest loss that a learned weight is fitted to.
 

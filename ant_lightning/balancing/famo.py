@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ant_lightning.balancing.base import CountsSteps
 from ant_lightning.balancing.objective import ObjectiveBalancer
 from ant_lightning.errors import ConfigError
 
@@ -23,7 +24,7 @@ _EPSILON = 1e-8
 _BETAS = (0.9, 0.999)
 
 
-class FAMO(ObjectiveBalancer):
+class FAMO(CountsSteps, ObjectiveBalancer):
     """FAMO: weights `c z_i / L_i` with `z = softmax(w)`, and `c` such that they sum to 1.
 
     After the optimizer's step, the losses of the same batch are computed once more, and `w` takes
@@ -61,7 +62,6 @@ class FAMO(ObjectiveBalancer):
         self.weight_decay = weight_decay
         self.register_buffer("logits", torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("moments", torch.zeros(2, num_tasks, dtype=torch.float64))
-        self._num_updates = 0
 
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
         """`c sum_i z_i log L_i` over the losses `[k]` that are not NaN, with `c` held constant."""
@@ -81,18 +81,10 @@ class FAMO(ObjectiveBalancer):
         fall = torch.where(fall.isfinite(), fall, 0)  # also of a task without samples
         shares = self.logits.softmax(0)
         slope = shares * (fall - (shares * fall).sum()) + self.weight_decay * self.logits
-        self._num_updates += 1
+        self._num_steps += 1
         first = torch.lerp(self.moments[0], slope, 1 - _BETAS[0])
         second = torch.lerp(self.moments[1], slope.square(), 1 - _BETAS[1])
         self.moments = torch.stack([first, second])
-        first = first / (1 - _BETAS[0] ** self._num_updates)
-        second = second / (1 - _BETAS[1] ** self._num_updates)
+        first = first / (1 - _BETAS[0] ** self._num_steps)
+        second = second / (1 - _BETAS[1] ** self._num_steps)
         self.logits = self.logits - self.logits_lr * first / (second.sqrt() + 1e-8)
-
-    def get_extra_state(self) -> Tensor:
-        """Number of updates."""
-        return torch.tensor([self._num_updates])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the state of `get_extra_state`."""
-        self._num_updates = int(state[0])

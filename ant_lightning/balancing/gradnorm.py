@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.balancing.base import Balancer
+from ant_lightning.balancing.base import CountsSteps
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["GradNorm"]
 
 
-class GradNorm(Balancer):
+class GradNorm(CountsSteps):
     """GradNorm: learned weights `w = softmax(s)` that balance the norms of the tasks' gradients.
 
     With `G_i = k w_i |g_i|` and `r_i = (L_i / L_i(0)) / mean_j(L_j / L_j(0))`, the logits `s`
@@ -89,7 +89,6 @@ class GradNorm(Balancer):
         self.initial_steps = initial_steps
         self.update_every = update_every
         self.lr = lr
-        self._num_steps = 0
         self.logits = nn.Parameter(torch.zeros(num_tasks, dtype=torch.float32))
         # Sums of the first losses, and the numbers of steps that had the task.
         self.register_buffer("initial", torch.zeros(2, num_tasks, dtype=torch.float64))
@@ -148,11 +147,3 @@ class GradNorm(Balancer):
             new = torch.stack([losses.nan_to_num(), (~losses.isnan()).double()])
             self.initial = self.initial.to(new.device) + new
         self._num_steps += 1
-
-    def get_extra_state(self) -> Tensor:
-        """Number of finite steps."""
-        return torch.tensor([self._num_steps])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the state of `get_extra_state`."""
-        self._num_steps = int(state[0])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ant_lightning.balancing.base import LossBalancer
+from ant_lightning.balancing.base import CountsSteps, LossBalancer
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 
@@ -21,26 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["DWA", "RLW"]
 
 
-class _Weighted(LossBalancer):
+class _Weighted(CountsSteps, LossBalancer):
     """`sum_i w_i L_i` with weights that change in `update` alone."""
-
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__(num_tasks)
-        self._num_steps = 0
 
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
         """The weighted sum of the task losses `[k]`."""
         self._check_tasks(task_losses, "task_losses", 1)
         dtype = torch.promote_types(task_losses.dtype, torch.float32)
         return (self.loss_weights().to(task_losses.device, dtype) * task_losses.to(dtype)).sum()
-
-    def get_extra_state(self) -> Tensor:
-        """Number of finite steps."""
-        return torch.tensor([self._num_steps])
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore the state of `get_extra_state`."""
-        self._num_steps = int(state[0])
 
 
 class DWA(_Weighted):

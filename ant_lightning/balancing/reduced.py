@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.buckets import ArrivalOrder, Bucket, arranged, blocks_of, views_of
+from ant_lightning.balancing.engines import UnsupportedError
 from ant_lightning.balancing.gradients import DenseTaskGradients
 from ant_lightning.balancing.products import dot_products, full_precision
 from ant_lightning.balancing.weight_factors import WeightFactors
@@ -174,6 +175,12 @@ class ReducedTaskGradients(DenseTaskGradients):
     def receive(self, index: int, block: Float[Tensor, "m ..."]) -> None:
         """Take the gradients of one parameter, and send what is complete."""
         assert self._open, "receive was called before begin"
+        if index in self._factored:  # whose factors other ranks wait for
+            raise UnsupportedError(
+                "engine: one pass on several ranks needs as many positions for each sample in "
+                "every step where a layer meets few, found another number for a weight of shape "
+                f"{list(self.parameters[index].shape)}"
+            )
         place = self._bucket_of[index]
         assert self._missing[place], "receive was called twice for a parameter"
         self._order.note(index)

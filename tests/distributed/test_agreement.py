@@ -125,6 +125,15 @@ def too_late(rank):
     trained(rank, no_rule, later=2)
 
 
+def other_positions(rank):
+    """Rank 1 has two tokens a sample in the third step, and one before."""
+    layer = nn.Linear(64, 64)
+    step = MultiTaskStep(layer, PCGrad(K))
+    for tokens in (1, 1, 1 + rank):
+        x = torch.ones(6, tokens, 64)
+        step.backward(lambda rows, x=x: layer(x[rows]).square().mean((1, 2)), torch.arange(6) % K)
+
+
 @pytest.fixture(scope="module")
 def fallen(tmp_path_factory):
     return run_ranks(fall_back, 2, tmp_path_factory.mktemp("agreement"))
@@ -169,7 +178,15 @@ def test_an_error_of_one_rank_stops_both(tmp_path):
         assert one[0] is UnsupportedError
 
 
-def test_a_refusal_after_the_first_steps_says_what_to_do(tmp_path):
-    (_, _), (_, fault) = run_ranks(too_late, 2, tmp_path, check=False)
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (too_late, "no rule for a parameter in requires_grad_"),
+        (other_positions, "found another number for a weight of shape [64, 64]"),
+    ],
+)
+def test_a_refusal_after_the_first_steps_says_what_to_do(tmp_path, run, words):
+    (_, _), (_, fault) = run_ranks(run, 2, tmp_path, check=False)
+    assert words in fault
     assert ConfigError.__name__ in fault
     assert "in a later one; use the loop from the start" in fault

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from rank_processes import needs_unused_shards, run_ranks
-from tiny_runs import METHODS, ROUNDING, TinyData, module, sgd, trainer
+from tiny_runs import METHODS, ROUNDING, K, TinyData, module, sgd, trainer
 
 from ant_lightning import (
     EMA,
     Checkpoints,
     ConfigError,
+    GradNorm,
     MuonAdamW,
     MuonGroups,
     NamedGroups,
@@ -141,18 +142,23 @@ def test_one_process_goes_on_from_a_sharded_checkpoint(two_ranks, folder):
     assert largest_difference(one["averages"], whole["averages"]) < ROUNDING
 
 
-def named_groups(rank):
+def named_groups(rank, ranks=2):
+    METHODS["gradnorm"] = lambda: GradNorm(K, initial_steps=1, shared_parameters=["blocks.*"])
     groups = NamedGroups({"*.bias": {"lr": 1e-2}, "late": {"weight_decay": 0.0}})
-    return run(2, "uw", param_groups=groups)["weights"]
+    try:
+        return run(ranks, "gradnorm", sharded=ranks > 1, param_groups=groups)
+    finally:
+        del METHODS["gradnorm"]
 
 
 @needs_unused_shards
-def test_groups_of_parameters_are_those_of_one_process(tmp_path):
+def test_groups_of_parameters_and_names_are_those_of_one_process(tmp_path):
     first, second = run_ranks(named_groups, 2, tmp_path, limit=110)
-    groups = NamedGroups({"*.bias": {"lr": 1e-2}, "late": {"weight_decay": 0.0}})
-    one = run(1, "uw", sharded=False, param_groups=groups)["weights"]
-    assert largest_difference(first, one) < 10 * ROUNDING  # biases have ten times the rate
-    assert largest_difference(first, second) == 0
+    one = named_groups(0, ranks=1)
+    # Biases have ten times the rate.
+    assert largest_difference(first["weights"], one["weights"]) < 10 * ROUNDING
+    assert largest_difference(first["weights"], second["weights"]) == 0
+    assert first["balancer"] == second["balancer"]
 
 
 @pytest.mark.parametrize(
