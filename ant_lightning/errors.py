@@ -9,6 +9,7 @@ __all__ = [
     "DivergedRanksError",
     "FileError",
     "NonFiniteError",
+    "UnsupportedError",
     "check_at_least",
     "message_of",
 ]
@@ -31,6 +32,10 @@ class FileError(ConfigError):
 
     Nothing in the file was executed, and no memory was reserved before its size was checked.
     """
+
+
+class UnsupportedError(ConfigError):
+    """An engine cannot separate the gradients of the tasks in this network."""
 
 
 class NonFiniteError(RuntimeError):

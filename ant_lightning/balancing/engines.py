@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.shards import is_sharded
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
 
 __all__ = ["Engine", "Loop", "UnsupportedError", "check_whole", "new_rows"]
-
-
-class UnsupportedError(ConfigError):
-    """An engine cannot separate the gradients of the tasks in this network."""
 
 
 class Engine(ABC):

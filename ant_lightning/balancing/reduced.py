@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.buckets import ArrivalOrder, Bucket, arranged, blocks_of, views_of
-from ant_lightning.balancing.engines import UnsupportedError
 from ant_lightning.balancing.gradients import DenseTaskGradients
 from ant_lightning.balancing.products import dot_products, full_precision
 from ant_lightning.balancing.weight_factors import WeightFactors
+from ant_lightning.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
