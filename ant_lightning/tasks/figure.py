@@ -103,6 +103,8 @@ def clusterings_figure(
         # Log-SNR falls with the timestep: these limits reverse its axis, so noise grows rightwards.
         densities.set(xlabel=label, xlim=(edges[0], edges[-1]))
         densities.set_ylim(bottom=0)
+        intervals.set_title(f"the tasks over {label}", fontsize=9)
+        densities.set_title(f"how often each {_cell(time)} is drawn", fontsize=9)
         densities.grid(alpha=0.3, which="both")
         densities.label_outer()
         intervals.label_outer()
