@@ -96,6 +96,7 @@ class Conditions:
         given = batch.condition
         self._check(given, where="batch.condition", num_images=len(batch.images))
         named = {name: given[name] for name in self.names}
+        self._seen = {name: each[:1] for name, each in named.items()}
         return {**named, **({"labels": batch.labels} if self.num_classes else {})}
 
     def of_images(

@@ -15,9 +15,11 @@ from ant_lightning import (
     Batch,
     ConfigError,
     CosineSchedule,
+    DigitsData,
     MultiTaskDiffusion,
     PCGrad,
     SNRClustering,
+    load_run,
 )
 from ant_lightning.cli.main import main
 
@@ -94,6 +96,39 @@ def test_the_five_lines_of_the_page_train_and_resume_from_the_working_folder(tmp
     args += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     assert main([*args, "--trainer.max_steps=1"]) == 0
     assert main([*args, "--trainer.max_steps=2", "--ckpt_path=last"]) == 0
+
+
+UNET = """
+model:
+  class_path: ant_lightning.MultiTaskDiffusion
+  init_args:
+    backbone:
+      class_path: diffusers.UNet2DModel
+      init_args:
+        sample_size: 8
+        in_channels: 1
+        out_channels: 1
+        block_out_channels: [8, 8]
+        layers_per_block: 1
+        norm_num_groups: 4
+        down_block_types: [DownBlock2D, DownBlock2D]
+        up_block_types: [UpBlock2D, UpBlock2D]
+    process: {init_args: {variance_type: fixed_large}}
+    sampling: {guidance_scale: 1.0, sampler: {init_args: {num_steps: 2}}}
+"""
+
+
+def test_a_network_of_diffusers_by_class_path(tmp_path, monkeypatch):
+    (tmp_path / "unet.yaml").write_text(UNET)
+    monkeypatch.chdir(tmp_path)
+    names = ["digits/dit", "balancer/uw", "clustering/snr", "unet.yaml"]
+    args = ["fit", *(part for name in names for part in ("--config", name))]
+    args += ["--data.init_args.batch_size=20", "--trainer.limit_val_batches=0"]
+    args += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main([*args, "--trainer.max_steps=1"]) == 0
+    module = load_run(max(tmp_path.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime))
+    assert type(module.backbone.network).__name__ == "UNet2DModel"
+    assert module.sample(2).shape == (2, 1, 8, 8)
 
 
 def test_every_condition_reaches_the_network_and_all_of_an_image_are_dropped_together(tmp_path):
@@ -180,5 +215,9 @@ def test_a_condition_that_is_not_given_is_named(tmp_path):
         made().sample(3, condition=told(2))
     with pytest.raises(ConfigError, match=r"^batch.condition: must have text for Told, found"):
         trainer(tmp_path).fit(made(), *[DataLoader(Images(text=None), 12)] * 2)
+    null = {**NULL, "labels": 10}
+    net = Told(input_size=8, num_classes=10, null_condition=null)
+    with pytest.raises(ConfigError, match=r"^data: must have text, mask for Told, found none"):
+        trainer(tmp_path).fit(made(net), DigitsData(batch_size=20))
     with pytest.raises(ConfigError, match=r"^null_condition: text must broadcast to the shape"):
         trainer(tmp_path).fit(made(), *[DataLoader(Images(text=torch.zeros(5)), 12)] * 2)
