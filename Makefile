@@ -71,6 +71,7 @@ bench: .venv/installed  ## time balancers, every method against vanilla, network
 	$(BIN)/python -m benchmarks.backbones
 	$(BIN)/python -m benchmarks.loaders
 	$(BIN)/python -m benchmarks.analysis
+	$(BIN)/python -m benchmarks.adapters
 	$(BIN)/python -m benchmarks.two_hosts
 
 clean:  ## remove what the other targets made
