@@ -124,6 +124,8 @@ def export(
         (made / "README.md").write_text(card, encoding="utf8")
         if to == "safetensors":
             keys = ("model", "data", "seed_everything")
+            if module.adapter is None:  # folded into the weights
+                (settings["model"].get("init_args") or {}).pop("adapter", None)
             write_json(made / "config.json", {k: settings[k] for k in keys if k in settings})
     return Exported(goal)
 

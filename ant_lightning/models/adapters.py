@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Adapter", "LoRA", "PeftAdapter", "adapted", "base_fingerprint", "insert"]
+__all__ = ["Adapter", "LoRA", "PeftAdapter", "adapted", "base_fingerprint", "folded", "insert"]
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of diffusers' networks
 NAME = "default"  # PEFT's
@@ -157,6 +158,19 @@ def adapted(backbone: nn.Module) -> nn.Module:
     inner = getattr(backbone, "_orig_mod", backbone)
     inner = inner.network if isinstance(inner, DiffusersBackbone) else inner
     return getattr(inner, "_orig_mod", inner)  # type: ignore[no-any-return]
+
+
+def folded(backbone: nn.Module) -> nn.Module:
+    """A copy whose adapter is added to the weights that it adapts; its layers are plain again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - an extra
+
+    copied = copy.deepcopy(backbone)
+    for name, part in list(copied.named_modules()):
+        if isinstance(part, BaseTunerLayer):
+            part.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(copied.get_submodule(parent), child, part.get_base_layer())
+    return copied
 
 
 def base_fingerprint(state: Mapping[str, torch.Tensor], base: frozenset[str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ant_lightning.diffusion.condition import rows_of
 from ant_lightning.errors import ConfigError
+from ant_lightning.models.adapters import folded
 from ant_lightning.transfer.specialists import check_specialist, specialist_network
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def switched_network(
         ConfigError: If a checkpoint is none of a specialist, differs in the process or the
             backbone, or two intervals overlap.
     """
-    base, ends, networks = copy.deepcopy(module.backbone).eval(), [0], list[nn.Module]()
+    base, ends, networks = _own_network(module), [0], list[nn.Module]()
     for expert in _specialists(module, specialists, averaged=averaged):
         start, stop = expert.interval
         if start > ends[-1]:
@@ -212,11 +213,11 @@ def merged_network(
         ConfigError: As `switched_network`, or if there is not one weight for each.
     """
     found = _specialists(module, specialists, averaged=averaged, weights=weights)
-    network: nn.Module = copy.deepcopy(module.backbone)
+    network = _own_network(module)
     experts = [expert.network.state_dict() for expert in found]
-    own = module.backbone.state_dict()
-    network.load_state_dict(merged_weights(own, experts, [each.weight for each in found]))
-    return network.eval()
+    weights = [expert.weight for expert in found]
+    network.load_state_dict(merged_weights(network.state_dict(), experts, weights))
+    return network
 
 
 def with_experts(
@@ -229,7 +230,8 @@ def with_experts(
     """A copy of a module that is switched between specialists, or merged with them.
 
     Switched, it uses each specialist inside its interval, and itself elsewhere, in sampling and in
-    evaluation. Merged, it has one network, `base + sum_i w_i (specialist_i - base)`.
+    evaluation. Merged, it has one network, `base + sum_i w_i (specialist_i - base)`. Adapters are
+    folded into the weights first.
 
     Args:
         module: The base.
@@ -257,7 +259,7 @@ def with_experts(
     else:
         network = merged_network(module, specialists, merge_weights, averaged=averaged)
     copied = copy.deepcopy(module)
-    copied.backbone = network
+    copied.backbone, copied.adapter, copied.not_stored = network, None, frozenset()
     return copied.eval()
 
 
@@ -270,6 +272,14 @@ def interval_shares(
         for i, path in enumerate(specialists)
     ]
     return {(a, b): (b - a) / module.process.num_timesteps for a, b in found}
+
+
+def _own_network(module: MultiTaskDiffusion) -> nn.Module:
+    """A copy of the module's network; an adapter is folded in, as its factors do not add up."""
+    if module.adapter is not None:
+        return folded(module.backbone).eval()
+    network: nn.Module = copy.deepcopy(module.backbone)
+    return network.eval()
 
 
 class _Expert(NamedTuple):
@@ -308,6 +318,8 @@ def _specialists(
         start, stop = specialist.interval
         share = (stop - start) / module.process.num_timesteps
         network = specialist_network(module, specialist, averaged=averaged)
+        if module.adapter is not None:
+            network = folded(network)
         weight = share if weights is None else float(weights[i])
         found.append(_Expert(specialist.interval, network, weight))
     return sorted(found, key=lambda each: each.interval)

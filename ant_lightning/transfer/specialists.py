@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ant_lightning.backbones.checkpoints import load_official_checkpoint, read_checkpoint
+from ant_lightning.backbones.checkpoints import fill_backbone, read_checkpoint
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,7 +102,10 @@ def specialist_network(
         ConfigError: If the weights do not fit the backbone.
     """
     network: nn.Module = copy.deepcopy(module.backbone)
-    load_official_checkpoint(network, specialist.path, weights="ema" if averaged else "model")
+    content, weights = read_checkpoint(specialist.path), "ema" if averaged else "model"
+    # With an adapter the file holds the adapter alone.
+    held = module.not_stored
+    fill_backbone(network, content, path=specialist.path, weights=weights, held=held)  # type: ignore[arg-type]
     return network.eval().requires_grad_(False).to(module.device)
 
 
@@ -140,6 +143,9 @@ def check_specialist(
         interval = int(start), int(stop)
     ours = {**module.checkpoint_state().state_dict(), "train_interval": list(interval)}
     pairs = {setting: (ours[name], saved[name]) for name, setting in _SAME.items()}
+    if module.adapter is not None or saved.get("adapter") is not None:
+        for name in ("adapter", "base_weights"):
+            pairs[f"model.{name}"] = (ours.get(name), saved.get(name))
     # 0: the module's weights do not come from a checkpoint that counts steps.
     if budget == "iterations" and module.trained_steps:
         pairs["optimizer steps"] = (module.trained_steps, steps)

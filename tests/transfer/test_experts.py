@@ -17,6 +17,7 @@ from ant_lightning import (
     ExpertComparison,
     FlowMatching,
     IntervalExperts,
+    LoRA,
     merged_weights,
     with_experts,
 )
@@ -123,6 +124,48 @@ def test_merged_weights_are_a_sum_and_zero_is_the_base(files):
         torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
     with pytest.raises(ConfigError, match=r"weights: must be 2, .*found \[1.0\]"):
         with_experts(model, files, merge_weights=[1.0], averaged=False)
+
+
+def test_adapters_are_folded_in(tmp_path):
+    """Specialists that are LoRA of one base: their files hold the adapter alone."""
+
+    def adapted(seed, **settings):
+        made = module(
+            TinyDiT(), sampler=SAMPLER, adapter=LoRA(r=2, target_modules=("qkv",)), **settings
+        ).eval()
+        torch.manual_seed(seed)
+        for name, parameter in made.backbone.named_parameters():
+            if "lora_" in name and seed:
+                torch.nn.init.normal_(parameter, std=0.5)
+        return made
+
+    model = adapted(0)
+    experts = [adapted(i + 1, interval=interval) for i, interval in enumerate(INTERVALS)]
+    paths = [saved(tmp_path, f"lora_{i}", each) for i, each in enumerate(experts)]
+    held = torch.load(paths[0], weights_only=True)["state_dict"]
+    assert all("lora_" in name for name in held if name.startswith("backbone."))
+    switched = with_experts(model, paths, averaged=False)
+    x, labels = torch.randn(3, 1, 8, 8), torch.arange(3)
+    for cell, owner in ((10, experts[0]), (45, model), (80, experts[1])):
+        t = torch.full((3,), cell)
+        with torch.no_grad():
+            expected = owner.backbone(x, t, labels)
+            output = switched.backbone(x, t, labels)
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    # Weights of the merge multiply the products of the factors, not the factors.
+    merged = with_experts(model, paths, merge_weights=[0.5, 0.25], averaged=False)
+    weight = "blocks.0.attn.qkv.weight"
+    change = merged.backbone.state_dict()[weight] - TinyDiT().state_dict()[weight]
+    wanted = torch.zeros_like(change)
+    for share, each in zip((0.5, 0.25), experts, strict=True):
+        own = each.backbone.state_dict()
+        a, b = (own[f"blocks.0.attn.qkv.lora_{x}.default.weight"] for x in "AB")
+        wanted += share * b @ a
+    torch.testing.assert_close(change, wanted, atol=1e-5, rtol=1e-4)
+    other = adapted(0)
+    other.base_weights = "another"
+    with pytest.raises(ConfigError, match=r"model.base_weights another like the multi-task model"):
+        with_experts(other, paths, averaged=False)
 
 
 def test_what_is_no_specialist_or_overlaps_is_refused(files, tmp_path):
