@@ -41,6 +41,7 @@ MODELS = {
     "imagenet/dit_s2": ("dit_s_2", 16, DIT),
     "imagenet/dit_l2": ("dit_l_2", 16, DIT),
 }
+FIRST = ("ffhq/adm", "ffhq/ldm", "imagenet/dit_s2")
 BALANCERS = ("vanilla", "linear", "uw", "pcgrad", "nash")
 CLUSTERINGS = ("timestep", "snr", "gradient")
 METHODS = [("vanilla", "snr"), *((b, c) for b in BALANCERS[1:] for c in CLUSTERINGS)]
@@ -131,7 +132,13 @@ def test_each_model_has_the_published_size(parser, place, model):
     assert sum(p.numel() for p in backbone.parameters()) == manifest["total_params"]
 
 
-@pytest.mark.parametrize("model", MODELS)
+# The others differ from these in numbers alone.
+OF_EACH_KIND = [
+    pytest.param(model, marks=() if model in FIRST else (pytest.mark.slow,)) for model in MODELS
+]
+
+
+@pytest.mark.parametrize("model", OF_EACH_KIND)
 def test_every_method_composes_with_every_model(parser, place, model):
     backbone = None
     for method in METHODS:
@@ -152,7 +159,7 @@ def test_every_method_composes_with_every_model(parser, place, model):
         assert (module.first_stage is None) == ("adm" in model)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", OF_EACH_KIND)
 def test_two_steps_of_every_balancer(parser, place, model, tmp_path):
     _, size, small = MODELS[model]
     for balancer in BALANCERS:

@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import tiny_fit
@@ -97,9 +98,15 @@ def steps(network, engine, balancer, gpu=None):
         return report, torch.cat([getattr(v, "value", v).flatten().double() for v in values]), waits
 
 
-@pytest.mark.parametrize("name", BALANCERS)
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("network", NETWORKS)
+def cases():
+    """Every engine with PCGrad and every balancer with `auto`, all in the slow tests."""
+    for network, engine, name in product(NETWORKS, ENGINES, BALANCERS):
+        quick = name == "pcgrad" or (engine == "auto" and network == "dit")
+        marks = () if quick else (pytest.mark.slow,)
+        yield pytest.param(network, engine, name, marks=marks)
+
+
+@pytest.mark.parametrize(("network", "engine", "name"), list(cases()))
 def test_a_step_on_a_gpu_gives_the_numbers_of_the_cpu_and_waits_for_its_end(
     network, engine, name, monkeypatch
 ):
