@@ -15,8 +15,8 @@ from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.folder_images import FolderImages, broken_images
 from ant_lightning.data.image_search import find_images
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, default_held_out
-from ant_lightning.data.pictures import Crop, read_picture
-from ant_lightning.errors import ConfigError
+from ant_lightning.data.pictures import Crop, is_grey, read_picture
+from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.identity import shortened
 from ant_lightning.randomness import keyed_generator
 from ant_lightning.runtime.run_record import run_folder
@@ -47,7 +47,8 @@ class ImageFolderData(ImageDataModule):
         labels: `folders`: the first folder below `root` is an image's class. `none`: no classes.
             `auto`: `none` if the images lie in `root` itself, else `folders`.
         class_map: JSON file of class names and numbers; made if it does not exist.
-        channels: 3 for colour, 1 for grey.
+        channels: 3 for colour, 1 for grey; `None`: 1 if all images are grey (1,000 of many are
+            looked at), else 3.
         crop: `center_adm` as ADM and DiT crop, or `resize`.
         exif_rotation: Whether to apply the EXIF orientation of photos, as viewers do.
         flip: Whether training images are mirrored in half of the epochs.
@@ -90,7 +91,7 @@ class ImageFolderData(ImageDataModule):
         num_held_out: int | None = None,
         labels: Literal["auto", "folders", "none"] = "auto",
         class_map: str | None = None,
-        channels: Literal[1, 3] = 3,
+        channels: Literal[1, 3] | None = 3,
         crop: Crop = "center_adm",
         exif_rotation: bool = True,
         flip: bool = True,
@@ -100,9 +101,11 @@ class ImageFolderData(ImageDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if channels not in {1, 3}:
-            raise ConfigError(f"channels: must be 1 or 3, found {channels}")
+        if channels not in {1, 3, None}:
+            raise ConfigError(f"channels: must be 1, 3 or None, found {channels}")
         self.root = Path(root)
+        if channels is None:
+            channels = _channels(find_images(self.root, labels=labels)[0])
         self.image_shape = (channels, *height_and_width(image_size, name="image_size"))
         self.num_held_out = num_held_out
         self.labels = labels
@@ -222,3 +225,14 @@ class ImageFolderData(ImageDataModule):
             self.num_skipped = len(broken)
             warnings.warn(f"root: left out {report}", stacklevel=2)
         return [i for i, path in enumerate(paths) if path not in broken]
+
+
+def _channels(paths: list[Path]) -> Literal[1, 3]:
+    """1 if the headers of all images say grey; a file that cannot be read says nothing."""
+    for path in paths[:: max(1, len(paths) // _SPOT_CHECKS)]:
+        try:
+            if not is_grey(path):
+                return 3
+        except FileError:
+            continue  # `validate_images` decides about it
+    return 1

@@ -92,6 +92,17 @@ def test_what_is_set_stays_and_what_follows_is_added(images):
     assert options(*args, fixed)[next(iter(tasks))] == "2"
 
 
+def test_grey_folders_train_one_channel(tmp_path):
+    for i in range(3):
+        Image.new("L", (32, 32), i).save(tmp_path / f"{i}.png")
+    args = ["--config", str(config_names()["folder/sit_32"]), f"--data.root={tmp_path}"]
+    assert options(*args)[BACKBONE + "in_channels"] == "1"
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert options(*args)[BACKBONE + "in_channels"] == "1"
+    Image.new("RGB", (32, 32)).save(tmp_path / "colour.png")
+    assert options(*args)[BACKBONE + "in_channels"] == "3"
+
+
 def test_a_folder_that_is_missing_is_left_to_the_command(tmp_path, capsys):
     assert main(["fit", "--config=folder/dit_32", "--data.root=/nope", "--data.seed=0"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
