@@ -120,6 +120,7 @@ def test_one_task_and_tasks_of_one_timestep_train_and_validate(method, k, num_ti
     fit(METHODS[method](k), k=k, num_timesteps=num_timesteps, callbacks=[monitor])
 
 
+@pytest.mark.filterwarnings("ignore:tasks. the expected number of images of a task")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_of_one_image_trains_or_is_refused_by_name(method):
     if method in {"pcgrad", "nash"}:
