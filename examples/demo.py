@@ -15,6 +15,7 @@ import torch
 
 from ant_lightning.cli.main import main as ant_lightning
 from ant_lightning.cli.parser import AntCLI, run
+from ant_lightning.tasks.time_axis import TimeAxis
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 METHOD = ["balancer/uw.yaml", "clustering/snr.yaml"]
@@ -88,10 +89,11 @@ def print_table(cli: AntCLI, checkpoint: Path, common: list[str]) -> None:
     ]
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     weights = module.balancer.loss_weights() if module.balancer is not None else None
+    time = TimeAxis.of(module.process)
     for task, (start, stop) in enumerate(pairwise(boundaries)):
         weight = "" if weights is None else f"weight {float(weights[task]):.3f}"
         loss = f"{scores[f'val/task_{task}/loss']:.4f}"
-        rows.append((f"loss, t in {start}..{stop - 1}", loss, weight))
+        rows.append((f"loss, {time.unit} {time.words(start, stop)}", loss, weight))
     speed = state["callbacks"].get("TrainingProgress", {}).get("images_per_second")
     if speed:
         rows.append(("training speed", f"{speed:.0f}", f"images/s, {state['global_step']} steps"))
