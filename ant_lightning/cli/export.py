@@ -55,7 +55,7 @@ def export(
         run: Folder of a run, or a checkpoint.
         to: `diffusers`: a pipeline folder with network, scheduler and first stage, for
             `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`. `official`: the
-            file that the official repository of DiT, ADM, P2 or latent diffusion reads.
+            file that the official repository of DiT, SiT, ADM, P2 or latent diffusion reads.
             `safetensors`: the weights with their settings, for `load_run`. `torch`: a program of
             `torch.export`.
         output: The folder; by default `exports/<to>` in the run's. One that an export wrote is

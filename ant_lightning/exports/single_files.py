@@ -10,6 +10,8 @@ import torch
 from ant_lightning.backbones.checkpoint_layouts import bare_names
 from ant_lightning.backbones.dit import DiT
 from ant_lightning.backbones.unet import UNet
+from ant_lightning.diffusion.discrete import DiscreteDiffusion
+from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.atomic import write_atomically
 from ant_lightning.files.safetensors_file import write_tensors
@@ -37,15 +39,24 @@ def network_weights(network: nn.Module) -> dict[str, Tensor]:
 def write_official(module: DiffusionModule, folder: Path) -> list[str]:
     """Write `model.pt` as the official repository reads it, or `model.ckpt` of latent diffusion.
 
-    DiT, ADM and P2 read a bare state dict. Latent diffusion reads `state_dict` with the UNet below
-    `model.diffusion_model.`, the class table below `cond_stage_model.` and the first stage below
-    `first_stage_model.`; the first stage is left out, as its names there are others.
+    DiT, SiT, ADM and P2 read a bare state dict. Latent diffusion reads `state_dict` with the UNet
+    below `model.diffusion_model.`, the class table below `cond_stage_model.` and the first stage
+    below `first_stage_model.`; the first stage is left out, as its names there are others.
 
     Raises:
-        ConfigError: If the official class cannot have these weights.
+        ConfigError: If the official class cannot have these weights, or samples otherwise.
     """
-    backbone = module.backbone
+    backbone, process = module.backbone, module.process
     weights = network_weights(backbone)
+    is_sit = isinstance(process, FlowMatching) and process.convention == "sit"
+    if not isinstance(process, DiscreteDiffusion) and not (is_sit and isinstance(backbone, DiT)):
+        raise ConfigError(
+            "process: must be DiscreteDiffusion, or FlowMatching with convention 'sit' and a DiT, "
+            f"for an official repository to sample from it, found {type(process).__name__}"
+        )
+    notes = []
+    if process.prediction_type != ("v" if is_sit else "eps"):
+        notes.append(f"the network predicts {process.prediction_type}; tell the official code")
     if isinstance(backbone, DiT):
         if backbone.routing is not None:
             raise ConfigError(
@@ -58,7 +69,7 @@ def write_official(module: DiffusionModule, folder: Path) -> list[str]:
                 "table, found 0"
             )
         _save(folder / "model.pt", weights)
-        return []
+        return notes
     if not isinstance(backbone, UNet):
         raise ConfigError(
             f"backbone: must be a DiT or a UNet, found {type(backbone).__name__}, which has no "
@@ -66,13 +77,13 @@ def write_official(module: DiffusionModule, folder: Path) -> list[str]:
         )
     if module.latent_space is None and backbone.context_dim is None:
         _save(folder / "model.pt", weights)
-        return []
+        return notes
     table = weights.pop(_CLASS_TABLE, None)
     state = {f"model.diffusion_model.{name}": value for name, value in weights.items()}
     if table is not None:
         state["cond_stage_model.embedding.weight"] = table
     _save(folder / "model.ckpt", {"state_dict": state})
-    return ["latent diffusion's file has no first stage; its config names one"]
+    return [*notes, "latent diffusion's file has no first stage; its config names one"]
 
 
 def write_safetensors(module: MultiTaskDiffusion, folder: Path) -> list[str]:

@@ -200,6 +200,22 @@ def test_what_has_no_scheduler_is_refused(tmp_path):
         write_pipeline(made, tmp_path)
 
 
+def test_an_official_file_is_for_a_process_of_its_repository(tmp_path):
+    with pytest.raises(ConfigError, match=r"process: must be DiscreteDiffusion, .*found EDM"):
+        write_official(edm(), tmp_path)
+    with pytest.raises(ConfigError, match=r"process: must be .*found FlowMatching"):
+        write_official(flow("diffusers"), tmp_path)
+    assert write_official(adm_with_classes(), tmp_path) == [
+        "the network predicts v; tell the official code"
+    ]
+    sit = module(DiT(**DIT, in_channels=2, num_classes=3), FlowMatching())
+    assert write_official(sit, tmp_path / "sit") == []
+    report = load_official_checkpoint(
+        DiT(**DIT, in_channels=2, num_classes=3), tmp_path / "sit" / "model.pt"
+    )
+    assert report.layout == "state dict"
+
+
 @pytest.mark.parametrize("case", ["adm", "adm_with_classes", "ldm"])
 def test_official_files_and_programs_of_unets(case, stages, tmp_path):
     made = ldm(stages) if case == "ldm" else CASES[case]()
