@@ -24,7 +24,7 @@ _PANELS = {
     "effective weight of each task": r"train/task_\d+/weight",
     "FID": r"val/fid(_real|_train)?",
     "gradient": r"train/grad_norm",
-    "conflicting pairs of tasks": r"train/conflicting_pairs",
+    "share of conflicting pairs of tasks": r"train/conflicting_pairs",
 }
 
 
@@ -72,7 +72,9 @@ def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:
             marker = "o" if len(steps) < 20 else ""
             axis.plot(steps, values, marker=marker, markersize=3, label=label, color=color)
         drawn = [value for name in names for _, value in curves[name]]
-        if min(drawn) > 0:
+        if "conflicting" in title:  # a share
+            axis.set_ylim(0, 1)
+        elif min(drawn) > 0:
             plain_log_axis(axis, drawn)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("optimizer step", fontsize=8)
