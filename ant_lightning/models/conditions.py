@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ant_lightning.data.batch import Batch
+    from ant_lightning.data.dataset import ImageDataset
 
 __all__ = ["Conditions"]
 
@@ -145,7 +147,7 @@ class Conditions:
         found = images.conditions([0])
         self._check(found, where="data", num_images=1)
         self._seen = {name: found[name] for name in self.names}
-        self.prompts = lambda indices: images.conditions([i % len(images) for i in indices])
+        self.prompts = partial(_prompts, images)
 
     def dropped(self, condition: Condition, drop: Tensor) -> Condition:
         """The condition, with the null of every entry where `drop [b]` is true."""
@@ -175,6 +177,10 @@ class Conditions:
                     f"null_condition: {name} must broadcast to the shape {list(shape)} of an "
                     f"image's entry, found {list(null.shape)}"
                 )
+
+
+def _prompts(images: ImageDataset, indices: list[int]) -> Mapping[str, Tensor]:
+    return images.conditions([index % len(images) for index in indices])
 
 
 def _listed(names: Iterable[str]) -> str:
