@@ -191,3 +191,13 @@ print(len(sys.modules))
 
 def test_the_mathematics_needs_torch_numpy_and_einops_alone(tmp_path):
     assert int(run(ALONE, ROOT, tmp_path)) > 500
+
+
+def test_a_report_and_the_list_of_configs_do_not_wait_for_lightning(tmp_path):
+    found = run(
+        "import sys, ant_lightning.cli.report, ant_lightning.cli.configs\n"
+        "print('lightning' in sys.modules, 'torchmetrics' in sys.modules)",
+        ROOT,
+        tmp_path,
+    )
+    assert found.split() == ["False", "False"]

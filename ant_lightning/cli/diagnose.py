@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ant_lightning.cli.parser import run
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.checkpoint_files import furthest_whole
-from ant_lightning.runtime.run_record import newest_record
+from ant_lightning.runtime.run_files import newest_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
-from jsonargparse import ArgumentParser
 
 from ant_lightning.backbones.checkpoints import fill_backbone
 from ant_lightning.callbacks.power_averages import PowerAverages, snapshot_folder
 from ant_lightning.callbacks.power_function import check_length
 from ant_lightning.cli.config_files import check_config_file, load_yaml
+from ant_lightning.cli.parts import make_part
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.cli.run_folder import stored_settings
-from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.exports.single_files import EXPORTED_WEIGHTS
 from ant_lightning.files.json_file import read_json
@@ -25,11 +22,9 @@ from ant_lightning.models.base import BaseModule
 from ant_lightning.runtime.checkpoint_files import furthest_whole, read_whole_checkpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["load_run", "make_part", "run_settings"]
-
-_TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
+__all__ = ["load_run", "run_settings"]
 
 
 def load_run(
@@ -182,51 +177,3 @@ def _of_model(settings: dict[str, Any]) -> dict[str, Any]:
     if init.get("seed", 0) is None and type(seed) is int:
         init["seed"] = seed
     return {**settings["model"], "init_args": init}
-
-
-def make_part(chosen: dict[str, Any], kind: type, trust: Sequence[str] = ()) -> Any:  # noqa: ANN401
-    """Make the object that a part of stored settings describes, `{class_path, init_args}`.
-
-    Raises:
-        ConfigError: If the settings name code that is not trusted, or cannot be made into one.
-    """
-    _check_trusted(chosen, trust)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "model", required=True)
-
-    def parse() -> Any:  # noqa: ANN401
-        parsed = parser.parse_object({"model": chosen})
-        _check_trusted(parsed.as_dict(), trust)  # the parser has expanded short names
-        return parsed
-
-    with SettingPaths() as paths:
-        return paths.make(parser, parse).model
-
-
-def _check_trusted(settings: object, trust: Sequence[str]) -> None:
-    """Refuse settings that name code from an untrusted package, before it is imported."""
-    for name in _imports(settings):
-        if not any(name == each or name.startswith(f"{each}.") for each in (*_TRUSTED, *trust)):
-            raise ConfigError(
-                f"trust: the settings name {name}, which is not in {', '.join(_TRUSTED)}; if you "
-                f"trust that code, pass trust=[{name.rpartition('.')[0]!r}]"
-            )
-
-
-def _imports(value: object) -> Iterator[str]:
-    """Every string that is or may be the name of a class.
-
-    The parser accepts a bare import path in place of `class_path`, so every dotted text counts.
-    """
-    if isinstance(value, dict):
-        for key, each in value.items():
-            if key == "class_path" and isinstance(each, str) and "." in each:
-                yield each
-            else:
-                yield from _imports(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _imports(each)
-    elif isinstance(value, str) and re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", value):
-        # `find_spec` of a top-level name imports nothing; `weights.pt` names no package.
-        yield from [value] if find_spec(value.partition(".")[0]) else []

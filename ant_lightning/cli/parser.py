@@ -46,7 +46,8 @@ from ant_lightning.models.optimizers import say_changed
 from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.quiet import keep_quiet
-from ant_lightning.runtime.run_record import RunRecord, remove_empty_run
+from ant_lightning.runtime.run_files import remove_empty_run
+from ant_lightning.runtime.run_record import RunRecord
 from ant_lightning.runtime.settings import changed_settings, flat_settings, trained_settings
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ from ant_lightning.affinity.result import AffinityResult
 from ant_lightning.backbones.checkpoints import read_checkpoint
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.curves import Curve, curves_figure, read_curves
-from ant_lightning.cli.load_run import make_part
+from ant_lightning.cli.parts import make_part
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError
-from ant_lightning.runtime.run_record import newest_record
+from ant_lightning.runtime.run_files import newest_record
 from ant_lightning.runtime.settings import flat_settings
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.figure import clusterings_figure

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from ant_lightning.errors import ConfigError
-from ant_lightning.runtime.run_record import logger_versions
+from ant_lightning.runtime.run_files import logger_versions
 
 __all__ = ["RunVersions"]
 

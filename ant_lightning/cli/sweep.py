@@ -17,14 +17,15 @@ from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
 from ant_lightning.cli.config_files import load_yaml
-from ant_lightning.cli.load_run import load_run, make_part
+from ant_lightning.cli.load_run import load_run
 from ant_lightning.cli.messages import first_config_error
+from ant_lightning.cli.parts import make_part
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import ConfigError
 from ant_lightning.generation.callback import GenerationMetrics
 from ant_lightning.runtime.quiet import keep_quiet
-from ant_lightning.runtime.run_record import newest_record
+from ant_lightning.runtime.run_files import newest_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

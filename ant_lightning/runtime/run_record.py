@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,24 +13,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ant_lightning.files.atomic import write_atomically
 from ant_lightning.runtime.loggers import send_files, send_settings
+from ant_lightning.runtime.run_files import RUN_MARK, numbered, remove_empty_run
 from ant_lightning.runtime.settings import flat_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = [
-    "RUN_MARK",
-    "RunRecord",
-    "local_run_folder",
-    "logger_versions",
-    "newest_record",
-    "remove_empty_run",
-    "run_folder",
-]
-
-# Files that loggers write before the first step; a folder with no others holds no run.
-_BEFORE_STEP_1 = ("events.out.tfevents*", "hparams.yaml", "class_map.json")
-RUN_MARK = "loggers.json"  # written by runs that trained, and by no others
+__all__ = ["RunRecord", "local_run_folder", "run_folder"]
 
 
 class RunRecord(L.Callback):
@@ -125,7 +113,7 @@ class RunRecord(L.Callback):
 
     def _write(self, name: str) -> None:
         # A resume with the same settings adds no file; other settings get the next number.
-        newest, free = _numbered(self.run_folder, name)
+        newest, free = numbered(self.run_folder, name)
         if newest is None or newest.read_bytes() != self._text.encode():
             write_atomically(free, lambda file: file.write(self._text.encode()))
 
@@ -157,39 +145,3 @@ def local_run_folder(trainer: L.Trainer) -> Path:
     # As Lightning names the folder of the checkpoints.
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
-
-
-def newest_record(folder: Path) -> Path | None:
-    """The newest `config` file of the run; if it never trained, that of an evaluation."""
-    for name in ("config", "validate", "test", "predict"):
-        newest, _ = _numbered(folder, name)
-        if newest is not None:
-            return newest
-    return None
-
-
-def _numbered(folder: Path, name: str) -> tuple[Path | None, Path]:
-    """The newest of `name.yaml`, `name_1.yaml`, ..., and the next name that is free."""
-    newest, path, number = None, folder / f"{name}.yaml", 0
-    while path.exists():
-        number += 1
-        newest, path = path, folder / f"{name}_{number}.yaml"
-    return newest, path
-
-
-def logger_versions(folder: Path) -> dict[str, str]:
-    """The version of each logger class that the run in `folder` used."""
-    try:
-        found = json.loads((folder / RUN_MARK).read_text(encoding="utf8"))
-    except (OSError, ValueError):  # an older run has none
-        return {}
-    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
-
-
-def remove_empty_run(folder: Path) -> None:
-    """Remove the folder of a run if it holds nothing but `_BEFORE_STEP_1`."""
-    if not folder.is_dir():
-        return
-    inside = [path for path in folder.rglob("*") if path.is_file()]
-    if all(any(path.match(pattern) for pattern in _BEFORE_STEP_1) for path in inside):
-        shutil.rmtree(folder, ignore_errors=True)

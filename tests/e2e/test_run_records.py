@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from ant_lightning.cli.main import main
 from ant_lightning.runtime.csv_rows import _AddingWriter
-from ant_lightning.runtime.run_record import newest_record
+from ant_lightning.runtime.run_files import newest_record
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits" / "dit.yaml"
 CSV = "lightning.pytorch.loggers.CSVLogger"
