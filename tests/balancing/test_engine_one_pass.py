@@ -102,6 +102,36 @@ def test_one_pass_refuses_a_network_that_does_not_fit_and_auto_takes_the_loop(
     assert words in auto.reason
 
 
+class Deeper(nn.Module):
+    """A layer with factors that later steps use twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.times = nn.Linear(256, 256), 1
+
+    def forward(self, x, timesteps, labels):
+        x = x.flatten(1)
+        for _ in range(self.times):
+            x = self.inner(x).tanh()
+        return x.view(len(x), 4, 8, 8)
+
+
+def test_a_weight_that_a_later_step_uses_twice_is_refused_or_right():
+    problem, engine = Problem(Deeper, EQUAL), OnePass()
+    assert_same(problem.run(engine, calls=2), problem.run(Loop()))
+    problem.network.times = 2
+    with pytest.raises(UnsupportedError, match="uses a weight equally often in each step"):
+        problem.run(engine)
+    expected = problem.run(Loop())
+    assert_same(problem.run(OnePass(), calls=2), expected)  # from the start: without factors
+    problem.network.times = 1
+    auto = Auto()
+    problem.run(auto, calls=2)
+    problem.network.times = 2
+    with pytest.warns(UserWarning, match="auto uses the loop from now on"):
+        assert_same(problem.run(auto), expected)
+
+
 def test_mixing_is_found_as_soon_as_a_gradient_reaches_the_layer():
     problem = Problem(nn.Sequential, EQUAL)
     mixing, last = Mixing().double(), nn.Linear(4, 2).double()

@@ -55,8 +55,9 @@ MAKERS = {
     "TaskAffinity": lambda: TaskAffinity(num_points=2, num_images=2),
     "TransferMatrix": lambda: TransferMatrix(num_images=4),
 }
-# Own tests: EMA by its weights, the gap needs specialists.
-OTHERS = {"EMA", "NegativeTransferGap"}
+# Own tests: EMA by its weights, the gap and the experts need specialists, and a diagnosis is one
+# measurement of many.
+OTHERS = {"Diagnosis", "EMA", "ExpertComparison", "NegativeTransferGap"}
 
 
 def test_every_callback_with_state_is_tried_here():

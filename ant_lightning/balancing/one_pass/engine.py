@@ -165,7 +165,11 @@ class OnePass(Engine):
                     gradients.close()  # other ranks wait for what this one has not sent
 
         with losses.watched(self._spare(batch, gradients, len(losses.tasks))):
-            values = self._tried(lambda: batch.evaluate(losses.rows), batch)
+            state.factored = set()
+            try:
+                values = self._tried(lambda: batch.evaluate(losses.rows), batch)
+            finally:
+                state.factored = None
             gradients.begin(
                 losses.tasks,
                 samples=batch.samples,

@@ -89,6 +89,14 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
         left = right = None
     if not torch.compiler.is_compiling() and state.uses is not None:
         state.positions[id(weight)] = positions
+    if left is not None and not torch.compiler.is_compiling() and state.factored is not None:
+        # Autograd would add the factors of both uses, and the product of sums is another number.
+        if id(weight) in state.factored:
+            raise UnsupportedError(
+                "engine: one pass needs a network that uses a weight equally often in each step, "
+                f"found one of shape {list(weight.shape)} that is used again"
+            )
+        state.factored.add(id(weight))
     leaf, of_bias = leaf_of(weight), _optional_leaf(bias)
     values = (value_of(weight), value_of(bias))
     leaves = (leaf if left is None else None, of_bias, left, right)

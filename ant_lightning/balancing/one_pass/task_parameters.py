@@ -33,6 +33,7 @@ class State:
     Attributes:
         sizes: Number of samples of each task, descending; the batch is sorted by task.
         uses: How often each parameter was used, by its id; `None` if not recorded.
+        factored: Weights that gave their factors in this forward pass, by id; `None` outside one.
         positions: Positions for each sample of layers that have factors, by the weight's id.
         views: Views that were made of parameters, so that they can be given back.
     """
@@ -40,6 +41,7 @@ class State:
     def __init__(self) -> None:
         self.sizes: tuple[int, ...] = ()
         self.uses: dict[int, int] | None = None
+        self.factored: set[int] | None = None
         self.positions: dict[int, int] = {}
         self.views: list[Tensor] = []
 
