@@ -65,7 +65,7 @@ class ArrivalOrder:
 
         All ranks call this together.
         """
-        if self._agreed or not self._begun:
+        if self._agreed or not self._begun or self._reduction.world_size == 1:
             return False
         self._agreed = True
         found = [*self._seen, *(index for index in self.indices if index not in self._seen)]

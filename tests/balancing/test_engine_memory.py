@@ -125,9 +125,8 @@ def test_counting_multiplications_leaves_nothing_behind():
 
 
 @pytest.mark.filterwarnings("ignore:.*auto uses the loop")  # the parameters are stand-ins
-@pytest.mark.parametrize(
-    "network", ["DiT-S/2", pytest.param("ADM light, 32 px", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["DiT-S/2", "ADM light, 32 px"])
 def test_on_a_gpu_pcgrad_adds_its_rows_and_nothing_else(network):
     found, numbers = counted_memory(Cell(network, 64, bf16=True), ["pcgrad"])
     assert found["pcgrad"] <= found["vanilla"] + K * numbers * 4 / 2**20

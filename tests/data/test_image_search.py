@@ -66,7 +66,7 @@ def test_photos_are_turned_as_their_exif_data_say(tmp_path, kind, orientation):
         save(tmp_path / f"{i}.{kind}", i, size=(4, 4), exif=exif, lossless=True)
     for exif_rotation in (True, False):
         data = folder_data(tmp_path, exif_rotation=exif_rotation)
-        ((image,), _, _) = data.held_out_images.load([0], epoch=None)
+        (image,) = data.held_out_images.load([0], epoch=None).images
         stored = pixels(int(data.held_out_images.paths[0].stem), (4, 4))
         wanted = SHOWN[orientation](stored) if exif_rotation else stored
         found = ((image + 1) * 127.5).round().permute(1, 2, 0).numpy()
@@ -94,7 +94,7 @@ def test_damaged_exif_data_turn_nothing(tmp_path):
     for i in range(2):
         save(tmp_path / f"{i}.png", i, size=(4, 4), exif=b"Exif\0\0MM\0nonsense")
     data = folder_data(tmp_path)
-    ((image,), _, _) = data.held_out_images.load([0], epoch=None)
+    (image,) = data.held_out_images.load([0], epoch=None).images
     stored = pixels(int(data.held_out_images.paths[0].stem), (4, 4))
     np.testing.assert_array_equal(((image + 1) * 127.5).round().permute(1, 2, 0), stored)
 

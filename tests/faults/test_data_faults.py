@@ -178,6 +178,7 @@ def images(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_an_image_that_breaks_meanwhile_is_named_and_nothing_is_lost(tmp_path, images):
     data = train_on_folder(tmp_path / "whole", images)
     order = [i for batch in data.train_dataloader() for i in batch.indices.tolist()]

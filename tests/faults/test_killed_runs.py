@@ -97,6 +97,7 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, whole, kill):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_write(tmp_path, whole):
     assert process(short_run, tmp_path, ("os.rename", 4)) == -signal.SIGKILL
     assert process(half_written, tmp_path) == -signal.SIGXFSZ
