@@ -29,7 +29,9 @@ class RunLines(RunCallback):
         """Print the network, the steps and the folder."""
         self._trained = True
         backbone: Any = pl_module.backbone
+        every = sum(p.numel() for p in backbone.parameters())
         count = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+        some = "" if 2 * count > every else f" trained of {_count(every)}"
         kind = trainer.strategy.root_device.type
         devices = kind if trainer.world_size == 1 else f"{trainer.world_size} x {kind}"
         start = f"step {trainer.global_step}"
@@ -40,7 +42,7 @@ class RunLines(RunCallback):
         folder = _shown(run_folder(trainer))
         _print(
             trainer,
-            f"fit: {backbone_name(backbone)} with {_count(count)} parameters on {devices}, "
+            f"fit: {backbone_name(backbone)} with {_count(count)}{some} parameters on {devices}, "
             f"from {start}{end}, in {folder}",
         )
 

@@ -44,7 +44,7 @@ def export(
     experts: Sequence[str] | None = None,
     merge_weights: Sequence[float] | None = None,
     config: str | Path | None = None,
-    trust: Sequence[str] = (),
+    trust: str | Sequence[str] = (),
 ) -> Exported:
     """Write a trained model for other programs, into a folder with a model card.
 
@@ -66,7 +66,7 @@ def export(
             between them and the run's own.
         merge_weights: A weight for each of them, to merge them into one network instead.
         config: The settings of the run, if they are not stored with it.
-        trust: Other packages, modules or classes that the settings may name.
+        trust: Other packages, modules or classes that the settings may name, one or several.
 
     Returns:
         The folder; `push_to_hub("owner/name")` uploads it.

@@ -33,7 +33,7 @@ def load_run(
     weights: Literal["ema", "model"] = "ema",
     ema_length: float | None = None,
     config: str | Path | None = None,
-    trust: Sequence[str] = (),
+    trust: str | Sequence[str] = (),
 ) -> L.LightningModule:
     """The module of a run with its trained weights, in evaluation mode on the CPU.
 
@@ -47,7 +47,7 @@ def load_run(
         weights: `ema` for the averaged weights, `model` for the live ones.
         ema_length: Length of the average, as `length` of `EMA`; `None` for that of its `decay`.
         config: The settings of the run, if they are not stored with it.
-        trust: Other packages, modules or classes that the settings may name.
+        trust: Other packages, modules or classes that the settings may name, one or several.
 
     Raises:
         ConfigError: If there is no checkpoint or no settings, the settings name a class that is not
@@ -114,7 +114,7 @@ def run_settings(path: str | Path, config: str | Path | None = None) -> dict[str
     return _settings(*_checkpoint(Path(path)), config)
 
 
-def _exported(folder: Path, trust: Sequence[str]) -> L.LightningModule:
+def _exported(folder: Path, trust: str | Sequence[str]) -> L.LightningModule:
     """The module of weights and settings that were exported."""
     settings = read_json(folder / "config.json", kind=dict)
     if not isinstance(settings.get("model"), dict):
@@ -172,7 +172,8 @@ def _settings(path: Path, content: dict[str, Any], config: str | Path | None) ->
 def _of_model(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of the model; a seed of `None` becomes the run's, as on the command line."""
     init = {**(settings["model"].get("init_args") or {})}
-    init.pop("init_from", None)  # the checkpoint's weights replace it
+    if init.get("adapter") is None:  # whose checkpoint lacks the weights below it
+        init.pop("init_from", None)  # the checkpoint's weights replace it
     seed = settings.get("seed_everything")
     if init.get("seed", 0) is None and type(seed) is int:
         init["seed"] = seed

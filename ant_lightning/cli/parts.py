@@ -19,12 +19,13 @@ __all__ = ["make_part"]
 _TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
 
 
-def make_part(chosen: dict[str, Any], kind: type, trust: Sequence[str] = ()) -> Any:  # noqa: ANN401
+def make_part(chosen: dict[str, Any], kind: type, trust: str | Sequence[str] = ()) -> Any:  # noqa: ANN401
     """Make the object that a part of stored settings describes, `{class_path, init_args}`.
 
     Raises:
         ConfigError: If the settings name code that is not trusted, or cannot be made into one.
     """
+    trust = (trust,) if isinstance(trust, str) else trust
     _check_trusted(chosen, trust)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(kind, "model", required=True)
@@ -44,7 +45,7 @@ def _check_trusted(settings: object, trust: Sequence[str]) -> None:
         if not any(name == each or name.startswith(f"{each}.") for each in (*_TRUSTED, *trust)):
             raise ConfigError(
                 f"trust: the settings name {name}, which is not in {', '.join(_TRUSTED)}; if you "
-                f"trust that code, pass trust=[{name.rpartition('.')[0]!r}]"
+                f"trust that code, set trust to {name.rpartition('.')[0]!r}"
             )
 
 

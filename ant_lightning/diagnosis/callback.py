@@ -9,7 +9,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
 from ant_lightning.affinity.figure import affinity_curves, affinity_heat_maps
-from ant_lightning.affinity.measure import task_affinity, timestep_grid
+from ant_lightning.affinity.measure import task_affinity
 from ant_lightning.balancing.nash import NashMTL
 from ant_lightning.balancing.pcgrad import PCGrad
 from ant_lightning.balancing.step import MultiTaskStep
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import lightning as L
+    from torch import Tensor
 
     from ant_lightning.balancing.base import Balancer
     from ant_lightning.callbacks.fixed_loss import FixedLoss
@@ -48,7 +49,7 @@ class Diagnosis(MeasuringCallback):
     The tasks are the module's; for a module without clusters, 5 SNR clusters.
 
     Args:
-        num_points: Timesteps of the grid, evenly spread.
+        num_points: Timesteps of the grid: the centres of so many equal parts.
         num_images: Images for each timestep, in two disjoint halves.
         batch_size: Most images in one forward pass, and those of the steps that are timed.
         lr: Length of the gradient step of the transfer matrix.
@@ -99,7 +100,7 @@ class Diagnosis(MeasuringCallback):
         process = pl_module.process
         with self.fixed_loss(trainer, pl_module) as loss:
             clusters = _tasks_of(pl_module)
-            grid = timestep_grid(process.num_timesteps, num_points=self.num_points)
+            grid = _centres(process.num_timesteps, self.num_points)
             with measurement_bar(trainer, "diagnosis", unit=" timesteps") as bar:
 
                 def show(done: int, total: int) -> None:
@@ -118,12 +119,19 @@ class Diagnosis(MeasuringCallback):
                     on_progress=show,
                 )
             scale = float(loss.scale)
+
+            def of_task(task: int) -> Tensor:
+                return loss.in_cells(*clusters.boundaries[task : task + 2], key=task)
+
+            with torch.no_grad():
+                task_losses = [float(of_task(i)) / scale for i in range(clusters.num_tasks)]
             self.findings = Findings(
                 affinity,
                 torch.tensor([_mean_loss(loss, t) / scale for t in grid], dtype=torch.float64),
+                torch.tensor(task_losses, dtype=torch.float64),
                 clusters,
                 transfer=transfer_matrix(
-                    lambda task: loss.in_cells(*clusters.boundaries[task : task + 2], key=task),
+                    of_task,
                     parameters=pl_module.backbone.parameters(),
                     lr=self.lr / scale,
                     num_tasks=clusters.num_tasks,
@@ -195,12 +203,22 @@ class Diagnosis(MeasuringCallback):
         about = (
             f"{affinity.model} after {steps_of(trainer, pl_module)} steps, "
             f"{type(pl_module.process).__name__} predicting {pl_module.process.prediction_type}; "
-            f"{len(affinity.timesteps)} timesteps, {self.num_images} images for each."
+            f"{len(affinity.timesteps)} timesteps, {self.num_images} images for each. "
+            "Early in training these numbers change fast: diagnose again later."
         )
         if not steps_of(trainer, pl_module) and pl_module.init_from is None:
             about += " These weights are untrained: train first, and diagnose then."
         texts = {name: text for name, (_, text) in pictures.items()}
         print(write_page(self.findings, folder, texts, about=about))
+
+
+def _centres(num_timesteps: int, num_points: int) -> tuple[int, ...]:
+    """The centres of equal parts of the noise axis: each stands for as many timesteps.
+
+    The very ends would not: noise prediction may have a loss of hundreds at the last timestep.
+    """
+    count = min(num_points, num_timesteps)
+    return tuple((2 * i + 1) * num_timesteps // (2 * count) for i in range(count))
 
 
 def _mean_loss(loss: FixedLoss, timestep: int) -> float:

@@ -40,7 +40,8 @@ class Findings:
 
     Attributes:
         affinity: Gradients on a grid of `n` timesteps, with the log-SNR of the process.
-        losses: Training loss at these timesteps, `[n]`, positive.
+        losses: Training loss at these timesteps, `[n]`, for the picture.
+        task_losses: Mean training loss of each task over its own draws, `[k]`, positive.
         clusters: The `k` tasks.
         transfer: Share of task j's loss that a step on task i removes, `[k, k]`; `None` if not
             measured.
@@ -54,6 +55,7 @@ class Findings:
 
     affinity: AffinityResult
     losses: Float[Tensor, " n"]
+    task_losses: Float[Tensor, " k"]
     clusters: TimestepClusters
     transfer: Float[Tensor, "k k"] | None = None
     prediction_type: str = "eps"
@@ -87,11 +89,6 @@ class Findings:
         """Dot products of the tasks' gradients, half by half."""
         means = self._members / self._members.sum(1, keepdim=True)
         return means @ self.affinity.half_dots @ means.T
-
-    @cached_property
-    def task_losses(self) -> Float[Tensor, " k"]:
-        """Mean loss of each task."""
-        return self._members @ self.losses.double() / self._members.sum(1)
 
     @cached_property
     def cosines(self) -> Float[Tensor, "k k"]:

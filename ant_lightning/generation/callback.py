@@ -47,7 +47,8 @@ class GenerationMetrics(RunCallback):
 
     Args:
         extractor: Network that turns images into features; by default `InceptionFeatures()`. If
-            its weights are not there and cannot be downloaded, a run trains without scores.
+            its weights are not there and cannot be downloaded, a run goes on without scores and
+            says so.
         num_images: Images to draw; by default as many as are held out. `ant-lightning score` by
             default scores all stored images.
         batch_size: Images drawn at once.
@@ -125,12 +126,12 @@ class GenerationMetrics(RunCallback):
         super().setup(trainer, pl_module, stage)
         self._scores = None
         self._is_off = False
+        if stage == "predict":  # which measures nothing
+            return
         problem = None
         try:
             _ = self.extractor
         except ConfigError as error:
-            if stage != "fit":  # a command that only measures
-                raise
             problem = error
         # All ranks measure or none does.
         self._is_off = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)

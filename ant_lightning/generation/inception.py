@@ -85,7 +85,7 @@ def _downloaded_weights() -> Path:
         except OSError as error:  # urllib's URLError is one, and does not name the file
             raise ConfigError(
                 f"weights: could not be downloaded ({error}); put {path.name} from {url} into "
-                f"{path.parent}, or give its path"
+                f"{path.parent}, or give its path as `weights` of the extractor InceptionFeatures"
             ) from error
     return path
 

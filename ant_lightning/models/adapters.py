@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -192,10 +193,15 @@ def _check_targets(config: Any, network: nn.Module) -> None:  # noqa: ANN401
     names = [name for name, _ in network.named_modules()]
     missing = [w for w in wanted if not any(n == w or n.endswith(f".{w}") for n in names)]
     if missing:
-        ends = sorted({n.rpartition(".")[2] for n, m in network.named_modules() if _is_layer(m)})
+        sizes: Counter[str] = Counter()
+        for name, layer in network.named_modules():
+            end = name.rpartition(".")[2]
+            if _is_layer(layer) and not end.isdigit():
+                sizes[end] += sum(p.numel() for p in layer.parameters())
+        ends = [end for end, _ in sizes.most_common(8)]  # those with the most weights
         raise ConfigError(
             f"adapter.target_modules: must be layers of {type(network).__name__}, such as "
-            f"{', '.join(ends[:8])}, found {', '.join(sorted(missing))}"
+            f"{', '.join(ends)}, found {', '.join(sorted(missing))}"
         )
 
 

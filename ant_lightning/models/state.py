@@ -28,7 +28,7 @@ _SETTINGS = {
     "first_stage": "first_stage (its fingerprint)",
     "optimizer": "optimization.optimizer",
     "adapter": "adapter",
-    "base_weights": "backbone (a fingerprint of the weights below the adapter)",
+    "base_weights": "backbone (a fingerprint of the weights below the adapter; see init_from)",
 }
 
 

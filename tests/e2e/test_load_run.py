@@ -319,7 +319,9 @@ def test_classes_of_others_need_trust_and_are_not_imported(
         path, config = last(run), tmp_path / "c.yaml"
         config.write_text(yaml.safe_dump({"model": model}))
     package = name.rpartition(".")[0]
-    with pytest.raises(ConfigError, match=rf"trust: the settings name {name}, .*\['{package}'\]"):
+    with pytest.raises(
+        ConfigError, match=rf"trust: the settings name {name}, .*set trust to '{package}'"
+    ):
         load_run(path, config=config)
     assert not own.exists()
 
@@ -330,7 +332,7 @@ def test_what_is_trusted_is_made(run, tmp_path, own):
     found = content(run)
     found["ant_lightning"]["backbone"] = "Own"
     path = stored(tmp_path, found, model)
-    for trust in (["own_net"], ["own_net.Own"]):
+    for trust in (["own_net"], ["own_net.Own"], "own_net"):
         assert type(load_run(path, trust=trust).backbone).__name__ == "Own"
     with pytest.raises(ConfigError, match="trust"):
         load_run(path, trust=["own_ne", "own_net.O"])
@@ -394,3 +396,19 @@ def test_a_sweep_scores_guidance_scales_and_ema_lengths(run, capsys):
     ):
         assert main(["sweep", *args, "--accelerator=cpu"]) == 2
         assert line in capsys.readouterr().err
+
+
+def test_an_adapter_finds_its_base_in_init_from_again(tmp_path):
+    torch.manual_seed(3)
+    torch.save(DiT(**BACKBONE["init_args"]).state_dict(), tmp_path / "base.pt")
+    adapter = {"class_path": "ant_lightning.LoRA"}
+    adapter["init_args"] = {"r": 2, "target_modules": ["qkv", "proj"]}
+    model = copy.deepcopy(MODEL)
+    model["init_args"] |= {"adapter": adapter, "init_from": str(tmp_path / "base.pt")}
+    run = fit(tmp_path, model)
+    one, two = load_run(run, weights="model"), load_run(run, weights="model")
+    base = torch.load(tmp_path / "base.pt", weights_only=True)
+    qkv = "blocks.0.attn.qkv"
+    found = one.backbone.state_dict()
+    assert torch.equal(found[f"{qkv}.base_layer.weight"], base[f"{qkv}.weight"])
+    assert torch.equal(one.sample(2), two.sample(2))
