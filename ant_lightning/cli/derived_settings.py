@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 from jsonargparse import ArgumentParser
 
 import ant_lightning
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["derived_settings"]
 
-_SIZES = ("input_size", "in_channels", "num_classes", "out_channels")
+_SIZES = ("input_size", "sample_size", "in_channels", "num_classes", "out_channels")
+# Networks of diffusers whose sizes mean the same; `sample_size` is their `input_size`.
+_UNETS = ("diffusers.UNet2DModel", "diffusers.UNet2DConditionModel")
 
 
 def derived_settings(args: Sequence[str]) -> list[str]:
@@ -61,7 +64,8 @@ def derived_settings(args: Sequence[str]) -> list[str]:
 def _open(part: object) -> list[str]:
     """The arguments that the class of a part takes and that are not given."""
     given = part if isinstance(part, dict) else {"class_path": part}
-    kind = _ours(given.get("class_path"))
+    name = given.get("class_path")
+    kind = getattr(diffusers, name.rpartition(".")[2]) if name in _UNETS else _ours(name)
     return [] if kind is None else [n for n in inspect.signature(kind).parameters if n not in given]
 
 
@@ -98,8 +102,10 @@ def _sizes(settings: Mapping[str, Any]) -> dict[str, int | list[int]]:
         return {}
     channels, height, width = shape
     learned = _variance_type(model) == "learned_range"
+    size = height if height == width else [height, width]
     return {
-        "input_size": height if height == width else [height, width],
+        "input_size": size,
+        "sample_size": size,
         "in_channels": channels,
         "out_channels": 2 * channels if learned else channels,
         "num_classes": num_classes,

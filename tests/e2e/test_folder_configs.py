@@ -103,6 +103,28 @@ def test_grey_folders_train_one_channel(tmp_path):
     assert options(*args)[BACKBONE + "in_channels"] == "3"
 
 
+def test_sizes_of_a_unet_of_diffusers_are_those_of_the_images(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}
+    small |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    model = {
+        "class_path": "ant_lightning.MultiTaskDiffusion",
+        "init_args": {
+            "process": {"init_args": {"variance_type": "fixed_large"}},
+            "backbone": {"class_path": "diffusers.UNet2DModel", "init_args": small},
+            "sampling": {"guidance_scale": 1.0},
+        },
+    }
+    (tmp_path / "unet.yaml").write_text(yaml.safe_dump({"model": model}))
+    args = ["--config", "folder/dit_32", "--config", "unet.yaml", f"--data.root={images}"]
+    args += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.callbacks=null"]
+    args += ["--data.batch_size=10", "--data.num_workers=0", "--trainer.accelerator=cpu"]
+    assert main(["fit", *args, "--trainer.enable_progress_bar=false"]) == 0
+    record = yaml.safe_load((tmp_path / "runs/folder_dit_32/version_0/config.yaml").read_text())
+    found = record["model"]["init_args"]["backbone"]["init_args"]
+    assert (found["sample_size"], found["in_channels"], found["out_channels"]) == (32, 3, 3)
+
+
 def test_a_folder_that_is_missing_is_left_to_the_command(tmp_path, capsys):
     assert main(["fit", "--config=folder/dit_32", "--data.root=/nope", "--data.seed=0"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
