@@ -96,6 +96,7 @@ class Balancer(nn.Module, ABC):
 
     def gramian_weights(self, step: StepLosses) -> Float[Tensor, " k"]:
         """The weights of the gradients `k pi_i g_i` when `refresh_due`, from finite values."""
+        # Reached only by a subclass that says `refresh_due` and does not define this.
         raise NotImplementedError(f"{type(self).__name__} needs no Gramian")
 
     def own_gradients(self, step: StepLosses) -> tuple[Tensor | None, list[Tensor]]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ant_lightning import MultiTaskStep, PCGrad, multitask_backward
 from ant_lightning.balancing import Loop, LowMemory, OnePass, UnsupportedError
+from ant_lightning.balancing.auto import Auto
 
 # Of torch's own code, for a compiled block whose input is a result.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -160,3 +161,22 @@ def test_auto_counts_a_compiled_network_as_it_was_written():
         step.backward(losses, torch.tensor([0, 0, 1, 1, 2, 2]))
         counted.append(step.engine._per_sample)
     assert counted[0] == counted[1] > 0
+
+
+class Broken(torch.nn.Linear):
+    """Compiles with ordinary parameters alone."""
+
+    def forward(self, x, timesteps, labels):
+        if type(self.weight) is not torch.nn.Parameter:
+            torch._dynamo.graph_break()
+        return super().forward(x.flatten(1)).view_as(x)
+
+
+def test_what_the_compiler_cannot_take_is_refused_and_auto_takes_the_loop():
+    problem = Problem(lambda: Broken(256, 256), EQUAL)
+    expected = problem.run(Loop())
+    problem.network.compile(backend="aot_eager", fullgraph=True)
+    with pytest.raises(UnsupportedError, match="one pass needs a network that compiles with task"):
+        problem.run(OnePass())
+    with pytest.warns(UserWarning, match="compiles with task .* auto uses the loop from now on"):
+        assert_same(problem.run(Auto(), calls=2), expected)

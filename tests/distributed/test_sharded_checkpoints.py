@@ -173,8 +173,11 @@ def test_missing_shards_are_named(copied):
 
 
 class Call:
+    def __init__(self, folder):
+        self.folder = folder
+
     def __reduce__(self):
-        return os.mkdir, ("/tmp/ran_code_of_a_checkpoint",)
+        return os.mkdir, (str(self.folder),)
 
 
 def with_index(path, index):
@@ -191,10 +194,10 @@ def with_index(path, index):
 def test_an_index_that_would_run_code_or_leave_its_folder_is_refused(copied):
     last = copied / "last.ckpt"
     index = pickle.loads((shards_of(last) / ".metadata").read_bytes())
-    with_index(last, Call())
+    with_index(last, Call(copied / "made"))
     with pytest.raises(FileError, match=r"refused, because reading it would call posix\.mkdir"):
         read_whole_checkpoint(last)
-    assert not Path("/tmp/ran_code_of_a_checkpoint").exists()
+    assert not (copied / "made").exists()
     info = next(iter(index.storage_data.values()))
     inside, info.relative_path = info.relative_path, "../step_3.ckpt"
     with_index(last, index)

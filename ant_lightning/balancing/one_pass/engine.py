@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -182,6 +183,7 @@ class OnePass(Engine):
 
     def _tried(self, attempt: Callable[[], T], batch: TaskBatch) -> T:
         """The result of `attempt`; a refusal is one of all ranks, if they still agree on it."""
+        attempt = partial(_compiled_whole, attempt)
         if self._checking or batch.reduction.world_size == 1:
             return together(attempt, batch)
         try:
@@ -315,6 +317,20 @@ class _Reached:
             return [], []
         first, others = torch.stack(self._found).T.cpu().tolist()
         return first, others
+
+
+def _compiled_whole(attempt: Callable[[], T]) -> T:
+    """The result of `attempt`; what the compiler cannot take is a refusal."""
+    try:
+        return attempt()
+    except Exception as error:
+        compiler = sys.modules.get("torch._dynamo.exc")
+        if compiler is None or not isinstance(error, compiler.TorchDynamoException):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedError(
+            f"engine: one pass needs a network that compiles with task gradients, found: {reason}"
+        ) from error
 
 
 def eagerly() -> AbstractContextManager[object]:
