@@ -3,7 +3,8 @@
 `[studies.choose, --output, "<>", --yaml, "model: {...: VALUE}", "0.001=<a>", ...]`
 reads the excess risk of each run's folder, and writes `chosen.yaml` (the text with the best value)
 and `choice.json` (all scores). A run's score is the mean over clusters of the log excess risk at
-its end, so that clusters with a large loss do not count more.
+its end, so that clusters with a large loss do not count more. With `--metric fid` it is the FID at
+its end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from studies.results import read_rows
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["log_excess", "main"]
+__all__ = ["last_fid", "log_excess", "main"]
 
 
 def log_excess(folder: Path) -> float:
@@ -36,17 +37,34 @@ def log_excess(folder: Path) -> float:
     return sum(math.log(value) for value in values) / len(values)
 
 
+def last_fid(folder: Path) -> float:
+    """The last FID measured in a run.
+
+    Raises:
+        ConfigError: If none was measured.
+    """
+    rows = read_rows(folder / "generation_metrics.jsonl")
+    if not rows:
+        raise ConfigError(f"choose: {folder} must hold a generation_metrics.jsonl, found none")
+    return float(rows[-1]["scores"]["fid"])
+
+
+_SCORES = {"log_excess": log_excess, "fid": last_fid}
+
+
 def main(args: Sequence[str]) -> int:
     """Write `chosen.yaml` and `choice.json`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--yaml", required=True)
+    parser.add_argument("--metric", choices=tuple(_SCORES), default="log_excess")
     parser.add_argument("candidates", nargs="+", help="VALUE=FOLDER")
     settings = parser.parse_args(args)
     pairs = [candidate.split("=", 1) for candidate in settings.candidates]
-    scores = {value: log_excess(Path(folder)) for value, folder in pairs}
+    score = _SCORES[settings.metric]
+    scores = {value: score(Path(folder)) for value, folder in pairs}
     best = min(scores, key=lambda value: scores[value])
-    choice = {"chosen": float(best), "log_excess": scores}
+    choice = {"chosen": float(best), settings.metric: scores}
     (settings.output / "chosen.yaml").write_text(settings.yaml.replace("VALUE", best) + "\n")
     (settings.output / "choice.json").write_text(json.dumps(choice))
     print(f"chosen: {best} of {scores}")

@@ -57,6 +57,21 @@ def test_the_best_run_is_chosen_whatever_the_size_of_a_clusters_loss(tmp_path):
         choose.log_excess(tmp_path)
 
 
+def test_the_best_run_can_be_the_one_with_the_lowest_last_fid(tmp_path):
+    for name, fids in {"a": [3.0, 5.0], "b": [9.0, 4.0]}.items():
+        (tmp_path / name).mkdir()
+        for fid in fids:
+            append_row(tmp_path / name / "generation_metrics.jsonl", {"scores": {"fid": fid}})
+    candidates = [f"0.1={tmp_path / 'a'}", f"0.2={tmp_path / 'b'}"]
+    choose.main(["--output", str(tmp_path), "--yaml", "lr: VALUE", "--metric", "fid", *candidates])
+    assert json.loads((tmp_path / "choice.json").read_text()) == {
+        "chosen": 0.2,
+        "fid": {"0.1": 5.0, "0.2": 4.0},
+    }
+    with pytest.raises(ConfigError, match=r"must hold a generation_metrics.jsonl"):
+        choose.last_fid(tmp_path)
+
+
 def test_frozen_weights_are_those_uncertainty_weighting_ended_with(tmp_path):
     balancer = UncertaintyWeighting(3)
     with torch.no_grad():
