@@ -45,7 +45,7 @@ test-cpu: .venv/installed  ## parity and engines again, with the arithmetic of a
 	  $(addprefix tests/balancing/,test_engines.py test_engine_one_pass.py test_engine_auto.py)
 
 test-faults: .venv/installed  ## break runs on purpose: kills, full disks, damaged files (at most 20 minutes)
-	$(BIN)/python -m pytest -m slow tests/faults tests/untrusted tests/distributed
+	$(BIN)/python -m pytest -m slow tests/faults tests/untrusted tests/distributed tests/backbones
 
 test-app: .venv/installed  ## drive the page of `ant-lightning app` in headless Chromium
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app]' playwright

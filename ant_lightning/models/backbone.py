@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ant_lightning.backbones.diffusers import DiffusersBackbone
-from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,8 +36,9 @@ def backbone_name(backbone: nn.Module) -> str:
     if isinstance(bare, DiffusersBackbone):
         bare = getattr(bare.network, "_orig_mod", bare.network)
     kind = type(bare)
-    # `fully_shard` replaces the class by a new one with the bases (FSDPModule, own class).
-    return (kind.__bases__[-1] if is_sharded(bare.parameters()) else kind).__name__
+    # `fully_shard` replaces the class by a new one with the bases (FSDPModule, own class). A
+    # network inside a `DiffusersBackbone` is not a unit itself, and keeps its class.
+    return (kind.__bases__[-1] if hasattr(bare, "unshard") else kind).__name__
 
 
 def size_of(backbone: nn.Module) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from ant_lightning import (
     DiffusersBackbone,
     DiscreteDiffusion,
     FlowMatching,
+    GradNorm,
     GradVac,
     LinearScalarization,
     MultiTaskDiffusion,
@@ -30,12 +31,32 @@ from ant_lightning import (
     UncertaintyWeighting,
     stored_process,
 )
+from ant_lightning.cli.configs import config_names
 from ant_lightning.exports.pipeline_folder import write_pipeline
 
-BALANCERS = [
-    *(LinearScalarization, UncertaintyWeighting, ContinuousUncertainty, PCGrad, GradVac, NashMTL),
-    *(FAMO, GLS, IMTLL, STCH, DWA, RLW),
-    lambda k: TorchJDBalancer(k, weighting=UPGradWeighting()),
+SD3, FAST = "SD3Transformer2DModel", {"uw", "gradnorm"}
+BALANCERS = {
+    "vanilla": lambda k: None,
+    "linear": LinearScalarization,
+    "uw": UncertaintyWeighting,
+    "continuous_uw": ContinuousUncertainty,
+    "pcgrad": PCGrad,
+    "gradvac": GradVac,
+    "nash": NashMTL,
+    "gradnorm": lambda k: GradNorm(k, initial_steps=1),  # the second step moves its weights
+    "famo": FAMO,
+    "gls": GLS,
+    "imtl_l": IMTLL,
+    "stch": STCH,
+    "dwa": DWA,
+    "rlw": RLW,
+    "upgrad": lambda k: TorchJDBalancer(k, weighting=UPGradWeighting()),
+}
+# All pairs take minutes; each network has one balancer of losses and one of gradients in any case.
+PAIRS = [
+    pytest.param(case, name, marks=[] if case == SD3 or name in FAST else pytest.mark.slow)
+    for case in CASES
+    for name in BALANCERS
 ]
 
 
@@ -58,19 +79,20 @@ def test_two_steps_under_pcgrad_resume_bit_for_bit_and_sample_with_guidance(tmp_
     assert drawn.isfinite().all()
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_steps_under_uncertainty_weighting(tmp_path, case):
-    made = module(case, UncertaintyWeighting(3))
-    fit(tmp_path, made, 2)
-    assert made.last_report.finite
-
-
-@pytest.mark.parametrize("number", range(len(BALANCERS)))
-def test_two_steps_under_every_balancer(tmp_path, number):
-    made = module(balancer=BALANCERS[number](3))
+@pytest.mark.parametrize(("case", "name"), PAIRS)
+def test_two_steps_under_every_balancer(tmp_path, case, name):
+    made = module(case, BALANCERS[name](3))
+    before = {name: each.clone() for name, each in made.backbone.state_dict().items()}
     fit(tmp_path, made, 2)
     assert made.last_report.finite
     assert made.num_skipped_steps == 0
+    after = made.backbone.state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_every_balancer_of_the_configs_is_tried():
+    names = {name.removeprefix("balancer/") for name in config_names() if "balancer/" in name}
+    assert names == set(BALANCERS)
 
 
 def test_a_unet_as_edm_and_as_it_is_handed_over():
