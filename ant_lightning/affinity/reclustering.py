@@ -29,7 +29,9 @@ class Reclustering(MeasuringCallback):
     """Measures task affinity at regular steps and replaces the clusters by the ones it finds.
 
     The new clusters are `GradientClustering` of the plain affinity, with as many tasks as before:
-    task i keeps its weight and its part of the balancer's state. All measurements use the same
+    task i keeps its weight and its part of the balancer's state. Timesteps count by how often
+    training draws them if they do in the clustering that the run starts with (`weighted`), of
+    whatever kind it is. All measurements use the same
     images and noise, so clusters change only with the weights. Ranks share the work and agree on
     the clusters. Boundaries are logged as `clusters/boundary_1` .. `clusters/boundary_{k-1}` and
     drawn over time. They are kept in the checkpoint, so a resumed run equals one that was never
@@ -126,7 +128,10 @@ class Reclustering(MeasuringCallback):
         affinity = spread_affinity(
             result.plain, timesteps=result.timesteps, num_timesteps=len(log_snr)
         )
-        clusters = GradientClustering(affinity, pl_module.num_tasks)(log_snr)
+        clustering = GradientClustering(
+            affinity, pl_module.num_tasks, weighted=pl_module.tasks.clustering.weighted
+        )
+        clusters = clustering.with_density(pl_module.process.density)(log_snr)
         # Ranks on different processors could round a tie differently and get other clusters.
         return trainer.strategy.broadcast(clusters)
 

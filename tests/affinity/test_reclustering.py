@@ -1,5 +1,8 @@
 """Clusters that follow the gradients: found, logged, kept in the checkpoint, resumed exactly."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -9,11 +12,20 @@ from ant_lightning import (
     EMA,
     ConfigError,
     DigitsData,
+    DiTModule,
+    FlowMatching,
+    GradientClustering,
+    LogitNormal,
     Reclustering,
+    SNRClustering,
+    Tasks,
     TimestepClustering,
     TimestepClusters,
     UncertaintyWeighting,
+    affinity_costs,
+    partition,
 )
+from ant_lightning.affinity import reclustering as subject
 
 
 class ThreeGates(TinyDiT):
@@ -51,6 +63,37 @@ def test_the_intervals_that_share_no_weight_are_found(tmp_path):
     logged = {row[rows[0].index("step")]: row[column] for row in rows[1:] if row[column]}
     assert {step: float(value) for step, value in logged.items()} == {"0": before[2], "2": 70}
     assert (tmp_path / "5_affinity_clusters.png").exists()
+
+
+def falls_evenly(*_, **settings):
+    """Affinity that falls evenly with the distance of two points of the grid."""
+    grid = torch.tensor(settings["timesteps"], dtype=torch.float64)
+    return SimpleNamespace(
+        plain=1 - (grid[:, None] - grid).abs() / T, timesteps=settings["timesteps"]
+    )
+
+
+@pytest.mark.parametrize(
+    "start", [SNRClustering, partial(GradientClustering, falls_evenly(timesteps=range(T)).plain)]
+)
+def test_timesteps_count_by_their_draws_if_they_do_in_the_first_clustering(
+    tmp_path, monkeypatch, start
+):
+    # Only the measurement is replaced: the best partition of this affinity is known.
+    monkeypatch.setattr(subject, "task_affinity", falls_evenly)
+    affinity = falls_evenly(timesteps=range(T)).plain
+    found = {}
+    for weighted in (False, True):
+        process = FlowMatching(density=LogitNormal(1.0, 0.5), num_timesteps=T)
+        tasks = Tasks(start(num_tasks=3, weighted=weighted))
+        model = DiTModule(TinyDiT(), process=process, tasks=tasks, seed=0)
+        fit(tmp_path, model, steps=2, num_points=T, num_images=2)
+        weights = process.density if weighted else None
+        best = partition(affinity_costs(affinity, weights=weights), 3)
+        assert model.clusters.boundaries == tuple(best)
+        assert [step for step, _ in model.cluster_history] == [0, 2]
+        found[weighted] = model.clusters.masses(process.density).min()
+    assert found[True] > found[False]
 
 
 @pytest.mark.parametrize("weights", ["live", "ema"])

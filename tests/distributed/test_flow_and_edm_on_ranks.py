@@ -23,24 +23,30 @@ CASES = [
 ]
 
 
-def fit(config, balancer, aligned, ranks, strategy=None):
-    """Three steps of a shipped config at reduced width; the weights, and those of the head."""
+def shipped(config, balancer, momentum=0.0):
+    """The module of a shipped config at reduced width, with SGD."""
     model = yaml.safe_load((CONFIGS / f"digits/{config}.yaml").read_text())["model"]
     init = model["init_args"]
     init["seed"] = 3
     init["backbone"]["init_args"] |= {"hidden_size": 16, "depth": 1, "num_heads": 2}
     # Adam divides gradients that are 0 up to rounding by their size.
-    init["optimization"] = {
-        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}
-    }
+    sgd = {"lr": 0.05, "momentum": momentum}
+    init["optimization"] = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": sgd}}
     part = yaml.safe_load((CONFIGS / f"balancer/{balancer}.yaml").read_text())["model"]
     init["tasks"] |= part["init_args"]["tasks"]
-    init["tasks"]["balancer"].setdefault("init_args", {})["num_tasks"] = 5
+    init |= {name: each for name, each in part["init_args"].items() if name != "tasks"}
+    if init["tasks"]["balancer"] is not None:
+        init["tasks"]["balancer"].setdefault("init_args", {})["num_tasks"] = 5
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(L.LightningModule, "model")
     settings = parser.parse_object({"model": model})
     torch.manual_seed(0)
-    module = parser.instantiate_classes(settings).model
+    return parser.instantiate_classes(settings).model
+
+
+def fit(config, balancer, aligned, ranks, strategy=None):
+    """Three steps; the weights, and those of the head."""
+    module = shipped(config, balancer)
     if aligned:
         sizes = {"width": 16, "feature_width": 3, "hidden_size": 8}
         patches = torch.nn.Conv2d(1, 3, 2, stride=2)
