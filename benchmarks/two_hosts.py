@@ -6,6 +6,8 @@ order; a step takes as long as its slowest rank. Times are relative to stock
 `DistributedDataParallel` in the same run, with a 95% bootstrap interval of the ratio of medians
 over rounds. Bytes are those that the kernel counts at the busier rank, headers included. The
 namespaces are removed at the end, whatever happens.
+
+With `--sharded` all networks are sharded over the two hosts by FSDP2, the stock one as well.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ant_lightning import (
@@ -45,6 +50,7 @@ from studies.provenance import commit, machine
 
 K, BATCH = 5, 10
 METHODS = ("ddp", "vanilla", "uw", "pcgrad", "pcgrad, sorted", "forward")
+SHARDED = ("fsdp2", "vanilla", "uw", "pcgrad")
 GIGABITS = (10, 1)
 _ADDRESS, _PORT = "10.203.77.{}", 29511
 
@@ -52,7 +58,7 @@ _ADDRESS, _PORT = "10.203.77.{}", 29511
 class Method:
     """One method with a network of its own: a DiT of 16.5M parameters with 64 tokens."""
 
-    def __init__(self, name: str, rank: int) -> None:
+    def __init__(self, name: str, rank: int, *, sharded: bool = False) -> None:
         torch.manual_seed(0)
         self.name, self.rank, self.num_steps = name, rank, 0
         self.model = DiT(
@@ -63,6 +69,8 @@ class Method:
         with torch.no_grad():
             for p in self.model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.02)
+        if sharded:
+            _shard(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.called: nn.Module = self.model
         if name == "ddp":
@@ -98,16 +106,31 @@ class Method:
         if self.name == "forward":
             losses(torch.arange(BATCH))
             return
-        if self.name == "ddp":
+        if self.name in {"ddp", "fsdp2"}:
             self.optimizer.zero_grad()
             losses(torch.arange(BATCH)).mean().backward()
             norm = nn.utils.get_total_norm([p.grad for p in self.trained])
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         else:
             norm = self.step_of_run.backward(losses, tasks).grad_norm
         factor = (1.0 / (norm + 1e-6)).clamp(max=1.0).float()
-        torch._foreach_mul_([p.grad for p in self.trained], factor)
+        torch._foreach_mul_([_own(p.grad) for p in self.trained], factor)
         self.optimizer.step()
         self.step_of_run.update()
+
+
+def _shard(model: DiT) -> None:
+    """Shard block by block, as `ShardedStrategy` does."""
+    for unit in [*model.blocks, model]:
+        fully_shard(unit, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+        assert isinstance(unit, FSDPModule)
+        unit.set_reduce_scatter_unused_params(True)
+
+
+def _own(gradient: Tensor | None) -> Tensor:
+    """What this rank has of a gradient."""
+    assert gradient is not None
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def run_rank(rank: int, rounds: int, names: list[str], device: str, output: Path) -> None:
@@ -121,7 +144,8 @@ def run_rank(rank: int, rounds: int, names: list[str], device: str, output: Path
         world_size=2,
         timeout=timedelta(minutes=5),
     )
-    methods = {name: Method(name, rank) for name in names}
+    sharded = names[0] == "fsdp2"
+    methods = {name: Method(name, rank, sharded=sharded) for name in names}
     counter = Path(f"/sys/class/net/{device}/statistics/tx_bytes")
     found: dict[str, Any] = {}
     for rate in GIGABITS:
@@ -221,21 +245,24 @@ def lines(found: dict[str, dict[str, Any]]) -> Iterator[str]:
     """Rows of the table of docs/benchmarks.md."""
     for rate, methods in found.items():
         values = {name: np.array(each) for name, each in methods.items()}
-        rounds = len(values["ddp"])
+        stock = next(iter(values))  # what the others are compared with
+        rounds = len(values[stock])
         picks = np.random.default_rng(0).integers(0, rounds, (5000, rounds))
         medians = {name: np.median(each, 0) for name, each in values.items()}
         for name, each in values.items():
-            draws = np.median(each[picks], 1) / np.median(values["ddp"][picks], 1)
+            draws = np.median(each[picks], 1) / np.median(values[stock][picks], 1)
             low, high = np.percentile(draws, [2.5, 97.5], axis=0)
             seconds, _, sent = medians[name]
-            ratio = medians[name] / medians["ddp"]
+            ratio = medians[name] / medians[stock]
             shown = [f"{ratio[i]:.3f} [{low[i]:.3f}, {high[i]:.3f}]" for i in (0, 1)]
             target = {"vanilla": 1.05, "uw": 1.05}.get(name)
-            if name == "pcgrad" and rate == "10":
+            if stock == "fsdp2":
+                target = None
+            elif name == "pcgrad" and rate == "10":
                 target = 1.5
             elif name == "pcgrad" and "forward" in medians:
                 wire = sent * 8 / (float(rate) * 1e9)
-                target = (medians["forward"][0] + 1.2 * wire) / medians["ddp"][0]
+                target = (medians["forward"][0] + 1.2 * wire) / medians[stock][0]
             met = ""
             if target is not None:
                 verdict = "met" if ratio[0] <= target else "in the interval"
@@ -248,8 +275,9 @@ def main() -> None:
     """Print the table of docs/benchmarks.md and keep it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--names", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/two_hosts.json"))
+    parser.add_argument("--sharded", action="store_true", help="FSDP2 in place of DDP")
+    parser.add_argument("--names", nargs="+", choices=sorted({*METHODS, *SHARDED}))
+    parser.add_argument("--output", type=Path, help="by default in runs/bench")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--device", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -263,13 +291,18 @@ def main() -> None:
         print(f"two_hosts: skipped, {reason}")
         return
     print(
-        f"{machine()}; commit {commit()}\n\n| Gbit/s | method | median s | relative to DDP [95%] | "
-        "by processor time [95%] | MB sent | target |\n|---|---|---|---|---|---|---|",
+        f"{machine()}; commit {commit()}\n\n| Gbit/s | method | median s "
+        "| relative to stock [95%] | by processor time [95%] | MB sent | target |\n"
+        "|---|---|---|---|---|---|---|",
         flush=True,
     )
-    found = measure(args.rounds, ["ddp", *(name for name in args.names if name != "ddp")])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"machine": machine(), "commit": commit(), **found}))
+    stock, *others = SHARDED if args.sharded else METHODS
+    others = args.names or others
+    found = measure(args.rounds, [stock, *(name for name in others if name != stock)])
+    name = "two_hosts_sharded" if args.sharded else "two_hosts"
+    output = args.output or Path(f"runs/bench/{name}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"machine": machine(), "commit": commit(), **found}))
     print("\n".join(lines(found)))
 
 

@@ -180,3 +180,38 @@ def test_what_the_compiler_cannot_take_is_refused_and_auto_takes_the_loop():
         problem.run(OnePass())
     with pytest.warns(UserWarning, match="compiles with task .* auto uses the loop from now on"):
         assert_same(problem.run(Auto(), calls=2), expected)
+
+
+class Deeper(nn.Module):
+    """A compiled layer with factors that later steps use twice."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.inner, self.times = nn.Linear(256, 256), 1
+        if not whole:
+            self.inner.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+
+    def forward(self, x, timesteps, labels):
+        x = x.flatten(1)
+        for _ in range(self.times):
+            x = self.inner(x).tanh()
+        return x.view(len(x), 4, 8, 8)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_weight_that_a_later_step_uses_twice_is_refused(whole):
+    problem, engine = Problem(lambda: Deeper(whole), EQUAL), OnePass()
+    network = problem.network
+    if whole:
+        problem.network = compiled(network)
+    expected = problem.run(Loop())
+    assert_same(problem.run(engine, calls=2), expected)
+    graphs = num_graphs()
+    assert_same(problem.run(engine), expected)
+    assert num_graphs() == graphs
+    network.times = 2
+    with pytest.raises(UnsupportedError, match="uses a weight equally often in each step"):
+        problem.run(engine)
+    assert_same(problem.run(OnePass(), calls=2), problem.run(Loop()))
+    network.times = 1
+    assert_same(problem.run(engine), expected)

@@ -70,14 +70,14 @@ class SortedLosses:
         state.sizes = self.sizes
         try:
             for index, p in enumerate(shared):
-                p.leaf, p.left, p.right = self._leaves.of(index)  # type: ignore[attr-defined]
+                p.leaf, p.factors = self._leaves.of(index)  # type: ignore[attr-defined]
                 p.spare = None if spare is None else spare.get(index)  # type: ignore[attr-defined]
                 p.__class__ = TaskParameter
             yield
         finally:
             for p, before in zip(shared, classes, strict=True):
                 p.__class__ = before
-                for name in ("leaf", "left", "right", "spare"):
+                for name in ("leaf", "factors", "spare"):
                     vars(p).pop(name, None)
             # The network may have kept a view, for instance in an attribute.
             for view in state.views:
@@ -166,11 +166,7 @@ class OnePass(Engine):
                     gradients.close()  # other ranks wait for what this one has not sent
 
         with losses.watched(self._spare(batch, gradients, len(losses.tasks))):
-            state.factored = set()
-            try:
-                values = self._tried(lambda: batch.evaluate(losses.rows), batch)
-            finally:
-                state.factored = None
+            values = self._tried(lambda: batch.evaluate(losses.rows), batch)
             gradients.begin(
                 losses.tasks,
                 samples=batch.samples,

@@ -84,19 +84,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  
         assert bias is not None  # one of the two has a leaf
         return F.linear(input, weight) + bias
     positions = input.shape[1:-1].numel()
-    left, right = getattr(weight, "left", None), getattr(weight, "right", None)
-    if left is not None and left.shape[0] != input.shape[0] * positions:
-        left = right = None
+    left = right = None
+    factors = getattr(weight, "factors", None)
+    meets = input.shape[0] * positions
+    if factors is not None and not factors.used and factors.left.shape[0] == meets:
+        left, right, factors.used = factors.left, factors.right, True
     if not torch.compiler.is_compiling() and state.uses is not None:
         state.positions[id(weight)] = positions
-    if left is not None and not torch.compiler.is_compiling() and state.factored is not None:
-        # Autograd would add the factors of both uses, and the product of sums is another number.
-        if id(weight) in state.factored:
-            raise UnsupportedError(
-                "engine: one pass needs a network that uses a weight equally often in each step, "
-                f"found one of shape {list(weight.shape)} that is used again"
-            )
-        state.factored.add(id(weight))
     leaf, of_bias = leaf_of(weight), _optional_leaf(bias)
     values = (value_of(weight), value_of(bias))
     leaves = (leaf if left is None else None, of_bias, left, right)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from ant_lightning.balancing.engines import UnsupportedError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
-__all__ = ["Leaves", "Receiver"]
+__all__ = ["Factors", "Leaves", "Receiver"]
 
 
 class Receiver(Protocol):
@@ -24,6 +26,25 @@ class Receiver(Protocol):
 
     def receive_factors(self, index: int, left: Tensor, right: Tensor) -> None:
         """Take the two factors of the gradient of parameter `index`."""
+
+
+class Factors:
+    """Two leaves whose gradients are the factors of the gradient of one weight.
+
+    Autograd would add the factors of two uses, and the product of sums is another number. So only
+    the first use in a forward pass has them, in a compiled network too: it is compiled once more
+    for a use that finds them used, and the gradient of that use is refused.
+
+    Attributes:
+        left: Its gradient is that of the layer's output, `[positions, outputs]`.
+        right: Its gradient is the layer's input, `[positions, inputs]`.
+        used: Whether a use in this forward pass has them.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left = left
+        self.right = right
+        self.used = False
 
 
 class Leaves:
@@ -40,9 +61,10 @@ class Leaves:
         self.receiver: Receiver | None = None
         self.scale: Tensor | float = 1.0
         self._made_for: list[object] = []
-        self._factors: dict[int, tuple[Tensor, Tensor]] = {}  # by the place of the weight
+        self._factors: dict[int, Factors] = {}  # by the place of the weight
         self._first: dict[int, Tensor] = {}  # a factor that waits for the other
         self._given: set[int] = set()
+        self._used: set[int] = set()  # places of weights whose factors are in the graph
 
     def prepare(self, parameters: Sequence[nn.Parameter], num_tasks: int) -> None:
         """Make the leaves, unless they are those of the last step."""
@@ -57,7 +79,7 @@ class Leaves:
 
     def factor(self, positions: Mapping[int, int]) -> None:
         """Make leaves for the factors of these weights, which meet so many positions in all."""
-        if {index: len(left) for index, (left, _) in self._factors.items()} == positions:
+        if {index: len(each.left) for index, each in self._factors.items()} == positions:
             return
         self._factors = {}
         for index, count in positions.items():
@@ -65,35 +87,46 @@ class Leaves:
             dtype = torch.promote_types(p.dtype, torch.float32)
             zero = torch.zeros((), dtype=dtype, device=p.device)
             left, right = (zero.expand(count, size).detach().requires_grad_() for size in p.shape)
-            self._factors[index] = left, right
+            self._factors[index] = Factors(left, right)
             _send(left, partial(self._factor_arrived, index, True))
             _send(right, partial(self._factor_arrived, index, False))
 
-    def of(self, index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The leaf of a parameter, and those of its factors."""
-        left, right = self._factors.get(index, (None, None))
-        return self.dense[index], left, right
+    def of(self, index: int) -> tuple[Tensor, Factors | None]:
+        """The leaf of a parameter, and those of its factors, unused."""
+        factors = self._factors.get(index)
+        if factors is not None:
+            factors.used = False
+        return self.dense[index], factors
 
     @property
     def every(self) -> list[Tensor]:
         """All leaves."""
-        return [*self.dense, *(each for pair in self._factors.values() for each in pair)]
+        factors = self._factors.values()
+        return [*self.dense, *(leaf for each in factors for leaf in (each.left, each.right))]
 
     def begin(self, receiver: Receiver, scale: Tensor | float) -> None:
         """Begin a backward pass."""
         self.receiver, self.scale = receiver, scale
         self._first.clear()
         self._given.clear()
+        self._used = {index for index, each in self._factors.items() if each.used}
+        for each in self._factors.values():
+            each.used = False  # gradient checkpointing computes layers again, as in the first pass
 
     def end(self) -> None:
         """End a backward pass: weights that no loss depends on have factors of zero."""
-        for index, (left, right) in self._factors.items():
+        for index, each in self._factors.items():
             if index not in self._given and self.receiver is not None:
-                self.receiver.receive_factors(index, left.detach(), right.detach())
+                self.receiver.receive_factors(index, each.left.detach(), each.right.detach())
         self.receiver = None
 
     def _arrived(self, index: int, grad: Tensor) -> None:
         assert self.receiver is not None
+        if index in self._used:
+            raise UnsupportedError(
+                "engine: one pass needs a network that uses a weight equally often in each step, "
+                f"found one of shape {list(grad.shape[1:])} that is used again"
+            )
         self.receiver.receive(index, self._unscaled(grad))
 
     def _factor_arrived(self, index: int, is_left: bool, grad: Tensor) -> None:

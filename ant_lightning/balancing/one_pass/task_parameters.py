@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from torch.utils._pytree import TreeSpec
 
+    from ant_lightning.balancing.one_pass.leaves import Factors
+
 __all__ = ["RULES", "State", "TaskParameter", "TaskView", "leaf_of", "state", "value_of"]
 
 
@@ -33,7 +35,6 @@ class State:
     Attributes:
         sizes: Number of samples of each task, descending; the batch is sorted by task.
         uses: How often each parameter was used, by its id; `None` if not recorded.
-        factored: Weights that gave their factors in this forward pass, by id; `None` outside one.
         positions: Positions for each sample of layers that have factors, by the weight's id.
         views: Views that were made of parameters, so that they can be given back.
     """
@@ -41,7 +42,6 @@ class State:
     def __init__(self) -> None:
         self.sizes: tuple[int, ...] = ()
         self.uses: dict[int, int] | None = None
-        self.factored: set[int] | None = None
         self.positions: dict[int, int] = {}
         self.views: list[Tensor] = []
 
@@ -95,9 +95,8 @@ class TaskParameter(nn.Parameter):
     """A parameter with an attribute `leaf`, `[m, *shape]`, for the gradients of `m` tasks."""
 
     leaf: Tensor
-    # For a layer that meets few positions: leaves whose gradients are its two factors.
-    left: Tensor | None
-    right: Tensor | None
+    # Of a layer that meets few positions.
+    factors: Factors | None
     spare: Tensor | None  # memory that a layer's rule may use for the gradients of the tasks
 
     def __new__(cls, data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # type: ignore[misc]
