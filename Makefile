@@ -5,7 +5,7 @@ MODEL ?= dit
 DATASET ?= digits
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo compare ntg evidence tables test test-cpu test-faults test-app soak check docs bench clean
+.PHONY: help install demo compare ntg evidence curves tables test test-cpu test-faults test-app soak check docs bench clean
 
 help:  ## what each target does
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -30,9 +30,14 @@ ntg: .venv/installed  ## the negative-transfer gap of five methods on the digits
 	$(BIN)/python -m studies studies/ntg.yaml --jobs 2
 	$(BIN)/python -m studies.ntg runs/ntg
 
-evidence: .venv/installed  ## excess risk over the exact denoiser, 9 methods, 8 paired seeds (4 hours)
+evidence: .venv/installed  ## excess risk over the exact denoiser, 9 methods, 8 seeds (4 hours), then make curves
 	$(BIN)/python -m studies studies/evidence.yaml --jobs 2
 	$(BIN)/python -m studies.evidence
+	$(MAKE) curves
+
+curves: .venv/installed  ## image quality over training steps: what docs/results lacks of it (all: 10 hours)
+	$(BIN)/python -m studies studies/curves.yaml --rows docs/results/curves.jsonl --jobs 2
+	$(BIN)/python -m studies.curves
 
 tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with ROOT=its folder
 	$(BIN)/python -m studies.tables --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --jobs 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ant_lightning.errors import ConfigError
-from studies.results import finished_rows
+from studies.results import begin_with, finished_rows
 from studies.runner import add_run_options, missing_cells, run_options, run_study
 from studies.study import Study
 
@@ -23,12 +23,15 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m studies")
     parser.add_argument("study", type=Path, help="a YAML file of studies/")
     parser.add_argument("--folder", type=Path, help="by default runs/NAME")
+    parser.add_argument("--rows", type=Path, help="rows to begin with, if the folder has none")
     add_run_options(parser)
     parser.add_argument("--list", action="store_true", help="show what is missing; run nothing")
     settings = parser.parse_args(args)
     folder: Path = settings.folder or Path("runs") / settings.study.stem
     try:
         study = Study.read(settings.study)
+        if settings.rows and settings.rows.is_file():
+            begin_with(settings.rows, folder / "results.jsonl")
         if settings.list:
             missing = missing_cells(
                 study, folder, only=settings.only, rerun_changed=settings.rerun_changed

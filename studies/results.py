@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
 
     from studies.study import Cell, Study
 
-__all__ = ["append_row", "collected", "finished_rows", "only_user", "read_rows", "restore_files"]
+__all__ = [
+    "append_row",
+    "begin_with",
+    "collected",
+    "finished_rows",
+    "only_user",
+    "read_rows",
+    "restore_files",
+]
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -35,6 +44,13 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write((line if whole else "\n" + line).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def begin_with(published: Path, path: Path) -> None:
+    """Copy rows to where a study keeps its own, unless it has some."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(published, path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -101,8 +102,8 @@ def run_study(
     again. An interrupted cell resumes after its last finished command, in the same folder; with
     `--ckpt_path=last` in the study a fit resumes from its checkpoint. If the folder of a finished
     cell is gone, for instance because only `results.jsonl` was copied, the files that its row
-    keeps are restored. A failed cell is a line of `failures.jsonl` and runs again in the next
-    call.
+    keeps are restored; if another cell needs more of it, such as a checkpoint, it is run again. A
+    failed cell is a line of `failures.jsonl` and runs again in the next call.
 
     Args:
         study: The cells.
@@ -121,13 +122,35 @@ def run_study(
     folder = folder.resolve()
     with only_user(folder):
         waiting = missing_cells(study, folder, only=only, rerun_changed=rerun_changed)
+        waiting = _with_lost_files(study, folder, waiting)
         report(f"{len(waiting)} of {len(study.cells)} cells to run in {folder}")
         if not waiting:
             return []
+        again = {cell.name for cell in waiting}
         for name, row in finished_rows(study, folder / "results.jsonl").items():
-            restore_files(row, folder / study.cells[name].place)
+            if name not in again:
+                restore_files(row, folder / study.cells[name].place)
         prepare_processes([c for cell in waiting for c in cell.commands], threads=threads)
         return _Runner(study, folder, waiting, threads, report).run(jobs)
+
+
+def _with_lost_files(study: Study, folder: Path, waiting: list[Cell]) -> list[Cell]:
+    """The waiting cells, and finished ones of which they name files that no row keeps.
+
+    Checkpoints are such files: they are gone where only `results.jsonl` was copied. What is left of
+    such a cell's folder is removed, so that its files are not continued.
+    """
+    names, unseen = {cell.name for cell in waiting}, list(waiting)
+    while unseen:
+        for other, rest in unseen.pop().files_of_others:
+            cell = study.cells[other]
+            place = folder / cell.place
+            kept = rest in cell.collect or (place / rest).exists()
+            if other not in names and not kept and not (place / "commands_done.jsonl").exists():
+                shutil.rmtree(place, ignore_errors=True)
+                names.add(other)
+                unseen.append(cell)
+    return [cell for cell in study.cells.values() if cell.name in names]
 
 
 class _Runner:

@@ -48,6 +48,7 @@ __all__ = ["CLI_COMMANDS", "FOLDER", "Cell", "Study"]
 
 CLI_COMMANDS = ("fit", "validate", "test", "predict", "encode")
 FOLDER = re.compile(r"<([^<>]*)>")
+_FILE = re.compile(r"<([^<>]+)>/([^\s,<>]+)")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ class Cell:
     def place(self) -> str:
         """Folder of the cell, relative to that of the study: other settings, another folder."""
         return f"cells/{self.name}-{self.hash[:8]}"
+
+    @property
+    def files_of_others(self) -> set[tuple[str, str]]:
+        """Name of another cell and path in its folder, for every file or folder that it needs."""
+        found = (m for command in self.commands for arg in command for m in _FILE.findall(arg))
+        return set(found)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ant_lightning.diagnosis.figure import profile_figure
 from ant_lightning.diagnosis.findings import Findings
 from ant_lightning.diagnosis.page import write_page
 from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.files.json_file import write_json
 from ant_lightning.tasks.clusterings import SNRClustering
 from ant_lightning.transfer.matrix import transfer_matrix
 
@@ -42,9 +43,10 @@ class Diagnosis(MeasuringCallback):
     """Measures gradients and losses of a checkpoint, and writes what to try first and why.
 
     `ant-lightning diagnose` is a validation with this callback. It writes `diagnosis.md`,
-    `diagnosis.html`, `task_affinity.safetensors` and pictures into the run's folder: conflicts
-    between tasks with their errors, loss and gradient share by timestep, what each clustering and
-    balancer would make of them, the transfer matrix, and the time of a step on this machine.
+    `diagnosis.html`, `diagnosis.json` (the numbers), `task_affinity.safetensors` and pictures into
+    the run's folder: conflicts between tasks with their errors, loss and gradient share by
+    timestep, what each clustering and balancer would make of them, the transfer matrix, and the
+    time of a step on this machine.
 
     The tasks are the module's; for a module without clusters, 5 SNR clusters.
 
@@ -184,6 +186,8 @@ class Diagnosis(MeasuringCallback):
         assert self.findings is not None
         folder, affinity = log_folder(trainer), self.findings.affinity
         affinity.save(folder / "task_affinity.safetensors")
+        step = steps_of(trainer, pl_module)
+        write_json(folder / "diagnosis.json", {"step": step, **self.findings.numbers()})
         pictures = {
             "diagnosis_profile.png": (
                 profile_figure(self.findings),
@@ -201,12 +205,12 @@ class Diagnosis(MeasuringCallback):
         for name, (figure, _) in pictures.items():
             figure.savefig(folder / name)
         about = (
-            f"{affinity.model} after {steps_of(trainer, pl_module)} steps, "
+            f"{affinity.model} after {step} steps, "
             f"{type(pl_module.process).__name__} predicting {pl_module.process.prediction_type}; "
             f"{len(affinity.timesteps)} timesteps, {self.num_images} images for each. "
             "Early in training these numbers change fast: diagnose again later."
         )
-        if not steps_of(trainer, pl_module) and pl_module.init_from is None:
+        if not step and pl_module.init_from is None:
             about += " These weights are untrained: train first, and diagnose then."
         texts = {name: text for name, (_, text) in pictures.items()}
         print(write_page(self.findings, folder, texts, about=about))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -165,3 +166,33 @@ class Findings:
             name: distance_correlation(self.affinity.plain, each).estimate
             for name, each in axes.items()
         }
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything as plain numbers and lists, for a JSON file; what was not measured is None."""
+        dots = self.affinity.half_dots.mean(0)
+        squares = ((dots[0, 1] + dots[1, 0]) / 2).diagonal().clamp(min=0)
+        log_snr, transfer = self.affinity.grid_log_snr, self.transfer
+        return {
+            "boundaries": list(self.clusters.boundaries),
+            "timesteps": list(self.affinity.timesteps),
+            "log_snr": None if log_snr is None else log_snr.tolist(),
+            "losses": self.losses.tolist(),
+            "gradient_norms": squares.sqrt().tolist(),
+            "tasks": {
+                "loss": self.task_losses.tolist(),
+                "gradient_share": self.gradient_shares.tolist(),
+                "reliability": self.reliability.tolist(),
+                "cosines": _or_none(self.cosines),
+                "cosine_errors": _or_none(self.cosine_errors),
+                "conflicts": [list(pair) for pair in self.conflicts],
+                "weights": {name: each.tolist() for name, each in self.weights.items()},
+                "transfer": None if transfer is None else transfer.tolist(),
+            },
+            "distance_correlation": self.correlations,
+            "seconds": self.seconds,
+        }
+
+
+def _or_none(matrix: Float[Tensor, "k k"]) -> list[list[float | None]]:
+    """A matrix as lists; JSON has no NaN."""
+    return [[None if math.isnan(x) else x for x in row] for row in matrix.tolist()]

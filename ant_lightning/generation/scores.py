@@ -38,11 +38,11 @@ class GenerationScores(Metric):
 
     - `fid`, `kid`, `kid_std`, `precision`, `recall`: generated against real images;
       `inception_score` and `inception_score_std` if the extractor gives logits.
-    - `fid_real`: the FID that real images reach. With training images, as many of them as there
-      are generated images are scored against the real images. Without, two disjoint random halves
-      of the real images are scored against each other. `fid_real_num_images` is the number of
-      images (in each half). A `fid` below `fid_real` is no improvement; `fid_train` and
-      `nearest_train_*` show whether it comes from copies.
+    - `fid_real`, `kid_real`, `precision_real`, `recall_real`: what real images reach. With training
+      images, as many of them as there are generated images are scored against the real images.
+      Without, two disjoint random halves of the real images are scored against each other.
+      `fid_real_num_images` is the number of images (in each half). A `fid` below `fid_real` is no
+      improvement; `fid_train` and `nearest_train_*` show whether it comes from copies.
     - `fid_train`: generated images against random training images, as many as there are real ones.
     - `nearest_train_mean`, `nearest_train_median`: distance, in features, of generated images to
       the nearest training image; `nearest_train_real_*` is that of the real images, which must
@@ -104,6 +104,7 @@ class GenerationScores(Metric):
         self.kid_num_subsets = kid_num_subsets
         self.num_splits = num_splits
         self.seed = seed
+        self._of_real: dict[int, dict[str, float]] = {}  # by number of images
 
     def update(self, images: Tensor) -> None:
         """Add generated uint8 images `[n, c, h, w]`.
@@ -163,13 +164,24 @@ class GenerationScores(Metric):
         return scores
 
     def _halves(self, real: Tensor, count: int) -> dict[str, float]:
-        """FID between two disjoint random parts of the real images."""
+        """Two disjoint random parts of the real images against each other."""
         half = min(count, len(real) // 2)
         if half < 2:  # no covariance
             return {}
         order = self._permutation(len(real))
-        first, second = real[order[:half]], real[order[half : 2 * half]]
-        return {"fid_real": _fid(first, second), "fid_real_num_images": float(half)}
+        return self._real_scores(real[order[:half]], real[order[half : 2 * half]])
+
+    def _real_scores(self, first: Tensor, second: Tensor) -> dict[str, float]:
+        """The scores of real images against others, computed once: they never change."""
+        count = len(first)
+        if count not in self._of_real:
+            found = {"fid": _fid(first, second)}
+            if count > self.k and len(second) > self.k:
+                found |= self._against_real(first, second)
+            found.pop("kid_std", None)
+            self._of_real[count] = {f"{name}_real": value for name, value in found.items()}
+            self._of_real[count]["fid_real_num_images"] = float(count)
+        return self._of_real[count]
 
     def _against_train(
         self, generated: Tensor, real: Tensor | None, train: Tensor
@@ -182,8 +194,7 @@ class GenerationScores(Metric):
         scores = {"fid_train": _fid(generated, part)}
         queries = {"nearest_train": generated}
         if real is not None:
-            same = train[order[: len(generated)]]
-            scores |= {"fid_real": _fid(same, real), "fid_real_num_images": float(len(same))}
+            scores |= self._real_scores(train[order[: len(generated)]], real)
             queries["nearest_train_real"] = real
         for name, rows in queries.items():
             distances = nearest_distance(rows, train)

@@ -1,5 +1,6 @@
 """Advice from gradients that are planted, in numbers and in two runs."""
 
+import json
 import re
 
 import pytest
@@ -124,6 +125,23 @@ def trained(tmp_path, monkeypatch):
     return train
 
 
+def test_the_numbers_are_plain_and_those_of_the_properties():
+    gradients = torch.eye(3).double().repeat_interleave(2, 0)
+    gradients[4:] = torch.tensor([-3.0, 0.0, 4.0]).double()
+    found = findings(gradients, losses=[0.5, 1.0, 2.0])
+    numbers = json.loads(json.dumps(found.numbers(), allow_nan=False))
+    assert numbers["gradient_norms"] == pytest.approx([1, 1, 1, 1, 5, 5])
+    assert numbers["log_snr"] == pytest.approx(found.affinity.grid_log_snr.tolist())
+    tasks = numbers["tasks"]
+    assert tasks["gradient_share"] == pytest.approx([1 / 27, 1 / 27, 25 / 27])
+    assert tasks["conflicts"] == [[0, 2]]
+    assert tasks["cosines"][0][2] == pytest.approx(-0.6)
+    assert tasks["weights"]["UW"] == pytest.approx([12 / 7, 6 / 7, 3 / 7])
+    assert tasks["transfer"] is None
+    drowned = findings(1e-3 * gradients, noise=1.0)
+    assert None in sum(drowned.numbers()["tasks"]["cosines"], [])
+
+
 def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys):
     """The best gain is the noise's share of x_t: 0 without noise, 1 without signal."""
     pages = {}
@@ -136,6 +154,10 @@ def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys):
         assert html.count("data:image/png;base64,") == 3
         assert "version_0/diagnosis.html" in capsys.readouterr().out
         assert (run / "task_affinity.safetensors").is_file()
+        numbers = json.loads((run / "diagnosis.json").read_text())
+        assert numbers["step"] == 1
+        assert len(numbers["losses"]) == len(numbers["gradient_norms"]) == 20
+        assert bool(numbers["tasks"]["conflicts"]) is (start == 0.5)
     assert "no tasks conflict" in pages[-1.0]
     assert "Try NashMTL first" in pages[0.5]
     for page in pages.values():

@@ -89,6 +89,9 @@ def test_every_score_by_its_definition(sets, extractor):
         "nearest_train_real_mean": cdist(y, z).min(1).mean(),
         "nearest_train_real_median": np.median(cdist(y, z).min(1)),
     }
+    # Real images are scored as if they were generated ones.
+    alike = scored(extractor, train[order[:40]], real)
+    expected |= {f"{name}_real": alike[name] for name in ("kid", "precision", "recall")}
     assert set(scores) == {*expected, "kid", "kid_std", "precision", "recall"}
     for name, value in expected.items():
         assert scores[name] == pytest.approx(value, rel=1e-6), name
@@ -112,6 +115,8 @@ def test_without_training_images_real_against_real_is_that_of_two_halves(sets, e
     y = _Pool()(real).float().double().numpy()
     expected = _scipy_fid(y[order[:13]], y[order[13:26]])
     assert scores["fid_real"] == pytest.approx(expected, rel=1e-6)
+    assert 0 < scores["precision_real"] <= 1
+    assert 0 < scores["recall_real"] <= 1
     assert "fid_train" not in scores
     assert "nearest_train_mean" not in scores
 

@@ -203,6 +203,40 @@ def test_a_copy_of_the_rows_is_gone_on_with(tmp_path):
     assert calls(there, "0/small") == [["nothing", "value"]]  # written back, not run
 
 
+def test_what_a_copy_of_the_rows_lacks_is_made_again(tmp_path):
+    """A checkpoint is such a file: no row keeps it, and other cells need it."""
+    needs_calls = {
+        "cell": "{seed}/after",
+        "axes": {"seed": [0]},
+        "commands": [[COMMAND, "<>", "fail_unless", "<{seed}/small>/calls"]],
+    }
+    content = {**CONTENT, "groups": [*CONTENT["groups"], needs_calls]}
+    run(content, tmp_path / "here", only="?/[sl]*")
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "results.jsonl").write_text((tmp_path / "here/results.jsonl").read_text())
+    run(content, there, only="sum/1")  # writes back what the rows keep, of every cell
+    failed, lines = run(content, there, only="0/after")
+    assert failed == []
+    assert lines[0].startswith("2 of 7 cells")
+    assert calls(there, "0/small") == [["nothing", "value"]]
+    assert calls(there, "0/large") == []
+    assert run(content, there, only="0/after")[1][0].startswith("0 of 7 cells")
+
+
+def test_published_rows_are_begun_with_and_replace_nothing(tmp_path, capsys):
+    (tmp_path / "study.yaml").write_text(json.dumps(CONTENT))
+    run(CONTENT, tmp_path / "here", only="?/small")
+    arguments = [str(tmp_path / "study.yaml"), f"--folder={tmp_path / 'there'}", "--list"]
+    published = f"--rows={tmp_path / 'here/results.jsonl'}"
+    for _ in range(2):
+        assert main([*arguments, published]) == 0
+        assert "4 to run; 2 finished" in capsys.readouterr().out
+    run(CONTENT, tmp_path / "here")
+    assert main([*arguments, published]) == 0
+    assert "4 to run; 2 finished" in capsys.readouterr().out
+
+
 def test_one_process_at_a_time(tmp_path):
     with only_user(tmp_path), pytest.raises(ConfigError, match="one process at a time"):
         run(CONTENT, tmp_path)

@@ -1,0 +1,160 @@
+"""The study of curves: its file, and tables that say what rows say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from studies.curves import (
+    BEGIN,
+    END,
+    CurveRows,
+    main,
+    profile_table,
+    score_table,
+    steps_table,
+    steps_to,
+    tuning_table,
+)
+from studies.results import append_row
+from studies.study import Study
+
+ROOT = Path(__file__).resolve().parents[2]
+# FID at 100, 200 and 400 steps; what a seed adds hides every effect unless seeds are paired.
+FIDS = {"vanilla": (16.0, 8.0, 4.0), "uw": (8.0, 4.0, 3.0), "linear": (16.0, 8.0, 4.01)}
+
+
+def measured(fids, factor=1.0):
+    return [
+        {
+            "step": step,
+            "scores": {"fid": factor * fid, "kid": 0.1, "precision": 0.5, "recall": 0.7}
+            | {"class_agreement": 0.9},
+        }
+        for step, fid in zip((100, 200, 400), fids, strict=True)
+    ]
+
+
+def row(**files):
+    return {"commit": "abc", "machine": "here", "seconds": [36.0], "files": files}
+
+
+def study_rows(seeds=3):
+    rows = {
+        f"ldm/snr/{method}/seed{seed}": row(
+            **{"generation_metrics.jsonl": measured(fids, 1 + seed + 0.001 * (method == "linear"))}
+        )
+        for seed in range(seeds)
+        for method, fids in FIDS.items()
+    }
+    high = {"generation_metrics.jsonl": measured((9.0, 6.0, 5.0))}
+    rows["ldm/why/vanilla_lr_0.016/seed0"] = row(**high)
+    rows["ldm/four_times/uw/seed0"] = row(**high)
+    rows["tune/ldm/uw/lr0.002"] = row(**high)
+    choice = {"chosen": 0.004, "fid": {"0.002": 5.0, "0.004": 4.5}}
+    rows["tune/ldm/uw"] = row(**{"choice.json": choice})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("fid", "steps"),
+    [
+        (20.0, 100),
+        (16.0, 100),
+        (8.0, 200),
+        (128**0.5, 150),
+        (32**0.5, 300),
+        (4.0, 400),
+        (3.9, None),
+    ],
+)
+def test_steps_to_a_fid_are_read_off_a_line_through_its_log(fid, steps):
+    assert steps_to(fid, measured(FIDS["vanilla"])) == (steps and pytest.approx(steps))
+
+
+def test_scores_are_paired_with_vanilla_and_real_images_stand_below():
+    rows = CurveRows.of(study_rows())
+    assert rows.methods("ldm/snr") == ["vanilla", "uw", "linear"]
+    table = score_table(rows, "ldm/snr", {"fid_real": 1.5, "precision_real": 0.8})
+    lines = {line[0]: line for line in table.rows}
+    assert lines["uw"][-1].startswith("-2.00 [")  # -1, -2 and -3
+    assert lines["linear"][-1].startswith("+0.02 [")
+    assert lines["vanilla"][-1] == ""
+    assert lines["real images"][2:5] == ["1.500", "", "0.800"]
+    assert all(len(line) == len(table.columns) for line in table.rows)
+
+
+def test_a_group_without_vanilla_is_compared_with_that_of_the_main_group_of_the_same_length():
+    rows = CurveRows.of(study_rows())
+    assert rows.base("ldm/why") == rows.base("ldm/snr") != {}
+    assert rows.base("ldm/four_times") == {}
+    (line,) = steps_table(rows, "ldm/four_times").rows
+    assert line[-1] == ""
+
+
+def test_steps_to_vanillas_last_fid_of_the_same_seed():
+    table = steps_table(CurveRows.of(study_rows()), "ldm/snr")
+    lines = {line[0]: line for line in table.rows}
+    assert table.columns[1:4] == ["100", "200", "400"]
+    assert lines["uw"][1:] == ["16.00", "8.00", "6.00", "200 (200 to 200)"]
+    assert lines["linear"][-1] == "0 of 3 seeds"
+
+
+def test_chosen_learning_rates_are_marked_and_losses_are_ratios():
+    (line,) = tuning_table(study_rows()).rows
+    assert line == ["ldm", "uw", "5.00", "**4.50**"]
+    rows = {
+        f"ldm/profile/{method}/seed{seed}": row(
+            **{"diagnosis.json": {"tasks": {"loss": [factor * (1 + seed), 2.0]}}}
+        )
+        for method, factor in {"vanilla": 1.0, "uw": 1.1}.items()
+        for seed in range(3)
+    }
+    (line,) = profile_table(rows).rows
+    assert line == ["uw", "+10.0% [+10.0, +10.0]", "+0.0% [+0.0, +0.0]"]
+
+
+def test_the_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
+    groups = [
+        {
+            "cell": "ldm/snr/{method}/seed{seed}",
+            "axes": {"seed": [0, 1], "method": list(FIDS)},
+            "commands": [["fit", "{method}{seed}"]],
+            "collect": ["generation_metrics.jsonl"],
+        }
+    ]
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps({"groups": groups}))
+    rows = study_rows()
+    for name, cell in Study.read(file).cells.items():
+        append_row(
+            tmp_path / "rows" / "results.jsonl", {**rows[name], "cell": name, "hash": cell.hash}
+        )
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    folders = [f"--folder={tmp_path / 'rows'}", f"--docs={page.parent}", f"--study={file}"]
+    assert main(folders) == 0
+    assert main(folders) == 0
+    text = page.read_text()
+    assert text.startswith("before\n\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert text.count("### Scores, latent diffusion") == 1
+    assert "6 of 6 cells finished" in text
+    assert (page.parent / "results" / "curves_ldm.png").stat().st_size > 10_000
+    assert len((page.parent / "results" / "curves.jsonl").read_text().splitlines()) == 6
+    assert main([f"--folder={tmp_path}", f"--docs={page.parent}", f"--study={file}"]) == 1
+
+
+def test_the_study_pairs_every_method_with_vanilla(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cells = Study.read(Path("studies/curves.yaml")).cells
+    finals = [name for name in cells if name.startswith(("ldm/snr/", "adm/snr/", "sit/snr/"))]
+    assert len(finals) == 9 * 6 + 5 * 3 + 5 * 3
+    for name in finals:
+        model, _, _, seed = name.split("/")
+        assert f"{model}/snr/vanilla/{seed}" in cells
+        tuned = [needed for needed in cells[name].needs if needed.startswith("tune/")]
+        assert tuned == [f"tune/{model}/{name.split('/')[2]}"]
+        assert not any("seed100" in arg for command in cells[name].commands for arg in command)
