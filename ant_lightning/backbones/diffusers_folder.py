@@ -114,6 +114,8 @@ def _check_same(layout: DiffusersLayout, config: Mapping[str, Any], path: Path) 
     kind = str(config.get("_class_name"))
     ours = {"_class_name": layout.class_name, **{n: layout.config.get(n) for n in _COMPARED}}
     theirs = {**config, "_class_name": _SAME.get(kind, kind)}
+    if config.get("routing") is not None:  # weights that were trained without may go on with it
+        ours["routing"] = layout.config.get("routing") or "None"
     for name, value in ours.items():
         found = theirs.get(name, value)
         if _plain(found) != _plain(value) and value is not None:

@@ -47,7 +47,8 @@ class DiffusersLayout:
     Attributes:
         class_name: `DiTTransformer2DModel`, `UNet2DModel` or `UNet2DConditionModel`. The first is
             exact only with `downscale_freq_shift = 0` in its time embedding.
-        config: Arguments of the class.
+        config: Arguments of the class. `DiTTransformer2DModel` itself takes no `routing` and no
+            rectangles; the class of an export does.
         rows: For each weight of the class: its name, our name (`None` for a constant), and how it
             is made from ours: `copy`; `rows j/3`, `new_order j`, `legacy j heads=h` (a third of
             `qkv`); `squeeze`; `pad_rows n`; `spread k` (frequencies of the time); `zeros RxC`,
@@ -186,16 +187,6 @@ def _of_dit(dit: DiT) -> DiffusersLayout:
         raise ConfigError(
             f"backbone.mlp_ratio: must be 4, as DiTTransformer2DModel has, found {mlp_size / width}"
         )
-    if dit.routing is not None:
-        raise ConfigError(
-            "backbone.routing: must be None, as DiTTransformer2DModel has no masks of channels, "
-            f"found {dit.routing}"
-        )
-    if height != columns:
-        raise ConfigError(
-            "backbone.input_size: must be square, as the positions of DiTTransformer2DModel are, "
-            f"found {height} x {columns}"
-        )
     # Their table always has a row for the null class.
     num_classes = max(1, dit.num_classes)
     rows = list(_named("pos_embed.proj", "x_embedder.proj"))
@@ -225,7 +216,7 @@ def _of_dit(dit: DiT) -> DiffusersLayout:
         "in_channels": dit.in_channels,
         "out_channels": dit.out_channels,
         "num_layers": len(dit.blocks),
-        "sample_size": height,
+        "sample_size": height if height == columns else [height, columns],
         "patch_size": dit.patch_size,
         "num_embeds_ada_norm": num_classes,
         "activation_fn": "gelu-approximate",
@@ -234,6 +225,8 @@ def _of_dit(dit: DiT) -> DiffusersLayout:
         "norm_elementwise_affine": False,
         "norm_eps": 1e-6,
     }
+    if dit.routing is not None:
+        config["routing"] = list(dit.routing)
     return DiffusersLayout("DiTTransformer2DModel", config, tuple(rows))
 
 

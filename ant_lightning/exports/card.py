@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ant_lightning.exports.stock import stock_of
 from ant_lightning.runtime.settings import flat_settings
 
 if TYPE_CHECKING:
@@ -19,8 +20,8 @@ __all__ = ["model_card"]
 _LOADING = {
     "diffusers": """from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
-images = pipeline(batch_size=4).images""",
+pipeline = DiffusionPipeline.from_pretrained(FOLDER{trust})
+images = {call}.images""",
     "safetensors": """from ant_lightning import load_run
 
 images = load_run(FOLDER).sample(4)""",
@@ -70,7 +71,6 @@ def model_card(
         **_scores(run_folder),
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
-    inputs = "x, timesteps, labels" if module.num_classes else "x, timesteps"
     parts = [
         "---\nlibrary_name: "
         + ("diffusers" if to == "diffusers" else "ant-lightning")
@@ -78,11 +78,26 @@ def model_card(
         + "\ntags:\n- diffusion\n- ant-lightning\n---",
         "# A diffusion model trained with ant_lightning",
         f"| | |\n| --- | --- |\n{table}",
-        f"```python\n{_LOADING[to].replace('{inputs}', inputs)}\n```",
     ]
+    loading = _loading(module, to)
+    if loading:
+        parts.append(f"```python\n{loading}\n```")
     if notes:
         parts.append("Differences from the run:\n\n" + "\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
+
+
+def _loading(module: DiffusionModule, to: str) -> str:
+    """How the export is read; empty for an adapter and for parts, which have a note."""
+    if to != "diffusers":
+        inputs = "x, timesteps, labels" if module.num_classes else "x, timesteps"
+        return _LOADING[to].replace("{inputs}", inputs)
+    if getattr(module, "adapter", None) is not None or module.conditions.names:
+        return ""
+    stock = stock_of(module)
+    call = "pipeline(batch_size=4)" if stock is None else stock.example()
+    trust = ", trust_remote_code=True" if stock is None else ""
+    return _LOADING[to].replace("{trust}", trust).replace("{call}", call)
 
 
 def _experts(about: Mapping[str, Any]) -> dict[str, str]:

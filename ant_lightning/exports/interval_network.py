@@ -26,6 +26,8 @@ class IntervalNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
         borders: The timesteps between two intervals.
         rising: Whether timesteps rise with the noise.
         served_by: Which network serves each interval.
+        official_frequencies: Whether the time of a `DiTTransformer2DModel` has the frequencies of
+            the official DiT.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -36,11 +38,12 @@ class IntervalNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
         borders: list[float],
         rising: bool,
         served_by: list[int],
+        official_frequencies: bool = False,
     ) -> None:
         super().__init__()
         kind = getattr(diffusers, class_name)
         self.networks = nn.ModuleList(kind(**network) for _ in range(max(served_by) + 1))
-        if class_name == "DiTTransformer2DModel":  # the time frequencies of the official DiT
+        if official_frequencies:
             for name, part in self.networks.named_modules():
                 if name.endswith("norm1.emb.time_proj"):
                     part.downscale_freq_shift = 0  # type: ignore[assignment]

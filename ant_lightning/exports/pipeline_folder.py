@@ -14,6 +14,8 @@ from ant_lightning.backbones.diffusers_layouts import diffusers_layout
 from ant_lightning.errors import ConfigError
 from ant_lightning.exports.diffusers_parts import write_adapter, write_parts
 from ant_lightning.exports.schedulers import Scheduling, scheduler_of
+from ant_lightning.exports.stock import Stock, stock_of
+from ant_lightning.models.adapters import adapted
 from ant_lightning.transfer.experts import IntervalExperts
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ _CODE = {"ExactDiT": "exact_dit", "IntervalNetwork": "interval_network"}
 
 
 def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of diffusers
-    """A network of diffusers that computes what this DiT or UNet does, with its weights.
+    """A network of diffusers that computes what this network does, with its weights.
 
     Raises:
         ConfigError: If there is none; says why.
@@ -48,6 +50,8 @@ def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of d
 
     if isinstance(network, IntervalExperts):
         return _interval_network(network)
+    if isinstance(network, DiffusersBackbone):
+        return copy.deepcopy(adapted(network)).cpu().eval()
     layout = diffusers_layout(network)
     own = network.state_dict()
     weights = layout.to_diffusers({bare: own[name] for bare, name in bare_names(own).items()})
@@ -62,33 +66,46 @@ def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of d
 
 def _interval_network(experts: IntervalExperts) -> Any:  # noqa: ANN401 - a model of diffusers
     """The networks of intervals as one model of diffusers."""
-    layouts = [diffusers_layout(network) for network in experts.networks]
+    first = experts.networks[0]
+    if isinstance(first, DiffusersBackbone) and not _is_told_labels(first):
+        raise ConfigError(
+            f"experts: must be merged (merge_weights) for {type(adapted(first)).__name__}, whose "
+            "pipelines take one network, found specialists that are switched"
+        )
     if any("class_embedder.embedding.weight" in each.state_dict() for each in experts.networks):
         raise ConfigError(
             "experts: must not have class tables outside of the UNet, as there is one for all in "
             "a pipeline, found use_spatial_transformer with classes"
         )
+    plain = [diffusers_network(each) for each in experts.networks]
+    exact = type(plain[0]).__name__ == "ExactDiT"
+    config = {n: v for n, v in plain[0].config.items() if not n.startswith("_")}
+    routing = config.pop("routing", None)
+    if exact and (routing or not isinstance(config["sample_size"], int)):
+        raise ConfigError(
+            "experts: must be of square images and without routing to be switched in a pipeline, "
+            f"found sample_size {config['sample_size']} and routing {routing}"
+        )
     kind = import_module("ant_lightning.exports.interval_network").IntervalNetwork
     made = kind(
-        class_name=layouts[0].class_name,
-        network=layouts[0].config,
+        class_name="DiTTransformer2DModel" if exact else type(plain[0]).__name__,
+        network=config,
         borders=experts.borders,
         rising=experts.rising,
         served_by=experts.served_by,
+        official_frequencies=exact,
     )
-    for theirs, network, layout in zip(made.networks, experts.networks, layouts, strict=True):
-        own = network.state_dict()
-        weights = {bare: own[name] for bare, name in bare_names(own).items()}
-        theirs.load_state_dict(layout.to_diffusers(weights))
+    for theirs, network in zip(made.networks, plain, strict=True):
+        theirs.load_state_dict(network.state_dict())
     return made.eval()
 
 
 def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
     """Write the pipeline of a module into an empty folder.
 
-    An unconditional UNet of pixels with DDPM becomes a `DDPMPipeline`; all else an `ANTPipeline`,
-    whose code lies in the folder. A network of diffusers is written as parts of a pipeline, an
-    adapter alone.
+    Where a class of diffusers samples as the run does (`stock_of`), the pipeline is of that class;
+    else it is an `ANTPipeline`, whose code lies in the folder. A network of diffusers that is told
+    text is written as parts of a pipeline, an adapter alone.
 
     Returns:
         What the pipeline does otherwise than the run, a line each.
@@ -99,7 +116,7 @@ def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
     backbone, space = module.backbone, module.latent_space
     if getattr(module, "adapter", None) is not None:
         return write_adapter(module, folder)  # type: ignore[arg-type]
-    if isinstance(backbone, DiffusersBackbone):
+    if isinstance(backbone, DiffusersBackbone) and not _is_told_labels(backbone):
         return write_parts(module, folder)
     found = scheduler_of(module)
     if space is not None and module.first_stage is None:
@@ -115,10 +132,11 @@ def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
         name: (network, kind),
         "scheduler": (found.scheduler, None),
     }
+    stock = stock_of(module)
     if module.first_stage is not None:
         vae = copy.deepcopy(module.first_stage._autoencoder).cpu()
         vae.register_to_config(scaling_factor=module.first_stage.space.scale)
-        parts["vae"] = (vae, None)
+        parts["vae" if stock is None else stock.first_stage] = (vae, None)
     if getattr(backbone, "class_embedder", None) is not None:
         table = backbone.class_embedder["embedding"]  # type: ignore[index]
         made = import_module("ant_lightning.exports.class_table").ClassTable(
@@ -126,7 +144,7 @@ def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
         )
         made.embedding.load_state_dict({"weight": table.weight})
         parts["class_table"] = (made, "class_table")
-    index = _index(module, found, parts)
+    index = _index(module, found, stock, parts)
     for part, (value, code) in parts.items():
         value.save_pretrained(folder / part)
         if code is not None:
@@ -137,8 +155,16 @@ def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
     return found.notes
 
 
+def _is_told_labels(backbone: DiffusersBackbone) -> bool:
+    """Whether it is a class of diffusers, and told labels or nothing."""
+    return type(adapted(backbone)).__name__ in {"UNet2DModel", "DiTTransformer2DModel"}
+
+
 def _index(
-    module: DiffusionModule, found: Scheduling, parts: dict[str, tuple[Any, str | None]]
+    module: DiffusionModule,
+    found: Scheduling,
+    stock: Stock | None,
+    parts: dict[str, tuple[Any, str | None]],
 ) -> dict[str, Any]:
     """The content of `model_index.json`."""
     import diffusers  # noqa: PLC0415
@@ -147,10 +173,8 @@ def _index(
         name: [code or "diffusers", type(value).__name__] for name, (value, code) in parts.items()
     }
     version = {"_diffusers_version": diffusers.__version__}
-    is_ddpm = type(found.scheduler).__name__ == "DDPMScheduler"
-    plain = listed.keys() == {"unet", "scheduler"} and listed["unet"][0] == "diffusers"
-    if plain and is_ddpm and not module.num_classes:
-        return {"_class_name": "DDPMPipeline", **version, **listed}
+    if stock is not None:
+        return {"_class_name": stock.class_name, **version, **listed}
     for name in ("unet", "transformer", "vae", "class_table"):
         listed.setdefault(name, [None, None])
     space = module.latent_space

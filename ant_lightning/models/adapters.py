@@ -76,6 +76,10 @@ class LoRA(Adapter):
         check_at_least(1, r=self.r)
         if not self.target_modules:
             raise ConfigError("target_modules: must name a layer, found none")
+        # As a config gives them: a checkpoint compares the text of the settings.
+        object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        if self.alpha is not None:
+            object.__setattr__(self, "alpha", float(self.alpha))
 
     def config(self) -> Any:  # noqa: ANN401
         """The `LoraConfig`."""
