@@ -38,6 +38,7 @@ evidence: .venv/installed  ## excess risk over the exact denoiser, 9 methods, 8 
 curves: .venv/installed  ## image quality over training steps: what docs/results lacks of it (all: 10 hours)
 	$(BIN)/python -m studies studies/curves.yaml --rows docs/results/curves.jsonl --jobs 2
 	$(BIN)/python -m studies.curves
+	$(BIN)/python -m studies.predictors
 
 tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with ROOT=its folder
 	$(BIN)/python -m studies.tables --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --jobs 2
