@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from ant_lightning.callbacks.grid_figure import image_grid
 from ant_lightning.cli.load_run import load_run
 from ant_lightning.cli.messages import first_config_error
+from ant_lightning.cli.parts import TRUST
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.edm import EDM
@@ -45,11 +46,12 @@ def run_app(args: Sequence[str]) -> None:
     parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at")
     parser.add_argument("--port", type=int, default=7860, help="port to listen at")
     parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, ..")
+    parser.add_argument("--trust", **TRUST)
     try:
         chosen = parser.parse_args(list(args))
     except Exception as error:  # the parser has errors of several kinds
         raise first_config_error(error) from error
-    app = make_app(chosen.runs, device=chosen.device)
+    app = make_app(chosen.runs, device=chosen.device, trust=chosen.trust)
     print(f"app: http://{chosen.host}:{chosen.port} (Ctrl-C ends it)", flush=True)
     try:
         app.launch(server_name=chosen.host, server_port=chosen.port, quiet=True, show_error=True)
@@ -57,12 +59,15 @@ def run_app(args: Sequence[str]) -> None:
         raise ConfigError(f"port: must be free, found {chosen.port} ({error})") from error
 
 
-def make_app(runs: Sequence[str | Path], *, device: str = "cpu") -> Any:  # noqa: ANN401 - an extra
+def make_app(
+    runs: Sequence[str | Path], *, device: str = "cpu", trust: str | Sequence[str] = ()
+) -> Any:  # noqa: ANN401 - an extra
     """The page, a `gradio.Blocks`: samples side by side on the same noise, and each run's pictures.
 
     Args:
         runs: Folders of runs, or checkpoints; all must give images of one shape.
         device: Where the models draw.
+        trust: Other packages, modules or classes that the runs' settings may name.
 
     Raises:
         ConfigError: If a run cannot be loaded, shapes differ, or gradio is missing.
@@ -74,7 +79,7 @@ def make_app(runs: Sequence[str | Path], *, device: str = "cpu") -> Any:  # noqa
             "app: needs gradio; install it with pip install 'ant-lightning[app]'"
         ) from error
     paths = [Path(each) for each in runs]
-    modules: list[Any] = [load_run(path).to(device) for path in paths]
+    modules: list[Any] = [load_run(path, trust=trust).to(device) for path in paths]
     shapes = [module.image_shape for module in modules]
     if len(set(shapes)) > 1:
         raise ConfigError(

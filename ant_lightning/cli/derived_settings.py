@@ -10,9 +10,9 @@ They are added to a command line as options. What is set anywhere, to any value,
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import diffusers
 from jsonargparse import ArgumentParser
 
 import ant_lightning
@@ -65,7 +65,10 @@ def _open(part: object) -> list[str]:
     """The arguments that the class of a part takes and that are not given."""
     given = part if isinstance(part, dict) else {"class_path": part}
     name = given.get("class_path")
-    kind = getattr(diffusers, name.rpartition(".")[2]) if name in _UNETS else _ours(name)
+    if name in _UNETS:  # imported here: 1 s that no other network needs
+        kind = getattr(import_module("diffusers"), name.rpartition(".")[2])
+    else:
+        kind = _ours(name)
     return [] if kind is None else [n for n in inspect.signature(kind).parameters if n not in given]
 
 

@@ -80,8 +80,8 @@ def top_settings(command: str) -> list[str] | None:
         return None
     # Arguments of the Trainer's method that are no settings: the command line passes the objects.
     handed_over = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-    own = {"config", "print_config", "seed_everything", "trainer", "model", "data", *_RUN_GROUPS}
-    return sorted(own | (method - handed_over))
+    own = {"config", "print_config", "seed_everything", "trainer", "model", "data", "scores"}
+    return sorted(own | {*_RUN_GROUPS} | (method - handed_over))
 
 
 def _check_names(settings: dict[str, Any], known: Sequence[str]) -> None:

@@ -6,9 +6,9 @@ r"""usage: ant-lightning {fit,validate,test,predict,score,encode} --config NAME 
 Diffusion training as multi-task learning over clusters of timesteps.
 
   fit        train                         --ckpt_path last resumes
-  validate   loss, FID and its companions  --ckpt_path FILE
+  validate   loss, FID and its companions  --ckpt_path FILE (--scores false: the loss alone)
   test       the same, logged as test/...  --ckpt_path FILE
-  predict    write images                  --ckpt_path FILE --samples.num_images 1000
+  predict    write images                  --ckpt_path FILE --num_images 1000
                                            (PNG files; --samples.npz FILE.npz for one file)
   score      FID ... of stored images      --images FOLDER or FILE.npz
   diagnose   would balancing help? writes diagnosis.html into the folder of a run
@@ -36,6 +36,7 @@ right: a base, then one fragment for each choice, then options:
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import sys
 from importlib import import_module
@@ -70,6 +71,8 @@ OTHERS = (
     *WITHOUT_LIGHTNING,
 )  # a module each; the rest are the Trainer's
 COMMANDS = ("fit", "validate", "test", "predict", *OTHERS)
+# `--num_images` is the option of every command that draws or reads images; here it has a group.
+NUM_IMAGES = {"predict": "--samples.num_images", "score": "--metrics.num_images"}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -91,13 +94,19 @@ def main(args: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
     try:
-        arguments = with_paths_of_configs(arguments)
+        arguments = _with_groups(with_paths_of_configs(arguments))
         first_look(arguments)
         return (_run_other if arguments[0] in WITHOUT_LIGHTNING else _run)(arguments)
     except ConfigError as error:
         return _fail(message_of(error), 2)
     except KeyboardInterrupt:  # before training or outside of it: nothing is lost
         return _fail("interrupted", 130)
+
+
+def _with_groups(arguments: list[str]) -> list[str]:
+    """The arguments with the whole name of `--num_images`."""
+    whole = NUM_IMAGES.get(arguments[0], "--num_images")
+    return [re.sub(r"^--num_images(?=$|=)", whole, each) for each in arguments]
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -88,6 +88,9 @@ class AntCLI(LightningCLI):
         parser.add_lightning_class_args(EMA, "ema")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_lightning_class_args(SampleWriter, "samples")
+        parser.add_argument(
+            "--scores", type=bool, default=True, help="false leaves GenerationMetrics out"
+        )
         parser.set_defaults({"checkpoint.save_last": True, "checkpoint.filename": "step_{step}"})
         # `RunLines` replaces Lightning's summary, whose FLOPs are 0 under manual optimization.
         parser.set_defaults({"trainer.enable_model_summary": False})
@@ -183,6 +186,11 @@ class AntCLI(LightningCLI):
         self.run_folder = choose_run_folder(config, self.command, self.config_dump, content)
         is_local = config.ckpt_path and "://" not in config.ckpt_path
         evaluated = str(Path(config.ckpt_path).absolute()) if is_local else config.ckpt_path
+        if not config.scores:
+            callbacks = config.trainer.callbacks or []
+            # Before they are made, as an extractor may ask for weights that are not here.
+            chosen = callbacks if isinstance(callbacks, list) else [callbacks]
+            config.trainer.callbacks = [each for each in chosen if not _is_scores(each)]
         given.ckpt_path = None if self.command == "fit" else evaluated
         self._record = self._parser(self.command).dump(given, skip_none=False)
 
@@ -197,6 +205,10 @@ _MODULES_OWN = (
 )
 # These only matter at the start of a run: a checkpoint holds weights and PCGrad's random state.
 _START_ONLY = ("model.init_from", "model.init_weights")
+
+
+def _is_scores(callback: Any) -> bool:  # noqa: ANN401 - the parser's namespace, or an object
+    return str(getattr(callback, "class_path", "")).rpartition(".")[2] == "GenerationMetrics"
 
 
 def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) -> None:

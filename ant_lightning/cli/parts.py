@@ -14,8 +14,14 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["make_part"]
+__all__ = ["TRUST", "make_part"]
 
+# The option of the commands that load a run.
+TRUST: dict[str, Any] = {
+    "type": str | list[str],
+    "default": [],
+    "help": "other packages, modules or classes that the run's settings may name",
+}
 _TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
 
 

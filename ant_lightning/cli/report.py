@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ant_lightning.affinity.figure import affinity_heat_maps
-from ant_lightning.affinity.result import AffinityResult
 from ant_lightning.backbones.checkpoints import read_checkpoint
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.curves import Curve, curves_figure, read_curves
@@ -26,8 +24,6 @@ from ant_lightning.runtime.settings import flat_settings
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.figure import clusterings_figure
 from ant_lightning.tasks.time_axis import TimeAxis
-from ant_lightning.transfer.figure import transfer_gap_bars
-from ant_lightning.transfer.result import TransferGapResult
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -239,6 +235,10 @@ def _affinity(folder: Path, time: TimeAxis | None) -> str:
     found = [path for path in files if path.is_file()]
     if not found:
         return ""
+    # Imported here, as few runs have one: it imports the balancers, whose import costs 0.3 s.
+    from ant_lightning.affinity.figure import affinity_heat_maps  # noqa: PLC0415
+    from ant_lightning.affinity.result import AffinityResult  # noqa: PLC0415
+
     result = AffinityResult.load(found[0])
     pages = [_saved(affinity_heat_maps(result, time=time), folder, "affinity_by_time")]
     if result.log_snr is not None:
@@ -253,6 +253,9 @@ def _affinity(folder: Path, time: TimeAxis | None) -> str:
 def _transfer(folder: Path, time: TimeAxis | None) -> str:
     if not (folder / "negative_transfer_gap.jsonl").is_file():
         return ""
+    from ant_lightning.transfer.figure import transfer_gap_bars  # noqa: PLC0415
+    from ant_lightning.transfer.result import TransferGapResult  # noqa: PLC0415
+
     result = TransferGapResult.load(folder / "negative_transfer_gap.jsonl")
     time = TimeAxis.timesteps(result.gaps[-1].stop) if time is None else time
     heads = [time.unit, "budget", "specialist's steps", "loss gap (%)", "FID gap"]

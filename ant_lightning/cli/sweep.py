@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ant_lightning.cli.config_files import load_yaml
 from ant_lightning.cli.load_run import load_run
 from ant_lightning.cli.messages import first_config_error
-from ant_lightning.cli.parts import make_part
+from ant_lightning.cli.parts import TRUST, make_part
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import ConfigError
@@ -56,6 +56,7 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
     parser.add_argument("--ema", type=float, nargs="+", help="lengths of the average (ema.lengths)")
     parser.add_argument("--num_images", type=int | None, help="by default as in the run")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ..")
+    parser.add_argument("--trust", **TRUST)
     try:
         chosen = parser.parse_args(list(args))
     except Exception as error:  # the parser has errors of several kinds
@@ -63,13 +64,13 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
     if not (chosen.guidance or chosen.ema):
         raise ConfigError("guidance: needs values, or --ema does, found none")
     folder = Path(chosen.run)
-    data, metrics = _of_run(folder)
+    data, metrics = _of_run(folder, chosen.trust)
     device = L.Fabric(accelerator=chosen.accelerator, devices=1).device
     data.setup("test")
     num_images = chosen.num_images or metrics.num_images or len(data.held_out_images)
     scores, rows = None, []
     for length, scale in product(chosen.ema or [None], chosen.guidance or [None]):
-        module: Any = load_run(folder, ema_length=length).to(device)
+        module: Any = load_run(folder, ema_length=length, trust=chosen.trust).to(device)
         if scores is None:
             cache = folder / "reference_cache"
             scores = metrics.new_scores(data, seed=module.seed, device=device, cache_dir=cache)
@@ -127,7 +128,7 @@ def _shown(row: dict[str, Any]) -> list[str]:
     return [name for names in _PANELS.values() for name in names if name in row["scores"]]
 
 
-def _of_run(folder: Path) -> tuple[Any, GenerationMetrics]:
+def _of_run(folder: Path, trust: str | list[str]) -> tuple[Any, GenerationMetrics]:
     """The data and the metrics of a run, from its record."""
     record = newest_record(folder)
     if record is None:
@@ -137,8 +138,8 @@ def _of_run(folder: Path) -> tuple[Any, GenerationMetrics]:
     kind = GenerationMetrics.__name__
     for each in callbacks:
         if isinstance(each, dict) and str(each.get("class_path")).rpartition(".")[2] == kind:
-            data = make_part(config["data"], L.LightningDataModule)
-            return data, make_part(each, L.Callback)
+            data = make_part(config["data"], L.LightningDataModule, trust)
+            return data, make_part(each, L.Callback, trust)
     raise ConfigError(
         f"trainer.callbacks: must have {kind} to score images, found none in {record}"
     )

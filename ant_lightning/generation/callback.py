@@ -136,7 +136,10 @@ class GenerationMetrics(RunCallback):
         # All ranks measure or none does.
         self._is_off = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
         if self._is_off:
-            rank_zero_warn(f"GenerationMetrics: this run has no FID and no other score: {problem}")
+            rank_zero_warn(
+                f"GenerationMetrics: this run has no FID and no other score: {problem}; if none is "
+                "wanted, `--scores false` leaves GenerationMetrics out"
+            )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure, unless this is the sanity check or not yet due."""

@@ -72,6 +72,10 @@ MORE = {
     ),
     "callback": (["fit", callback("ConflictMonitr")], ["trainer.callbacks", "ConflictMonitor"]),
     "images": (["predict", "--samples.num_images=0"], ["samples.num_images: must be at least 1"]),
+    "images by the name of all commands": (
+        ["predict", "--num_images=0"],
+        ["samples.num_images: must be at least 1"],
+    ),
     "batch of images": (["predict", "--samples.batch_size=-1"], ["samples.batch_size", "-1"]),
     "nothing": (["fit"], ["data, model: needed, found nothing; give a --config FILE"]),
     "no model": (["test", "--data=DigitsData"], ["model: needed, found nothing"]),

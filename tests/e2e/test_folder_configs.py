@@ -159,13 +159,16 @@ def test_a_run_without_weights_of_inception_trains_without_scores(
     ]
     args += ["--trainer.callbacks=ant_lightning.GenerationMetrics", "--data.num_workers=0"]
     args += ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.accelerator=cpu"]
-    with pytest.warns(UserWarning, match=r"no FID and no other score: weights: could not be"):
+    message = r"no FID and no other score: weights: could not be .*; if none is wanted, `--scores f"
+    with pytest.warns(UserWarning, match=message):
         assert main(["fit", *args]) == 0
     last = next((tmp_path / "runs").rglob("last.ckpt"))
     with pytest.warns(UserWarning, match=r"weights: could not be downloaded \(no network\)"):
         assert main(["validate", *args[:-3], args[-1], f"--ckpt_path={last}"]) == 0
     assert "val/loss" in capsys.readouterr().out
-    few = ["--samples.num_images=2", "--model.sampling.sampler.num_steps=2"]
-    assert main(["predict", *args[:-3], args[-1], *few, f"--ckpt_path={last}"]) == 0
+    wanted = [*args[:-3], args[-1], f"--ckpt_path={last}"]
+    assert main(["validate", *wanted, "--scores=false"]) == 0  # a warning would be an error
+    few = ["--num_images=2", "--model.sampling.sampler.num_steps=2"]
+    assert main(["predict", *wanted, *few]) == 0
     assert len(list((tmp_path / "runs").rglob("samples*/**/*.png"))) == 2
     assert GenerationMetrics().last_scores == {}

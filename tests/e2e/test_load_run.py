@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -396,6 +397,23 @@ def test_a_sweep_scores_guidance_scales_and_ema_lengths(run, capsys):
     ):
         assert main(["sweep", *args, "--accelerator=cpu"]) == 2
         assert line in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::ant_lightning.generation.frechet.RankDeficientWarning")
+def test_a_sweep_over_data_of_ones_own_needs_trust(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_data.py").write_text(
+        "from ant_lightning import DigitsData\n\nclass OwnData(DigitsData):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    record = own / "config.yaml"
+    record.write_text(record.read_text().replace("ant_lightning.DigitsData", "own_data.OwnData"))
+    args = ["sweep", str(own), "--guidance", "1", "--num_images=30", "--accelerator=cpu"]
+    assert main(args) == 2
+    assert "trust: the settings name own_data.OwnData" in capsys.readouterr().err
+    assert main([*args, "--trust=own_data"]) == 0
+    assert "guidance 1: fid" in capsys.readouterr().out
 
 
 def test_an_adapter_finds_its_base_in_init_from_again(tmp_path):
