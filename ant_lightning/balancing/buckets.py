@@ -37,19 +37,27 @@ class ArrivalOrder:
     """The order in which the parameters' gradients arrive, equal on all ranks.
 
     In the first step it is the parameters' order backwards. The next call of `agree` makes it the
-    order of arrival that rank 0 has seen.
+    order of arrival that rank 0 has seen. Which numbers share a bucket decides how sums are
+    rounded, so a resumed run goes on with the order that the run before it had.
 
     Args:
         num: Number of parameters.
         reduction: How ranks agree.
+        known: `known()` of an earlier run, the same on all ranks; not used if it does not fit.
     """
 
-    def __init__(self, num: int, reduction: Reduction) -> None:
-        self.indices = [*reversed(range(num))]
+    def __init__(self, num: int, reduction: Reduction, known: Sequence[int] = ()) -> None:
+        self._agreed = sorted(known) == [*range(num)]
+        self.indices = [*known] if self._agreed else [*reversed(range(num))]
         self._reduction = reduction
         self._seen: dict[int, None] = {}  # a set that keeps the order
-        self._agreed = False
         self._begun = False
+
+    def known(self) -> list[int]:
+        """The order of the next step, if some step has shown it; on rank 0."""
+        if self._reduction.world_size == 1 or not (self._agreed or self._begun):
+            return []
+        return [*self._seen, *(index for index in self.indices if index not in self._seen)]
 
     def begin(self) -> None:
         """Begin a backward pass in which gradients arrive; all ranks call this together."""
@@ -68,9 +76,9 @@ class ArrivalOrder:
         if self._agreed or not self._begun or self._reduction.world_size == 1:
             return False
         self._agreed = True
-        found = [*self._seen, *(index for index in self.indices if index not in self._seen)]
-        order = torch.tensor(found, device=device) * (self._reduction.rank == 0)
+        order = torch.tensor(self.known(), device=device) * (self._reduction.rank == 0)
         self.indices = self._reduction.all_reduce_(order).tolist()
+        self._seen = {}
         return True
 
 

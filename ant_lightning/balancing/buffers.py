@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+from ant_lightning.balancing.buckets import ArrivalOrder
 from ant_lightning.balancing.one_pass import LowMemory
 from ant_lightning.balancing.placed import PlacedTaskGradients
 from ant_lightning.balancing.shards import is_sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -42,6 +43,27 @@ class Buffers:
         self._rows: DenseTaskGradients | None = None
         self._asleep: list[weakref.ref[Tensor]] = []
         self._reduction: Reduction | None = None
+        self._known: dict[str, list[int]] = {}  # orders of arrival of an earlier run
+
+    def orders(self) -> dict[str, list[int]]:
+        """The orders of arrival that the next step uses, for a resumed run; on rank 0."""
+        found = {**self._known}  # what no step has used yet
+        if self._rows is not None and self._rows.order is not None:
+            found["rows"] = self._rows.order.known()
+        if self.differentiation is not None:
+            buckets, known = self.differentiation.buckets, self.differentiation.known_order
+            found["gradients"] = [*known] if buckets is None else buckets.order.known()
+        return {kind: order for kind, order in found.items() if order}
+
+    def load_orders(self, orders: Mapping[str, Sequence[int]]) -> None:
+        """Begin with these orders, the same on all ranks."""
+        self._known = {kind: [*each] for kind, each in orders.items()}
+
+    def adopt(self, differentiation: Differentiation) -> None:
+        """Keep what a batch is differentiated by, for the batches after it."""
+        self.differentiation = differentiation
+        if "gradients" in self._known:
+            differentiation.known_order = self._known.pop("gradients")
 
     def rows(self, batch: TaskBatch, balancer: Balancer) -> DenseTaskGradients | None:
         """Buffers for task gradients; `None` if this step, or the engine, has no use for them."""
@@ -54,6 +76,9 @@ class Buffers:
                 )
             else:
                 self._rows = batch.differentiation.new_rows(batch.num_tasks)
+            known = self._known.pop("rows", ())
+            if known and self._rows.order is not None:
+                self._rows.order = ArrivalOrder(len(batch.shared), batch.reduction, known)
         self._rows.bind(batch.shared)
         # If most steps need no task gradients, free the buffers after use, so that they take no
         # memory beside the activations of those steps.

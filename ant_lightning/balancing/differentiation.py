@@ -43,6 +43,7 @@ class Differentiation:
         self.parameters = parameters
         self.reduction = reduction
         self.buckets: GradientBuckets | None = None
+        self.known_order: Sequence[int] = ()  # for the first buckets, that of an earlier run
         self._sending = False
 
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -89,7 +90,8 @@ class Differentiation:
             or not same_tensors(buckets.parameters, self.parameters)
             or buckets.dtype != sums_dtype(self.parameters)  # after a cast
         ):
-            buckets = self.buckets = GradientBuckets(self.parameters, self.reduction)
+            known, self.known_order = self.known_order, ()
+            buckets = self.buckets = GradientBuckets(self.parameters, self.reduction, known)
         buckets.begin(before)
         # Hooks on leaves run in `grad` too, once for each, with the sum over all uses. They are
         # registered after the forward pass, where a compiled network would have to trace them.

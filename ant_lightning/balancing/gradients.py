@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor, nn
 
+    from ant_lightning.balancing.buckets import ArrivalOrder
     from ant_lightning.balancing.reduction import Reduction
 
 __all__ = [
@@ -80,6 +81,8 @@ class DenseTaskGradients(TaskGradients):
     Attributes:
         keep: Whether `release` keeps the buffers of `write` for the next step.
     """
+
+    order: ArrivalOrder | None = None  # that of several ranks
 
     def __init__(
         self, num_tasks: int, parameters: Sequence[nn.Parameter], *, reduction: Reduction

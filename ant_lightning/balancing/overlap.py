@@ -35,13 +35,19 @@ class GradientBuckets:
     Args:
         parameters: The parameters, which each rank has as a whole.
         reduction: How sums over ranks are made.
+        known: The order of arrival in an earlier run, if it is known.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], reduction: Reduction) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        reduction: Reduction,
+        known: Sequence[int] = (),
+    ) -> None:
         self.parameters = list(parameters)
         self.dtype = sums_dtype(parameters)
         self._reduction = reduction
-        self._order = ArrivalOrder(len(self.parameters), reduction)
+        self.order = ArrivalOrder(len(self.parameters), reduction, known)
         self._arrange()
 
     def _arrange(self) -> None:
@@ -49,7 +55,7 @@ class GradientBuckets:
         size = self.dtype.itemsize
         self._buckets = arranged(
             [p.numel() for p in self.parameters],
-            self._order.indices,
+            self.order.indices,
             capacity=_BYTES // size,
             first=_FIRST_BYTES // size,
         )
@@ -70,9 +76,9 @@ class GradientBuckets:
         Args:
             before: Sum of the gradients of earlier passes, one for each parameter, if there were.
         """
-        if self._order.agree(self.parameters[0].device):
+        if self.order.agree(self.parameters[0].device):
             self._arrange()
-        self._order.begin()
+        self.order.begin()
         self._before = before
         self._arrived: set[int] = set()
         self._missing = [len(bucket.members) for bucket in self._buckets]
@@ -87,7 +93,7 @@ class GradientBuckets:
         """
         if gradient is None:  # of an operation that has none for this parameter
             return None
-        self._order.note(index)
+        self.order.note(index)
         sparse = gradient.is_sparse
         if sparse:  # autograd wants a sparse result for it, but sums are dense
             gradient = gradient.to_dense()

@@ -55,7 +55,7 @@ class ReducedTaskGradients(DenseTaskGradients):
 
     def _drop(self) -> None:
         super()._drop()
-        self._order = ArrivalOrder(len(self.parameters), self.reduction)
+        self.order: ArrivalOrder = ArrivalOrder(len(self.parameters), self.reduction)
         self._forget_buckets()
 
     def _forget_buckets(self) -> None:
@@ -72,7 +72,7 @@ class ReducedTaskGradients(DenseTaskGradients):
         """Arrange the parameters that have blocks in this step."""
         ranks, sizes = self.reduction.world_size, [p.numel() for p in self.parameters]
         left_out = self._apart.difference(self._factored)
-        order = [index for index in self._order.indices if index not in left_out]
+        order = [index for index in self.order.indices if index not in left_out]
         alone = _ALONE * ranks
         self._buckets = arranged(
             sizes,
@@ -119,12 +119,12 @@ class ReducedTaskGradients(DenseTaskGradients):
             assert samples is not None, "factors need the samples of each rank"
             assert sample_tasks is not None, "factors need the task of each sample"
             self._begin_factors(samples.cpu().long(), sample_tasks)
-        changed = self._order.agree(self._empty.device)
+        changed = self.order.agree(self._empty.device)
         if changed or not self._buckets or self._laid_out_for != (self._apart, {*self._factored}):
             self._forget_buckets()
             self._make_buckets()
         if tasks is not None:
-            self._order.begin()
+            self.order.begin()
         self._slots = {task: slot for slot, task in enumerate(self._tasks)}
         self._missing = [len(bucket.members) for bucket in self._buckets]
         self._sources: dict[int, Tensor] = {}  # blocks that are sent as they are
@@ -153,7 +153,7 @@ class ReducedTaskGradients(DenseTaskGradients):
     ) -> None:
         """Take the factors of one weight, and send what is complete."""
         assert self._open, "receive_factors was called before begin"
-        self._order.note(index)
+        self.order.note(index)
         self._pack(index, left, right)
         self._missing[self._bucket_of[index]] -= 1
         self._send_complete()
@@ -183,7 +183,7 @@ class ReducedTaskGradients(DenseTaskGradients):
             )
         place = self._bucket_of[index]
         assert self._missing[place], "receive was called twice for a parameter"
-        self._order.note(index)
+        self.order.note(index)
         if place in self._staged:
             if self._tasks == [*range(self.num_tasks)]:
                 self._staged_blocks[index].copy_(block)

@@ -18,7 +18,7 @@ from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import Float, Int
     from torch import Tensor, nn
@@ -175,7 +175,7 @@ class MultiTaskStep:
             differentiation=self._buffers.differentiation,
             names=names_of(shared, self._bare) if named else (),
         )
-        self._buffers.differentiation = batch.differentiation
+        self._buffers.adopt(batch.differentiation)
         balancer = self.balancer or SampleMean(batch.num_tasks)
         if balancer.accumulation == "any":
             num_samples = None  # a sample's weight does not depend on them
@@ -218,7 +218,10 @@ class MultiTaskStep:
         self.balancer.update(step, lambda: batch.losses_now() * step.scaled_priors)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs besides the model and its optimizer: the balancer's state.
+        """All that a resumed run needs besides the model and its optimizer; that of rank 0.
+
+        The balancer's state, and the order in which gradients arrive on several ranks, on which
+        the last bits of their sums depend.
 
         Raises:
             ConfigError: In the middle of a step, whose parts or losses are not stored.
@@ -228,10 +231,20 @@ class MultiTaskStep:
             raise ConfigError(
                 f"state_dict: must be called between steps, found one that still lacks {missing}"
             )
-        return {"balancer": {} if self.balancer is None else self.balancer.state_dict()}
+        balancer = {} if self.balancer is None else self.balancer.state_dict()
+        return {"balancer": balancer, "arrival_orders": self.arrival_orders()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`; a step that had begun is given up."""
         self._accumulated = self._waiting = None
         if self.balancer is not None:
             self.balancer.load_state_dict(state["balancer"])
+        self.load_arrival_orders(state.get("arrival_orders", {}))
+
+    def arrival_orders(self) -> dict[str, list[int]]:
+        """The part of `state_dict` that is not the balancer's; empty on one rank."""
+        return self._buffers.orders()
+
+    def load_arrival_orders(self, orders: Mapping[str, Sequence[int]]) -> None:
+        """Take over `arrival_orders` of rank 0; the same on all ranks, before the first step."""
+        self._buffers.load_orders(orders)

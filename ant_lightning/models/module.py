@@ -202,6 +202,7 @@ class MultiTaskDiffusion(DiffusionModule):
         self._warned_of_rare_tasks = False
         # Made in `on_fit_start`, when the ranks and the device are known.
         self._step: MultiTaskStep | None = None
+        self._arrival_orders: dict[str, list[int]] = {}  # of the checkpoint, for the first step
         self._trained = TrainedParameters()
         if init_from is not None and Path(init_from).exists():
             self.load_initial_weights()
@@ -315,6 +316,8 @@ class MultiTaskDiffusion(DiffusionModule):
             engine=self.tasks.engine,
             placement=self.tasks.placement,
         )
+        self._step.load_arrival_orders(self._arrival_orders)
+        self._arrival_orders = {}
 
     def draw(self, batch: Batch, *, step: int) -> Draws:
         """Timesteps, tasks, noise and labels of this rank in a training step."""
@@ -497,6 +500,7 @@ class MultiTaskDiffusion(DiffusionModule):
             trained=self._trained.state(self.backbone),
             adapter=None if self.adapter is None else str(self.adapter),
             base_weights=self.base_weights,
+            arrival_orders=None if self._step is None else self._step.arrival_orders(),
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -546,6 +550,7 @@ class MultiTaskDiffusion(DiffusionModule):
             self._keep_fixed_weights(checkpoint)
             self.optimizer_factory.resume(self.trainer, checkpoint, state.optimization)
             self._trained.load(state.trained)
+            self._arrival_orders = state.arrival_orders or {}
 
     def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the state that training changed besides the weights."""

@@ -55,6 +55,7 @@ class CheckpointState:
         trained: State of `TrainedParameters`.
         adapter: Settings of the adapter; `None` without one.
         base_weights: Fingerprint of the weights that it was put into.
+        arrival_orders: See `MultiTaskStep.arrival_orders`.
     """
 
     cluster_history: list[tuple[int, tuple[int, ...]]]
@@ -75,6 +76,7 @@ class CheckpointState:
     trained: dict[str, list[str]] | None = None
     adapter: str | None = None
     base_weights: str | None = None
+    arrival_orders: dict[str, list[int]] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""

@@ -8,10 +8,11 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from rank_processes import needs_unused_shards, run_ranks
+from tiny_fit import everything
 from tiny_runs import trainer
 from torch.distributed.fsdp import FSDPModule
 
-from ant_lightning import DigitsData, FeatureAlignment, ShardedStrategy
+from ant_lightning import EMA, Checkpoints, DigitsData, FeatureAlignment, ShardedStrategy
 from ant_lightning.balancing.shards import full_tensor
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -57,16 +58,57 @@ def fit(config, balancer, aligned, ranks, strategy=None):
     return {name: full_tensor(p.detach()).clone() for name, p in module.named_parameters()}
 
 
-def every_case(rank):
+def fit_and_save(folder, config, balancer, *, ranks, resume=None):
+    """Four steps of SGD with momentum; checkpoints after two and at the end."""
+    checkpoints = Checkpoints(dirpath=folder, at_steps=[2], save_last=True)
+    run = trainer(
+        ranks=ranks,
+        steps=4,
+        callbacks=[EMA(decay=0.9), checkpoints],
+        enable_checkpointing=True,
+        default_root_dir=folder,
+    )
+    module = shipped(config, balancer, momentum=0.9)
+    run.fit(module, datamodule=DigitsData(batch_size=20, seed=0), ckpt_path=resume)
+
+
+def fit_and_resume(folder, config, balancer):
+    """The whole run on two ranks, and one that goes on from its second step."""
+    fit_and_save(folder, config, balancer, ranks=2)
+    resume = folder / "step_2.ckpt"
+    fit_and_save(folder / "resumed", config, balancer, ranks=2, resume=resume)
+
+
+def check_resumed(folder):
+    """The checkpoints of both are equal to the last bit."""
+    whole, resumed = (everything(folder / each / "last.ckpt") for each in ("", "resumed"))
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        if isinstance(value, torch.Tensor):  # NaN where a balancer has no history yet
+            message = f"{name}: {value}, resumed {resumed[name]}"
+            torch.testing.assert_close(
+                resumed[name], value, rtol=0, atol=0, equal_nan=True, msg=message
+            )
+        else:
+            assert resumed[name] == value, name
+
+
+def every_case(rank, folder):
     found = {case: fit(*case, ranks=2) for case in CASES}
+    fit_and_resume(folder / "resume", "sit", "pcgrad")
     if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):  # torch >= 2.14
         found["sharded"] = fit(*CASES[1], ranks=2, strategy=ShardedStrategy())
     return found
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    return run_ranks(every_case, 2, tmp_path_factory.mktemp("flow"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("flow")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(folder):
+    return run_ranks(every_case, 2, folder, folder)
 
 
 def check_equal(two_ranks, key, case):
@@ -88,3 +130,8 @@ def test_two_ranks_train_as_one_process_does(two_ranks, case):
 @needs_unused_shards
 def test_two_shards_train_as_one_process_does_with_an_auxiliary_term(two_ranks):
     check_equal(two_ranks, "sharded", CASES[1])
+
+
+def test_sums_are_rounded_alike_in_a_resumed_run(two_ranks, folder):
+    # From the second step on gradients travel in the order in which they have arrived.
+    check_resumed(folder / "resume")
