@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch._C import DisableTorchFunctionSubclass
 
 from ant_lightning.balancing.engines import UnsupportedError
 
@@ -150,7 +151,8 @@ def _send(leaf: Tensor, receive: Callable[[Tensor], None]) -> None:
     def hook(grad: Tensor | None) -> Tensor | None:
         if grad is None:  # a compiled network says so of a leaf that no loss depends on
             return None
-        receive(grad)
+        with DisableTorchFunctionSubclass():  # the parameters that are asked for their shapes
+            receive(grad)
         # In its place autograd keeps one number, so that `receive` may free the gradient.
         return grad.new_zeros(()).expand(grad.shape)
 
