@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from ant_lightning.callbacks.dashboard import Dashboard
 from ant_lightning.callbacks.ema import EMA
@@ -192,7 +192,19 @@ class AntCLI(LightningCLI):
             chosen = callbacks if isinstance(callbacks, list) else [callbacks]
             config.trainer.callbacks = [each for each in chosen if not _is_scores(each)]
         given.ckpt_path = None if self.command == "fit" else evaluated
-        self._record = self._parser(self.command).dump(given, skip_none=False)
+        self._record = self._dumped(given)
+
+    def _dump_config(self) -> None:
+        """Keep the settings as given, linked ones too, as plain values."""
+        if not hasattr(self, "config_dump"):
+            text = self._dumped(self.config[self.command], with_links=True)
+            self.config_dump = safe_load(text)
+
+    def _dumped(self, config: Namespace, *, with_links: bool = False) -> str:
+        """Settings as YAML; the parser has checked them, and again would take as long."""
+        return self._parser(self.command).dump(
+            config, skip_none=False, skip_link_targets=not with_links, skip_validation=True
+        )
 
 
 # The module compares and applies these itself, in `resume_with_settings`.
