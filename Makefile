@@ -43,15 +43,15 @@ curves: .venv/installed  ## image quality over training steps: what docs/results
 tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with ROOT=its folder
 	$(BIN)/python -m studies.tables --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --jobs 2
 
-test: .venv/installed  ## the whole test suite
+test: .venv/installed  ## all tests but the slow ones
 	$(BIN)/python -m pytest -n 2
 
 test-cpu: .venv/installed  ## parity and engines again, with the arithmetic of another CPU
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n 2 tests/parity \
 	  $(addprefix tests/balancing/,test_engines.py test_engine_one_pass.py test_engine_auto.py)
 
-test-faults: .venv/installed  ## break runs on purpose: kills, full disks, damaged files (at most 20 minutes)
-	$(BIN)/python -m pytest -m slow tests/faults tests/untrusted tests/distributed tests/backbones
+test-faults: .venv/installed  ## the slow tests: kills, damaged files, every combination of settings
+	$(BIN)/python -m pytest -n 2 -m slow tests notebooks --ignore tests/app
 
 test-app: .venv/installed  ## drive the page of `ant-lightning app` in headless Chromium
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app]' playwright

@@ -3,6 +3,7 @@
 And the same examples of hypothesis in every run: a change is to blame for a failure, not luck.
 """
 
+import multiprocessing
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,3 +15,18 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("same examples", derandomize=True)
 settings.load_profile("same examples")
+
+# Ranks and runs that are killed are forks of one server, which imports this once. It is the same
+# list for all tests: the server starts with the first of them and keeps what it has then.
+multiprocessing.set_forkserver_preload(
+    [
+        "pytest",
+        "torchjd.aggregation",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "ant_lightning.callbacks.sample_writer",
+        "ant_lightning.cli.parser",
+        "ant_lightning.data.digits",
+        "ant_lightning.models",
+    ]
+)

@@ -79,7 +79,6 @@ def reports(tmp_path_factory):
     """What each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "ant_lightning.affinity"])
     queue = context.Queue()
     ranks = [context.Process(target=on_rank, args=(r, str(folder), queue)) for r in (0, 1)]
     for each in ranks:

@@ -100,8 +100,15 @@ def test_a_whole_run_compiles_once_although_other_tasks_get_the_odd_sample(engin
     assert num_graphs() == 2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize(
+    ("by_block", "checkpointing"),
+    [
+        (True, True),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        (False, False),
+    ],
+)
 def test_a_dit_is_compiled_whole_or_block_by_block(by_block, checkpointing):
     make = lambda: dit(num_classes=5, gradient_checkpointing=checkpointing)  # noqa: E731
     problem = Problem(make, EQUAL)

@@ -71,7 +71,7 @@ def test_one_pass_gives_the_numbers_of_the_loop_on_networks_of_diffusers(path):
     assert_equal(run(network, arguments, OnePass(), calls=2), run(network, arguments, Loop()))
 
 
-COMPILED = {"DiTTransformer2DModel", "SanaTransformer2DModel"}
+COMPILED = {"SanaTransformer2DModel"}
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def train(balancer, optimizer, loss, *, steps):
 
 
 @pytest.mark.parametrize(("method", "settled"), [("uw", 1.0), ("continuous_uw", 2.0)])
-@pytest.mark.parametrize("factor", [1e4, 1e8])
+@pytest.mark.parametrize("factor", [pytest.param(1e4, marks=pytest.mark.slow), 1e8])
 def test_a_learned_weight_is_back_after_a_spike(method, settled, factor):
     balancer = METHODS[method](1)
     optimizer = torch.optim.AdamW(balancer.parameters(), lr=balancer.lr, weight_decay=0.0)

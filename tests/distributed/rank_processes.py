@@ -14,17 +14,6 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The server imports these once; every rank is a fork of it and starts in a fraction of a second.
-_CONTEXT.set_forkserver_preload(
-    [
-        "ant_lightning.models",
-        "ant_lightning.callbacks.dashboard",
-        "ant_lightning.callbacks.sample_writer",
-        "ant_lightning.data.digits",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor",
-    ]
-)
 
 # What the strategy needs, and says so if it is missing.
 needs_unused_shards = pytest.mark.skipif(

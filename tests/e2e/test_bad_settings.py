@@ -36,7 +36,16 @@ def refused(args, capsys):
     return lines[0]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+def every_second(cases, *others):
+    """Neighbours are alike, so every second case and `others` are quick; the rest are slow."""
+    names = list(cases)
+    quick = {*names[::2], *others}
+    return [pytest.param(each, marks=() if each in quick else pytest.mark.slow) for each in names]
+
+
+@pytest.mark.parametrize(
+    "name", every_second(SETTINGS, "a program as a class", "checkpoint that runs code")
+)
 def test_a_wrong_setting_ends_in_one_line_that_names_it(tmp_path, capsys, name):
     options, words = SETTINGS[name]
     line = refused(arguments(tmp_path, *options), capsys)
@@ -142,7 +151,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", every_second(OTHERS, "balancer"))
 def test_a_checkpoint_of_other_settings_is_refused_and_both_are_named(
     tmp_path, trained, capsys, name
 ):
@@ -181,7 +190,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("name", every_second(DAMAGE))
 def test_a_file_that_is_no_checkpoint_of_a_run_is_refused(tmp_path, trained, capsys, name):
     change, words = DAMAGE[name]
     content = torch.load(trained, weights_only=True)

@@ -65,7 +65,9 @@ def differences(one, two):
     ]
 
 
-@pytest.mark.parametrize(("model", "balancer"), [("dit", "pcgrad"), ("adm", "uw")])
+@pytest.mark.parametrize(
+    ("model", "balancer"), [("dit", "pcgrad"), pytest.param("adm", "uw", marks=pytest.mark.slow)]
+)
 def test_two_runs_leave_the_same_and_another_seed_something_else(tmp_path, model, balancer):
     one = found_by_a_run(tmp_path / "one", model, balancer, seed=0)
     two = found_by_a_run(tmp_path / "two", model, balancer, seed=0)

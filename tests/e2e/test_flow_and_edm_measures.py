@@ -56,7 +56,7 @@ trainer:
 """
 
 
-@pytest.fixture(scope="module", params=UNITS)
+@pytest.fixture(scope="module", params=["sit", pytest.param("edm", marks=pytest.mark.slow)])
 def measured(request, tmp_path_factory):
     """Three steps of a shipped config with everything that measures; its log folder."""
     folder = tmp_path_factory.mktemp(request.param)

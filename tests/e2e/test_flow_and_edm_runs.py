@@ -202,8 +202,15 @@ def test_a_shift_by_size_takes_the_size_of_the_backbone_and_refuses_others():
         model.losses(batch.images, draws)
 
 
-@pytest.mark.parametrize("name", ["sit", "edm"])
-@pytest.mark.parametrize("clustering", ["snr", "timestep", "shuffled"])
+@pytest.mark.parametrize(
+    ("name", "clustering"),
+    [
+        *(("sit", clustering) for clustering in ("snr", "timestep", "shuffled")),
+        ("edm", "snr"),
+        pytest.param("edm", "timestep", marks=pytest.mark.slow),
+        pytest.param("edm", "shuffled", marks=pytest.mark.slow),
+    ],
+)
 def test_the_configs_train_and_sample_with_every_clustering(name, clustering, tmp_path):
     files = (f"digits/{name}", "balancer/uw", f"clustering/{clustering}")
     args = [each for file in files for each in ("--config", str(CONFIGS / f"{file}.yaml"))]

@@ -134,11 +134,17 @@ def test_each_model_has_the_published_size(parser, place, model):
 
 # The others differ from these in numbers alone.
 OF_EACH_KIND = [
-    pytest.param(model, marks=() if model in FIRST else (pytest.mark.slow,)) for model in MODELS
+    pytest.param(model, marks=() if model in FIRST else pytest.mark.slow) for model in MODELS
 ]
 
 
-@pytest.mark.parametrize("model", OF_EACH_KIND)
+# The methods do not depend on the model: one takes all of them in the quick tests.
+ALL_METHODS = [
+    pytest.param(model, marks=() if model == FIRST[0] else pytest.mark.slow) for model in MODELS
+]
+
+
+@pytest.mark.parametrize("model", ALL_METHODS)
 def test_every_method_composes_with_every_model(parser, place, model):
     backbone = None
     for method in METHODS:

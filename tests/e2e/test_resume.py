@@ -45,7 +45,13 @@ def logged(folder, *, after):
     }
 
 
-@pytest.mark.parametrize("method", BALANCERS)
+QUICK = {"vanilla", "uw", "pcgrad"}  # no balancer, one of losses, one of gradients
+METHODS = [
+    pytest.param(method, marks=() if method in QUICK else pytest.mark.slow) for method in BALANCERS
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_resumed_in_an_epoch_at_its_end_and_between_refreshes(tmp_path, method):
     whole = everything_that_has_a_state(tmp_path / "whole", method=method)
     history = whole.lightning_module.cluster_history

@@ -15,16 +15,6 @@ from tiny_fit import assert_same, fit
 from ant_lightning.runtime.checkpoint_files import furthest_whole
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The server does not know this folder; what it imports is what takes time.
-_CONTEXT.set_forkserver_preload(
-    [
-        "ant_lightning.models",
-        "ant_lightning.callbacks.dashboard",
-        "ant_lightning.callbacks.sample_writer",
-        "ant_lightning.data.digits",
-        "torchjd.aggregation",
-    ]
-)
 STEPS = 12
 
 

@@ -99,9 +99,10 @@ def steps(network, engine, balancer, gpu=None):
 
 
 def cases():
-    """Every engine with PCGrad and every balancer with `auto`, all in the slow tests."""
+    """Every network, engine and balancer with one of the others, all in the slow tests."""
     for network, engine, name in product(NETWORKS, ENGINES, BALANCERS):
-        quick = name == "pcgrad" or (engine == "auto" and network == "dit")
+        usual = (network == "dit") + (engine == "auto") + (name == "pcgrad")
+        quick = usual >= 2
         marks = () if quick else (pytest.mark.slow,)
         yield pytest.param(network, engine, name, marks=marks)
 
@@ -144,8 +145,12 @@ METHODS = ["vanilla", "uw", "continuous_uw", "pcgrad", "nash", "upgrad"]
 @pytest.mark.parametrize(
     ("name", "process"),
     [*((name, "ddpm") for name in METHODS)]
-    + [(name, process) for name in ("uw", "pcgrad") for process in PROCESSES if process != "ddpm"]
-    + [("continuous_uw", "edm")],
+    + [("uw", process) for process in PROCESSES if process != "ddpm"]
+    + [
+        pytest.param(name, process, marks=pytest.mark.slow)
+        for name, process in product(("pcgrad", "continuous_uw"), PROCESSES)
+        if process != "ddpm"
+    ],
 )
 def test_a_training_step_waits_for_a_gpu_no_more_than_its_gradients_do(
     name, process, tmp_path, monkeypatch
