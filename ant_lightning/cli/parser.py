@@ -202,9 +202,10 @@ class AntCLI(LightningCLI):
 
     def _dumped(self, config: Namespace, *, with_links: bool = False) -> str:
         """Settings as YAML; the parser has checked them, and again would take as long."""
-        return self._parser(self.command).dump(
+        dumped: str = self._parser(self.command).dump(
             config, skip_none=False, skip_link_targets=not with_links, skip_validation=True
         )
+        return dumped
 
 
 # The module compares and applies these itself, in `resume_with_settings`.

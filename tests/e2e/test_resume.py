@@ -77,7 +77,7 @@ class Validations(L.Callback):
         self.found[trainer.global_step] = float(trainer.callback_metrics["val/loss"])
 
 
-@pytest.mark.parametrize("interval", [2, 4])
+@pytest.mark.parametrize("interval", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_resumed_around_a_validation(tmp_path, interval):
     validations = Validations()
     fit(tmp_path / "whole", steps=9, val_interval=interval, callbacks=[validations])

@@ -174,14 +174,22 @@ class TestLast:
                 "--model.init_args.optimization.optimizer.init_args.lr=0.5",
                 "model.optimization.optimizer.lr",
             ),
-            (
-                "--model.init_args.optimization.lr_scheduler=torch.optim.lr_scheduler.StepLR",
-                "model.optimization.lr_scheduler",
-            ),
-            ("--model.init_args.optimization.warmup_steps=3", "model.optimization.warmup_steps"),
-            ("--model.init_args.class_dropout=0.5", "model.class_dropout"),
             ("--model.init_args.backbone.init_args.depth=2", "model.backbone.depth"),
-            ("--model.init_args.process.schedule=LinearSchedule", "model.process.schedule"),
+            *(
+                pytest.param(*case, marks=pytest.mark.slow)
+                for case in (
+                    (
+                        "--model.init_args.optimization.lr_scheduler=StepLR",
+                        "model.optimization.lr_scheduler",
+                    ),
+                    (
+                        "--model.init_args.optimization.warmup_steps=3",
+                        "model.optimization.warmup_steps",
+                    ),
+                    ("--model.init_args.class_dropout=0.5", "model.class_dropout"),
+                    ("--model.init_args.process.schedule=LinearSchedule", "model.process.schedule"),
+                )
+            ),
             (
                 "--model.init_args.tasks.clustering.class_path=TimestepClustering",
                 "model.tasks.clustering",
