@@ -19,7 +19,7 @@ help:  ## what each target does
 
 install: .venv/installed  ## make .venv and install the package with all its extras
 
-demo: .venv/installed  ## train with ANT-UW on real digits, at most 3 minutes; MODEL=dit, sit, edm, adm or ldm
+demo: .venv/installed  ## train on real digits, about 3 minutes; MODEL=dit, sit, edm, adm or ldm (vanilla beside ANT-UW)
 	$(BIN)/python examples/demo.py --model $(MODEL)
 
 compare: .venv/installed  ## all methods at the same budget, 3 seeds, paired with vanilla (half an hour)

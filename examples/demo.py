@@ -1,7 +1,7 @@
 """`make demo`: train a small model with ANT-UW on real digits, measure it and show it.
 
 Training and measurement are two ordinary calls of the command line with the shipped configs; this
-file chooses them and prints a table.
+file chooses them and prints a table. Latent diffusion is trained by vanilla too, for as many steps.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from ant_lightning import averaged_weights
+from ant_lightning.callbacks.classes import images_by_class
+from ant_lightning.callbacks.grid_figure import image_grid
 from ant_lightning.cli.main import main as ant_lightning
 from ant_lightning.cli.parser import AntCLI, run
+from ant_lightning.data.batch import to_uint8
 from ant_lightning.tasks.time_axis import TimeAxis
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -25,32 +31,89 @@ MODELS = ("adm", "dit", "edm", "ldm", "sit")
 # the time.
 VALIDATE_EVERY = 300
 SAMPLER_STEPS = {"edm": 10, "sit": 10}  # two passes each
-RECIPES = {model: [f"digits/{model}.yaml", *METHOD] for model in MODELS}
+# LDM trains twice, to compare: with vanilla training and with ANT-UW, as many steps.
+COMPARED = {"vanilla": ["balancer/vanilla.yaml", "clustering/snr.yaml"], "ANT-UW": METHOD}
+COMPARED_STEPS = 1000
 
 
 def demo(model: str, folder: Path, *, minutes: float, options: list[str]) -> AntCLI:
-    """Train for at most `minutes`, then measure the checkpoint; returns the second run."""
+    """Train for at most `minutes`, then measure the checkpoint; returns the last run."""
     version = 0
-    while (folder / f"{model}_{version}").exists():
+    while any(folder.glob(f"{model}_{version}*")):
         version += 1
+    name = f"{model}_{version}"
+    if model != "ldm":
+        cli, _ = train_and_measure(model, METHOD, folder / name, minutes=minutes, options=options)
+        return cli
+    first_stage = train_first_stage(folder / f"{name}_autoencoder", minutes=minutes / 3)
+    options = [
+        f"--model.init_args.first_stage.init_args.source={first_stage}",
+        f"--trainer.max_steps={COMPARED_STEPS}",
+        *options,
+    ]
+    runs = {}
+    for method, configs in COMPARED.items():
+        place = folder / f"{name}_{method.lower().replace('-', '_')}"
+        print(f"\n{method}")
+        runs[method] = train_and_measure(model, configs, place, minutes=minutes, options=options)
+    picture = side_by_side({method: cli for method, (cli, _) in runs.items()}, folder / name)
+    print(f"\nboth beside real digits: {picture}")
+    return runs["ANT-UW"][0]
+
+
+def train_and_measure(
+    model: str, method: list[str], place: Path, *, minutes: float, options: list[str]
+) -> tuple[AntCLI, Path]:
+    """Train into a folder and measure; returns the run that measured, and the checkpoint."""
     logger = "--trainer.logger.init_args"
-    common = [arg for name in RECIPES[model] for arg in ("--config", str(CONFIGS / name))]
-    common += [f"{logger}.save_dir={folder.parent}", f"{logger}.name={folder.name}"]
-    common += [f"{logger}.version={model}_{version}"]
-    if model == "ldm":
-        first_stage = train_first_stage(folder / f"ldm_{version}_autoencoder", minutes=minutes / 3)
-        common += [f"--model.init_args.first_stage.init_args.source={first_stage}"]
-        minutes *= 2 / 3
+    recipe = [f"digits/{model}.yaml", *method]
+    common = [arg for name in recipe for arg in ("--config", str(CONFIGS / name))]
+    common += [f"{logger}.save_dir={place.parent.parent}", f"{logger}.name={place.parent.name}"]
+    common += [f"{logger}.version={place.name}"]
     limit = [max_time(minutes)]
     quick = f"--model.init_args.sampling.sampler.init_args.num_steps={SAMPLER_STEPS.get(model, 20)}"
     every = f"--trainer.val_check_interval={VALIDATE_EVERY}"
     if ant_lightning(["fit", *common, every, quick, *options, *limit]):
         sys.exit(1)
     common += options
-    checkpoint = folder / f"{model}_{version}" / "checkpoints" / "last.ckpt"
+    checkpoint = place / "checkpoints" / "last.ckpt"
     cli = run(["validate", *common, *limit, f"--ckpt_path={checkpoint}"])
     print_table(cli, checkpoint, common)
-    return cli
+    return cli, checkpoint
+
+
+def side_by_side(runs: dict[str, AntCLI], place: Path) -> Path:
+    """A picture of what each method draws, beside real digits, with its scores."""
+    figure = Figure(figsize=(3.6 * (len(runs) + 1), 4.2), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(runs) + 1)
+    for axis, (method, cli) in zip(panels, runs.items(), strict=False):
+        with averaged_weights(cli.trainer, cli.model):
+            show(axis, cli.model.sample(60))
+        score = {name.removeprefix("val/"): v for name, v in cli.trainer.callback_metrics.items()}
+        axis.set_title(f"{method}, {cli.model.trained_steps} steps")
+        axis.set_xlabel(
+            f"FID {score['fid']:.2f}, precision {score['precision']:.2f}, recall "
+            f"{score['recall']:.2f},\nright class {score['class_agreement']:.1%}",
+            fontsize=9,
+        )
+    data = cli.datamodule.held_out_images
+    real = data.load([i or 0 for i in images_by_class(data, 60, num_classes=10)], epoch=None)
+    show(panels[-1], cli.model.images_of(real))
+    panels[-1].set_title("real")
+    panels[-1].set_xlabel(f"FID {score['fid_real']:.2f} to other real digits", fontsize=9)
+    path = place.with_suffix(".png")
+    figure.savefig(path)
+    return path
+
+
+def show(axis: Axes, images: torch.Tensor) -> None:
+    """Draw 60 images in ten columns, one for each digit."""
+    grid = image_grid(to_uint8(images).cpu().numpy(), columns=10)
+    axis.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)
 
 
 def train_first_stage(folder: Path, *, minutes: float) -> Path:
@@ -114,7 +177,7 @@ def print_table(cli: AntCLI, checkpoint: Path, common: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(RECIPES), default="dit")
+    parser.add_argument("--model", choices=MODELS, default="dit")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"))
     parser.add_argument("--minutes", type=float, default=3.0)
     arguments, rest = parser.parse_known_args()

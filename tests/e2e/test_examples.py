@@ -31,3 +31,24 @@ def test_the_demo_runs_to_its_table(tmp_path, capsys, monkeypatch):
     for words in ("FID to held-out digits", "real against real", "precision", "weight", "images/s"):
         assert words in out
     assert (tmp_path / "demo" / "dit_0" / "1_samples_grid.png").exists()
+
+
+def test_the_latent_demo_puts_vanilla_and_uw_side_by_side(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    demo = runpy.run_path(str(EXAMPLES / "demo.py"))["demo"]
+    options = [
+        "--trainer.max_steps=2",
+        "--trainer.accelerator=cpu",
+        "--model.init_args.sampling.sampler.init_args.num_steps=2",
+        "--trainer.callbacks=ant_lightning.GenerationMetrics",
+        "--trainer.callbacks.init_args.extractor=ant_lightning.DigitsFeatures",
+        "--trainer.callbacks.init_args.num_images=70",
+    ]
+    cli = demo("ldm", tmp_path / "demo", minutes=0.1, options=options)
+    assert type(cli.model.balancer).__name__ == "UncertaintyWeighting"
+    out = capsys.readouterr().out
+    assert out.index("\nvanilla\n") < out.index("\nANT-UW\n")
+    assert out.count("class agreement") == 2
+    assert (tmp_path / "demo" / "ldm_0.png").stat().st_size > 10_000
+    for method in ("vanilla", "ant_uw"):
+        assert (tmp_path / "demo" / f"ldm_0_{method}" / "config.yaml").exists()
