@@ -44,6 +44,14 @@ def run(code, site, folder):
     ).stdout
 
 
+def test_a_reader_that_has_read_enough_is_no_error():
+    command = [sys.executable, "-m", "ant_lightning", "configs"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_the_wheel_finds_every_config_in_an_empty_folder_without_torch(wheel, tmp_path, capsys):
     code = """
 import sys

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from ant_lightning.callbacks.base import RunCallback, steps_of
-from ant_lightning.callbacks.figures import log_folder
+from ant_lightning.callbacks.figures import log_folder, picture_file
 from ant_lightning.callbacks.page_figure import stacked_page
 from ant_lightning.callbacks.task_figures import task_labels
 from ant_lightning.models.module import MultiTaskDiffusion
@@ -65,10 +65,13 @@ class Dashboard(RunCallback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the figures on one page; callbacks that draw them must come earlier in the list."""
-        questions = _content()["pictures"]
-        found = {q: self.pictures[tag] for q, tag in questions.items() if tag in self.pictures}
-        if trainer.sanity_checking or not trainer.is_global_zero or not found:
+        if trainer.sanity_checking or not trainer.is_global_zero or not self.pictures:
             return
+        questions, pictures = _content()["pictures"], dict(self.pictures)
+        if trainer.state.fn != "fit":  # beside those of this command, what the run drew before
+            drawn = {tag: picture_file(trainer, tag) for tag in questions.values()}
+            pictures = {tag: path for tag, path in drawn.items() if path.is_file()} | pictures
+        found = {q: pictures[tag] for q, tag in questions.items() if tag in pictures}
         page = stacked_page(found)
         Image.fromarray(page).save(log_folder(trainer) / "0_page_overview.png")
         step = steps_of(trainer, pl_module)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import lightning as L
     from matplotlib.figure import Figure
 
-__all__ = ["append_row", "log_folder", "save_figure"]
+__all__ = ["append_row", "log_folder", "picture_file", "save_figure"]
 
 
 def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -> Path | None:
@@ -37,7 +37,7 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
     if not trainer.is_global_zero:
         return None
     figure.supxlabel(explain, fontsize=9.5, color="0.2")
-    path = log_folder(trainer) / f"{tag.replace('/', '_')}.png"
+    path = picture_file(trainer, tag)
     figure.savefig(path)
     pixels = np.asarray(Image.open(path).convert("RGB"))
     step = steps_of(trainer, trainer.lightning_module)
@@ -47,6 +47,11 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
         if hasattr(callback, "pictures"):
             callback.pictures[tag] = path
     return path
+
+
+def picture_file(trainer: L.Trainer, tag: str) -> Path:
+    """The PNG file of a figure in the log folder."""
+    return log_folder(trainer) / f"{tag.replace('/', '_')}.png"
 
 
 def append_row(trainer: L.Trainer, name: str, row: Mapping[str, Any]) -> None:

@@ -19,17 +19,18 @@ __all__ = ["stacked_page"]
 _HEADING = 44  # pixels
 _FONT = 22
 _MARGIN = 12
+_WIDEST = 890  # what TensorBoard shows of a picture in a window of 1280 pixels
 
 
 def stacked_page(pictures: Mapping[str, Path]) -> NDArray[np.uint8]:
     """Image files under their headings as one picture `[h, w, 3]`.
 
     Args:
-        pictures: Files by heading, from top to bottom, which are numbered; the page is as wide as
-            the widest picture or heading.
+        pictures: Files by heading, from top to bottom, which are numbered. The page is as wide as
+            the widest picture or heading; wider pictures than 866 pixels are scaled down to that.
     """
     opened = {
-        f"{number}  {title}": Image.open(path).convert("RGB")
+        f"{number}  {title}": _narrow(Image.open(path).convert("RGB"))
         for number, (title, path) in enumerate(pictures.items(), 1)
     }
     font = ImageFont.load_default(size=_FONT)
@@ -45,3 +46,12 @@ def stacked_page(pictures: Mapping[str, Path]) -> NDArray[np.uint8]:
         page.paste(picture, ((width - picture.width) // 2, top + _HEADING))
         top += _HEADING + picture.height
     return np.asarray(page)
+
+
+def _narrow(picture: Image.Image) -> Image.Image:
+    """The picture, scaled down if the page would otherwise be cut off."""
+    width = min(picture.width, _WIDEST - 2 * _MARGIN)
+    if width == picture.width:
+        return picture
+    height = round(picture.height * width / picture.width)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)

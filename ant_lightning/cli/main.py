@@ -36,6 +36,7 @@ right: a base, then one fragment for each choice, then options:
 from __future__ import annotations
 
 import errno
+import os
 import re
 import signal
 import sys
@@ -96,11 +97,19 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         arguments = _with_groups(with_paths_of_configs(arguments))
         first_look(arguments)
-        return (_run_other if arguments[0] in WITHOUT_LIGHTNING else _run)(arguments)
+        code = (_run_other if arguments[0] in WITHOUT_LIGHTNING else _run)(arguments)
+        sys.stdout.flush()
     except ConfigError as error:
         return _fail(message_of(error), 2)
+    except BrokenPipeError:  # the reader of a list, such as `head`, has read enough
+        if arguments[0] not in WITHOUT_LIGHTNING:
+            raise
+        # Python flushes standard output once more at its end, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except KeyboardInterrupt:  # before training or outside of it: nothing is lost
         return _fail("interrupted", 130)
+    return code
 
 
 def _with_groups(arguments: list[str]) -> list[str]:

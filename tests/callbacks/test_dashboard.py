@@ -87,14 +87,20 @@ def test_one_page_has_the_pictures_in_order(events):
     top = 0
     for name in drawn:
         with Image.open(folder / f"{name}.png") as file:
-            picture = np.asarray(file.convert("RGB"))
-        height, width = picture.shape[:2]
+            width = min(file.width, 866)  # wider ones are scaled down
+            size = (width, round(file.height * width / file.width))
+            shown = file.convert("RGB")
+            picture = np.asarray(
+                shown if file.width == width else shown.resize(size, Image.Resampling.LANCZOS)
+            )
+        height = len(picture)
         top += 44  # its heading
         left = (page.shape[1] - width) // 2
         assert np.array_equal(page[top : top + height, left : left + width], picture), name
         assert (page[top - 44 : top] < 100).any(), name
         top += height
     assert top == len(page)
+    assert page.shape[1] <= 890  # TensorBoard shows no more in a window of 1280 pixels
 
 
 def test_an_evaluation_draws_the_cosines_of_a_training_without_one(tmp_path):
@@ -107,6 +113,15 @@ def test_an_evaluation_draws_the_cosines_of_a_training_without_one(tmp_path):
     run = trainer(tmp_path, ConflictMonitor(), limit_val_batches=1)
     run.validate(module(), DigitsData(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert picture.exists()
+
+
+def test_the_page_of_an_evaluation_has_what_the_run_drew_before(tmp_path):
+    Image.new("RGB", (100, 20), "red").save(tmp_path / "4_conflict_gradient_cosines.png")
+    run = trainer(tmp_path, SampleGrid(num_images=10), Dashboard(), limit_val_batches=1)
+    run.validate(module(), DigitsData(), verbose=False)
+    with Image.open(tmp_path / "0_page_overview.png") as page:
+        assert page.getpixel((page.width // 2, page.height - 10)) == (255, 0, 0)
+        assert page.height > 2 * 44 + 20 + 100  # below the grid of this command
 
 
 def test_the_curves_in_a_checkpoint_are_three_tensors_and_early_ones_a_list(tmp_path):
