@@ -61,7 +61,7 @@ def whole_gradients(rank):
                 before, last = [], network.losses(X[2:], with_all=False)
             norm = step.finish(step.last_gradients(last, before))
             grads = [p.grad.clone() for p in parameters]
-            found[dtype, number] = grads, norm, [*reduction.notes], step.buckets._order.indices
+            found[dtype, number] = grads, norm, [*reduction.notes], step.buckets.order.indices
             assert not network.b._backward_hooks
     return found
 
