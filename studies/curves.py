@@ -208,8 +208,8 @@ def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, t
     hours = sum(sum(row["seconds"]) for row in rows.values()) / 3600
     commits = ", ".join(sorted({row["commit"] for row in rows.values()}))
     text = [
-        f"`make curves`: {len(rows)} of {total} cells finished, {hours:.1f} hours of one thread on "
-        f"a shared machine, {where}; commits {commits}. FID is that of the digits network at n = "
+        f"`make curves`: {len(rows)} of {total} cells finished, {hours:.1f} hours of one thread "
+        f"on {where}; commits {commits}. FID is that of the digits network at n = "
         "360. The seed decides weights, order of the images, noise and first stage; seeds are "
         "paired. Intervals are 95%; ** survives Holm's correction over the methods of a table. "
         "The learning rate of each method was chosen of three by the FID of seed 100.",
@@ -243,7 +243,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     settings = parser.parse_args(args)
     study = Study.read(settings.study)
-    rows = finished_rows(study, settings.folder / "results.jsonl")
+    found = finished_rows(study, settings.folder / "results.jsonl")
+    rows = {name: found[name] for name in study.cells if name in found}
     measured = CurveRows.of(rows)
     if not measured.curves:
         print(f"curves: no finished run in {settings.folder}")

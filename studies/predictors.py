@@ -154,7 +154,7 @@ def scatter(
                         setting, place, xytext=(3, 3), textcoords="offset points", fontsize=7
                     )
             axis.axhline(0, color="0.5", linewidth=0.8)
-            axis.margins(x=0.25)
+            axis.margins(x=0.4, y=0.12)
             axis.grid(alpha=0.3)
             if axis in panels[-1]:
                 axis.set_xlabel(words.replace(" of ", "\nof ", 1), fontsize=8)
