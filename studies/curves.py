@@ -58,11 +58,11 @@ class CurveRows:
         """From the rows of the study, without those of tuning and of real images."""
         found: dict[str, dict[str, dict[int, list[dict[str, Any]]]]] = {}
         for name, row in rows.items():
-            group, _, rest = name.rpartition("/seed")
+            run, _, seed = name.rpartition("/seed")
             measured = row["files"].get("generation_metrics.jsonl")
-            if measured and rest and not name.startswith("tune/"):
-                group, _, method = group.rpartition("/")
-                found.setdefault(group, {}).setdefault(method, {})[int(rest)] = measured
+            if measured and run and not name.startswith("tune/"):
+                group, _, method = run.rpartition("/")
+                found.setdefault(group, {}).setdefault(method, {})[int(seed)] = measured
         return cls(found)
 
     def methods(self, group: str) -> list[str]:

@@ -50,6 +50,7 @@ def study_rows(seeds=3):
     high = {"generation_metrics.jsonl": measured((9.0, 6.0, 5.0))}
     rows["ldm/why/vanilla_lr_0.016/seed0"] = row(**high)
     rows["ldm/four_times/uw/seed0"] = row(**high)
+    rows["real"] = row(**high)
     rows["tune/ldm/uw/lr0.002"] = row(**high)
     choice = {"chosen": 0.004, "fid": {"0.002": 5.0, "0.004": 4.5}}
     rows["tune/ldm/uw"] = row(**{"choice.json": choice})
