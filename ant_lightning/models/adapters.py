@@ -62,7 +62,7 @@ class LoRA(Adapter):
     Examples:
         >>> from ant_lightning import LoRA
         >>> LoRA(r=4, alpha=8).config().lora_alpha
-        8
+        8.0
     """
 
     r: int = 16
