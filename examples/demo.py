@@ -84,7 +84,7 @@ def train_and_measure(
 
 def side_by_side(runs: dict[str, AntCLI], place: Path) -> Path:
     """A picture of what each method draws, beside real digits, with its scores."""
-    figure = Figure(figsize=(3.6 * (len(runs) + 1), 4.2), dpi=110, layout="constrained")
+    figure = Figure(figsize=(3.6 * (len(runs) + 1), 3.1), dpi=130, layout="constrained")
     panels = figure.subplots(1, len(runs) + 1)
     for axis, (method, cli) in zip(panels, runs.items(), strict=False):
         with averaged_weights(cli.trainer, cli.model):
