@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from scipy import stats
 
-from studies.curves import CurveRows
+from studies.curves_tables import CurveRows
 from studies.results import read_rows
 from studies.statistics import holm
 from studies.text_table import TextTable

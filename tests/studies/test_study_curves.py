@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from studies.curves import (
-    BEGIN,
-    END,
+from studies.curves import BEGIN, END, main
+from studies.curves_tables import (
     CurveRows,
-    main,
+    contrast_table,
     profile_table,
     score_table,
     steps_table,
@@ -99,6 +98,13 @@ def test_steps_to_vanillas_last_fid_of_the_same_seed():
     assert table.columns[1:4] == ["100", "200", "400"]
     assert lines["uw"][1:] == ["16.00", "8.00", "6.00", "200 (200 to 200)"]
     assert lines["linear"][-1] == "0 of 3 seeds"
+
+
+def test_contrasts_are_paired():
+    (line,) = contrast_table(CurveRows.of(study_rows())).rows
+    assert line[0] == "uw against linear"
+    assert line[2:] == ["3", "-2.02 [-4.53, +0.48], no detectable difference"]
+    assert contrast_table(CurveRows.of(study_rows(seeds=1))).rows == []
 
 
 def test_chosen_learning_rates_are_marked_and_losses_are_ratios():
