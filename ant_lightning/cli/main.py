@@ -120,8 +120,10 @@ def _with_groups(arguments: list[str]) -> list[str]:
 
 def _run(arguments: Sequence[str]) -> int:
     """Run a command that imports Lightning."""
-    if "" not in sys.path:  # the user's classes in the working folder, as for `python -m`
-        sys.path.append("")
+    # The user's classes in the working folder, by its whole path: the parser changes the folder
+    # while it reads a config elsewhere.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     # Imported here: it takes 6 s, which --help must not wait for.
     from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: PLC0415
 

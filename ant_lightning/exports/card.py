@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["model_card"]
 
+_TRUSTED = ("ant_lightning", "torch", "diffusers")  # `load_run` imports their classes unasked
 _LOADING = {
     "diffusers": """from diffusers import DiffusionPipeline
 
@@ -24,7 +25,7 @@ pipeline = DiffusionPipeline.from_pretrained(FOLDER{trust})
 images = {call}.images""",
     "safetensors": """from ant_lightning import load_run
 
-images = load_run(FOLDER).sample(4)""",
+images = load_run(FOLDER{trust}).sample(4)""",
     "official": """from ant_lightning import load_official_checkpoint
 
 load_official_checkpoint(network, "FOLDER/FILE")""",
@@ -91,7 +92,9 @@ def _loading(module: DiffusionModule, to: str) -> str:
     """How the export is read; empty for an adapter and for parts, which have a note."""
     if to != "diffusers":
         inputs = "x, timesteps, labels" if module.num_classes else "x, timesteps"
-        return _LOADING[to].replace("{inputs}", inputs)
+        package = type(module.backbone).__module__.partition(".")[0]
+        trust = "" if package in _TRUSTED else f', trust="{package}"'
+        return _LOADING[to].replace("{inputs}", inputs).replace("{trust}", trust)
     if getattr(module, "adapter", None) is not None or module.conditions.names:
         return ""
     stock = stock_of(module)

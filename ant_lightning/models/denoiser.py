@@ -562,7 +562,7 @@ class DiffusionModule(BaseModule):
             what = "images" if self.latent_space is None else "latents"
             raise ConfigError(
                 f"backbone: in_channels and input_size must fit the {what} "
-                f"{tuple(shape)}, found {self.image_shape}"
+                f"{tuple(shape)}, found {self.image_shape} (many data sets have an image_size)"
             )
         # Without labels every image is of class 0, which is what a network of one class expects.
         if self.num_classes > 1 and not data.num_classes:

@@ -1,6 +1,7 @@
 """Networks of one's own: what they say of themselves, and the conditions they are given."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,15 +88,24 @@ def test_the_five_lines_of_the_page_train_and_resume_from_the_working_folder(tmp
     code = next(c for c in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "MyBackbone" in c)
     config = next(c for c in re.findall(r"```yaml\n(.*?)```", PAGE, re.S) if "MyBackbone" in c)
     (tmp_path / "mine.py").write_text(code)
-    (tmp_path / "mine.yaml").write_text(config)
+    # In a folder of its own: the parser is in that folder while it reads it.
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "mine.yaml").write_text(config)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    names = ["digits/dit", "balancer/pcgrad", "clustering/snr", "mine.yaml"]
+    names = ["digits/dit", "balancer/pcgrad", "clustering/snr", "settings/mine.yaml"]
     args = ["fit", *(part for name in names for part in ("--config", name))]
     args += ["--data.init_args.batch_size=20", "--trainer.limit_val_batches=0"]
     args += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
     assert main([*args, "--trainer.max_steps=1"]) == 0
     assert main([*args, "--trainer.max_steps=2", "--ckpt_path=last"]) == 0
+    out = tmp_path / "out"
+    run = str(tmp_path / "runs" / "digits_dit" / "version_0")
+    assert main(["export", run, "--to=safetensors", "--trust=mine", f"--output={out}"]) == 0
+    assert 'load_run(FOLDER, trust="mine").sample(4)' in (out / "README.md").read_text()
+    assert load_run(out, trust="mine").sample(2).shape == (2, 1, 8, 8)
 
 
 UNET = """
