@@ -81,6 +81,13 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def one_process_again(monkeypatch):
+    """Forget what Lightning leaves behind: LOCAL_RANK means several processes to Accelerate."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
 # Three interpreters import diffusers, transformers and PEFT.
 @pytest.mark.slow
 def test_two_processes_equal_one_on_the_joined_batch(folder, tmp_path):
