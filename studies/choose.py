@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ant_lightning.errors import ConfigError
 from studies.results import read_rows
@@ -30,10 +30,7 @@ def log_excess(folder: Path) -> float:
     Raises:
         ConfigError: If none was measured.
     """
-    rows = read_rows(folder / "excess_risk.jsonl")
-    if not rows:
-        raise ConfigError(f"choose: {folder} must hold an excess_risk.jsonl, found none")
-    values = rows[-1]["tasks"]["excess"]
+    values = _last_row(folder, "excess_risk.jsonl")["tasks"]["excess"]
     return sum(math.log(value) for value in values) / len(values)
 
 
@@ -43,10 +40,14 @@ def last_fid(folder: Path) -> float:
     Raises:
         ConfigError: If none was measured.
     """
-    rows = read_rows(folder / "generation_metrics.jsonl")
+    return float(_last_row(folder, "generation_metrics.jsonl")["scores"]["fid"])
+
+
+def _last_row(folder: Path, name: str) -> dict[str, Any]:
+    rows = read_rows(folder / name)
     if not rows:
-        raise ConfigError(f"choose: {folder} must hold a generation_metrics.jsonl, found none")
-    return float(rows[-1]["scores"]["fid"])
+        raise ConfigError(f"choose: {folder} must hold {name}, found none")
+    return rows[-1]
 
 
 _SCORES = {"log_excess": log_excess, "fid": last_fid}

@@ -53,7 +53,7 @@ def test_the_best_run_is_chosen_whatever_the_size_of_a_clusters_loss(tmp_path):
     choice = json.loads((tmp_path / "choice.json").read_text())
     assert choice["chosen"] == 0.002
     assert choice["log_excess"]["0.001"] == pytest.approx(np.log(0.07 * 0.02) / 2)
-    with pytest.raises(ConfigError, match=r"must hold an excess_risk.jsonl"):
+    with pytest.raises(ConfigError, match=r"must hold excess_risk.jsonl"):
         choose.log_excess(tmp_path)
 
 
@@ -68,7 +68,7 @@ def test_the_best_run_can_be_the_one_with_the_lowest_last_fid(tmp_path):
         "chosen": 0.2,
         "fid": {"0.1": 5.0, "0.2": 4.0},
     }
-    with pytest.raises(ConfigError, match=r"must hold a generation_metrics.jsonl"):
+    with pytest.raises(ConfigError, match=r"must hold generation_metrics.jsonl"):
         choose.last_fid(tmp_path)
 
 
