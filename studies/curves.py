@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from studies.curves_tables import (
     tuning_table,
 )
 from studies.results import finished_rows
+from studies.section import replace_section, where_it_ran
 from studies.study import Study
 
 if TYPE_CHECKING:
@@ -31,21 +31,14 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "section"]
 
-BEGIN, END = "<!-- curves: begin -->", "<!-- curves: end -->"
-
 
 def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, total: int) -> str:
     """The section of docs/results.md, of a study of `total` cells."""
     measured = CurveRows.of(rows)
     real = rows.get("real", {}).get("files", {}).get("generation_metrics.jsonl", [{}])[-1]
-    machines = Counter(row["machine"] for row in rows.values())
-    where = "; ".join(f"{name} ({count} cells)" for name, count in machines.most_common())
-    hours = sum(sum(row["seconds"]) for row in rows.values()) / 3600
-    commits = ", ".join(sorted({row["commit"] for row in rows.values()}))
     text = [
-        f"`make curves`: {len(rows)} of {total} cells finished, {hours:.1f} hours of one thread "
-        f"on {where}; commits {commits}. FID is that of the digits network at n = "
-        "360. The seed decides weights, order of the images, noise and first stage; seeds are "
+        f"`make curves`: {where_it_ran(rows, total=total)}. FID is that of the digits network at "
+        "n = 360. The seed decides weights, order of the images, noise and first stage; seeds are "
         "paired. Intervals are 95%; ** survives Holm's correction over the methods of a table. "
         "The learning rate of each method was chosen of three by the FID of seed 100.",
         "",
@@ -105,10 +98,7 @@ def main(args: Sequence[str] | None = None) -> int:
     with (results / "curves.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows.values())
     page: Path = settings.docs / "results.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2] or "\n"
-    text = section(rows, pictures, total=len(study.cells))
-    page.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{text}{END}{after}")
+    replace_section(page, "curves", section(rows, pictures, total=len(study.cells)))
     print(f"{sum(len(m) for m in measured.curves.values())} methods of groups in {page}")
     return 0
 

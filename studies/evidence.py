@@ -11,13 +11,13 @@ import argparse
 import json
 import math
 import statistics
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from studies.evidence_figure import convergence_figure, ratio_figure
 from studies.results import finished_rows
+from studies.section import replace_section, where_it_ran
 from studies.statistics import (
     PairedDifference,
     difference_text,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EvidenceRows", "main"]
 
-BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 # The question that each pair answers.
 CONTRASTS = {
     ("uw", "frozen_uw"): "does it matter that UW's weights are learned while training?",
@@ -229,16 +228,11 @@ def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, t
     measured = EvidenceRows.of(rows)
     groups = sorted({name.rpartition("/seed")[0] for name in measured.runs}, key=_place)
     settings = [g for g in groups if not g.startswith(("width/", "min_loss/"))]
-    machines = Counter(row["machine"] for row in rows.values())
-    where = "; ".join(f"{name} ({count} cells)" for name, count in machines.most_common())
-    hours = sum(sum(row["seconds"]) for row in rows.values()) / 3600
-    commits = ", ".join(sorted({row["commit"] for row in rows.values()}))
     steps = {row["excess"][-1]["step"] for row in measured.runs.values()}
     text = [
         "## The evidence",
         "",
-        f"`make evidence`: {len(rows)} of {total} cells finished, {hours:.1f} core-hours, on "
-        f"{where}; commits {commits}; "
+        f"`make evidence`: {where_it_ran(rows, total=total)}; "
         f"{', '.join(map(str, sorted(steps)))} steps. Excess risk is the distance to the exact "
         "denoiser (see `ExcessRisk`), the same images and noise for all; seeds are paired; the "
         "learning rate of every method was tuned on a seed of its own. Intervals are 95%; ** "
@@ -300,11 +294,7 @@ def main(args: Sequence[str] | None = None) -> int:
     with (results / "evidence.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows.values())
     page: Path = settings.docs / "results.md"
-    old = page.read_text() if page.exists() else ""
-    before, _, rest = old.partition(BEGIN)
-    after = rest.partition(END)[2] or "\n"
-    text = section(rows, pictures, total=len(study.cells))
-    page.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{text}{END}{after}")
+    replace_section(page, "evidence", section(rows, pictures, total=len(study.cells)))
     print(f"{len(measured.runs)} measured runs in {page}")
     return 0
 

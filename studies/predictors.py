@@ -20,6 +20,7 @@ from scipy import stats
 
 from studies.curves_tables import CurveRows
 from studies.results import read_rows
+from studies.section import replace_section
 from studies.statistics import holm
 from studies.text_table import TextTable
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["early_numbers", "main", "rank_correlation"]
 
-BEGIN, END = "<!-- predictors: begin -->", "<!-- predictors: end -->"
 METHODS = ("uw", "nash", "pcgrad")
 # Name -> what the heads of table and picture say.
 PREDICTORS = {
@@ -184,7 +184,8 @@ def main(args: Sequence[str] | None = None) -> int:
     answer = (
         f"After Holm's correction these are detected: {', '.join(kept)}."
         if kept
-        else "No correlation survives Holm's correction: nothing measured here predicts it."
+        else "No correlation survives Holm's correction; with so few settings only a very "
+        "strong one could."
     )
     numbers = TextTable(
         "What was measured",
@@ -200,10 +201,7 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     text = f"{answer}\n\n![predictors.png](results/predictors.png)\n\n"
     text += "\n".join(f"### {t.title}\n\n{t.markdown()}" for t in (table, numbers))
-    page: Path = settings.docs / "results.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2] or "\n"
-    page.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{text.rstrip()}\n{END}{after}")
+    replace_section(settings.docs / "results.md", "predictors", text)
     print(json.dumps({"settings": list(early), "detected": kept}))
     return 0
 

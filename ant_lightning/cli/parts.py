@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.errors import ConfigError
+from ant_lightning.runtime.settings import TRUSTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +23,6 @@ TRUST: dict[str, Any] = {
     "default": [],
     "help": "other packages, modules or classes that the run's settings may name",
 }
-_TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
 
 
 def make_part(chosen: dict[str, Any], kind: type, trust: str | Sequence[str] = ()) -> Any:  # noqa: ANN401
@@ -48,9 +48,9 @@ def make_part(chosen: dict[str, Any], kind: type, trust: str | Sequence[str] = (
 def _check_trusted(settings: object, trust: Sequence[str]) -> None:
     """Refuse settings that name code from an untrusted package, before it is imported."""
     for name in _imports(settings):
-        if not any(name == each or name.startswith(f"{each}.") for each in (*_TRUSTED, *trust)):
+        if not any(name == each or name.startswith(f"{each}.") for each in (*TRUSTED, *trust)):
             raise ConfigError(
-                f"trust: the settings name {name}, which is not in {', '.join(_TRUSTED)}; if you "
+                f"trust: the settings name {name}, which is not in {', '.join(TRUSTED)}; if you "
                 f"trust that code, set trust to {name.rpartition('.')[0]!r}"
             )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ant_lightning.exports.stock import stock_of
-from ant_lightning.runtime.settings import flat_settings
+from ant_lightning.runtime.settings import TRUSTED, flat_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["model_card"]
 
-_TRUSTED = ("ant_lightning", "torch", "diffusers")  # `load_run` imports their classes unasked
 _LOADING = {
     "diffusers": """from diffusers import DiffusionPipeline
 
@@ -93,7 +92,7 @@ def _loading(module: DiffusionModule, to: str) -> str:
     if to != "diffusers":
         inputs = "x, timesteps, labels" if module.num_classes else "x, timesteps"
         package = type(module.backbone).__module__.partition(".")[0]
-        trust = "" if package in _TRUSTED else f', trust="{package}"'
+        trust = "" if package in TRUSTED else f', trust="{package}"'
         return _LOADING[to].replace("{inputs}", inputs).replace("{trust}", trust)
     if getattr(module, "adapter", None) is not None or module.conditions.names:
         return ""

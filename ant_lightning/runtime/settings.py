@@ -9,7 +9,10 @@ from ant_lightning.files.identity import differences
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["changed_settings", "flat_settings", "trained_settings"]
+__all__ = ["TRUSTED", "changed_settings", "flat_settings", "trained_settings"]
+
+# Packages whose classes stored settings may name without being asked.
+TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
 
 # The parts of a configuration that decide what is trained; the Trainer's flags do not.
 _GROUPS = ("seed_everything", "ema", "data", "model")

@@ -17,9 +17,13 @@ def test_plain_loops_learn(name, monkeypatch):
     assert sum(history[-20:]) < 0.85 * sum(history[:20])
 
 
-def test_the_demo_runs_to_its_table(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def demo(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-    demo = runpy.run_path(str(EXAMPLES / "demo.py"))["demo"]
+    return runpy.run_path(str(EXAMPLES / "demo.py"))["demo"]
+
+
+def test_the_demo_runs_to_its_table(demo, tmp_path, capsys):
     options = [
         "--trainer.max_steps=20",
         "--trainer.accelerator=cpu",
@@ -33,9 +37,7 @@ def test_the_demo_runs_to_its_table(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "demo" / "dit_0" / "1_samples_grid.png").exists()
 
 
-def test_the_latent_demo_puts_vanilla_and_uw_side_by_side(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
-    demo = runpy.run_path(str(EXAMPLES / "demo.py"))["demo"]
+def test_the_latent_demo_puts_vanilla_and_uw_side_by_side(demo, tmp_path, capsys):
     options = [
         "--trainer.max_steps=2",
         "--trainer.accelerator=cpu",

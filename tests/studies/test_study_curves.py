@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.curves import BEGIN, END, main
+from studies.curves import main
 from studies.curves_tables import (
     CurveRows,
     contrast_table,
@@ -139,7 +139,7 @@ def test_the_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
         )
     page = tmp_path / "docs" / "results.md"
     page.parent.mkdir()
-    page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    page.write_text("before\n\n<!-- curves: begin -->\nold\n<!-- curves: end -->\n\nafter\n")
     folders = [f"--folder={tmp_path / 'rows'}", f"--docs={page.parent}", f"--study={file}"]
     assert main(folders) == 0
     assert main(folders) == 0

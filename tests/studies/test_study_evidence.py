@@ -9,8 +9,6 @@ import pytest
 
 from studies.compare import comparison
 from studies.evidence import (
-    BEGIN,
-    END,
     EvidenceRows,
     bound_table,
     cluster_differences,
@@ -133,7 +131,9 @@ def test_the_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
     docs = tmp_path / "docs"
     docs.mkdir()
     page = docs / "results.md"
-    page.write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\n# After\n")
+    page.write_text(
+        "# Before\n\n<!-- evidence: begin -->\nold\n<!-- evidence: end -->\n\n# After\n"
+    )
     args = ["--study", str(file), "--folder", str(tmp_path / "run"), "--docs", str(docs)]
     assert main(args) == 0
     first = page.read_text()

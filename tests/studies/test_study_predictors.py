@@ -6,8 +6,6 @@ import math
 import pytest
 
 from studies.predictors import (
-    BEGIN,
-    END,
     METHODS,
     PREDICTORS,
     correlation_table,
@@ -93,7 +91,9 @@ def test_the_section_says_what_rows_say(tmp_path):
                 evidence.append({"cell": f"{setting}/seed0/{method}", "files": files})
     for name, rows in {"compare": compare, "evidence": evidence}.items():
         (results / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "results.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    (tmp_path / "results.md").write_text(
+        "before\n<!-- predictors: begin -->\nold\n<!-- predictors: end -->\nafter\n"
+    )
     assert main([f"--docs={tmp_path}"]) == 0
     text = (tmp_path / "results.md").read_text()
     assert "old" not in text
