@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from flow_matching_paths import PATHS
 from stand_in_network import GOLDEN, error, load, stand_in, state_errors
 
 from ant_lightning import (
@@ -15,7 +16,6 @@ from ant_lightning import (
     SDESampler,
     flow_log_likelihood,
 )
-from ant_lightning.diffusion.prediction import Levels
 from ant_lightning.diffusion.samplers.adaptive import solve_each
 from ant_lightning.diffusion.samplers.flow_field import FlowField
 from ant_lightning.diffusion.samplers.flow_times import edm_times, sampling_interval, shifted
@@ -233,49 +233,6 @@ def test_flow_matching_limit():
     for t, wanted in zip(1 - FM_ARRAYS["time_grid"][1:], FM_ARRAYS["dopri5/x"][1:], strict=True):
         x, start = solve_each(lambda x, t: field.at(x, t).v, x, start, t, **options), t
         assert error(x, wanted) < 1e-6
-
-
-class Polynomial(FlowMatching):
-    """`a = (1 - t)^n`, `s = 1 - (1 - t)^n`: a path of flow_matching that we have not."""
-
-    n = 2
-
-    def levels(self, x, times):
-        r = (1 - times).view(-1, *[1] * (x.ndim - 1))
-        a, rate = r**self.n, self.n * r ** (self.n - 1)
-        return Levels(a, 1 - a, -rate, rate, rate)
-
-    def log_snr_at(self, times):
-        a = (1 - times) ** self.n
-        return 2 * (a.log() - (1 - a).log())
-
-    def times_at(self, log_snr):
-        return 1 - torch.sigmoid(log_snr / 2) ** (1 / self.n)
-
-
-class LinearVP(FlowMatching):
-    """`a = 1 - t`, `s = sqrt(1 - a²)`: another one."""
-
-    def levels(self, x, times):
-        a = (1 - times).view(-1, *[1] * (x.ndim - 1))
-        s = (1 - a * a).sqrt()
-        return Levels(a, s, torch.full_like(a, -1), a / s, 1 / s)
-
-    def log_snr_at(self, times):
-        a = 1 - times
-        return 2 * a.log() - torch.log1p(-a * a)
-
-    def times_at(self, log_snr):
-        return 1 - torch.sigmoid(log_snr).sqrt()
-
-
-PATHS = {
-    "condot": FlowMatching,
-    "cosine": lambda: FlowMatching("gvp"),
-    "vp": lambda: FlowMatching("vp"),
-    "poly2": Polynomial,
-    "linvp": LinearVP,
-}
 
 
 @pytest.mark.parametrize("pair", load("I_flow/fm_transform")[0]["pairs"], ids="-".join)
