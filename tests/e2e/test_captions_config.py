@@ -9,6 +9,7 @@ from captions import write_encoders, write_images
 from ant_lightning import export, load_run, save_adapter
 from ant_lightning.cli.configs import config_names
 from ant_lightning.cli.main import main
+from ant_lightning.files.safetensors_file import read_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +81,13 @@ def test_a_caption_folder_trains_sd3_with_lora_under_pcgrad(tmp_path, monkeypatc
     assert save_adapter(module, tmp_path / "lora").name == "pytorch_lora_weights.safetensors"
     exported = export(checkpoint, to="diffusers", output=tmp_path / "exported")
     assert exported.notes == ["the adapter alone: pipeline.load_lora_weights(FOLDER) reads it"]
-    written = [
-        folder / "pytorch_lora_weights.safetensors" for folder in (exported.path, tmp_path / "lora")
+    (weights, metadata), (saved, saved_metadata) = [
+        read_safetensors(folder / "pytorch_lora_weights.safetensors")
+        for folder in (exported.path, tmp_path / "lora")
     ]
-    assert written[0].read_bytes() == written[1].read_bytes()
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
+    # Not the files' bytes: diffusers writes the entries of the metadata in a random order.
+    assert metadata == saved_metadata
+    assert '"transformer.lora_alpha": 16.0' in metadata["lora_adapter_metadata"]
     assert main(["predict", *args, f"--ckpt_path={checkpoint}", "--samples.num_images=2"]) == 0
