@@ -206,6 +206,7 @@ def cells(every: bool) -> list[tuple[Cell, int, bool]]:
     rounds = {"0.3M": 60, "3M": 20, "33M": 6}
     grid = [(f"{size}/{tokens}", rounds[size]) for size in rounds for tokens in (16, 64, 256)]
     eager = [(Cell(name, 40), n, True) for name, n in [*grid, ("ADM light, 32 px", 4)]]
+    eager.append((Cell("LDM digits", 64), 60, True))
     return [*eager, (Cell("3M/64", 40, compiled="default"), 16, False)]
 
 

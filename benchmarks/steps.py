@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torchjd import aggregation, autojac
 from torchjd.autogram import Engine as Autogram
@@ -31,6 +32,7 @@ from ant_lightning import (
     PCGrad,
     SNRClustering,
     UncertaintyWeighting,
+    UNet,
     adm_p2_light,
     denoising_loss,
     dit_b_2,
@@ -38,6 +40,7 @@ from ant_lightning import (
     ldm_ffhq256,
 )
 from ant_lightning.balancing.auto import Auto
+from ant_lightning.cli.configs import config_names
 
 __all__ = ["ENGINES", "METHODS", "TORCHJD", "Cell", "K", "Stepper"]
 
@@ -48,10 +51,19 @@ _SIZES = {
     "33M": {"hidden_size": 384, "depth": 12, "num_heads": 6},
 }
 _SIDES = {16: 8, 64: 16, 256: 32}
+
+
+def _of_config(name: str) -> nn.Module:
+    """The UNet of a shipped config."""
+    content = yaml.safe_load(config_names()[name].read_text())
+    return UNet(**content["model"]["init_args"]["backbone"]["init_args"])
+
+
 _LATENTS = {"input_size": 32, "in_channels": 4, "num_classes": 1000}
 _NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "DiT-S/2": lambda: dit_s_2(**_LATENTS),
     "DiT-B/2": lambda: dit_b_2(**_LATENTS),
+    "LDM digits": lambda: _of_config("digits/ldm"),
     "LDM FFHQ": ldm_ffhq256,
     "ADM light, 256 px": lambda: adm_p2_light(input_size=256),
     "ADM light, 32 px": lambda: adm_p2_light(input_size=32),

@@ -36,6 +36,8 @@ TITLES = {
     "ldm/tasks8": "latent diffusion, 8 clusters",
     "adm/snr": "pixels (ADM)",
     "sit/snr": "flow matching (SiT)",
+    "shapes_ldm/snr": "shapes, latent diffusion",
+    "shapes_adm/snr": "shapes, pixels (ADM)",
 }
 # Pairs of methods, by group, and the question that each answers.
 CONTRASTS = {

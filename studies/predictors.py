@@ -60,7 +60,7 @@ def gains(results: Path) -> dict[str, dict[str, float]]:
     """By setting and method, the mean of `log(FID / FID of vanilla of the same seed)`."""
     fids: dict[str, dict[str, dict[Any, float]]] = {}
     curves = CurveRows.of({row["cell"]: row for row in read_rows(results / "curves.jsonl")})
-    for setting in ("ldm", "adm", "sit"):
+    for setting in ("ldm", "adm", "sit", "shapes_ldm", "shapes_adm"):
         for method in curves.methods(f"{setting}/snr"):
             found = curves.last(f"{setting}/snr", method)
             fids.setdefault(setting, {})[method] = {s: each["fid"] for s, each in found.items()}

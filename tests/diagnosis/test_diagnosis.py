@@ -79,7 +79,13 @@ def test_losses_shares_and_what_the_network_predicts():
     assert "bound it with min_loss" in titles(found)
     assert "would change little" in titles(findings(gradients))
     assert "predicts v" in titles(findings(gradients, prediction_type="v"))
-    assert "denoises latents" in titles(findings(gradients, is_latent=True))
+    latents = titles(findings(gradients, is_latent=True))
+    assert "prediction_type: v" in latents
+    assert "try uncertainty weighting" in latents
+    predicts_v = titles(findings(gradients, is_latent=True, prediction_type="v"))
+    assert "prediction_type: v" not in predicts_v
+    assert "try uncertainty weighting" not in predicts_v
+    assert "prediction_type: v" not in titles(findings(gradients))
     assert found.clusterings.keys() == {"timestep", "SNR", "gradient"}
     with pytest.raises(ConfigError, match="none in task 1"):
         Findings(found.affinity, torch.ones(6), torch.ones(3), TimestepClusters((0, 1, 2, 12)))

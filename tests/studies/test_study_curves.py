@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.curves import main
+from studies.curves import main, section
 from studies.curves_tables import (
     CurveRows,
     contrast_table,
@@ -82,6 +82,18 @@ def test_scores_are_paired_with_vanilla_and_real_images_stand_below():
     assert lines["vanilla"][-1] == ""
     assert lines["real images"][2:5] == ["1.500", "", "0.800"]
     assert all(len(line) == len(table.columns) for line in table.rows)
+
+
+def test_real_images_of_the_shapes_stand_below_their_own_group():
+    rows = study_rows()
+    scores = measured(FIDS["uw"])
+    for each in scores:
+        each["scores"]["fid_real"] = 1.25
+    rows["shapes_ldm/snr/vanilla/seed0"] = row(**{"generation_metrics.jsonl": scores})
+    text = section(rows, [], total=20)
+    of_shapes = text.partition("### Scores, shapes, latent diffusion")[2]
+    assert "| real images |  | 1.250 |" in of_shapes.partition("###")[0]
+    assert text.count("| real images |  | 1.250 |") == 1
 
 
 def test_a_group_without_vanilla_is_compared_with_that_of_the_main_group_of_the_same_length():
