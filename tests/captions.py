@@ -53,6 +53,10 @@ def write_encoders(folder):
         tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
+            tokenizer_object=tokenizer,
+            pad_token="<pad>",
+            unk_token="<unk>",
+            eos_token="</s>",
+            model_max_length=6,
         ).save_pretrained(folder / name.replace("text_encoder", "tokenizer"))
     return folder

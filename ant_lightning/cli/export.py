@@ -13,7 +13,9 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.exports.card import model_card
 from ant_lightning.exports.exported import Exported, new_folder
 from ant_lightning.exports.pipeline_folder import write_pipeline
+from ant_lightning.exports.pipeline_source import PipelineSource, pipeline_source
 from ant_lightning.exports.single_files import write_official, write_program, write_safetensors
+from ant_lightning.exports.text_pipeline import is_told_text, pipeline_class
 from ant_lightning.files.json_file import write_json
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion
@@ -27,7 +29,6 @@ __all__ = ["export", "run_export"]
 
 Format = Literal["diffusers", "official", "safetensors", "torch"]
 _WRITERS = {
-    "diffusers": write_pipeline,
     "official": write_official,
     "safetensors": write_safetensors,
     "torch": write_program,
@@ -43,6 +44,7 @@ def export(
     first_stage: str | None = None,
     experts: Sequence[str] | None = None,
     merge_weights: Sequence[float] | None = None,
+    source: str | None = None,
     config: str | Path | None = None,
     trust: str | Sequence[str] = (),
 ) -> Exported:
@@ -65,6 +67,8 @@ def export(
         experts: Checkpoints of specialists of intervals, see `with_experts`: the model switches
             between them and the run's own.
         merge_weights: A weight for each of them, to merge them into one network instead.
+        source: Folder of the pipeline whose text encoders and tokenizers go into that of a network
+            that is told text; by default the one that the run's settings name.
         config: The settings of the run, if they are not stored with it.
         trust: Other packages, modules or classes that the settings may name, one or several.
 
@@ -86,7 +90,10 @@ def export(
             ...
         ant_lightning.errors.ConfigError: to: must be one of ..., found 'pickle'
     """
-    for name, value, known in (("to", to, tuple(_WRITERS)), ("weights", weights, ("ema", "live"))):
+    for name, value, known in (
+        ("to", to, ("diffusers", *_WRITERS)),
+        ("weights", weights, ("ema", "live")),
+    ):
         if value not in known:
             raise ConfigError(f"{name}: must be one of {', '.join(known)}, found {value!r}")
     path = Path(run)
@@ -108,6 +115,7 @@ def export(
         averaged = weights == "ema"
         module = with_experts(module, experts or [], merge_weights=merge_weights, averaged=averaged)
     settings = run_settings(path, config)
+    found = _source(module, to, settings, source)
     folder = _run_folder(path)
     about: dict[str, Any] = {
         "to": to,
@@ -119,8 +127,11 @@ def export(
     }
     goal = folder / "exports" / to if output is None else Path(output)
     with new_folder(goal, about) as made:
-        about["notes"] = _WRITERS[to](module, made)
-        card = model_card(module, settings, folder, about=about)
+        if to == "diffusers":
+            about["notes"] = write_pipeline(module, made, source=found)
+        else:
+            about["notes"] = _WRITERS[to](module, made)
+        card = model_card(module, settings, folder, about=about, source=found)
         (made / "README.md").write_text(card, encoding="utf8")
         if to == "safetensors":
             keys = ("model", "data", "seed_everything")
@@ -165,6 +176,33 @@ def _give_first_stage(module: MultiTaskDiffusion, source: str) -> None:
             f"first_stage: must be that of the run ({wanted}), found {made.fingerprint}"
         )
     module.first_stage = made
+
+
+def _source(
+    module: MultiTaskDiffusion, to: Format, settings: dict[str, Any], given: str | None
+) -> PipelineSource | str:
+    """The pipeline that the text encoders come from, or why there is none.
+
+    Its first stage decodes the cached latents of the run, if it made them.
+    """
+    is_whole = to == "diffusers" and module.adapter is None and is_told_text(module.backbone)
+    name = pipeline_class(module.backbone) if is_whole else None
+    if name is None:
+        if given is not None:
+            raise ConfigError(
+                "source: must be left out unless a whole network that is told text leaves for a "
+                f"pipeline of diffusers, found {given}"
+            )
+        return ""
+    found = pipeline_source(settings, name, given)
+    space = module.latent_space
+    if module.first_stage is None and space is not None and isinstance(found, PipelineSource):
+        folder = found.folder / "vae"
+        if (folder / "config.json").is_file():
+            made = FirstStage(str(folder))
+            if made.fingerprint == space.fingerprint:
+                module.first_stage = made
+    return found
 
 
 def _run_folder(path: Path) -> Path:

@@ -13,7 +13,7 @@ from ant_lightning.models.adapters import NAME, adapted
 if TYPE_CHECKING:
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["save_adapter"]
+__all__ = ["save_adapter", "write_adapter"]
 
 # Pipelines that load LoRA into a network of each class, and the part that the network is.
 _PIPELINES = {
@@ -93,3 +93,11 @@ def save_adapter(
         state = convert_state_dict_to_diffusers(state)
     save(folder, **{f"{part}_lora_layers": state, key: config.to_dict()})
     return folder / "pytorch_lora_weights.safetensors"
+
+
+def write_adapter(module: MultiTaskDiffusion, folder: Path) -> list[str]:
+    """Write the adapter alone, as `save_adapter` does; returns how it is read, a line each."""
+    path = save_adapter(module, folder)
+    if path.name == "adapter_model.safetensors":
+        return ["the adapter alone: PeftModel.from_pretrained(network, FOLDER) reads it"]
+    return ["the adapter alone: pipeline.load_lora_weights(FOLDER) reads it"]

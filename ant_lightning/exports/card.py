@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ant_lightning.exports.stock import stock_of
+from ant_lightning.exports.text_pipeline import is_told_text, text_pipeline_of
 from ant_lightning.runtime.settings import TRUSTED, flat_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from ant_lightning.exports.pipeline_source import PipelineSource
     from ant_lightning.models.denoiser import DiffusionModule
 
 __all__ = ["model_card"]
@@ -41,6 +43,7 @@ def model_card(
     run_folder: Path,
     *,
     about: Mapping[str, Any],
+    source: PipelineSource | str = "",
 ) -> str:
     """The text of `README.md`.
 
@@ -49,6 +52,7 @@ def model_card(
         settings: Those of its run.
         run_folder: Where scores of the run may lie (`generation_metrics.jsonl`).
         about: Of the export: `to`, `weights`, `experts`, `merge_weights`, `notes`.
+        source: The pipeline whose text encoders the export has, or why it has none.
     """
     to, notes = about["to"], about["notes"]
     flat = flat_settings(dict(settings))
@@ -79,7 +83,7 @@ def model_card(
         "# A diffusion model trained with ant_lightning",
         f"| | |\n| --- | --- |\n{table}",
     ]
-    loading = _loading(module, to)
+    loading = _loading(module, to, source)
     if loading:
         parts.append(f"```python\n{loading}\n```")
     if notes:
@@ -87,15 +91,18 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _loading(module: DiffusionModule, to: str) -> str:
+def _loading(module: DiffusionModule, to: str, source: PipelineSource | str) -> str:
     """How the export is read; empty for an adapter and for parts, which have a note."""
     if to != "diffusers":
         inputs = "x, timesteps, labels" if module.num_classes else "x, timesteps"
         package = type(module.backbone).__module__.partition(".")[0]
         trust = "" if package in TRUSTED else f', trust="{package}"'
         return _LOADING[to].replace("{inputs}", inputs).replace("{trust}", trust)
-    if getattr(module, "adapter", None) is not None or module.conditions.names:
+    if getattr(module, "adapter", None) is not None:
         return ""
+    if is_told_text(module.backbone):
+        text = text_pipeline_of(module)
+        return "" if isinstance(text, str) else text.example(source)
     stock = stock_of(module)
     call = "pipeline(batch_size=4)" if stock is None else stock.example()
     trust = ", trust_remote_code=True" if stock is None else ""

@@ -12,15 +12,17 @@ from ant_lightning.backbones.checkpoint_layouts import bare_names
 from ant_lightning.backbones.diffusers import DiffusersBackbone
 from ant_lightning.backbones.diffusers_layouts import diffusers_layout
 from ant_lightning.errors import ConfigError
-from ant_lightning.exports.diffusers_parts import write_adapter, write_parts
+from ant_lightning.exports.adapter_files import write_adapter
 from ant_lightning.exports.schedulers import Scheduling, scheduler_of
 from ant_lightning.exports.stock import Stock, stock_of
+from ant_lightning.exports.text_pipeline import is_told_text, write_text_network
 from ant_lightning.models.adapters import adapted
 from ant_lightning.transfer.experts import IntervalExperts
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from ant_lightning.exports.pipeline_source import PipelineSource
     from ant_lightning.models.denoiser import DiffusionModule
 
 __all__ = ["diffusers_network", "write_pipeline"]
@@ -67,7 +69,7 @@ def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of d
 def _interval_network(experts: IntervalExperts) -> Any:  # noqa: ANN401 - a model of diffusers
     """The networks of intervals as one model of diffusers."""
     first = experts.networks[0]
-    if isinstance(first, DiffusersBackbone) and not _is_told_labels(first):
+    if is_told_text(first):
         raise ConfigError(
             f"experts: must be merged (merge_weights) for {type(adapted(first)).__name__}, whose "
             "pipelines take one network, found specialists that are switched"
@@ -100,12 +102,19 @@ def _interval_network(experts: IntervalExperts) -> Any:  # noqa: ANN401 - a mode
     return made.eval()
 
 
-def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
+def write_pipeline(
+    module: DiffusionModule, folder: Path, *, source: PipelineSource | str = "none was looked for"
+) -> list[str]:
     """Write the pipeline of a module into an empty folder.
 
     Where a class of diffusers samples as the run does (`stock_of`), the pipeline is of that class;
     else it is an `ANTPipeline`, whose code lies in the folder. A network of diffusers that is told
-    text is written as parts of a pipeline, an adapter alone.
+    text leaves as `write_text_network` says, an adapter alone.
+
+    Args:
+        module: The trained model.
+        folder: Where the files go.
+        source: The pipeline whose text encoders are copied, or why there is none.
 
     Returns:
         What the pipeline does otherwise than the run, a line each.
@@ -116,8 +125,8 @@ def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
     backbone, space = module.backbone, module.latent_space
     if getattr(module, "adapter", None) is not None:
         return write_adapter(module, folder)  # type: ignore[arg-type]
-    if isinstance(backbone, DiffusersBackbone) and not _is_told_labels(backbone):
-        return write_parts(module, folder)
+    if is_told_text(backbone):
+        return write_text_network(module, folder, source)
     found = scheduler_of(module)
     if space is not None and module.first_stage is None:
         raise ConfigError(
@@ -153,11 +162,6 @@ def write_pipeline(module: DiffusionModule, folder: Path) -> list[str]:
         _copy_code("ant_pipeline", folder)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return found.notes
-
-
-def _is_told_labels(backbone: DiffusersBackbone) -> bool:
-    """Whether it is a class of diffusers, and told labels or nothing."""
-    return type(adapted(backbone)).__name__ in {"UNet2DModel", "DiTTransformer2DModel"}
 
 
 def _index(

@@ -237,7 +237,7 @@ def test_what_was_trained_leaves_as_parts_of_a_pipeline_and_comes_back(tmp_path,
     made.sampler.num_steps = 10
     notes = write_pipeline(made, tmp_path)
     if case == SD3:
-        assert notes[0].startswith("parts of a pipeline: pass transformer and scheduler")
+        assert notes[0].startswith("parts of a pipeline, transformer and scheduler, for")
     else:
         assert notes == []
         assert (
