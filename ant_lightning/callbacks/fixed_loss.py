@@ -9,7 +9,7 @@ import torch
 from ant_lightning.diffusion.condition import map_condition
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.draws import Draws, on_device, step_noise
-from ant_lightning.models.optimizers import gradient_scaler, loss_scale
+from ant_lightning.models.loss_scaling import gradient_scaler, loss_scale
 from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, keyed_generator
 
 if TYPE_CHECKING:

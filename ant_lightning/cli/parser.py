@@ -42,7 +42,7 @@ from ant_lightning.cli.trainer_settings import (
 )
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError
-from ant_lightning.models.optimizers import say_changed
+from ant_lightning.models.resumed_settings import say_changed
 from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.quiet import keep_quiet

@@ -20,6 +20,7 @@ from ant_lightning.models.base import BaseModule
 from ant_lightning.models.draws import step_noise
 from ant_lightning.models.old_checkpoints import upgrade
 from ant_lightning.models.optimizers import OptimizerFactory
+from ant_lightning.models.resumed_settings import OptimizerSettings
 from ant_lightning.models.settings import Optimization
 from ant_lightning.runtime.run_record import run_folder
 
@@ -140,7 +141,7 @@ class AutoencoderModule(BaseModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the optimizer's settings, to compare them when the run is resumed."""
-        state = {"optimization": self.optimizer_factory.described()}
+        state = {"optimization": OptimizerSettings(self.optimizer_factory).described()}
         checkpoint.setdefault("ant_lightning", {}).update(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -150,7 +151,7 @@ class AutoencoderModule(BaseModule):
         self.check_weights(checkpoint)
         if self.is_training_run:
             stored = checkpoint.get("ant_lightning", {}).get("optimization")
-            self.optimizer_factory.resume(self.trainer, checkpoint, stored)
+            OptimizerSettings(self.optimizer_factory).resume(self.trainer, checkpoint, stored)
 
     def setup(self, stage: str) -> None:
         """Refuse images that do not fit, and Trainer settings that would be ignored or misapplied.

@@ -12,6 +12,7 @@ from ant_lightning.balancing.gradients import assign_gradients, reduce_gradients
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.diffusion.process import at_least_float32
 from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.models.loss_scaling import clip_gradients_
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -203,8 +204,7 @@ class FeatureAlignment(nn.Module):
         if max_norm is not None:
             gradients = [p.grad for p in parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients) / loss_scale
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+            clip_gradients_(parameters, norm, max_norm)
 
     def _alignment(self, inputs: Float[Tensor, "b n d"], targets: Tensor) -> Float[Tensor, " b"]:
         """`-mean_n cos(head(inputs_n), targets_n)`; the targets have length 1."""

@@ -14,12 +14,14 @@ from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from ant_lightning.diffusion.condition import Condition
+    from ant_lightning.diffusion.process import NoiseProcess
 
 __all__ = [
     "backbone_name",
     "call_backbone",
     "check_backbone",
     "check_output",
+    "check_output_channels",
     "output_channels",
     "size_of",
 ]
@@ -92,6 +94,21 @@ def check_backbone(backbone: nn.Module) -> None:
             f"backbone: {name}.forward must take (x_t, t, {third}), found "
             f"{signature(backbone.forward)}"
         ) from error
+
+
+def check_output_channels(backbone: nn.Module, process: NoiseProcess) -> None:
+    """Check that a network has the outputs that a process reads.
+
+    Raises:
+        ConfigError: If it has another number of channels.
+    """
+    allowed = process.accepted_channels(int(backbone.in_channels))  # type: ignore[arg-type]
+    found = output_channels(backbone)
+    if found not in allowed:
+        raise ConfigError(
+            f"backbone.out_channels: must be {' or '.join(map(str, allowed))} with "
+            f"{process.output_setting}, found {found}"
+        )
 
 
 def _check_size(name: str, value: object, least: int, *, pair: bool) -> None:

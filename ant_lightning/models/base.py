@@ -13,6 +13,7 @@ from torch import Tensor
 from ant_lightning.backbones.checkpoint_layouts import bare_names
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.checkpoint_shards import check_shards, fill_shards
+from ant_lightning.models.adapters import base_fingerprint
 from ant_lightning.models.backbone import backbone_name
 from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.csv_rows import keep_csv_rows
@@ -66,6 +67,16 @@ class BaseModule(L.LightningModule):
             ) from error
         module.load_content(content)
         return module.to(map_location or "cpu")
+
+    def leave_out(self, names: frozenset[str]) -> None:
+        """From now on the module's state lacks these weights of the backbone.
+
+        They come from where the backbone does, and `base_weights` identifies them.
+        """
+        self.not_stored = names
+        self.base_weights = base_fingerprint(self.backbone.state_dict(), names)
+        self.register_state_dict_post_hook(_without_base)
+        self.register_load_state_dict_pre_hook(_with_base)
 
     def load_content(self, content: dict[str, Any]) -> None:
         """Load the state and the live weights from the content of a checkpoint.
@@ -140,6 +151,19 @@ class BaseModule(L.LightningModule):
                 f"{part}: must be that of the checkpoint in ckpt_path, which has {then} {rest}, "
                 f"found {now} {rest}; {len(different)} of its weights differ"
             )
+
+
+def _without_base(module: BaseModule, state: dict[str, Any], prefix: str, _: object) -> None:
+    """A hook of torch: leave the weights that an adapter does not change out of the state."""
+    for name in module.not_stored:
+        state.pop(f"{prefix}backbone.{name}", None)
+
+
+def _with_base(module: BaseModule, state: dict[str, Any], prefix: str, *_: object) -> None:
+    """A hook of torch: add them again to a state that is loaded."""
+    own = module.backbone.state_dict()
+    for name in module.not_stored:
+        state.setdefault(f"{prefix}backbone.{name}", own[name])
 
 
 def _renamed(tensors: Mapping[str, Any], own: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,10 +1,12 @@
-"""What process a checkpoint's network was trained for, where the file says so."""
+"""Weights that a network starts from, of the process of the run where the file says so."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 from ant_lightning.backbones.checkpoints import fill_backbone, read_checkpoint
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
@@ -18,10 +20,44 @@ if TYPE_CHECKING:
     from ant_lightning.backbones.checkpoints import CheckpointReport
     from ant_lightning.diffusion.process import NoiseProcess
 
-__all__ = ["load_weights_for"]
+__all__ = ["InitialWeights", "load_weights_for"]
 
 # Names of SiT's training script, and ours.
 _PREDICTIONS = {"velocity": "v", "noise": "eps", "score": "score"}
+
+
+class InitialWeights:
+    """The file that a network starts from: loaded once, unless a checkpoint comes first.
+
+    Args:
+        path: Official checkpoint, or folder of diffusers; `None` for none.
+        weights: Which weights of the file, if it has both.
+
+    Attributes:
+        due: Whether the file is still to be loaded.
+    """
+
+    def __init__(self, path: str | None, weights: Weights) -> None:
+        self.path = path
+        self.weights: Weights = weights
+        self.due = path is not None
+
+    def load(self, process: NoiseProcess, backbone: nn.Module) -> None:
+        """Fill `backbone` if that is due, and print what was loaded.
+
+        Raises:
+            ConfigError: If the file does not fit, or is of another process.
+        """
+        if self.path is None or not self.due:
+            return
+        try:
+            report = load_weights_for(
+                process, backbone, self.path, weights=self.weights, adapt=True
+            )
+        except ConfigError as error:
+            raise ConfigError(f"init_from: {error}") from error
+        self.due = False
+        rank_zero_only(print)(f"init_from {report}")
 
 
 def load_weights_for(

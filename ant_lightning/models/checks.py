@@ -1,51 +1,25 @@
-"""Checks of the trainer, the data and the layers of a network before a run starts."""
+"""Checks of the trainer and the data before a run starts."""
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ant_lightning.balancing.base import Balancer
 from ant_lightning.data.module import image_data
 from ant_lightning.errors import ConfigError
-from ant_lightning.models.backbone import backbone_name
 from ant_lightning.runtime.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
     import lightning as L
     from lightning.pytorch.strategies import Strategy
-    from torch import Tensor
 
-    from ant_lightning.tasks.clusterings import Clustering
+    from ant_lightning.models.settings import Tasks
 
-__all__ = [
-    "check_batch_norm",
-    "check_strategy",
-    "check_trainer",
-    "warn_of_other_model",
-    "warn_of_rare_tasks",
-]
-
-
-def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
-    """Warn of clusters that come from the gradients of another kind of network.
-
-    Only a warning, because it may be intended. The affinity of a small network for a large one of
-    the same class does not warn.
-    """
-    measured, ours = clustering.measured_model(), backbone_name(backbone)
-    if measured and measured.partition(",")[0] != ours:
-        warnings.warn(
-            f"tasks.clustering: its affinity was measured on {measured!r}, and the backbone is a "
-            f"{ours}: the clusters are those of another network",
-            stacklevel=3,
-        )
+__all__ = ["check_sharding", "check_strategy", "check_trainer"]
 
 
 def check_strategy(strategy: Strategy) -> None:
@@ -119,51 +93,21 @@ def check_trainer(
         )
 
 
-def check_batch_norm(
-    backbone: nn.Module, balancer: Balancer | None, *, engine: str, parts: int
-) -> None:
-    """Refuse batch norm where it would mix tasks; warn where it sees only a part of the batch.
+def check_sharding(strategy: Strategy, tasks: Tasks) -> None:
+    """Check that a strategy that shards the backbone can compute the task gradients.
 
     Raises:
-        ConfigError: If the engine computes all task gradients in one pass.
+        ConfigError: Under `ShardedStrategy`, for another placement or engine.
     """
-    named = backbone.named_modules()
-    found = [(n, m) for n, m in named if isinstance(m, _BatchNorm) and m.training]
-    by_task = balancer is not None and balancer.needs_gramian
-    if not found or not (by_task or parts > 1):
+    if not isinstance(strategy, ShardedStrategy):
         return
-    layer = f"{type(found[0][1]).__name__} {found[0][0]!r} ({len(found)} such layers in all)"
-    if by_task and engine not in {"auto", "loop"}:
+    if tasks.placement == "sorted":
         raise ConfigError(
-            "tasks.engine: must be 'auto' or 'loop' with a gradient balancer and batch norm, which "
-            f"mixes the samples of tasks in a pass, found {engine!r} and {layer}"
+            "tasks.placement: must be 'spread' under FSDP2, which sums gradients itself, "
+            "found 'sorted'"
         )
-    warnings.warn(
-        "backbone: batch norm normalises each task (of a gradient balancer) and each part of "
-        "accumulate_grad_batches alone in training, but all samples by one average of their "
-        f"statistics in evaluation; group or layer norm has no such gap; found {layer}",
-        stacklevel=4,
-    )
-
-
-def warn_of_rare_tasks(masses: Tensor, num_images: int, allocation: str | None) -> None:
-    """Warn of tasks that are missing from some batches.
-
-    Args:
-        masses: Share of the draws that each cluster has, `[k]`.
-        num_images: Images of a step, on all ranks together.
-        allocation: See `TimestepSampling`; `None` for draws that ignore the tasks.
-    """
-    k = len(masses)
-    expected = [num_images / k] * k if allocation == "equal" else (num_images * masses).tolist()
-    rare = [
-        f"task {task} (mass {mass:.2g}, {count:.2g} a step)"
-        for task, (mass, count) in enumerate(zip(masses.tolist(), expected, strict=True))
-        if count < 1 - 1e-9
-    ]
-    if rare:
-        rank_zero_warn(
-            f"tasks: the expected number of images of a task should be at least 1 a step, found "
-            f"less for {', '.join(rare)} in batches of {num_images}: such a task is missing from "
-            "some steps; use larger batches, timesteps.allocation equal, or weighted clusters"
+    if tasks.engine not in {"auto", "loop"}:
+        raise ConfigError(
+            "tasks.engine: must be 'auto' or 'loop' under FSDP2, where no rank has whole "
+            f"parameters, found {tasks.engine!r}"
         )

@@ -16,6 +16,7 @@ from ant_lightning.diffusion.condition import (
 )
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.backbone import backbone_name
+from ant_lightning.models.requests import as_labels
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,6 +78,37 @@ class Conditions:
             return f"no null for {', '.join(missing)} in null_condition"
         return None if self.null else "no condition"
 
+    def check_null(self, name: str, value: float, *, neutral: int) -> None:
+        """Check a setting that needs null values, unless it is `neutral`.
+
+        Raises:
+            ConfigError: If the backbone has no null for a condition.
+        """
+        if value != neutral and self.without_null:
+            raise ConfigError(
+                f"{name}: must be {neutral} because {self._backbone} has {self.without_null} (a "
+                "DiT or UNet has a null class with num_classes above 1 and class_dropout_prob "
+                f"above 0, a network of your own by its null_condition), found {value}"
+            )
+
+    def check_classes(self, data: Any) -> None:  # noqa: ANN401 - any image data module
+        """Compare the classes of the data with those of the network.
+
+        Raises:
+            ConfigError: If the network needs labels that the data lack, or has other classes.
+        """
+        # Without labels every image is of class 0, which is what a network of one class expects.
+        if self.num_classes > 1 and not data.num_classes:
+            raise ConfigError(
+                "data: must have labels for a backbone with num_classes = "
+                f"{self.num_classes}, found 0 classes"
+            )
+        if self.num_classes and max(1, data.num_classes) != self.num_classes:
+            raise ConfigError(
+                f"backbone.num_classes: must be the {data.num_classes} classes of the data "
+                f"(or 0 to ignore labels), found {self.num_classes}"
+            )
+
     def take_null(self, found: Mapping[str, Tensor]) -> None:
         """Replace null values by those that the data say, such as the embedding of no text."""
         if isinstance(self.null, Mapping):
@@ -102,18 +134,29 @@ class Conditions:
         return {**named, **({"labels": batch.labels} if self.num_classes else {})}
 
     def of_images(
-        self, indices: list[int], labels: Tensor | None, given: Mapping[str, Tensor] | None
+        self,
+        indices: list[int],
+        labels: int | Iterable[int] | Tensor | None,
+        given: Mapping[str, Tensor] | None,
     ) -> Condition:
         """What the network is told of images to draw.
 
         Args:
             indices: Which images.
-            labels: Their classes, or `None`.
+            labels: Their classes, or one for all; by default index modulo the number of classes.
             given: The other entries; by default those of held-out images of the data.
 
         Raises:
-            ConfigError: If an entry is missing, or is not one for each image.
+            ConfigError: If an entry is missing, or is not one for each image, or the network lacks
+                one of the classes.
         """
+        classes = self.num_classes
+        if labels is None and classes:
+            labels = [index % classes for index in indices]
+        if labels is not None:
+            labels = as_labels(
+                labels, len(indices), num_classes=classes, null_class=self.null_class
+            )
         if not self.is_named:
             if given:
                 raise ConfigError(

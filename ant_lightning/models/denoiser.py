@@ -7,37 +7,32 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
-from torchmetrics import Metric
 
 from ant_lightning.backbones.diffusers import DiffusersBackbone, as_backbone
 from ant_lightning.data.batch import check_batch
-from ant_lightning.data.latents.cache import check_first_stage
 from ant_lightning.data.module import image_data
 from ant_lightning.diffusion.condition import map_condition, rows_of
-from ant_lightning.diffusion.edm import EDM
 from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.guidance import GuidedDenoiser
-from ant_lightning.diffusion.samplers.ddim import DDPM
-from ant_lightning.diffusion.samplers.edm import EDMSampler
-from ant_lightning.diffusion.samplers.ode import ODESampler
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.backbone import (
-    backbone_name,
     call_backbone,
     check_backbone,
-    output_channels,
+    check_output_channels,
     size_of,
 )
 from ant_lightning.models.base import BaseModule
 from ant_lightning.models.conditions import Conditions
 from ant_lightning.models.draws import Draws, on_device, step_noise
-from ant_lightning.models.guide import load_guide
-from ant_lightning.models.requests import as_indices, as_labels
+from ant_lightning.models.guide import check_guidance, load_guide
+from ant_lightning.models.image_codec import ImageCodec
+from ant_lightning.models.requests import as_indices
+from ant_lightning.models.task_means import TaskMeans
 from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, run_seed
 from ant_lightning.runtime.sharding import UnevenCalls, shard_backbone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -50,46 +45,7 @@ if TYPE_CHECKING:
     from ant_lightning.models.settings import Sampling
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["DiffusionModule", "TaskMeans"]
-
-
-class TaskMeans(Metric):
-    """Mean loss of each task, `[k]` float64; sums over batches and ranks.
-
-    Args:
-        num_tasks: `k`.
-    """
-
-    sums: Tensor  # [2, k]: losses, samples
-
-    def __init__(self, num_tasks: int) -> None:
-        super().__init__()
-        zeros = torch.zeros(2, num_tasks, dtype=torch.float64)
-        self.add_state("sums", zeros, dist_reduce_fx="sum")
-
-    def update(self, losses: Tensor, tasks: Tensor) -> None:
-        """Add the losses `[b]` of samples of `tasks` `[b]`."""
-        values = torch.stack([losses.double(), torch.ones_like(losses, dtype=torch.float64)]).cpu()
-        # On the CPU: on CUDA `index_add_` adds in no fixed order, so sums would not reproduce.
-        added = torch.zeros(self.sums.shape, dtype=torch.float64).index_add_(1, tasks.cpu(), values)
-        self.sums += added.to(self.sums.device)
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """The mean over all samples, and that of each task (NaN for a task without samples)."""
-        return self.sums[0].sum() / self.sums[1].sum(), self.sums[0] / self.sums[1]
-
-    def _apply(
-        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ""
-    ) -> nn.Module:
-        # Follow the module to its device, but stay float64 if the module is cast (bf16-true).
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
-
-
-def default_sampler(process: NoiseProcess) -> Sampler:
-    """The sampler of a process that none was chosen for: that of its paper."""
-    if isinstance(process, FlowMatching):
-        return ODESampler(num_steps=50, method="heun")
-    return EDMSampler(num_steps=18) if isinstance(process, EDM) else DDPM(num_steps=250)
+__all__ = ["DiffusionModule"]
 
 
 class DiffusionModule(BaseModule):
@@ -134,7 +90,7 @@ class DiffusionModule(BaseModule):
         self.conditions = Conditions(backbone)
         self.clusters = clusters
         self.sampling = sampling
-        self.sampler: Sampler = sampling.sampler or default_sampler(process)
+        self.sampler = sampling.sampler_for(process)
         self.guidance_scale = sampling.guidance_scale
         self.first_stage = first_stage
         self.latent_space: LatentSpace | None = None if first_stage is None else first_stage.space
@@ -144,17 +100,16 @@ class DiffusionModule(BaseModule):
         self.predict_classes: list[int] | None = None
         self.validation_losses = TaskMeans(clusters.num_tasks)
         self.uneven_calls = UnevenCalls(backbone, self._padding)
+        check_output_channels(backbone, self.process)
+        guide = load_guide(sampling, backbone, self.process)
         # In a tuple: the guide is no part of the model, and no checkpoint holds it.
-        self._guides: tuple[nn.Module, ...] = ()
-        self._check_sampling()
+        self._guides: tuple[nn.Module, ...] = () if guide is None else (guide,)
+        check_guidance(sampling, self.conditions, guide, channels=self.image_shape[0])
 
     @property
     def guide(self) -> nn.Module | None:
         """The weaker network of autoguidance; `None` without one."""
         return self._guides[0] if self._guides else None
-
-    #: Whether losses are multiplied by the importance of their draws.
-    corrects_importance: bool = True
 
     @property
     def num_tasks(self) -> int:
@@ -172,18 +127,14 @@ class DiffusionModule(BaseModule):
         return self.conditions.null_class
 
     @property
-    def no_null(self) -> str:
-        """The reason in messages of settings that need null values, which the backbone lacks."""
-        return (
-            f"because {backbone_name(self.backbone)} has {self.conditions.without_null} (a DiT or "
-            "UNet has a null class with num_classes above 1 and class_dropout_prob above 0, a "
-            "network of your own by its null_condition)"
-        )
-
-    @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(c, h, w)` of what is denoised."""
         return int(self.backbone.in_channels), *size_of(self.backbone)
+
+    @property
+    def codec(self) -> ImageCodec:
+        """Between the images of the data and what is denoised."""
+        return ImageCodec(self.image_shape, self.latent_space, self.first_stage)
 
     @property
     def clip_denoised(self) -> bool:
@@ -203,7 +154,8 @@ class DiffusionModule(BaseModule):
         if data is None:
             return
         if stage != "predict":
-            self._bind(data)
+            self.latent_space = self.codec.space_of(data)
+            self.conditions.check_classes(data)
         self.conditions.bind(data)
 
     def on_validation_start(self) -> None:
@@ -239,7 +191,7 @@ class DiffusionModule(BaseModule):
             )
         # bf16-true casts batches: noise levels and targets need float32.
         x_start = x_start.to(torch.promote_types(x_start.dtype, torch.float32))
-        correction = draws.importance if self.corrects_importance else None
+        correction = draws.correction
         x_t = self.process.noised(x_start, draws.noise, draws.times)
 
         def losses_of(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,16 +241,9 @@ class DiffusionModule(BaseModule):
         Raises:
             ConfigError: If images must be encoded and there is no first stage.
         """
-        space, moments = self.latent_space, batch.images
-        if space is None:
-            return moments
-        if not self._holds_moments(batch):
-            if self.first_stage is None:
-                raise ConfigError(
-                    "first_stage: needed to encode images, found None with a batch of shape "
-                    f"{list(moments.shape)}"
-                )
-            moments = self.first_stage.encode_moments(moments)
+        if self.latent_space is None:
+            return batch.images
+        moments = self.codec.moments(batch.images)
         if step is None:
             noise = self.image_noise(batch.indices.tolist(), stream="posterior")()
         else:
@@ -307,17 +252,16 @@ class DiffusionModule(BaseModule):
             noise = step_noise(
                 mine, self.image_shape, self.seed, step, moments.device, stream="posterior"
             )
-        return space.sample(moments.float(), noise)
+        return self.latent_space.sample(moments.float(), noise)
 
     def decode(self, x_start: Tensor) -> Tensor:
         """Images in [-1, 1] from `x_start`; latents stay latents without a first stage."""
-        if self.first_stage is not None:
-            return self.first_stage.decode(x_start, space=self.latent_space)
-        return x_start.clamp(-1, 1) if self.latent_space is None else x_start
+        return self.codec.decode(x_start)
 
     def images_of(self, batch: Batch) -> Tensor:
         """The images of a batch in [-1, 1], decoded where it holds cached moments."""
-        return self.decode(self.encode(batch)) if self._holds_moments(batch) else batch.images
+        cached = self.codec.holds_moments(batch.images)
+        return self.decode(self.encode(batch)) if cached else batch.images
 
     def on_validation_epoch_start(self) -> None:
         """Forget the losses of the last epoch."""
@@ -346,7 +290,7 @@ class DiffusionModule(BaseModule):
         rows = torch.arange(len(batch.images), device=self.device)
         _, mse = self.losses(self.encode(batch), draws)(rows)
         self.validation_losses.update(mse, tasks)
-        self._finish_last(batch_idx)
+        self.uneven_calls.finish_after(self._trainer, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all cells of the noise axis, and over those of each task."""
@@ -440,14 +384,10 @@ class DiffusionModule(BaseModule):
         Raises:
             ConfigError: If the backbone does not support these labels or this guidance.
         """
-        indices, classes, null = list(indices), self.num_classes, self.null_class
-        if labels is None and classes:
-            labels = [index % classes for index in indices]
+        indices = list(indices)
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        if scale != 1.0 and self.conditions.without_null and self.guide is None:
-            raise ConfigError(f"guidance_scale: must be 1 {self.no_null}, found {scale}")
-        if labels is not None:
-            labels = as_labels(labels, len(indices), num_classes=classes, null_class=null)
+        if scale != 1.0 and self.guide is None:
+            self.conditions.check_null("guidance_scale", scale, neutral=1)
         told = self.conditions.of_images(indices, labels, condition)
         return GuidedDenoiser(
             denoise or self.denoise,
@@ -487,94 +427,8 @@ class DiffusionModule(BaseModule):
         images = torch.empty(0, *self.image_shape)
         if len(batch):
             images = self.sample(batch, labels=labels)
-        self._finish_last(batch_idx)
+        self.uneven_calls.finish_after(self._trainer, batch_idx)
         return images
-
-    def _finish_last(self, batch_idx: int) -> None:
-        """Finish what `on_validation_start` began if this is the rank's last batch.
-
-        Not in `on_validation_epoch_end`, which callbacks have first: their collectives must not
-        meet the passes of ranks that have batches left.
-        """
-        if not self.uneven_calls.begun:  # a step outside a trainer's loop
-            return
-        trainer = self.trainer
-        if trainer.sanity_checking:
-            counts = trainer.num_sanity_val_batches
-        elif trainer.testing:
-            counts = trainer.num_test_batches
-        else:
-            counts = trainer.num_predict_batches if trainer.predicting else trainer.num_val_batches
-        if batch_idx + 1 == counts[0]:
-            self.uneven_calls.finish()
-
-    def _holds_moments(self, batch: Batch) -> bool:
-        """Whether a batch holds cached moments in place of images.
-
-        The shape tells them apart: a first stage reduces the size of images at least by half.
-        """
-        space, shape = self.latent_space, tuple(batch.images.shape[1:])
-        return space is not None and shape == space.moments_shape(self.image_shape)
-
-    def _check_sampling(self) -> None:
-        """Check that the backbone has what the process and the sampling need."""
-        if self.sampling.sampler is not None:
-            try:
-                self.sampler.check(self.process)
-            except ConfigError as error:
-                # Not an argument of the sampler's own: the sampler or the process does not fit.
-                if str(error).startswith("sampler: "):
-                    raise ConfigError(f"sampling.{error}") from error
-                if str(error).startswith("process."):
-                    raise ConfigError(str(error)) from error
-                raise
-        channels, guided = self.image_shape[0], self.sampling.guided_channels
-        allowed, found = self.process.accepted_channels(channels), output_channels(self.backbone)
-        if found not in allowed:
-            raise ConfigError(
-                f"backbone.out_channels: must be {' or '.join(map(str, allowed))} with "
-                f"{self.process.output_setting}, found {found}"
-            )
-        if guided is not None and not 1 <= guided <= channels:
-            raise ConfigError(
-                f"sampling.guided_channels: must be from 1 to the {channels} channels of an image, "
-                f"or None for all, found {guided}"
-            )
-        guide = load_guide(self.sampling, self.backbone, self.process)
-        self._guides = () if guide is None else (guide,)
-        if self.conditions.without_null and guide is None and self.guidance_scale != 1.0:
-            raise ConfigError(
-                f"sampling.guidance_scale: must be 1 {self.no_null}, found {self.guidance_scale}"
-            )
-
-    def _bind(self, data: Any) -> None:  # noqa: ANN401 - attributes that only some data have
-        """Take the meaning of cached moments from the data, and compare shapes and classes."""
-        cached = getattr(data, "latent_space", None)
-        shape = data.image_shape
-        if cached is not None:
-            if self.first_stage is not None:
-                check_first_stage(cached, self.first_stage.space, data.cache)
-            self.latent_space = cached
-            shape = cached.latent_shape(data.moments_shape)
-        elif self.first_stage is not None:
-            shape = self.first_stage.latent_shape(shape)
-        if tuple(shape) != self.image_shape:
-            what = "images" if self.latent_space is None else "latents"
-            raise ConfigError(
-                f"backbone: in_channels and input_size must fit the {what} "
-                f"{tuple(shape)}, found {self.image_shape} (many data sets have an image_size)"
-            )
-        # Without labels every image is of class 0, which is what a network of one class expects.
-        if self.num_classes > 1 and not data.num_classes:
-            raise ConfigError(
-                "data: must have labels for a backbone with num_classes = "
-                f"{self.num_classes}, found 0 classes"
-            )
-        if self.num_classes and max(1, data.num_classes) != self.num_classes:
-            raise ConfigError(
-                f"backbone.num_classes: must be the {data.num_classes} classes of the data "
-                f"(or 0 to ignore labels), found {self.num_classes}"
-            )
 
 
 @contextmanager

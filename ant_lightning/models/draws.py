@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -12,6 +12,8 @@ from ant_lightning.randomness import GOLDEN_RATIO, keyed_generator
 from ant_lightning.tasks.clusters import TimestepClusters
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ant_lightning.data.batch import Batch
@@ -36,6 +38,7 @@ class Draws:
         noise: Standard normal noise, `[b, c, h, w]`.
         condition: What the network is told beside the time: labels `[b]`, named tensors, or `None`.
         importance: Own density of each cell over that which it was drawn by, `[b]`; `None` for 1.
+        is_corrected: Whether training multiplies the losses by the importance.
     """
 
     timesteps: Tensor
@@ -44,6 +47,12 @@ class Draws:
     noise: Tensor
     condition: Condition
     importance: Tensor | None = None
+    is_corrected: bool = True
+
+    @property
+    def correction(self) -> Tensor | None:
+        """Factors of the losses in training, `[b]`; `None` for 1."""
+        return self.importance if self.is_corrected else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +138,51 @@ class TrainingDraws:
             noise,
             condition,
             importance,
+            is_corrected=self.timesteps.proposal is None or self.timesteps.proposal.corrected,
         )
+
+    def mean_loss(
+        self,
+        losses: Tensor,
+        draws: Draws,
+        clusters: TimestepClusters,
+        *,
+        num_samples: Tensor,
+        world_size: int,
+    ) -> Tensor:
+        """The mean loss over the process' own density, however the batch was drawn.
+
+        The mean of the results of all ranks is the estimate.
+
+        Args:
+            losses: One for each image of this rank, `[b]`.
+            draws: Those of this rank.
+            clusters: The tasks.
+            num_samples: Samples of each task on all ranks, `[k]`.
+            world_size: Number of ranks.
+        """
+        if self.timesteps.method == "stratified":
+            masses = clusters.masses(self.density)
+            shares = sample_shares(masses, num_samples, self.timesteps.allocation)
+            tasks = draws.tasks.to(shares.device, non_blocking=True)
+            # The shares already span all ranks: cancel the mean over ranks.
+            return (losses * shares[tasks]).sum().float() * world_size
+        if draws.importance is not None:
+            losses = losses * draws.importance
+        return losses.mean()
+
+    def record(self, draws: Draws, mse: Tensor, *, gather: Callable[[Tensor], Any] | None) -> None:
+        """Tell the proposal the losses of all ranks; `gather` stacks the tensors of the ranks."""
+        proposal = self.timesteps.proposal
+        if proposal is None:
+            return
+        weights = self.process.loss_weights_at(draws.times)
+        losses = mse.detach() if weights is None else mse.detach() * weights.to(mse)
+        cells = draws.timesteps
+        if gather is not None:
+            cells, losses = gather(cells).flatten(), gather(losses).flatten()
+        if bool(losses.isfinite().all()):
+            proposal.record(cells.cpu(), losses.cpu())
 
     def _condition(self, batch: Batch, mine: slice, step: int) -> Condition:
         """The condition, with that of a share of the images replaced by its null values."""

@@ -1,4 +1,4 @@
-"""The weaker network of autoguidance, from a checkpoint of its own."""
+"""Guidance of a module: what it needs, and the weaker network of autoguidance."""
 
 from __future__ import annotations
 
@@ -19,9 +19,34 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ant_lightning.diffusion.process import NoiseProcess
+    from ant_lightning.models.conditions import Conditions
     from ant_lightning.models.settings import Sampling
 
-__all__ = ["load_guide"]
+__all__ = ["check_guidance", "load_guide"]
+
+
+def check_guidance(
+    sampling: Sampling, conditions: Conditions, guide: nn.Module | None, *, channels: int
+) -> None:
+    """Check that the backbone has what the guidance needs.
+
+    Args:
+        sampling: Its guidance is checked.
+        conditions: What the backbone is conditioned on.
+        guide: The weaker network, which needs no null class.
+        channels: Those of an image.
+
+    Raises:
+        ConfigError: If there are fewer channels, or no null class.
+    """
+    guided = sampling.guided_channels
+    if guided is not None and not 1 <= guided <= channels:
+        raise ConfigError(
+            f"sampling.guided_channels: must be from 1 to the {channels} channels of an image, "
+            f"or None for all, found {guided}"
+        )
+    if guide is None:
+        conditions.check_null("sampling.guidance_scale", sampling.guidance_scale, neutral=1)
 
 
 def _size(network: nn.Module, name: str) -> int | tuple[int, int]:

@@ -7,50 +7,46 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 
 from ant_lightning.backbones.diffusers import as_backbone
 from ant_lightning.balancing.backward import BackwardReport, task_gradients
 from ant_lightning.balancing.base import SampleBalancer
-from ant_lightning.balancing.linear import LinearScalarization
 from ant_lightning.balancing.reduction import default_reduction
-from ant_lightning.balancing.shards import local_part
 from ant_lightning.balancing.step import MultiTaskStep
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError, NonFiniteError
-from ant_lightning.models.adapters import Adapter, base_fingerprint, insert
+from ant_lightning.models.adapters import Adapter, insert
 from ant_lightning.models.auxiliary import FeatureAlignment
 from ant_lightning.models.backbone import backbone_name, check_backbone, size_of
-from ant_lightning.models.checkpoint_origin import load_weights_for
-from ant_lightning.models.checks import (
-    check_batch_norm,
-    check_strategy,
-    check_trainer,
-    warn_of_other_model,
-    warn_of_rare_tasks,
-)
+from ant_lightning.models.checkpoint_origin import InitialWeights
+from ant_lightning.models.checks import check_sharding, check_strategy, check_trainer
 from ant_lightning.models.denoiser import DiffusionModule
-from ant_lightning.models.draws import Draws, TrainingDraws, sample_shares
+from ant_lightning.models.draws import Draws, TrainingDraws
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.freezing import TrainedParameters
-from ant_lightning.models.old_checkpoints import upgrade
-from ant_lightning.models.optimizers import (
-    HEAD,
-    OptimizerFactory,
+from ant_lightning.models.loss_scaling import (
     back_off,
+    clip_gradients_,
     gradient_scaler,
     loss_scale,
-    say_changed,
 )
+from ant_lightning.models.old_checkpoints import upgrade
+from ant_lightning.models.optimizers import HEAD, OptimizerFactory
+from ant_lightning.models.resumed_settings import OptimizerSettings, keep_fixed_weights
 from ant_lightning.models.running_statistics import RunningStatistics
 from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
+from ant_lightning.models.settings_checks import (
+    check_settings,
+    warn_of_other_model,
+    warn_of_other_ranks,
+    warn_of_rare_tasks,
+)
 from ant_lightning.models.state import CheckpointState, process_summary, schedule_summary
 from ant_lightning.randomness import keyed_seed
 from ant_lightning.runtime.rank_agreement import check_ranks_agree
-from ant_lightning.runtime.sharded_strategy import ShardedStrategy
 
 if TYPE_CHECKING:
     import lightning as L
@@ -60,7 +56,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.data.batch import Batch
     from ant_lightning.diffusion.condition import Condition
-    from ant_lightning.tasks.clusterings import Clustering
     from ant_lightning.tasks.clusters import TimestepClusters
 
 __all__ = ["MultiTaskDiffusion"]
@@ -69,7 +64,7 @@ __all__ = ["MultiTaskDiffusion"]
 _OF_RUN = (
     "clusters",
     "cluster_history",
-    "init_due",
+    "initial_weights",
     "latent_space",
     "num_skipped_in_a_row",
     "num_skipped_steps",
@@ -149,10 +144,11 @@ class MultiTaskDiffusion(DiffusionModule):
         seed: int | None = None,
     ) -> None:
         backbone = as_backbone(backbone)
+        check_backbone(backbone)
         super().__init__(
             backbone,
             process=process,
-            clusters=_clusters(tasks.clustering, process, backbone),
+            clusters=tasks.clusters(process, size_of(backbone)),
             sampling=sampling,
             first_stage=first_stage,
             seed=seed,
@@ -168,13 +164,11 @@ class MultiTaskDiffusion(DiffusionModule):
         by_default = "uniform" if plain else "stratified"
         method: Any = timesteps.method or by_default
         self.timesteps = replace(timesteps, method=method)
-        self.corrects_importance = self.proposal is None or self.proposal.corrected
         self.optimization = optimization
         self.class_dropout = class_dropout
         self.auxiliary = auxiliary
         self.init_from = init_from
-        self.init_weights: Literal["ema", "model"] = init_weights
-        self.init_due = init_from is not None  # until the file, or any checkpoint, was loaded
+        self.initial_weights = InitialWeights(init_from, init_weights)
         self.first_clusters = self.clusters  # those of the settings; `recluster` changes the others
         # Pairs (optimizer steps made before, boundaries).
         self.cluster_history = [(0, self.clusters.boundaries)]
@@ -182,7 +176,14 @@ class MultiTaskDiffusion(DiffusionModule):
         self.last_step_skipped = False
         self.num_skipped_steps = 0
         self.num_skipped_in_a_row = 0
-        self._check_settings()
+        check_settings(
+            tasks, self.timesteps, optimization, clusters=self.clusters, backbone=backbone
+        )
+        if not 0 <= class_dropout < 1:
+            raise ConfigError(
+                f"class_dropout: must be at least 0 and below 1, found {class_dropout}"
+            )
+        self.conditions.check_null("class_dropout", class_dropout, neutral=0)
         warn_of_other_model(tasks.clustering, backbone)
         if auxiliary is not None:
             auxiliary.path = "auxiliary."
@@ -219,32 +220,16 @@ class MultiTaskDiffusion(DiffusionModule):
         Raises:
             ConfigError: If the file does not fit, or is of another process.
         """
-        if self.init_from is None or not self.init_due:
-            return
-        try:
-            report = load_weights_for(
-                self.process,
-                self.backbone,
-                self.init_from,
-                weights=self.init_weights,
-                adapt=True,
-            )
-        except ConfigError as error:
-            raise ConfigError(f"init_from: {error}") from error
-        self.init_due = False
-        rank_zero_only(print)(f"init_from {report}")
+        self.initial_weights.load(self.process, self.backbone)
 
     def _insert(self, adapter: Adapter) -> None:
         """Put the adapter in; from now on the state of the module is that of the adapter."""
-        if self.init_due:
+        if self.initial_weights.due:
             raise ConfigError(
                 f"init_from: must be a file with an adapter, whose base it is, found "
                 f"{self.init_from}"
             )
-        self.not_stored = insert(adapter, self.backbone)
-        self.base_weights = base_fingerprint(self.backbone.state_dict(), self.not_stored)
-        self.register_state_dict_post_hook(_without_base)
-        self.register_load_state_dict_pre_hook(_with_base)
+        self.leave_out(insert(adapter, self.backbone))
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """Groups of the backbone, of the balancer and of the auxiliary term."""
@@ -273,18 +258,8 @@ class MultiTaskDiffusion(DiffusionModule):
 
     def configure_model(self) -> None:
         """Shard the backbone if the strategy is `ShardedStrategy`."""
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, ShardedStrategy):
-            if self.tasks.placement == "sorted":
-                raise ConfigError(
-                    "tasks.placement: must be 'spread' under FSDP2, which sums gradients itself, "
-                    "found 'sorted'"
-                )
-            if self.tasks.engine not in {"auto", "loop"}:
-                raise ConfigError(
-                    "tasks.engine: must be 'auto' or 'loop' under FSDP2, where no rank has whole "
-                    f"parameters, found {self.tasks.engine!r}"
-                )
+        if self._trainer is not None:
+            check_sharding(self.trainer.strategy, self.tasks)
         super().configure_model()
 
     def setup(self, stage: str) -> None:
@@ -375,18 +350,15 @@ class MultiTaskDiffusion(DiffusionModule):
         # Log the mean over the process' own density, however the batch was allocated and the
         # balancer weights it: methods stay comparable.
         assert report.aux is not None, "`losses` gives the mean squared errors beside the losses"
-        mse = report.aux
-        loss = mse.mean()
-        if draws.importance is not None:
-            loss = (mse * draws.importance).mean()
-            self._record_losses(draws, mse)
-        if self._is_stratified:
-            allocation = self.timesteps.allocation
-            masses = self.clusters.masses(self.draws.density)
-            shares = sample_shares(masses, report.num_samples, allocation)
-            tasks = draws.tasks.to(shares.device, non_blocking=True)
-            # The shares already span all ranks: cancel the division by `world_size` below.
-            loss = (mse * shares[tasks]).sum().float() * self.trainer.world_size
+        loss = self.draws.mean_loss(
+            report.aux,
+            draws,
+            self.clusters,
+            num_samples=report.num_samples,
+            world_size=self.trainer.world_size,
+        )
+        gather = self.all_gather if self.trainer.world_size > 1 else None
+        self.draws.record(draws, report.aux, gather=gather)
         if self.log_due:
             loss = default_reduction().all_reduce_(loss.detach()) / self.trainer.world_size
             # For progress bar and monitors; `log_now` sends it to the loggers at the right step.
@@ -421,26 +393,12 @@ class MultiTaskDiffusion(DiffusionModule):
                 "auxiliary.features: need images, or a first_stage that decodes the cached "
                 f"latents, found latents {list(images.shape[1:])} and no first_stage"
             )
-        factors = draws.importance if self.corrects_importance else None
-        return auxiliary.added(losses, images, factors=factors)
+        return auxiliary.added(losses, images, factors=draws.correction)
 
     @property
     def _is_stratified(self) -> bool:
         """Whether each task has its share of a batch."""
         return self.timesteps.method == "stratified"
-
-    def _record_losses(self, draws: Draws, mse: Tensor) -> None:
-        """Tell the proposal the losses of all ranks."""
-        if self.proposal is None:
-            return
-        weights = self.process.loss_weights_at(draws.times)
-        losses = mse.detach() if weights is None else mse.detach() * weights.to(mse)
-        cells = draws.timesteps
-        if self.trainer.world_size > 1:
-            gathered: Any = (self.all_gather(each) for each in (cells, losses))
-            cells, losses = (each.flatten() for each in gathered)
-        if bool(losses.isfinite().all()):
-            self.proposal.record(cells.cpu(), losses.cpu())
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Update `trained_steps`."""
@@ -478,7 +436,7 @@ class MultiTaskDiffusion(DiffusionModule):
             # A checkpoint may be loaded before the trainer has its optimizer.
             made = self.trainer.optimizers
             optimizer = type(made[0]).__name__ if made else self.optimizer_factory.kind()
-            optimization = self.optimizer_factory.described()
+            optimization = OptimizerSettings(self.optimizer_factory).described()
         space, interval = self.latent_space, self.timesteps.interval
         return CheckpointState(
             cluster_history=self.cluster_history,
@@ -544,11 +502,18 @@ class MultiTaskDiffusion(DiffusionModule):
             # of another program would be decoded with the first stage's own scale.
             self.latent_space = LatentSpace(**state.latent_space)
         self.conditions.take_null(checkpoint.get("null_condition", {}))
-        self.init_due = False
+        self.initial_weights.due = False
         if self.is_training_run:
-            self._warn_of_other_ranks(state.world_size)
-            self._keep_fixed_weights(checkpoint)
-            self.optimizer_factory.resume(self.trainer, checkpoint, state.optimization)
+            warn_of_other_ranks(
+                state.world_size,
+                self.trainer.world_size,
+                placement=self.tasks.placement,
+                backbone=self.backbone,
+            )
+            keep_fixed_weights(self.balancer, checkpoint, trainer=self.trainer)
+            OptimizerSettings(self.optimizer_factory).resume(
+                self.trainer, checkpoint, state.optimization
+            )
             self._trained.load(state.trained)
             self._arrival_orders = state.arrival_orders or {}
 
@@ -561,45 +526,6 @@ class MultiTaskDiffusion(DiffusionModule):
         """In the parent: take over the state that training in the child changed."""
         vars(self).update(state)
 
-    def _check_settings(self) -> None:
-        """Check the arguments against each other."""
-        balancer, interval = self.balancer, self.timesteps.interval
-        parts, engine = self.optimization.accumulate_grad_batches, self.tasks.engine
-        if balancer is not None and balancer.num_tasks != self.num_tasks:
-            raise ConfigError(
-                f"tasks.balancer.num_tasks: must equal the number of clusters {self.num_tasks}, "
-                f"found {balancer.num_tasks}"
-            )
-        if interval is not None and balancer is not None:
-            raise ConfigError(
-                f"timesteps.interval: must be None with {type(balancer).__name__}, because a "
-                f"specialist has one task, found {list(interval)}"
-            )
-        if interval is not None and interval[1] > self.clusters.num_timesteps:
-            raise ConfigError(
-                f"timesteps.interval: must end at {self.clusters.num_timesteps} or before, found "
-                f"{list(interval)}"
-            )
-        if balancer is not None and balancer.needs_gramian and self.timesteps.method == "uniform":
-            raise ConfigError(
-                "timesteps.method: must be 'stratified', because a gradient balancer needs samples "
-                "of every task in each batch, found 'uniform'"
-            )
-        if parts > 1 and engine not in {"auto", "loop"}:
-            raise ConfigError(
-                f"tasks.engine: must be 'auto' or 'loop' with accumulate_grad_batches {parts}, "
-                f"because it needs the images of a step in one pass, found {engine!r}"
-            )
-        if not 0 <= self.class_dropout < 1:
-            raise ConfigError(
-                f"class_dropout: must be at least 0 and below 1, found {self.class_dropout}"
-            )
-        if self.class_dropout and self.conditions.without_null:
-            raise ConfigError(
-                f"class_dropout: must be 0 {self.no_null}, found {self.class_dropout}"
-            )
-        check_batch_norm(self.backbone, balancer, engine=engine, parts=parts)
-
     def _finish_step(self, report: BackwardReport) -> None:
         """Clip and step, or skip."""
         self.last_step_skipped = not report.finite
@@ -607,14 +533,8 @@ class MultiTaskDiffusion(DiffusionModule):
             self._skip_step(report)
             return
         self.num_skipped_in_a_row = 0
-        if self.optimization.clip_grad_norm is not None:
-            grads = [local_part(p.grad) for p in self.backbone.parameters() if p.grad is not None]
-            # `clip_grad_norm_` of torch, but with the norm in `report`, which need not be
-            # computed again and for which the host does not wait.
-            factor = (self.optimization.clip_grad_norm / (report.grad_norm + 1e-6)).clamp(max=1.0)
-            # At least float32: the first parameter may be bfloat16 and others not.
-            dtype = torch.promote_types(grads[0].dtype, torch.float32)
-            torch._foreach_mul_(grads, factor.to(dtype))
+        max_norm = self.optimization.clip_grad_norm
+        clip_gradients_(self.backbone.parameters(), report.grad_norm, max_norm)
         self.optimizers().step()  # type: ignore[union-attr]
         scheduler = self.lr_schedulers()
         if scheduler is not None:
@@ -634,61 +554,3 @@ class MultiTaskDiffusion(DiffusionModule):
                 f"optimization.max_skipped_steps: found {self.num_skipped_in_a_row} steps in a row "
                 f"with a NaN or an infinity; losses per task {report.task_losses.tolist()}"
             )
-
-    def _keep_fixed_weights(self, checkpoint: dict[str, Any]) -> None:
-        """Make the weights of `LinearScalarization` in the settings override the stored ones."""
-        name = "balancer.weights"
-        stored = checkpoint["state_dict"].get(name)
-        if not isinstance(self.balancer, LinearScalarization) or stored is None:
-            return
-        checkpoint["state_dict"][name] = self.balancer.weights.clone()
-        then, now = stored.tolist(), self.balancer.weights.tolist()
-        if then != now and self.trainer.is_global_zero:
-            say_changed({"model.tasks.balancer.weights": (then, now)})
-
-    def _warn_of_other_ranks(self, then: int) -> None:
-        """Warn if a change of the number of ranks changes more than rounding.
-
-        Args:
-            then: Number of ranks of the checkpoint's run; 0 if unknown.
-        """
-        now = self.trainer.world_size
-        reasons = {
-            "tasks.placement 'sorted' pairs images with other timesteps": (
-                self.tasks.placement == "sorted"
-            ),
-            "dropout inside the network draws other masks": any(
-                isinstance(part, nn.Dropout) and part.p > 0 for part in self.backbone.modules()
-            ),
-        }
-        found = [reason for reason, holds in reasons.items() if holds]
-        if then and then != now and found:
-            rank_zero_warn(
-                f"number of ranks: the checkpoint has {then}, this run {now}: "
-                f"{' and '.join(found)}, so results agree with those of the run that was stopped "
-                "in distribution alone"
-            )
-
-
-def _clusters(
-    clustering: Clustering, process: NoiseProcess, backbone: nn.Module
-) -> TimestepClusters:
-    """The clusters of the process' noise axis; only weighted clusterings need its density."""
-    if clustering.weighted:
-        check_backbone(backbone)
-        size = size_of(backbone)
-        clustering = clustering.with_density(process.for_size(*size).density)
-    return clustering(process.log_snr)
-
-
-def _without_base(module: MultiTaskDiffusion, state: dict[str, Any], prefix: str, _: Any) -> None:  # noqa: ANN401
-    """Leave the weights that an adapter does not change out of the module's state."""
-    for name in module.not_stored:
-        state.pop(f"{prefix}backbone.{name}", None)
-
-
-def _with_base(module: MultiTaskDiffusion, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Add them again to a state that is loaded."""
-    own = module.backbone.state_dict()
-    for name in module.not_stored:
-        state.setdefault(f"{prefix}backbone.{name}", own[name])

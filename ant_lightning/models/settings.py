@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -13,11 +13,20 @@ from torch.optim import Optimizer
 
 from ant_lightning.balancing.auto import EngineName
 from ant_lightning.balancing.base import Balancer
+from ant_lightning.diffusion.edm import EDM
+from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.guidance import check_interval
 from ant_lightning.diffusion.proposals import CellProposal
 from ant_lightning.diffusion.samplers.base import Sampler
+from ant_lightning.diffusion.samplers.ddim import DDPM
+from ant_lightning.diffusion.samplers.edm import EDMSampler
+from ant_lightning.diffusion.samplers.ode import ODESampler
 from ant_lightning.errors import ConfigError
 from ant_lightning.tasks.clusterings import Clustering
+
+if TYPE_CHECKING:
+    from ant_lightning.diffusion.process import NoiseProcess
+    from ant_lightning.tasks.clusters import TimestepClusters
 
 __all__ = ["Optimization", "Sampling", "Tasks", "TimestepSampling", "adamw"]
 
@@ -72,6 +81,13 @@ class Tasks:
                 "placement: must be 'spread' with engine 'low_memory', which holds no task "
                 f"gradients to send, found {self.placement!r}"
             )
+
+    def clusters(self, process: NoiseProcess, size: tuple[int, int]) -> TimestepClusters:
+        """The clusters of the process' noise axis, for images of this height and width."""
+        clustering = self.clustering
+        if clustering.weighted:  # only these need the density
+            clustering = clustering.with_density(process.for_size(*size).density)
+        return clustering(process.log_snr)
 
 
 @dataclass(frozen=True)
@@ -219,3 +235,24 @@ class Sampling:
                 "guide_checkpoint: needed with a guide_backbone, whose weights are random, "
                 f"found None with {type(self.guide_backbone).__name__}"
             )
+
+    def sampler_for(self, process: NoiseProcess) -> Sampler:
+        """The sampler, which must fit the process; by default that of the process' paper.
+
+        Raises:
+            ConfigError: If the sampler does not fit.
+        """
+        if self.sampler is None:
+            if isinstance(process, FlowMatching):
+                return ODESampler(num_steps=50, method="heun")
+            return EDMSampler(num_steps=18) if isinstance(process, EDM) else DDPM(num_steps=250)
+        try:
+            self.sampler.check(process)
+        except ConfigError as error:
+            # Not an argument of the sampler's own: the sampler or the process does not fit.
+            if str(error).startswith("sampler: "):
+                raise ConfigError(f"sampling.{error}") from error
+            if str(error).startswith("process."):
+                raise ConfigError(str(error)) from error
+            raise
+        return self.sampler

@@ -128,6 +128,23 @@ class UnevenCalls:
                 while bool(self._sum(0)):
                     self._padding()
 
+    def finish_after(self, trainer: L.Trainer | None, batch_idx: int) -> None:
+        """Finish what was begun in a loop of the trainer if this is the rank's last batch.
+
+        Not in `on_validation_epoch_end`, which callbacks have first: their collectives must not
+        meet the passes of ranks that have batches left.
+        """
+        if trainer is None or not self.begun:  # a step outside a trainer's loop
+            return
+        if trainer.sanity_checking:
+            counts = trainer.num_sanity_val_batches
+        elif trainer.testing:
+            counts = trainer.num_test_batches
+        else:
+            counts = trainer.num_predict_batches if trainer.predicting else trainer.num_val_batches
+        if batch_idx + 1 == counts[0]:
+            self.finish()
+
     def cancel(self) -> None:
         """Begin or finish no more: this rank has failed, or another run starts."""
         self._depth = 0

@@ -8,6 +8,7 @@ import torch
 from tiny_fit import SIZE
 
 from ant_lightning import (
+    Batch,
     ConfigError,
     DigitsData,
     DiT,
@@ -84,10 +85,13 @@ def test_a_run_resumes_bit_for_bit_with_the_losses_it_has_seen(tmp_path):
 
 def test_speed_draws_cells_where_the_noise_level_stays_less_often(tmp_path):
     model = module(SpeeD(suppression=4.0, threshold=5e-4))
-    assert not model.corrects_importance
     shares = SpeeD(suppression=4.0, threshold=5e-4).shares(model.process)
     ratio = shares / model.process.density
     assert float(ratio.max() / ratio.min()) == pytest.approx(4.0)
+    batch = Batch(torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.int64), torch.arange(8))
+    draws = model.draws(batch, model.clusters, step=0, rank=0, world_size=1)
+    assert draws.importance is not None
+    assert draws.correction is None
     assert fit(model, tmp_path, 2).global_step == 2
 
 

@@ -19,7 +19,7 @@ from ant_lightning import (
     TimestepSampling,
     UncertaintyWeighting,
 )
-from ant_lightning.models.denoiser import TaskMeans
+from ant_lightning.models.task_means import TaskMeans
 
 WRONG = {
     "placement without a balancer": (
