@@ -13,11 +13,10 @@ from ant_lightning.backbones.diffusers import as_backbone
 from ant_lightning.balancing.backward import BackwardReport, task_gradients
 from ant_lightning.balancing.base import SampleBalancer
 from ant_lightning.balancing.reduction import default_reduction
-from ant_lightning.balancing.step import MultiTaskStep
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import NoiseProcess
-from ant_lightning.errors import ConfigError, NonFiniteError
+from ant_lightning.errors import ConfigError
 from ant_lightning.models.adapters import Adapter, insert
 from ant_lightning.models.auxiliary import FeatureAlignment
 from ant_lightning.models.backbone import backbone_name, check_backbone, size_of
@@ -26,15 +25,9 @@ from ant_lightning.models.checks import check_sharding, check_strategy, check_tr
 from ant_lightning.models.denoiser import DiffusionModule
 from ant_lightning.models.draws import Draws, TrainingDraws
 from ant_lightning.models.first_stage.first_stage import FirstStage
-from ant_lightning.models.freezing import TrainedParameters
-from ant_lightning.models.loss_scaling import (
-    back_off,
-    clip_gradients_,
-    gradient_scaler,
-    loss_scale,
-)
 from ant_lightning.models.old_checkpoints import upgrade
-from ant_lightning.models.optimizers import HEAD, OptimizerFactory
+from ant_lightning.models.optimizer_step import OptimizerStep, SkippedSteps
+from ant_lightning.models.optimizers import OptimizerFactory
 from ant_lightning.models.resumed_settings import OptimizerSettings, keep_fixed_weights
 from ant_lightning.models.running_statistics import RunningStatistics
 from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
@@ -66,8 +59,6 @@ _OF_RUN = (
     "cluster_history",
     "initial_weights",
     "latent_space",
-    "num_skipped_in_a_row",
-    "num_skipped_steps",
     "trained_steps",
 )
 
@@ -173,9 +164,6 @@ class MultiTaskDiffusion(DiffusionModule):
         # Pairs (optimizer steps made before, boundaries).
         self.cluster_history = [(0, self.clusters.boundaries)]
         self.last_report: BackwardReport | None = None
-        self.last_step_skipped = False
-        self.num_skipped_steps = 0
-        self.num_skipped_in_a_row = 0
         check_settings(
             tasks, self.timesteps, optimization, clusters=self.clusters, backbone=backbone
         )
@@ -188,8 +176,8 @@ class MultiTaskDiffusion(DiffusionModule):
         if auxiliary is not None:
             auxiliary.path = "auxiliary."
             auxiliary.attach(backbone)
-        self.optimizer_factory = OptimizerFactory(
-            optimization, path="optimization.", balancer=tasks.balancer, network=backbone
+        self._step = OptimizerStep(
+            backbone, tasks, optimization, auxiliary=auxiliary, num_tasks=self.num_tasks
         )
         self.draws = TrainingDraws(
             process=self.process,
@@ -201,15 +189,26 @@ class MultiTaskDiffusion(DiffusionModule):
             seed=self.seed,
         )
         self._warned_of_rare_tasks = False
-        # Made in `on_fit_start`, when the ranks and the device are known.
-        self._step: MultiTaskStep | None = None
-        self._arrival_orders: dict[str, list[int]] = {}  # of the checkpoint, for the first step
-        self._trained = TrainedParameters()
         if init_from is not None and Path(init_from).exists():
             self.load_initial_weights()
         self.adapter = adapter
         if adapter is not None:
             self._insert(adapter)
+
+    @property
+    def optimizer_factory(self) -> OptimizerFactory:
+        """Makes the optimizer and the scheduler."""
+        return self._step.factory
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps of the run that were skipped because of a NaN or an infinity."""
+        return self._step.skipped.num_steps
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last step was one of these."""
+        return self._step.skipped.last
 
     def load_initial_weights(self) -> None:
         """Fill the backbone from `init_from`, once, unless a checkpoint was loaded.
@@ -232,16 +231,9 @@ class MultiTaskDiffusion(DiffusionModule):
         self.leave_out(insert(adapter, self.backbone))
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
-        """Groups of the backbone, of the balancer and of the auxiliary term."""
+        """Optimizer of the backbone, of the balancer and of the auxiliary term."""
         self.load_initial_weights()
-        own = [] if self.balancer is None else list(self.balancer.parameters())
-        # The backbone comes first.
-        groups = self._trained.begin(self.backbone, self.optimizer_factory.groups())
-        if own:
-            groups.append({"params": own})
-        if self.auxiliary is not None:
-            groups.append({"params": list(self.auxiliary.parameters()), "role": HEAD})
-        optimizer, scheduler = self.optimizer_factory.make(groups, trainer=self._trainer)
+        optimizer, scheduler = self._step.optimizer(self._trainer)
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def denoise(
@@ -273,7 +265,7 @@ class MultiTaskDiffusion(DiffusionModule):
                 first = self.cluster_history[0]
                 now = (0, self.clusters.boundaries)
                 self.cluster_history = [first] if now == first else [first, now]
-                self.num_skipped_steps = self.num_skipped_in_a_row = 0
+                self._step.skipped = SkippedSteps()
         super().setup(stage)
 
     def on_fit_start(self) -> None:
@@ -284,15 +276,7 @@ class MultiTaskDiffusion(DiffusionModule):
             balancer=self.balancer,
             parts=self.optimization.accumulate_grad_batches,
         )
-        self._step = MultiTaskStep(
-            self.backbone,
-            self.balancer,
-            num_tasks=self.num_tasks,
-            engine=self.tasks.engine,
-            placement=self.tasks.placement,
-        )
-        self._step.load_arrival_orders(self._arrival_orders)
-        self._arrival_orders = {}
+        self._step.begin()
 
     def draw(self, batch: Batch, *, step: int) -> Draws:
         """Timesteps, tasks, noise and labels of this rank in a training step."""
@@ -311,7 +295,8 @@ class MultiTaskDiffusion(DiffusionModule):
         draws = self.draw(batch, step=self.global_step)
         if not self._warned_of_rare_tasks and self.balancer is not None:
             self._warned_of_rare_tasks = True
-            allocation = self.timesteps.allocation if self._is_stratified else None
+            stratified = self.timesteps.method == "stratified"
+            allocation = self.timesteps.allocation if stratified else None
             total = len(batch.images) * self.trainer.world_size
             density = self.draws.training_density
             warn_of_rare_tasks(self.clusters.masses(density), total, allocation)
@@ -322,30 +307,18 @@ class MultiTaskDiffusion(DiffusionModule):
             # pi_i is the mass of the cluster: |I_i| / T under the uniform density.
             priors = self.clusters.masses(self.draws.density)
         x_start = self.encode(batch, step=self.global_step)
-        # The network may run once per task or part; batch norm must still update once per step.
-        statistics = RunningStatistics(self.backbone)
-        assert self._step is not None, "on_fit_start was not called"
-        # Rounded up: at most `accumulate_grad_batches` parts.
-        parts = self.optimization.accumulate_grad_batches
-        self._step.micro_batch_size = -(-len(batch.images) // parts)
-        self._trained.follow(self.backbone, self.trainer.optimizers[0])
         losses: Losses = self.losses(x_start, draws)
         if self.auxiliary is not None:
             losses = self._with_auxiliary(self.auxiliary, losses, batch, draws)
-        scale = loss_scale(gradient_scaler(self.trainer), self.device)
-        report = self._step.backward(
-            statistics.once(losses),
+        report = self._step.make(
+            losses,
             draws.tasks,
+            trainer=self.trainer,
+            optimizer=self.optimizers(),
+            scheduler=self.lr_schedulers(),
             priors=priors,
-            loss_scale=scale,
             log_snr=log_snr,
         )
-        if self.auxiliary is not None and report.finite:
-            self.auxiliary.backward(loss_scale=scale, max_norm=self.optimization.clip_grad_norm)
-        self._finish_step(report)
-        self._step.update()
-        # Last: a balancer that looks back has run the network again.
-        statistics.keep() if report.finite else statistics.restore()
         self.last_report = report
         # Log the mean over the process' own density, however the batch was allocated and the
         # balancer weights it: methods stay comparable.
@@ -395,11 +368,6 @@ class MultiTaskDiffusion(DiffusionModule):
             )
         return auxiliary.added(losses, images, factors=draws.correction)
 
-    @property
-    def _is_stratified(self) -> bool:
-        """Whether each task has its share of a batch."""
-        return self.timesteps.method == "stratified"
-
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Update `trained_steps`."""
         self.trained_steps = self.global_step
@@ -434,14 +402,14 @@ class MultiTaskDiffusion(DiffusionModule):
         optimizer = optimization = None
         if self.is_training_run:
             # A checkpoint may be loaded before the trainer has its optimizer.
-            made = self.trainer.optimizers
-            optimizer = type(made[0]).__name__ if made else self.optimizer_factory.kind()
-            optimization = OptimizerSettings(self.optimizer_factory).described()
+            made, factory = self.trainer.optimizers, self.optimizer_factory
+            optimizer = type(made[0]).__name__ if made else factory.kind()
+            optimization = OptimizerSettings(factory).described()
         space, interval = self.latent_space, self.timesteps.interval
         return CheckpointState(
             cluster_history=self.cluster_history,
             num_skipped_steps=self.num_skipped_steps,
-            num_skipped_in_a_row=self.num_skipped_in_a_row,
+            num_skipped_in_a_row=self._step.skipped.num_in_a_row,
             world_size=0 if self._trainer is None else self.trainer.world_size,
             backbone=backbone_name(self.backbone),
             prediction_type=self.process.prediction_type,
@@ -455,10 +423,10 @@ class MultiTaskDiffusion(DiffusionModule):
             train_interval=None if interval is None else list(interval),
             latent_space=None if space is None else asdict(space),
             optimization=optimization,
-            trained=self._trained.state(self.backbone),
+            trained=self._step.trained.state(self.backbone),
             adapter=None if self.adapter is None else str(self.adapter),
             base_weights=self.base_weights,
-            arrival_orders=None if self._step is None else self._step.arrival_orders(),
+            arrival_orders=self._step.arrival_orders(),
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -493,8 +461,7 @@ class MultiTaskDiffusion(DiffusionModule):
         # about its permutation, so unchanged clusters are taken from the settings.
         unchanged = self.first_clusters.boundaries == state.clusters.boundaries
         self.clusters = self.first_clusters if unchanged else state.clusters
-        self.num_skipped_steps = state.num_skipped_steps
-        self.num_skipped_in_a_row = state.num_skipped_in_a_row
+        self._step.skipped = SkippedSteps(state.num_skipped_steps, state.num_skipped_in_a_row)
         self.trained_steps = int(checkpoint["global_step"])
         own = None if self.first_stage is None else self.first_stage.space
         if state.latent_space is not None and self.latent_space in (None, own):
@@ -514,43 +481,16 @@ class MultiTaskDiffusion(DiffusionModule):
             OptimizerSettings(self.optimizer_factory).resume(
                 self.trainer, checkpoint, state.optimization
             )
-            self._trained.load(state.trained)
-            self._arrival_orders = state.arrival_orders or {}
+            self._step.trained.load(state.trained)
+            self._step.load_arrival_orders(state.arrival_orders or {})
 
     def child_state(self, trainer: L.Trainer) -> dict[str, Any]:
         """In a child process: the state that training changed besides the weights."""
         fitted = trainer.state.fn == "fit"  # otherwise the parent's weights are unchanged
-        return {name: getattr(self, name) for name in _OF_RUN if fitted}
+        state = {name: getattr(self, name) for name in _OF_RUN}
+        return {**state, "skipped": self._step.skipped} if fitted else {}
 
     def load_child_state(self, state: dict[str, Any], pl_module: L.LightningModule) -> None:
         """In the parent: take over the state that training in the child changed."""
+        self._step.skipped = state.pop("skipped", self._step.skipped)
         vars(self).update(state)
-
-    def _finish_step(self, report: BackwardReport) -> None:
-        """Clip and step, or skip."""
-        self.last_step_skipped = not report.finite
-        if not report.finite:
-            self._skip_step(report)
-            return
-        self.num_skipped_in_a_row = 0
-        max_norm = self.optimization.clip_grad_norm
-        clip_gradients_(self.backbone.parameters(), report.grad_norm, max_norm)
-        self.optimizers().step()  # type: ignore[union-attr]
-        scheduler = self.lr_schedulers()
-        if scheduler is not None:
-            self.optimizer_factory.step(scheduler)
-
-    def _skip_step(self, report: BackwardReport) -> None:
-        """Count a step that is not made; give up after too many in a row."""
-        self.num_skipped_steps += 1
-        scaler = gradient_scaler(self.trainer)
-        if scaler is not None:
-            back_off(scaler, self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
-            if scaler.get_scale() >= 1:
-                return  # probably a float16 overflow, which the smaller scale will avoid
-        self.num_skipped_in_a_row += 1
-        if self.num_skipped_in_a_row >= self.optimization.max_skipped_steps:
-            raise NonFiniteError(
-                f"optimization.max_skipped_steps: found {self.num_skipped_in_a_row} steps in a row "
-                f"with a NaN or an infinity; losses per task {report.task_losses.tolist()}"
-            )

@@ -30,6 +30,7 @@ from ant_lightning import (
 )
 from ant_lightning.callbacks.base import RunCallback
 from ant_lightning.generation.extractor import Features
+from ant_lightning.models.optimizer_step import SkippedSteps
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ant_lightning.generation.frechet.RankDeficientWarning"
@@ -204,12 +205,12 @@ def test_counts_and_clusters_of_a_module_that_trains_again(tmp_path):
     first = trainer(tmp_path, Reclustering(recluster_every=2, **probe), steps=2)
     first.fit(model, data)
     assert [step for step, _ in model.cluster_history] == [0, 2]
-    model.num_skipped_steps = model.num_skipped_in_a_row = 7
+    model._step.skipped = SkippedSteps(7, 7)
     first.save_checkpoint(tmp_path / "first.ckpt")
     clusters = model.clusters.boundaries
     again = trainer(tmp_path, steps=1, limit_val_batches=1)
     again.fit(model, data)
-    assert (model.num_skipped_steps, model.num_skipped_in_a_row) == (0, 0)
+    assert model._step.skipped == SkippedSteps(0, 0)
     assert model.clusters.boundaries == clusters
     changed = [(0, clusters)] if clusters != settings else []
     assert model.cluster_history == [(0, settings), *changed]

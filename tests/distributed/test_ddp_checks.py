@@ -51,7 +51,7 @@ class Drift(L.Callback):
         if self.what == "balancer":
             pl_module.balancer.draw_orders()
         if self.what == "steps":
-            pl_module.num_skipped_steps += 1
+            pl_module._step.skipped.num_steps += 1
 
 
 def checkpointed(rank, folder, what):
