@@ -26,14 +26,14 @@ from ant_lightning.affinity.reclustering import (
 from ant_lightning.affinity.result import (
     AffinityResult as AffinityResult,
 )
-from ant_lightning.backbones.checkpoints import (
-    load_official_checkpoint as load_official_checkpoint,
-)
 from ant_lightning.backbones.diffusers import (
     DiffusersBackbone as DiffusersBackbone,
 )
 from ant_lightning.backbones.dit import (
     DiT as DiT,
+)
+from ant_lightning.backbones.official_checkpoints import (
+    load_official_checkpoint as load_official_checkpoint,
 )
 from ant_lightning.backbones.presets import (
     adm_imagenet64 as adm_imagenet64,
@@ -70,7 +70,7 @@ from ant_lightning.balancing.base import (
     LossBalancer as LossBalancer,
     SampleBalancer as SampleBalancer,
 )
-from ant_lightning.balancing.continuous import (
+from ant_lightning.balancing.continuous_uncertainty import (
     ContinuousUncertainty as ContinuousUncertainty,
 )
 from ant_lightning.balancing.famo import (
@@ -150,7 +150,7 @@ from ant_lightning.cli.export import (
 from ant_lightning.cli.load_run import (
     load_run as load_run,
 )
-from ant_lightning.data.archives.edm import (
+from ant_lightning.data.archives.edm_images import (
     EDMImages as EDMImages,
 )
 from ant_lightning.data.archives.stream import (
@@ -178,11 +178,11 @@ from ant_lightning.data.hugging_face import (
 from ant_lightning.data.image_folder import (
     ImageFolderData as ImageFolderData,
 )
+from ant_lightning.data.latents.cached import (
+    LatentsData as LatentsData,
+)
 from ant_lightning.data.latents.lightning_dit import (
     LightningDiTLatentsData as LightningDiTLatentsData,
-)
-from ant_lightning.data.latents.module import (
-    LatentsData as LatentsData,
 )
 from ant_lightning.data.latents.space import (
     LatentSpace as LatentSpace,
@@ -376,14 +376,14 @@ from ant_lightning.models.module import (
 from ant_lightning.models.muon import (
     MuonAdamW as MuonAdamW,
 )
-from ant_lightning.models.parameter_groups import (
-    MuonGroups as MuonGroups,
-    NamedGroups as NamedGroups,
-)
-from ant_lightning.models.presets import (
+from ant_lightning.models.paper_modules import (
     ADMModule as ADMModule,
     DiTModule as DiTModule,
     LDMModule as LDMModule,
+)
+from ant_lightning.models.parameter_groups import (
+    MuonGroups as MuonGroups,
+    NamedGroups as NamedGroups,
 )
 from ant_lightning.models.settings import (
     Optimization as Optimization,

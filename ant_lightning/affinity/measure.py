@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.affinity.gradient import FlatGradient, NonFiniteGradientError
+from ant_lightning.affinity.gradient_store import GradientStore
 from ant_lightning.affinity.result import AffinityResult, check_grid
 from ant_lightning.affinity.sketch import HadamardSketch
-from ant_lightning.affinity.store import GradientStore
 from ant_lightning.errors import check_at_least
 from ant_lightning.files.identity import tensors_digest
 

@@ -3,7 +3,7 @@
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.backward import BackwardReport, task_gradients
 from ant_lightning.balancing.base import Balancer, GradientBalancer, LossBalancer, SampleBalancer
-from ant_lightning.balancing.continuous import ContinuousUncertainty
+from ant_lightning.balancing.continuous_uncertainty import ContinuousUncertainty
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
 from ant_lightning.balancing.famo import FAMO
 from ant_lightning.balancing.gls import GLS

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ant_lightning.balancing.base import Balancer
-    from ant_lightning.balancing.batch import TaskBatch
     from ant_lightning.balancing.step_losses import StepLosses
+    from ant_lightning.balancing.task_batch import TaskBatch
 
 __all__ = ["Accumulation"]
 

@@ -12,7 +12,7 @@ from ant_lightning.errors import message_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ant_lightning.balancing.batch import TaskBatch
+    from ant_lightning.balancing.task_batch import TaskBatch
 
 __all__ = ["together"]
 

@@ -17,8 +17,8 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
-    from ant_lightning.balancing.batch import TaskBatch
     from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+    from ant_lightning.balancing.task_batch import TaskBatch
 
 __all__ = ["Auto", "EngineName", "make_engine", "multiplications"]
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import assign_gradients
 from ant_lightning.balancing.parameters import matching, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.step_losses import StepLosses
+from ant_lightning.balancing.task_batch import TaskBatch
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import undisturbed
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.accumulation import Accumulation
     from ant_lightning.balancing.base import Balancer
-    from ant_lightning.balancing.batch import Losses
     from ant_lightning.balancing.engines import Engine
     from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
     from ant_lightning.balancing.reduction import Reduction
+    from ant_lightning.balancing.task_batch import Losses
 
 __all__ = ["BackwardReport", "balanced_backward", "step_losses", "task_gradients"]
 

@@ -63,8 +63,8 @@ class ArrivalOrder:
         """Begin a backward pass in which gradients arrive; all ranks call this together."""
         self._begun = True
 
-    def note(self, index: int) -> None:
-        """Note that the gradient of a parameter has arrived."""
+    def arrived(self, index: int) -> None:
+        """The gradient of a parameter has arrived."""
         if not self._agreed:
             self._seen[index] = None
 

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ant_lightning.balancing.base import Balancer
-    from ant_lightning.balancing.batch import TaskBatch
     from ant_lightning.balancing.differentiation import Differentiation
     from ant_lightning.balancing.engines import Engine
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.balancing.reduction import Reduction
+    from ant_lightning.balancing.task_batch import TaskBatch
 
 __all__ = ["Buffers"]
 

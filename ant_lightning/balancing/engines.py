@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ant_lightning.balancing.batch import TaskBatch
     from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
+    from ant_lightning.balancing.task_batch import TaskBatch
 
 __all__ = ["Engine", "Loop", "UnsupportedError", "check_whole", "new_rows"]
 

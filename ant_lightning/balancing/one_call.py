@@ -8,11 +8,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ant_lightning.balancing.auto import make_engine
 from ant_lightning.balancing.backward import balanced_backward, step_losses
-from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.buffers import Buffers
 from ant_lightning.balancing.linear import SampleMean
 from ant_lightning.balancing.parameters import clear_gradients, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
+from ant_lightning.balancing.task_batch import TaskBatch
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.auto import EngineName
     from ant_lightning.balancing.backward import BackwardReport
     from ant_lightning.balancing.base import Balancer
-    from ant_lightning.balancing.batch import Losses
     from ant_lightning.balancing.engines import Engine
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.balancing.reduction import Reduction
+    from ant_lightning.balancing.task_batch import Losses
 
 __all__ = ["multitask_backward"]
 

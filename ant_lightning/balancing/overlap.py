@@ -93,7 +93,7 @@ class GradientBuckets:
         """
         if gradient is None:  # of an operation that has none for this parameter
             return None
-        self.order.note(index)
+        self.order.arrived(index)
         sparse = gradient.is_sparse
         if sparse:  # autograd wants a sparse result for it, but sums are dense
             gradient = gradient.to_dense()

@@ -153,7 +153,7 @@ class ReducedTaskGradients(DenseTaskGradients):
     ) -> None:
         """Take the factors of one weight, and send what is complete."""
         assert self._open, "receive_factors was called before begin"
-        self.order.note(index)
+        self.order.arrived(index)
         self._pack(index, left, right)
         self._missing[self._bucket_of[index]] -= 1
         self._send_complete()
@@ -183,7 +183,7 @@ class ReducedTaskGradients(DenseTaskGradients):
             )
         place = self._bucket_of[index]
         assert self._missing[place], "receive was called twice for a parameter"
-        self.order.note(index)
+        self.order.arrived(index)
         if place in self._staged:
             if self._tasks == [*range(self.num_tasks)]:
                 self._staged_blocks[index].copy_(block)

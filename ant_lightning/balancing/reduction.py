@@ -109,7 +109,7 @@ class GroupReduction(Reduction):
         if holders is None and shard.device.type != "cpu":
             work = self._reduce_scatter(shard, full, group=self.group, async_op=True)
             return _wait_for(work)
-        senders = [r for r in self._peers() if holders is None or r in holders]
+        senders = [r for r in self._other_ranks() if holders is None or r in holders]
         # The first part to arrive is written where the sum is wanted.
         parts = [shard if i == 0 else torch.empty_like(shard) for i in range(len(senders))]
         operations = [
@@ -119,7 +119,7 @@ class GroupReduction(Reduction):
         if full is not None:
             shards = full.view(self.world_size, -1)
             own = shards[self.rank]
-            operations += [self._operation(dist.isend, shards[r], r) for r in self._peers()]
+            operations += [self._operation(dist.isend, shards[r], r) for r in self._other_ranks()]
         works = dist.batch_isend_irecv(operations) if operations else []
 
         def wait() -> None:
@@ -147,10 +147,10 @@ class GroupReduction(Reduction):
 
     def all_gather_parts_(self, parts: Sequence[Tensor]) -> Callable[[], None]:
         """Start to fill `parts`, of which this rank has written its own; return the wait."""
-        own, peers = parts[self.rank], [*self._peers()]
-        operations = [self._operation(dist.irecv, parts[r], r) for r in peers if parts[r].numel()]
+        own, others = parts[self.rank], [*self._other_ranks()]
+        operations = [self._operation(dist.irecv, parts[r], r) for r in others if parts[r].numel()]
         if own.numel():
-            operations += [self._operation(dist.isend, own, r) for r in peers]
+            operations += [self._operation(dist.isend, own, r) for r in others]
         works = dist.batch_isend_irecv(operations) if operations else []
 
         def wait() -> None:
@@ -159,7 +159,7 @@ class GroupReduction(Reduction):
 
         return wait
 
-    def _peers(self) -> Iterable[int]:
+    def _other_ranks(self) -> Iterable[int]:
         """The other ranks, beginning with the next: not every rank sends to the same one first."""
         return ((self.rank + i) % self.world_size for i in range(1, self.world_size))
 

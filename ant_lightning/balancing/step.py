@@ -10,11 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ant_lightning.balancing.accumulation import Accumulation
 from ant_lightning.balancing.auto import make_engine
 from ant_lightning.balancing.backward import balanced_backward, step_losses
-from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.buffers import Buffers
 from ant_lightning.balancing.linear import SampleMean
 from ant_lightning.balancing.parameters import clear_gradients, names_of, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
+from ant_lightning.balancing.task_batch import TaskBatch
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.auto import EngineName
     from ant_lightning.balancing.backward import BackwardReport
     from ant_lightning.balancing.base import Balancer
-    from ant_lightning.balancing.batch import Losses
     from ant_lightning.balancing.reduction import Reduction
     from ant_lightning.balancing.step_losses import StepLosses
+    from ant_lightning.balancing.task_batch import Losses
 
 __all__ = ["MultiTaskStep"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tqdm import tqdm
 
@@ -15,13 +15,13 @@ from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.runtime.sharding import refuse_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import lightning as L
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["MeasuringCallback", "measurement_bar"]
+__all__ = ["MeasuringCallback", "measurement_bar", "shown_on"]
 
 
 class MeasuringCallback(RunCallback):
@@ -106,8 +106,21 @@ class MeasuringCallback(RunCallback):
                 pl_module.backbone.train(training)
 
 
-def measurement_bar(trainer: L.Trainer, description: str, **settings: Any) -> tqdm:
+def measurement_bar(
+    trainer: L.Trainer, description: str, *, total: int | None = None, unit: str = "it"
+) -> tqdm:
     """A progress bar on rank 0, shown if the trainer shows one."""
     hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
     # None, not False: tqdm then hides the bar if the output is not a terminal.
-    return tqdm(desc=description, leave=False, disable=hidden or None, **settings)
+    hide = hidden or None
+    return tqdm(desc=description, leave=False, disable=hide, total=total, unit=unit)
+
+
+def shown_on(bar: tqdm) -> Callable[[int, int], None]:
+    """A function of (done, total) that moves the bar."""
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return show

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 
-from ant_lightning.backbones.checkpoints import fill_backbone
+from ant_lightning.backbones.official_checkpoints import fill_backbone
 from ant_lightning.callbacks.power_averages import PowerAverages, snapshot_folder
 from ant_lightning.callbacks.power_function import check_length
 from ant_lightning.cli.config_files import check_config_file, load_yaml

@@ -43,12 +43,12 @@ from ant_lightning.cli.trainer_settings import (
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError
 from ant_lightning.models.resumed_settings import say_changed
+from ant_lightning.runtime.changed_settings import changed_settings, flat_settings, trained_settings
 from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.quiet import keep_quiet
 from ant_lightning.runtime.run_files import remove_empty_run
 from ant_lightning.runtime.run_record import RunRecord
-from ant_lightning.runtime.settings import changed_settings, flat_settings, trained_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

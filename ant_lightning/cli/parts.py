@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.errors import ConfigError
-from ant_lightning.runtime.settings import TRUSTED
+from ant_lightning.runtime.changed_settings import TRUSTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -12,15 +12,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ant_lightning.backbones.checkpoints import read_checkpoint
+from ant_lightning.backbones.official_checkpoints import read_checkpoint
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.curves import Curve, curves_figure, read_curves
 from ant_lightning.cli.parts import make_part
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError
+from ant_lightning.runtime.changed_settings import flat_settings
 from ant_lightning.runtime.run_files import newest_record
-from ant_lightning.runtime.settings import flat_settings
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.figure import clusterings_figure
 from ant_lightning.tasks.time_axis import TimeAxis

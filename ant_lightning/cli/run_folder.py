@@ -20,9 +20,9 @@ from ant_lightning.cli.config_files import load_yaml
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.cli.run_versions import RunVersions
 from ant_lightning.errors import ConfigError
+from ant_lightning.runtime.changed_settings import changed_settings
 from ant_lightning.runtime.checkpoint_files import furthest_whole
 from ant_lightning.runtime.run_files import RUN_MARK, newest_record
-from ant_lightning.runtime.settings import changed_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

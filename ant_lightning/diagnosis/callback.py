@@ -16,7 +16,7 @@ from ant_lightning.balancing.step import MultiTaskStep
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import log_folder
-from ant_lightning.callbacks.measuring import MeasuringCallback, measurement_bar
+from ant_lightning.callbacks.measuring import MeasuringCallback, measurement_bar, shown_on
 from ant_lightning.diagnosis.figure import profile_figure
 from ant_lightning.diagnosis.findings import Findings
 from ant_lightning.diagnosis.page import write_page
@@ -104,11 +104,6 @@ class Diagnosis(MeasuringCallback):
             clusters = _tasks_of(pl_module)
             grid = _centres(process.num_timesteps, self.num_points)
             with measurement_bar(trainer, "diagnosis", unit=" timesteps") as bar:
-
-                def show(done: int, total: int) -> None:
-                    bar.total = total
-                    bar.update(done - bar.n)
-
                 affinity = task_affinity(
                     loss.at_timestep,
                     parameters=pl_module.backbone.parameters(),
@@ -118,7 +113,7 @@ class Diagnosis(MeasuringCallback):
                     seed=self.seed_of(pl_module),
                     model=f"{type(pl_module.backbone).__name__}, {self.weights} weights",
                     warn_below=-1,  # the page says it
-                    on_progress=show,
+                    on_progress=shown_on(bar),
                 )
             scale = float(loss.scale)
 

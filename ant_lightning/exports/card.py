@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ant_lightning.exports.stock import stock_of
 from ant_lightning.exports.text_pipeline import is_told_text, text_pipeline_of
-from ant_lightning.runtime.settings import TRUSTED, flat_settings
+from ant_lightning.runtime.changed_settings import TRUSTED, flat_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

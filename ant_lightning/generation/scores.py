@@ -146,7 +146,7 @@ class GenerationScores(Metric):
             of_train = self.of_train.features.to(features.device)
             scores |= self._against_train(features, of_real, of_train)
         elif of_real is not None:
-            scores |= self._halves(of_real, num_images)
+            scores |= self._real_against_real(of_real, num_images)
         return scores
 
     def _against_real(self, generated: Tensor, real: Tensor) -> dict[str, float]:
@@ -163,7 +163,7 @@ class GenerationScores(Metric):
             scores |= precision_recall(real, generated, k=self.k)._asdict()
         return scores
 
-    def _halves(self, real: Tensor, count: int) -> dict[str, float]:
+    def _real_against_real(self, real: Tensor, count: int) -> dict[str, float]:
         """Two disjoint random parts of the real images against each other."""
         half = min(count, len(real) // 2)
         if half < 2:  # no covariance

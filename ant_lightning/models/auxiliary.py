@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-    from ant_lightning.balancing.batch import Losses
     from ant_lightning.balancing.reduction import Reduction
+    from ant_lightning.balancing.task_batch import Losses
 
 __all__ = ["FeatureAlignment"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-from ant_lightning.backbones.checkpoints import fill_backbone, read_checkpoint
+from ant_lightning.backbones.official_checkpoints import fill_backbone, read_checkpoint
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.state import process_summary
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ant_lightning.backbones.checkpoint_layouts import Weights
-    from ant_lightning.backbones.checkpoints import CheckpointReport
+    from ant_lightning.backbones.official_checkpoints import CheckpointReport
     from ant_lightning.diffusion.process import NoiseProcess
 
 __all__ = ["InitialWeights", "load_weights_for"]

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
-    from ant_lightning.balancing.batch import Losses
     from ant_lightning.balancing.gradients import DenseTaskGradients
+    from ant_lightning.balancing.task_batch import Losses
     from ant_lightning.data.batch import Batch
     from ant_lightning.diffusion.condition import Condition
     from ant_lightning.tasks.clusters import TimestepClusters

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ant_lightning.balancing.backward import BackwardReport
-    from ant_lightning.balancing.batch import Losses
+    from ant_lightning.balancing.task_batch import Losses
     from ant_lightning.models.auxiliary import FeatureAlignment
     from ant_lightning.models.settings import Optimization, Tasks
 

@@ -12,9 +12,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from ant_lightning.files.atomic import write_atomically
+from ant_lightning.runtime.changed_settings import flat_settings
 from ant_lightning.runtime.loggers import send_files, send_settings
 from ant_lightning.runtime.run_files import RUN_MARK, numbered, remove_empty_run
-from ant_lightning.runtime.settings import flat_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ant_lightning.backbones.checkpoints import fill_backbone, read_checkpoint
+from ant_lightning.backbones.official_checkpoints import fill_backbone, read_checkpoint
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:

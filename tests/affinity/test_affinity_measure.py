@@ -8,9 +8,9 @@ import torch
 
 from ant_lightning import ConfigError, task_affinity, timestep_grid
 from ant_lightning.affinity.gradient import NonFiniteGradientError
+from ant_lightning.affinity.gradient_store import GradientStore
 from ant_lightning.affinity.measure import AffinityReliabilityWarning
 from ant_lightning.affinity.sketch import HadamardSketch
-from ant_lightning.affinity.store import GradientStore
 from ant_lightning.files.safetensors_file import write_tensors
 
 T = 1000

@@ -8,10 +8,10 @@ from torch import nn
 from ant_lightning import PCGrad, multitask_backward
 from ant_lightning.balancing import auto
 from ant_lightning.balancing.auto import Auto
-from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.one_pass import OnePass
 from ant_lightning.balancing.reduction import Reduction
+from ant_lightning.balancing.task_batch import TaskBatch
 
 
 class Embedded(nn.Module):

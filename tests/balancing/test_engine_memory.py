@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_iter
 
 from ant_lightning import MultiTaskStep, NashMTL, PCGrad, multitask_backward, task_gradients
 from ant_lightning.balancing.auto import multiplications
-from ant_lightning.balancing.batch import TaskBatch
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import DenseTaskGradients
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.reduction import Reduction
+from ant_lightning.balancing.task_batch import TaskBatch
 from benchmarks.counted_memory import counted_memory
 from benchmarks.memory import LiveBytes
 from benchmarks.steps import Cell, K

@@ -13,7 +13,7 @@ from ant_lightning.cli.first_look import first_look
 from ant_lightning.cli.main import main
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.errors import ConfigError
-from ant_lightning.runtime.settings import changed_settings
+from ant_lightning.runtime.changed_settings import changed_settings
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "H_checkpoints"
 OLD = GOLDEN / "v1_uw_config.yaml"

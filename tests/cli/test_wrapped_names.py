@@ -7,7 +7,7 @@ from torch import nn
 
 from ant_lightning import EMA, ConfigError, DigitsData, load_official_checkpoint
 from ant_lightning.backbones.checkpoint_layouts import bare_names, nested_tensors
-from ant_lightning.backbones.checkpoints import read_checkpoint
+from ant_lightning.backbones.official_checkpoints import read_checkpoint
 
 WRAPPERS = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 

@@ -24,8 +24,8 @@ from ant_lightning import (
     TransferGapResult,
     load_official_checkpoint,
 )
-from ant_lightning.affinity.store import GradientStore
-from ant_lightning.backbones.checkpoints import read_checkpoint
+from ant_lightning.affinity.gradient_store import GradientStore
+from ant_lightning.backbones.official_checkpoints import read_checkpoint
 from ant_lightning.callbacks.sample_files import NpzSamples
 from ant_lightning.data.class_map import read_class_map
 from ant_lightning.data.latents.cache import (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ant_lightning.balancing.agreement import together
 from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whole, new_rows
-from ant_lightning.balancing.one_pass import layers  # noqa: F401 - fills the table of rules
+from ant_lightning.balancing.one_pass import layer_rules  # noqa: F401 - fills the table of rules
 from ant_lightning.balancing.one_pass.leaves import Leaves
 from ant_lightning.balancing.one_pass.task_parameters import TaskParameter, state
 from ant_lightning.balancing.weight_factors import has_small_factors
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from contextlib import AbstractContextManager
 
-    from ant_lightning.balancing.batch import TaskBatch
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.balancing.one_pass.leaves import Receiver
+    from ant_lightning.balancing.task_batch import TaskBatch
 
 __all__ = ["OnePass", "SortedLosses", "eagerly"]
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from ant_lightning.balancing.batch import TaskBatch
     from ant_lightning.balancing.gradients import DenseTaskGradients
+    from ant_lightning.balancing.task_batch import TaskBatch
 
 __all__ = ["LowMemory"]
 
@@ -92,7 +92,7 @@ class _StreamedTaskGradients(TaskGradients):
         if batch.reduction.world_size > 1:
             flat = flat.new_zeros(batch.num_tasks, flat.shape[1]).index_copy_(0, present, flat)
             self._waiting[index] = flat
-            self._order.note(index)
+            self._order.arrived(index)
             self._sum_over_ranks()
         else:
             self._gramians[index][present[:, None], present] = dot_products(flat)

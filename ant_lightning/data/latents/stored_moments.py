@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ant_lightning.data.archives.edm import EDMImages
+from ant_lightning.data.archives.edm_images import EDMImages
 from ant_lightning.data.archives.store import open_store
 from ant_lightning.data.latents.others import OthersLatents
 from ant_lightning.data.latents.space import LatentSpace

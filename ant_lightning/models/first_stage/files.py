@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ant_lightning.backbones.checkpoint_layouts import FIRST_STAGE_PREFIX, nested_tensors
-from ant_lightning.backbones.checkpoints import read_checkpoint
+from ant_lightning.backbones.official_checkpoints import read_checkpoint
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.json_file import read_json
 from ant_lightning.files.torch_file import not_finite

@@ -82,4 +82,4 @@ def _class(path: str) -> str:
     A package of the user may have a class of the same name.
     """
     package, name = path.partition(".")[0], path.rpartition(".")[-1]
-    return name if package in ("ant_lightning", "torch", "lightning", "diffusers") else path
+    return name if package in TRUSTED else path
