@@ -154,7 +154,7 @@ SETTINGS = {
     ),
     "interval of guidance": (
         ["--model.sampling.guidance_interval=[3,1]"],
-        ["sampling.guidance_interval: 0 <= low < high", "3.0, 1.0"],
+        ["sampling.guidance_interval: must satisfy 0 <= low < high", "3.0, 1.0"],
     ),
     "no guide": (
         ["--model.sampling.guide_checkpoint=/nope.ckpt"],

@@ -177,13 +177,13 @@ class DiffusersBackbone(nn.Module):
         ):
             if config.get(key) not in allowed:
                 raise ConfigError(
-                    f"backbone: {name} with {key} {config[key]!r} is not supported, must be "
-                    f"{' or '.join(map(str, allowed))}"
+                    f"backbone: {key} of {name} must be {' or '.join(map(str, allowed))}, "
+                    f"found {config[key]!r}"
                 )
         if self._kind.labels is None and config.get("num_class_embeds"):
             raise ConfigError(
-                f"backbone: {name} with num_class_embeds {config['num_class_embeds']} is not "
-                "supported, must be None"
+                f"backbone: num_class_embeds of {name} must be None, found "
+                f"{config['num_class_embeds']}"
             )
         for part in self.network.modules():
             if type(part).__name__ == "LabelEmbedding":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ant_lightning.backbones.diffusers_layouts import DiffusersLayout, diffusers_layout
+from ant_lightning.backbones.diffusers_layouts import diffusers_layout
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.json_file import read_json
 from ant_lightning.files.safetensors_file import read_safetensors
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
+
+    from ant_lightning.backbones.diffusers_weights import DiffusersLayout
 
 __all__ = ["FOLDER_CONFIG", "diffusers_weights", "read_folder"]
 
@@ -69,7 +71,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         if not isinstance(places, dict) or not all(
             isinstance(each, str) and Path(each).name == each for each in places.values()
         ):
-            raise FileError(f"{index}: must name the file of each weight")
+            raise FileError(f"{index}: must name the file of each weight, found {str(places)[:80]}")
         tensors: dict[str, Tensor] = {}
         for name in sorted(set(places.values())):
             tensors |= read_safetensors(folder / name)[0]

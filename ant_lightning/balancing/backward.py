@@ -98,7 +98,7 @@ def step_losses(
         missing = num_samples.cpu() < torch.tensor(own[0]) - torch.tensor(own[1])
         if num_samples.shape != of_step.shape or bool(missing.any()):
             raise ConfigError(
-                f"num_samples: the {batch.num_tasks} counts of the whole step are needed, at least "
+                f"num_samples: must be the {batch.num_tasks} counts of the whole step, at least "
                 f"those of each part, found {num_samples.tolist()}"
             )
         of_step = batch.reduction.all_reduce_(num_samples.to(of_step, copy=True))
@@ -321,5 +321,5 @@ def _scaled_priors(priors: Tensor | None, batch: TaskBatch) -> Tensor:
     # Written so that NaN, for which every comparison is false, is refused as well.
     positive = priors.shape == (k,) and bool((priors > 0).all())
     if not (positive and abs(float(priors.sum()) - 1) <= 1e-4):
-        raise ConfigError(f"priors: {k} positive numbers with sum 1 are needed, found {priors}")
+        raise ConfigError(f"priors: must be {k} positive numbers with sum 1, found {priors}")
     return (k * priors).to(device, torch.float64, non_blocking=True)

@@ -99,7 +99,7 @@ class DenseTaskGradients(TaskGradients):
     def bind(self, parameters: Sequence[nn.Parameter]) -> None:
         """Use these parameters from now on: some may have been frozen or thawed."""
         if not parameters:
-            raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
+            raise ConfigError("parameters: must have at least one that needs a gradient, found 0")
         # A cast such as `.double()` changes the dtype but not the parameter objects.
         dtype = sums_dtype(parameters)
         if same_tensors(parameters, self.parameters) and dtype == self._empty.dtype:

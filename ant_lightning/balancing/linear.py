@@ -59,7 +59,7 @@ class LinearScalarization(LossBalancer):
         super().__init__(num_tasks)
         values = [1 / num_tasks] * num_tasks if weights is None else [float(w) for w in weights]
         if len(values) != num_tasks or not all(0 < w < float("inf") for w in values):
-            raise ConfigError(f"weights: {num_tasks} positive numbers are needed, found {values}")
+            raise ConfigError(f"weights: must be {num_tasks} positive numbers, found {values}")
         self.register_buffer("weights", torch.tensor(values, dtype=torch.float64))
 
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:

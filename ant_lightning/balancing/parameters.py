@@ -46,7 +46,7 @@ def trained_parameters(parameters: Iterable[P]) -> list[P]:
             _check(p, index)
             found[id(p)] = p
     if not found:
-        raise ConfigError("parameters: at least one that needs a gradient is needed, found 0")
+        raise ConfigError("parameters: must have at least one that needs a gradient, found 0")
     return list(found.values())
 
 

@@ -136,7 +136,7 @@ class ImageFolderData(ImageDataModule):
         if empty and names:
             raise ConfigError(
                 "validate_images: every class must have an image that is not broken, "
-                f"{self.class_names[min(empty)]} in {self.root} has none"
+                f"found none of {self.class_names[min(empty)]} in {self.root}"
             )
         if self.num_held_out is None:
             self.num_held_out = default_held_out(len(kept))

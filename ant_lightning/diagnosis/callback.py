@@ -115,7 +115,7 @@ class Diagnosis(MeasuringCallback):
                     warn_below=-1,  # the page says it
                     on_progress=shown_on(bar),
                 )
-            scale = float(loss.scale)
+            scale = float(loss.scale)  # of the gradient scaler in float16
 
             def of_task(task: int) -> Tensor:
                 return loss.in_cells(*clusters.boundaries[task : task + 2], key=task)
@@ -153,9 +153,11 @@ class Diagnosis(MeasuringCallback):
             "NashMTL, weights refreshed": lambda: NashMTL(k, update_every=1),
         }
         losses, tasks = loss.batch(self.batch_size, clusters)
+        # A diagnosis inside `fit` must leave the gradients of the run as they are.
         kept = [p.grad for p in pl_module.backbone.parameters()]
         found: dict[str, float] = {}
         try:
+            # Lightning validates in inference mode, where no gradient can be computed.
             with torch.inference_mode(False), torch.enable_grad():
                 for name, make in balancers.items():
                     balancer = make()

@@ -109,8 +109,7 @@ class Findings:
     @cached_property
     def gradient_shares(self) -> Float[Tensor, " k"]:
         """Each task's share of the squared lengths of the gradients, without their noise."""
-        dots = self._half_dots.mean(0)
-        squares = ((dots[0, 1] + dots[1, 0]) / 2).diagonal().clamp(min=0)
+        squares = _squared_norms(self._half_dots)
         return squares / squares.sum()
 
     @cached_property
@@ -129,6 +128,8 @@ class Findings:
 
         PCGrad and NashMTL are given these gradients; UW is at its equilibrium, `1 / (2 L_i)`.
         """
+        # All four products of halves: the Gramian of the gradients over all images, noise included,
+        # which is what a balancer is given in training.
         gramian = self._half_dots.mean((0, 1, 2))
         found = {
             "PCGrad": PCGrad(self.num_tasks)(gramian),
@@ -169,15 +170,13 @@ class Findings:
 
     def numbers(self) -> dict[str, Any]:
         """Everything as plain numbers and lists, for a JSON file; what was not measured is None."""
-        dots = self.affinity.half_dots.mean(0)
-        squares = ((dots[0, 1] + dots[1, 0]) / 2).diagonal().clamp(min=0)
         log_snr, transfer = self.affinity.grid_log_snr, self.transfer
         return {
             "boundaries": list(self.clusters.boundaries),
             "timesteps": list(self.affinity.timesteps),
             "log_snr": None if log_snr is None else log_snr.tolist(),
             "losses": self.losses.tolist(),
-            "gradient_norms": squares.sqrt().tolist(),
+            "gradient_norms": _squared_norms(self.affinity.half_dots).sqrt().tolist(),
             "tasks": {
                 "loss": self.task_losses.tolist(),
                 "gradient_share": self.gradient_shares.tolist(),
@@ -191,6 +190,13 @@ class Findings:
             "distance_correlation": self.correlations,
             "seconds": self.seconds,
         }
+
+
+def _squared_norms(half_dots: Float[Tensor, "c 2 2 n n"]) -> Float[Tensor, " n"]:
+    """Squared lengths of gradients, without their noise."""
+    dots = half_dots.mean(0)
+    # Products of different halves: their noise is independent, so it does not add to the length.
+    return ((dots[0, 1] + dots[1, 0]) / 2).diagonal().clamp(min=0)
 
 
 def _or_none(matrix: Float[Tensor, "k k"]) -> list[list[float | None]]:

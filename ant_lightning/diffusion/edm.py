@@ -80,7 +80,7 @@ class EDM(ContinuousProcess):
         high = trained[1] if sigma_max is None else sigma_max
         if not 0 < low < high < math.inf:
             raise ConfigError(
-                f"sigma_min: 0 < sigma_min < sigma_max must hold, found {low}, {high}"
+                f"sigma_min: must satisfy 0 < sigma_min < sigma_max, found {low}, {high}"
             )
         self.preconditioning = preconditioning
         axis = (math.log(low), math.log(high))

@@ -185,4 +185,4 @@ def check_interval(interval: tuple[float, float], *, name: str = "interval") -> 
     """
     low, high = interval
     if not 0 <= low < high:
-        raise ConfigError(f"{name}: 0 <= low < high must hold, found {low}, {high}")
+        raise ConfigError(f"{name}: must satisfy 0 <= low < high, found {low}, {high}")

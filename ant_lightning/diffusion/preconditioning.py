@@ -209,7 +209,7 @@ class VEPreconditioning(Preconditioning):
     def __init__(self, *, sigma_min: float = 0.02, sigma_max: float = 100.0) -> None:
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ConfigError(
-                f"sigma_min: 0 < sigma_min < sigma_max must hold, found {sigma_min}, {sigma_max}"
+                f"sigma_min: must satisfy 0 < sigma_min < sigma_max, found {sigma_min}, {sigma_max}"
             )
         self.sigma_range = (float(sigma_min), float(sigma_max))
 

@@ -84,7 +84,7 @@ class NoiseSchedule(ABC):
 def _check_range(beta_start: float, beta_end: float) -> None:
     if not 0 < beta_start <= beta_end < 1:  # NaN is refused too
         raise ConfigError(
-            "beta_start: 0 < beta_start <= beta_end < 1 must hold, found "
+            "beta_start: must satisfy 0 < beta_start <= beta_end < 1, found "
             f"beta_start = {beta_start}, beta_end = {beta_end}"
         )
 

@@ -39,7 +39,7 @@ class NamedGroups:
 
     def __init__(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
         if not settings:
-            raise ConfigError("settings: at least one pattern is needed, found none")
+            raise ConfigError("settings: must have at least one pattern, found none")
         self.settings = {pattern: dict(each) for pattern, each in settings.items()}
 
     def __call__(self, named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:

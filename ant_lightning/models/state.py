@@ -156,7 +156,7 @@ class CheckpointState:
             # For the balancer `None` is a value (vanilla), so unknown is the empty string.
             unknown = then == "" if name == "balancer" else then is None or now is None
             if then != now and not unknown:
-                raise ConfigError(f"{path}: the checkpoint has {then}, the settings say {now}")
+                raise ConfigError(f"{path}: must be that of the checkpoint, {then}, found {now}")
         tasks, last = run.clusters, self.clusters
         if (last.num_tasks, last.num_timesteps) != (tasks.num_tasks, tasks.num_timesteps):
             raise ConfigError(

@@ -215,7 +215,7 @@ def test_a_stored_network_is_the_one_that_was_saved(tmp_path):
         ),
         (
             lambda: DiffusersBackbone(network("UNet2DModel", class_embed_type="timestep")),
-            "class_embed_type 'timestep' is not supported",
+            "class_embed_type of UNet2DModel must be None, found 'timestep'",
         ),
         (lambda: stored_process("/nowhere"), "folder: must hold a scheduler of diffusers"),
     ],

@@ -163,7 +163,10 @@ def test_a_second_network_guides_without_a_null_class():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"interval": (2.0, 1.0), "process": EDM()}, r"interval: 0 <= low < high .*found 2.0, 1.0"),
+        (
+            {"interval": (2.0, 1.0), "process": EDM()},
+            r"interval: must satisfy 0 .*found 2.0, 1.0",
+        ),
         ({"interval": (-1.0, 1.0), "process": EDM()}, r"interval: .*found -1.0, 1.0"),
         ({"interval": (math.nan, 1.0), "process": EDM()}, r"interval: .*found nan, 1.0"),
         ({"interval": (0.0, 1.0)}, r"process: needed with an interval, found None"),

@@ -286,10 +286,10 @@ IDDPM = PROCESSES["edm iddpm"]().preconditioning
         (lambda: Table([0, 0]), "weights: .*found a sum of 0"),
         (lambda: LogNormal(std=0), "std: must be above 0 and finite, found 0"),
         (lambda: LogitNormal(mean=math.inf), "mean: must be finite, found inf"),
-        (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "sigma_min: 0 < sigma_min < sigma_max"),
+        (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "sigma_min: must satisfy 0 < sigma_min"),
         (lambda: EDMPreconditioning(sigma_data=0), "sigma_data: must be above 0"),
         (lambda: VPPreconditioning(beta_d=-1), "beta_d: must be above 0"),
-        (lambda: VEPreconditioning(sigma_min=0), "sigma_min: 0 < sigma_min < sigma_max"),
+        (lambda: VEPreconditioning(sigma_min=0), "sigma_min: must satisfy 0 < sigma_min"),
         (
             lambda: DiscreteDiffusion(ZeroTerminalSNR(LinearSchedule())),
             "prediction_type: must be v or x0 with a terminal SNR of zero, found eps",

@@ -83,7 +83,9 @@ def test_a_run_resumes_bit_for_bit_and_refuses_another_base(tmp_path):
     with pytest.raises(ConfigError, match=r"^backbone \(a fingerprint of the weights below"):
         fit(tmp_path / "parts", other, 2, resume=checkpoint)
     other = module(SD3, PCGrad(3), adapter=LoRA(r=2, alpha=2))
-    with pytest.raises(ConfigError, match=r"^adapter: the checkpoint has LoRA\(r=2.*alpha=2"):
+    with pytest.raises(
+        ConfigError, match=r"^adapter: must be that of the checkpoint, LoRA\(r=2.*alpha=2"
+    ):
         fit(tmp_path / "parts", other, 2, resume=checkpoint)
 
 

@@ -160,7 +160,7 @@ SHORT = DiscreteDiffusion(CosineSchedule(50), variance_type="learned_range")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": adm()}, "the checkpoint has TinyDiT, the settings say UNet"),
+        ({"backbone": adm()}, "must be that of the checkpoint, TinyDiT, found UNet"),
         ({"process": SHORT}, "tasks.clustering"),
         ({"hparams_file": "hparams.yaml"}, "hparams_file"),
         ({"weights_only": False}, "weights_only"),

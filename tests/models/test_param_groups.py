@@ -206,7 +206,7 @@ def test_bad_groups_are_refused_in_one_line(settings, message):
 
 
 def test_no_pattern_is_refused():
-    with pytest.raises(ConfigError, match="settings: at least one pattern is needed, found none"):
+    with pytest.raises(ConfigError, match="settings: must have at least one pattern, found none"):
         NamedGroups({})
 
 

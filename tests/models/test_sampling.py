@@ -148,7 +148,10 @@ def test_autoguidance_by_an_earlier_checkpoint_and_a_smaller_network(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance_interval": (2.0, 1.0)}, "guidance_interval: 0 <= low < high .*found 2.0, 1.0"),
+        (
+            {"guidance_interval": (2.0, 1.0)},
+            "guidance_interval: must satisfy 0 .*found 2.0",
+        ),
         ({"guide_backbone": network()}, "guide_checkpoint: needed with a guide_backbone"),
         (
             {"guide_checkpoint": "/nope.ckpt"},

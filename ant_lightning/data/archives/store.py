@@ -81,7 +81,10 @@ class _Folder:
         self.labels = None
         if content.is_file():
             if content.stat().st_size > _MAX_LABELS_BYTES:
-                raise FileError(f"{content}: must have at most {_MAX_LABELS_BYTES} bytes")
+                raise FileError(
+                    f"{content}: must have at most {_MAX_LABELS_BYTES} bytes, "
+                    f"found {content.stat().st_size}"
+                )
             self.labels = _labels(content, content.read_bytes(), sorted(names))
         digest = hashlib.sha256()
         for name in sorted(names):

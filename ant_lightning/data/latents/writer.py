@@ -163,8 +163,8 @@ class LatentWriter:
         bad = ~result.flatten(1).isfinite().all(1)
         if bool(bad.any()):
             raise ConfigError(
-                f"dtype: the moments must be finite in {self.dtype}, but image "
-                f"{start + int(bad.int().argmax())} of this split has a NaN or an infinity"
+                f"dtype: the moments must be finite in {self.dtype}, found a NaN or an infinity in "
+                f"image {start + int(bad.int().argmax())} of this split"
             )
         return result, torch.cat(labels)
 
