@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import sys
@@ -15,6 +14,7 @@ import torch
 from ant_lightning.callbacks.base import RunCallback
 from ant_lightning.callbacks.figures import log_folder
 from ant_lightning.errors import check_at_least
+from ant_lightning.files.json_file import write_json
 
 if TYPE_CHECKING:
     from ant_lightning.models.module import MultiTaskDiffusion
@@ -84,7 +84,7 @@ class StepCost(RunCallback):
             "peak_memory_gb": peak / 1e9,
             "memory_of": torch.cuda.get_device_name(device) if on_gpu else "process, no GPU",
         }
-        path.write_text(json.dumps(row) + "\n")
+        write_json(path, row)
 
 
 def _time(trainer: L.Trainer) -> float:
