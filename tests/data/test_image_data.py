@@ -1,6 +1,7 @@
 """A user's folder of images, and drawn shapes: what is found, decoded, refused."""
 
 import json
+import re
 import struct
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from ant_lightning import ConfigError, ImageFolderData, ShapesData
 from ant_lightning.data.pictures import read_picture
+from ant_lightning.errors import FileError
 
 
 def save(path, size=(16, 16), seed=0, mode="RGB", **options):
@@ -104,6 +106,22 @@ def test_adm_crop_scales_the_rest_bicubically_and_enlarges(tmp_path):
         40,
         1,
     )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_breaks_after_the_check_is_named_and_those_before_it_come(
+    nested, num_workers
+):
+    data = folder_data(nested, num_workers=num_workers, seed=0)
+    data.setup("fit")
+    order = [i for batch in data.train_dataloader() for i in batch.indices.tolist()]
+    path = data.train_images.paths[order[-1]]
+    path.write_bytes(path.read_bytes()[:200])
+    batches = iter(data.train_dataloader())
+    first = next(batches)
+    assert first.indices.tolist() == order[:2]
+    with pytest.raises(FileError, match=re.escape(f"{path}: cannot be decoded")):
+        list(batches)
 
 
 def test_a_file_whose_offset_is_a_fraction_is_damaged(tmp_path):
