@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from studies.curves_figure import quality_curves
 from studies.curves_tables import (
+    GUIDANCE,
     METRICS,
     TITLES,
     CurveRows,
     contrast_table,
+    guidance_table,
     profile_table,
     score_table,
     steps_table,
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = ["main", "section"]
+
+# Groups with a picture.
+_PICTURES = ("ldm/snr", "ldm/why", "ldm/four_times", "adm/snr", "sit/snr", "shapes_ldm/snr")
 
 
 def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, total: int) -> str:
@@ -48,12 +53,14 @@ def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, t
     tables = [
         table
         for group in sorted(measured.curves, key=_place)
+        if not group.startswith(GUIDANCE)
         for table in (
             score_table(measured, group, _real(rows, measured, group)),
             steps_table(measured, group),
         )
     ]
-    last = [contrast_table(measured), profile_table(rows), tuning_table(rows)]
+    last = [contrast_table(measured), guidance_table(measured), profile_table(rows)]
+    last.append(tuning_table(rows))
     for table in [*tables, *last]:
         if table.rows:
             text += [f"### {table.title}", "", table.markdown(), ""]
@@ -93,13 +100,17 @@ def main(args: Sequence[str] | None = None) -> int:
     results: Path = settings.docs / "results"
     results.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for group in ("ldm/snr", "ldm/four_times", "adm/snr", "sit/snr", "shapes_ldm/snr"):
+    for group in _PICTURES:
         if group in measured.curves:
             name = f"curves_{group.removesuffix('/snr').replace('/', '_')}.png"
+            shown = dict.fromkeys(measured.methods(group), group)
+            if group == "ldm/why":
+                main_methods = (m for m in ("vanilla", "uw") if m in measured.methods("ldm/snr"))
+                shown = dict.fromkeys(main_methods, "ldm/snr") | shown
             figure = quality_curves(
                 {
-                    m: {metric: measured.curve(group, m, metric) for metric in METRICS}
-                    for m in measured.methods(group)
+                    m: {metric: measured.curve(of, m, metric) for metric in METRICS}
+                    for m, of in shown.items()
                 },
                 title=TITLES[group],
                 real=_real(rows, measured, group),

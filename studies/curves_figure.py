@@ -64,6 +64,6 @@ def quality_curves(
     panels[0].tick_params(axis="y", which="minor", labelsize=8)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
-    seeds = f"mean and range of {'-'.join(map(str, sorted(counts)))} seeds"
+    seeds = f"mean and range of {' or '.join(map(str, sorted(counts)))} seeds"
     figure.suptitle(f"{title}: {'one seed' if counts == {1} else seeds}", fontsize=10)
     return figure

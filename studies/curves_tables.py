@@ -18,6 +18,7 @@ __all__ = [
     "TITLES",
     "CurveRows",
     "contrast_table",
+    "guidance_table",
     "profile_table",
     "score_table",
     "steps_table",
@@ -49,9 +50,12 @@ CONTRASTS = {
     ("ldm/snr", "pcgrad", "linear"): "projection, on the same batches",
     ("ldm/snr", "nash", "linear"): "bargaining weights, on the same batches",
     ("ldm/why", "uw_v", "vanilla_v"): "UW with v-prediction",
+    ("ldm/why", "vanilla_v", "uw"): "v-prediction without a balancer against UW",
     ("ldm/why", "uw_ema_0.99", "vanilla_ema_0.99"): "UW with a moving average of 100 steps",
     ("ldm/why", "uw_scale_0.5", "vanilla_scale_0.5"): "UW with latents of half the scale",
 }
+# Trained models that draw with other scales of guidance than the one of their training's metrics.
+GUIDANCE, TRAINING_GUIDANCE = "ldm/guidance/", 1.5
 # Groups whose runs have another length than the model's main group.
 OTHER_LENGTH = ("ldm/four_times",)
 
@@ -173,7 +177,7 @@ def contrast_table(rows: CurveRows) -> TextTable:
     """Differences of the last FID of pairs of methods, over the seeds that have both."""
     lines, found = [], []
     for (group, first, second), question in CONTRASTS.items():
-        scores = [rows.last(group, method) for method in (first, second)]
+        scores = [rows.last(group, m) or rows.last("ldm/snr", m) for m in (first, second)]
         gaps = [
             s["fid"] - scores[1][seed]["fid"] for seed, s in scores[0].items() if seed in scores[1]
         ]
@@ -185,6 +189,34 @@ def contrast_table(rows: CurveRows) -> TextTable:
         line[-1] += " **" if p < 0.05 else ""
     heads = ["pair", "question", "seeds", "difference of FID, paired [95%]"]
     return TextTable("Contrasts, latent diffusion", heads, lines)
+
+
+def guidance_table(rows: CurveRows) -> TextTable:
+    """FID, precision and recall of trained models by the scale of guidance that they draw with."""
+    found: dict[str, dict[float, list[dict[str, float]]]] = {}
+    for group in rows.curves:
+        if group.startswith(GUIDANCE):
+            main, method = group.removeprefix(GUIDANCE).split("/")
+            trained = rows.last(f"ldm/{main}", method).values()
+            found[method] = {TRAINING_GUIDANCE: list(trained)} if trained else {}
+            for scale in rows.methods(group):
+                scores = list(rows.last(group, scale).values())
+                found[method][float(scale.removeprefix("scale"))] = scores
+    scales = sorted({scale for each in found.values() for scale in each})
+    lines = []
+    for method, each in found.items():
+        texts = [
+            " / ".join(
+                f"{statistics.mean(s[m] for s in each[scale]):.2f}"
+                for m in ("fid", "precision", "recall")
+            )
+            if each.get(scale)
+            else ""
+            for scale in scales
+        ]
+        lines.append([method, *texts])
+    title = "FID / precision / recall by guidance scale, latent diffusion"
+    return TextTable(title, ["method", *(f"{scale:g}" for scale in scales)], lines)
 
 
 def tuning_table(rows: Mapping[str, Mapping[str, Any]]) -> TextTable:

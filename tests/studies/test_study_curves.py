@@ -9,6 +9,7 @@ from studies.curves import main, section
 from studies.curves_tables import (
     CurveRows,
     contrast_table,
+    guidance_table,
     profile_table,
     score_table,
     steps_table,
@@ -117,6 +118,20 @@ def test_contrasts_are_paired():
     assert line[0] == "uw against linear"
     assert line[2:] == ["3", "-2.02 [-4.53, +0.48], no detectable difference"]
     assert contrast_table(CurveRows.of(study_rows(seeds=1))).rows == []
+
+
+def test_scales_of_guidance_stand_beside_that_of_the_training():
+    rows = study_rows(seeds=2)
+    for scale in ("1.0", "2.0"):
+        for seed in range(2):
+            scores = measured(FIDS["uw"], 1 + seed + float(scale))
+            name = f"ldm/guidance/snr/uw/scale{scale}/seed{seed}"
+            rows[name] = row(**{"generation_metrics.jsonl": scores[-1:]})
+    table = guidance_table(CurveRows.of(rows))
+    assert table.columns == ["method", "1", "1.5", "2"]
+    (line,) = table.rows
+    assert line == ["uw", "7.50 / 0.50 / 0.70", "4.50 / 0.50 / 0.70", "10.50 / 0.50 / 0.70"]
+    assert "### Scores, ldm/guidance" not in section(rows, [], total=20)
 
 
 def test_chosen_learning_rates_are_marked_and_losses_are_ratios():
