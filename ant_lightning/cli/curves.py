@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import struct
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event
 
 from ant_lightning.callbacks.axes_style import plain_log_axis, task_colors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 __all__ = ["Curve", "curves_figure", "read_curves"]
@@ -33,20 +35,31 @@ def read_curves(folder: Path) -> dict[str, Curve]:
 
     If a step was logged more than once, as by a resumed run, its last value is kept.
     """
-    from tensorboard.backend.event_processing.event_file_loader import (  # noqa: PLC0415 - slow
-        EventFileLoader,
-    )
-    from tensorboard.util.tensor_util import make_ndarray  # noqa: PLC0415
-
     found: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("events.out.tfevents*")):
-        for event in EventFileLoader(str(path)).Load():
+        for event in _events(path):
             for value in event.summary.value:
-                # The loader converts simple values of old files to this form.
-                if value.metadata.plugin_data.plugin_name == "scalars":
-                    number = float(make_ndarray(value.tensor))
-                    found.setdefault(value.tag, {})[event.step] = number
+                if value.HasField("simple_value"):  # as torch's SummaryWriter writes numbers
+                    found.setdefault(value.tag, {})[event.step] = value.simple_value
     return {name: sorted(points.items()) for name, points in found.items()}
+
+
+def _events(path: Path) -> Iterator[Event]:
+    """The events of a file up to its end, or to a record that is damaged or still being written.
+
+    A record is its length in 8 bytes, a checksum in 4, the data, a checksum in 4. TensorBoard's
+    own reader takes 0.5 s to import.
+    """
+    with path.open("rb") as file:
+        while len(head := file.read(12)) == 12:
+            (length,) = struct.unpack("<Q", head[:8])
+            if length > path.stat().st_size or len(data := file.read(length + 4)) < length + 4:
+                return
+            try:
+                event = Event.FromString(data[:-4])
+            except Exception:  # DecodeError of protobuf, which comes with TensorBoard
+                return
+            yield event
 
 
 def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:

@@ -8,28 +8,25 @@ It reads the newest `config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ant_lightning.backbones.official_checkpoints import read_checkpoint
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.curves import Curve, curves_figure, read_curves
-from ant_lightning.cli.parts import make_part
 from ant_lightning.cli.renamed import with_new_names
-from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.torch_outline import read_outline
 from ant_lightning.runtime.changed_settings import flat_settings
 from ant_lightning.runtime.run_files import newest_record
-from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.figure import clusterings_figure
-from ant_lightning.tasks.time_axis import TimeAxis
+from ant_lightning.tasks.time_axis import NoiseCells, TimeAxis
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.figure import Figure
-    from torch import Tensor
 
 __all__ = ["run_report", "write_report"]
 
@@ -89,10 +86,10 @@ def write_report(folder: Path) -> Path:
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not checkpoint.is_file():  # the settings of an evaluation name the one that it read
         checkpoint = Path(config.get("ckpt_path") or checkpoint)
-    state: Any = read_checkpoint(checkpoint) if checkpoint.is_file() else {}
+    state = _state(checkpoint) if checkpoint.is_file() else {}
     curves = read_curves(folder)
-    process = _process(config)
-    time = None if process is None else TimeAxis.of(process)
+    cells = _cells(config, state)
+    time = None if cells is None else cells.time
     parts = [
         f"# Run {'/'.join(folder.resolve().parts[-2:])}\n\n{_summary(config, state)}",
         _scores(folder / "generation_metrics.jsonl"),
@@ -100,7 +97,7 @@ def write_report(folder: Path) -> Path:
         if (folder / "1_samples_grid.png").is_file()
         else "",
         _curves(folder, curves),
-        _clusters(folder, process, state, curves),
+        _clusters(folder, cells, state, curves),
         _affinity(folder, time),
         _transfer(folder, time),
         _experts(folder),
@@ -138,7 +135,7 @@ def _summary(config: dict[str, Any], state: Any) -> str:  # noqa: ANN401 - a che
             row[1] += f"({', '.join(numbers)})" if numbers else ""
     weights = [w for n, w in (state.get("state_dict") or {}).items() if n.startswith("backbone")]
     if weights:
-        rows.append(["parameters", f"{sum(w.numel() for w in weights):,}"])
+        rows.append(["parameters", f"{sum(math.prod(w.shape) for w in weights):,}"])
         rows.append(["optimizer steps", state["global_step"]])
     return _table(["", ""], *(row for row in rows if row[1]))
 
@@ -166,27 +163,51 @@ def _curves(folder: Path, curves: Mapping[str, Curve]) -> str:
     return f"## Curves\n\n{_saved(figure, folder, 'curves')}\n{table}"
 
 
-def _process(config: dict[str, Any]) -> NoiseProcess | None:
-    """The process of a run, for its size of images; `None` of an autoencoder."""
-    # `make_part` refuses a file that names classes of packages that are not trusted.
+def _state(checkpoint: Path) -> Any:  # noqa: ANN401 - a checkpoint
+    """What the checkpoint holds besides values of tensors, if possible without PyTorch."""
+    state = read_outline(checkpoint)
+    if isinstance(state, dict) and "shards" not in state:
+        return state
+    # Other files, and errors that say what is wrong; PyTorch's import takes a second or two.
+    from ant_lightning.backbones.official_checkpoints import read_checkpoint  # noqa: PLC0415
+
+    return read_checkpoint(checkpoint)
+
+
+def _cells(config: dict[str, Any], state: Any) -> NoiseCells | None:  # noqa: ANN401 - a checkpoint
+    """The noise axis of a run; `None` of an autoencoder."""
+    stored = (state.get("ant_lightning") or {}).get("noise_cells")
+    if stored is not None:
+        return NoiseCells.of_state(stored)
     settings = (config["model"].get("init_args") or {}).get("process")
     if settings is None:
         return None
+    # A run without a checkpoint, or of an earlier version. `make_part` refuses settings that name
+    # classes of packages that are not trusted.
+    from ant_lightning.cli.parts import make_part  # noqa: PLC0415
+    from ant_lightning.diffusion.process import NoiseProcess  # noqa: PLC0415
+
     process: NoiseProcess = make_part(settings, NoiseProcess)
     size = flat_settings(config).get("model.backbone.input_size")
-    return process.for_size(size, size) if isinstance(size, int) else process
+    return NoiseCells.of(process.for_size(size, size) if isinstance(size, int) else process)
+
+
+class _Clusters(NamedTuple):
+    """`TimestepClusters` without PyTorch."""
+
+    boundaries: tuple[int, ...]
 
 
 def _clusters(
     folder: Path,
-    process: NoiseProcess | None,
+    cells: NoiseCells | None,
     state: Any,  # noqa: ANN401 - a checkpoint
     curves: Mapping[str, Curve],
 ) -> str:
     boundaries = (state.get("ant_lightning") or {}).get("boundaries")
-    if boundaries is None or process is None:
+    if boundaries is None or cells is None:
         return ""
-    log_snr, time = process.log_snr, TimeAxis.of(process)
+    time, log_snr = cells.time, cells.log_snr
     by_step = time.label == "timestep"
     columns = {
         "held-out loss": "val/task_{}/loss",
@@ -200,13 +221,13 @@ def _clusters(
             task,
             f"{a}-{b - 1}",
             *([] if by_step else [time.words(a, b)]),
-            f"{float(log_snr[b - 1]):.2f} to {float(log_snr[a]):.2f}",
+            f"{log_snr[b - 1]:.2f} to {log_snr[a]:.2f}",
             *(_last(curves.get(curve.format(task))) for curve in columns.values()),
         ]
         for task, (a, b) in enumerate(pairwise(boundaries))
     ]
     figure = clusterings_figure(
-        {"clusters": TimestepClusters(boundaries)}, log_snr, time=time, density=_density(process)
+        {"clusters": _Clusters(tuple(boundaries))}, log_snr, time=time, density=cells.density
     )
     heads = ["timesteps"] if by_step else ["cells", time.label]
     table = _table(["task", *heads, "log-SNR", *columns], *rows)
@@ -216,14 +237,6 @@ def _clusters(
         "line is the process' own density. "
         f"Losses, weights and norms are the last ones.\n\n{table}"
     )
-
-
-def _density(process: NoiseProcess) -> Tensor | None:
-    """How often training draws each cell; `None` if it depends on a size that is not known."""
-    try:
-        return process.density
-    except ConfigError:
-        return None
 
 
 def _last(curve: Curve | None) -> str:

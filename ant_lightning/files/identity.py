@@ -10,8 +10,6 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ant_lightning.errors import FileError
 from ant_lightning.files.json_file import read_json
 
@@ -82,6 +80,8 @@ def shortened(value: object) -> str:
 
 def tensors_digest(tensors: Iterable[Tensor]) -> str:
     """A digest of the values, shapes, dtypes and order of `tensors`."""
+    import torch  # noqa: PLC0415 - the rest of this file is used without it
+
     digest = hashlib.sha256()
     for tensor in tensors:
         whole = tensor.detach().cpu().contiguous()

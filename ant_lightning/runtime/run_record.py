@@ -15,6 +15,7 @@ from ant_lightning.files.atomic import write_atomically
 from ant_lightning.runtime.changed_settings import flat_settings
 from ant_lightning.runtime.loggers import send_files, send_settings
 from ant_lightning.runtime.run_files import RUN_MARK, numbered, remove_empty_run
+from ant_lightning.tasks.time_axis import NoiseCells
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,9 +94,12 @@ class RunRecord(L.Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the settings and the relative path from the checkpoint to the run's folder."""
+        """Store the settings, the noise axis, and the path from the checkpoint to the folder."""
         state = checkpoint.setdefault("ant_lightning", {})
         state["settings"] = self.settings
+        process = getattr(pl_module, "process", None)  # an autoencoder has none
+        if process is not None:
+            state["noise_cells"] = NoiseCells.of(process).state()  # for `cli.report`
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
         if beside is not None and "://" not in str(beside):
             # Relative, so that a run can be moved together with its checkpoints.

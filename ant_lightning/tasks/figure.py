@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from matplotlib import colormaps
@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
-
-    from ant_lightning.tasks.clusters import TimestepClusters
 
 __all__ = [
     "NOISE_AXES",
+    "Intervals",
     "NoiseAxis",
     "boundaries_figure",
     "cell_edges",
@@ -33,8 +32,16 @@ NoiseAxis = Literal["timestep", "log_snr"]
 NOISE_AXES: dict[NoiseAxis, str] = {"timestep": "timestep", "log_snr": "log-SNR"}  # axis: label
 
 
+class Intervals(Protocol):
+    """What is drawn of `TimestepClusters`."""
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """First cells of the intervals, and the number of cells."""
+
+
 def importance_density(
-    clusters: TimestepClusters, density: Tensor | None = None
+    clusters: Intervals, density: ArrayLike | None = None
 ) -> NDArray[np.float64]:
     """How often each cell is drawn, relative to uniform sampling, `[T]`.
 
@@ -45,13 +52,18 @@ def importance_density(
         clusters: The clusters.
         density: `p`, the process' own density, `[T]`; by default uniform, `1 / T`.
     """
-    num_cells = clusters.num_timesteps
-    own = np.full(num_cells, 1 / num_cells) if density is None else density.double().numpy()
-    masses = np.add.reduceat(own, np.array(clusters.boundaries[:-1]))
+    boundaries = np.array(clusters.boundaries)
+    num_cells = boundaries[-1]
+    own = np.full(num_cells, 1 / num_cells) if density is None else _float64(density)
+    masses = np.add.reduceat(own, boundaries[:-1])
     # A cell of task i has the probability p_t / (k P_i); with uniform sampling it has 1 / T.
-    shares = np.repeat(num_cells / (clusters.num_tasks * masses), clusters.sizes.numpy())
+    shares = np.repeat(num_cells / (len(masses) * masses), np.diff(boundaries))
     drawn: NDArray[np.float64] = own * shares
     return drawn
+
+
+def _float64(values: ArrayLike) -> NDArray[np.float64]:
+    return np.asarray(values, dtype=np.float64)
 
 
 def cell_edges(positions: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -64,11 +76,11 @@ def cell_edges(positions: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def clusterings_figure(
-    clusterings: Mapping[str, TimestepClusters],
-    log_snr: Tensor,
+    clusterings: Mapping[str, Intervals],
+    log_snr: ArrayLike,
     *,
     time: TimeAxis | None = None,
-    density: Tensor | None = None,
+    density: ArrayLike | None = None,
 ) -> Figure:
     """Clusterings as rows of intervals, and how often each draws the cells of the noise axis.
 
@@ -81,13 +93,14 @@ def clusterings_figure(
         time: The process' own time; timesteps by default.
         density: The process' own density, `[T]`; uniform by default.
     """
-    time = TimeAxis.timesteps(len(log_snr)) if time is None else time
-    own = np.ones(len(log_snr)) if density is None else density.double().numpy() * len(log_snr)
+    noise = _float64(log_snr)
+    time = TimeAxis.timesteps(len(noise)) if time is None else time
+    own = np.ones(len(noise)) if density is None else _float64(density) * len(noise)
     figure = Figure(figsize=(10, 5), dpi=110, layout="constrained")
     panels = figure.subplots(2, 2, height_ratios=[1, 1.3], sharex="col")
     edges_of = {
         "timestep": time.edges,
-        "log_snr": cell_edges(log_snr.double().numpy()),
+        "log_snr": cell_edges(noise),
     }
     for (intervals, densities), axis in zip(panels.T, NOISE_AXES, strict=True):
         edges, by_time = edges_of[axis], axis == "timestep"
@@ -153,13 +166,13 @@ def boundaries_figure(
 
 def _intervals(
     panel: Axes,
-    clusterings: Mapping[str, TimestepClusters],
+    clusterings: Mapping[str, Intervals],
     edges: NDArray[np.float64],
     *,
     log: bool = False,
 ) -> None:
     for row, clusters in enumerate(clusterings.values()):
-        colors = _task_colors(clusters.num_tasks)
+        colors = _task_colors(len(clusters.boundaries) - 1)
         for task, (start, stop) in enumerate(pairwise(clusters.boundaries)):
             width = edges[stop] - edges[start]
             panel.barh(row, width, left=edges[start], color=colors[task], edgecolor="white")
@@ -167,7 +180,7 @@ def _intervals(
             share = (places[stop] - places[start]) / (places[-1] - places[0])
             if share > 0.04:  # wide enough for its number
                 # Viridis is bright for the upper half of the tasks.
-                dark = "0.1" if task > clusters.num_tasks / 2 else "white"
+                dark = "0.1" if task > len(colors) / 2 else "white"
                 middle = (places[start] + places[stop]) / 2
                 at = (np.exp(middle) if log else middle, row)
                 panel.text(*at, str(task), ha="center", va="center", fontsize=8, color=dark)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from ant_lightning.errors import ConfigError
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["TimeAxis"]
+__all__ = ["NoiseCells", "TimeAxis"]
 
 
 class _HasTimes(Protocol):
@@ -21,6 +25,16 @@ class _HasTimes(Protocol):
 
     @property
     def edges(self) -> Tensor: ...
+
+
+class _HasCells(_HasTimes, Protocol):
+    """What `NoiseCells` needs of a process."""
+
+    @property
+    def log_snr(self) -> Tensor: ...
+
+    @property
+    def density(self) -> Tensor: ...
 
 
 class TimeAxis(NamedTuple):
@@ -72,3 +86,51 @@ class TimeAxis(NamedTuple):
             return np.interp(places, cells, self.edges)
         times: NDArray[np.float64] = np.exp(np.interp(places, cells, np.log(self.edges)))
         return times
+
+
+class NoiseCells(NamedTuple):
+    """What figures and tables need of a process: a checkpoint holds it, a reader needs no PyTorch.
+
+    Attributes:
+        time: The process' own time.
+        log_snr: Log-SNR at the centres of the cells, `[T]`.
+        density: How often training draws each cell, `[T]`; `None` if it depends on an image size
+            that is not known.
+
+    Examples:
+        >>> from ant_lightning import FlowMatching
+        >>> from ant_lightning.tasks.time_axis import NoiseCells
+        >>> cells = NoiseCells.of(FlowMatching(num_timesteps=100))
+        >>> NoiseCells.of_state(cells.state()).time.words(50, 100)
+        '0.5 to 1'
+    """
+
+    time: TimeAxis
+    log_snr: NDArray[np.float64]
+    density: NDArray[np.float64] | None
+
+    @classmethod
+    def of(cls, process: _HasCells) -> NoiseCells:
+        """The cells of a process."""
+        try:
+            density = process.density.double().cpu().numpy()
+        except ConfigError:
+            density = None
+        return cls(TimeAxis.of(process), process.log_snr.double().cpu().numpy(), density)
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> NoiseCells:
+        """The inverse of `state`."""
+        edges, log_snr = np.array(state["edges"]), np.array(state["log_snr"])
+        density = None if state["density"] is None else np.array(state["density"])
+        return cls(TimeAxis(edges, state["label"], state["log"]), log_snr, density)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint."""
+        return {
+            "edges": self.time.edges.tolist(),
+            "label": self.time.label,
+            "log": self.time.log,
+            "log_snr": self.log_snr.tolist(),
+            "density": None if self.density is None else self.density.tolist(),
+        }

@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from ant_lightning import ConfigError, CosineSchedule, DiscreteDiffusion, Transf
 from ant_lightning.cli.curves import read_curves
 from ant_lightning.cli.main import main as ant_lightning
 from ant_lightning.cli.report import write_report
+from ant_lightning.tasks.time_axis import NoiseCells
 from ant_lightning.transfer.gap import GapEstimate
 from ant_lightning.transfer.result import IntervalGap
 from studies.ntg import gap_results, gap_table, main as ntg_main, mean_table
@@ -274,6 +277,22 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
         assert f"(report_{name}.png)" in text
         assert (tmp_path / f"report_{name}.png").stat().st_size > 5000
     assert "(1_samples_grid.png)" in text
+    # A checkpoint of today holds the noise axis: the same report, without PyTorch.
+    (tmp_path / "task_affinity.safetensors").unlink()
+    (tmp_path / "negative_transfer_gap.jsonl").unlink()
+    assert ant_lightning(["report", str(tmp_path)]) == 0
+    text, picture = (tmp_path / "report.md").read_text(), tmp_path / "report_clusters.png"
+    drawn = picture.read_bytes()
+    cells = NoiseCells.of(DiscreteDiffusion(CosineSchedule(100)))
+    state["ant_lightning"]["noise_cells"] = cells.state()
+    torch.save(state, tmp_path / "checkpoints" / "last.ckpt")
+    code = (
+        "import sys; from ant_lightning.cli.main import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or ', '.join({'torch', 'lightning', 'boto3'} & {*sys.modules}) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, "report", str(tmp_path)], check=True)
+    assert (tmp_path / "report.md").read_text() == text
+    assert picture.read_bytes() == drawn
     with pytest.raises(
         ConfigError, match=r"must be the log folder of a run, found no config\.yaml"
     ):
