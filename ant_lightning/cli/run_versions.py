@@ -102,6 +102,8 @@ class RunVersions:
         versions = logger_versions(folder)
         for logger in self.loggers:
             module, _, kind = str(logger.class_path).rpartition(".")
+            if kind == "WandbLogger":
+                _continue_wandb(logger)
             if _version(logger) is not None:
                 continue
             logger.init_args = init = _init(logger)
@@ -117,6 +119,16 @@ class RunVersions:
 
 def _writes_files(logger: Any) -> bool:  # noqa: ANN401
     return str(logger.class_path).endswith(_FILE_LOGGERS)
+
+
+def _continue_wandb(logger: Any) -> None:  # noqa: ANN401
+    """Let W&B add to a run whose id it knows, which it would overwrite.
+
+    This is `WandbLogger`'s own default, but the parser hands it every default of `wandb.init`.
+    """
+    logger.init_args = init = _init(logger)
+    if not any(init.get(name) for name in ("resume", "resume_from", "fork_from")):
+        init.resume = "allow"
 
 
 def _init(logger: Any) -> Any:  # noqa: ANN401

@@ -1,5 +1,6 @@
 """What every logger holds of a run besides its numbers: pictures, settings and files."""
 
+import csv
 import json
 import struct
 from pathlib import Path
@@ -29,7 +30,8 @@ SMALL = [
     "--model.init_args.sampling.sampler.init_args.num_steps=2",
 ]
 LR = "model.optimization.optimizer.lr"
-FILES = {"config.yaml", "loggers.json", "validate.yaml"}
+# The resumed run has other settings (its last step), so another record.
+FILES = {"config.yaml", "config_1.yaml", "loggers.json", "validate.yaml"}
 
 
 class CometLike(Logger):
@@ -60,7 +62,7 @@ class CometLike(Logger):
 
 
 def run(folder, loggers, command="fit", *more):
-    """A run of two steps, with a grid of images at each."""
+    """A command on a run of two steps, with a grid of images at each."""
     settings = {
         "trainer": {
             "logger": loggers,
@@ -85,17 +87,18 @@ def lightning(kind, **init_args):
 
 
 def validated(folder, loggers, *, ended=lambda: None):
-    """Train, then validate the checkpoint; returns the run's folder.
+    """Train for two steps, resume to step 4, then validate; returns the run's folder.
 
     `ended` does what the end of a command's process does.
     """
     run(folder, loggers)
     ended()
+    run(folder, loggers, "fit", "--trainer.max_steps=4", "--ckpt_path=last")
+    ended()
     (found,) = folder.rglob("last.ckpt")
     run(folder, loggers, "validate", f"--ckpt_path={found}")
     ended()
     assert (found.parent.parent / "1_samples_grid.png").is_file()
-    assert not (found.parent.parent / "config_1.yaml").exists()
     return found.parent.parent
 
 
@@ -108,8 +111,9 @@ def test_tensorboard_and_a_logger_like_comet_at_once(tmp_path):
     comet = logger(f"{__name__}.CometLike")
     folder = validated(tmp_path, [lightning("TensorBoardLogger", save_dir=str(tmp_path)), comet])
     events = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
-    assert {image.step for image in events.Images("1_samples/grid")} == {1, 2}
-    assert {"train/loss", "val/loss"} <= set(events.Tags()["scalars"])
+    assert [image.step for image in events.Images("1_samples/grid")][:4] == [1, 2, 3, 4]
+    assert [value.step for value in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [value.step for value in events.Scalars("val/loss")][:4] == [1, 2, 3, 4]
     assert "hp_metric" not in events.Tags()["scalars"]
     content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     shown = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
@@ -118,11 +122,13 @@ def test_tensorboard_and_a_logger_like_comet_at_once(tmp_path):
     assert yaml.safe_load((folder / "hparams.yaml").read_text())[LR] == 2e-3
 
     kept = CometLike.kept
-    assert [params[LR] for params in kept["hparams"]] == [2e-3]
+    assert [step for step, values in kept["metrics"] if "train/loss" in values] == [1, 2, 3, 4]
+    assert [params[LR] for params in kept["hparams"]] == [2e-3, 2e-3]
     assert {(name, step) for name, step, _ in kept["images"]} >= {
         ("1_samples/grid", 1),
         ("1_samples/grid", 2),
-        ("0_page/overview", 2),
+        ("1_samples/grid", 4),
+        ("0_page/overview", 4),
     }
     assert np.array_equal(kept["images"][-2][2], picture(folder))
     assert dict(kept["files"])["config.yaml"] == (folder / "config.yaml").read_bytes()
@@ -156,8 +162,10 @@ def test_wandb_offline(tmp_path, monkeypatch):
         wandb.teardown()  # its service may still write after `finish`
 
     folder = validated(tmp_path, loggers, ended=ended)
-    ids, config, logged, files = set(), {}, set(), set()
-    for path in tmp_path.rglob("run-*.wandb"):
+    ids, config, logged, files, steps = set(), {}, set(), set(), []
+    paths = sorted(tmp_path.rglob("run-*.wandb"))
+    assert len(paths) == 3, "W&B's rule: offline, a folder for each process"
+    for path in paths:
         for data in wandb_records(path.read_bytes()):
             record = records.Record.FromString(data)
             for each in record.run.config.update:
@@ -166,9 +174,17 @@ def test_wandb_offline(tmp_path, monkeypatch):
                 config[each.key or ".".join(each.nested_key)] = json.loads(each.value_json)
             # A picture has several keys below its tag.
             logged |= {[*item.nested_key, item.key][0] for item in record.history.item}
+            values = {
+                ".".join([*i.nested_key, i.key][:1]): i.value_json for i in record.history.item
+            }
+            if "train/loss" in values:
+                steps.append(int(values["trainer/global_step"]))
             files |= {each.path for each in record.files.files}
-            ids |= {record.run.run_id} - {""}
-    assert len(ids) == 1, "validate logs into the run of its checkpoint"
+            if record.run.run_id:
+                ids.add(record.run.run_id)
+                assert record.run.resume, "`wandb sync` joins it to the run of the same id"
+    assert len(ids) == 1, "a resumed run and validate log into the run of their checkpoint"
+    assert steps == [1, 2, 3, 4]
     assert config[LR] == 2e-3
     assert {"train/loss", "val/loss", "1_samples/grid", "0_page/overview"} <= logged
     assert files >= FILES
@@ -188,7 +204,9 @@ def test_mlflow_in_sqlite(tmp_path, monkeypatch):
     experiment = client.get_experiment_by_name("digits")
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.data.params[LR] == "0.002"
-    assert {"train/loss", "val/loss"} <= found.data.metrics.keys()
+    assert "val/loss" in found.data.metrics
+    logged = client.get_metric_history(found.info.run_id, "train/loss")
+    assert [value.step for value in logged] == [1, 2, 3, 4]
     artifacts = {each.path for each in client.list_artifacts(found.info.run_id)}
     assert artifacts >= FILES
     stored = [np.asarray(Image.open(p)) for p in (tmp_path / "artifacts").rglob("*.png")]
@@ -207,3 +225,13 @@ def test_without_one_that_shows_pictures_they_lie_in_the_runs_folder(
     for folder in folders:
         assert (folder / "config.yaml").is_file()
         assert (folder / "0_page_overview.png").is_file()
+
+
+def test_csv_of_a_resumed_run(tmp_path):
+    folder = validated(tmp_path, [lightning("CSVLogger", save_dir=str(tmp_path))])
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("train/loss", "val/loss"):
+        assert [int(row["step"]) for row in rows if row[name]][:4] == [1, 2, 3, 4]
+    assert yaml.safe_load((folder / "hparams.yaml").read_text())[LR] == 2e-3
+    assert {path.name for path in folder.iterdir()} >= FILES

@@ -40,6 +40,11 @@ MODELS = {
     "celebahq/ldm": ("ldm_celeba256", 16, UNET),
     "imagenet/dit_s2": ("dit_s_2", 16, DIT),
     "imagenet/dit_l2": ("dit_l_2", 16, DIT),
+    "imagenet/adm_64": (
+        "adm_imagenet64_cond",
+        8,
+        [*UNET, "--model.backbone.out_channels=6", "--model.backbone.num_classes=3"],
+    ),
 }
 FIRST = ("ffhq/adm", "ffhq/ldm", "imagenet/dit_s2")
 BALANCERS = ("vanilla", "linear", "uw", "pcgrad", "nash")
