@@ -11,7 +11,7 @@ from diffusers import (
     EDMEulerScheduler,
     UNet2DModel,
 )
-from lightning import Trainer
+from tiny_digits import saved
 
 from ant_lightning import (
     DDIM,
@@ -196,10 +196,7 @@ def write_run(folder):
 
     network = filled(DiT(**DIT, in_channels=1, num_classes=5))
     made = DiTModule(network, tasks=Tasks(SNRClustering(3)), seed=5)
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    trainer.strategy.connect(made)
-    path = folder / "checkpoints" / "last.ckpt"
-    trainer.save_checkpoint(path)
+    path = saved(made, folder / "checkpoints" / "last.ckpt")
     content = torch.load(path, weights_only=True)
     averages = {n: p.detach() / 2 for n, p in network.named_parameters() if p.requires_grad}
     content["callbacks"] = {"EMA": {"averages": averages}}

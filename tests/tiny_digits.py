@@ -50,6 +50,14 @@ def module(backbone=None, *, kind=DiTModule, **settings):
     )
 
 
+def saved(model, path):
+    """The checkpoint of a module that was not trained."""
+    run = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    run.strategy.connect(model)
+    run.save_checkpoint(path)
+    return str(path)
+
+
 def trainer(folder, *callbacks, steps=4, **settings):
     return L.Trainer(
         max_steps=steps,

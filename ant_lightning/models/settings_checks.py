@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.models.adapters import adapted
 from ant_lightning.models.backbone import backbone_name
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "check_settings",
     "warn_of_other_model",
     "warn_of_other_ranks",
+    "warn_of_random_base",
     "warn_of_rare_tasks",
 ]
 
@@ -110,6 +112,17 @@ def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
             f"tasks.clustering: its affinity was measured on {measured!r}, and the backbone is a "
             f"{ours}: the clusters are those of another network",
             stacklevel=3,
+        )
+
+
+def warn_of_random_base(backbone: nn.Module) -> None:
+    """Warn of an adapter in a network that no file has filled, as its own weights stay random."""
+    config = getattr(adapted(backbone), "config", None) or {}
+    if not config.get("_name_or_path"):  # what diffusers notes of the folder that it read
+        rank_zero_warn(
+            f"adapter: adapts the weights that {backbone_name(backbone)} was made with, which are "
+            "random: set model.init_from to a checkpoint or a folder of diffusers, or give the "
+            "folder of a DiffusersBackbone"
         )
 
 

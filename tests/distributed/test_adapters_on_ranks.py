@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers_networks import SHAPES, backbone
 from rank_processes import needs_unused_shards, run_ranks
-from tiny_runs import METHODS, ROUNDING, TinyData, module, trainer
+from tiny_runs import METHODS, ROUNDING, TinyData, largest_difference, module, trainer
 
 from ant_lightning import (
     EMA,
@@ -19,6 +19,8 @@ from ant_lightning import (
     Tasks,
 )
 from ant_lightning.balancing.shards import full_tensor, is_sharded
+
+pytestmark = pytest.mark.filterwarnings("ignore:adapter. adapts the weights:UserWarning")
 
 ADAPTER = LoRA(r=2, alpha=6)
 
@@ -126,10 +128,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     return run_ranks(every_run, 2, folder / "ranks", folder, limit=110)
-
-
-def largest_difference(a, b):
-    return max(float((a[name] - b[name]).abs().max()) for name in b)
 
 
 def check_equal(ranks, one):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rank_processes import run_ranks
-from tiny_runs import METHODS, ROUNDING, fit, sgd
+from tiny_runs import METHODS, ROUNDING, fit, largest_difference, sgd
 
 # Of one image each, micro-batches are the same however many ranks there are, and so is all that
 # bfloat16 rounds, but for a weight now and then that lies between two of its values.
@@ -14,10 +14,6 @@ def every_method(rank):
     exact = {name: fit(name, ranks=2) for name in METHODS}
     low = {name: fit(name, ranks=2, accumulate_grad_batches=4, **LOW) for name in METHODS}
     return exact, low
-
-
-def largest_difference(a, b):
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rank_processes import needs_unused_shards, run_ranks
-from tiny_runs import METHODS, ROUNDING, K, TinyData, module, sgd, trainer
+from tiny_runs import METHODS, ROUNDING, K, TinyData, largest_difference, module, sgd, trainer
 
 from ant_lightning import (
     EMA,
@@ -85,10 +85,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     return run_ranks(every_method, 2, folder / "ranks", folder, limit=110)
-
-
-def largest_difference(a, b):
-    return max(float((a[name] - b[name]).abs().max()) for name in b)
 
 
 def check_equal(ranks, one, limit=ROUNDING):

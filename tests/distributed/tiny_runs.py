@@ -91,6 +91,11 @@ class TinyData(ImageDataModule):
 ROUNDING = 2e-5
 
 
+def largest_difference(a, b):
+    """Between the tensors of two mappings with the same names."""
+    return max(float((a[name] - b[name]).abs().max()) for name in b)
+
+
 def adamw(groups):
     # A larger eps than usual: the gradient of a key's bias is 0 up to rounding, and Adam divides
     # by its size.

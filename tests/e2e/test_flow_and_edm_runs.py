@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import tiny_digits
 import torch
 from tiny_fit import BALANCERS, SIZE
 
@@ -50,17 +51,7 @@ def module(process, method="pcgrad", clustering=SNRClustering, **settings):
 
 
 def trainer(folder, steps):
-    return L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-    )
+    return tiny_digits.trainer(folder, steps=steps, limit_val_batches=0)
 
 
 def weights_of(model):

@@ -19,7 +19,7 @@ from exported import (
     same_images,
     write_run,
 )
-from lightning import Trainer
+from tiny_digits import saved
 
 from ant_lightning import (
     DDIM,
@@ -63,10 +63,7 @@ def experts(run, tmp_path_factory):
             timesteps=TimestepSampling(interval=interval),
             seed=5,
         )
-        trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-        trainer.strategy.connect(made)
-        files.append(str(tmp_path_factory.mktemp("expert") / "last.ckpt"))
-        trainer.save_checkpoint(files[-1])
+        files.append(saved(made, tmp_path_factory.mktemp("expert") / "last.ckpt"))
     return files
 
 
@@ -139,10 +136,7 @@ def with_adapter(folder, name, seed, **settings):
     for parameter in made.backbone.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    trainer.strategy.connect(made)
-    trainer.save_checkpoint(folder / name)
-    return str(folder / name)
+    return saved(made, folder / name)
 
 
 def test_experts_that_are_adapters_leave_switched_and_merged(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """LoRA and other adapters of PEFT: what is trained, what is stored, and what others read."""
 
+import warnings
+
 import diffusers
 import peft
 import pytest
@@ -12,6 +14,7 @@ from ant_lightning import (
     EMA,
     Checkpoints,
     ConfigError,
+    DiffusersBackbone,
     LoRA,
     PCGrad,
     PeftAdapter,
@@ -21,6 +24,8 @@ from ant_lightning import (
 )
 from ant_lightning.affinity.gradient import FlatGradient
 from ant_lightning.models.adapters import adapted, base_fingerprint
+
+pytestmark = pytest.mark.filterwarnings("ignore:adapter. adapts the weights:UserWarning")
 
 SD3 = "SD3Transformer2DModel"
 LORA = LoRA(r=2, alpha=6)
@@ -64,6 +69,20 @@ def test_the_gramian_and_the_affinity_are_over_the_adapter(tmp_path):
     assert made.last_report.gramian.shape == (3, 3)
     loss = FlatGradient(lambda t, half: 0.0, parameters=made.backbone.parameters())
     assert loss.num_parameters == size
+
+
+def test_random_weights_below_an_adapter_are_warned_of_once(tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match=r"model.init_from to a checkpoint or a folder") as found:
+        fit(tmp_path, module(SD3, adapter=LORA), 1)
+    (line,) = [str(each.message) for each in found if str(each.message).startswith("adapter: ")]
+    assert "weights that SD3Transformer2DModel was made with" in line
+    assert "\n" not in line
+    network(SD3).save_pretrained(tmp_path / "sd3")
+    read = DiffusersBackbone(folder=str(tmp_path / "sd3"))
+    monkeypatch.setattr("diffusers_networks.backbone", lambda _: read)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="adapter")
+        fit(tmp_path, module(SD3, adapter=LORA), 1)
 
 
 def _batch(made):

@@ -2,9 +2,9 @@
 
 import math
 
-import lightning as L
 import pytest
 import torch
+from tiny_digits import trainer
 from tiny_fit import SIZE
 
 from ant_lightning import (
@@ -36,19 +36,9 @@ def module(proposal, density=None):
 
 
 def fit(model, folder, steps, *, resume=None):
-    trainer = L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(model, datamodule=DigitsData(batch_size=64, seed=0), ckpt_path=resume)
-    return trainer
+    run = trainer(folder, steps=steps, limit_val_batches=0)
+    run.fit(model, datamodule=DigitsData(batch_size=64, seed=0), ckpt_path=resume)
+    return run
 
 
 def test_the_corrected_loss_has_the_mean_under_the_process_own_density():

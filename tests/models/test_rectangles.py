@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from lightning import Trainer
 from PIL import Image
+from tiny_digits import trainer
 
 from ant_lightning import (
     DDIM,
@@ -68,20 +68,10 @@ def test_a_rectangle_trains_samples_and_scores(name, tmp_path):
     assert module.image_shape == (3, 8, 16)
     features = ModuleFeatures(Features(), num_features=24, name="rows and columns")
     grid = SampleGrid(num_images=4, columns=2)
-    trainer = Trainer(
-        max_steps=2,
-        val_check_interval=2,
-        callbacks=[GenerationMetrics(features, num_images=8), grid],
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        logger=False,
-        num_sanity_val_steps=0,
-    )
+    scores = GenerationMetrics(features, num_images=8)
+    run = trainer(tmp_path, scores, grid, steps=2, val_check_interval=2)
     before = {n: p.detach().clone() for n, p in module.backbone.named_parameters()}
-    trainer.fit(module, data)
+    run.fit(module, data)
     assert any(not torch.equal(before[n], p) for n, p in module.backbone.named_parameters())
     assert module.sample(3).shape == (3, 3, 8, 16)
     row = json.loads(next(tmp_path.rglob("generation_metrics.jsonl")).read_text().splitlines()[-1])
@@ -89,9 +79,6 @@ def test_a_rectangle_trains_samples_and_scores(name, tmp_path):
     with Image.open(grid.path) as picture:
         assert picture.width > picture.height
     writer = SampleWriter(num_images=2, folder=str(tmp_path / "images"), batch_size=2)
-    predictor = Trainer(
-        accelerator="cpu", callbacks=[writer], logger=False, enable_progress_bar=False
-    )
-    predictor.predict(module, data)
+    trainer(tmp_path, writer).predict(module, data)
     stored = StoredImages(str(tmp_path / "images"))
     assert next(stored.batches(batch_size=2)).shape == (2, 3, 8, 16)

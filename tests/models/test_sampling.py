@@ -3,7 +3,7 @@
 import pytest
 import torch
 from grouped import grouped
-from lightning.pytorch import Trainer
+from tiny_digits import saved
 
 from ant_lightning import (
     DDIM,
@@ -44,13 +44,6 @@ def module(process, *, seed=0, backbone=None, **sampling):
         sampling=Sampling(**sampling),
         seed=3,
     ).eval()
-
-
-def saved(model, path):
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(path)
-    return str(path)
 
 
 def called(model):

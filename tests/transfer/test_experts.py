@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from lightning import Trainer
-from tiny_digits import TinyDiT, module, trainer
+from tiny_digits import TinyDiT, module, saved, trainer
 
 from ant_lightning import (
     DDIM,
@@ -28,20 +27,12 @@ INTERVALS = ((0, 30), (60, 100))
 SAMPLER = DDPM(num_steps=10)
 
 
-def saved(folder, name, model):
-    path = folder / f"{name}.ckpt"
-    run = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    run.strategy.connect(model)
-    run.save_checkpoint(path)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Specialists of random weights for the two ends of the noise axis."""
     folder = tmp_path_factory.mktemp("experts")
     return [
-        saved(folder, f"expert_{i}", module(TinyDiT(seed=i + 1), interval=interval))
+        saved(module(TinyDiT(seed=i + 1), interval=interval), folder / f"expert_{i}.ckpt")
         for i, interval in enumerate(INTERVALS)
     ]
 
@@ -141,7 +132,7 @@ def test_adapters_are_folded_in(tmp_path):
 
     model = adapted(0)
     experts = [adapted(i + 1, interval=interval) for i, interval in enumerate(INTERVALS)]
-    paths = [saved(tmp_path, f"lora_{i}", each) for i, each in enumerate(experts)]
+    paths = [saved(each, tmp_path / f"lora_{i}.ckpt") for i, each in enumerate(experts)]
     held = torch.load(paths[0], weights_only=True)["state_dict"]
     assert all("lora_" in name for name in held if name.startswith("backbone."))
     switched = with_experts(model, paths, averaged=False)
@@ -170,10 +161,10 @@ def test_adapters_are_folded_in(tmp_path):
 
 def test_what_is_no_specialist_or_overlaps_is_refused(files, tmp_path):
     model = base()
-    whole = saved(tmp_path, "whole", module(TinyDiT()))
+    whole = saved(module(TinyDiT()), tmp_path / "whole.ckpt")
     with pytest.raises(ConfigError, match=r"specialists\[1\]: must be the checkpoint of a special"):
         with_experts(model, [files[0], whole])
-    other = saved(tmp_path, "other", module(TinyDiT(), interval=(20, 50)))
+    other = saved(module(TinyDiT(), interval=(20, 50)), tmp_path / "other.ckpt")
     with pytest.raises(ConfigError, match=r"do not overlap, found \[0, 30\] and \[20, 50\]"):
         with_experts(model, [*files, other], averaged=False)
 
