@@ -72,6 +72,8 @@ class Dashboard(RunCallback):
             drawn = {tag: picture_file(trainer, tag) for tag in questions.values()}
             pictures = {tag: path for tag, path in drawn.items() if path.is_file()} | pictures
         found = {q: pictures[tag] for q, tag in questions.items() if tag in pictures}
+        if not found:  # only pictures that are not on the page
+            return
         page = stacked_page(found)
         Image.fromarray(page).save(log_folder(trainer) / "0_page_overview.png")
         step = steps_of(trainer, pl_module)

@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+# Ways to name a class, which jsonargparse lists even where a number was meant.
+_FORMS_OF_A_CLASS = ("a class path", "a dict with")
 # Alternatives that jsonargparse lists for most types, and that users rarely mean.
 _NOISE = ("Expected a <class 'NoneType'>", "Expected a <class 'str'>", "Expected a path but")
 
@@ -56,7 +58,8 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
     keys = [key for key in re.findall(r'Parser key "([^"]+)"', text) if key != "config"]
     setting = ".".join(keys).replace(".init_args", "")
     unaccepted = re.search(r"class_path '([\w.]+)\.(\w+)': Option '([\w.]+)' is not accepted", text)
-    if unaccepted:
+    # A tensor in place of a number is not meant by anyone, and has no signature to suggest from.
+    if unaccepted and unaccepted[2] != "Tensor":
         module, owner, name = unaccepted.groups()
         known = signature(getattr(import_module(module), owner)).parameters
         return no_such_setting(f"{setting}.{name}", (f"{setting}.{n}" for n in known), owner)
@@ -109,6 +112,7 @@ def _innermost(text: str, setting: str) -> str:
     )
     # If both a number and a class are allowed, a number was probably meant.
     types = [rule for rule in rules if rule.startswith(("a ", "true", "one of"))]
+    types = [rule for rule in types if not rule.startswith(_FORMS_OF_A_CLASS)] or types
     if unknown and not types:
         return unknown_class(setting, unknown.group(1) or unknown.group(2))
     rule = f"must be {' or '.join(dict.fromkeys(types))}" if types else rules[0][:300]

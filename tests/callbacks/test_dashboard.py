@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tiny_digits import module, trainer
 
-from ant_lightning import ConflictMonitor, Dashboard, DigitsData, SampleGrid
+from ant_lightning import ConflictMonitor, Dashboard, DigitsData, SampleGrid, TaskAffinity
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +122,14 @@ def test_the_page_of_an_evaluation_has_what_the_run_drew_before(tmp_path):
     with Image.open(tmp_path / "0_page_overview.png") as page:
         assert page.getpixel((page.width // 2, page.height - 10)) == (255, 0, 0)
         assert page.height > 2 * 44 + 20 + 100  # below the grid of this command
+
+
+def test_pictures_that_are_not_on_the_page_make_none(tmp_path):
+    measure = TaskAffinity(num_points=3, num_images=4)
+    run = trainer(tmp_path, measure, Dashboard(), limit_val_batches=1)
+    run.validate(module(), DigitsData(), verbose=False)
+    assert list(tmp_path.glob("*affinity*.png"))
+    assert not (tmp_path / "0_page_overview.png").exists()
 
 
 def test_the_curves_in_a_checkpoint_are_three_tensors_and_early_ones_a_list(tmp_path):

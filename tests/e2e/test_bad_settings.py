@@ -103,6 +103,12 @@ def test_a_flag_that_needs_a_value_is_named_where_a_file_has_none(tmp_path, caps
     assert f"trainer.{name}: must have a value or be left out, found None" in line
 
 
+@pytest.mark.parametrize("value", ["[1]", '{"x": 1}'])
+def test_a_number_that_may_be_a_tensor_is_asked_for_as_a_number(tmp_path, capsys, value):
+    line = refused(arguments(tmp_path, f"--model.optimization.optimizer.lr={value}"), capsys)
+    assert "model.optimization.optimizer.lr: must be a number, found " in line
+
+
 def test_a_number_of_steps_that_is_null_is_named():
     with pytest.raises(ConfigError, match=r"trainer\.max_steps: must have a value"):
         check_trainer_settings({"max_steps": None})
