@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -44,6 +46,9 @@ if "avif" in features.get_supported():
 if "jpg_2000" in features.get_supported():
     _FORMATS["JPEG2000"] = (".jp2", ".j2k")
 SUFFIXES = frozenset(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
+# What a byte can hold at most: a code of LZW has 12 bits and stands for up to 4,096 pixels;
+# deflate packs 1,032 bytes in one, of 8 pixels each. A header may claim any size.
+_MOST_PIXELS_PER_BYTE = {"GIF": 4096 * 8 // 12, "PNG": 1032 * 8}
 # Pillow's modes without colour.
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B"})
 # The transpose for each value of the EXIF orientation tag; 1 and unknown values change nothing.
@@ -122,6 +127,7 @@ def open_picture(
     """
     try:
         with Image.open(source, formats=_formats(source)) as file:
+            _check_size(file, source)
             return decoded_picture(file, channels=channels, exif_rotation=exif_rotation)
     except Exception as error:  # damage makes Pillow raise errors of many kinds
         name = source if isinstance(source, Path) else "an image"
@@ -148,6 +154,20 @@ def is_grey(source: Path | BinaryIO) -> bool:
     except Exception as error:
         name = source if isinstance(source, Path) else "an image"
         raise FileError(f"{name}: cannot be decoded ({error})") from error
+
+
+def _check_size(file: Image.Image, source: Path | BinaryIO) -> None:
+    """Refuse a header that claims more pixels than the bytes can hold, before they are reserved."""
+    if isinstance(source, Path):
+        num_bytes = source.stat().st_size
+    else:
+        here, num_bytes = source.tell(), source.seek(0, os.SEEK_END)
+        source.seek(here)
+    most = _MOST_PIXELS_PER_BYTE.get(file.format or "", math.inf) * num_bytes
+    if file.width * file.height > most:
+        raise ValueError(
+            f"{num_bytes} bytes must have at most {most} pixels, found {file.width} x {file.height}"
+        )
 
 
 def _formats(source: Path | BinaryIO) -> list[str]:

@@ -12,6 +12,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes_train_the_same_model_bit_for_bit(tmp_path):
     files = ["digits/dit", "balancer/nash", "clustering/snr"]
     command = [

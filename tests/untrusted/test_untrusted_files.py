@@ -7,6 +7,7 @@ import resource
 import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -272,6 +273,33 @@ def test_postscript_with_another_name_is_not_interpreted(tmp_path):
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(FileError, match=r"p\.png: cannot be decoded"):
         READERS["png"][2](path)
+
+
+@pytest.mark.parametrize(("format_", "at"), [("GIF", 6), ("PNG", 16)])
+def test_a_picture_of_more_pixels_than_its_bytes_can_hold_is_refused(tmp_path, format_, at):
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.new("L", (1, 1)).save(stream, format=format_)
+    content = bytearray(stream.getvalue())
+    size = struct.pack("<HH" if format_ == "GIF" else ">II", 8000, 8000)
+    content[at : at + len(size)] = size
+    if format_ == "PNG":
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path = tmp_path / f"p.{format_.lower()}"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"bytes must have at most \d+ pixels, found 8000 x 8000"):
+        READERS[format_.lower()][2](path)
+
+
+@pytest.mark.parametrize("format_", ["GIF", "PNG"])
+def test_a_picture_of_one_colour_is_read(tmp_path, format_):
+    from PIL import Image
+
+    path = tmp_path / f"p.{format_.lower()}"
+    Image.new("1", (3000, 3000), 1).save(path, optimize=True)
+    assert READERS[format_.lower()][2](path).size == (3000, 3000)
+    assert READERS[format_.lower()][2](io.BytesIO(path.read_bytes())).size == (3000, 3000)
 
 
 def test_a_picture_of_absurd_size_is_refused_before_it_is_decoded(tmp_path):
