@@ -192,31 +192,42 @@ def contrast_table(rows: CurveRows) -> TextTable:
 
 
 def guidance_table(rows: CurveRows) -> TextTable:
-    """FID, precision and recall of trained models by the scale of guidance that they draw with."""
-    found: dict[str, dict[float, list[dict[str, float]]]] = {}
+    """FID, precision and recall of trained models by the scale of guidance that they draw with.
+
+    The last column compares the lowest mean FID of a method over the scales with vanilla's lowest.
+    """
+    found: dict[str, dict[float, dict[int, dict[str, float]]]] = {}
     for group in rows.curves:
         if group.startswith(GUIDANCE):
             main, method = group.removeprefix(GUIDANCE).split("/")
-            trained = rows.last(f"ldm/{main}", method).values()
-            found[method] = {TRAINING_GUIDANCE: list(trained)} if trained else {}
+            trained = rows.last(f"ldm/{main}", method)
+            found[method] = {TRAINING_GUIDANCE: trained} if trained else {}
             for scale in rows.methods(group):
-                scores = list(rows.last(group, scale).values())
-                found[method][float(scale.removeprefix("scale"))] = scores
+                found[method][float(scale.removeprefix("scale"))] = rows.last(group, scale)
     scales = sorted({scale for each in found.values() for scale in each})
+    lowest = {
+        method: min(each.values(), key=lambda seeds: _means(seeds, "fid"))
+        for method, each in found.items()
+    }
     lines = []
     for method, each in found.items():
         texts = [
-            " / ".join(
-                f"{statistics.mean(s[m] for s in each[scale]):.2f}"
-                for m in ("fid", "precision", "recall")
-            )
-            if each.get(scale)
+            " / ".join(f"{_means(each[scale], m):.2f}" for m in ("fid", "precision", "recall"))
+            if scale in each
             else ""
             for scale in scales
         ]
+        base = lowest.get("vanilla", {})
+        gaps = [s["fid"] - base[seed]["fid"] for seed, s in lowest[method].items() if seed in base]
+        texts.append("" if method == "vanilla" else difference_text(gaps, digits=2))
         lines.append([method, *texts])
+    heads = ["method", *(f"{scale:g}" for scale in scales), "lowest FID - vanilla's lowest [95%]"]
     title = "FID / precision / recall by guidance scale, latent diffusion"
-    return TextTable(title, ["method", *(f"{scale:g}" for scale in scales)], lines)
+    return TextTable(title, heads, lines)
+
+
+def _means(seeds: Mapping[int, Mapping[str, float]], metric: str) -> float:
+    return statistics.mean(scores[metric] for scores in seeds.values())
 
 
 def tuning_table(rows: Mapping[str, Mapping[str, Any]]) -> TextTable:

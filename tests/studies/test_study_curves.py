@@ -122,15 +122,18 @@ def test_contrasts_are_paired():
 
 def test_scales_of_guidance_stand_beside_that_of_the_training():
     rows = study_rows(seeds=2)
-    for scale in ("1.0", "2.0"):
-        for seed in range(2):
-            scores = measured(FIDS["uw"], 1 + seed + float(scale))
-            name = f"ldm/guidance/snr/uw/scale{scale}/seed{seed}"
-            rows[name] = row(**{"generation_metrics.jsonl": scores[-1:]})
+    for method, factor in {"vanilla": 0.25, "uw": 1.0}.items():
+        for scale in ("1.0", "2.0"):
+            for seed in range(2):
+                scores = measured(FIDS[method], factor * (1 + seed + float(scale)))
+                name = f"ldm/guidance/snr/{method}/scale{scale}/seed{seed}"
+                rows[name] = row(**{"generation_metrics.jsonl": scores[-1:]})
     table = guidance_table(CurveRows.of(rows))
-    assert table.columns == ["method", "1", "1.5", "2"]
-    (line,) = table.rows
-    assert line == ["uw", "7.50 / 0.50 / 0.70", "4.50 / 0.50 / 0.70", "10.50 / 0.50 / 0.70"]
+    assert table.columns[:4] == ["method", "1", "1.5", "2"]
+    vanilla, uw = table.rows
+    assert vanilla[1:] == [f"{fid} / 0.50 / 0.70" for fid in ("2.50", "6.00", "3.50")] + [""]
+    assert uw[1:4] == [f"{fid} / 0.50 / 0.70" for fid in ("7.50", "4.50", "10.50")]
+    assert uw[4].startswith("+2.00 [")  # UW at 1.5 (3 and 6) less vanilla at 1 (2 and 3)
     assert "### Scores, ldm/guidance" not in section(rows, [], total=20)
 
 
