@@ -205,6 +205,10 @@ def network_config(folder: Path) -> tuple[Path, Mapping[str, Any]]:
     """
     inside = [folder / name for name in ("transformer", "unet")]
     found = next((each for each in inside if (each / "config.json").is_file()), folder)
+    if found is not folder and found.with_name(f"{found.name}_2").is_dir():
+        raise ConfigError(
+            f"folder: must hold one network (name {found.name} or {found.name}_2 in it), found two"
+        )
     try:
         config = read_json(found / "config.json", kind=dict)
     except FileError as error:

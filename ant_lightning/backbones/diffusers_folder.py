@@ -53,6 +53,9 @@ def read_folder(path: Path) -> dict[str, Any]:
         FileError: If it holds no network, or a file is damaged or would run code.
     """
     parts = [path / part for part in ("transformer", "unet", "")]
+    second = next((part for part in parts[:2] if part.with_name(f"{part.name}_2").is_dir()), None)
+    if second is not None:
+        raise FileError(f"{path}: must hold one network, found {second.name} and {second.name}_2")
     folder = next((part for part in parts if (part / "config.json").is_file()), None)
     if folder is None:
         raise FileError(f"{path}: must be a folder of diffusers, found no config.json in it")

@@ -27,8 +27,11 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler: DDPM, DDIM, FlowMatchEuler or EDMEuler.
         unet: The network, or else `transformer`.
         transformer: The network, or else `unet`.
+        unet_2: The network of little noise, if there are two.
+        transformer_2: The same of `transformer`.
         vae: The first stage; without one the images are pixels.
         class_table: Classes to text tokens, for `UNet2DConditionModel`.
+        boundary_ratio: The second network serves timesteps below this share of training's.
         process: `discrete`, `edm`, `flow` (the network is told 1000 t, its velocity is noise minus
             data), or `flow_sit` (it is told 1 - t, its velocity is data minus noise).
         num_classes: Classes; 0 without.
@@ -43,8 +46,10 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         latent_shift: See `latent_scale`.
     """
 
-    _optional_components: ClassVar = ["unet", "transformer", "vae", "class_table"]
-    model_cpu_offload_seq = "class_table->unet->transformer->vae"
+    _optional_components: ClassVar = [
+        *("unet", "unet_2", "transformer", "transformer_2", "vae", "class_table")
+    ]
+    model_cpu_offload_seq = "class_table->unet->unet_2->transformer->transformer_2->vae"
 
     def __init__(
         self,
@@ -52,8 +57,11 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         *,
         unet: Part = None,
         transformer: Part = None,
+        unet_2: Part = None,
+        transformer_2: Part = None,
         vae: Part = None,
         class_table: Part = None,
+        boundary_ratio: float | None = None,
         process: str = "discrete",
         num_classes: int = 0,
         null_class: int | None = None,
@@ -68,8 +76,10 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         parts = {"scheduler": scheduler, "unet": unet, "transformer": transformer, "vae": vae}
+        parts |= {"unet_2": unet_2, "transformer_2": transformer_2}
         self.register_modules(**parts, class_table=class_table)
         self.register_to_config(
+            boundary_ratio=boundary_ratio,
             process=process,
             num_classes=num_classes,
             null_class=null_class,
@@ -164,12 +174,12 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         told = told.to(x.device).expand(len(x))
         channels = x.shape[1]
         if scale == 1:
-            output = self._network(x_in, told, labels)
+            output = self._network(x_in, t, told, labels)
         else:
             assert labels is not None  # without classes there is no null class
             null = torch.full_like(labels, config.null_class)
             both = self._network(
-                torch.cat([x_in, x_in]), torch.cat([told, told]), torch.cat([labels, null])
+                torch.cat([x_in, x_in]), t, torch.cat([told, told]), torch.cat([labels, null])
             )
             output, weak = both.chunk(2)
             guided = config.guided_channels or channels
@@ -196,8 +206,11 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         clipped: Tensor = ((skip * x + out * output).clamp(-1, 1) - skip * x) / out
         return clipped
 
-    def _network(self, x: Tensor, told: Tensor, labels: Tensor | None) -> Tensor:
+    def _network(self, x: Tensor, t: Tensor, told: Tensor, labels: Tensor | None) -> Tensor:
         network = self.transformer if self.unet is None else self.unet
+        ratio = self.config.boundary_ratio
+        if ratio is not None and float(t) < ratio * self.scheduler.config.num_train_timesteps:
+            network = self.transformer_2 if self.unet is None else self.unet_2
         x, given = x.to(network.dtype), {}
         if self.transformer is not None and labels is None:  # its table then has one empty row
             labels = torch.zeros(len(x), dtype=torch.long, device=x.device)

@@ -6,11 +6,13 @@ import copy
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ant_lightning.backbones.checkpoint_layouts import bare_names
 from ant_lightning.backbones.diffusers import DiffusersBackbone
 from ant_lightning.backbones.diffusers_layouts import diffusers_layout
+from ant_lightning.diffusion.discrete import DiscreteDiffusion
+from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.errors import ConfigError
 from ant_lightning.exports.adapter_files import write_adapter
 from ant_lightning.exports.schedulers import Scheduling, scheduler_of
@@ -22,6 +24,7 @@ from ant_lightning.transfer.experts import IntervalExperts
 if TYPE_CHECKING:
     from torch import nn
 
+    from ant_lightning.diffusion.process import NoiseProcess
     from ant_lightning.exports.pipeline_source import PipelineSource
     from ant_lightning.models.denoiser import DiffusionModule
 
@@ -68,17 +71,7 @@ def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of d
 
 def _interval_network(experts: IntervalExperts) -> Any:  # noqa: ANN401 - a model of diffusers
     """The networks of intervals as one model of diffusers."""
-    first = experts.networks[0]
-    if is_told_text(first):
-        raise ConfigError(
-            f"experts: must be merged (merge_weights) for {type(adapted(first)).__name__}, whose "
-            "pipelines take one network, found specialists that are switched"
-        )
-    if any("class_embedder.embedding.weight" in each.state_dict() for each in experts.networks):
-        raise ConfigError(
-            "experts: must not have class tables outside of the UNet, as there is one for all in "
-            "a pipeline, found use_spatial_transformer with classes"
-        )
+    _check_experts(experts)
     plain = [diffusers_network(each) for each in experts.networks]
     exact = type(plain[0]).__name__ == "ExactDiT"
     config = {n: v for n, v in plain[0].config.items() if not n.startswith("_")}
@@ -102,13 +95,53 @@ def _interval_network(experts: IntervalExperts) -> Any:  # noqa: ANN401 - a mode
     return made.eval()
 
 
+def _check_experts(experts: IntervalExperts) -> None:
+    """Check that a pipeline can switch between these networks."""
+    first = experts.networks[0]
+    if is_told_text(first):
+        raise ConfigError(
+            f"experts: must be merged (merge_weights) for {type(adapted(first)).__name__}, whose "
+            "pipelines take one network, found specialists that are switched"
+        )
+    if any("class_embedder.embedding.weight" in each.state_dict() for each in experts.networks):
+        raise ConfigError(
+            "experts: must not have class tables outside of the UNet, as there is one for all in "
+            "a pipeline, found use_spatial_transformer with classes"
+        )
+
+
+class _Pair(NamedTuple):
+    """Two networks of intervals, as diffusers' pipelines with two transformers have them."""
+
+    high: nn.Module
+    low: nn.Module
+    boundary_ratio: float
+
+
+def _pair(backbone: nn.Module, process: NoiseProcess) -> _Pair | None:
+    """The networks above and below one border; `None` if these are not two, or under EDM."""
+    if not isinstance(backbone, IntervalExperts) or backbone.served_by != [0, 1]:
+        return None
+    _check_experts(backbone)
+    (border,) = backbone.borders
+    if isinstance(process, DiscreteDiffusion):
+        ratio = border / process.num_timesteps
+    elif isinstance(process, FlowMatching):
+        ratio = border / 1000 if backbone.rising else 1 - border  # of diffusers, of SiT
+    else:
+        return None
+    low, high = backbone.networks
+    return _Pair(high, low, ratio)
+
+
 def write_pipeline(
     module: DiffusionModule, folder: Path, *, source: PipelineSource | str = "none was looked for"
 ) -> list[str]:
     """Write the pipeline of a module into an empty folder.
 
     Where a class of diffusers samples as the run does (`stock_of`), the pipeline is of that class;
-    else it is an `ANTPipeline`, whose code lies in the folder. A network of diffusers that is told
+    else it is an `ANTPipeline`, whose code lies in the folder. Two networks of intervals become two
+    parts, more of them one. A network of diffusers that is told
     text leaves as `write_text_network` says, an adapter alone.
 
     Args:
@@ -133,7 +166,8 @@ def write_pipeline(
             "first_stage: needed to decode the cached latents that the run was trained on, found "
             f"None; give the folder of {space.source}"
         )
-    network = diffusers_network(backbone)
+    pair = _pair(backbone, module.process)
+    network = diffusers_network(backbone if pair is None else pair.high)
     class_name = network.config.get("class_name", type(network).__name__)
     name = "unet" if class_name.startswith("UNet") else "transformer"
     kind = _CODE.get(type(network).__name__)
@@ -141,6 +175,8 @@ def write_pipeline(
         name: (network, kind),
         "scheduler": (found.scheduler, None),
     }
+    if pair is not None:
+        parts[f"{name}_2"] = (diffusers_network(pair.low), kind)
     stock = stock_of(module)
     if module.first_stage is not None:
         vae = copy.deepcopy(module.first_stage._autoencoder).cpu()
@@ -154,6 +190,8 @@ def write_pipeline(
         made.embedding.load_state_dict({"weight": table.weight})
         parts["class_table"] = (made, "class_table")
     index = _index(module, found, stock, parts)
+    if pair is not None:
+        index["boundary_ratio"] = pair.boundary_ratio
     for part, (value, code) in parts.items():
         value.save_pretrained(folder / part)
         if code is not None:
@@ -179,7 +217,7 @@ def _index(
     version = {"_diffusers_version": diffusers.__version__}
     if stock is not None:
         return {"_class_name": stock.class_name, **version, **listed}
-    for name in ("unet", "transformer", "vae", "class_table"):
+    for name in ("unet", "unet_2", "transformer", "transformer_2", "vae", "class_table"):
         listed.setdefault(name, [None, None])
     space = module.latent_space
     return {

@@ -11,11 +11,14 @@ from exported import (
     DIT,
     SETTINGS,
     dit_of_diffusers,
+    edm,
     filled,
+    flow,
     labelled,
     module,
     outputs,
     read,
+    routed_rectangle,
     same_images,
     write_run,
 )
@@ -35,9 +38,11 @@ from ant_lightning import (
     load_run,
     with_experts,
 )
+from ant_lightning.backbones.diffusers_folder import read_folder
 from ant_lightning.cli.main import main
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.exports.pipeline_folder import diffusers_network, write_pipeline
+from ant_lightning.transfer.experts import borders_between
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +107,60 @@ def as_dit():
     return module(dit_of_diffusers(5), process, sampler=DDIM(4), guidance_scale=1.5)
 
 
+def changed(network):
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data, std=0.04)
+    return network
+
+
 @pytest.mark.parametrize("make", [labelled, as_dit], ids=["UNet2DModel", "DiT"])
 def test_networks_of_diffusers_are_switched_too(make, tmp_path, monkeypatch):
-    made, other = make(), make()
-    for parameter in other.backbone.parameters():
-        torch.nn.init.normal_(parameter.data, std=0.04)
-    made.backbone = IntervalExperts([made.backbone, other.backbone], [499.5])
+    made, other = make(), changed(make().backbone)
+    made.backbone = IntervalExperts([made.backbone, other, made.backbone], [300.5, 600.5])
     write_pipeline(made, tmp_path)
     network = diffusers_network(made.backbone).networks
     assert [type(each).__name__ for each in network] == [type(network[0]).__name__] * 2
     same_images(made, tmp_path, monkeypatch)
+
+
+PAIRS = {
+    "UNet2DModel": labelled,
+    "routed DiT": routed_rectangle,
+    "SiT": flow,
+    "flow of diffusers": lambda: flow("diffusers", shift=3.0),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_two_experts_are_two_parts_of_a_pipeline(case, tmp_path, monkeypatch):
+    made, low = PAIRS[case](), changed(PAIRS[case]().backbone)
+    borders, rising = borders_between(made.process, [600])
+    made.backbone = IntervalExperts([low, made.backbone], borders, rising=rising)
+    assert write_pipeline(made, tmp_path) == []
+    name = "unet" if case.startswith("UNet") else "transformer"
+    pipeline = same_images(made, tmp_path, monkeypatch)
+    assert pipeline.config.boundary_ratio == pytest.approx(0.6, abs=1e-3)
+    second = getattr(pipeline, f"{name}_2")
+    used = []
+    for part, each in (("high", getattr(pipeline, name)), ("low", second)):
+        each.register_forward_pre_hook(lambda *_, part=part: used.append(part))
+    pipeline(batch_size=3, num_inference_steps=4)
+    assert used == sorted(used)  # the network of much noise first
+    assert set(used) == {"high", "low"}
+    message = f"one network.*found (two|{name} and {name}_2)"
+    with pytest.raises(FileError, match=message):
+        read_folder(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        DiffusersBackbone(folder=str(tmp_path))
+
+
+def test_two_experts_under_edm_are_one_part(tmp_path, monkeypatch):
+    made, low = edm(), changed(edm().backbone)
+    borders, rising = borders_between(made.process, [400])
+    made.backbone = IntervalExperts([low, made.backbone], borders, rising=rising)
+    write_pipeline(made, tmp_path)
+    assert len(same_images(made, tmp_path, monkeypatch).unet.networks) == 2
 
 
 def test_experts_of_a_network_that_is_told_text_must_be_merged():
