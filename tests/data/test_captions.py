@@ -109,6 +109,8 @@ def test_both_layouts_give_the_same_captions(tmp_path, metadata):
     root = write_images(tmp_path / "images", metadata=metadata)
     found = data(root)
     assert len(found.captions()) == 8
+    wide = data(root, image_size=(8, 12)).train_images
+    assert wide.load([0], epoch=None).images.shape == (1, 3, 8, 12)
     train = found.train_images
     for path, text in zip(train.images.paths, train.captions, strict=True):
         assert text.split()[2] == ["red", "green", "blue"][int(path.stem) % 3]

@@ -60,7 +60,7 @@ def stages(tmp_path_factory):
 
 def module_of(stages, case, sampler, *, stage="kl", masks=False, **settings):
     net = network(SD, **OF_XL) if case == XL else network(case)
-    net = DiffusersBackbone(net, input_size=4, masks=masks)
+    net = DiffusersBackbone(net, input_size=(4, 8), masks=masks)
     is_flow = case.startswith(("SD3", "Flux", "Sana"))
     kind = "learned_range" if net.out_channels == 8 else "fixed_small"
     process = DiscreteDiffusion(CosineSchedule(1000), variance_type=kind)
@@ -183,7 +183,7 @@ def test_what_has_no_pipeline_leaves_as_parts(case, changed, reason, stages, tmp
     assert notes[0].startswith("parts of a pipeline, ")
     assert notes[0].endswith(f"for that of the base: {reason}")
     assert not (tmp_path / "model_index.json").exists()
-    back = DiffusersBackbone(folder=str(tmp_path), input_size=4).network.state_dict()
+    back = DiffusersBackbone(folder=str(tmp_path), input_size=(4, 8)).network.state_dict()
     own = made.backbone.network.state_dict()
     assert all(torch.equal(back[name], value) for name, value in own.items())
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from first_stages import save_first_stages
 from PIL import Image
 from tiny_digits import trainer
 
@@ -11,7 +12,10 @@ from ant_lightning import (
     DDIM,
     DiscreteDiffusion,
     DiT,
+    FirstStage,
     GenerationMetrics,
+    LatentsData,
+    LatentWriter,
     MapStyleData,
     ModuleFeatures,
     MultiTaskDiffusion,
@@ -51,6 +55,26 @@ class Features(torch.nn.Module):
     def forward(self, images):
         values = images.double().mean(1)
         return torch.cat([values.mean(1), values.mean(2)], 1)
+
+
+def test_rectangular_latents_are_encoded_trained_and_decoded(tmp_path):
+    torch.manual_seed(0)
+    images = list(torch.randint(0, 256, (12, 3, 8, 16), dtype=torch.uint8))
+    data = MapStyleData(images, batch_size=6, num_held_out=6, num_workers=0)
+    stage = FirstStage(str(save_first_stages(tmp_path) / "kl"), scale=0.5)
+    LatentWriter(str(tmp_path / "cache")).write(data, stage)
+    sizes = {"input_size": (4, 8), "patch_size": 2, "in_channels": 4, "hidden_size": 8}
+    module = MultiTaskDiffusion(
+        DiT(**sizes, depth=1, num_heads=1, num_classes=0, learn_sigma=False),
+        process=DiscreteDiffusion(),
+        tasks=Tasks(SNRClustering(2), balancer=PCGrad(2)),
+        sampling=Sampling(DDIM(2)),
+        first_stage=stage,
+        seed=0,
+    )
+    cached = LatentsData(str(tmp_path / "cache"), images=data, batch_size=6, num_workers=0)
+    trainer(tmp_path, steps=2).fit(module, cached)
+    assert module.sample(2).shape == (2, 3, 8, 16)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -21,6 +21,7 @@ from ant_lightning.data.module import ImageDataModule
 from ant_lightning.data.workers import worker_settings
 from ant_lightning.errors import ConfigError, DataLoadingError, check_at_least
 from ant_lightning.randomness import keyed_generator, keyed_seed
+from ant_lightning.sizes import Size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -89,7 +90,7 @@ class StreamData(ImageDataModule):
         num_images: int,
         batch_size: int,
         buffer: int = 1000,
-        image_size: int | None = None,
+        image_size: Size | None = None,
         num_classes: int | None = None,
         image: str | None = None,
         label: str | None = None,

@@ -14,6 +14,7 @@ from ant_lightning.data.image_folder import ImageFolderData
 from ant_lightning.data.pictures import Crop
 from ant_lightning.data.text.cache import TextCache
 from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.sizes import Size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,8 @@ class CaptionFolderData(ImageFolderData):
 
     Args:
         root: The folder.
-        image_size: Height and width in pixels that images are resized and cropped to.
+        image_size: Height and width in pixels that images are resized and cropped to; one number
+            for a square.
         batch_size: Images of one optimizer step, over all ranks.
         embeddings: Cache of the captions' embeddings, which `ant-lightning encode` writes; `None`
             to give images alone, such as to `encode`.
@@ -69,7 +71,7 @@ class CaptionFolderData(ImageFolderData):
         self,
         root: str,
         *,
-        image_size: int,
+        image_size: Size,
         batch_size: int,
         embeddings: str | None = None,
         caption: str = "text",
