@@ -234,7 +234,7 @@ class MultiTaskDiffusion(DiffusionModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own loose type
         """Optimizer of the backbone, of the balancer and of the auxiliary term."""
         self.load_initial_weights()
-        optimizer, scheduler = self._step.optimizer(self._trainer)
+        optimizer, scheduler = self._step.optimizer(self.backbone, self._trainer)
         return optimizer if scheduler is None else ([optimizer], [scheduler])
 
     def denoise(
@@ -279,7 +279,7 @@ class MultiTaskDiffusion(DiffusionModule):
         )
         if self.adapter is not None and self.init_from is None:
             warn_of_random_base(self.backbone)
-        self._step.begin()
+        self._step.begin(self.backbone)
 
     def draw(self, batch: Batch, *, step: int) -> Draws:
         """Timesteps, tasks, noise and labels of this rank in a training step."""

@@ -84,23 +84,23 @@ class OptimizerStep:
         self._step: MultiTaskStep | None = None
         self._arrival_orders: Mapping[str, Sequence[int]] = {}  # of a checkpoint, for `begin`
 
-    def optimizer(self, trainer: L.Trainer | None) -> tuple[Any, Any]:
+    def optimizer(self, backbone: nn.Module, trainer: L.Trainer | None) -> tuple[Any, Any]:
         """The optimizer and its scheduler or `None`; see `OptimizerFactory.make`.
 
         Its groups are those of the backbone, of the balancer and of the auxiliary term.
         """
         own = [] if self.tasks.balancer is None else list(self.tasks.balancer.parameters())
-        groups = self.trained.begin(
-            self.backbone, self.factory.groups()
-        )  # the backbone comes first
+        # The backbone comes first.
+        groups = self.trained.begin(backbone, self.factory.groups())
         if own:
             groups.append({"params": own})
         if self.auxiliary is not None:
             groups.append({"params": list(self.auxiliary.parameters()), "role": HEAD})
         return self.factory.make(groups, trainer=trainer)
 
-    def begin(self) -> None:
-        """Start a run, when the ranks and the device are known."""
+    def begin(self, backbone: nn.Module) -> None:
+        """Start a run, when the ranks and the device are known and the backbone is wrapped."""
+        self.backbone = backbone
         self._step = MultiTaskStep(
             self.backbone,
             self.tasks.balancer,
