@@ -18,10 +18,10 @@ from ant_lightning.balancing.objective import ObjectiveBalancer
 from ant_lightning.balancing.one_call import multitask_backward
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.pcgrad import PCGrad, pcgrad_weights
-from ant_lightning.balancing.placed import PlacedTaskGradients
-from ant_lightning.balancing.reduced import ReducedTaskGradients
+from ant_lightning.balancing.placed_gradients import PlacedTaskGradients
+from ant_lightning.balancing.reduced_gradients import ReducedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
-from ant_lightning.balancing.sharded import ShardedTaskGradients
+from ant_lightning.balancing.sharded_gradients import ShardedTaskGradients
 from ant_lightning.balancing.stch import STCH
 from ant_lightning.balancing.step import MultiTaskStep
 from ant_lightning.balancing.step_losses import StepLosses, Weights

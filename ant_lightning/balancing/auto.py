@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ant_lightning.balancing.agreement import together
 from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
+from ant_lightning.balancing.local_parts import is_sharded
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.one_pass.engine import eagerly
-from ant_lightning.balancing.shards import is_sharded
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import undisturbed
 

@@ -6,9 +6,9 @@ import weakref
 from typing import TYPE_CHECKING
 
 from ant_lightning.balancing.buckets import ArrivalOrder
+from ant_lightning.balancing.local_parts import is_sharded
 from ant_lightning.balancing.one_pass import LowMemory
-from ant_lightning.balancing.placed import PlacedTaskGradients
-from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.balancing.placed_gradients import PlacedTaskGradients
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

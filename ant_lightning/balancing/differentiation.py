@@ -16,7 +16,7 @@ from ant_lightning.balancing.gradients import (
 )
 from ant_lightning.balancing.overlap import GradientBuckets
 from ant_lightning.balancing.parameters import is_dense, same_tensors
-from ant_lightning.balancing.reduced import ReducedTaskGradients
+from ant_lightning.balancing.reduced_gradients import ReducedTaskGradients
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.balancing.local_parts import is_sharded
 from ant_lightning.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:

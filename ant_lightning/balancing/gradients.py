@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.buckets import memory_strides, views_of
+from ant_lightning.balancing.local_parts import from_local
 from ant_lightning.balancing.parameters import same_tensors
 from ant_lightning.balancing.products import CHUNK, dot_products, full_precision
-from ant_lightning.balancing.shards import from_local
 from ant_lightning.balancing.weight_factors import WeightFactors
 from ant_lightning.errors import ConfigError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.sharded import differentiation as new_differentiation
+from ant_lightning.balancing.sharded_gradients import differentiation as new_differentiation
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:

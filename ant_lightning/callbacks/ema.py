@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from ant_lightning.balancing.shards import from_full, local_part
+from ant_lightning.balancing.local_parts import from_full, local_part
 from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.power_averages import PowerAverages, snapshot_folder
 from ant_lightning.callbacks.power_function import check_length
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.files.identity import tensors_digest
-from ant_lightning.runtime.sharding import reshard
+from ant_lightning.runtime.sharded_backbone import reshard
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

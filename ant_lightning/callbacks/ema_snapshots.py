@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ant_lightning.backbones.checkpoint_layouts import bare_names
-from ant_lightning.balancing.shards import full_tensor
+from ant_lightning.balancing.local_parts import full_tensor
 from ant_lightning.callbacks.power_function import profile_coefficients
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.atomic import write_atomically

@@ -12,7 +12,7 @@ from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.fixed_loss import FixedLoss
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
-from ant_lightning.runtime.sharding import refuse_shards
+from ant_lightning.runtime.sharded_backbone import refuse_shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
-from ant_lightning.balancing.shards import full_tensor, local_part
+from ant_lightning.balancing.local_parts import full_tensor, local_part
 from ant_lightning.callbacks.ema_snapshots import (
     average_from,
     kept_interval,

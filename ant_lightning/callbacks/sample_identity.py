@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ant_lightning.balancing.shards import full_tensor
+from ant_lightning.balancing.local_parts import full_tensor
 from ant_lightning.callbacks.ema import averaged_weights
 from ant_lightning.files.identity import tensors_digest
 from ant_lightning.models.state import process_summary

@@ -29,7 +29,7 @@ from ant_lightning.models.image_codec import ImageCodec
 from ant_lightning.models.requests import as_indices
 from ant_lightning.models.task_means import TaskMeans
 from ant_lightning.randomness import GOLDEN_RATIO, ImageNoise, run_seed
-from ant_lightning.runtime.sharding import UnevenCalls, shard_backbone
+from ant_lightning.runtime.sharded_backbone import UnevenCalls, shard_backbone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.shards import local_part
+from ant_lightning.balancing.local_parts import local_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

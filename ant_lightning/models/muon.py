@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import AdamW, Muon, Optimizer
 
-from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.balancing.local_parts import is_sharded
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ant_lightning.balancing.shards import is_sharded, local_part
+from ant_lightning.balancing.local_parts import is_sharded, local_part
 from ant_lightning.errors import DivergedRanksError
 from ant_lightning.runtime.rank_watch import several_ranks
 

@@ -12,7 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
 
-from ant_lightning.balancing.shards import from_full, full_tensor, is_sharded
+from ant_lightning.balancing.local_parts import from_full, full_tensor, is_sharded
 from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError, check_at_least
 from ant_lightning.files.checkpoint_shards import (
     check_shards,

@@ -18,7 +18,7 @@ from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.frechet import GaussianStatistics, frechet_distance
 from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.statistics import ImageStatistics
-from ant_lightning.runtime.sharding import refuse_shards
+from ant_lightning.runtime.sharded_backbone import refuse_shards
 from ant_lightning.tasks.time_axis import TimeAxis
 from ant_lightning.transfer.figure import transfer_gap_bars
 from ant_lightning.transfer.gap import negative_transfer_gap

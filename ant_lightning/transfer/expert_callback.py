@@ -17,7 +17,7 @@ from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.features import ImageFeatures
 from ant_lightning.generation.frechet import GaussianStatistics, frechet_distance
 from ant_lightning.generation.reference import real_statistics
-from ant_lightning.runtime.sharding import refuse_shards
+from ant_lightning.runtime.sharded_backbone import refuse_shards
 from ant_lightning.transfer.experts import interval_shares, merged_network, switched_network
 from ant_lightning.transfer.switching import using_network
 

@@ -18,7 +18,7 @@ from ant_lightning import (
     SNRClustering,
     Tasks,
 )
-from ant_lightning.balancing.shards import full_tensor, is_sharded
+from ant_lightning.balancing.local_parts import full_tensor, is_sharded
 
 pytestmark = pytest.mark.filterwarnings("ignore:adapter. adapts the weights:UserWarning")
 

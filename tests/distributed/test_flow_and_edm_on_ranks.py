@@ -13,7 +13,7 @@ from tiny_runs import trainer
 from torch.distributed.fsdp import FSDPModule
 
 from ant_lightning import EMA, Checkpoints, DigitsData, FeatureAlignment, ShardedStrategy
-from ant_lightning.balancing.shards import full_tensor
+from ant_lightning.balancing.local_parts import full_tensor
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CASES = [

@@ -15,7 +15,7 @@ from ant_lightning import (
     NamedGroups,
     ShardedStrategy,
 )
-from ant_lightning.balancing.shards import full_tensor, is_sharded
+from ant_lightning.balancing.local_parts import full_tensor, is_sharded
 
 
 def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **settings):

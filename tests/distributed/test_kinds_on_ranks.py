@@ -21,11 +21,11 @@ from torch import nn
 
 from ant_lightning import ConfigError, ShardedStrategy, multitask_backward
 from ant_lightning.balancing.engines import Loop
+from ant_lightning.balancing.local_parts import full_tensor
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
-from ant_lightning.balancing.placed import PlacedTaskGradients
-from ant_lightning.balancing.reduced import ReducedTaskGradients
+from ant_lightning.balancing.placed_gradients import PlacedTaskGradients
+from ant_lightning.balancing.reduced_gradients import ReducedTaskGradients
 from ant_lightning.balancing.reduction import default_reduction
-from ant_lightning.balancing.shards import full_tensor
 
 METHODS = {
     "none": ("none", Loop, None),

@@ -8,8 +8,8 @@ from torch import nn
 from ant_lightning.balancing import overlap, reduced
 from ant_lightning.balancing.differentiation import Differentiation
 from ant_lightning.balancing.gradients import DenseTaskGradients
-from ant_lightning.balancing.placed import PlacedTaskGradients
-from ant_lightning.balancing.reduced import ReducedTaskGradients
+from ant_lightning.balancing.placed_gradients import PlacedTaskGradients
+from ant_lightning.balancing.reduced_gradients import ReducedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 
 SHAPES = {"a": (3, 4), "b": (3, 4), "twice": (4, 2), "one_rank": (2,), "never": (5,)}

@@ -8,7 +8,7 @@ from tiny_runs import TinyData, module, trainer
 
 from ant_lightning import ConfigError, NashMTL, PCGrad, TimestepClusters, multitask_backward
 from ant_lightning.balancing.gradients import DenseTaskGradients
-from ant_lightning.balancing.placed import PlacedTaskGradients
+from ant_lightning.balancing.placed_gradients import PlacedTaskGradients
 from ant_lightning.balancing.reduction import Reduction
 
 B = 24

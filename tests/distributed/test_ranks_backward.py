@@ -17,7 +17,7 @@ from ant_lightning import (
 from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
-from ant_lightning.balancing.placed import PlacedTaskGradients
+from ant_lightning.balancing.placed_gradients import PlacedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 
 K = 5

@@ -28,7 +28,7 @@ from ant_lightning import (
     Tasks,
     TransferMatrix,
 )
-from ant_lightning.balancing.shards import is_sharded
+from ant_lightning.balancing.local_parts import is_sharded
 from ant_lightning.data.dataset import TensorImages
 
 SIZES = {"input_size": 4, "patch_size": 2, "in_channels": 1, "hidden_size": 16, "num_heads": 2}

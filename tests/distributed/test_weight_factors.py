@@ -6,8 +6,8 @@ from rank_processes import run_ranks
 from torch import nn
 
 from ant_lightning.balancing.gradients import DenseTaskGradients
-from ant_lightning.balancing.placed import PlacedTaskGradients
-from ant_lightning.balancing.reduced import ReducedTaskGradients
+from ant_lightning.balancing.placed_gradients import PlacedTaskGradients
+from ant_lightning.balancing.reduced_gradients import ReducedTaskGradients
 from ant_lightning.balancing.reduction import GroupReduction, Reduction, default_reduction
 from ant_lightning.balancing.weight_factors import has_small_factors
 

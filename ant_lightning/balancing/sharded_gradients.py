@@ -12,9 +12,9 @@ import torch
 
 from ant_lightning.balancing.differentiation import Differentiation
 from ant_lightning.balancing.gradients import DenseTaskGradients, assign_gradients
+from ant_lightning.balancing.local_parts import is_sharded, local_part
 from ant_lightning.balancing.parameters import same_tensors
 from ant_lightning.balancing.reduction import Reduction
-from ant_lightning.balancing.shards import is_sharded, local_part
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:

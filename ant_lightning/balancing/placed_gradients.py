@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ant_lightning.balancing.reduced import ReducedTaskGradients
+from ant_lightning.balancing.reduced_gradients import ReducedTaskGradients
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
