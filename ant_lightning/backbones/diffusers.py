@@ -1,4 +1,4 @@
-"""Networks of diffusers as backbones: how each of seven classes is called, and what it is told."""
+"""Networks of diffusers as backbones: the calls and the conditions of seven classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ant_lightning.files.json_file import read_json
 __all__ = ["DiffusersBackbone", "as_backbone", "network_config"]
 
 TEXT, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
-_PIXELS = 8  # a latent's side in pixels, for networks that are told the size of the image
+_PIXELS = 8  # a latent's side in pixels, for networks that take the size of the image
 
 
 class _Network(NamedTuple):
@@ -54,9 +54,9 @@ class DiffusersBackbone(nn.Module):
         input_size: Height and width of what is denoised; by default `sample_size` of the config.
         null_class: The label that stands for no class; by default the last row of a DiT, and none
             for a `UNet2DModel`.
-        masks: Whether the network is told which tokens of the text are padding, as the condition
-            `encoder_attention_mask`.
-        embedded_guidance: The scale that a distilled network (Flux dev, Sana Sprint) is told.
+        masks: Whether the network gets a mask of the tokens of the text that are padding, as the
+            condition `encoder_attention_mask`.
+        embedded_guidance: The scale that a distilled network (Flux dev, Sana Sprint) is given.
 
     Raises:
         ConfigError: If the class is another, the folder holds another, the size is not known, or

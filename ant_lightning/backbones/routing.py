@@ -26,7 +26,7 @@ class ChannelRouting:
     Args:
         alpha: How fast the window slides: above 1 it stays longer at low noise.
         beta: Share of the channels that are active.
-        last_time: What the network is told at the most noise: 999 for a thousand timesteps.
+        last_time: Its time input at the most noise: 999 for a thousand timesteps.
 
     Raises:
         ConfigError: If a number is out of range.

@@ -308,7 +308,7 @@ class EMA(RunCallback):
 def averaged_weights(
     trainer: L.Trainer, pl_module: MultiTaskDiffusion
 ) -> AbstractContextManager[None]:
-    """Inside, `pl_module` has its EMA weights if the trainer keeps them.
+    """A context in which `pl_module` has its EMA weights, if the trainer keeps them.
 
     Examples:
         >>> import torch, lightning as L

@@ -20,7 +20,7 @@ class Batch(NamedTuple):
         labels: `[b]` int64; zeros for data without classes.
         indices: `[b]` int64, position of each image in its data set. Random numbers are keyed by
             it, so that they do not depend on the batch or the rank.
-        condition: Named tensors `[b, ...]` that a network is told beside the labels, such as the
+        condition: Named tensors `[b, ...]` that a network is given beside the labels, such as the
             embeddings of captions; empty for none.
 
     Examples:

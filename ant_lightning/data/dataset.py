@@ -47,7 +47,7 @@ class ImageDataset(Dataset[Batch], ABC):
         """Load the images at `indices`."""
 
     def conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """What a network is told of the images at `indices` beside labels; by default nothing."""
+        """The conditions of the images at `indices` beside labels; by default none."""
         del indices
         return {}
 

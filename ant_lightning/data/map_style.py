@@ -207,7 +207,7 @@ class MapStyleData(ImageDataModule):
             ) from error
 
     def _classes(self, sample: Any, num_classes: int | None) -> int:  # noqa: ANN401
-        """The number of classes: what is given, or what the data set says of itself."""
+        """The number of classes: what is given, or what the data set declares."""
         if num_classes is not None:
             return num_classes
         label = label_of(sample, self.label)

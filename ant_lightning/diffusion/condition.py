@@ -1,4 +1,4 @@
-"""What a network is told beside image and time: labels, or named tensors, one entry an image."""
+"""What a network is given beside image and time: labels, or named tensors, one entry an image."""
 
 from __future__ import annotations
 

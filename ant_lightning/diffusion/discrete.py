@@ -31,7 +31,7 @@ VarianceType: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
 
 
 class DiscreteDiffusion(ForwardProcess):
-    """A forward process, the meaning of the network's output, and the weights of its loss.
+    """Diffusion in whole timesteps: forward process, meaning of the output, weights of the loss.
 
     Images are `[b, c, ...]`. Timesteps are int64 `[b]` and index the tables of this process.
     `to_x_start`, `to_eps` and `to_v` convert a prediction, by default of this process' own type.

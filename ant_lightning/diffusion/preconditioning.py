@@ -58,7 +58,7 @@ class Preconditioning(ABC):
 
     @abstractmethod
     def c_noise(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """What the network is told as time."""
+        """The network's time input."""
 
     @abstractmethod
     def target(self, sigma: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:

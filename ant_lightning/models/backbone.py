@@ -26,7 +26,7 @@ __all__ = [
     "size_of",
 ]
 
-# Attributes of every network, and of one that is told labels alone, with the smallest valid value.
+# Attributes of every network, and of one that takes labels alone, with the smallest valid value.
 _SIZES = {"input_size": 1, "in_channels": 1}
 _OF_LABELS = {"out_channels": 1, "num_classes": 0}
 _OPTIONAL = {"out_channels": 1, "num_classes": 0, "null_class": 0}
@@ -56,7 +56,7 @@ def output_channels(backbone: nn.Module) -> int:
 
 
 def check_backbone(backbone: nn.Module) -> None:
-    """Check that a network says of itself what the protocol asks, and can be called as it says.
+    """Check that a network declares what the protocol asks for, and can be called that way.
 
     With `null_condition` it is called as `backbone(x_t, t, condition)`, with a mapping of the
     tensors that it names; else, with `num_classes`, as `backbone(x_t, t, labels)`.
@@ -143,7 +143,7 @@ def call_backbone(network: nn.Module, x_in: Tensor, t: Tensor, condition: Condit
     Args:
         network: The network.
         x_in: Images, scaled for the network.
-        t: What the network is told of the noise level, `[b]`.
+        t: The network's time input, `[b]`.
         condition: Labels or named tensors.
 
     Raises:

@@ -120,7 +120,7 @@ class Conditions:
         return {name: value for name, value in null.items() if value is not None}
 
     def of_batch(self, batch: Batch) -> Condition:
-        """What the network is told of the images of a batch.
+        """The condition of the images of a batch.
 
         Raises:
             ConfigError: If the batch lacks an entry, or it is not one for each image.
@@ -139,7 +139,7 @@ class Conditions:
         labels: int | Iterable[int] | Tensor | None,
         given: Mapping[str, Tensor] | None,
     ) -> Condition:
-        """What the network is told of images to draw.
+        """The condition of images to draw.
 
         Args:
             indices: Which images.

@@ -219,7 +219,7 @@ class DiffusionModule(BaseModule):
 
         Args:
             x_t: The state of the process, before it is scaled for the network.
-            times: The process' own times, `[b]`; the process says what the network is told.
+            times: The process' own times, `[b]`; the process makes the time input of them.
             condition: Classes `[b]`, named tensors `[b, ...]`, or `None`.
             network: Replaces the backbone.
 

@@ -36,7 +36,7 @@ class Draws:
         times: The process' own times inside these cells, `[b]`.
         tasks: Tasks of the cells, `[b]`.
         noise: Standard normal noise, `[b, c, h, w]`.
-        condition: What the network is told beside the time: labels `[b]`, named tensors, or `None`.
+        condition: Given to the network beside the time: labels `[b]`, named tensors, or `None`.
         importance: Own density of each cell over that which it was drawn by, `[b]`; `None` for 1.
         is_corrected: Whether training multiplies the losses by the importance.
     """

@@ -86,9 +86,9 @@ class MultiTaskDiffusion(DiffusionModule):
         adapter: Trains an adapter of PEFT in place of the backbone's own weights, which then are in
             no checkpoint: they come from where the backbone does.
         init_from: Official checkpoint, or folder of diffusers, that the backbone starts from. For
-            other classes or another size of images, class table and positions are made anew, which
-            is printed. A checkpoint that is loaded later replaces the weights, and then the file
-            need not exist any more.
+            other classes or another size of images, class table and positions are re-initialised,
+            which is printed. A checkpoint that is loaded later replaces the weights, and then the
+            file need not exist any more.
         init_weights: Which weights of that file, if it has both: the averages or the live ones.
         seed: Seed of timesteps, noise and dropout; by default that of `seed_everything`.
 

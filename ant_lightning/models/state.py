@@ -127,7 +127,7 @@ class CheckpointState:
             _ = found.clusters, int(checkpoint["global_step"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(
-                "ckpt_path: must hold what a run of ant_lightning says of itself, found "
+                "ckpt_path: must hold the record of a run of ant_lightning, found "
                 f"{error if isinstance(error, ConfigError) else repr(error)}"
             ) from error
         return found

@@ -34,7 +34,7 @@ __all__ = ["ExpertComparison"]
 
 
 class ExpertComparison(RunCallback):
-    """During `validate`, compares a model with itself switched or merged with specialists.
+    """During `validate`, compares a model with its specialists added: switched, or merged.
 
     For `base`, `switched` and `merged` it takes the held-out loss over the whole noise axis and
     inside each specialist's interval, with the same images, timesteps and noise, and the FID of

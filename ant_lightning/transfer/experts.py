@@ -39,9 +39,9 @@ class IntervalExperts(nn.Module):
 
     Args:
         networks: From the least noise to the most; the same may stand for several intervals.
-        borders: What networks are told between two intervals, `len(networks) - 1` numbers; see
+        borders: The time input between two intervals, `len(networks) - 1` numbers; see
             `borders_between`.
-        rising: Whether what networks are told rises with the noise.
+        rising: Whether the time input rises with the noise.
 
     Raises:
         ConfigError: If the numbers do not fit.
@@ -84,7 +84,7 @@ class IntervalExperts(nn.Module):
             raise
 
     def expert_of(self, told: Tensor) -> Tensor:
-        """The interval of each time that a network is told, `[b]`."""
+        """The interval of each time input, `[b]`."""
         borders = torch.tensor(self.borders, device=told.device, dtype=torch.float64)
         above = told.double()[:, None] >= borders
         if not self.rising:
@@ -115,7 +115,7 @@ _OF_NETWORKS = frozenset(
 
 
 def borders_between(process: NoiseProcess, cells: Sequence[int]) -> tuple[list[float], bool]:
-    """What networks are told between the cells `b - 1` and `b`, for each `b`; whether it rises.
+    """The time input between the cells `b - 1` and `b`, for each `b`, and whether it rises.
 
     Examples:
         >>> from ant_lightning import DiscreteDiffusion, FlowMatching

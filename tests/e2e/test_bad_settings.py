@@ -171,11 +171,11 @@ DAMAGE = {
     "no version": (lambda c: c["ant_lightning"].pop("format_version"), "format_version"),
     "version in words": (lambda c: c["ant_lightning"].update(format_version="x"), "'x'"),
     "newer": (lambda c: c["ant_lightning"].update(format_version=99), "newer ant_lightning"),
-    "history": (lambda c: c["ant_lightning"].update(cluster_history=3), "says of itself"),
-    "clusters": (lambda c: c["ant_lightning"].update(cluster_history=[(0, [5, 1])]), "itself"),
+    "history": (lambda c: c["ant_lightning"].update(cluster_history=3), "the record of a run"),
+    "clusters": (lambda c: c["ant_lightning"].update(cluster_history=[(0, [5, 1])]), "the record"),
     "endless count": (
         lambda c: c["ant_lightning"].update(num_skipped_steps=float("inf")),
-        "says of itself",
+        "the record of a run",
     ),
     "last clusters": (
         lambda c: c["ant_lightning"]["cluster_history"].append((1, [0, 5, 9])),

@@ -144,7 +144,10 @@ class StreamData(ImageDataModule):
         """
         rank, world_size = self._ranks()
         if self._overfit_batches():
-            raise ConfigError("trainer.overfit_batches: must be 0 with a stream, which goes on")
+            raise ConfigError(
+                "trainer.overfit_batches: must be 0 with a stream, whose batches do not recur, "
+                f"found {self._overfit_batches()}"
+            )
         readers = world_size * max(1, self.num_workers)
         if len(self.shards) < readers:
             raise ConfigError(

@@ -32,7 +32,7 @@ _PARTS = {
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """One text encoder, and what is taken of it.
+    """One text encoder, and which of its outputs are used.
 
     The hidden states of all encoders become the entry `encoder_hidden_states`, the pooled ones
     `pooled_projections`. SD3 has two CLIPs joined by `width` and T5 joined by `length`; Flux takes
