@@ -81,14 +81,20 @@ def test_a_checkpoint_of_another_process_or_convention_is_refused(tmp_path):
     first.fit(module(FlowMatching(num_timesteps=100)), datamodule=DigitsData(batch_size=12))
     first.save_checkpoint(tmp_path / "flow.ckpt")
     for process, message in (
-        (EDM(num_timesteps=100), r"process: the checkpoint has FlowMatching\(path=linear, conv"),
-        (FlowMatching("gvp", num_timesteps=100), r"process: .*settings say FlowMatching\(path=gvp"),
+        (
+            EDM(num_timesteps=100),
+            r"process: must be that .*, FlowMatching\(path=linear, conv",
+        ),
+        (FlowMatching("gvp", num_timesteps=100), r"process: .*found FlowMatching\(path=gvp"),
         (
             FlowMatching(convention="diffusers", num_timesteps=100),
             "process: .*convention=sit.*convention=diffusers",
         ),
-        (DiscreteDiffusion(), "process: the checkpoint has FlowMatching.*say DiscreteDiffusion"),
-        (FlowMatching(prediction_type="x0", num_timesteps=100), "prediction_type: .* has v"),
+        (DiscreteDiffusion(), "process: .* checkpoint, FlowMatching.*found DiscreteDiffusion"),
+        (
+            FlowMatching(prediction_type="x0", num_timesteps=100),
+            "prediction_type: .* v, found x0",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             trainer(tmp_path, 2).fit(

@@ -188,7 +188,7 @@ def test_the_autoencoder_takes_its_settings_too(tmp_path, capsys):
 
 def test_another_optimizer_is_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"optimization\.optimizer: the checkpoint has AdamW, .* SGD"
+        ConfigError, match=r"optimization\.optimizer: .* checkpoint, AdamW, found SGD"
     ):
         resumed(tmp_path, {}, {"optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1)})
 
@@ -268,6 +268,6 @@ def test_another_first_stage_is_refused(tmp_path):
     space = LatentSpace(source="here", scale=1.0, shift=0.0, fingerprint="this", kind="kl")
     latent = module("vanilla")
     latent.latent_space = space
-    rule = r"first_stage \(its fingerprint\): the checkpoint has another, .* say this"
+    rule = r"first_stage \(its fingerprint\): must be .* checkpoint, another, found this"
     with pytest.raises(ConfigError, match=rule):
         CheckpointState.of_checkpoint(content).check_fits(latent.checkpoint_state())
