@@ -361,7 +361,7 @@ def test_bad_losses_are_named():
     def run(loss, parameters):
         return task_affinity(loss, parameters=parameters, num_timesteps=T, timesteps=GRID)
 
-    with pytest.raises(ConfigError, match="parameters: at least one"):
+    with pytest.raises(ConfigError, match="parameters: must have at least one"):
         run(toy.loss, [toy.frozen])
     with pytest.raises(ConfigError, match=r"scalar .* found shape \(3,\)"):
         run(lambda t, half: toy.loss(t, half).expand(3), toy.parameters())

@@ -146,8 +146,11 @@ def test_state_is_saved():
     ("call", "message"),
     [
         (lambda: LinearScalarization(0), "num_tasks: .* found 0"),
-        (lambda: LinearScalarization(3, weights=[1.0, 2.0]), "weights: 3 .* found"),
-        (lambda: LinearScalarization(2, weights=[1.0, 0.0]), "weights: 2 positive .* found"),
+        (lambda: LinearScalarization(3, weights=[1.0, 2.0]), "weights: must be 3 .* found"),
+        (
+            lambda: LinearScalarization(2, weights=[1.0, 0.0]),
+            "weights: must be 2 positive .* found",
+        ),
         (lambda: LinearScalarization(2, weights=[1.0, float("nan")]), "weights: .*nan"),
         (lambda: LinearScalarization(3)(torch.ones(2)), r"task_losses: .*\[3\], found \[2\]"),
         (lambda: UncertaintyWeighting(3)(torch.ones(3, 1)), "task_losses: .* found"),

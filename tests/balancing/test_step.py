@@ -299,7 +299,7 @@ def test_one_call_takes_an_engine_of_the_users_own():
         ({"engine": "fast"}, "engine: must be one of .*, found 'fast'"),
         ({"placement": "here"}, "placement: must be 'spread' or 'sorted', found 'here'"),
         ({"micro_batch_size": 0}, "micro_batch_size: must be at least 1, found 0"),
-        ({"parameters": []}, "parameters: at least one"),
+        ({"parameters": []}, "parameters: must have at least one"),
     ],
 )
 def test_bad_arguments_are_refused(settings, message):

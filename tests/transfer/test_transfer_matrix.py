@@ -85,7 +85,7 @@ def test_step_that_overshoots_is_shown():
         ({"lr": 0.0}, "lr"),
         ({"lr": math.nan}, "lr"),
         ({"num_tasks": 0}, "num_tasks"),
-        ({"parameters": []}, "parameters: at least one"),
+        ({"parameters": []}, "parameters: must have at least one"),
     ],
 )
 def test_bad_settings_are_named(settings, words):
