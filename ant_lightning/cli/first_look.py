@@ -7,6 +7,7 @@ parser or the objects would refuse as well. What this check does not understand 
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ __all__ = ["first_look", "top_settings"]
 _RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
 _ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter", "text": "TextWriter"}
 _GROUPS = {"trainer": "Trainer", **_RUN_GROUPS, **_ENCODE_GROUPS}
+_OF_RUNS = ("app", "export", "report", "sweep")
 # Settings whose short names mean our classes, unless the user brings their own.
 _OURS = re.compile(r"model|data|model\..*\b(balancer|clustering|schedule|sampler|loss_weighting)")
 # Importing another package may add classes, which then have short names too.
@@ -41,16 +43,20 @@ def first_look(arguments: Sequence[str]) -> None:
         ConfigError: If there is one; names the setting or file, the rule and the value found.
     """
     command, *args = arguments
-    if command == "report":
-        missing = [each for each in args if not each.startswith("-") and not Path(each).is_dir()]
-        if missing:
-            raise ConfigError(f"{missing[0]}: must be the log folder of a run")
-    if command in {"app", "configs", "export", "report", "sweep"}:  # they take no settings of a run
+    if command in _OF_RUNS:
+        _check_runs(command, args)
+    if command in {"configs", *_OF_RUNS}:  # they take no settings of a run
         return
     known = top_settings(command)
     for path in config_paths(args):
         check_config_file(path, known=known)
     settings = merged_settings(args)
+    asked = bool(set(args) & FLAGS)
+    if command == "score" and not asked and settings is not None and settings.get("data") is None:
+        raise ConfigError(
+            "data: needed, to compare with its images, found nothing; give the --config of a run, "
+            "such as RUN/config.yaml"
+        )
     if known is None or settings is None:
         return
     refuse_old_names(settings)
@@ -65,8 +71,24 @@ def first_look(arguments: Sequence[str]) -> None:
             raise ConfigError(f"samples.{name}: must be at least 1, found {value}")
     _check_classes(settings)
     missing = [name for name in ("data", "model") if settings.get(name) is None]
-    if missing and command != "encode" and not set(args) & FLAGS:
+    if missing and command != "encode" and not asked:
         raise ConfigError(needed(", ".join(missing)))
+
+
+def _check_runs(command: str, args: Sequence[str]) -> None:
+    """Check that the runs given first are there, and that a sweep has values."""
+    if set(args) & FLAGS:
+        return
+    for run in takewhile(lambda each: not each.startswith("-"), args):
+        if command in {"report", "sweep"} and not Path(run).is_dir():
+            raise ConfigError(f"{run}: must be the log folder of a run")
+        if not Path(run).exists():
+            raise ConfigError(f"{run}: must be the folder of a run or a checkpoint, found nothing")
+        if command in {"export", "sweep"}:  # they take one
+            break
+    options = {each.partition("=")[0] for each in args}
+    if command == "sweep" and args and not options & {"--guidance", "--ema"}:
+        raise ConfigError("guidance: needs values, as in --guidance 1 1.5 2, or --ema does")
 
 
 def top_settings(command: str) -> list[str] | None:

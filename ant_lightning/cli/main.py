@@ -10,7 +10,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
   test       the same, logged as test/...  --ckpt_path FILE
   predict    write images                  --ckpt_path FILE --num_images 1000
                                            (PNG files; --samples.npz FILE.npz for one file)
-  score      FID ... of stored images      --images FOLDER or FILE.npz
+  score      FID ... of stored images      --config RUN/config.yaml --images FOLDER or FILE.npz
   diagnose   would balancing help? writes diagnosis.html into the folder of a run
   sweep      FID ... over guidance scales   --guidance 1 1.5 2, or EMA lengths, --ema 0.05 0.1
   app        a web page that draws from runs     RUN [RUN ..], needs ant-lightning[app]

@@ -83,6 +83,11 @@ MORE = {
     "option of another command": (["encode", "--ema.decay=0.9"], ["ema: ", "no such"]),
     "data of encode": (["encode", "--data=ant_lightning.data.DigitData"], ["DigitsData"]),
     "report": (["report", "/nope"], ["/nope: must be the log folder of a run"]),
+    "sweep": (["sweep", "/nope", "--guidance", "1"], ["/nope: must be the log folder of a run"]),
+    "sweep of nothing": (["sweep", "."], ["guidance: needs values, as in --guidance 1 1.5 2"]),
+    "export": (["export", "/nope", "--to", "torch"], ["/nope: must be the folder of a run or a"]),
+    "the second run of app": (["app", ".", "/nope"], ["/nope: must be the folder of a run or a"]),
+    "score without data": (["score", "--images", "."], ["data: needed", "RUN/config.yaml"]),
     "encode without its config": (["encode", "--config=/nope"], ["config", "found nothing"]),
 }
 FILES = {
