@@ -92,8 +92,8 @@ ROUNDING = 2e-5
 
 
 def largest_difference(a, b):
-    """Between the tensors of two mappings with the same names."""
-    return max(float((a[name] - b[name]).abs().max()) for name in b)
+    """Between the tensors of two mappings, over the names of the first."""
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 def adamw(groups):
