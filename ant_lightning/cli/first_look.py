@@ -88,7 +88,9 @@ def _check_runs(command: str, args: Sequence[str]) -> None:
             break
     options = {each.partition("=")[0] for each in args}
     if command == "sweep" and args and not options & {"--guidance", "--ema"}:
-        raise ConfigError("guidance: needs values, as in --guidance 1 1.5 2, or --ema does")
+        raise ConfigError(
+            "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"
+        )
 
 
 def top_settings(command: str) -> list[str] | None:

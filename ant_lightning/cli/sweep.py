@@ -62,7 +62,9 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
     except Exception as error:  # the parser has errors of several kinds
         raise first_config_error(error) from error
     if not (chosen.guidance or chosen.ema):
-        raise ConfigError("guidance: needs values, or --ema does, found none")
+        raise ConfigError(
+            "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"
+        )
     folder = Path(chosen.run)
     data, metrics = _of_run(folder, chosen.trust)
     device = L.Fabric(accelerator=chosen.accelerator, devices=1).device

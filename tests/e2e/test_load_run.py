@@ -391,7 +391,7 @@ def test_a_sweep_scores_guidance_scales_and_ema_lengths(run, capsys):
     metric.update(to_uint8(images))
     assert rows[3]["scores"] == pytest.approx(metric.compute(), rel=1e-4, abs=1e-5)
     for args, line in (
-        ([str(run)], "guidance: needs values, or --ema does, found none"),
+        ([str(run)], "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"),
         ([str(run / "checkpoints"), "--guidance", "1"], "must be the log folder of a run"),
         ([str(run), "--ema", "0.9"], "ema_length"),
     ):
