@@ -140,7 +140,8 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(str(error), 1)
     except SIGTERMException as error:
         by_hand = error.args == (signal.SIGINT,)
-        return _fail("told to stop; resume with --ckpt_path last", 130 if by_hand else 143)
+        resume = "; resume with --ckpt_path last" if arguments[0] == "fit" else ""
+        return _fail(f"told to stop{resume}", 130 if by_hand else 143)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

@@ -184,6 +184,20 @@ class Checkpoints(ModelCheckpoint):
         if self._take_over_last(trainer) and self.save_last and not is_last:
             self._save(trainer)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Listen in commands that do not train too: Lightning only notes the signal there."""
+        super().on_validation_start(trainer, pl_module)
+        if trainer.state.fn != "fit":
+            self._signal.listen(trainer)
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Restore the handlers of signals after a command that does not train."""
+        super().teardown(trainer, pl_module, stage)
+        self._signal.ignore()
+
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:

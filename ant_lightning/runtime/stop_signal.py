@@ -31,7 +31,8 @@ class StopSignal:
     In training this point is the end of the step. With several ranks it is the end of every 8th
     step, at which all ranks stop if one of them received a signal. An evaluation on one process
     changes no training state and is broken off at once: sampling may take longer than the grace
-    period of a cluster's scheduler. A second Ctrl-C stops at once, without another checkpoint.
+    period of a cluster's scheduler. So is a command that does not train, on any number of ranks. A
+    second Ctrl-C stops at once, without another checkpoint.
 
     It replaces Lightning's handlers. Those make ranks broadcast inside the handler, possibly during
     a collective of the step, and on SLURM save in the middle of a step.
@@ -89,11 +90,14 @@ class StopSignal:
             if self.received:
                 self.ignore()
                 signal.default_int_handler(number, frame)
-            print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+            if self._trainer is None or self._trainer.state.fn == "fit":
+                print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
         # In training this is all: `check` raises at the end of the step.
         self.received, self._number = True, number
         trainer = self._trainer
-        if trainer is None or trainer.world_size > 1 or self._num_held:
+        if trainer is None or self._num_held:
             return
-        if trainer.validating or trainer.sanity_checking:
+        # An evaluation inside a training of several ranks goes on: they stop together.
+        inside = trainer.world_size == 1 and (trainer.validating or trainer.sanity_checking)
+        if inside or trainer.state.fn != "fit":
             raise SIGTERMException(number)

@@ -8,7 +8,11 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tiny_digits import module, trainer
 from tiny_fit import assert_same, fit
+from torch.utils.data import DataLoader
+
+from ant_lightning import Checkpoints, DigitsData
 
 
 class Kill(L.Callback):
@@ -44,6 +48,23 @@ def test_the_step_is_finished_and_kept(tmp_path, number, hook, step):
     fit(tmp_path / "resumed", every=100, val_interval=3, resume=resume)
     fit(tmp_path / "whole", every=100, val_interval=3)
     assert_same(tmp_path / "whole" / "last.ckpt", tmp_path / "resumed" / "last.ckpt")
+
+
+@pytest.mark.parametrize("command", ["validate", "predict"])
+def test_a_command_that_does_not_train_is_broken_off(tmp_path, command):
+    before = signal.getsignal(signal.SIGTERM)
+    fit(tmp_path, every=100)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    hook = {"validate": "on_validation_end", "predict": "on_predict_batch_start"}[command]
+    kill = Kill(signal.SIGTERM, 0, hook)
+    checkpoints = Checkpoints(dirpath=str(tmp_path))
+    run = trainer(tmp_path, kill, checkpoints, enable_checkpointing=True, limit_val_batches=1)
+    data = {"validate": DigitsData(batch_size=30), "predict": DataLoader(range(4), batch_size=2)}
+    with pytest.raises(SIGTERMException) as stopped:
+        getattr(run, command)(module(), data[command])
+    assert stopped.value.args == (signal.SIGTERM,)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 class Impatient(L.Callback):
