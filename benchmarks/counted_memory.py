@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ant_lightning.backbones import unet_blocks
 from ant_lightning.balancing import auto
-from ant_lightning.balancing.one_pass import engine, layers, task_parameters
+from ant_lightning.balancing.one_pass import engine, layer_rules, task_parameters
 from benchmarks.memory import LiveBytes
 from benchmarks.methods import memory_lines
 from benchmarks.steps import Cell, Stepper
@@ -108,7 +108,7 @@ class CountedGPU(TorchDispatchMode):
     def __enter__(self) -> CountedGPU:
         """Use the rules of a GPU where they affect memory."""
         self._rules = ExitStack()
-        cast = layers._cast
+        cast = layer_rules._cast
 
         def cast_as_there(value: Tensor, *, to_norm: bool = False) -> Tensor:
             return _single(value) if to_norm else cast(value)
@@ -118,7 +118,7 @@ class CountedGPU(TorchDispatchMode):
             (task_parameters, "TaskParameter", _TaskParameter),
             (task_parameters, "TaskView", _TaskView),
             (task_parameters, "_as_view", _as_view),
-            (layers, "_cast", cast_as_there),
+            (layer_rules, "_cast", cast_as_there),
             (torch, "group_norm", _in_single(torch.group_norm)),
             (torch, "layer_norm", _in_single(torch.layer_norm)),
             (unet_blocks, "_MIN_FUSED_POSITIONS", float("inf")),

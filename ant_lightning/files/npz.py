@@ -60,7 +60,7 @@ class NpzFile:
             raise ValueError("two arrays of one name")
         for name, entry in self._entries.items():
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{name} not packed as numpy packs")
+                raise ValueError(f"{name}, which is not packed as numpy packs")
             if entry.file_size > max(_RATIO_FREE, _MAX_RATIO * entry.compress_size):
                 raise ValueError(f"{name} of {entry.file_size} bytes in {entry.compress_size}")
         self.headers = {name: self._header(name) for name in self._entries}

@@ -5,7 +5,7 @@ import torch
 from rank_processes import run_ranks
 from torch import nn
 
-from ant_lightning.balancing import overlap, reduced
+from ant_lightning.balancing import overlap, reduced_gradients
 from ant_lightning.balancing.differentiation import Differentiation
 from ant_lightning.balancing.gradients import DenseTaskGradients
 from ant_lightning.balancing.placed_gradients import PlacedTaskGradients
@@ -152,7 +152,7 @@ def received(rank, world_size, kind, reduction, *, apart=(), ranks=None):
 
 
 def every_kind(rank, world_size):
-    reduced._ALONE = 8
+    reduced_gradients._ALONE = 8
     return {
         (kind.__name__, apart): received(rank, world_size, kind, default_reduction(), apart=apart)
         for kind in (ReducedTaskGradients, PlacedTaskGradients)
