@@ -7,6 +7,7 @@ whose `model.init_from` names the weights of others.
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,9 @@ def run_diagnose(args: Sequence[str]) -> None:
         ConfigError: If the folder is not that of a run with a checkpoint, or an option is wrong.
     """
     rest = list(args)
+    if {"-h", "--help"}.intersection(rest):
+        print(_help())
+        return
     if rest and not rest[0].startswith("-"):
         rest = [*_of_run(Path(rest[0])), *rest[1:]]
     elif not any(each.partition("=")[0] in {"-c", "--config"} for each in rest):
@@ -40,6 +44,24 @@ def run_diagnose(args: Sequence[str]) -> None:
     if not any(each.startswith("--trainer.limit_val_batches") for each in rest):
         rest.append("--trainer.limit_val_batches=1.0")  # a run may have trained without validation
     run(["validate", *rest, f"--trainer.callbacks={json.dumps([callback])}"])
+
+
+def _help() -> str:
+    from ant_lightning.diagnosis.callback import Diagnosis  # noqa: PLC0415
+
+    own = (
+        f"  --{each.name} (default: {each.default})"
+        for each in signature(Diagnosis).parameters.values()
+    )
+    return "\n".join(
+        [
+            "usage: ant-lightning diagnose RUN [options]",
+            "       ant-lightning diagnose --config NAME [options]",
+            "",
+            "options of the diagnosis (ant-lightning validate --help lists the others):",
+            *own,
+        ]
+    )
 
 
 def _of_run(folder: Path) -> list[str]:

@@ -55,6 +55,12 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
     parser.add_argument("--guidance", type=float, nargs="+", help="guidance scales")
     parser.add_argument("--ema", type=float, nargs="+", help="lengths of the average (ema.lengths)")
     parser.add_argument("--num_images", type=int | None, help="by default as in the run")
+    parser.add_argument(
+        "--extractor",
+        type=str | None,
+        help="class of the network that scores, such as ant_lightning.ShapesFeatures; by default "
+        "as in the run",
+    )
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ..")
     parser.add_argument("--trust", **TRUST)
     try:
@@ -66,7 +72,7 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
             "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"
         )
     folder = Path(chosen.run)
-    data, metrics = _of_run(folder, chosen.trust)
+    data, metrics = _of_run(folder, chosen.trust, chosen.extractor)
     device = L.Fabric(accelerator=chosen.accelerator, devices=1).device
     data.setup("test")
     num_images = chosen.num_images or metrics.num_images or len(data.held_out_images)
@@ -130,7 +136,9 @@ def _shown(row: dict[str, Any]) -> list[str]:
     return [name for names in _PANELS.values() for name in names if name in row["scores"]]
 
 
-def _of_run(folder: Path, trust: str | list[str]) -> tuple[Any, GenerationMetrics]:
+def _of_run(
+    folder: Path, trust: str | list[str], extractor: str | None
+) -> tuple[Any, GenerationMetrics]:
     """The data and the metrics of a run, from its record."""
     record = newest_record(folder)
     if record is None:
@@ -141,7 +149,10 @@ def _of_run(folder: Path, trust: str | list[str]) -> tuple[Any, GenerationMetric
     for each in callbacks:
         if isinstance(each, dict) and str(each.get("class_path")).rpartition(".")[2] == kind:
             data = make_part(config["data"], L.LightningDataModule, trust)
-            return data, make_part(each, L.Callback, trust)
+            settings = dict(each.get("init_args") or {})
+            if extractor is not None:
+                settings["extractor"] = {"class_path": extractor}
+            return data, make_part({**each, "init_args": settings}, L.Callback, trust)
     raise ConfigError(
         f"trainer.callbacks: must have {kind} to score images, found none in {record}"
     )

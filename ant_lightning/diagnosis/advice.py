@@ -90,11 +90,16 @@ def _surgery(findings: Findings) -> Advice:
     count = k * (k - 1) // 2
     if not pairs:
         spread = findings.weights["PCGrad"]
+        low, high = float(spread.min()), float(spread.max())
+        weights = (
+            "would be those of equal weighting"
+            if round(low, 2) == round(high, 2) == 1
+            else f"would be {low:.2f} to {high:.2f} times those of equal weighting"
+        )
         return Advice(
             "Do not expect a gain from PCGrad: no tasks conflict",
             f"None of the {count} pairs of tasks has a cosine that is below 0 by more than twice "
-            f"its standard error; PCGrad's weights would be {float(spread.min()):.2f} to "
-            f"{float(spread.max()):.2f} of equal ones.",
+            f"its standard error; PCGrad's weights {weights}.",
             "results.md#reading-the-evidence",
         )
     i, j = pairs[0]
@@ -117,8 +122,8 @@ def _losses(findings: Findings) -> Advice:
     if ratio < _UNEQUAL:
         return Advice(
             "Uncertainty weighting would change little here",
-            f"The tasks' losses differ by a factor of {ratio:.1f} at most, and it weighs each "
-            "task by the inverse of its loss.",
+            f"The tasks' losses differ by a factor of {ratio:.1f} at most. Uncertainty weighting "
+            "weighs each task by the inverse of its loss.",
             "choosing.md#balancers",
         )
     return Advice(

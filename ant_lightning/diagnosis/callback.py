@@ -165,13 +165,13 @@ class Diagnosis(MeasuringCallback):
                         balancer.to(pl_module.device)
                     step = MultiTaskStep(pl_module.backbone, balancer, num_tasks=k)
                     times = []
-                    for _ in range(self.timed_steps + 1):  # the first one warms up
+                    for _ in range(self.timed_steps + 2):  # the first two warm up
                         start = time.perf_counter()
                         step.backward(losses, tasks)
                         if pl_module.device.type == "cuda":
                             torch.cuda.synchronize()
                         times.append(time.perf_counter() - start)
-                    found[name] = sorted(times[1:])[len(times[1:]) // 2]
+                    found[name] = sorted(times[2:])[self.timed_steps // 2]
         finally:
             for parameter, grad in zip(pl_module.backbone.parameters(), kept, strict=True):
                 parameter.grad = grad

@@ -94,7 +94,10 @@ def write_page(findings: Findings, folder: Path, pictures: dict[str, str], *, ab
     )
     page.table(*_tasks(findings))
     page.heading("Conflicts")
-    page.text("Cosines of the tasks' gradients, corrected for noise, with their standard errors.")
+    page.text(
+        "Cosines of the tasks' gradients, corrected for noise, with their standard errors. A "
+        "corrected cosine may lie above 1 by about its error."
+    )
     page.table(*_cosines(findings))
     if findings.transfer is not None:
         page.heading("Transfer")
@@ -104,7 +107,7 @@ def write_page(findings: Findings, folder: Path, pictures: dict[str, str], *, ab
         )
         page.table(*_matrix(findings.transfer, lambda i, j, x: f"{x:.2%}"))
     page.heading("Clusters")
-    page.text("What each clustering would make of this process, as first timesteps of the tasks.")
+    page.text("The first timestep of each task, by clustering.")
     page.table(
         ["clustering", *(f"task {i}" for i in range(findings.num_tasks))],
         ["this model", *findings.clusters.boundaries[:-1]],

@@ -107,7 +107,9 @@ class ModuleFeatures(FeatureExtractor):
         return Features(self.module(images).flatten(1).float())
 
 
-def check_images(images: Tensor, *, channels: Sequence[int] = (1, 3)) -> None:
+def check_images(
+    images: Tensor, *, channels: Sequence[int] = (1, 3), extractor: str = "the extractor"
+) -> None:
     """Check that images are a uint8 batch `[n, c, h, w]` with an allowed number of channels.
 
     Raises:
@@ -119,4 +121,6 @@ def check_images(images: Tensor, *, channels: Sequence[int] = (1, 3)) -> None:
         raise ConfigError(f"images: must have shape [n, c, h, w], found {list(images.shape)}")
     if images.shape[1] not in channels:
         allowed = " or ".join(map(str, channels))
-        raise ConfigError(f"images: must have {allowed} channels, found {images.shape[1]}")
+        raise ConfigError(
+            f"images: must have {allowed} channels for {extractor}, found {images.shape[1]}"
+        )

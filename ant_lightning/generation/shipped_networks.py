@@ -104,7 +104,8 @@ class _ShippedFeatures(FeatureExtractor):
                 takes.
         """
         network = NETWORKS[self.what]
-        check_images(images, channels=(network.convolutions[0][0],))
+        channels = (network.convolutions[0][0],)
+        check_images(images, channels=channels, extractor=type(self).__name__)
         x = images.to(torch.float32) / 127.5 - 1
         if images.shape[2:] != (network.size, network.size):
             x = self._resized(x, network.size)

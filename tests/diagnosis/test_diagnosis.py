@@ -174,5 +174,7 @@ def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys):
 def test_what_is_not_a_run_is_refused_in_one_line(tmp_path, capsys):
     assert main(["diagnose", str(tmp_path)]) == 2
     assert "must be the log folder of a run, found no config.yaml" in capsys.readouterr().err
+    assert main(["diagnose", "--help"]) == 0
+    assert "--num_images (default: " in capsys.readouterr().out
     assert main(["diagnose"]) == 2
     assert "needs the folder of a run, or --config, found none" in capsys.readouterr().err

@@ -394,6 +394,10 @@ def test_a_sweep_scores_guidance_scales_and_ema_lengths(run, capsys):
         ([str(run)], "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"),
         ([str(run / "checkpoints"), "--guidance", "1"], "must be the log folder of a run"),
         ([str(run), "--ema", "0.9"], "ema_length"),
+        (
+            [str(run), "--guidance", "1", "--extractor", "ant_lightning.ShapesFeatures"],
+            "images: must have 3 channels for ShapesFeatures, found 1",
+        ),
     ):
         assert main(["sweep", *args, "--accelerator=cpu"]) == 2
         assert line in capsys.readouterr().err

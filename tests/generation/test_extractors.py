@@ -75,7 +75,7 @@ def test_images_that_are_not_uint8_batches_are_refused(images):
         (images.float(), "uint8.*found torch.float32"),
         (images.to(torch.uint16), "uint8.*found torch.uint16"),
         (images[0], r"\[n, c, h, w\], found \[1, 2, 2\]"),
-        (images.expand(-1, 2, -1, -1), "1 or 3 channels, found 2"),
+        (images.expand(-1, 2, -1, -1), "1 or 3 channels for the extractor, found 2"),
     ):
         with pytest.raises(ConfigError, match=message):
             extractor(bad)
@@ -143,7 +143,7 @@ def test_digits_features_refuse_other_images_and_other_files(tmp_path):
     assert isinstance(extractor.extract(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), Features)
     with pytest.raises(ConfigError, match=r"8 x 8 digits, found \[16, 16\]"):
         extractor(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
-    with pytest.raises(ConfigError, match="1 channels, found 3"):
+    with pytest.raises(ConfigError, match="1 channels for DigitsFeatures, found 3"):
         extractor(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
     with pytest.raises(ConfigError, match=r"missing\.safetensors: .*such file"):
         DigitsFeatures(tmp_path / "missing.safetensors")
