@@ -165,9 +165,12 @@ class AntCLI(LightningCLI):
             super().instantiate_classes()
         except Exception as error:  # constructors of what the settings name
             raise first_config_error(error) from error
+        if type(self.model) is L.LightningModule:  # what an empty mapping makes
+            raise ConfigError("model.class_path: needed, found none")
         # Lightning's instantiators made these two, so `paths` does not know them yet.
         for name, made in {"model": self.model, "data": self.datamodule}.items():
-            self.paths.remember(made, vars(self.paths.settings[name].init_args))
+            given = self.paths.settings[name].get("init_args")  # a class may have none
+            self.paths.remember(made, vars(given) if given else {})
 
     def before_instantiate_classes(self) -> None:
         """Check the Trainer's flags, choose the run folder, and dump its record of settings."""

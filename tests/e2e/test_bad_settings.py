@@ -109,6 +109,13 @@ def test_a_number_that_may_be_a_tensor_is_asked_for_as_a_number(tmp_path, capsys
     assert "model.optimization.optimizer.lr: must be a number, found " in line
 
 
+def test_an_empty_model_names_no_class(tmp_path, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: {}\ndata: {class_path: DigitsData}\n")
+    line = refused(["fit", f"--config={path}"], capsys)
+    assert "model.class_path: needed, found none" in line
+
+
 def test_a_number_of_steps_that_is_null_is_named():
     with pytest.raises(ConfigError, match=r"trainer\.max_steps: must have a value"):
         check_trainer_settings({"max_steps": None})
