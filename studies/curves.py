@@ -101,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> int:
     results.mkdir(parents=True, exist_ok=True)
     pictures = []
     for group in _PICTURES:
-        if group in measured.curves:
+        if len(measured.methods(group)) > 1:  # else there is nothing to compare
             name = f"curves_{group.removesuffix('/snr').replace('/', '_')}.png"
             shown = dict.fromkeys(measured.methods(group), group)
             if group == "ldm/why":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -59,6 +60,7 @@ def quality_curves(
         axis.set_xlabel("training steps")
         axis.grid(alpha=0.3)
     panels[0].set_yscale("log")
+    panels[0].yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))  # all nine would overlap
     panels[0].yaxis.set_major_formatter("{x:g}")
     panels[0].yaxis.set_minor_formatter("{x:g}")
     panels[0].tick_params(axis="y", which="minor", labelsize=8)

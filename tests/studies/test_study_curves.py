@@ -158,7 +158,8 @@ def test_the_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
             "axes": {"seed": [0, 1], "method": list(FIDS)},
             "commands": [["fit", "{method}{seed}"]],
             "collect": ["generation_metrics.jsonl"],
-        }
+        },
+        {"cell": "ldm/four_times/uw/seed0", "commands": [["fit", "longer"]]},
     ]
     file = tmp_path / "study.yaml"
     file.write_text(json.dumps({"groups": groups}))
@@ -177,10 +178,12 @@ def test_the_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
     assert text.startswith("before\n\n")
     assert text.endswith("after\n")
     assert "old" not in text
-    assert text.count("### Scores, latent diffusion") == 1
-    assert "6 of 6 cells finished" in text
-    assert (page.parent / "results" / "curves_ldm.png").stat().st_size > 10_000
-    assert len((page.parent / "results" / "curves.jsonl").read_text().splitlines()) == 6
+    assert text.count("### Scores, latent diffusion\n") == 1
+    assert "7 of 7 cells finished" in text
+    pictures = list((page.parent / "results").glob("*.png"))
+    assert [path.name for path in pictures] == ["curves_ldm.png"]  # none of a single method
+    assert pictures[0].stat().st_size > 10_000
+    assert len((page.parent / "results" / "curves.jsonl").read_text().splitlines()) == 7
     assert main([f"--folder={tmp_path}", f"--docs={page.parent}", f"--study={file}"]) == 1
 
 
