@@ -6,7 +6,7 @@ import lightning  # noqa: F401 - sets the level of its log, which is changed bel
 import pytest
 from yaml import safe_dump
 
-from configs import exit_code, fuzz_configs, good_config, run_arguments
+from configs import exit_code, fuzz_configs, good_config, has_default_sizes, run_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +20,13 @@ def _elsewhere(tmp_path, monkeypatch):
 def test_the_config_that_is_changed_trains(tmp_path):
     (tmp_path / "c.yaml").write_text(safe_dump(good_config(tmp_path)))
     assert exit_code(run_arguments(tmp_path)) == 0
+
+
+def test_a_network_without_sizes_is_not_trained(tmp_path):
+    good = good_config(tmp_path)
+    assert not has_default_sizes(safe_dump(good))
+    del good["model"]["init_args"]["backbone"]["init_args"]["depth"]
+    assert has_default_sizes(safe_dump(good))
 
 
 def test_a_wrong_config_ends_in_one_line(tmp_path):
