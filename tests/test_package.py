@@ -44,12 +44,47 @@ def run(code, site, folder):
     ).stdout
 
 
-def test_a_reader_that_has_read_enough_is_no_error():
-    command = [sys.executable, "-m", "ant_lightning", "configs"]
+@pytest.mark.parametrize("args", [["configs"], ["--help"], ["configs", "show", "digits/dit"]])
+def test_a_reader_that_has_read_enough_is_no_error(args):
+    command = [sys.executable, "-m", "ant_lightning", *args]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 0
+    assert process.returncode == 141  # as of a program that SIGPIPE ended
+
+
+def test_a_reader_may_close_the_help_of_a_parser_and_the_errors():
+    # The long help of `diagnose`, without waiting for its imports: any print and exit does.
+    code = """
+import sys
+from ant_lightning.cli import configs, main
+def run_configs(args):
+    print("x" * 100_000)
+    raise SystemExit(0)
+configs.run_configs = run_configs
+sys.exit(main.main(["configs"]))
+"""
+    for command, piped in (
+        ([sys.executable, "-c", code], "stdout"),
+        ([sys.executable, "-m", "ant_lightning", "fitt"], "stderr"),
+    ):
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        with subprocess.Popen(command, **pipes) as process:
+            getattr(process, piped).close()
+            other = process.stderr if piped == "stdout" else process.stdout
+            assert other.read() == b""
+        assert process.returncode == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_under_the_output_is_one_line():
+    command = [sys.executable, "-m", "ant_lightning", "configs"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "ant-lightning: error: standard output: could not be written: No space left on device\n"
+    )
 
 
 def test_the_wheel_finds_every_config_in_an_empty_folder_without_torch(wheel, tmp_path, capsys):

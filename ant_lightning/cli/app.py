@@ -50,7 +50,7 @@ def run_app(args: Sequence[str]) -> None:
     try:
         chosen = parser.parse_args(list(args))
     except Exception as error:  # the parser has errors of several kinds
-        raise first_config_error(error) from error
+        raise first_config_error(error, parser._option_string_actions) from error
     app = make_app(chosen.runs, device=chosen.device, trust=chosen.trust)
     print(f"app: http://{chosen.host}:{chosen.port} (Ctrl-C ends it)", flush=True)
     try:

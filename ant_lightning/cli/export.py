@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from ant_lightning import __version__
 from ant_lightning.cli.load_run import load_run, run_settings
+from ant_lightning.cli.messages import first_config_error
 from ant_lightning.errors import ConfigError
 from ant_lightning.exports.card import model_card
 from ant_lightning.exports.exported import Exported, new_folder
@@ -154,8 +155,8 @@ def run_export(args: Sequence[str]) -> None:
     parser.add_argument("--push_to_hub", type=str | None, help="owner/name on the hub")
     try:
         settings = parser.parse_args(list(args))
-    except Exception as error:
-        raise ConfigError(f"export: {error}") from error
+    except Exception as error:  # the parser has errors of several kinds
+        raise first_config_error(error, parser._option_string_actions) from error
     options = settings.as_dict()
     hub = options.pop("push_to_hub")
     exported = export(options.pop("run"), **options)

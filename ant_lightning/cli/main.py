@@ -38,14 +38,16 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import signal
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from ant_lightning import __version__
 from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.first_look import first_look
+from ant_lightning.cli.trainer_settings import with_classes_of_loggers
 from ant_lightning.errors import (
     CheckpointWriteError,
     ConfigError,
@@ -54,6 +56,7 @@ from ant_lightning.errors import (
     NonFiniteError,
     message_of,
 )
+from ant_lightning.runtime.quiet import warn_in_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,9 +84,43 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 for a run that failed; 2 for bad input; 143 (128 + SIGTERM) for a run
-        that was told to stop and left a checkpoint to resume from (130 for Ctrl-C).
+        that was told to stop and left a checkpoint to resume from (130 for Ctrl-C); 141 (128 +
+        SIGPIPE) if the reader of the output, such as `head`, has closed it.
     """
-    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        try:
+            return _main(list(sys.argv[1:] if args is None else args))
+        finally:  # also where a parser prints its help and exits
+            sys.stdout.flush()
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+        if not closed:  # it was another pipe
+            raise
+        for stream in closed:
+            _give_up(stream)
+        return 141
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        _give_up(sys.stdout)
+        where = error.filename or "standard output"
+        return _fail(f"{where}: could not be written: {error.strerror}", 1)
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether nobody reads what this stream writes any more."""
+    poll = select.poll()
+    poll.register(stream, 0)  # errors are always reported
+    return bool(poll.poll(0))
+
+
+def _give_up(stream: TextIO) -> None:
+    """Let output go nowhere: Python flushes it once more at its end, which must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _main(arguments: list[str]) -> int:
+    """Run the command line; returns its exit code."""
     # `report` and `configs` have no parser, so their --help is this text as well.
     asked = arguments[: 1 + (arguments[:1] in (["report"], ["configs"]))]
     if not arguments or {"-h", "--help"}.intersection(asked):
@@ -95,21 +132,14 @@ def main(args: Sequence[str] | None = None) -> int:
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
     try:
-        arguments = _with_groups(with_paths_of_configs(arguments))
+        arguments = _with_groups(with_classes_of_loggers(with_paths_of_configs(arguments)))
         first_look(arguments)
-        code = (_run_other if arguments[0] in WITHOUT_LIGHTNING else _run)(arguments)
-        sys.stdout.flush()
+        warn_in_lines()
+        return (_run_other if arguments[0] in WITHOUT_LIGHTNING else _run)(arguments)
     except ConfigError as error:
         return _fail(message_of(error), 2)
-    except BrokenPipeError:  # the reader of a list, such as `head`, has read enough
-        if arguments[0] not in WITHOUT_LIGHTNING:
-            raise
-        # Python flushes standard output once more at its end, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except KeyboardInterrupt:  # before training or outside of it: nothing is lost
         return _fail("interrupted", 130)
-    return code
 
 
 def _with_groups(arguments: list[str]) -> list[str]:

@@ -23,11 +23,24 @@ __all__ = [
     "unknown_class",
 ]
 
-_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "Iterable": "a list",
+    "Sequence": "a list",
+    "list": "a list",
+}
 # Ways to name a class, which jsonargparse lists even where a number was meant.
 _FORMS_OF_A_CLASS = ("a class path", "a dict with")
+_BESIDE_A_CLASS = ("a list", "true or false")  # a name that is given there was meant for a class
 # Alternatives that jsonargparse lists for most types, and that users rarely mean.
-_NOISE = ("Expected a <class 'NoneType'>", "Expected a <class 'str'>", "Expected a path but")
+_NOISE = (
+    "Expected a <class 'NoneType'>",
+    "Expected <class 'NoneType'>",
+    "Expected a <class 'str'>",
+    "Expected a path but",
+)
 
 
 def first_config_error(error: BaseException, options: Iterable[str] = ()) -> ConfigError:
@@ -50,10 +63,13 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
         message: The message.
         options: The options of the command, from which the closest is suggested.
     """
-    text = " ".join(message.split())
-    unrecognized = re.match(r"unrecognized arguments: --([\w.]+)", text)
+    text = re.sub(r'(Parser key "[^"]+") element \d+:', r"\1:", " ".join(message.split()))
+    known_options = [each.lstrip("-") for each in options]
+    unrecognized = re.match(r"unrecognized arguments: (--)?([\w.]+)", text)
+    if unrecognized and unrecognized[1]:
+        return no_such_setting(unrecognized[2], known_options)
     if unrecognized:
-        return no_such_setting(unrecognized.group(1), (each.lstrip("-") for each in options))
+        return f"{unrecognized[2]}: the command has no place for it, as options begin with --"
     # The path of nested keys, without the levels `config` and `init_args`.
     keys = [key for key in re.findall(r'Parser key "([^"]+)"', text) if key != "config"]
     setting = ".".join(keys).replace(".init_args", "")
@@ -67,7 +83,9 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
     if missing:
         # Top-level settings have the command in front: fit.data.
         names = re.sub(r"\b(?:fit|validate|test|predict)\.", "", missing.group(1))
-        return f"{setting}.{names}: needed, found nothing" if setting else needed(names)
+        if setting or (known_options and "config" not in known_options):
+            return f"{setting}{'.' if setting else ''}{names}: needed, found nothing"
+        return needed(names)
     return _innermost(text, setting)
 
 
@@ -104,6 +122,9 @@ def _innermost(text: str, setting: str) -> str:
     inner, _, rest = inner.partition("Given ")
     items = [item.strip(" -") for item in re.split(r"(?:^| )- ", inner.partition(". Got value")[0])]
     rules = [_rule(item) for item in items if item and not item.startswith(_NOISE)]
+    made = re.search(r"Problem with given class_path '(?:[\w.]+\.)?(\w+)': (.*?)(?: - |$)", text)
+    if not setting and made:  # a class that could not be made
+        return f"{made[1]}: {made[2]}"
     if not setting or not rules:
         return re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
     unknown = re.search(
@@ -113,7 +134,7 @@ def _innermost(text: str, setting: str) -> str:
     # If both a number and a class are allowed, a number was probably meant.
     types = [rule for rule in rules if rule.startswith(("a ", "true", "one of"))]
     types = [rule for rule in types if not rule.startswith(_FORMS_OF_A_CLASS)] or types
-    if unknown and not types:
+    if unknown and not set(types).difference(_BESIDE_A_CLASS):
         return unknown_class(setting, unknown.group(1) or unknown.group(2))
     rule = f"must be {' or '.join(dict.fromkeys(types))}" if types else rules[0][:300]
     value = re.search(r"value: (.*?)(?:\. Got value: | - |$)", rest) or re.search(
@@ -123,7 +144,7 @@ def _innermost(text: str, setting: str) -> str:
     nested = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", found)
     found = nested.group(1).strip("'") if nested else found
     # A namespace would print the whole object; the rule already says what is wrong in it.
-    said = not found or found in rule or found.startswith("Namespace(")
+    said = not found or (not types and found in rule) or found.startswith("Namespace(")
     return f"{setting}: {rule}" + ("" if said else f", found {found[:100]}")
 
 
@@ -132,7 +153,7 @@ def _rule(alternative: str) -> str:
     choices = re.match(r"Expected a typing\.Literal\[(.*)\]", alternative)
     if choices:
         return f"one of {choices.group(1)}"
-    kind = re.match(r"Expected a <class '(?:[\w.]+\.)?(\w+)'>", alternative)
+    kind = re.match(r"Expected (?:a )?<class '(?:[\w.]+\.)?(\w+)'>", alternative)
     if kind:
         return _TYPES.get(kind.group(1), f"a {kind.group(1)}")
     return re.sub(r"^Expected ", "must be ", alternative)

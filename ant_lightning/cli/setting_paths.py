@@ -45,6 +45,9 @@ class SettingPaths:
         """
         try:
             self.settings = parse()
+        except Exception as error:  # the parser has errors of several kinds
+            raise first_config_error(error, parser._option_string_actions) from error
+        try:
             return parser.instantiate(self.settings, instantiators=[(self, object, True)])
         except Exception as error:  # constructors may raise anything
             raise first_config_error(error) from error

@@ -66,7 +66,7 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
     try:
         chosen = parser.parse_args(list(args))
     except Exception as error:  # the parser has errors of several kinds
-        raise first_config_error(error) from error
+        raise first_config_error(error, parser._option_string_actions) from error
     if not (chosen.guidance or chosen.ema):
         raise ConfigError(
             "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"

@@ -1,14 +1,22 @@
-"""Checks of settings and of Trainer flags; the flag that an error of the Trainer is about."""
+"""Checks of settings and of Trainer flags, names of loggers; the flag that an error is about."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ant_lightning.errors import ConfigError
 
-__all__ = ["check_run_settings", "check_trainer_settings", "trainer_error"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "check_run_settings",
+    "check_trainer_settings",
+    "trainer_error",
+    "with_classes_of_loggers",
+]
 
 _OURS = {
     "gradient_clip_val": (None, "model.optimization.clip_grad_norm"),
@@ -38,8 +46,31 @@ _LEAST = {
     "min_steps": 0,
     "min_epochs": 0,
 }
+_LOGGERS = ("TensorBoardLogger", "WandbLogger", "MLFlowLogger", "CSVLogger", "CometLogger")
 # If one of these is None, the Trainer fails with an error that does not name it.
 _NEVER_NONE = ("detect_anomaly", "max_steps", "overfit_batches")
+
+
+def with_classes_of_loggers(args: Sequence[str]) -> list[str]:
+    """The arguments with a short name of a logger, in any case, replaced by that of its class.
+
+    >>> with_classes_of_loggers(["fit", "--trainer.logger=wandb", "--trainer.logger", "CSV"])
+    ['fit', '--trainer.logger=WandbLogger', '--trainer.logger', 'CSVLogger']
+    """
+    found = list(args)
+    for i, arg in enumerate(found):
+        name, sign, value = arg.partition("=")
+        if name == "--trainer.logger" and sign:
+            found[i] = f"{name}={_logger_class(value)}"
+        elif name == "--trainer.logger" and i + 1 < len(found):
+            found[i + 1] = _logger_class(found[i + 1])
+    return found
+
+
+def _logger_class(name: str) -> str:
+    """The class of a logger that is named by a short name; other names as they are."""
+    known = {each.lower().removesuffix("logger"): each for each in _LOGGERS}
+    return known.get(name.lower().removesuffix("logger"), name)
 
 
 def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a namespace
@@ -90,12 +121,24 @@ def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping o
     interval = settings.get("val_check_interval")
     if type(interval) in (int, float) and not interval > 0:
         raise ConfigError(f"trainer.val_check_interval: must be above 0, found {interval}")
+    _check_loggers(settings.get("logger"))
     callbacks = settings.get("callbacks")
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         path = callback.get("class_path") if hasattr(callback, "get") else callback
         kind = str(path).rpartition(".")[-1]
         if kind in _REPLACED:
             raise ConfigError(f"trainer.callbacks: must not have {kind}; use {_REPLACED[kind]}")
+
+
+def _check_loggers(given: Any) -> None:  # noqa: ANN401 - a logger's settings, or a list of them
+    """Refuse short names in a config file, where the parser needs the name of the class."""
+    for logger in given if isinstance(given, list) else [given]:
+        name = logger.get("class_path") if hasattr(logger, "get") else logger
+        if isinstance(name, str) and _logger_class(name) != name:
+            raise ConfigError(
+                f"trainer.logger: must be the name of a class, here {_logger_class(name)}, found "
+                f"{name}"
+            )
 
 
 def trainer_error(error: Exception, settings: Any) -> ConfigError:  # noqa: ANN401

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import loggers
 from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
 from ant_lightning import ConfigError
@@ -13,6 +14,7 @@ from ant_lightning.cli.first_look import first_look, top_settings
 from ant_lightning.cli.main import main
 from ant_lightning.cli.parser import AntCLI
 from ant_lightning.cli.source_names import arguments_of
+from ant_lightning.cli.trainer_settings import with_classes_of_loggers
 
 DIT = CONFIGS / "digits" / "dit.yaml"
 # Rows of the table of wrong settings that can be seen without an import.
@@ -91,6 +93,10 @@ MORE = {
     "encode without its config": (["encode", "--config=/nope"], ["config", "found nothing"]),
 }
 FILES = {
+    "short name of a logger": (
+        "trainer: {logger: {class_path: wandb}}",
+        ["trainer.logger: must be the name of a class, here WandbLogger, found wandb"],
+    ),
     "no YAML": ("trainer: {max_steps: 3", ["must be YAML, found in line"]),
     "misspelt group": ("trainr: {max_steps: 3}", ["line 1: trainr: ", "did you mean 'trainer'"]),
     "misspelt setting": ("ema: {deacy: 0.9}", ["ema.deacy", "did you mean 'ema.decay'"]),
@@ -173,6 +179,16 @@ def test_mistakes_in_a_file_are_seen(tmp_path, name, command):
     message = looked([command, "--config", str(DIT), f"--config={path}"])
     assert message is not None
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "WandB", "mlflow", "CSV", "comet", "csvlogger"])
+def test_loggers_have_short_names_on_the_command_line(name):
+    (kind,) = with_classes_of_loggers([f"--trainer.logger={name}"])
+    assert with_classes_of_loggers(["--trainer.logger", name]) == kind.split("=")
+    kind = kind.partition("=")[2]
+    assert issubclass(getattr(loggers, kind), loggers.Logger)
+    assert with_classes_of_loggers(["--x", name, f"--trainer.logger={kind}"])[1] == name
+    assert looked(["fit", "--config", str(DIT), f"--trainer.logger={kind}"]) is None
 
 
 def configs():

@@ -52,3 +52,48 @@ def test_other_messages_keep_their_words_on_one_line():
     assert one_line('Parser key "config": File does not exist: a.yaml') == (
         "config: File does not exist: a.yaml"
     )
+
+
+UNION = "Does not validate against any of the Union subtypes\nErrors:\n  - {}\n"
+GIVEN = "  Given value type: <class 'str'>\n  Given value: {}"
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "Parser key \"to\":\n  Expected a typing.Literal['official', 'torch']. Got value: onnx",
+            "to: must be one of 'official', 'torch', found onnx",
+        ),
+        (
+            "Parser key \"ema\" element 1:\n  Expected a <class 'float'>. Got value: a",
+            "ema: must be a number, found a",
+        ),
+        (
+            'Parser key "merge_weights":\n'
+            + UNION.format("Expected <class 'collections.abc.Sequence'>")
+            + "  - Expected <class 'NoneType'>\n"
+            + GIVEN.format("a"),
+            "merge_weights: must be a list, found a",
+        ),
+        (
+            'Parser key "trainer.logger":\n'
+            + UNION.format("Expected a dot import path string: Foo")
+            + "  - Expected a <class 'collections.abc.Iterable'>\n  - Expected a <class 'bool'>\n"
+            + GIVEN.format("Foo"),
+            "trainer.logger: no class is called 'Foo'",
+        ),
+        (
+            UNION.format("Problem with given class_path 'a.b.CometLogger': Requirement not met")
+            + "  - Expected a <class 'bool'>",
+            "CometLogger: Requirement not met",
+        ),
+        ("the following arguments are required: to", "to: needed, found nothing"),
+        (
+            "unrecognized arguments: y",
+            "y: the command has no place for it, as options begin with --",
+        ),
+    ],
+)
+def test_messages_of_commands_without_a_config(message, expected):
+    assert one_line(message, ["--to", "--ema"]) == expected
