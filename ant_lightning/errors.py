@@ -1,6 +1,7 @@
 """The error classes of the package; the command line turns them into one line and exit code 2."""
 
 import re
+from pathlib import Path
 
 __all__ = [
     "CheckpointWriteError",
@@ -11,6 +12,7 @@ __all__ = [
     "NonFiniteError",
     "UnsupportedError",
     "check_at_least",
+    "found_at",
     "message_of",
 ]
 
@@ -81,3 +83,14 @@ def message_of(error: BaseException) -> str:
     if name:
         text = text.rpartition(f"{name.group(1)}: ")[2]
     return " ".join(text.split())
+
+
+def found_at(path: str | Path) -> str:
+    """What is at a path that a setting names, for messages.
+
+    >>> found_at("/nope")
+    'found nothing at /nope'
+    """
+    path = Path(path)
+    kind = "the folder" if path.is_dir() else "the file" if path.exists() else "nothing at"
+    return f"found {kind} {path}"

@@ -11,15 +11,15 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ant_lightning.cli.parser import run
+from ant_lightning.cli.merged_settings import HELP
+from ant_lightning.cli.records import record_file
+from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.errors import ConfigError
-from ant_lightning.runtime.checkpoint_files import furthest_whole
-from ant_lightning.runtime.run_files import newest_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["run_diagnose"]
+__all__ = ["run_diagnose", "validation"]
 
 
 def run_diagnose(args: Sequence[str]) -> None:
@@ -31,19 +31,34 @@ def run_diagnose(args: Sequence[str]) -> None:
     Raises:
         ConfigError: If the folder is not that of a run with a checkpoint, or an option is wrong.
     """
-    rest = list(args)
-    if {"-h", "--help"}.intersection(rest):
+    if HELP.intersection(args):
         print(_help())
         return
+    own, rest = validation(args)
+    if not args[0].startswith("-"):
+        rest[1] = f"--ckpt_path={_checkpoint(Path(args[0]))}"
+    # Imported here: `validation` is needed before the imports of a run.
+    from ant_lightning.cli.parser import run  # noqa: PLC0415
+
+    callback = {"class_path": "ant_lightning.Diagnosis", "init_args": own}
+    run(["validate", *rest, f"--trainer.callbacks={json.dumps([callback])}"])
+
+
+def validation(args: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """The settings of `Diagnosis` among the options, and the arguments of `validate`.
+
+    Raises:
+        ConfigError: If the folder is not that of a run, or neither it nor a config is given.
+    """
+    rest = list(args)
     if rest and not rest[0].startswith("-"):
-        rest = [*_of_run(Path(rest[0])), *rest[1:]]
+        rest = [f"--config={record_file(Path(rest[0]))}", "--ckpt_path=last", *rest[1:]]
     elif not any(each.partition("=")[0] in {"-c", "--config"} for each in rest):
         raise ConfigError("diagnose: needs the folder of a run, or --config, found none")
     own, rest = _split(rest)
-    callback = {"class_path": "ant_lightning.Diagnosis", "init_args": own}
     if not any(each.startswith("--trainer.limit_val_batches") for each in rest):
         rest.append("--trainer.limit_val_batches=1.0")  # a run may have trained without validation
-    run(["validate", *rest, f"--trainer.callbacks={json.dumps([callback])}"])
+    return own, rest
 
 
 def _help() -> str:
@@ -64,21 +79,18 @@ def _help() -> str:
     )
 
 
-def _of_run(folder: Path) -> list[str]:
-    """The options that load a run."""
-    record = newest_record(folder)
-    if record is None:
-        raise ConfigError(f"{folder}: must be the log folder of a run, found no config.yaml")
+def _checkpoint(folder: Path) -> Path:
+    """The checkpoint of a run with the most steps."""
+    from ant_lightning.runtime.checkpoint_files import furthest_whole  # noqa: PLC0415
+
     found = furthest_whole((folder / "checkpoints").glob("*.ckpt"))
     if found is None:
         raise ConfigError(f"{folder / 'checkpoints'}: needs a checkpoint, found none")
-    return [f"--config={record}", f"--ckpt_path={found[0]}"]
+    return found[0]
 
 
 def _split(args: Sequence[str]) -> tuple[dict[str, object], list[str]]:
     """The settings of `Diagnosis` among the options, and the other options."""
-    from ant_lightning.cli.source_names import arguments_of  # noqa: PLC0415
-
     names = arguments_of("Diagnosis") or frozenset()
     own: dict[str, object] = {}
     others, rest = [], list(args)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import ant_lightning
 from ant_lightning.cli.config_files import check_config_file, config_paths
-from ant_lightning.cli.merged_settings import FLAGS, merge, merged_settings
+from ant_lightning.cli.diagnose import validation
+from ant_lightning.cli.merged_settings import FLAGS, HELP, merge, merged_settings
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
+from ant_lightning.cli.records import record_of
 from ant_lightning.cli.renamed import refuse_old_names
 from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.cli.trainer_settings import check_run_settings, check_trainer_settings
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, found_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,8 +47,10 @@ def first_look(arguments: Sequence[str]) -> None:
     command, *args = arguments
     if command in _OF_RUNS:
         _check_runs(command, args)
-    if command in {"configs", *_OF_RUNS}:  # they take no settings of a run
-        return
+    if command in {"configs", *_OF_RUNS} or (command == "diagnose" and set(args) & HELP):
+        return  # they take no settings of a run
+    if command == "diagnose":  # it is `validate` with a callback
+        command, args = "validate", validation(args)[1]
     known = top_settings(command)
     for path in config_paths(args):
         check_config_file(path, known=known)
@@ -57,6 +61,11 @@ def first_look(arguments: Sequence[str]) -> None:
             "data: needed, to compare with its images, found nothing; give the --config of a run, "
             "such as RUN/config.yaml"
         )
+    if command == "score" and not asked and settings is not None:
+        images = settings.get("images")
+        if isinstance(images, str) and not Path(images).exists():
+            raise ConfigError(f"images: must be a folder or an npz file, {found_at(images)}")
+        _check_paths({"data": settings["data"]})
     if known is None or settings is None:
         return
     refuse_old_names(settings)
@@ -64,15 +73,39 @@ def first_look(arguments: Sequence[str]) -> None:
     check_run_settings(settings)
     if isinstance(settings.get("trainer"), dict):
         check_trainer_settings(settings["trainer"])
-    # `SampleWriter` checks these as well, but only after the imports.
-    samples = settings.get("samples")
-    for name, value in samples.items() if isinstance(samples, dict) else ():
-        if name in {"num_images", "batch_size"} and type(value) is int and value < 1:
-            raise ConfigError(f"samples.{name}: must be at least 1, found {value}")
+    _check_samples(settings.get("samples"))
     _check_classes(settings)
     missing = [name for name in ("data", "model") if settings.get(name) is None]
     if missing and command != "encode" and not asked:
         raise ConfigError(needed(", ".join(missing)))
+    if not asked:
+        _check_paths(settings)
+
+
+def _check_paths(settings: dict[str, Any]) -> None:
+    """Check the paths of data, networks and initial weights.
+
+    Not those of callbacks: without the weights of an extractor, a run goes on without scores.
+    """
+    # Imported here: it imports NumPy, which `configs` can do without.
+    from ant_lightning.cli.path_settings import check_paths  # noqa: PLC0415
+
+    groups = {name: settings[name] for name in ("data", "model", "text") if name in settings}
+    check_paths(_class_paths(groups, ""))
+    model = settings.get("model")
+    initial = model.get("init_from") if isinstance(model, dict) else None
+    # A checkpoint replaces the initial weights, whose file may then be elsewhere.
+    if isinstance(initial, str) and not settings.get("ckpt_path") and not Path(initial).exists():
+        raise ConfigError(
+            f"model.init_from: must be a checkpoint or a folder of diffusers, {found_at(initial)}"
+        )
+
+
+def _check_samples(samples: object) -> None:
+    """Check numbers that `SampleWriter` checks as well, but only after the imports."""
+    for name, value in samples.items() if isinstance(samples, dict) else ():
+        if name in {"num_images", "batch_size"} and type(value) is int and value < 1:
+            raise ConfigError(f"samples.{name}: must be at least 1, found {value}")
 
 
 def _check_runs(command: str, args: Sequence[str]) -> None:
@@ -91,6 +124,10 @@ def _check_runs(command: str, args: Sequence[str]) -> None:
         raise ConfigError(
             "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"
         )
+    if command == "sweep" and args and not args[0].startswith("-"):
+        recorded: dict[str, Any] = {}
+        merge(recorded, record_of(Path(args[0])))
+        _check_paths({"data": recorded.get("data")})
 
 
 def top_settings(command: str) -> list[str] | None:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import ant_lightning
 from ant_lightning.cli.config_files import load_yaml
+from ant_lightning.cli.source_names import arguments_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["FLAGS", "merge", "merged_settings"]
+__all__ = ["FLAGS", "HELP", "merge", "merged_settings"]
 
-FLAGS = frozenset({"-h", "--help", "--print_config"})
+HELP = frozenset({"-h", "--help"})
+FLAGS = HELP | {"--print_config"}
 
 
 def merged_settings(args: Sequence[str]) -> dict[str, Any] | None:
@@ -78,6 +80,9 @@ def _arguments(class_path: object) -> set[str]:
     name = str(class_path).removeprefix("ant_lightning.")
     if name not in ant_lightning.__all__:
         return set()
+    found = arguments_of(name)
+    if found is not None:
+        return set(found)
     return set(inspect.signature(getattr(ant_lightning, name)).parameters)
 
 

@@ -13,13 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.curves import Curve, curves_figure, read_curves
-from ant_lightning.cli.renamed import with_new_names
+from ant_lightning.cli.records import record_file, record_of
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.torch_outline import read_outline
 from ant_lightning.runtime.changed_settings import flat_settings
-from ant_lightning.runtime.run_files import newest_record
 from ant_lightning.tasks.figure import clusterings_figure
 from ant_lightning.tasks.time_axis import NoiseCells, TimeAxis
 
@@ -77,12 +75,8 @@ def write_report(folder: Path) -> Path:
     Raises:
         ConfigError: If the folder has no settings of a run, or a file in it cannot be read.
     """
-    record = newest_record(folder)
-    if record is None:
-        raise ConfigError(f"{folder}: must be the log folder of a run, found no config.yaml")
-    check_config_file(record)
-    text = record.read_text(encoding="utf8")
-    config = with_new_names(load_yaml(text))
+    text = record_file(folder).read_text(encoding="utf8")
+    config = record_of(folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     if not checkpoint.is_file():  # the settings of an evaluation name the one that it read
         checkpoint = Path(config.get("ckpt_path") or checkpoint)

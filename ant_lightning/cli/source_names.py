@@ -9,7 +9,7 @@ from pathlib import Path
 
 import ant_lightning
 
-__all__ = ["arguments_of"]
+__all__ = ["arguments_of", "needed_arguments_of"]
 
 _LIGHTNING = {"Trainer": "trainer/trainer.py", "ModelCheckpoint": "callbacks/model_checkpoint.py"}
 
@@ -27,20 +27,40 @@ def arguments_of(name: str, method: str = "__init__") -> frozenset[str] | None:
     Returns:
         The names; `None` if the source does not tell.
     """
-    path = _file_of(name)
-    nodes = ast.parse(path.read_text(encoding="utf8")).body if path and path.is_file() else []
-    found = next((n for n in nodes if isinstance(n, ast.ClassDef) and n.name == name), None)
+    found = _class_of(name)
     if found is None:
         return None
-    made = next((n for n in found.body if getattr(n, "name", None) == method), None)
+    made = _method_of(found, method)
     own: frozenset[str] = frozenset()
-    if isinstance(made, ast.FunctionDef):
+    if made is not None:
         own = frozenset(each.arg for each in (*made.args.args, *made.args.kwonlyargs)) - {"self"}
         if made.args.kwarg is None:
             return own
     inherited = [arguments_of(ast.unparse(base).rpartition(".")[-1]) for base in found.bases]
     known = [each for each in inherited if each is not None]
     return own.union(*known) if known and len(known) == len(inherited) else None
+
+
+@cache
+def needed_arguments_of(name: str) -> tuple[str, ...]:
+    """The arguments without a default of the constructor that one of our classes defines."""
+    found = _class_of(name)
+    made = found and _method_of(found, "__init__")
+    if not made:
+        return ()
+    first = made.args.args[1 : len(made.args.args) - len(made.args.defaults)]  # without self
+    others = zip(made.args.kwonlyargs, made.args.kw_defaults, strict=True)
+    return (*(each.arg for each in first), *(each.arg for each, value in others if value is None))
+
+
+def _class_of(name: str) -> ast.ClassDef | None:
+    path = _file_of(name)
+    nodes = ast.parse(path.read_text(encoding="utf8")).body if path and path.is_file() else []
+    return next((n for n in nodes if isinstance(n, ast.ClassDef) and n.name == name), None)
+
+
+def _method_of(kind: ast.ClassDef, name: str) -> ast.FunctionDef | None:
+    return next((n for n in kind.body if isinstance(n, ast.FunctionDef) and n.name == name), None)
 
 
 def _file_of(name: str) -> Path | None:

@@ -16,16 +16,14 @@ import lightning as L
 from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
-from ant_lightning.cli.config_files import load_yaml
 from ant_lightning.cli.load_run import load_run
 from ant_lightning.cli.messages import first_config_error
 from ant_lightning.cli.parts import TRUST, make_part
-from ant_lightning.cli.renamed import with_new_names
+from ant_lightning.cli.records import record_file, record_of
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import ConfigError
 from ant_lightning.generation.callback import GenerationMetrics
 from ant_lightning.runtime.quiet import keep_quiet
-from ant_lightning.runtime.run_files import newest_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,10 +138,7 @@ def _of_run(
     folder: Path, trust: str | list[str], extractor: str | None
 ) -> tuple[Any, GenerationMetrics]:
     """The data and the metrics of a run, from its record."""
-    record = newest_record(folder)
-    if record is None:
-        raise ConfigError(f"{folder}: must be the log folder of a run, found no config.yaml")
-    config = with_new_names(load_yaml(record.read_text(encoding="utf8")))
+    config = record_of(folder)
     callbacks = (config.get("trainer") or {}).get("callbacks") or []
     kind = GenerationMetrics.__name__
     for each in callbacks:
@@ -154,5 +149,5 @@ def _of_run(
                 settings["extractor"] = {"class_path": extractor}
             return data, make_part({**each, "init_args": settings}, L.Callback, trust)
     raise ConfigError(
-        f"trainer.callbacks: must have {kind} to score images, found none in {record}"
+        f"trainer.callbacks: must have {kind} to score images, found none in {record_file(folder)}"
     )

@@ -12,7 +12,7 @@ from typing import Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from ant_lightning.data.pictures import SUFFIXES
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, found_at
 
 __all__ = ["find_images"]
 
@@ -53,7 +53,7 @@ def find_images(
     """
     folder = Path(root)
     if not folder.is_dir():
-        raise ConfigError(f"{setting}: must be a folder of images, found {folder}")
+        raise ConfigError(f"{setting}: must be a folder of images, {found_at(folder)}")
     content = _search(folder, setting)
     paths, skipped = content.images, content.skipped(below=folder)
     if not paths:

@@ -12,7 +12,7 @@ import torch
 
 from ant_lightning.data.image_search import find_images
 from ant_lightning.data.pictures import is_grey, open_picture
-from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.errors import ConfigError, FileError, found_at
 from ant_lightning.files.npz import ArrayHeader, open_npz
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class StoredImages:
                 self._shape = _checked_shape(self.path, file.headers.get("arr_0"))
             self.num_images = self._shape[0]
         else:
-            raise ConfigError(f"images: must be a folder or an npz file, found {self.path}")
+            raise ConfigError(f"images: must be a folder or an npz file, {found_at(self.path)}")
         if not self.num_images:
             raise ConfigError(f"images: must hold at least one image, found {self.path}")
 

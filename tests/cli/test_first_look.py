@@ -10,6 +10,7 @@ from lightning.pytorch import loggers
 from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
 from ant_lightning import ConfigError
+from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.first_look import first_look, top_settings
 from ant_lightning.cli.main import main
 from ant_lightning.cli.parser import AntCLI
@@ -42,6 +43,9 @@ SEEN = [
     "a word as checkpoint",
     "checkpoint that runs code",
     "no data",
+    "no folder of images",
+    "no latents",
+    "no initial weights",
     "config that is not there",
     "folder as config",
 ]
@@ -87,10 +91,54 @@ MORE = {
     "report": (["report", "/nope"], ["/nope: must be the log folder of a run"]),
     "sweep": (["sweep", "/nope", "--guidance", "1"], ["/nope: must be the log folder of a run"]),
     "sweep of nothing": (["sweep", "."], ["guidance: needs values, as in --guidance 1 1.5 2"]),
+    "diagnose": (["diagnose", "/nope"], ["/nope: must be the log folder of a run"]),
+    "diagnose of nothing": (["diagnose"], ["diagnose: needs the folder of a run, or --config"]),
+    "images of score": (
+        ["score", "--data=DigitsData", "--images=/nope"],
+        ["images: must be a folder or an npz file, found nothing at /nope"],
+    ),
     "export": (["export", "/nope", "--to", "torch"], ["/nope: must be the folder of a run or a"]),
     "the second run of app": (["app", ".", "/nope"], ["/nope: must be the folder of a run or a"]),
     "score without data": (["score", "--images", "."], ["data: needed", "RUN/config.yaml"]),
     "encode without its config": (["encode", "--config=/nope"], ["config", "found nothing"]),
+}
+FOLDER = ["--config", "folder/dit_32"]
+CAPTIONS = ["--data=CaptionFolderData", "--data.image_size=8"]
+DATASET = ["--data=MapStyleData", "--data.dataset"]
+# Paths of data, networks and weights, where there is nothing of the kind; `with` has one image.
+PATHS = {
+    "no root": ([*FOLDER], ["data.root: needed, found nothing"]),
+    "root": ([*FOLDER, "--data.root=/nope"], ["data.root: must be a folder of images", "/nope"]),
+    "root is a file": ([*FOLDER, "--data.root=a.png"], ["data.root: must", "the file a.png"]),
+    "root without images": (
+        [*FOLDER, "--data.root=empty"],
+        ["data.root: must hold images", "none"],
+    ),
+    "captions": (
+        [*CAPTIONS, "--data.root=with", "--data.embeddings=/nope"],
+        ["data.embeddings: must be a cache", "/nope"],
+    ),
+    "cache": (["--data=LatentsData", "--data.cache=."], ["data.cache: must be a cache", "found"]),
+    "latents": (
+        ["--data=EDM2LatentsData", "--data.path=/nope"],
+        ["data.path: must be a folder"],
+    ),
+    "REPA": (["--data=REPALatentsData", "--data.root=."], ["data.root: must", "vae-sd"]),
+    "LightningDiT": (["--data=LightningDiTLatentsData", "--data.path=x"], ["data.path: must be a"]),
+    "zip": ([*DATASET, "EDMImages", "--data.dataset.path=x.zip"], ["data.dataset.path", "x.zip"]),
+    "shards": (
+        [*DATASET, "ant_lightning.TarShards", "--data.dataset.shards=x/{00..03}.tar"],
+        ["data.dataset.shards: must name tar files, found no file x/00.tar"],
+    ),
+    "torchvision": (
+        ["--config", "cifar10/edm"],
+        ["data.dataset.root: must be a folder with the files of CIFAR10", ".download true"],
+    ),
+    "network": (
+        ["--model.backbone=ant_lightning.DiffusersBackbone", "--model.backbone.folder=x"],
+        ["model.backbone.folder: must be a folder of diffusers, found nothing at x"],
+    ),
+    "initial weights": (["--model.init_from=x.pt"], ["model.init_from: must be", "at x.pt"]),
 }
 FILES = {
     "short name of a logger": (
@@ -181,6 +229,61 @@ def test_mistakes_in_a_file_are_seen(tmp_path, name, command):
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_at_which_nothing_is(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(b"")
+    Path("with").mkdir()
+    Path("empty").mkdir()
+    Path("with/b.PNG").write_bytes(b"")
+    options, words = PATHS[name]
+    args = with_paths_of_configs(["fit", "--config", str(DIT), *options])
+    message = looked(args)
+    assert message is not None
+    assert all(word in message for word in words), message
+    assert looked([*args, "--print_config"]) is None
+    assert (
+        looked([*args, "--data=DigitsData", "--model.backbone=DiT", "--model.init_from=null"])
+        is None
+    )
+
+
+def test_paths_of_the_right_kind_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("images/cat/a.png", "cache/index.json", "repa/vae-sd/a.npy", "x/0.tar", "d/e"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(b"")
+    for options in (
+        [*FOLDER, "--data.root=images"],
+        [*CAPTIONS, "--data.root=images", "--data.embeddings=cache"],
+        ["--data=LatentsData", "--data.cache=cache"],
+        ["--data=REPALatentsData", "--data.root=repa"],
+        [*DATASET, "ant_lightning.TarShards", "--data.dataset.shards=x/*.tar"],
+        [*DATASET, "torchvision.datasets.CIFAR10", "--data.dataset.root=d"],
+        [*DATASET, "torchvision.datasets.CIFAR10", "--data.dataset.download=true"],
+        ["--model.init_from=x/0.tar"],
+        ["--model.init_from=/nope", "--ckpt_path=last"],  # the checkpoint replaces them
+        [callback("GenerationMetrics", extractor="/nope")],  # a run goes on without scores
+    ):
+        args = with_paths_of_configs(["fit", "--config", str(DIT), *options])
+        assert looked(args) is None, options
+
+
+def test_a_run_whose_data_are_gone(tmp_path, capsys):
+    settings = "{root: /nope, image_size: 8, batch_size: 2}"
+    text = f"{{class_path: ant_lightning.ImageFolderData, init_args: {settings}}}"
+    (tmp_path / "config.yaml").write_text(f"model: {{class_path: DiTModule}}\ndata: {text}")
+    for args in (
+        ["sweep", str(tmp_path), "--guidance", "1"],
+        ["diagnose", str(tmp_path), "--num_images", "8"],
+        ["score", "--config", str(tmp_path / "config.yaml"), "--images", str(tmp_path)],
+        ["validate", "--config", str(tmp_path / "config.yaml")],
+    ):
+        assert main(args) == 2
+        line = "data.root: must be a folder of images, found nothing at /nope"
+        assert capsys.readouterr().err == f"ant-lightning: error: {line}\n"
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "WandB", "mlflow", "CSV", "comet", "csvlogger"])
 def test_loggers_have_short_names_on_the_command_line(name):
     (kind,) = with_classes_of_loggers([f"--trainer.logger={name}"])
@@ -197,9 +300,9 @@ def configs():
 
 @pytest.mark.parametrize("path", configs(), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_shipped_config_passes(path):
-    args = ["fit", "--config", str(DIT), "--config", str(path)]
+    args = ["fit", "--config", str(DIT), "--config", str(path), "--print_config"]  # without data
     if path.stem == "encode":
-        args = ["encode", "--config", str(path)]
+        args = ["encode", "--config", str(path), "--print_config"]
     assert looked(args) is None
 
 

@@ -83,7 +83,7 @@ def test_what_cannot_be_scored_is_named(tmp_path, npz, capsys):
         assert main(["score", f"--config={BASE}", "--accelerator=cpu", *options]) == 2
         return capsys.readouterr().err
 
-    assert "images: must be a folder or an npz file, found nowhere.npz" in error(
+    assert "images: must be a folder or an npz file, found nothing at nowhere.npz" in error(
         "--images=nowhere.npz"
     )
     assert "metrics.num_images: must be 1 (ranks) to 60" in error(

@@ -133,7 +133,7 @@ def test_sizes_of_a_unet_of_diffusers_are_those_of_the_images(images, tmp_path, 
 def test_a_folder_that_is_missing_is_left_to_the_command(tmp_path, capsys):
     assert main(["fit", "--config=folder/dit_32", "--data.root=/nope", "--data.seed=0"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "ant-lightning: error: data.root: must be a folder of images, found /nope"
+        "ant-lightning: error: data.root: must be a folder of images, found nothing at /nope"
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ant_lightning.data.archives.index import ArchiveIndex, archive_index, bytes_at
-from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.errors import ConfigError, FileError, found_at
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -65,7 +65,7 @@ def open_store(path: str | Path, *, suffixes: Collection[str], setting: str = "p
     elif path.is_file():
         store = _Zip(path, suffixes)
     else:
-        raise ConfigError(f"{setting}: must be a folder or a zip archive, found {path}")
+        raise ConfigError(f"{setting}: must be a folder or a zip archive, {found_at(path)}")
     if not len(store):
         kinds = " or ".join(sorted(suffixes))
         raise ConfigError(f"{setting}: must hold files of type {kinds}, found none in {path}")

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from ant_lightning.data.archives.entries import image_entry, label_of_entries
-from ant_lightning.data.archives.tar import expanded_braces
+from ant_lightning.data.archives.shard_names import expanded_braces
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.folder_images import is_flipped

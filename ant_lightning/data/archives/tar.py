@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -16,9 +14,10 @@ from torch.utils.data import Dataset
 
 from ant_lightning.data.archives.entries import image_entry, label_of_entries
 from ant_lightning.data.archives.index import ArchiveIndex, archive_index, bytes_at
+from ant_lightning.data.archives.shard_names import shard_files
 from ant_lightning.errors import ConfigError, FileError
 
-__all__ = ["TarShards", "expanded_braces"]
+__all__ = ["TarShards"]
 
 _COLUMNS = ("offset", "size", "label")
 _NO_LABEL = -1
@@ -74,7 +73,7 @@ class TarShards(Dataset[dict[str, Any]]):
     def __init__(
         self, shards: str | list[str], *, image: str | None = None, label: str | None = None
     ) -> None:
-        self.shards = _found(shards)
+        self.shards = shard_files(shards)
         self._image, self._label = image, label
         with ThreadPoolExecutor() as pool:  # a shard's headers are many small reads
             self._indices = list(pool.map(self._index, self.shards))
@@ -150,35 +149,3 @@ class TarShards(Dataset[dict[str, Any]]):
             name = key.removeprefix("/")
             raise FileError(f"{shard}: sample {name} must have {error}") from error
         return (*entries[image], _NO_LABEL if label is None else label)
-
-
-def expanded_braces(pattern: str) -> list[str]:
-    """Write out the ranges of a pattern as WebDataset does.
-
-    Examples:
-        >>> from ant_lightning.data.archives.tar import expanded_braces
-        >>> expanded_braces("a-{08..10}.tar")
-        ['a-08.tar', 'a-09.tar', 'a-10.tar']
-    """
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
-        return [pattern]
-    first, last = found.groups()
-    width = len(first) if first.startswith("0") else 0
-    numbers = range(int(first), int(last) + 1)
-    parts = [f"{pattern[: found.start()]}{i:0{width}}{pattern[found.end() :]}" for i in numbers]
-    return [each for part in parts for each in expanded_braces(part)]
-
-
-def _found(shards: str | list[str]) -> list[Path]:
-    """The files of patterns, in their order; those of one pattern are sorted."""
-    patterns = [shards] if isinstance(shards, str) else shards
-    paths = []
-    for pattern in (each for one in patterns for each in expanded_braces(one)):
-        files = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
-        paths += [Path(each) for each in files]
-    missing = [path for path in paths if not path.is_file()]
-    if not paths or missing:
-        found = f"no file {missing[0]}" if missing else f"none for {shards}"
-        raise ConfigError(f"shards: must name tar files, found {found}")
-    return paths
