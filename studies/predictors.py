@@ -11,11 +11,12 @@ import argparse
 import json
 import math
 import statistics
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from scipy import stats
 
 from studies.curves_tables import CurveRows
@@ -27,8 +28,12 @@ from studies.text_table import TextTable
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from matplotlib.axes import Axes
+
 __all__ = ["early_numbers", "main", "rank_correlation"]
 
+# By the direction of a label from its point: its horizontal and vertical alignment.
+_ALIGNED = {1: ("left", "bottom"), -1: ("right", "top"), 0: ("center", "center")}
 METHODS = ("uw", "nash", "pcgrad")
 # Name -> what the heads of table and picture say.
 PREDICTORS = {
@@ -149,10 +154,7 @@ def scatter(
             for setting, values in early.items():
                 if method in found.get(setting, {}):
                     place = values[name], 100 * math.expm1(found[setting][method])
-                    axis.plot(*place, "o", color="tab:blue", markersize=4)
-                    axis.annotate(
-                        setting, place, xytext=(3, 3), textcoords="offset points", fontsize=7
-                    )
+                    axis.plot(*place, "o", color="tab:blue", markersize=4, label=setting)
             axis.axhline(0, color="0.5", linewidth=0.8)
             axis.margins(x=0.4, y=0.12)
             axis.grid(alpha=0.3)
@@ -160,7 +162,31 @@ def scatter(
                 axis.set_xlabel(words.replace(" of ", "\nof ", 1), fontsize=8)
         row[0].set_ylabel(f"{method}: change of FID (%)", fontsize=9)
     figure.suptitle("Below 0 the method has a lower FID than vanilla", fontsize=10)
+    figure.draw_without_rendering()  # fixes the size of the panels
+    for axis in panels.flat:
+        _label_points(axis)
     return figure
+
+
+def _label_points(axis: Axes) -> None:
+    """Write each line's label beside its point, where it meets no other point or label."""
+    points = [(line.get_label(), line.get_xydata()[0]) for line in axis.lines if line.get_marker()]
+    points = [(label, place) for label, place in points if not label.startswith("_")]
+    taken = [
+        Bbox.from_bounds(x - 4, y - 4, 8, 8)
+        for x, y in axis.transData.transform([place for _, place in points])
+    ]
+    for label, place in points:
+        text = axis.annotate(label, place, xytext=(0, 0), textcoords="offset points", fontsize=7)
+        options = []
+        for distance, x, y in product((4, 12, 20), (1, -1, 0), (1, -1, 0)):
+            text.set(ha=_ALIGNED[x][0], va=_ALIGNED[y][1], position=(distance * x, distance * y))
+            box = text.get_window_extent()
+            outside = not all(axis.bbox.contains(*corner) for corner in (box.min, box.max))
+            options.append((box.count_overlaps(taken) + outside, distance, -x, -y))
+        _, distance, x, y = min(options)
+        text.set(ha=_ALIGNED[-x][0], va=_ALIGNED[-y][1], position=(-distance * x, -distance * y))
+        taken.append(text.get_window_extent())
 
 
 def main(args: Sequence[str] | None = None) -> int:
