@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def main() -> None:
         )
 
 
-def _step(given: argparse.Namespace, balancer: PCGrad | None):  # noqa: ANN202 - a closure
+def _step(given: argparse.Namespace, balancer: PCGrad | None) -> Callable[[], None]:
     torch.manual_seed(0)
     network = SD3Transformer2DModel(
         sample_size=given.size,
@@ -109,7 +110,9 @@ def _step(given: argparse.Namespace, balancer: PCGrad | None):  # noqa: ANN202 -
         def losses(rows: Tensor) -> Tensor:
             rows = rows.to(given.device)
             x_in, time_told = process.network_inputs(x_t[rows], t[rows])
-            output = backbone(x_in.float(), time_told, {n: e[rows] for n, e in told.items()})
+            output: Tensor = backbone(
+                x_in.float(), time_told, {n: e[rows] for n, e in told.items()}
+            )
             return (output - (noise - x)[rows]).square().mean((1, 2, 3))
 
         step.backward(losses, tasks)

@@ -40,7 +40,9 @@ def features(seed: int, *, count: int = 10_000, dimension: int = 2048) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     scale = torch.logspace(0, -2, dimension)
     mixing = torch.linalg.qr(torch.randn(dimension, dimension, generator=generator)).Q
-    return (torch.randn(count, dimension, generator=generator) * scale) @ mixing + 0.01 * seed
+    drawn = torch.randn(count, dimension, generator=generator) * scale
+    shifted: Tensor = drawn @ mixing + 0.01 * seed
+    return shifted
 
 
 def fid(_: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +116,7 @@ def affinity(args: argparse.Namespace) -> dict[str, Any]:
         index = 2 * torch.randint(128, (1,), generator=generator) + half
         noise = torch.randn(1, 4, 8, 8, generator=generator)
         t = torch.full((1,), timestep)
-        output = model(process.q_sample(images[index], t, noise), t, index)
+        output: Tensor = model(process.q_sample(images[index], t, noise), t, index)
         return (output[:, :4] - noise).square().mean()
 
     marks: dict[int, float] = {}

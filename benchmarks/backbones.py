@@ -45,7 +45,7 @@ def flops(network: Network) -> int:
     """Operations of a forward and a backward pass."""
     with FlopCounterMode(display=False) as counter:
         network.step()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def seconds(network: Network) -> float:

@@ -57,7 +57,7 @@ class Shaped(Tensor):
             strides=value.stride(),
             storage_offset=value.storage_offset(),
             dtype=value.dtype,
-            device="cpu",  # where autocast, autograd and attention work without a GPU
+            device=torch.device("cpu"),  # where autocast, autograd and attention work without a GPU
         )
         made.value = value
         return made

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,7 +89,9 @@ def progress_of(checkpoint: Path) -> dict[str, int]:
     if not checkpoint.exists():
         return {"steps": 0, "seconds": 0}
     state = torch.load(checkpoint, weights_only=True, map_location="cpu")
-    timer = next((v for k, v in state["callbacks"].items() if k.startswith("Timer")), {})
+    timer: dict[str, Any] = next(
+        (v for k, v in state["callbacks"].items() if k.startswith("Timer")), {}
+    )
     seconds = timer.get("time_elapsed", {}).get("train", 0)
     return {"steps": int(state["global_step"]), "seconds": int(seconds)}
 
@@ -142,6 +145,7 @@ def correlations(result: AffinityResult) -> dict[str, object]:
         "negative_pairs": float((pairs < 0).double().mean()),
     }
     steps = torch.tensor(result.timesteps, dtype=torch.float64)
+    assert result.grid_log_snr is not None, "a run's affinity has the log-SNR of its schedule"
     for axis, positions in (("log_snr", result.grid_log_snr), ("timestep", steps)):
         for estimate in ("plain", "corrected"):
             rank = distance_correlation(getattr(result, estimate), positions)
@@ -149,7 +153,7 @@ def correlations(result: AffinityResult) -> dict[str, object]:
     return row
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """One line for each run."""
     lines = [
         "| model | seed | steps | class agreement | lowest reliability | log-SNR, plain "
@@ -160,7 +164,7 @@ def table(rows: list[dict[str, object]]) -> str:
         cells = [row["model"], row["seed"], row["steps"]]
         cells += [f"{row['class_agreement']:.1%}", f"{row['lowest_reliability']:.2f}"]
         for name in ("plain_log_snr", "corrected_log_snr", "plain_timestep"):
-            estimate, low, high = row[name]  # type: ignore[misc]
+            estimate, low, high = row[name]
             cells.append(f"{estimate:+.2f} [{low:+.2f}, {high:+.2f}]")
         cells.append(f"{row['negative_pairs']:.1%}")
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from benchmarks.networks import build
 from studies.provenance import commit, machine
 
 # Kind -> width, height, suffix, options of the file.
-FILES: dict[str, tuple[int, int, str, dict[str, int]]] = {
+FILES: dict[str, tuple[int, int, str, dict[str, Any]]] = {
     "PNG of 256 x 256": (256, 256, "png", {}),
     "JPEG of 500 x 375, as ImageNet's": (500, 375, "jpg", {"quality": 90}),
     "PNG of 1024 x 1024, as FFHQ's": (1024, 1024, "png", {}),
@@ -165,7 +166,7 @@ def main() -> None:
         calls[ENCODE] = lambda: len(first_stage.encode_moments(few))
         speeds = images_per_second(calls, args.seconds, args.rounds)
     medians = {what: float(np.median(found)) for what, found in speeds.items()}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for what in (*FILES, READ):
         other = ENCODE if what == READ else STEP
         every = np.array(speeds[what]) / np.array(speeds[other])
@@ -173,7 +174,7 @@ def main() -> None:
                      "range": [float(every.min()), float(every.max())]})  # fmt: skip
     print(f"{machine()}; commit {commit()}\n\n| | images/s | ratio | to |\n|---|---|---|---|")
     for row in rows:
-        low, high = row["range"]  # type: ignore[misc]
+        low, high = row["range"]
         print(
             f"| {row['what']} | {medians[str(row['what'])]:.1f} | {row['ratio']:.1f} "
             f"[{low:.1f}, {high:.1f}] | {row['per']} |"

@@ -133,7 +133,9 @@ def _steppers(
 ) -> tuple[dict[str, Stepper], dict[str, str], dict[str, float]]:
     """Each method after some steps, the reasons of those that cannot run, and MiB on a GPU."""
     on_gpu = cell.device != "cpu"
-    steppers, failed, memory = {}, {}, {}
+    steppers: dict[str, Stepper] = {}
+    failed: dict[str, str] = {}
+    memory: dict[str, float] = {}
     shared = cell.build() if on_gpu or cell.compiled else None  # compiled once for all
     weights = sum(p.numel() * p.element_size() for p in shared.parameters()) if shared else 0
     for name in names:
@@ -197,8 +199,11 @@ def cells(every: bool) -> list[tuple[Cell, int, bool]]:
         networks = [("DiT-S/2", 256), ("DiT-B/2", 256), ("DiT-S/2", 50), ("LDM FFHQ", 50)]
         networks += [("DiT-B/2", 50), ("ADM light, 256 px", 50), ("LDM FFHQ", 256)]
         modes = ("", "default", "reduce-overhead")
-        grid = [(n, b, mode) for n, b in networks for mode in modes]
-        return [(Cell(n, b, "cuda", bf16=True, compiled=c), 20, True) for n, b, c in grid]
+        return [
+            (Cell(n, b, "cuda", bf16=True, compiled=mode), 20, True)
+            for n, b in networks
+            for mode in modes
+        ]
     quick = [("3M/16", 30, False), ("3M/64", 16, True), ("33M/64", 6, False)]
     if not every:
         found = [(Cell(name, 40), rounds, memory) for name, rounds, memory in quick]

@@ -56,7 +56,8 @@ class ViTBlock(nn.Module):
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
         x = x + gate1 * self.proj(h)
         h = self.norm2(x) * (1 + scale2) + shift2
-        return x + gate2 * self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+        output: Tensor = x + gate2 * self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+        return output
 
 
 class Blocks(nn.Module):
@@ -176,8 +177,9 @@ def check_same_unet(pixels: int = 64) -> float:
 
 def _pairs(ours: UNet, theirs: Any) -> Iterator[tuple[nn.Module, nn.Module]]:  # noqa: ANN401
     """Layers with the same weights; attentions, whose rows differ in order, are copied here."""
+    names = ("time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2")
     yield from zip(
-        [ours.time_embed[0], ours.time_embed[2], ours.input_blocks[0][0], ours.out[0], ours.out[2]],
+        map(ours.get_submodule, names),
         [
             theirs.time_embedding.linear_1,
             theirs.time_embedding.linear_2,
@@ -192,8 +194,10 @@ def _pairs(ours: UNet, theirs: Any) -> Iterator[tuple[nn.Module, nn.Module]]:  #
     for mine, other in zip(layers, _their_layers(theirs), strict=True):
         if isinstance(mine, AttentionBlock):
             yield mine.norm, other.group_norm
-            for part, value in (("weight", mine.qkv.weight.squeeze(2)), ("bias", mine.qkv.bias)):
-                rows = rearrange(value, "(h t d) ... -> t (h d) ...", t=3, h=mine.num_heads)
+            for part in ("weight", "bias"):
+                value = mine.qkv.get_parameter(part)
+                flat = value.view(value.shape[:2])  # a convolution of size 1
+                rows = rearrange(flat, "(h t d) ... -> t (h d) ...", t=3, h=mine.num_heads)
                 for row, linear in zip(rows, (other.to_q, other.to_k, other.to_v), strict=True):
                     linear.get_parameter(part).copy_(row)
             other.to_out[0].weight.copy_(mine.proj_out.weight.squeeze(2))

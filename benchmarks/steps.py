@@ -45,7 +45,7 @@ from ant_lightning.cli.configs import config_names
 __all__ = ["ENGINES", "METHODS", "TORCHJD", "Cell", "K", "Stepper"]
 
 K = 5
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "0.3M": {"hidden_size": 64, "depth": 4, "num_heads": 4},
     "3M": {"hidden_size": 192, "depth": 6, "num_heads": 6},
     "33M": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -145,16 +145,16 @@ class Stepper:
             num_tasks=K,
             engine=name if name in ENGINES else "auto",  # type: ignore[arg-type]
         )
-        model: Any = self.model
-        learned = model.out_channels == 2 * model.in_channels
+        network: Any = self.model
+        learned = network.out_channels == 2 * network.in_channels
         self.process = DiscreteDiffusion(
             CosineSchedule(), variance_type="learned_range" if learned else "fixed_small"
         )
         self.clusters = SNRClustering(K)(self.process.log_snr)
-        shape = (cell.batch_size, model.in_channels, model.input_size, model.input_size)
+        shape = (cell.batch_size, network.in_channels, network.input_size, network.input_size)
         self.x = torch.randn(shape, device=cell.device)
         self.labels = torch.arange(cell.batch_size, device=cell.device) % 10
-        self.has_classes = model.num_classes > 0
+        self.has_classes = network.num_classes > 0
 
     @property
     def num_parameters(self) -> int:
@@ -194,7 +194,7 @@ class Stepper:
                     losses, tasks, log_snr=self.process.log_snr[t]
                 ).grad_norm
         factor = (1.0 / (norm + 1e-6)).clamp(max=1.0).float()
-        torch._foreach_mul_([p.grad for p in self.shared], factor)
+        torch._foreach_mul_([p.grad for p in self.shared if p.grad is not None], factor)
         self.optimizer.step()
         self.multitask.update()
         if self.cell.device != "cpu":

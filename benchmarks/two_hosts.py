@@ -77,9 +77,11 @@ class Method:
             self.called = DistributedDataParallel(self.model)
         balancer = {"uw": UncertaintyWeighting, "pcgrad": PCGrad}.get(name.removesuffix(", sorted"))
         self.balancer = balancer(K) if balancer else None
-        placement = "sorted" if name.endswith("sorted") else "spread"
         self.step_of_run = MultiTaskStep(
-            self.model, self.balancer, num_tasks=K, placement=placement
+            self.model,
+            self.balancer,
+            num_tasks=K,
+            placement="sorted" if name.endswith("sorted") else "spread",
         )
         self.process = DiscreteDiffusion(CosineSchedule())
         self.clusters = SNRClustering(K)(self.process.log_snr)
@@ -109,7 +111,7 @@ class Method:
         if self.name in {"ddp", "fsdp2"}:
             self.optimizer.zero_grad()
             losses(torch.arange(BATCH)).mean().backward()
-            norm = nn.utils.get_total_norm([p.grad for p in self.trained])
+            norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         else:
             norm = self.step_of_run.backward(losses, tasks).grad_norm

@@ -15,6 +15,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from scipy import stats
@@ -170,14 +171,16 @@ def scatter(
 
 def _label_points(axis: Axes) -> None:
     """Write each line's label beside its point, where it meets no other point or label."""
-    points = [(line.get_label(), line.get_xydata()[0]) for line in axis.lines if line.get_marker()]
-    points = [(label, place) for label, place in points if not label.startswith("_")]
+    named = [(str(line.get_label()), np.asarray(line.get_xydata())) for line in axis.lines]
+    points = [(name, data[0]) for name, data in named if not name.startswith("_")]
     taken = [
         Bbox.from_bounds(x - 4, y - 4, 8, 8)
-        for x, y in axis.transData.transform([place for _, place in points])
+        for x, y in axis.transData.transform(np.stack([place for _, place in points]))
     ]
     for label, place in points:
-        text = axis.annotate(label, place, xytext=(0, 0), textcoords="offset points", fontsize=7)
+        text = axis.annotate(
+            label, (place[0], place[1]), xytext=(0, 0), textcoords="offset points", fontsize=7
+        )
         options = []
         for distance, x, y in product((4, 12, 20), (1, -1, 0), (1, -1, 0)):
             text.set(ha=_ALIGNED[x][0], va=_ALIGNED[y][1], position=(distance * x, distance * y))
