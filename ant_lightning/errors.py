@@ -1,7 +1,14 @@
 """The error classes of the package; the command line turns them into one line and exit code 2."""
 
+from __future__ import annotations
+
+import math
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
 
 __all__ = [
     "CheckpointWriteError",
@@ -11,7 +18,12 @@ __all__ = [
     "FileError",
     "NonFiniteError",
     "UnsupportedError",
+    "check_above",
     "check_at_least",
+    "check_between",
+    "check_one_of",
+    "check_positive",
+    "check_range",
     "found_at",
     "message_of",
 ]
@@ -66,10 +78,62 @@ def check_at_least(minimum: float, **values: float | None) -> None:
     Raises:
         ConfigError: If one is below the minimum, or NaN.
     """
+    # `not >=` rather than `<`, which is false for NaN; here and below.
+    _check(f"at least {minimum}", lambda value: value >= minimum, values)
+
+
+def check_above(bound: float, **values: float | None) -> None:
+    """Check that each number is above `bound`; `None` passes.
+
+    Raises:
+        ConfigError: If one is not, or NaN.
+    """
+    _check(f"above {bound}", lambda value: value > bound, values)
+
+
+def check_positive(**values: float | None) -> None:
+    """Check that each number is above 0 and finite; `None` passes.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    _check("above 0 and finite", lambda value: 0 < value < math.inf, values)
+
+
+def check_range(low: float, high: float, **values: float | None) -> None:
+    """Check that each number is in `[low, high]`; `None` passes.
+
+    Raises:
+        ConfigError: If one is not, or NaN.
+    """
+    _check(f"from {low} to {high}", lambda value: low <= value <= high, values)
+
+
+def check_between(low: float, high: float, **values: float | None) -> None:
+    """Check that each number is above `low` and below `high`; `None` passes.
+
+    Raises:
+        ConfigError: If one is not, or NaN.
+    """
+    _check(f"above {low} and below {high}", lambda value: low < value < high, values)
+
+
+def check_one_of(choices: Collection[str | None], **values: str | None) -> None:
+    """Check that each value is one of the choices.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    rule = f"one of {', '.join(map(str, choices))}"
+    _check(rule, lambda value: value in choices, values, optional=False)
+
+
+def _check(
+    rule: str, holds: Callable[[Any], bool], values: Mapping[str, Any], *, optional: bool = True
+) -> None:
     for name, value in values.items():
-        # `not >=` rather than `<`, which is false for NaN.
-        if value is not None and not value >= minimum:
-            raise ConfigError(f"{name}: must be at least {minimum}, found {value}")
+        if not (optional and value is None) and not holds(value):
+            raise ConfigError(f"{name}: must be {rule}, found {value}")
 
 
 def message_of(error: BaseException) -> str:

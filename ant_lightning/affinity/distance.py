@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_between
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
@@ -125,8 +125,7 @@ def distance_correlation(
     from scipy.stats import rankdata  # noqa: PLC0415 - its import takes half a second
 
     check_at_least(1, num_resamples=num_resamples)
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence: must be between 0 and 1, found {confidence}")
+    check_between(0, 1, confidence=confidence)
     values, distances, rows, columns = _pairs(affinity, positions)
     x, y = (torch.from_numpy(rankdata(each)) for each in (values, distances))
     x, y = x - x.mean(), y - y.mean()

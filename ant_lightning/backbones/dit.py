@@ -20,7 +20,7 @@ from ant_lightning.backbones.layers import (
     timestep_mlp,
 )
 from ant_lightning.backbones.routing import ChannelRouting
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_at_least
 from ant_lightning.sizes import Size, height_and_width
 
 if TYPE_CHECKING:
@@ -220,8 +220,7 @@ class DiT(nn.Module):
             )
         if depth > _MAX_DEPTH:
             raise ConfigError(f"depth: must be at most {_MAX_DEPTH}, found {depth}")
-        if not mlp_ratio > 0:
-            raise ConfigError(f"mlp_ratio: must be above 0, found {mlp_ratio}")
+        check_above(0, mlp_ratio=mlp_ratio)
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels

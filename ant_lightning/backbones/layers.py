@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_range
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -81,8 +81,7 @@ def check_classes(num_classes: int, class_dropout_prob: float) -> None:
         ConfigError: If one of them is out of its range.
     """
     check_at_least(0, num_classes=num_classes)
-    if not 0 <= class_dropout_prob <= 1:
-        raise ConfigError(f"class_dropout_prob: must be from 0 to 1, found {class_dropout_prob}")
+    check_range(0, 1, class_dropout_prob=class_dropout_prob)
 
 
 def check_images(x: Tensor, timesteps: Tensor, *, in_channels: int) -> None:

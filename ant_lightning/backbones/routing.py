@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_above
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,9 +47,7 @@ class ChannelRouting:
     last_time: float = 999.0
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "last_time"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: must be above 0, found {getattr(self, name)}")
+        check_above(0, alpha=self.alpha, last_time=self.last_time)
         if not 0 < self.beta <= 1:
             raise ConfigError(f"beta: must be above 0 and at most 1, found {self.beta}")
 

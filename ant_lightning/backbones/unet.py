@@ -26,7 +26,7 @@ from ant_lightning.backbones.unet_blocks import (
     Stage,
     Upsample,
 )
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_range
 from ant_lightning.sizes import Size, height_and_width
 
 if TYPE_CHECKING:
@@ -302,9 +302,7 @@ def _check_levels(
         ConfigError: If a count in `blocks` is out of range, if `input_size` cannot be halved for
             every level, or if a factor of `attention_resolutions` belongs to no level.
     """
-    for name, count in blocks.items():
-        if not 1 <= count <= _MAX_BLOCKS:
-            raise ConfigError(f"{name}: must be from 1 to {_MAX_BLOCKS}, found {count}")
+    check_range(1, _MAX_BLOCKS, **blocks)
     multiple = 2 ** (num_levels - 1)
     if any(side % multiple for side in height_and_width(input_size)):
         raise ConfigError(

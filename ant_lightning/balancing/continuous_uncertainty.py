@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.base import SampleBalancer, check_min_loss
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_above, check_at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -59,10 +59,8 @@ class ContinuousUncertainty(SampleBalancer):
         self, num_tasks: int, *, lr: float = 0.01, num_features: int = 128, min_loss: float = 1e-8
     ) -> None:
         super().__init__(num_tasks)
-        if not lr > 0:
-            raise ConfigError(f"lr: must be above 0, found {lr}")
-        if num_features < 1:
-            raise ConfigError(f"num_features: must be at least 1, found {num_features}")
+        check_above(0, lr=lr)
+        check_at_least(1, num_features=num_features)
         self.lr = lr
         self.min_loss = check_min_loss(min_loss)
         # A fixed seed: the features are part of the method, and runs with different seeds share

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ant_lightning.balancing.base import CountsSteps
 from ant_lightning.balancing.objective import ObjectiveBalancer
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_above, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,10 +53,8 @@ class FAMO(CountsSteps, ObjectiveBalancer):
 
     def __init__(self, num_tasks: int, *, lr: float = 0.025, weight_decay: float = 1e-3) -> None:
         super().__init__(num_tasks)
-        if not lr > 0:
-            raise ConfigError(f"lr: must be above 0, found {lr}")
-        if not weight_decay >= 0:
-            raise ConfigError(f"weight_decay: must be at least 0, found {weight_decay}")
+        check_above(0, lr=lr)
+        check_at_least(0, weight_decay=weight_decay)
         # Not `lr`: the optimizer of the network must not look for parameters here.
         self.logits_lr = lr
         self.weight_decay = weight_decay

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.base import CountsSteps
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_above, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,13 +73,9 @@ class GradNorm(CountsSteps):
         lr: float = 0.025,
     ) -> None:
         super().__init__(num_tasks)
-        for name, value in (("initial_steps", initial_steps), ("update_every", update_every)):
-            if value < 1:
-                raise ConfigError(f"{name}: must be at least 1, found {value}")
-        if not alpha >= 0:
-            raise ConfigError(f"alpha: must be at least 0, found {alpha}")
-        if not lr > 0:
-            raise ConfigError(f"lr: must be above 0, found {lr}")
+        check_at_least(1, initial_steps=initial_steps, update_every=update_every)
+        check_at_least(0, alpha=alpha)
+        check_above(0, lr=lr)
         if isinstance(shared_parameters, str):
             raise ConfigError(
                 f"shared_parameters: must be a list of names, found {shared_parameters!r}"

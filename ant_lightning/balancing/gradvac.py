@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ant_lightning.balancing.pcgrad import PCGrad
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_range
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -87,8 +87,7 @@ class GradVac(PCGrad):
 
     def __init__(self, num_tasks: int, *, beta: float = 0.5, seed: int = 0) -> None:
         super().__init__(num_tasks, seed=seed)
-        if not 0 <= beta <= 1:
-            raise ConfigError(f"beta: must be in [0, 1], found {beta}")
+        check_range(0, 1, beta=beta)
         self.beta = beta
         self.register_buffer("targets", torch.zeros(num_tasks, num_tasks, dtype=torch.float64))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ant_lightning.balancing.base import CountsSteps, LossBalancer
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_above, check_at_least
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
@@ -59,10 +59,8 @@ class DWA(_Weighted):
 
     def __init__(self, num_tasks: int, *, window: int = 1000, temperature: float = 2.0) -> None:
         super().__init__(num_tasks)
-        if window < 1:
-            raise ConfigError(f"window: must be at least 1, found {window}")
-        if not temperature > 0:
-            raise ConfigError(f"temperature: must be above 0, found {temperature}")
+        check_at_least(1, window=window)
+        check_above(0, temperature=temperature)
         self.window = window
         self.temperature = temperature
         # Sums of the losses of this window, and the numbers of steps that had the task.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.base import LossBalancer
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_above
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -41,8 +41,7 @@ class IMTLL(LossBalancer):
 
     def __init__(self, num_tasks: int, *, lr: float = 0.025) -> None:
         super().__init__(num_tasks)
-        if not lr > 0:
-            raise ConfigError(f"lr: must be above 0, found {lr}")
+        check_above(0, lr=lr)
         self.lr = lr
         self.log_scales = nn.Parameter(torch.zeros(num_tasks, dtype=torch.float32))
 

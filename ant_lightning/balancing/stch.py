@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.objective import ObjectiveBalancer
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_above
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,8 +40,7 @@ class STCH(ObjectiveBalancer):
 
     def __init__(self, num_tasks: int, *, mu: float = 0.1) -> None:
         super().__init__(num_tasks)
-        if not mu > 0:
-            raise ConfigError(f"mu: must be above 0, found {mu}")
+        check_above(0, mu=mu)
         self.mu = mu
 
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:

@@ -15,7 +15,7 @@ from ant_lightning.balancing.linear import SampleMean
 from ant_lightning.balancing.parameters import clear_gradients, names_of, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.task_batch import TaskBatch
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -88,16 +88,14 @@ class MultiTaskStep:
         micro_batch_size: int | None = None,
         reduction: Reduction | None = None,
     ) -> None:
-        if num_tasks is not None and num_tasks < 1:
-            raise ConfigError(f"num_tasks: must be at least 1, found {num_tasks}")
+        check_at_least(1, num_tasks=num_tasks)
         if balancer is not None and num_tasks not in (None, balancer.num_tasks):
             raise ConfigError(
                 f"num_tasks: must be the {balancer.num_tasks} of the balancer, found {num_tasks}"
             )
         if placement not in {"spread", "sorted"}:
             raise ConfigError(f"placement: must be 'spread' or 'sorted', found {placement!r}")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size: must be at least 1, found {micro_batch_size}")
+        check_at_least(1, micro_batch_size=micro_batch_size)
         self.model = model
         self.balancer = balancer
         self.num_tasks = num_tasks if balancer is None else balancer.num_tasks

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.sharded_gradients import differentiation as new_differentiation
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,8 +69,7 @@ class TaskBatch:
         differentiation: Differentiation | None = None,
         names: Sequence[str] = (),
     ) -> None:
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise ConfigError(f"micro_batch_size: must be at least 1, found {micro_batch_size}")
+        check_at_least(1, micro_batch_size=micro_batch_size)
         if tasks.ndim != 1 or not len(tasks) or tasks.is_floating_point() or tasks.is_complex():
             found = f"{tasks.dtype} of shape {list(tasks.shape)}"
             raise ConfigError(f"tasks: one integer for each sample is needed, found {found}")

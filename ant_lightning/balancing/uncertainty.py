@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.base import LossBalancer, check_min_loss
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_above
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,8 +52,7 @@ class UncertaintyWeighting(LossBalancer):
 
     def __init__(self, num_tasks: int, *, lr: float = 0.025, min_loss: float = 1e-8) -> None:
         super().__init__(num_tasks)
-        if not lr > 0:
-            raise ConfigError(f"lr: must be above 0, found {lr}")
+        check_above(0, lr=lr)
         self.lr = lr
         self.min_loss = check_min_loss(min_loss)
         self.log_vars = nn.Parameter(torch.zeros(num_tasks, dtype=torch.float32))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ant_lightning.data.dataset import ImageDataset, TensorImages
 from ant_lightning.data.module import ImageDataModule
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_range
 from ant_lightning.randomness import keyed_generator
 
 __all__ = ["DigitsData", "load_digits"]
@@ -63,8 +63,7 @@ class DigitsData(ImageDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=0, seed=seed)
-        if not 1 <= num_held_out < 1797:
-            raise ConfigError(f"num_held_out: must be from 1 to 1796, found {num_held_out}")
+        check_range(1, 1796, num_held_out=num_held_out)
         self.num_held_out = num_held_out
         self.split_seed = split_seed
 

@@ -11,7 +11,7 @@ from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.digits import load_digits
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.diffusion.mixture import GaussianMixture
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import check_above, check_at_least, check_range
 from ant_lightning.randomness import keyed_generator
 
 __all__ = ["DigitsMixtureData", "digits_mixture"]
@@ -92,10 +92,8 @@ class DigitsMixtureData(ImageDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         check_at_least(1, num_images=num_images, num_held_out=num_held_out)
-        if not 1 <= num_components <= 400:
-            raise ConfigError(f"num_components: must be from 1 to 400, found {num_components}")
-        if not regularization > 0:
-            raise ConfigError(f"regularization: must be above 0, found {regularization}")
+        check_range(1, 400, num_components=num_components)
+        check_above(0, regularization=regularization)
         self.num_images = num_images
         self.num_held_out = num_held_out
         self.num_components = num_components

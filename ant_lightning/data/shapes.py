@@ -10,7 +10,7 @@ from torch import Tensor
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.module import ImageDataModule
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import check_at_least, check_range
 from ant_lightning.randomness import keyed_generator
 
 __all__ = ["ShapesData", "draw_shapes"]
@@ -93,8 +93,7 @@ class ShapesData(ImageDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if not 4 <= image_size <= 256:
-            raise ConfigError(f"image_size: must be from 4 to 256, found {image_size}")
+        check_range(4, 256, image_size=image_size)
         check_at_least(1, num_images=num_images, num_held_out=num_held_out, num_classes=num_classes)
         self.image_shape = (3, image_size, image_size)
         self.num_classes = num_classes

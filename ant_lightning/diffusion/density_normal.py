@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ant_lightning.diffusion.density import Coordinate, Density
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_positive
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -24,8 +24,7 @@ class _Normal(Density):
     def __init__(self, mean: float, std: float) -> None:
         if not math.isfinite(mean):
             raise ConfigError(f"mean: must be finite, found {mean}")
-        if not 0 < std < math.inf:
-            raise ConfigError(f"std: must be above 0 and finite, found {std}")
+        check_positive(std=std)
         self.mean = mean
         self.std = std
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ant_lightning.diffusion.density import Coordinate, Density, Uniform
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_positive
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -86,8 +86,7 @@ class Shifted(Density):
     coordinate: ClassVar[Coordinate | None] = "time"
 
     def __init__(self, density: Density = Uniform(), *, shift: float = 3.0) -> None:
-        if not 0 < shift < math.inf:
-            raise ConfigError(f"shift: must be above 0 and finite, found {shift}")
+        check_positive(shift=shift)
         _check_shiftable(density)
         self.density = density
         self.shift = shift

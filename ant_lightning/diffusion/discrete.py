@@ -14,7 +14,7 @@ from ant_lightning.diffusion.prediction import PredictionType, check_prediction_
 from ant_lightning.diffusion.process import DenoisingLoss
 from ant_lightning.diffusion.schedules import LinearSchedule, NoiseSchedule, TableSchedule
 from ant_lightning.diffusion.weighting import LossWeighting
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,9 +81,7 @@ class DiscreteDiffusion(ForwardProcess):
             raise ConfigError(
                 "prediction_type: must be v or x0 with a terminal SNR of zero, found eps"
             )
-        if variance_type not in get_args(VarianceType):
-            names = ", ".join(get_args(VarianceType))
-            raise ConfigError(f"variance_type: must be one of {names}, found {variance_type}")
+        check_one_of(get_args(VarianceType), variance_type=variance_type)
         self.prediction_type: PredictionType = prediction_type
         self.variance_type: VarianceType = variance_type
         self.loss_weighting = loss_weighting

@@ -11,7 +11,7 @@ import torch
 from ant_lightning.diffusion.continuous import ContinuousProcess
 from ant_lightning.diffusion.density import Density, Uniform
 from ant_lightning.diffusion.prediction import Levels, Quantity
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_one_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -95,15 +95,9 @@ class FlowMatching(ContinuousProcess):
         train_eps: float | None = None,
         num_timesteps: int = 1000,
     ) -> None:
-        for name, value, kinds in (
-            ("path", path, FlowPath),
-            ("prediction_type", prediction_type, Quantity),
-            ("convention", convention, FlowConvention),
-        ):
-            if value not in get_args(kinds):
-                raise ConfigError(
-                    f"{name}: must be one of {', '.join(get_args(kinds))}, found {value}"
-                )
+        check_one_of(get_args(FlowPath), path=path)
+        check_one_of(get_args(Quantity), prediction_type=prediction_type)
+        check_one_of(get_args(FlowConvention), convention=convention)
         _check_weighting(loss_weighting, prediction_type)
         self.path: FlowPath = path
         self.prediction_type: Quantity = prediction_type
@@ -235,9 +229,7 @@ def _vp_log_signal(t: Tensor) -> tuple[Tensor, Tensor]:
 def _check_weighting(loss_weighting: str | None, prediction_type: str) -> None:
     if loss_weighting is None:
         return
-    if loss_weighting not in get_args(FlowWeighting):
-        names = ", ".join(get_args(FlowWeighting))
-        raise ConfigError(f"loss_weighting: must be one of {names}, found {loss_weighting}")
+    check_one_of(get_args(FlowWeighting), loss_weighting=loss_weighting)
     for_v = loss_weighting in {"sigma_sqrt", "cosmap"}
     if for_v != (prediction_type == "v"):
         rule = "v" if for_v else "eps, x0 or score (SiT ignores it for the velocity)"

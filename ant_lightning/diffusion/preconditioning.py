@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_between, check_positive
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -85,8 +85,7 @@ class EDMPreconditioning(Preconditioning):
     """
 
     def __init__(self, sigma_data: float = 0.5) -> None:
-        if not 0 < sigma_data < math.inf:
-            raise ConfigError(f"sigma_data: must be above 0 and finite, found {sigma_data}")
+        check_positive(sigma_data=sigma_data)
         self.sigma_data = sigma_data
 
     def _norm(self, sigma: Tensor) -> Tensor:
@@ -164,9 +163,7 @@ class VPPreconditioning(_PredictsNoise):
         epsilon_t: float = 1e-5,
     ) -> None:
         check_at_least(2, num_levels=num_levels)
-        for name, value in (("beta_d", beta_d), ("beta_min", beta_min), ("epsilon_t", epsilon_t)):
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{name}: must be above 0 and finite, found {value}")
+        check_positive(beta_d=beta_d, beta_min=beta_min, epsilon_t=epsilon_t)
         self.beta_d = beta_d
         self.beta_min = beta_min
         self.num_levels = num_levels
@@ -259,9 +256,7 @@ class IDDPMPreconditioning(_PredictsNoise):
 
     def __init__(self, *, c_1: float = 0.001, c_2: float = 0.008, num_levels: int = 1000) -> None:
         check_at_least(2, num_levels=num_levels)
-        for name, value in (("c_1", c_1), ("c_2", c_2)):
-            if not 0 < value < 1:
-                raise ConfigError(f"{name}: must be inside (0, 1), found {value}")
+        check_between(0, 1, c_1=c_1, c_2=c_2)
         self.c_1 = c_1
         self.c_2 = c_2
         self.num_levels = num_levels

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,9 +56,7 @@ def check_prediction_type(prediction_type: str) -> None:
     Raises:
         ConfigError: If it is none of `eps`, `x0`, `v`.
     """
-    if prediction_type not in get_args(PredictionType):
-        names = ", ".join(get_args(PredictionType))
-        raise ConfigError(f"prediction_type: must be one of {names}, found {prediction_type}")
+    check_one_of(get_args(PredictionType), prediction_type=prediction_type)
 
 
 def convert(prediction: Tensor, kind: str, to: str, *, x_t: Tensor, at: Levels) -> Tensor:
@@ -67,10 +65,8 @@ def convert(prediction: Tensor, kind: str, to: str, *, x_t: Tensor, at: Levels) 
     Raises:
         ConfigError: If one of them is not a `Quantity`.
     """
-    for name in (kind, to):
-        if name not in get_args(Quantity):
-            names = ", ".join(get_args(Quantity))
-            raise ConfigError(f"prediction_type: must be one of {names}, found {name}")
+    for each in (kind, to):
+        check_one_of(get_args(Quantity), prediction_type=each)
     if kind == to:
         return prediction
     if "score" in (kind, to) and "eps" not in (kind, to):  # the score is eps in other units

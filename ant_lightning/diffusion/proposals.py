@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_at_least, check_range
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -66,8 +66,7 @@ class LossSecondMoment(CellProposal):
     def __init__(self, *, history: int = 10, own_share: float = 0.001) -> None:
         super().__init__()
         check_at_least(1, history=history)
-        if not 0 <= own_share <= 1:
-            raise ConfigError(f"own_share: must be from 0 to 1, found {own_share}")
+        check_range(0, 1, own_share=own_share)
         self.history = history
         self.own_share = own_share
         # Not buffers: draws are made on the CPU, in float64, whatever the module is cast to.
@@ -146,8 +145,7 @@ class SpeeD(CellProposal):
     def __init__(self, *, suppression: float = 5.0, threshold: float = 1e-4) -> None:
         super().__init__()
         check_at_least(1, suppression=suppression)
-        if not threshold > 0:
-            raise ConfigError(f"threshold: must be above 0, found {threshold}")
+        check_above(0, threshold=threshold)
         self.suppression = suppression
         self.threshold = threshold
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_between
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,8 +149,7 @@ class CosineSchedule(NoiseSchedule):
 
     def __init__(self, num_timesteps: int = 1000, max_beta: float = 0.999) -> None:
         super().__init__(num_timesteps)
-        if not 0 < max_beta < 1:
-            raise ConfigError(f"max_beta: must be inside (0, 1), found {max_beta}")
+        check_between(0, 1, max_beta=max_beta)
         self.max_beta = max_beta
 
     def _betas(self) -> Tensor:

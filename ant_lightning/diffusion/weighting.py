@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.diffusion.prediction import PredictionType, check_prediction_type
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_at_least
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -84,8 +84,7 @@ class MinSNR(LossWeighting):
     """
 
     def __init__(self, gamma: float = 5.0) -> None:
-        if not gamma > 0:
-            raise ConfigError(f"gamma: must be above 0, found {gamma}")
+        check_above(0, gamma=gamma)
         self.gamma = gamma
 
     def x0_weights(self, snr: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
@@ -119,8 +118,7 @@ class P2(LossWeighting):
 
     def __init__(self, gamma: float = 1.0, k: float = 1.0) -> None:
         check_at_least(0, gamma=gamma)
-        if not k > 0:
-            raise ConfigError(f"k: must be above 0, found {k}")
+        check_above(0, k=k)
         self.gamma = gamma
         self.k = k
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,8 +58,7 @@ class FeatureExtractor(nn.Module, ABC):
 
     def __init__(self, *, num_features: int, name: str) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ConfigError(f"num_features: must be at least 1, found {num_features}")
+        check_at_least(1, num_features=num_features)
         self.num_features = num_features
         self.name = name
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 
 __all__ = ["MeanAndStd", "inception_score"]
 
@@ -61,8 +61,7 @@ def inception_score(
         raise ConfigError(f"logits: must have shape [n, c] with n >= 1, found {list(logits.shape)}")
     num_images = len(logits)
     if split_size is not None:
-        if split_size < 1:
-            raise ConfigError(f"split_size: must be at least 1, found {split_size}")
+        check_at_least(1, split_size=split_size)
         edges = [*range(0, num_images, split_size), num_images]
     else:
         if not 1 <= num_splits <= num_images:

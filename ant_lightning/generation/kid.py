@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.generation.inception_score import MeanAndStd
 
 __all__ = ["kernel_distance"]
@@ -57,8 +57,7 @@ def kernel_distance(
         raise ConfigError(
             f"subset_size: must be 2 to the number of images ({most}), found {subset_size}"
         )
-    if num_subsets < 1:
-        raise ConfigError(f"num_subsets: must be at least 1, found {num_subsets}")
+    check_at_least(1, num_subsets=num_subsets)
     from torch_fidelity.metric_kid import kid_features_to_metric  # noqa: PLC0415 - other scores do without
 
     found = kid_features_to_metric(

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from ant_lightning.data.batch import check_batch
 from ant_lightning.data.module import image_data
-from ant_lightning.errors import ConfigError, NonFiniteError, check_at_least
+from ant_lightning.errors import ConfigError, NonFiniteError, check_at_least, check_range
 from ant_lightning.files.torch_file import not_finite
 from ant_lightning.models.base import BaseModule
 from ant_lightning.models.draws import step_noise
@@ -106,8 +106,7 @@ class AutoencoderModule(BaseModule):
                 f"widths: each must be a multiple of norm_num_groups = {norm_num_groups}, "
                 f"found {list(widths)}"
             )
-        if not 1 <= layers_per_block <= 64:
-            raise ConfigError(f"layers_per_block: must be from 1 to 64, found {layers_per_block}")
+        check_range(1, 64, layers_per_block=layers_per_block)
         check_at_least(0, kl_weight=kl_weight)
         from diffusers import AutoencoderKL  # noqa: PLC0415 - 5 s that only first stages need
 

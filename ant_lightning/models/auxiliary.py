@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ant_lightning.balancing.gradients import assign_gradients, reduce_gradients_
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.diffusion.process import at_least_float32
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_positive
 from ant_lightning.models.loss_scaling import clip_gradients_
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ class FeatureAlignment(nn.Module):
     ) -> None:
         super().__init__()
         check_at_least(1, width=width, feature_width=feature_width, hidden_size=hidden_size)
-        if not 0 < weight < float("inf"):
-            raise ConfigError(f"weight: must be above 0 and finite, found {weight}")
+        check_positive(weight=weight)
         self.path = ""  # of this object among the settings, for messages
         self.block = block
         self.width = width

@@ -21,7 +21,7 @@ from ant_lightning.diffusion.samplers.base import Sampler
 from ant_lightning.diffusion.samplers.ddim import DDPM
 from ant_lightning.diffusion.samplers.edm import EDMSampler
 from ant_lightning.diffusion.samplers.ode import ODESampler
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.tasks.clusterings import Clustering
 
 if TYPE_CHECKING:
@@ -174,15 +174,16 @@ class Optimization:
     param_groups: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("accumulate_grad_batches", "max_skipped_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1, found {getattr(self, name)}")
+        check_at_least(
+            1,
+            accumulate_grad_batches=self.accumulate_grad_batches,
+            max_skipped_steps=self.max_skipped_steps,
+        )
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ConfigError(
                 f"clip_grad_norm: must be above 0, or None for none, found {self.clip_grad_norm}"
             )
-        if self.warmup_steps < 0:
-            raise ConfigError(f"warmup_steps: must be at least 0, found {self.warmup_steps}")
+        check_at_least(0, warmup_steps=self.warmup_steps)
         if self.warmup_steps and self.lr_scheduler is not None:
             raise ConfigError(
                 f"warmup_steps: must be 0 with an lr_scheduler, found {self.warmup_steps}"

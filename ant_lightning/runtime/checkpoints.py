@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from ant_lightning.errors import CheckpointWriteError, ConfigError
+from ant_lightning.errors import CheckpointWriteError, ConfigError, check_at_least
 from ant_lightning.runtime.checkpoint_files import AtomicCheckpointIO, remove_unfinished
 from ant_lightning.runtime.stop_signal import StopSignal
 
@@ -88,8 +88,7 @@ class Checkpoints(ModelCheckpoint):
     def __init__(
         self, *, at_steps: list[int] | None = None, keep_last: int = 2, **settings: Any
     ) -> None:
-        if keep_last < 1:
-            raise ConfigError(f"keep_last: must be at least 1, found {keep_last}")
+        check_at_least(1, keep_last=keep_last)
         if any(step < 1 for step in at_steps or []):
             raise ConfigError(f"at_steps: must each be at least 1, found {at_steps}")
         _check_filename(settings.get("filename") or "")

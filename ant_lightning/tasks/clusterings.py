@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_at_least
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.costs import snr_costs, timestep_costs
 from ant_lightning.tasks.partition import partition
@@ -136,8 +136,7 @@ class SNRClustering(Clustering):
 
     def __init__(self, num_tasks: int = 5, power: float = 1, *, weighted: bool = False) -> None:
         check_at_least(1, num_tasks=num_tasks)
-        if power <= 0:
-            raise ConfigError(f"power: must be above 0, found {power}")
+        check_above(0, power=power)
         self.num_tasks = num_tasks
         self.power = power
         self.weighted = weighted

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,8 +87,7 @@ def snr_costs(
         >>> snr_costs(torch.tensor([9.0, 6.0, 0.0]))[0].tolist()
         [0.0, 3.0, 9.0]
     """
-    if power <= 0:
-        raise ConfigError(f"power: must be above 0, found {power}")
+    check_above(0, power=power)
     values = _as_array(log_snr)
     if values.ndim != 1 or not values.size or not np.isfinite(values).all():
         raise ConfigError(

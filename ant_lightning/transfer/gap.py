@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_between
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ def negative_transfer_gap(
         [-0.1, -0.1, -0.1]
     """
     check_at_least(0, num_resamples=num_resamples)
-    if not 0 < confidence < 1:
-        raise ConfigError(f"confidence: must be between 0 and 1, found {confidence}")
+    check_between(0, 1, confidence=confidence)
     shapes = [tuple(each.shape) for each in specialists]
     if not shapes or len(multitask) < 2 or any(s != tuple(multitask.shape) for s in shapes):
         raise ConfigError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.parameters import trained_parameters
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -68,8 +68,7 @@ def transfer_matrix(
         >>> [round(entry, 2) for entry in Z[0].tolist()]
         [0.36, 0.36, -0.44]
     """
-    if not lr > 0:
-        raise ConfigError(f"lr: must be above 0, found {lr}")
+    check_above(0, lr=lr)
     check_at_least(1, num_tasks=num_tasks)
     shared = trained_parameters(parameters)
     # Validation may run under inference_mode, where parameters could not be stepped.

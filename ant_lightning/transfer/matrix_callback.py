@@ -11,7 +11,7 @@ from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import save_figure
 from ant_lightning.callbacks.measuring import MeasuringCallback
 from ant_lightning.callbacks.task_figures import task_labels, transfer_heat_map
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_above
 from ant_lightning.tasks.time_axis import TimeAxis
 from ant_lightning.transfer.matrix import transfer_matrix
 
@@ -75,8 +75,7 @@ class TransferMatrix(MeasuringCallback):
             seed=seed,
             every_n_epochs=every_n_epochs,
         )
-        if not lr > 0:
-            raise ConfigError(f"lr: must be above 0, found {lr}")
+        check_above(0, lr=lr)
         self.lr = lr
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:

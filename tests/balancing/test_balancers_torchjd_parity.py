@@ -157,7 +157,7 @@ def test_famo_must_be_updated_after_the_optimizer():
         (lambda: DWA(K, window=0), "window: must be at least 1, found 0"),
         (lambda: FAMO(K, lr=0), "lr: must be above 0, found 0"),
         (lambda: GLS(K, min_loss=-1), "min_loss: must be at least 0"),
-        (lambda: GradVac(K, beta=2), r"beta: must be in \[0, 1\], found 2"),
+        (lambda: GradVac(K, beta=2), r"beta: must be from 0 to 1, found 2"),
     ],
 )
 def test_bad_arguments_are_refused(make, message):

@@ -261,7 +261,7 @@ def test_weighting_is_a_base_class():
         (lambda: LinearSchedule(beta_start=0.1, beta_end=0.05), "beta_end = 0.05"),
         (lambda: LinearSchedule(beta_end=math.nan), "beta_end = nan"),
         (LinearSchedule(20), r"LinearSchedule: .*betas\[19\] = 1.0 for 20 timesteps"),
-        (lambda: CosineSchedule(max_beta=1.0), "max_beta: must be inside .*found 1.0"),
+        (lambda: CosineSchedule(max_beta=1.0), "max_beta: must be above 0 and below 1, found 1.0"),
         (lambda: ScaledLinearSchedule(beta_end=1.5), "beta_start: .*beta_end = 1.5"),
         (lambda: TableSchedule([]), "num_timesteps"),
         (TableSchedule([0.1, -0.2]), r"betas\[1\] = -0.2"),

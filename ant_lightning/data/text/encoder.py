@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.nn import functional as F
 
-from ant_lightning.errors import ConfigError, FileError
+from ant_lightning.errors import ConfigError, FileError, check_at_least
 from ant_lightning.files.json_file import read_json
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ class TextEncoder:
     join: Literal["width", "length"] = "length"
 
     def __post_init__(self) -> None:
-        if self.max_length < 1:
-            raise ConfigError(f"max_length: must be at least 1, found {self.max_length}")
+        check_at_least(1, max_length=self.max_length)
         if not (self.hidden or self.pooled):
             raise ConfigError("hidden: must be true without pooled, found false")
 

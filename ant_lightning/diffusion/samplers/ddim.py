@@ -16,7 +16,7 @@ from ant_lightning.diffusion.samplers.spacing import (
     space_timesteps,
     strided_timesteps,
 )
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_one_of, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,8 +35,7 @@ class _RespacedSampler(Sampler):
 
     def __init__(self, *, num_steps: int, spacing: str, spacings: tuple[str, ...]) -> None:
         check_at_least(1, num_steps=num_steps)
-        if spacing not in spacings:
-            raise ConfigError(f"spacing: must be one of {', '.join(spacings)}, found {spacing}")
+        check_one_of(spacings, spacing=spacing)
         self.num_steps = num_steps
         self.spacing = spacing
 
@@ -170,8 +169,7 @@ class DDIM(_RespacedSampler):
     ) -> None:
         spacings = ("ddim", "even", "ldm", "ldm_quadratic")
         super().__init__(num_steps=num_steps, spacing=spacing, spacings=spacings)
-        if not 0 <= eta <= 1:
-            raise ConfigError(f"eta: must be in [0, 1], found {eta}")
+        check_range(0, 1, eta=eta)
         self.eta = eta
 
     @property

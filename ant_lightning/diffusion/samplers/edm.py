@@ -20,7 +20,7 @@ from ant_lightning.diffusion.samplers.noise_levels import (
     sigma_steps,
 )
 from ant_lightning.diffusion.samplers.runge_kutta import tableau
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_one_of, check_positive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -100,17 +100,11 @@ class EDMSampler(Sampler):
     ) -> None:
         check_at_least(1, num_steps=num_steps)
         check_at_least(0, S_churn=S_churn, S_min=S_min, S_noise=S_noise)
-        for name, value, names in (
-            ("method", method, _METHODS),
-            ("discretization", discretization, get_args(Discretization)),
-            ("schedule", schedule, get_args(Schedule)),
-            ("scaling", scaling, ("none", "vp")),
-        ):
-            if value not in names:
-                raise ConfigError(f"{name}: must be one of {', '.join(names)}, found {value}")
-        for name, level in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
-            if level is not None and not 0 < level < math.inf:
-                raise ConfigError(f"{name}: must be above 0 and finite, found {level}")
+        check_one_of(_METHODS, method=method)
+        check_one_of(get_args(Discretization), discretization=discretization)
+        check_one_of(get_args(Schedule), schedule=schedule)
+        check_one_of(("none", "vp"), scaling=scaling)
+        check_positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
         if not S_max >= S_min:
             raise ConfigError(f"S_max: must be at least S_min {S_min}, found {S_max}")
         self.num_steps = num_steps

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.diffusion.samplers.noise_levels import sigma_range, sigma_steps
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_between
 
 if TYPE_CHECKING:
     from ant_lightning.diffusion.flow import FlowMatching
@@ -33,8 +33,7 @@ def sampling_interval(process: FlowMatching, margin: float | None = None) -> tup
         `Transport.check_interval` of SiT; Ma et al., arXiv 2401.08740.
     """
     margin = 1e-3 if margin is None else margin
-    if not 0 < margin < 0.5:
-        raise ConfigError(f"margin: must be above 0 and below 0.5, found {margin}")
+    check_between(0, 0.5, margin=margin)
     if process.path == "vp":
         return 1.0, margin
     return (1.0, 0.0) if process.prediction_type == "v" else (1 - margin, margin)

@@ -20,7 +20,7 @@ from ant_lightning.diffusion.samplers.flow_times import (
     shifted,
 )
 from ant_lightning.diffusion.samplers.runge_kutta import ODEMethod, runge_kutta_step, tableau
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_at_least, check_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -108,17 +108,13 @@ class ODESampler(Sampler):
             _check_unused("beside times", num_steps=num_steps)
             if len(times) < 2 or any(a <= b for a, b in pairwise(times)):
                 raise ConfigError(f"times: must be two or more and decrease, found {list(times)}")
-        if grid not in {"uniform", "edm"}:
-            raise ConfigError(f"grid: must be one of uniform, edm, found {grid}")
+        check_one_of(("uniform", "edm"), grid=grid)
         if grid == "edm" and shift != 1:
             raise ConfigError(f"shift: must be 1 with grid 'edm', found {shift}")
-        if path is not None and path not in get_args(FlowPath):
-            names = ", ".join(get_args(FlowPath))
-            raise ConfigError(f"path: must be one of {names}, found {path}")
+        if path is not None:
+            check_one_of(get_args(FlowPath), path=path)
         check_at_least(1, num_steps=num_steps)
-        for name, value in {"shift": shift, "rtol": rtol, "atol": atol}.items():
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}: must be above 0, found {value}")
+        check_above(0, shift=shift, rtol=rtol, atol=atol)
         self.num_steps = num_steps
         self.method = method
         self.grid = grid

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import check_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,9 +52,7 @@ def tableau(method: str) -> Tableau:
     Raises:
         ConfigError: If the method is unknown.
     """
-    if method not in _TABLEAUS:
-        names = ", ".join(get_args(ODEMethod))
-        raise ConfigError(f"method: must be one of {names}, found {method}")
+    check_one_of(get_args(ODEMethod), method=method)
     return _TABLEAUS[method]
 
 

@@ -13,7 +13,7 @@ from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep
 from ant_lightning.diffusion.samplers.flow_field import FlowField, FlowPrediction
 from ant_lightning.diffusion.samplers.flow_times import even_times, sampling_interval
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_between, check_one_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -123,18 +123,10 @@ class SDESampler(Sampler):
     ) -> None:
         check_at_least(1 if last_step is None else 2, num_steps=num_steps)
         check_at_least(0, diffusion_norm=diffusion_norm)
-        for name, value, names in (
-            ("method", method, ("euler", "heun")),
-            ("diffusion", diffusion, get_args(Diffusion)),
-            ("last_step", last_step, (*get_args(LastStep), None)),
-        ):
-            if value not in names:
-                kinds = ", ".join(str(each) for each in names)
-                raise ConfigError(f"{name}: must be one of {kinds}, found {value}")
-        if not 0 < last_step_size < 1:
-            raise ConfigError(
-                f"last_step_size: must be above 0 and below 1, found {last_step_size}"
-            )
+        check_one_of(("euler", "heun"), method=method)
+        check_one_of(get_args(Diffusion), diffusion=diffusion)
+        check_one_of((*get_args(LastStep), None), last_step=last_step)
+        check_between(0, 1, last_step_size=last_step_size)
         self.num_steps = num_steps
         self.method = method
         self.diffusion: Diffusion = diffusion
