@@ -4,12 +4,17 @@ One `SD3Transformer2DModel` with LoRA, the same weights and batch for both. They
 step, in an order that turns round every time, so that drifts of the machine affect both. Printed is
 vanilla's median time over PCGrad's (1 is as fast, below 1 slower), with a 95% bootstrap interval
 over rounds, and the same of processor time, which other processes disturb less; so do the quietest
-fifth of the steps of each.
+fifth of the steps of each. With `--keep` the allocator keeps what is freed. By default glibc gives
+the free top of its heap back to the kernel, and the steps that follow fault it in again; which of
+the two steps that meets depends on where the other's tensors lie, and changes from run to run.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import platform
+import resource
 import time
 from collections.abc import Callable
 
@@ -40,24 +45,30 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--size", type=int, default=16, help="side of the latents")
+    parser.add_argument("--keep", action="store_true", help="no memory goes back to the kernel")
     given = parser.parse_args()
+    if given.keep and platform.libc_ver()[0] == "glibc":
+        for what in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(what, 2**31 - 1)
     if given.device == "cpu":
         torch.set_num_threads(1)
     steps = {
         name: _step(given, balancer)
         for name, balancer in (("vanilla", None), ("pcgrad", PCGrad(K)))
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps}
     for number in range(-3, given.rounds):
         for name in list(steps)[:: 1 if number % 2 else -1]:
-            wall, processor = time.perf_counter(), time.process_time()
+            wall, processor, faults = time.perf_counter(), time.process_time(), _page_faults()
             steps[name]()
             if given.device != "cpu":
                 torch.cuda.synchronize()
             if number >= 0:
-                pair = (time.perf_counter() - wall, time.process_time() - processor)
-                times[name].append(pair)
+                seconds = time.perf_counter() - wall, time.process_time() - processor
+                times[name].append((*seconds, _page_faults() - faults))
     found = {name: np.array(each) for name, each in times.items()}
+    for name, each in found.items():
+        print(f"{name}: {each[:, 2].mean():.0f} page faults a step")
     draws = np.random.default_rng(0).integers(given.rounds, size=(2000, given.rounds))
     for column, kind in enumerate(("time", "processor time")):
         one, two = (found[name][:, column] for name in ("vanilla", "pcgrad"))
@@ -70,6 +81,10 @@ def main() -> None:
             f"ratio {ratio:.3f} [{low:.3f}, {high:.3f}]; in the quietest fifth of the steps "
             f"{1e3 * few[0]:.1f} and {1e3 * few[1]:.1f} ms, ratio {few[0] / few[1]:.3f}"
         )
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _step(given: argparse.Namespace, balancer: PCGrad | None) -> Callable[[], None]:

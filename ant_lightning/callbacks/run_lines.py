@@ -10,6 +10,7 @@ import lightning as L
 from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA
 from ant_lightning.models.backbone import backbone_name
+from ant_lightning.models.settings_checks import warn_of_random_base
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.run_record import run_folder
 
@@ -17,13 +18,21 @@ __all__ = ["RunLines"]
 
 
 class RunLines(RunCallback):
-    """Prints where a run and its checkpoint are, and which weights an evaluation uses."""
+    """Prints where a run and its checkpoint are, and which weights an evaluation uses.
+
+    The command line installs it, so that it also warns of what only settings can be blamed for.
+    """
 
     module_type = L.LightningModule  # also an autoencoder
 
     def __init__(self) -> None:
         super().__init__()
         self._trained = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warn of an adapter on random weights, which a module made of settings may have."""
+        if getattr(pl_module, "adapter", None) is not None and pl_module.init_from is None:
+            warn_of_random_base(pl_module.backbone)  # type: ignore[arg-type]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the network, the steps and the folder."""

@@ -35,7 +35,6 @@ from ant_lightning.models.settings_checks import (
     check_settings,
     warn_of_other_model,
     warn_of_other_ranks,
-    warn_of_random_base,
     warn_of_rare_tasks,
 )
 from ant_lightning.models.state import CheckpointState, process_summary, schedule_summary
@@ -277,8 +276,6 @@ class MultiTaskDiffusion(DiffusionModule):
             balancer=self.balancer,
             parts=self.optimization.accumulate_grad_batches,
         )
-        if self.adapter is not None and self.init_from is None:
-            warn_of_random_base(self.backbone)
         self._step.begin(self.backbone)
 
     def draw(self, batch: Batch, *, step: int) -> Draws:

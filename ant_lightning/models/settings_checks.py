@@ -116,9 +116,15 @@ def warn_of_other_model(clustering: Clustering, backbone: nn.Module) -> None:
 
 
 def warn_of_random_base(backbone: nn.Module) -> None:
-    """Warn of an adapter in a network that no file has filled, as its own weights stay random."""
-    config = getattr(adapted(backbone), "config", None) or {}
-    if not config.get("_name_or_path"):  # what diffusers notes of the folder that it read
+    """Warn of an adapter in a network that no file has filled, as its own weights stay random.
+
+    For a network that settings have made: one made in Python may have been filled by hand, which
+    cannot be seen. A class of the user's own may read its weights itself.
+    """
+    network = adapted(backbone)
+    known = type(network).__module__.partition(".")[0] in {"ant_lightning", "diffusers"}
+    config = getattr(network, "config", None) or {}
+    if known and not config.get("_name_or_path"):  # the folder that diffusers has read
         rank_zero_warn(
             f"adapter: adapts the weights that {backbone_name(backbone)} was made with, which are "
             "random: set model.init_from to a checkpoint or a folder of diffusers, or give the "

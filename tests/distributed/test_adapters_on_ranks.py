@@ -20,8 +20,6 @@ from ant_lightning import (
 )
 from ant_lightning.balancing.local_parts import full_tensor, is_sharded
 
-pytestmark = pytest.mark.filterwarnings("ignore:adapter. adapts the weights:UserWarning")
-
 ADAPTER = LoRA(r=2, alpha=6)
 
 

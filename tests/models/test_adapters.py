@@ -23,9 +23,8 @@ from ant_lightning import (
     save_adapter,
 )
 from ant_lightning.affinity.gradient import FlatGradient
+from ant_lightning.callbacks.run_lines import RunLines
 from ant_lightning.models.adapters import adapted, base_fingerprint
-
-pytestmark = pytest.mark.filterwarnings("ignore:adapter. adapts the weights:UserWarning")
 
 SD3 = "SD3Transformer2DModel"
 LORA = LoRA(r=2, alpha=6)
@@ -71,9 +70,16 @@ def test_the_gramian_and_the_affinity_are_over_the_adapter(tmp_path):
     assert loss.num_parameters == size
 
 
-def test_random_weights_below_an_adapter_are_warned_of_once(tmp_path, monkeypatch):
+def start_from_settings(folder, made):
+    """As the command line does, with the callback that it installs."""
+    loader = DataLoader(Images(made.backbone), 6)
+    run = trainer(folder, RunLines(), steps=1, limit_val_batches=0)
+    run.fit(made, loader, loader)
+
+
+def test_random_weights_below_an_adapter_are_warned_of_on_the_command_line(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match=r"model.init_from to a checkpoint or a folder") as found:
-        fit(tmp_path, module(SD3, adapter=LORA), 1)
+        start_from_settings(tmp_path, module(SD3, adapter=LORA))
     (line,) = [str(each.message) for each in found if str(each.message).startswith("adapter: ")]
     assert "weights that SD3Transformer2DModel was made with" in line
     assert "\n" not in line
@@ -82,7 +88,22 @@ def test_random_weights_below_an_adapter_are_warned_of_once(tmp_path, monkeypatc
     monkeypatch.setattr("diffusers_networks.backbone", lambda _: read)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="adapter")
-        fit(tmp_path, module(SD3, adapter=LORA), 1)
+        start_from_settings(tmp_path, module(SD3, adapter=LORA))
+
+
+def test_random_weights_below_an_adapter_are_not_warned_of_where_a_user_may_have_filled_them(
+    tmp_path, monkeypatch
+):
+    class Filled(diffusers.SD3Transformer2DModel):
+        """A class that may read its weights when it is made."""
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="adapter")
+        fit(tmp_path, module(SD3, adapter=LORA), 1)  # made in Python
+        own = network(SD3)
+        own.__class__ = Filled
+        monkeypatch.setattr("diffusers_networks.backbone", lambda _: DiffusersBackbone(own))
+        start_from_settings(tmp_path, module(SD3, adapter=LORA))
 
 
 def _batch(made):
