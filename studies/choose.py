@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.atomic import write_text
 from studies.results import read_rows
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def main(args: Sequence[str]) -> int:
     scores = {value: score(Path(folder)) for value, folder in pairs}
     best = min(scores, key=lambda value: scores[value])
     choice = {"chosen": float(best), settings.metric: scores}
-    (settings.output / "chosen.yaml").write_text(settings.yaml.replace("VALUE", best) + "\n")
-    (settings.output / "choice.json").write_text(json.dumps(choice))
+    write_text(settings.output / "choice.json", json.dumps(choice))
+    write_text(settings.output / "chosen.yaml", settings.yaml.replace("VALUE", best) + "\n")
     print(f"chosen: {best} of {scores}")
     return 0

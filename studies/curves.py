@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ant_lightning.files.atomic import write_figure, write_text
 from studies.curves_figure import quality_curves
 from studies.curves_tables import (
     GUIDANCE,
@@ -115,10 +116,10 @@ def main(args: Sequence[str] | None = None) -> int:
                 title=TITLES[group],
                 real=_real(rows, measured, group),
             )
-            figure.savefig(results / name)
+            write_figure(results / name, figure)
             pictures.append(name)
-    with (results / "curves.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows.values())
+    lines = (json.dumps(row) + "\n" for row in rows.values())
+    write_text(results / "curves.jsonl", "".join(lines))
     page: Path = settings.docs / "results.md"
     replace_section(page, "curves", section(rows, pictures, total=len(study.cells)))
     print(f"{sum(len(m) for m in measured.curves.values())} methods of groups in {page}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ant_lightning.files.atomic import write_figure, write_text
 from studies.evidence_figure import convergence_figure, ratio_figure
 from studies.results import finished_rows
 from studies.section import replace_section, where_it_ran
@@ -289,10 +290,10 @@ def main(args: Sequence[str] | None = None) -> int:
             figures["ratios"] = ratio_figure(found, title=group)
         for kind, figure in figures.items():
             name = f"evidence_{group}_{kind}.png"
-            figure.savefig(results / name)
+            write_figure(results / name, figure)
             pictures.append(name)
-    with (results / "evidence.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows.values())
+    lines = (json.dumps(row) + "\n" for row in rows.values())
+    write_text(results / "evidence.jsonl", "".join(lines))
     page: Path = settings.docs / "results.md"
     replace_section(page, "evidence", section(rows, pictures, total=len(study.cells)))
     print(f"{len(measured.runs)} measured runs in {page}")

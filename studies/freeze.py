@@ -16,6 +16,7 @@ import yaml
 
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.atomic import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,5 +46,5 @@ def main(args: Sequence[str]) -> int:
         },
     }
     content = {"model": {"init_args": {"tasks": {"balancer": linear}}}}
-    (settings.output / "frozen.yaml").write_text(yaml.safe_dump(content))
+    write_text(settings.output / "frozen.yaml", yaml.safe_dump(content))
     return 0

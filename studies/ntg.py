@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.atomic import write_figure, write_text
 from ant_lightning.transfer.figure import transfer_gap_bars
 from ant_lightning.transfer.result import TransferGapResult
 from studies.results import finished_rows, read_rows
@@ -49,8 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"ntg: error: {error}", file=sys.stderr)
         return 2
-    output.mkdir(parents=True, exist_ok=True)
-    transfer_gap_bars(results).savefig(output / "ntg.png")
+    write_figure(output / "ntg.png", transfer_gap_bars(results))
     tables = [mean_table(results), gap_table(results)]
     for table in tables:
         table.write(output)
@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
             f"denoising steps for an image of each kind in place of {saved.sampler_steps_unshared}"
             f" ({1 - saved.sampler_steps / saved.sampler_steps_unshared:.0%} saved).\n"
         )
-    (output / "ntg.md").write_text(text)
+    write_text(output / "ntg.md", text)
     print(text)
     return 0
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from scipy import stats
 
+from ant_lightning.files.atomic import write_figure
 from studies.curves_tables import CurveRows
 from studies.results import read_rows
 from studies.section import replace_section
@@ -209,7 +210,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     found = gains(results)
     table, kept = correlation_table(early, found)
-    scatter(early, found).savefig(results / "predictors.png")
+    write_figure(results / "predictors.png", scatter(early, found))
     answer = (
         f"After Holm's correction these are detected: {', '.join(kept)}."
         if kept

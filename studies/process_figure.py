@@ -37,6 +37,7 @@ from ant_lightning import (
     Tasks,
     TimestepClustering,
 )
+from ant_lightning.files.atomic import write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,4 +142,4 @@ def figure(folder: Path) -> Figure:
 if __name__ == "__main__":
     results = Path("runs/process_figure")
     results.mkdir(parents=True, exist_ok=True)
-    figure(results).savefig(sys.argv[1])
+    write_figure(Path(sys.argv[1]), figure(results))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.atomic import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,11 +113,10 @@ def restore_files(row: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True)
     for name, content in row["files"].items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".jsonl"):
-            path.write_text("".join(json.dumps(line) + "\n" for line in content))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in content))
         else:
-            path.write_text(json.dumps(content) if name.endswith(".json") else content)
+            write_text(path, json.dumps(content) if name.endswith(".json") else content)
 
 
 @contextmanager

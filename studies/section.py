@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from ant_lightning.files.atomic import write_text
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -17,7 +19,7 @@ def replace_section(page: Path, name: str, text: str) -> None:
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, _, rest = (page.read_text() if page.exists() else "").partition(begin)
     after = rest.partition(end)[2] or "\n"
-    page.write_text(f"{before.rstrip()}\n\n{begin}\n{text.rstrip()}\n{end}{after}")
+    write_text(page, f"{before.rstrip()}\n\n{begin}\n{text.rstrip()}\n{end}{after}")
 
 
 def where_it_ran(rows: Mapping[str, Mapping[str, Any]], *, total: int) -> str:

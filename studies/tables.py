@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.atomic import write_text
 from studies.results import finished_rows
 from studies.runner import add_run_options, run_options, run_study
 from studies.study import Study
@@ -62,11 +63,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     rows = TableRows(finished_rows(study, folder / "results.jsonl"), settings.seed)
     tables = poster_tables(rows, dataset=settings.dataset)
-    folder.mkdir(parents=True, exist_ok=True)
     for table in tables:
         table.write(folder)
     text = "\n".join(f"### {table.title}\n\n{table.markdown()}" for table in tables)
-    (folder / "tables.md").write_text(text)
+    write_text(folder / "tables.md", text)
     print(text)
     return 1 if failed else 0
 

@@ -7,6 +7,8 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ant_lightning.files.atomic import write_text
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -42,9 +44,8 @@ class TextTable:
 
     def write(self, folder: Path) -> None:
         """Write `<title>.csv`, in small letters with `_` for spaces."""
-        folder.mkdir(parents=True, exist_ok=True)
         name = self.title.lower().replace(" ", "_").replace(",", "")
-        (folder / f"{name}.csv").write_text(self.csv())
+        write_text(folder / f"{name}.csv", self.csv())
 
 
 def _escaped(cells: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.figures import log_folder, picture_file
 from ant_lightning.callbacks.page_figure import stacked_page
 from ant_lightning.callbacks.task_figures import task_labels
+from ant_lightning.files.atomic import write_atomically
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.runtime.loggers import send_picture
 from ant_lightning.tasks.time_axis import TimeAxis
@@ -75,7 +77,10 @@ class Dashboard(RunCallback):
         if not found:  # only pictures that are not on the page
             return
         page = stacked_page(found)
-        Image.fromarray(page).save(log_folder(trainer) / "0_page_overview.png")
+        picture = Image.fromarray(page)
+        write_atomically(
+            log_folder(trainer) / "0_page_overview.png", partial(picture.save, format="PNG")
+        )
         step = steps_of(trainer, pl_module)
         send_picture(trainer.loggers, "0_page/overview", page, step=step)
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ant_lightning.callbacks.base import steps_of
+from ant_lightning.files.atomic import write_figure
 from ant_lightning.runtime.loggers import send_picture
 from ant_lightning.runtime.run_record import local_run_folder
 
@@ -38,7 +39,7 @@ def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -
         return None
     figure.supxlabel(explain, fontsize=9.5, color="0.2")
     path = picture_file(trainer, tag)
-    figure.savefig(path)
+    write_figure(path, figure)
     pixels = np.asarray(Image.open(path).convert("RGB"))
     step = steps_of(trainer, trainer.lightning_module)
     send_picture(trainer.loggers, tag, pixels, step=step)

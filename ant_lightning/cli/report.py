@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ant_lightning.cli.curves import Curve, curves_figure, read_curves
 from ant_lightning.cli.records import record_file, record_of
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.atomic import write_figure, write_text
 from ant_lightning.files.torch_outline import read_outline
 from ant_lightning.runtime.changed_settings import flat_settings
 from ant_lightning.tasks.figure import clusterings_figure
@@ -98,7 +99,7 @@ def write_report(folder: Path) -> Path:
         f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
     ]
     path = folder / "report.md"
-    path.write_text("\n".join(part for part in parts if part))
+    write_text(path, "\n".join(part for part in parts if part))
     return path
 
 
@@ -302,5 +303,5 @@ def _experts(folder: Path) -> str:
 
 
 def _saved(figure: Figure, folder: Path, name: str) -> str:
-    figure.savefig(folder / f"report_{name}.png")
+    write_figure(folder / f"report_{name}.png", figure)
     return f"![{name.replace('_', ' ')}](report_{name}.png)\n"

@@ -22,6 +22,7 @@ from ant_lightning.cli.parts import TRUST, make_part
 from ant_lightning.cli.records import record_file, record_of
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import ConfigError
+from ant_lightning.files.atomic import write_figure
 from ant_lightning.generation.callback import GenerationMetrics
 from ant_lightning.runtime.quiet import keep_quiet
 
@@ -99,7 +100,7 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
         print(f"guidance {row['guidance_scale']:g}{at}: {', '.join(shown)}", flush=True)
         with (folder / "sweep.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-    sweep_figure(rows).savefig(folder / "sweep.png")
+    write_figure(folder / "sweep.png", sweep_figure(rows))
     print(folder / "sweep.png")
     return rows
 

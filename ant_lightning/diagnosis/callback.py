@@ -21,6 +21,7 @@ from ant_lightning.diagnosis.figure import profile_figure
 from ant_lightning.diagnosis.findings import Findings
 from ant_lightning.diagnosis.page import write_page
 from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.files.atomic import write_figure
 from ant_lightning.files.json_file import write_json
 from ant_lightning.tasks.clusterings import SNRClustering
 from ant_lightning.transfer.matrix import transfer_matrix
@@ -200,7 +201,7 @@ class Diagnosis(MeasuringCallback):
             ),
         }
         for name, (figure, _) in pictures.items():
-            figure.savefig(folder / name)
+            write_figure(folder / name, figure)
         about = (
             f"{affinity.model} after {step} steps, "
             f"{type(pl_module.process).__name__} predicting {pl_module.process.prediction_type}; "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.diagnosis.advice import advice
+from ant_lightning.files.atomic import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,10 +66,10 @@ class _Page:
         head = f'<meta charset="utf-8"><title>{escape(self.title)}</title><style>{_STYLE}</style>'
         body = "\n".join(self.html)
         text = "\n\n".join(self.markdown) + "\n"
-        (self.folder / "diagnosis.md").write_text(text, encoding="utf8")
+        write_text(self.folder / "diagnosis.md", text)
         path = self.folder / "diagnosis.html"
         page = f"<!doctype html><html><head>{head}</head><body>{body}</body></html>"
-        path.write_text(page, encoding="utf8")
+        write_text(path, page)
         return path
 
 

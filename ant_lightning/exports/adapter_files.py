@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from ant_lightning.errors import ConfigError
@@ -59,9 +60,19 @@ def save_adapter(
     """
     if module.adapter is None:
         raise ConfigError("adapter: must be set for a run whose adapter is saved, found None")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".", dir=folder) as made:
+        name = _write(module, Path(made), to)
+        for file in sorted(Path(made).iterdir()):  # the settings before the weights
+            file.replace(folder / file.name)
+    return folder / name
+
+
+def _write(module: MultiTaskDiffusion, folder: Path, to: str) -> str:
+    """Write the files into an empty folder; returns the name of that with the weights."""
     from peft import get_peft_model_state_dict  # noqa: PLC0415 - an extra
 
-    folder = Path(folder)
     network: Any = adapted(module.backbone)
     config = network.peft_config[NAME]
     name = next((k.__name__ for k in type(network).__mro__ if k.__name__ in _PIPELINES), None)
@@ -73,11 +84,10 @@ def save_adapter(
         )
     state = get_peft_model_state_dict(network, adapter_name=NAME)
     if not loads or to == "peft":
-        path = folder / "adapter_model.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, {f"base_model.model.{key}": each for key, each in state.items()}, {})
+        named = {f"base_model.model.{key}": each for key, each in state.items()}
+        write_tensors(folder / "adapter_model.safetensors", named, {})
         config.save_pretrained(folder)
-        return path
+        return "adapter_model.safetensors"
     import diffusers  # noqa: PLC0415 - seconds of imports
     from diffusers.utils import convert_state_dict_to_diffusers  # noqa: PLC0415
 
@@ -92,7 +102,7 @@ def save_adapter(
     if part == "unet":
         state = convert_state_dict_to_diffusers(state)
     save(folder, **{f"{part}_lora_layers": state, key: config.to_dict()})
-    return folder / "pytorch_lora_weights.safetensors"
+    return "pytorch_lora_weights.safetensors"
 
 
 def write_adapter(module: MultiTaskDiffusion, folder: Path) -> list[str]:

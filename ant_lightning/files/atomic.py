@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["write_atomically", "write_figure", "write_text"]
+
+
+class _Figure(Protocol):
+    """A figure of matplotlib."""
+
+    def savefig(self, fname: BinaryIO, *, format: str) -> object:
+        """Draw it into an open file."""
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -38,3 +45,24 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    r"""Write text in UTF-8, with its line ends as they are, atomically.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from ant_lightning.files.atomic import write_text
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_text(Path(folder) / "a" / "b.md", "# Title\n")
+        ...     [path.name for path in (Path(folder) / "a").iterdir()]
+        ['b.md']
+    """
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_figure(path: Path, figure: _Figure) -> None:
+    """Draw a figure of matplotlib in the format that the name ends with, atomically."""
+    format = path.suffix.removeprefix(".")
+    write_atomically(path, lambda file: figure.savefig(file, format=format))

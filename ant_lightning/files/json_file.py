@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ant_lightning.errors import FileError
-from ant_lightning.files.atomic import write_atomically
+from ant_lightning.files.atomic import write_text
 
 __all__ = ["read_json", "write_json"]
 
@@ -39,5 +39,4 @@ def read_json(path: str | Path, *, kind: type[Content]) -> Content:
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON atomically."""
-    text = json.dumps(content, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(content, indent=1) + "\n")

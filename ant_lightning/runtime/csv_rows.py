@@ -11,7 +11,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from ant_lightning.files.atomic import write_atomically
+from ant_lightning.files.atomic import write_text
 
 if TYPE_CHECKING:
     import lightning as L
@@ -55,4 +55,4 @@ class _AddingWriter(ExperimentWriter):
         writer.writeheader()
         writer.writerows(rows)
         # Atomic: a kill in the middle must not lose the rows written so far.
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        write_text(path, text.getvalue())

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from ant_lightning.files.atomic import write_atomically
+from ant_lightning.files.atomic import write_text
 from ant_lightning.runtime.changed_settings import flat_settings
 from ant_lightning.runtime.loggers import send_files, send_settings
 from ant_lightning.runtime.run_files import RUN_MARK, numbered, remove_empty_run
@@ -66,8 +66,7 @@ class RunRecord(L.Callback):
         if trainer.is_global_zero:
             self._write("config")
             versions = {type(logger).__name__: logger.version for logger in trainer.loggers}
-            text = json.dumps(versions, default=str) + "\n"
-            write_atomically(self.run_folder / RUN_MARK, lambda file: file.write(text.encode()))
+            write_text(self.run_folder / RUN_MARK, json.dumps(versions, default=str) + "\n")
             send_settings(trainer.loggers, flat_settings(self.settings))
             send_files(trainer.loggers, self.run_folder)
 
@@ -119,7 +118,7 @@ class RunRecord(L.Callback):
         # A resume with the same settings adds no file; other settings get the next number.
         newest, free = numbered(self.run_folder, name)
         if newest is None or newest.read_bytes() != self._text.encode():
-            write_atomically(free, lambda file: file.write(self._text.encode()))
+            write_text(free, self._text)
 
 
 def run_folder(trainer: L.Trainer) -> Path:

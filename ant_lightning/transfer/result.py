@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ant_lightning.errors import FileError
-from ant_lightning.files.atomic import write_atomically
+from ant_lightning.files.atomic import write_text
 from ant_lightning.transfer.gap import GapEstimate
 
 if TYPE_CHECKING:
@@ -126,8 +126,7 @@ class TransferGapResult:
 
     def save(self, path: str | Path) -> None:
         """Write the row as one line of JSON, whole or not at all."""
-        line = json.dumps(self.row()) + "\n"
-        write_atomically(Path(path), lambda file: file.write(line.encode()))
+        write_text(Path(path), json.dumps(self.row()) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> TransferGapResult:
