@@ -8,7 +8,7 @@ import shutil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ant_lightning.backbones.checkpoint_layouts import bare_names
-from ant_lightning.backbones.diffusers import DiffusersBackbone
+from ant_lightning.backbones.diffusers import MASK, DiffusersBackbone
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.samplers.ddim import DDIM
@@ -31,9 +31,11 @@ __all__ = [
     "write_text_network",
 ]
 
-_FLOW = frozenset({"StableDiffusion3Pipeline", "FluxPipeline"})
-_POOLED = _FLOW | {"StableDiffusionXLPipeline"}
-_MASKED = frozenset({"PixArtAlphaPipeline", "PixArtSigmaPipeline"})
+_SANA = "SanaPipeline"
+_SHIFTED = frozenset({"StableDiffusion3Pipeline", "FluxPipeline"})  # latents may have a shift
+_FLOW = _SHIFTED | {_SANA}
+_POOLED = _SHIFTED | {"StableDiffusionXLPipeline"}
+_MASKED = frozenset({"PixArtAlphaPipeline", "PixArtSigmaPipeline", _SANA})
 _PIXELS = 8  # what `DiffusersBackbone` takes for the side of a latent
 
 
@@ -110,6 +112,8 @@ def pipeline_class(backbone: nn.Module) -> str | None:
         "SD3Transformer2DModel": "StableDiffusion3Pipeline",
         "FluxTransformer2DModel": "FluxPipeline",
     }
+    if not network.config.get("guidance_embeds"):
+        known["SanaTransformer2DModel"] = _SANA
     return next((known[name] for name in names if name in known), None)
 
 
@@ -122,12 +126,14 @@ def text_pipeline_of(module: DiffusionModule) -> TextPipeline | str:
     | `PixArtTransformer2DModel` | `PixArtAlphaPipeline`, `PixArtSigmaPipeline` | discrete |
     | `SD3Transformer2DModel` | `StableDiffusion3Pipeline` | flow matching |
     | `FluxTransformer2DModel` | `FluxPipeline` | flow matching |
+    | `SanaTransformer2DModel` | `SanaPipeline` | flow matching |
 
     Raises:
         ConfigError: If the process has no scheduler.
     """
     name = pipeline_class(module.backbone)
-    reason = "SanaPipeline takes an AutoencoderDC" if name is None else _refusal(module, name)
+    sprint = "the pipeline of a Sana with embedded guidance has a sampler of its own"
+    reason = sprint if name is None else _refusal(module, name)
     if name is None or reason is not None:
         return reason or ""
     found = scheduler_of(module)
@@ -148,14 +154,18 @@ def _refusal(module: DiffusionModule, name: str) -> str | None:
     if module.first_stage is None:
         return "the first stage of the cached latents is not given (--first_stage)"
     scalar = all(isinstance(each, float | int) for each in (space.scale, space.shift))
-    if space.kind != "kl" or not scalar or (space.shift and name not in _FLOW):
-        shift = "" if name in _FLOW else " and no shift"
-        return f"{name} takes an AutoencoderKL with one scale for all channels{shift}"
+    kind = "dc" if name == _SANA else "kl"
+    if space.kind != kind or not scalar or (space.shift and name not in _SHIFTED):
+        shift = "" if name in _SHIFTED else " and no shift"
+        return f"{name} takes an Autoencoder{kind.upper()} with one scale for all channels{shift}"
     if not isinstance(module.process, process):
         return f"{name} is for {process.__name__}"
-    if _learns_variance(module) and name not in _MASKED and _is_ddim(module):
-        return f"{name} takes no predicted variance with DDIM"
-    return None
+    refusal = None
+    if name == _SANA and any(module.first_stage.factor * s % 32 for s in module.image_shape[1:]):
+        refusal = f"{name} draws images whose sides are multiples of 32"
+    elif _learns_variance(module) and name not in _MASKED and _is_ddim(module):
+        refusal = f"{name} takes no predicted variance with DDIM"
+    return refusal
 
 
 def write_text_network(
@@ -189,7 +199,9 @@ def write_text_network(
         if not isinstance(found, str):
             assert module.latent_space is not None  # as `text_pipeline_of` says
             scale, shift = module.latent_space.scale, module.latent_space.shift
-            vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+            vae.register_to_config(scaling_factor=scale)
+            if module.latent_space.kind == "kl":
+                vae.register_to_config(shift_factor=shift)
         vae.save_pretrained(folder / "vae")
     if isinstance(found, str):
         note = f"parts of a pipeline, {part} and scheduler, for that of the base: {found}"
@@ -199,7 +211,12 @@ def write_text_network(
     _write_index(found, folder, index, source)
     if isinstance(source, str):
         return [f"without text encoders, to draw from prompt_embeds: {source}", *found.notes]
-    return found.notes
+    if found.class_name not in _MASKED:
+        return found.notes
+    told = [f"{found.class_name} takes prompts in small letters"]
+    if MASK not in module.conditions.names:
+        told.append(f"{found.class_name} tells the network which tokens of a prompt are padding")
+    return [*told, *found.notes]
 
 
 def _write_index(
@@ -258,6 +275,8 @@ def _call(module: DiffusionModule, name: str, found: Scheduling) -> dict[str, An
         call["eta"] = found.eta
     if name in _MASKED:
         call["use_resolution_binning"] = False
+    if name == _SANA:
+        call["complex_human_instruction"] = None  # it would stand before each prompt
     if name == "StableDiffusionXLPipeline":
         sizes = tuple(_PIXELS * side for side in module.image_shape[1:])
         if sizes != (height, width):
@@ -282,7 +301,7 @@ def _differences(module: DiffusionModule, name: str, found: Scheduling) -> list[
         notes.append(
             "StableDiffusionPipeline moves the timesteps by 1, as DDIM(spacing='ldm') of a run does"
         )
-    if "encoder_attention_mask" in module.conditions.names and name not in _MASKED:
+    if MASK in module.conditions.names and name not in _MASKED:
         notes.append(f"{name} does not tell the network which tokens are padding")
     if name == "PixArtAlphaPipeline" and module.first_stage.factor != _PIXELS:
         notes.append(f"{name} tells the network another size of the image")

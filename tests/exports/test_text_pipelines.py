@@ -7,12 +7,13 @@ import diffusers
 import pytest
 import torch
 import yaml
-from captions import write_encoders
+from captions import WORDS, write_encoders
 from diffusers_networks import SHAPES, network
 from exported import filled
-from first_stages import save_first_stages
+from first_stages import save_dc, save_first_stages
 from lightning import LightningModule
 from tiny_digits import saved
+from transformers import Gemma2Config, Gemma2Model
 
 from ant_lightning import (
     DDIM,
@@ -36,6 +37,7 @@ from ant_lightning import (
 )
 from ant_lightning.cli.main import main
 from ant_lightning.cli.parts import make_part
+from ant_lightning.data.text.encoder import text_encodings
 from ant_lightning.errors import ConfigError
 from ant_lightning.exports.pipeline_folder import write_pipeline
 from ant_lightning.exports.pipeline_source import PipelineSource, pipeline_source
@@ -45,27 +47,51 @@ from ant_lightning.files.safetensors_file import read_safetensors
 SD, XL = "UNet2DConditionModel", "UNet2DConditionModel of SDXL"
 PIXART, SD3 = "PixArtTransformer2DModel", "SD3Transformer2DModel"
 FLUX, SANA = "FluxTransformer2DModel with guidance", "SanaTransformer2DModel"
-OF_XL = {  # six numbers of the size, 8 values each, and 10 pooled ones
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 58,
+ALPHA, SPRINT = f"{PIXART} of Alpha", f"{SANA} of Sprint"
+VARIANTS = {
+    XL: {  # six numbers of the size, 8 values each, and 10 pooled ones
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 58,
+    },
+    ALPHA: {
+        "sample_size": 128,  # the pipeline tells a network of this size alone that of the image
+        "use_additional_conditions": True,
+        "attention_head_dim": 12,  # a third of the width each for two sides and their ratio
+        "cross_attention_dim": 24,
+    },
+    SPRINT: {"guidance_embeds": True},
 }
+STAGES = {ALPHA: "kl 8", SANA: "dc", SPRINT: "dc"}
 PROMPT = {"encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds"}
 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    return save_first_stages(tmp_path_factory.mktemp("stages"))
+    """Autoencoders of factor 2, a KL of 8 as PixArt's network is told, and Sana's of 32 and 4."""
+    root = save_first_stages(tmp_path_factory.mktemp("stages"))
+    save_dc(root / "dc", 6)
+    save_dc(root / "dc 4", 3)
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).save_pretrained(root / "kl 8")
+    return root
 
 
-def module_of(stages, case, sampler, *, stage="kl", masks=False, **settings):
-    net = network(SD, **OF_XL) if case == XL else network(case)
+def module_of(stages, case, sampler, *, stage="", masks=False, **settings):
+    net = network(case.partition(" of ")[0], **VARIANTS.get(case, {}))
     net = DiffusersBackbone(net, input_size=(4, 8), masks=masks)
     is_flow = case.startswith(("SD3", "Flux", "Sana"))
     kind = "learned_range" if net.out_channels == 8 else "fixed_small"
     process = DiscreteDiffusion(CosineSchedule(1000), variance_type=kind)
     process = settings.pop("process", FlowMatching() if is_flow else process)
-    shift = {"shift": 0.1} if is_flow else {}
+    shift = {"shift": 0.1} if is_flow and not case.startswith("Sana") else {}
+    stage = STAGES.get(case, "kl") if stage == "" else stage
     return MultiTaskDiffusion(
         net,
         process=process,
@@ -83,7 +109,7 @@ def given_to(module, told):
         f"negative_{PROMPT[name]}": module.conditions.null[name].expand_as(value)
         for name, value in told.items()
     }
-    if "PixArt" in type(module.backbone.network).__name__:
+    if type(module.backbone.network).__name__.startswith(("PixArt", "Sana")):
         masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
         given |= dict.fromkeys(masks, torch.ones(2, 3)) | {"negative_prompt": None}
     return given
@@ -110,6 +136,8 @@ EQUAL = {
     "StableDiffusionPipeline": (SD, DDIM(5, eta=0.3, spacing="ldm"), 2),
     "StableDiffusionXLPipeline": (XL, DDPM(5), 0),
     "PixArtSigmaPipeline": (PIXART, DDIM(5), 0),
+    "PixArtAlphaPipeline": (ALPHA, DDIM(5), 0),
+    "SanaPipeline": (SANA, ODESampler(5, method="euler", shift=3.0), 2),
     "StableDiffusion3Pipeline": (SD3, ODESampler(5, method="euler", shift=3.0), 6),
     "FluxPipeline": (FLUX, ODESampler(5, method="euler"), 4),
 }
@@ -154,6 +182,7 @@ OTHERWISE = [
     (SD, {"sampler": DDIM(5)}, "StableDiffusionPipeline moves the timesteps by 1"),
     (SD, {"clip_denoised": True}, "StableDiffusionPipeline does not clip"),
     (XL, {"masks": True}, "does not tell the network which tokens are padding"),
+    (ALPHA, {"stage": "kl"}, "tells the network another size of the image"),
     (SD, {"guided_channels": 3}, "guides all channels"),
     (SD, {"guidance_scale": 0.5}, "has no guidance below 1"),
     (PIXART, {"sampler": DDPM(5)}, "drops the predicted variance"),
@@ -169,7 +198,9 @@ def test_what_a_pipeline_does_otherwise_is_said(case, changed, note, stages):
 
 
 NONE = [
-    (SANA, {"sampler": None}, "SanaPipeline takes an AutoencoderDC"),
+    (SANA, {"stage": "kl"}, "takes an AutoencoderDC with one scale for all channels and no shift"),
+    (SANA, {"stage": "dc 4"}, "SanaPipeline draws images whose sides are multiples of 32"),
+    (SPRINT, {}, "the pipeline of a Sana with embedded guidance has a sampler of its own"),
     (SD3, {"stage": None}, "StableDiffusion3Pipeline decodes latents, and the run has none"),
     (SD, {"process": FlowMatching()}, "StableDiffusionPipeline is for DiscreteDiffusion"),
     (SD3, {"process": EDM()}, "StableDiffusion3Pipeline is for FlowMatching"),
@@ -181,7 +212,8 @@ def test_what_has_no_pipeline_leaves_as_parts(case, changed, reason, stages, tmp
     made = module_of(stages, case, **{"sampler": None} | changed)
     notes = write_pipeline(made, tmp_path)
     assert notes[0].startswith("parts of a pipeline, ")
-    assert notes[0].endswith(f"for that of the base: {reason}")
+    assert "for that of the base: " in notes[0]
+    assert notes[0].endswith(reason)
     assert not (tmp_path / "model_index.json").exists()
     back = DiffusersBackbone(folder=str(tmp_path), input_size=(4, 8)).network.state_dict()
     own = made.backbone.network.state_dict()
@@ -278,6 +310,32 @@ def test_a_run_leaves_with_the_text_encoders_of_its_pipeline(run, tmp_path, monk
     made.conditions.take_null({"encoder_hidden_states": null[0]})
     given = {"prompt": ["a red square", "a blue square"]}
     assert_draws_the_same(made, pipeline, monkeypatch, {"encoder_hidden_states": text}, **given)
+
+
+def test_sana_leaves_with_its_text_encoder(stages, tmp_path, monkeypatch):
+    base = write_encoders(tmp_path / "base")
+    shutil.rmtree(base / "text_encoder")
+    torch.manual_seed(0)
+    gemma = {"hidden_size": 12, "intermediate_size": 8, "head_dim": 4, "num_hidden_layers": 1}
+    gemma |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": len(WORDS)}
+    Gemma2Model(Gemma2Config(**gemma)).save_pretrained(base / "text_encoder")
+    made = module_of(stages, SANA, ODESampler(4, method="euler"), masks=True)
+    listed = {
+        "text_encoder": ["transformers", "Gemma2Model"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    }
+    notes = write_pipeline(made, tmp_path / "out", source=PipelineSource(base, listed, 6))
+    assert notes == ["SanaPipeline takes prompts in small letters"]
+    encoder = TextEncoder(str(base / "text_encoder"), max_length=6, mask=True)
+    encode = text_encodings([encoder], "cpu")
+    captions = ["a red square", "a large blue square"]
+    made.conditions.take_null({name: each[0] for name, each in encode([""]).items()})
+    given = {"prompt": captions, "max_sequence_length": 6}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert_draws_the_same(made, pipeline, monkeypatch, encode(captions), **given)
+    plain = module_of(stages, SANA, ODESampler(4, method="euler"))
+    notes = write_pipeline(plain, tmp_path / "plain", source=PipelineSource(base, listed, 6))
+    assert notes[1] == "SanaPipeline tells the network which tokens of a prompt are padding"
 
 
 def other(base, folder, **changed):

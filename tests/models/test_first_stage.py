@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, VQModel
-from first_stages import save_first_stages
+from diffusers import AutoencoderDC, AutoencoderKL, VQModel
+from first_stages import save_dc, save_first_stages
 
 from ant_lightning import ConfigError, FirstStage
 
@@ -88,6 +88,19 @@ def test_moments_latents_and_images_are_those_of_diffusers(tiny_first_stages, ki
     torch.testing.assert_close(
         stage.decode(torch.from_numpy(latents).float()), wanted, rtol=1e-4, atol=1e-5
     )
+
+
+def test_the_autoencoder_of_sana_gives_the_latents_and_images_of_diffusers(tmp_path, images):
+    stage = FirstStage(str(save_dc(tmp_path, 3)))
+    assert (stage.space.kind, stage.space.scale, stage.space.shift) == ("dc", 0.41407, 0.0)
+    assert stage.latent_shape((3, 16, 16)) == stage.moments_shape((3, 16, 16)) == (4, 4, 4)
+    network = AutoencoderDC.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        z = network.encode(images).latent
+        wanted = network.decode(z).sample.clamp(-1, 1)
+    latents = stage.space.sample(stage.encode_moments(images), torch.randn_like(z))
+    torch.testing.assert_close(latents, 0.41407 * z)
+    torch.testing.assert_close(stage.decode(latents), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_scale_and_shift_default_to_the_files_and_else_to_the_published(

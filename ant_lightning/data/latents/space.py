@@ -19,11 +19,11 @@ class LatentSpace:
     """The latents of one first stage, `x = (z - shift) scale`, for all channels or for each.
 
     The moments of a KL autoencoder are the mean and the log-variance of `z`, concatenated along the
-    channels. The moments of a VQ autoencoder are `z` itself, before it is quantised; so are latents
-    that were drawn once and stored.
+    channels. The moments of a VQ autoencoder are `z` itself, before it is quantised; so are those
+    of a deep-compression autoencoder (DC), and latents that were drawn once and stored.
 
     Attributes:
-        kind: Kind of autoencoder, `kl` or `vq`.
+        kind: Kind of autoencoder, `kl`, `vq` or `dc`.
         scale: Factor that gives the latents a standard deviation of about 1; one number, or `c`.
         shift: What is subtracted from `z` before the multiplication; one number, or `c`.
         fingerprint: Hash of the encoder's and decoder's weights, the scale and the shift; empty if
@@ -44,15 +44,15 @@ class LatentSpace:
         1.0
     """
 
-    kind: Literal["kl", "vq"]
+    kind: Literal["kl", "vq", "dc"]
     scale: float | tuple[float, ...]
     shift: float | tuple[float, ...]
     fingerprint: str
     source: str
 
     def __post_init__(self) -> None:
-        if self.kind not in ("kl", "vq"):
-            raise ConfigError(f"kind: must be 'kl' or 'vq', found {self.kind!r}")
+        if self.kind not in ("kl", "vq", "dc"):
+            raise ConfigError(f"kind: must be 'kl', 'vq' or 'dc', found {self.kind!r}")
         for name in ("scale", "shift"):
             value = getattr(self, name)
             if isinstance(value, list | tuple):  # JSON files have lists
@@ -63,11 +63,11 @@ class LatentSpace:
             raise ConfigError(f"shift: must be finite, found {self.shift}")
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Draw latents `x [b, c, h, w]` from moments `[b, 2c, h, w]` (KL) or `[b, c, h, w]` (VQ).
+        """Draw latents `x [b, c, h, w]` from moments `[b, 2c, h, w]` (KL) or `[b, c, h, w]`.
 
         Args:
             moments: Output of the encoder.
-            noise: Standard normal `[b, c, h, w]`; VQ latents do not use it.
+            noise: Standard normal `[b, c, h, w]`; only KL latents use it.
         """
         if self.kind == "kl":
             mean, log_variance = moments.chunk(2, dim=1)

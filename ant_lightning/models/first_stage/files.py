@@ -82,14 +82,16 @@ def check_config(config: dict[str, Any], path: Path) -> None:
         FileError: Naming the file, the setting and its value.
     """
     name = config.get("_class_name")
-    if name not in ("AutoencoderKL", "VQModel"):
-        raise FileError(f"{path}: must be of an AutoencoderKL or a VQModel, found {name}")
+    if name not in ("AutoencoderKL", "VQModel", "AutoencoderDC"):
+        raise FileError(
+            f"{path}: must be of an AutoencoderKL, a VQModel or an AutoencoderDC, found {name}"
+        )
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]
         numbers = [each for each in values if isinstance(each, int)]
         if name in {"latents_mean", "latents_std"}:
             numbers = []
-        most = _MAX_LAYERS if name == "layers_per_block" else _MAX_SIZE
+        most = _MAX_LAYERS if name.endswith("layers_per_block") else _MAX_SIZE
         if len(values) > _MAX_LAYERS or any(not 0 <= each <= most for each in numbers):
             raise FileError(f"{path}: {name} must be from 0 to {most}, found {str(value)[:80]}")
 

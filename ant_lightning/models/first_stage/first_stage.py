@@ -21,12 +21,18 @@ if TYPE_CHECKING:
 __all__ = ["FirstStage"]
 
 # Scales for files that hold none, as published: KL of Stable Diffusion and DiT; VQ of LDM has 1.
-_SCALES = {"kl": 0.18215, "vq": 1.0}
-_KINDS: dict[str, Literal["kl", "vq"]] = {"AutoencoderKL": "kl", "VQModel": "vq"}
+_SCALES = {"kl": 0.18215, "vq": 1.0, "dc": 1.0}
+_KINDS: dict[str, Literal["kl", "vq", "dc"]] = {
+    "AutoencoderKL": "kl",
+    "VQModel": "vq",
+    "AutoencoderDC": "dc",
+}
 
 
 class FirstStage(nn.Module):
-    """A trained `AutoencoderKL` or `VQModel` of diffusers, frozen and not stored in checkpoints.
+    """A trained autoencoder of diffusers, frozen and not stored in checkpoints.
+
+    An `AutoencoderKL`, a `VQModel`, or the `AutoencoderDC` of Sana, whose encoder draws nothing.
 
     Its weights follow the module to its device but are neither parameters nor part of a state
     dict: a checkpoint names the first stage by its fingerprint only.
@@ -34,10 +40,10 @@ class FirstStage(nn.Module):
     Args:
         source: A local folder of diffusers, a single file (also of latent-diffusion), or
             `owner/name` on the hub: see `load_autoencoder`.
-        kind: `kl` or `vq`, checked against the source; by default that of the source.
+        kind: `kl`, `vq` or `dc`, checked against the source; by default that of the source.
         scale: Scale of the latents, one number or one for each channel; by default the source's
             `scaling_factor`, divided by its `latents_std` if it has those, or the published 0.18215
-            (KL) or 1 (VQ).
+            (KL) or 1.
         shift: Shift of the latents; by default the source's `latents_mean` or `shift_factor`, or 0.
         batch_size: Images that are encoded or decoded at once.
         local_files_only: Use only files that were downloaded before, without asking the hub.
@@ -66,7 +72,7 @@ class FirstStage(nn.Module):
         self,
         source: str,
         *,
-        kind: Literal["kl", "vq"] | None = None,
+        kind: Literal["kl", "vq", "dc"] | None = None,
         scale: float | list[float] | None = None,
         shift: float | list[float] | None = None,
         batch_size: int = 32,
@@ -90,7 +96,8 @@ class FirstStage(nn.Module):
         # A `VQModel` projects to `vq_embed_dim` channels before it quantises.
         if found == "vq":
             self.latent_channels = int(settings.vq_embed_dim or settings.latent_channels)
-        self.factor = 2 ** (len(settings.block_out_channels) - 1)
+        levels = settings.get("encoder_block_out_channels") or settings.block_out_channels
+        self.factor = 2 ** (len(levels) - 1)
         if self.factor < 2:
             raise ConfigError(f"source: must reduce the size of images, found {source}")
         self.batch_size = batch_size
@@ -130,10 +137,12 @@ class FirstStage(nn.Module):
         return self.space.moments_shape(self.latent_shape(image_shape))
 
     def encode_moments(self, images: Tensor) -> Tensor:
-        """Moments of images: `[b, 2c, h, w]` (KL: mean and log-variance) or `[b, c, h, w]` (VQ)."""
+        """Moments of images: `[b, 2c, h, w]` (KL: mean and log-variance), else `[b, c, h, w]`."""
         self.latent_shape(tuple(images.shape[1:]))  # type: ignore[arg-type]
         if self.space.kind == "vq":
             return self._in_parts(lambda part: self._autoencoder.encode(part).latents, images)
+        if self.space.kind == "dc":
+            return self._in_parts(lambda part: self._autoencoder.encode(part).latent, images)
         return self._in_parts(
             lambda part: self._autoencoder.encode(part).latent_dist.parameters, images
         )
