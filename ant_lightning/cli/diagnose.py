@@ -7,7 +7,8 @@ whose `model.init_from` names the weights of others.
 from __future__ import annotations
 
 import json
-from inspect import signature
+import re
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,12 @@ def run_diagnose(args: Sequence[str]) -> None:
     from ant_lightning.cli.parser import run  # noqa: PLC0415
 
     callback = {"class_path": "ant_lightning.Diagnosis", "init_args": own}
-    run(["validate", *rest, f"--trainer.callbacks={json.dumps([callback])}"])
+    # Without the table of losses, so that the advice is what stands at the end.
+    args = ["validate", "--verbose=false", *rest, f"--trainer.callbacks={json.dumps([callback])}"]
+    try:
+        run(args)
+    except ConfigError as error:  # of an option that is one of the callback's
+        raise ConfigError(re.sub(r"^trainer\.callbacks(\[0\])?\.", "", str(error))) from error
 
 
 def validation(args: Sequence[str]) -> tuple[dict[str, object], list[str]]:
@@ -64,17 +70,15 @@ def validation(args: Sequence[str]) -> tuple[dict[str, object], list[str]]:
 def _help() -> str:
     from ant_lightning.diagnosis.callback import Diagnosis  # noqa: PLC0415
 
-    own = (
-        f"  --{each.name} (default: {each.default})"
-        for each in signature(Diagnosis).parameters.values()
-    )
+    found = re.search(r"Args:\n(.*?)\n\n", cleandoc(Diagnosis.__doc__ or ""), re.DOTALL)
+    own = re.sub(r"^    (\w+):", r"  --\1:", found[1] if found else "", flags=re.MULTILINE)
     return "\n".join(
         [
             "usage: ant-lightning diagnose RUN [options]",
             "       ant-lightning diagnose --config NAME [options]",
             "",
             "options of the diagnosis (ant-lightning validate --help lists the others):",
-            *own,
+            own,
         ]
     )
 

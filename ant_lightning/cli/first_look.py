@@ -23,7 +23,7 @@ from ant_lightning.cli.trainer_settings import check_run_settings, check_trainer
 from ant_lightning.errors import ConfigError, found_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["first_look", "top_settings"]
 
@@ -49,7 +49,9 @@ def first_look(arguments: Sequence[str]) -> None:
         _check_runs(command, args)
     if command in {"configs", *_OF_RUNS} or (command == "diagnose" and set(args) & HELP):
         return  # they take no settings of a run
+    own: frozenset[str] = frozenset()
     if command == "diagnose":  # it is `validate` with a callback
+        own = arguments_of("Diagnosis") or own
         command, args = "validate", validation(args)[1]
     known = top_settings(command)
     for path in config_paths(args):
@@ -69,7 +71,7 @@ def first_look(arguments: Sequence[str]) -> None:
     if known is None or settings is None:
         return
     refuse_old_names(settings)
-    _check_names(settings, known)
+    _check_names(settings, known, own)
     check_run_settings(settings)
     if isinstance(settings.get("trainer"), dict):
         check_trainer_settings(settings["trainer"])
@@ -145,11 +147,14 @@ def top_settings(command: str) -> list[str] | None:
     return sorted(own | {*_RUN_GROUPS} | (method - handed_over))
 
 
-def _check_names(settings: dict[str, Any], known: Sequence[str]) -> None:
-    """Check the names at the top, and those inside groups whose class is fixed."""
+def _check_names(settings: dict[str, Any], known: Sequence[str], own: Iterable[str] = ()) -> None:
+    """Check the names at the top, and those inside groups whose class is fixed.
+
+    `own` are other options of the command, to suggest.
+    """
     # `arguments_of` is None for a class whose source does not tell: then any name passes.
     inside = {g: arguments_of(kind) for g, kind in _GROUPS.items() if g in known}
-    paths = [*known, *(f"{g}.{name}" for g, names in inside.items() for name in names or ())]
+    paths = [*known, *own, *(f"{g}.{name}" for g, names in inside.items() for name in names or ())]
     for group, inner in settings.items():
         if group not in known:
             raise ConfigError(no_such_setting(group, paths))

@@ -56,6 +56,7 @@ from ant_lightning.errors import (
     NonFiniteError,
     message_of,
 )
+from ant_lightning.files.documentation import documentation
 from ant_lightning.runtime.quiet import warn_in_lines
 
 if TYPE_CHECKING:
@@ -125,6 +126,9 @@ def _main(arguments: list[str]) -> int:
     asked = arguments[: 1 + (arguments[:1] in (["report"], ["configs"]))]
     if not arguments or {"-h", "--help"}.intersection(asked):
         print(__doc__)
+        page = documentation("index.md")
+        if page.startswith("http"):
+            print(f"Documentation: {page}")
         return 0
     if arguments[0] == "--version":
         print(f"ant-lightning {__version__}")

@@ -137,8 +137,10 @@ def _innermost(text: str, setting: str) -> str:
     if unknown and not set(types).difference(_BESIDE_A_CLASS):
         return unknown_class(setting, unknown.group(1) or unknown.group(2))
     rule = f"must be {' or '.join(dict.fromkeys(types))}" if types else rules[0][:300]
-    value = re.search(r"value: (.*?)(?:\. Got value: | - |$)", rest) or re.search(
-        r"Got value: (.*?)(?: - |$)", text
+    value = (
+        re.search(r"Got value: (.*?)(?: - |\s*$)", inner)
+        or re.search(r"value: (.*?)(?:\. Got value: | - |$)", rest)
+        or re.search(r"Got value: (.*?)(?: - |$)", text)
     )
     found = value.group(1) if value else ""
     nested = re.fullmatch(r"NestedArg\(key='[^']*', val=(.*)\)", found)

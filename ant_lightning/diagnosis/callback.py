@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -17,6 +17,7 @@ from ant_lightning.balancing.uncertainty import UncertaintyWeighting
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import log_folder
 from ant_lightning.callbacks.measuring import MeasuringCallback, measurement_bar, shown_on
+from ant_lightning.diagnosis.advice import advice
 from ant_lightning.diagnosis.figure import profile_figure
 from ant_lightning.diagnosis.findings import Findings
 from ant_lightning.diagnosis.page import write_page
@@ -40,6 +41,17 @@ if TYPE_CHECKING:
 __all__ = ["Diagnosis"]
 
 
+class _Sizes(NamedTuple):
+    """How much is measured by default."""
+
+    num_points: int
+    num_images: int
+    timed_steps: int
+
+
+_DEVICE, _CPU = _Sizes(40, 256, 5), _Sizes(20, 64, 3)
+
+
 class Diagnosis(MeasuringCallback):
     """Measures gradients and losses of a checkpoint, and writes what to try first and why.
 
@@ -52,13 +64,17 @@ class Diagnosis(MeasuringCallback):
     The tasks are the module's; for a module without clusters, 5 SNR clusters.
 
     Args:
-        num_points: Timesteps of the grid: the centres of so many equal parts.
-        num_images: Images for each timestep, in two disjoint halves.
+        num_points: Timesteps of the grid: the centres of so many equal parts. By default 40, on a
+            CPU 20, or so many more that each task has one.
+        num_images: Images for each timestep, in two disjoint halves. By default 256, on a CPU 64:
+            there the diagnosis takes an eighth of the time, and more tasks are too noisy to judge,
+            which the page then says.
         batch_size: Most images in one forward pass, and those of the steps that are timed.
         lr: Length of the gradient step of the transfer matrix.
         images: Images to measure on: those that are trained on (`train`), or `held_out`.
         weights: Weights to measure: `ema` or `live`.
-        timed_steps: Steps of each method that are timed; 0 leaves the cost out.
+        timed_steps: Steps of each method that are timed, by default 5, on a CPU 3; 0 leaves the
+            cost out.
         seed: Seed of images and noise; by default that of the module.
 
     Raises:
@@ -66,8 +82,8 @@ class Diagnosis(MeasuringCallback):
 
     Examples:
         >>> from ant_lightning import Diagnosis
-        >>> Diagnosis(num_points=20, num_images=64).timed_steps
-        5
+        >>> Diagnosis(num_points=20, timed_steps=0).num_points
+        20
     """
 
     findings: Findings | None
@@ -76,25 +92,50 @@ class Diagnosis(MeasuringCallback):
     def __init__(
         self,
         *,
-        num_points: int = 40,
-        num_images: int = 256,
+        num_points: int | None = None,
+        num_images: int | None = None,
         batch_size: int = 64,
         lr: float = 1e-2,
         images: Literal["train", "held_out"] = "train",
         weights: Literal["ema", "live"] = "ema",
-        timed_steps: int = 5,
+        timed_steps: int | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__(
-            num_images=num_images, batch_size=batch_size, images=images, weights=weights, seed=seed
+            num_images=_DEVICE.num_images if num_images is None else num_images,
+            batch_size=batch_size,
+            images=images,
+            weights=weights,
+            seed=seed,
         )
         check_at_least(1, num_points=num_points)
         check_at_least(0, timed_steps=timed_steps)
         if not lr > 0:
             raise ConfigError(f"lr: must be above 0, found {lr}")
-        self.num_points = num_points
+        self.num_points: int = _DEVICE.num_points if num_points is None else num_points
         self.lr = lr
-        self.timed_steps = timed_steps
+        self.timed_steps: int = _DEVICE.timed_steps if timed_steps is None else timed_steps
+        self._given = (num_points, num_images, timed_steps)
+
+    def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
+        """Choose the sizes that were not given, by the device."""
+        super().setup(trainer, pl_module, stage)
+        sizes = _CPU if trainer.strategy.root_device.type == "cpu" else _DEVICE
+        points, images, steps = self._given
+        self.num_points = points or _enough(sizes.num_points, pl_module)
+        self.num_images = images or sizes.num_images
+        self.timed_steps = sizes.timed_steps if steps is None else steps
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        """Say what will be measured, unless in `fit`."""
+        if trainer.state.fn != "fit" and trainer.is_global_zero:
+            print(
+                f"diagnose: gradients at {self.num_points} timesteps, {self.num_images} images "
+                "each, then transfer between tasks and the time of a step. More images "
+                f"(--num_images {4 * self.num_images}) are more reliable; --num_images "
+                f"{max(2, self.num_images // 4)} --timed_steps 0 is a quick look.",
+                flush=True,
+            )
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Measure, and write the page on rank 0."""
@@ -210,8 +251,16 @@ class Diagnosis(MeasuringCallback):
         )
         if not step and pl_module.init_from is None:
             about += " These weights are untrained: train first, and diagnose then."
+        if self.num_images < _DEVICE.num_images:
+            about += (
+                f" These are few images: repeat with --num_images {_DEVICE.num_images} "
+                f"--num_points {_DEVICE.num_points} before you rely on the advice."
+            )
         texts = {name: text for name, (_, text) in pictures.items()}
-        print(write_page(self.findings, folder, texts, about=about))
+        page = write_page(self.findings, folder, texts, about=about)
+        first, *others = advice(self.findings)
+        print(f"{first.title}. {first.text}")
+        print(f"{len(others)} more in {page} and {page.with_suffix('.md')}", flush=True)
 
 
 def _centres(num_timesteps: int, num_points: int) -> tuple[int, ...]:
@@ -221,6 +270,16 @@ def _centres(num_timesteps: int, num_points: int) -> tuple[int, ...]:
     """
     count = min(num_points, num_timesteps)
     return tuple((2 * i + 1) * num_timesteps // (2 * count) for i in range(count))
+
+
+def _enough(num_points: int, pl_module: MultiTaskDiffusion) -> int:
+    """At least so many points that each task has one."""
+    num_timesteps, clusters = pl_module.process.num_timesteps, _tasks_of(pl_module)
+    for count in range(num_points, num_timesteps):
+        tasks = clusters.task_of(torch.tensor(_centres(num_timesteps, count)))
+        if len(tasks.unique()) == clusters.num_tasks:
+            return count
+    return num_timesteps
 
 
 def _mean_loss(loss: FixedLoss, timestep: int) -> float:

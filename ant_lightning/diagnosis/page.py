@@ -10,6 +10,7 @@ import torch
 
 from ant_lightning.diagnosis.advice import advice
 from ant_lightning.files.atomic import write_text
+from ant_lightning.files.documentation import documentation
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,10 +43,13 @@ class _Page:
 
     def text(self, text: str, *, bold: str = "", after: str = "") -> None:
         lead = f"**{bold}.** " if bold else ""
-        tail = f" (evidence: docs/{after})" if after else ""
-        self.markdown.append(f"{lead}{text}{tail}")
         strong = f"<strong>{escape(bold)}.</strong> " if bold else ""
-        self.html.append(f"<p>{strong}{escape(text + tail)}</p>")
+        page = documentation(after)
+        link = page.startswith("http")  # a path would lead nowhere from a run's folder
+        tail = after and (f" ([evidence]({page}))" if link else f" (evidence: {page})")
+        anchor = f' (<a href="{escape(page)}">evidence</a>)' if link else escape(tail)
+        self.markdown.append(f"{lead}{text}{tail}")
+        self.html.append(f"<p>{strong}{escape(text)}{anchor if after else ''}</p>")
 
     def table(self, *rows: Sequence[object]) -> None:
         lines = [rows[0], ["---:"] * len(rows[0]), *rows[1:]]

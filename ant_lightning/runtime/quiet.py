@@ -31,6 +31,7 @@ _LINES = (
     "Loaded model weights from the checkpoint",
     "batch will be used.",
     "batch per epoch will be used.",
+    "100% of the batches",
 )
 _WARNINGS = (
     # Small data sets are in memory: loading processes would only add overhead.

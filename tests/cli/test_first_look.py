@@ -92,6 +92,10 @@ MORE = {
     "sweep": (["sweep", "/nope", "--guidance", "1"], ["/nope: must be the log folder of a run"]),
     "sweep of nothing": (["sweep", "."], ["guidance: needs values, as in --guidance 1 1.5 2"]),
     "diagnose": (["diagnose", "/nope"], ["/nope: must be the log folder of a run"]),
+    "option of diagnose": (
+        ["diagnose", "--config", "digits/dit", "--num_imges=3"],
+        ["num_imges: the command has no such setting; did you mean 'num_images'?"],
+    ),
     "diagnose of nothing": (["diagnose"], ["diagnose: needs the folder of a run, or --config"]),
     "images of score": (
         ["score", "--data=DigitsData", "--images=/nope"],
@@ -272,12 +276,16 @@ def test_paths_of_the_right_kind_pass(tmp_path, monkeypatch):
 def test_a_run_whose_data_are_gone(tmp_path, capsys):
     settings = "{root: /nope, image_size: 8, batch_size: 2}"
     text = f"{{class_path: ant_lightning.ImageFolderData, init_args: {settings}}}"
-    (tmp_path / "config.yaml").write_text(f"model: {{class_path: DiTModule}}\ndata: {text}")
+    newest = tmp_path / "config_1.yaml"
+    (tmp_path / "config.yaml").write_text(
+        first := "model: {class_path: DiTModule}\ndata: "
+    )  # an older record
+    newest.write_text(f"{first}{text}")
     for args in (
         ["sweep", str(tmp_path), "--guidance", "1"],
         ["diagnose", str(tmp_path), "--num_images", "8"],
-        ["score", "--config", str(tmp_path / "config.yaml"), "--images", str(tmp_path)],
-        ["validate", "--config", str(tmp_path / "config.yaml")],
+        ["score", "--config", str(newest), "--images", str(tmp_path)],
+        ["validate", "--config", str(newest)],
     ):
         assert main(args) == 2
         line = "data.root: must be a folder of images, found nothing at /nope"

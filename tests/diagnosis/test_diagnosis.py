@@ -2,16 +2,28 @@
 
 import json
 import re
+from importlib.metadata import metadata
+from inspect import signature
 
 import pytest
 import torch
 import yaml
 
-from ant_lightning import AffinityResult, TimestepClusters
+from ant_lightning import (
+    AffinityResult,
+    CosineSchedule,
+    Diagnosis,
+    DiscreteDiffusion,
+    SNRClustering,
+    TimestepClusters,
+)
 from ant_lightning.cli.main import main
 from ant_lightning.diagnosis.advice import advice
+from ant_lightning.diagnosis.callback import _centres, _enough
 from ant_lightning.diagnosis.findings import Findings
+from ant_lightning.diagnosis.page import write_page
 from ant_lightning.errors import ConfigError
+from ant_lightning.files import documentation
 
 NETWORK = """
 import torch
@@ -28,6 +40,9 @@ class Gain(torch.nn.Module):
     def forward(self, x_t, t, labels=None):
         return self.gain * x_t
 """
+
+
+FIRST = {-1.0: "Do not expect a gain from PCGrad", 0.5: "Try NashMTL first"}
 
 
 def findings(gradients, noise=0.0, losses=None, **settings):
@@ -148,17 +163,22 @@ def test_the_numbers_are_plain_and_those_of_the_properties():
     assert any(None in line for line in drowned.numbers()["tasks"]["cosines"])
 
 
-def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys):
+def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys, tmp_path):
     """The best gain is the noise's share of x_t: 0 without noise, 1 without signal."""
     pages = {}
     for start in (-1.0, 0.5):  # below every task's optimum, and between them
         run = trained(start)
-        options = ["--num_points=20", "--num_images=64", "--timed_steps=1"]
+        options = ["--timed_steps=1"]  # on a CPU: 64 images at 20 timesteps
         assert main(["diagnose", str(run), *options]) == 0
         pages[start] = (run / "diagnosis.md").read_text()
         html = (run / "diagnosis.html").read_text()
         assert html.count("data:image/png;base64,") == 3
-        assert "version_0/diagnosis.html" in capsys.readouterr().out
+        lines = capsys.readouterr().out.splitlines()
+        assert any("20 timesteps, 64 images each" in line for line in lines)
+        first = next(each for each in lines if each.startswith(FIRST[start]))
+        assert lines.index(first) == len(lines) - 2
+        page = run.relative_to(tmp_path) / "diagnosis"
+        assert re.fullmatch(rf"\d more in {page}.html and {page}.md", lines[-1])
         assert (run / "task_affinity.safetensors").is_file()
         numbers = json.loads((run / "diagnosis.json").read_text())
         assert numbers["step"] == 1
@@ -171,10 +191,59 @@ def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys):
         assert "## Transfer" in page
 
 
+def test_a_wrong_option_of_the_diagnosis_is_named_as_it_was_given(trained, capsys):
+    run = str(trained(0.5))
+    for option, value, line in (
+        ("weights", "raw", "weights: must be one of 'ema', 'live', found raw"),
+        ("num_images", "1", "num_images: must be at least 2, found 1"),
+        ("num_images", "many", "num_images: must be a whole number, found many"),
+    ):
+        assert main(["diagnose", run, f"--{option}", value]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == f"ant-lightning: error: {line}"
+
+
 def test_what_is_not_a_run_is_refused_in_one_line(tmp_path, capsys):
     assert main(["diagnose", str(tmp_path)]) == 2
     assert "must be the log folder of a run, found no config.yaml" in capsys.readouterr().err
     assert main(["diagnose", "--help"]) == 0
-    assert "--num_images (default: " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"\n  --{name}: " in shown for name in signature(Diagnosis).parameters)
     assert main(["diagnose"]) == 2
     assert "needs the folder of a run, or --config, found none" in capsys.readouterr().err
+
+
+def test_every_task_has_a_point_of_the_default_grid():
+    class Module:
+        num_tasks = 5
+        clusters = TimestepClusters((0, 300, 310, 500, 700, 1000))
+        process = DiscreteDiffusion(CosineSchedule())
+
+    count = _enough(20, Module)
+    centres = _centres(1000, count)
+    assert count > 20
+    assert any(300 <= each < 310 for each in centres)
+    assert not any(300 <= each < 310 for each in _centres(1000, count - 1))
+    Module.clusters = SNRClustering(5)(Module.process.log_snr)
+    assert _enough(20, Module) == 20
+
+
+@pytest.mark.parametrize("url", ["", "https://example.org/me/repo"])
+def test_evidence_leads_to_the_repository_that_the_package_names(url, monkeypatch, tmp_path):
+    about = metadata("ant-lightning")
+    del about["Project-URL"]
+    if url:
+        about["Project-URL"] = f"Repository, {url}"
+    monkeypatch.setattr(documentation, "metadata", lambda name: about)
+    documentation._repository.cache_clear()
+    try:
+        write_page(findings(torch.ones(6, 3).double()), tmp_path, {}, about="x")
+    finally:
+        documentation._repository.cache_clear()
+    markdown, html = ((tmp_path / f"diagnosis.{kind}").read_text() for kind in ("md", "html"))
+    page = "docs/results.md#reading-the-evidence"
+    if url:
+        assert f"([evidence]({url}/blob/HEAD/{page}))" in markdown
+        assert f'<a href="{url}/blob/HEAD/{page}">evidence</a>' in html
+    else:
+        assert f"(evidence: {page})" in markdown
+        assert f"(evidence: {page})" in html
