@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 
 import diffusers
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import Tensor, nn
 
 __all__ = ["IntervalNetwork"]
 
-Output: TypeAlias = Any  # an object with the field `sample`
+Output: TypeAlias = Any  # that of a network of diffusers
 
 
 class IntervalNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -48,10 +48,28 @@ class IntervalNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 if name.endswith("norm1.emb.time_proj"):
                     part.downscale_freq_shift = 0  # type: ignore[assignment]
 
-    def forward(self, sample: Tensor, timestep: Tensor, **conditions: Tensor) -> Output:
-        """Call the network of this timestep, which is one for the whole batch."""
+    @property
+    def config(self) -> FrozenDict:
+        """The settings, and those of the networks, which pipelines ask for."""
+        own = self._internal_dict
+        return FrozenDict({**own["network"], **own})
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        # What a pipeline asks of its network is the same of all.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "networks" not in self._modules:
+                raise
+            return getattr(self._modules["networks"][0], name)  # type: ignore[index]
+
+    def forward(self, *inputs: Tensor, **named: Any) -> Output:
+        """Call the network of this timestep, which is one for the whole batch.
+
+        Pipelines give it by name, or after the sample.
+        """
+        timestep = named["timestep"] if "timestep" in named else inputs[1]
         told, rising = float(timestep.flatten()[0]), self.config.rising
         above = [told >= each if rising else told <= each for each in self.config.borders]
-        index = sum(above)
-        chosen = self.networks[self.config.served_by[index]]
-        return chosen(sample, timestep, **conditions)
+        chosen = self.networks[self.config.served_by[sum(above)]]
+        return chosen(*inputs, **named)

@@ -8,17 +8,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ant_lightning.backbones.checkpoint_layouts import bare_names
-from ant_lightning.backbones.diffusers import DiffusersBackbone
-from ant_lightning.backbones.diffusers_layouts import diffusers_layout
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.errors import ConfigError
 from ant_lightning.exports.adapter_files import write_adapter
+from ant_lightning.exports.networks import (
+    check_experts,
+    code_of,
+    copy_code,
+    diffusers_network,
+)
 from ant_lightning.exports.schedulers import Scheduling, scheduler_of
 from ant_lightning.exports.stock import Stock, stock_of
-from ant_lightning.exports.text_pipeline import is_told_text, write_text_network
-from ant_lightning.models.adapters import adapted
+from ant_lightning.exports.text_folder import write_text_network
+from ant_lightning.exports.text_pipeline import is_told_text
 from ant_lightning.transfer.experts import IntervalExperts
 
 if TYPE_CHECKING:
@@ -28,86 +31,7 @@ if TYPE_CHECKING:
     from ant_lightning.exports.pipeline_source import PipelineSource
     from ant_lightning.models.denoiser import DiffusionModule
 
-__all__ = ["diffusers_network", "write_pipeline"]
-
-# Classes of ours, whose code is copied into the folder.
-_CODE = {"ExactDiT": "exact_dit", "IntervalNetwork": "interval_network"}
-
-
-def diffusers_network(network: nn.Module) -> Any:  # noqa: ANN401 - a model of diffusers
-    """A network of diffusers that computes what this network does, with its weights.
-
-    Raises:
-        ConfigError: If there is none; says why.
-
-    Examples:
-        >>> import torch
-        >>> from ant_lightning import DiT
-        >>> from ant_lightning.exports.pipeline_folder import diffusers_network
-        >>> dit = DiT(input_size=4, hidden_size=8, depth=1, num_heads=1, num_classes=3)
-        >>> x, t, labels = torch.randn(2, 4, 4, 4), torch.tensor([5, 900]), torch.tensor([0, 2])
-        >>> theirs = diffusers_network(dit)
-        >>> output = theirs(x, t, class_labels=labels).sample
-        >>> torch.allclose(output, dit(x, t, labels), atol=1e-5)
-        True
-    """
-    import diffusers  # noqa: PLC0415 - 5 s of imports
-
-    if isinstance(network, IntervalExperts):
-        return _interval_network(network)
-    if isinstance(network, DiffusersBackbone):
-        return copy.deepcopy(adapted(network)).cpu().eval()
-    layout = diffusers_layout(network)
-    own = network.state_dict()
-    weights = layout.to_diffusers({bare: own[name] for bare, name in bare_names(own).items()})
-    if layout.class_name == "DiTTransformer2DModel":
-        kind = import_module("ant_lightning.exports.exact_dit").ExactDiT
-    else:
-        kind = getattr(diffusers, layout.class_name)
-    made = kind(**layout.config)
-    made.load_state_dict(weights)
-    return made.eval()
-
-
-def _interval_network(experts: IntervalExperts) -> Any:  # noqa: ANN401 - a model of diffusers
-    """The networks of intervals as one model of diffusers."""
-    _check_experts(experts)
-    plain = [diffusers_network(each) for each in experts.networks]
-    exact = type(plain[0]).__name__ == "ExactDiT"
-    config = {n: v for n, v in plain[0].config.items() if not n.startswith("_")}
-    routing = config.pop("routing", None)
-    if exact and (routing or not isinstance(config["sample_size"], int)):
-        raise ConfigError(
-            "experts: must be of square images and without routing to be switched in a pipeline, "
-            f"found sample_size {config['sample_size']} and routing {routing}"
-        )
-    kind = import_module("ant_lightning.exports.interval_network").IntervalNetwork
-    made = kind(
-        class_name="DiTTransformer2DModel" if exact else type(plain[0]).__name__,
-        network=config,
-        borders=experts.borders,
-        rising=experts.rising,
-        served_by=experts.served_by,
-        official_frequencies=exact,
-    )
-    for theirs, network in zip(made.networks, plain, strict=True):
-        theirs.load_state_dict(network.state_dict())
-    return made.eval()
-
-
-def _check_experts(experts: IntervalExperts) -> None:
-    """Check that a pipeline can switch between these networks."""
-    first = experts.networks[0]
-    if is_told_text(first):
-        raise ConfigError(
-            f"experts: must be merged (merge_weights) for {type(adapted(first)).__name__}, whose "
-            "pipelines take one network, found specialists that are switched"
-        )
-    if any("class_embedder.embedding.weight" in each.state_dict() for each in experts.networks):
-        raise ConfigError(
-            "experts: must not have class tables outside of the UNet, as there is one for all in "
-            "a pipeline, found use_spatial_transformer with classes"
-        )
+__all__ = ["write_pipeline"]
 
 
 class _Pair(NamedTuple):
@@ -122,7 +46,7 @@ def _pair(backbone: nn.Module, process: NoiseProcess) -> _Pair | None:
     """The networks above and below one border; `None` if these are not two, or under EDM."""
     if not isinstance(backbone, IntervalExperts) or backbone.served_by != [0, 1]:
         return None
-    _check_experts(backbone)
+    check_experts(backbone)
     (border,) = backbone.borders
     if isinstance(process, DiscreteDiffusion):
         ratio = border / process.num_timesteps
@@ -170,7 +94,7 @@ def write_pipeline(
     network = diffusers_network(backbone if pair is None else pair.high)
     class_name = network.config.get("class_name", type(network).__name__)
     name = "unet" if class_name.startswith("UNet") else "transformer"
-    kind = _CODE.get(type(network).__name__)
+    kind = code_of(network)
     parts: dict[str, tuple[Any, str | None]] = {
         name: (network, kind),
         "scheduler": (found.scheduler, None),
@@ -195,9 +119,9 @@ def write_pipeline(
     for part, (value, code) in parts.items():
         value.save_pretrained(folder / part)
         if code is not None:
-            _copy_code(code, folder / part)
+            copy_code(code, folder / part)
     if isinstance(index["_class_name"], list):
-        _copy_code("ant_pipeline", folder)
+        copy_code("ant_pipeline", folder)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return found.notes
 
@@ -236,8 +160,3 @@ def _index(
         "latent_scale": 1.0 if space is None else space.scale,
         "latent_shift": 0.0 if space is None else space.shift,
     }
-
-
-def _copy_code(name: str, folder: Path) -> None:
-    source = Path(__file__).with_name(f"{name}.py")
-    (folder / f"{name}.py").write_text(source.read_text(encoding="utf8"), encoding="utf8")

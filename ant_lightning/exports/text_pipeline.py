@@ -2,40 +2,36 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import shutil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ant_lightning.backbones.checkpoint_layouts import bare_names
 from ant_lightning.backbones.diffusers import MASK, DiffusersBackbone
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.samplers.ddim import DDIM
+from ant_lightning.exports.networks import first_network
 from ant_lightning.exports.schedulers import Scheduling, scheduler_of
 from ant_lightning.models.adapters import adapted
+from ant_lightning.transfer.experts import IntervalExperts
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import nn
 
     from ant_lightning.exports.pipeline_source import PipelineSource
     from ant_lightning.models.denoiser import DiffusionModule
 
 __all__ = [
+    "MASKED",
     "TextPipeline",
     "is_told_text",
     "pipeline_class",
     "text_pipeline_of",
-    "write_text_network",
 ]
 
 _SANA = "SanaPipeline"
 _SHIFTED = frozenset({"StableDiffusion3Pipeline", "FluxPipeline"})  # latents may have a shift
 _FLOW = _SHIFTED | {_SANA}
 _POOLED = _SHIFTED | {"StableDiffusionXLPipeline"}
-_MASKED = frozenset({"PixArtAlphaPipeline", "PixArtSigmaPipeline", _SANA})
+MASKED = frozenset({"PixArtAlphaPipeline", "PixArtSigmaPipeline", _SANA})
 _PIXELS = 8  # what `DiffusersBackbone` takes for the side of a latent
 
 
@@ -47,12 +43,15 @@ class TextPipeline(NamedTuple):
         call: The arguments with which it samples as the run does.
         notes: What it does otherwise than the run, a line each.
         scheduling: Its scheduler.
+        switched: Whether its network is several of intervals, of a class whose code is in the
+            folder.
     """
 
     class_name: str
     call: dict[str, Any]
     notes: list[str]
     scheduling: Scheduling
+    switched: bool = False
 
     def modules(self) -> tuple[set[str], set[str]]:
         """Names of its parts, and of those that `from_pretrained` must be told are missing."""
@@ -65,21 +64,21 @@ class TextPipeline(NamedTuple):
 
     def example(self, source: PipelineSource | str) -> str:
         """Code that draws images; from embeddings if no text encoders are there."""
-        call, missing = self.call, ""
+        call, missing = self.call, ", trust_remote_code=True" if self.switched else ""
         scale = call.get("true_cfg_scale", call["guidance_scale"])
         names = ["prompt"]
         if isinstance(source, str):
-            missing = "".join(f", {name}=None" for name in sorted(self.modules()[1]))
+            missing += "".join(f", {name}=None" for name in sorted(self.modules()[1]))
             names = ["prompt_embeds"]
             names += ["pooled_prompt_embeds"] * (self.class_name in _POOLED)
-            names += ["prompt_attention_mask"] * (self.class_name in _MASKED)
+            names += ["prompt_attention_mask"] * (self.class_name in MASKED)
             names += [f"negative_{name}" for name in names] * (scale > 1)
-        elif source.max_length is not None and self.class_name in _FLOW | _MASKED:
+        elif source.max_length is not None and self.class_name in _FLOW | MASKED:
             call = call | {"max_sequence_length": source.max_length}
         n = call["num_inference_steps"]
         grid = f"[i / {n} for i in range({n}, 0, -1)]"
         given = [f"{name}={name}" for name in names]
-        if isinstance(source, str) and self.class_name in _MASKED:
+        if isinstance(source, str) and self.class_name in MASKED:
             given.append("negative_prompt=None")
         elif self.class_name == "FluxPipeline" and scale > 1:
             given.append("negative_prompt=''")
@@ -93,6 +92,7 @@ class TextPipeline(NamedTuple):
 
 def is_told_text(backbone: nn.Module) -> bool:
     """Whether it is a network of diffusers that is told more than labels."""
+    backbone = first_network(backbone)
     if not isinstance(backbone, DiffusersBackbone):
         return False
     return type(adapted(backbone)).__name__ not in {"UNet2DModel", "DiTTransformer2DModel"}
@@ -100,7 +100,7 @@ def is_told_text(backbone: nn.Module) -> bool:
 
 def pipeline_class(backbone: nn.Module) -> str | None:
     """The class of pipelines for a network that is told text; `None` if there is none."""
-    network: Any = adapted(backbone)
+    network: Any = adapted(first_network(backbone))
     names = [each.__name__ for each in type(network).__mro__]
     if "UNet2DConditionModel" in names:
         is_xl = network.config.get("addition_embed_type") == "text_time"
@@ -137,13 +137,15 @@ def text_pipeline_of(module: DiffusionModule) -> TextPipeline | str:
     if name is None or reason is not None:
         return reason or ""
     found = scheduler_of(module)
-    if _learns_variance(module) and name in _MASKED and not _is_ddim(module):
+    if _learns_variance(module) and name in MASKED and not _is_ddim(module):
         found.scheduler.register_to_config(variance_type="fixed_small")
         found.notes.append(f"{name} drops the predicted variance: it is fixed_small")
     if name == "StableDiffusionPipeline" and not _is_leading(found):
         found.scheduler.register_to_config(steps_offset=1)  # unused, and expected by the pipeline
     call = _call(module, name, found)
-    return TextPipeline(name, call, [*found.notes, *_differences(module, name, found)], found)
+    notes = [*found.notes, *_differences(module, name, found)]
+    switched = isinstance(module.backbone, IntervalExperts)
+    return TextPipeline(name, call, notes, found, switched)
 
 
 def _refusal(module: DiffusionModule, name: str) -> str | None:
@@ -163,86 +165,9 @@ def _refusal(module: DiffusionModule, name: str) -> str | None:
     refusal = None
     if name == _SANA and any(module.first_stage.factor * s % 32 for s in module.image_shape[1:]):
         refusal = f"{name} draws images whose sides are multiples of 32"
-    elif _learns_variance(module) and name not in _MASKED and _is_ddim(module):
+    elif _learns_variance(module) and name not in MASKED and _is_ddim(module):
         refusal = f"{name} takes no predicted variance with DDIM"
     return refusal
-
-
-def write_text_network(
-    module: DiffusionModule, folder: Path, source: PipelineSource | str
-) -> list[str]:
-    """Write the pipeline of a network that is told text, or its parts if there is no such pipeline.
-
-    Args:
-        module: Its backbone is a `DiffusersBackbone`.
-        folder: Where the files go.
-        source: The pipeline whose text encoders and tokenizers are copied, or the reason why there
-            is none: the pipeline then draws from embeddings.
-
-    Returns:
-        What the pipeline does otherwise than the run, a line each.
-
-    Raises:
-        ConfigError: If the process has no scheduler.
-    """
-    network: Any = copy.deepcopy(adapted(module.backbone)).cpu()
-    # Compiled parts inside would change the names.
-    names = bare_names(network.state_dict())
-    assert list(names) == list(names.values())
-    part = "unet" if type(network).__name__.startswith("UNet") else "transformer"
-    network.eval().save_pretrained(folder / part)
-    found = text_pipeline_of(module)
-    scheduling = scheduler_of(module) if isinstance(found, str) else found.scheduling
-    scheduling.scheduler.save_pretrained(folder / "scheduler")
-    if module.first_stage is not None:
-        vae = copy.deepcopy(module.first_stage._autoencoder).cpu()
-        if not isinstance(found, str):
-            assert module.latent_space is not None  # as `text_pipeline_of` says
-            scale, shift = module.latent_space.scale, module.latent_space.shift
-            vae.register_to_config(scaling_factor=scale)
-            if module.latent_space.kind == "kl":
-                vae.register_to_config(shift_factor=shift)
-        vae.save_pretrained(folder / "vae")
-    if isinstance(found, str):
-        note = f"parts of a pipeline, {part} and scheduler, for that of the base: {found}"
-        return [note, *scheduling.notes]
-    own = {part: network, "scheduler": scheduling.scheduler, "vae": vae}
-    index = {name: ["diffusers", type(value).__name__] for name, value in own.items()}
-    _write_index(found, folder, index, source)
-    if isinstance(source, str):
-        return [f"without text encoders, to draw from prompt_embeds: {source}", *found.notes]
-    if found.class_name not in _MASKED:
-        return found.notes
-    told = [f"{found.class_name} takes prompts in small letters"]
-    if MASK not in module.conditions.names:
-        told.append(f"{found.class_name} tells the network which tokens of a prompt are padding")
-    return [*told, *found.notes]
-
-
-def _write_index(
-    found: TextPipeline,
-    folder: Path,
-    own: dict[str, list[str]],
-    source: PipelineSource | str,
-) -> None:
-    """Write `model_index.json`, and copy what is not our own."""
-    import diffusers  # noqa: PLC0415 - 5 s of imports
-
-    kind = getattr(diffusers, found.class_name)
-    expected, settings = kind._get_signature_keys(kind)
-    listed: dict[str, Any] = {name: [None, None] for name in sorted(expected)}
-    if "requires_safety_checker" in settings:
-        listed["requires_safety_checker"] = False
-    if not isinstance(source, str):
-        theirs = source.listed
-        listed |= {name: theirs[name] for name in {*expected, *settings} & theirs.keys()}
-        for name in sorted(expected - own.keys()):
-            if listed[name][0] is not None:
-                shutil.copytree(source.folder / name, folder / name)
-    if "force_zeros_for_empty_prompt" in settings:
-        listed["force_zeros_for_empty_prompt"] = False  # the null is the embedding of no text
-    about = {"_class_name": found.class_name, "_diffusers_version": diffusers.__version__}
-    (folder / "model_index.json").write_text(json.dumps(about | listed | own, indent=2) + "\n")
 
 
 def _learns_variance(module: DiffusionModule) -> bool:
@@ -265,7 +190,7 @@ def _call(module: DiffusionModule, name: str, found: Scheduling) -> dict[str, An
     call: dict[str, Any] = {"height": height, "width": width}
     call |= {"num_inference_steps": found.num_steps, "guidance_scale": scale}
     if name == "FluxPipeline":
-        told = module.backbone.embedded_guidance
+        told = first_network(module.backbone).embedded_guidance
         call |= {"guidance_scale": told, "true_cfg_scale": scale}
     if name in _FLOW:
         # The scheduler's own grid ends with a small step, and shifts it twice.
@@ -273,7 +198,7 @@ def _call(module: DiffusionModule, name: str, found: Scheduling) -> dict[str, An
         call["sigmas"] = [i / n for i in range(n, 0, -1)]
     if found.eta:
         call["eta"] = found.eta
-    if name in _MASKED:
+    if name in MASKED:
         call["use_resolution_binning"] = False
     if name == _SANA:
         call["complex_human_instruction"] = None  # it would stand before each prompt
@@ -286,7 +211,7 @@ def _call(module: DiffusionModule, name: str, found: Scheduling) -> dict[str, An
 
 def _differences(module: DiffusionModule, name: str, found: Scheduling) -> list[str]:
     """What the pipeline does otherwise than the run, a line each."""
-    network: Any = adapted(module.backbone)
+    network: Any = adapted(first_network(module.backbone))
     notes: list[str] = []
     assert module.first_stage is not None
     clips = type(found.scheduler).__name__ == "DDPMScheduler" and name != "StableDiffusionPipeline"
@@ -301,7 +226,7 @@ def _differences(module: DiffusionModule, name: str, found: Scheduling) -> list[
         notes.append(
             "StableDiffusionPipeline moves the timesteps by 1, as DDIM(spacing='ldm') of a run does"
         )
-    if MASK in module.conditions.names and name not in _MASKED:
+    if MASK in module.conditions.names and name not in MASKED:
         notes.append(f"{name} does not tell the network which tokens are padding")
     if name == "PixArtAlphaPipeline" and module.first_stage.factor != _PIXELS:
         notes.append(f"{name} tells the network another size of the image")

@@ -17,7 +17,8 @@ from ant_lightning import (
     load_official_checkpoint,
 )
 from ant_lightning.errors import FileError
-from ant_lightning.exports.pipeline_folder import diffusers_network, write_pipeline
+from ant_lightning.exports.networks import diffusers_network
+from ant_lightning.exports.pipeline_folder import write_pipeline
 
 SMALL = {"patch_size": 2, "in_channels": 2, "hidden_size": 16, "depth": 1, "num_heads": 2}
 

@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 import yaml
-from diffusers_networks import network
 from exported import (
     DIT,
     SETTINGS,
@@ -41,7 +40,8 @@ from ant_lightning import (
 from ant_lightning.backbones.diffusers_folder import read_folder
 from ant_lightning.cli.main import main
 from ant_lightning.errors import ConfigError, FileError
-from ant_lightning.exports.pipeline_folder import diffusers_network, write_pipeline
+from ant_lightning.exports.networks import diffusers_network
+from ant_lightning.exports.pipeline_folder import write_pipeline
 from ant_lightning.transfer.experts import borders_between
 
 
@@ -161,12 +161,6 @@ def test_two_experts_under_edm_are_one_part(tmp_path, monkeypatch):
     made.backbone = IntervalExperts([low, made.backbone], borders, rising=rising)
     write_pipeline(made, tmp_path)
     assert len(same_images(made, tmp_path, monkeypatch).unet.networks) == 2
-
-
-def test_experts_of_a_network_that_is_told_text_must_be_merged():
-    pair = [DiffusersBackbone(network("SanaTransformer2DModel")) for _ in range(2)]
-    with pytest.raises(ConfigError, match=r"experts: must be merged .*for SanaTransformer2DModel"):
-        diffusers_network(IntervalExperts(pair, [500.0]))
 
 
 def with_adapter(folder, name, seed, **settings):

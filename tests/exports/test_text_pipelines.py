@@ -1,5 +1,6 @@
 """Networks that are told text leave as pipelines of diffusers that draw the run's images."""
 
+import copy
 import json
 import shutil
 
@@ -24,6 +25,7 @@ from ant_lightning import (
     DiscreteDiffusion,
     FirstStage,
     FlowMatching,
+    IntervalExperts,
     LatentSpace,
     MultiTaskDiffusion,
     ODESampler,
@@ -39,10 +41,12 @@ from ant_lightning.cli.main import main
 from ant_lightning.cli.parts import make_part
 from ant_lightning.data.text.encoder import text_encodings
 from ant_lightning.errors import ConfigError
+from ant_lightning.exports.networks import first_network
 from ant_lightning.exports.pipeline_folder import write_pipeline
 from ant_lightning.exports.pipeline_source import PipelineSource, pipeline_source
 from ant_lightning.exports.text_pipeline import text_pipeline_of
 from ant_lightning.files.safetensors_file import read_safetensors
+from ant_lightning.transfer.experts import borders_between
 
 SD, XL = "UNet2DConditionModel", "UNet2DConditionModel of SDXL"
 PIXART, SD3 = "PixArtTransformer2DModel", "SD3Transformer2DModel"
@@ -109,7 +113,8 @@ def given_to(module, told):
         f"negative_{PROMPT[name]}": module.conditions.null[name].expand_as(value)
         for name, value in told.items()
     }
-    if type(module.backbone.network).__name__.startswith(("PixArt", "Sana")):
+    network = first_network(module.backbone).network
+    if type(network).__name__.startswith(("PixArt", "Sana")):
         masks = ("prompt_attention_mask", "negative_prompt_attention_mask")
         given |= dict.fromkeys(masks, torch.ones(2, 3)) | {"negative_prompt": None}
     return given
@@ -165,6 +170,35 @@ def test_a_pipeline_without_encoders_draws_the_images_of_the_run(
     assert "from_pretrained(FOLDER)\nimages = pipeline(prompt=prompt, " in prompted
     assert ("max_sequence_length=77" in prompted) == (case not in {SD, XL})
     assert ("negative_prompt=''" in prompted) == (case == FLUX)  # which guides only with one
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_a_pipeline_switches_between_experts_of_intervals(name, stages, tmp_path, monkeypatch):
+    case, sampler, _ = EQUAL[name]
+    made = module_of(stages, case, sampler)
+    networks = [copy.deepcopy(made.backbone) for _ in range(3)]
+    with torch.no_grad():
+        for p in [*networks[0].parameters(), *networks[2].parameters()]:
+            p.add_(torch.randn_like(p), alpha=0.05)
+    borders, rising = borders_between(made.process, [500, 800])
+    made.backbone = IntervalExperts(networks, borders, rising=rising)
+    notes = write_pipeline(made, tmp_path, source="there is none")
+    assert notes == ["without text encoders, to draw from prompt_embeds: there is none"]
+    text = text_pipeline_of(made)
+    assert "from_pretrained(FOLDER, trust_remote_code=True" in text.example("there is none")
+    parts = dict.fromkeys(text.modules()[1])
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path, trust_remote_code=True, **parts
+    )
+    assert type(pipeline).__name__ == name
+    switched = pipeline.unet if "UNet" in case else pipeline.transformer
+    used = []
+    for i, each in enumerate(switched.networks):
+        each.register_forward_pre_hook(lambda *_, i=i: used.append(i))
+    told = {n: torch.randn(2, *SHAPES[n]) for n in made.conditions.names}
+    assert_draws_the_same(made, pipeline, monkeypatch, told, **given_to(made, told))
+    assert used == sorted(used, reverse=True)  # from the most noise to the least
+    assert set(used) == {0, 1, 2}
 
 
 def test_the_ddpm_of_sd_draws_the_same_too(stages, tmp_path, monkeypatch):
