@@ -16,6 +16,7 @@ from studies.curves_figure import quality_curves
 from studies.curves_tables import (
     GUIDANCE,
     METRICS,
+    TASKS,
     TITLES,
     CurveRows,
     contrast_table,
@@ -23,6 +24,7 @@ from studies.curves_tables import (
     profile_table,
     score_table,
     steps_table,
+    tasks_table,
     tuning_table,
 )
 from studies.results import finished_rows
@@ -54,14 +56,14 @@ def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, t
     tables = [
         table
         for group in sorted(measured.curves, key=_place)
-        if not group.startswith(GUIDANCE)
+        if not group.startswith((GUIDANCE, TASKS))
         for table in (
             score_table(measured, group, _real(rows, measured, group)),
             steps_table(measured, group),
         )
     ]
-    last = [contrast_table(measured), guidance_table(measured), profile_table(rows)]
-    last.append(tuning_table(rows))
+    last = [contrast_table(measured), guidance_table(measured), tasks_table(measured)]
+    last += [profile_table(rows), tuning_table(rows)]
     for table in [*tables, *last]:
         if table.rows:
             text += [f"### {table.title}", "", table.markdown(), ""]

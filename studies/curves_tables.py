@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METRICS",
+    "TASKS",
     "TITLES",
     "CurveRows",
     "contrast_table",
@@ -23,6 +24,7 @@ __all__ = [
     "score_table",
     "steps_table",
     "steps_to",
+    "tasks_table",
     "tuning_table",
 ]
 
@@ -33,8 +35,6 @@ TITLES = {
     "ldm/why": "latent diffusion, one thing changed",
     "ldm/timestep": "latent diffusion, timestep clusters",
     "ldm/gradient": "latent diffusion, gradient clusters",
-    "ldm/tasks2": "latent diffusion, 2 clusters",
-    "ldm/tasks8": "latent diffusion, 8 clusters",
     "adm/snr": "pixels (ADM)",
     "sit/snr": "flow matching (SiT)",
     "shapes_ldm/snr": "shapes, latent diffusion",
@@ -56,6 +56,8 @@ CONTRASTS = {
 }
 # Trained models that draw with other scales of guidance than the one of their training's metrics.
 GUIDANCE, TRAINING_GUIDANCE = "ldm/guidance/", 1.5
+# UW with another number of clusters; the main group has MAIN_TASKS.
+TASKS, MAIN_TASKS = "ldm/tasks", 5
 # Groups whose runs have another length than the model's main group.
 OTHER_LENGTH = ("ldm/four_times",)
 
@@ -165,12 +167,29 @@ def steps_table(rows: CurveRows, group: str) -> TextTable:
         elif len(reached) < len(needed):
             line.append(f"{len(reached)} of {len(needed)} seeds")
         else:
-            line.append(
-                f"{statistics.mean(reached):.0f} ({min(reached):.0f} to {max(reached):.0f})"
-            )
+            spread = f" ({min(reached):.0f} to {max(reached):.0f})" if len(reached) > 1 else ""
+            line.append(f"{statistics.mean(reached):.0f}{spread}")
         lines.append(line)
     heads = ["method", *(f"{step:,}" for step in steps), "steps to vanilla's last FID"]
     return TextTable(f"FID over steps, {TITLES.get(group, group)}", heads, lines)
+
+
+def tasks_table(rows: CurveRows) -> TextTable:
+    """UW's final scores by the number of clusters, on the seeds that every number has."""
+    counts = {int(g.removeprefix(TASKS)): g for g in rows.curves if g.startswith(TASKS)}
+    if not counts:
+        return TextTable("", [], [])
+    found = {k: rows.last(group, "uw") for k, group in (counts | {MAIN_TASKS: "ldm/snr"}).items()}
+    seeds = sorted(set.intersection(*(set(each) for each in found.values())))
+    lines = []
+    for k, each in sorted(found.items()):
+        gaps = [each[seed]["fid"] - found[MAIN_TASKS][seed]["fid"] for seed in seeds]
+        scores = [mean_and_spread([each[seed][m] for seed in seeds], digits=3) for m in METRICS]
+        text = difference_text(gaps, digits=2) if k != MAIN_TASKS else ""
+        lines.append([str(k), str(len(seeds)), *scores, text])
+    heads = ["clusters", "seeds", "FID", "KID", "precision", "recall", "class agreement"]
+    title = "UW by the number of clusters, latent diffusion"
+    return TextTable(title, [*heads, f"FID - FID of {MAIN_TASKS}, paired [95%]"], lines)
 
 
 def contrast_table(rows: CurveRows) -> TextTable:
@@ -270,4 +289,5 @@ def profile_table(rows: Mapping[str, Mapping[str, Any]]) -> TextTable:
             lines.append([method, *cells])
     num_tasks = max((len(line) - 1 for line in lines), default=0)
     heads = ["method", *(f"task {i}" for i in range(num_tasks))]
+    heads[1:2] = ["task 0 (least noise)"] if num_tasks else []
     return TextTable("Held-out loss against vanilla, latent diffusion", heads, lines)

@@ -174,6 +174,8 @@ def _label_points(axis: Axes) -> None:
     """Write each line's label beside its point, where it meets no other point or label."""
     named = [(str(line.get_label()), np.asarray(line.get_xydata())) for line in axis.lines]
     points = [(name, data[0]) for name, data in named if not name.startswith("_")]
+    if not points:
+        return
     taken = [
         Bbox.from_bounds(x - 4, y - 4, 8, 8)
         for x, y in axis.transData.transform(np.stack([place for _, place in points]))

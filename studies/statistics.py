@@ -50,9 +50,9 @@ def paired_difference(differences: Sequence[float], *, level: float = 0.95) -> P
 
 
 def difference_text(differences: Sequence[float], *, digits: int) -> str:
-    """Mean and interval of paired differences as text; empty for fewer than two."""
+    """Mean and interval of paired differences as text; the difference alone of one seed."""
     if len(differences) < 2:
-        return ""
+        return "".join(f"{each:+.{digits}f}, one seed" for each in differences)
     d = paired_difference(differences)
     text = f"{d.mean:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]"
     return text if d.detected else f"{text}, no detectable difference"

@@ -14,6 +14,7 @@ from studies.curves_tables import (
     score_table,
     steps_table,
     steps_to,
+    tasks_table,
     tuning_table,
 )
 from studies.results import append_row
@@ -111,6 +112,30 @@ def test_steps_to_vanillas_last_fid_of_the_same_seed():
     assert table.columns[1:4] == ["100", "200", "400"]
     assert lines["uw"][1:] == ["16.00", "8.00", "6.00", "200 (200 to 200)"]
     assert lines["linear"][-1] == "0 of 3 seeds"
+
+
+def test_one_seed_has_no_interval():
+    rows = CurveRows.of(study_rows(seeds=1))
+    steps = {line[0]: line[-1] for line in steps_table(rows, "ldm/snr").rows}
+    scores = {line[0]: line[-1] for line in score_table(rows, "ldm/snr", {}).rows}
+    assert steps["uw"] == "200"
+    assert scores["uw"] == "-1.00, one seed"
+
+
+def test_numbers_of_clusters_are_compared_on_the_seeds_that_all_have():
+    rows = study_rows()
+    for k, factor, seeds in ((2, 2.0, (1, 2)), (8, 0.5, (0, 1))):
+        for seed in seeds:
+            scores = measured(FIDS["uw"], factor * (1 + seed))
+            rows[f"ldm/tasks{k}/uw/seed{seed}"] = row(**{"generation_metrics.jsonl": scores})
+    table = tasks_table(CurveRows.of(rows))
+    assert [line[:3] for line in table.rows] == [
+        ["2", "1", "12.000"],
+        ["5", "1", "6.000"],
+        ["8", "1", "3.000"],
+    ]
+    assert [line[-1] for line in table.rows] == ["+6.00, one seed", "", "-3.00, one seed"]
+    assert tasks_table(CurveRows.of(study_rows())).rows == []
 
 
 def test_contrasts_are_paired():
