@@ -54,6 +54,7 @@ _NEVER_NONE = ("detect_anomaly", "max_steps", "overfit_batches")
 def with_classes_of_loggers(args: Sequence[str]) -> list[str]:
     """The arguments with a short name of a logger, in any case, replaced by that of its class.
 
+    >>> from ant_lightning.cli.trainer_settings import with_classes_of_loggers
     >>> with_classes_of_loggers(["fit", "--trainer.logger=wandb", "--trainer.logger", "CSV"])
     ['fit', '--trainer.logger=WandbLogger', '--trainer.logger', 'CSVLogger']
     """

@@ -103,6 +103,24 @@ def test_the_autoencoder_of_sana_gives_the_latents_and_images_of_diffusers(tmp_p
     torch.testing.assert_close(stage.decode(latents), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("decoder_conv_act_fn", 3, "must have a config that diffusers takes"),
+        ("encoder_block_out_channels", [8, 3, 8], "must have a config that diffusers takes"),
+        ("encoder_layers_per_block", [1, 0, 1], "its architecture: it has no encoder"),
+        ("encoder_layers_per_block", [1, 2**20, 1], "must be from 0 to 64"),
+        ("scaling_factor", "x", "scale: must be above 0 and finite, found 'x'"),
+    ],
+)
+def test_a_wrong_config_of_it_is_one_line(tmp_path, setting, value, message):
+    path = save_dc(tmp_path, 3) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    with pytest.raises(ConfigError, match=message) as error:
+        FirstStage(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_scale_and_shift_default_to_the_files_and_else_to_the_published(
     tiny_first_stages, tmp_path
 ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -57,10 +57,10 @@ class LatentSpace:
             value = getattr(self, name)
             if isinstance(value, list | tuple):  # JSON files have lists
                 object.__setattr__(self, name, tuple(value))
-        if not all(each > 0 and math.isfinite(each) for each in _each(self.scale)):
-            raise ConfigError(f"scale: must be above 0 and finite, found {self.scale}")
-        if not all(math.isfinite(each) for each in _each(self.shift)):
-            raise ConfigError(f"shift: must be finite, found {self.shift}")
+        if not all(_is_finite(each) and each > 0 for each in _each(self.scale)):
+            raise ConfigError(f"scale: must be above 0 and finite, found {self.scale!r:.80}")
+        if not all(_is_finite(each) for each in _each(self.shift)):
+            raise ConfigError(f"shift: must be finite, found {self.shift!r:.80}")
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Draw latents `x [b, c, h, w]` from moments `[b, 2c, h, w]` (KL) or `[b, c, h, w]`.
@@ -92,6 +92,11 @@ class LatentSpace:
 
 def _each(value: float | tuple[float, ...]) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def _is_finite(value: object) -> bool:
+    """Whether it is a number, as files may hold anything, and of the size of a float."""
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _over(latents: Tensor, value: float | tuple[float, ...]) -> float | Tensor:

@@ -106,8 +106,9 @@ def _built(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> nn
         # are found to agree with the weights in the file.
         with torch.device("meta"):
             shapes = {name: value.shape for name, value in make(config).state_dict().items()}
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, ArithmeticError) as error:
-        raise FileError(f"{path}: must have a config that diffusers takes: {error}") from error
+    except Exception as error:  # whatever diffusers raises, the config caused it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileError(f"{path}: must have a config that diffusers takes: {reason}") from error
     found = {name: tensors[name].shape for name in shapes if name in tensors}
     different = [name for name in shapes if found.get(name) != shapes[name]]
     if different:
@@ -117,13 +118,12 @@ def _built(config: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> nn
             f"{path}: its weights do not fit its architecture: {name} must have shape "
             f"{list(shapes[name])}, found {list(found[name]) if name in found else 'nothing'}"
         )
+    if unknown := sorted(tensors.keys() - shapes.keys()):
+        raise FileError(f"{path}: its weights do not fit its architecture: it has no {unknown[0]}")
     if bad := not_finite({name: tensors[name] for name in shapes}):
         raise FileError(f"{path}: its weights must be finite, but {bad[0]} is not")
     autoencoder: nn.Module = make(config)
-    try:
-        autoencoder.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise FileError(f"{path}: its weights do not fit its architecture: {error}") from error
+    autoencoder.load_state_dict(tensors)
     return autoencoder
 
 
