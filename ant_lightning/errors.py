@@ -152,6 +152,7 @@ def message_of(error: BaseException) -> str:
 def found_at(path: str | Path) -> str:
     """What is at a path that a setting names, for messages.
 
+    >>> from ant_lightning.errors import found_at
     >>> found_at("/nope")
     'found nothing at /nope'
     """

@@ -11,6 +11,7 @@ __all__ = ["documentation"]
 def documentation(page: str) -> str:
     """URL of a page of `docs/`; its path in the repository if the package names no repository.
 
+    >>> from ant_lightning.files.documentation import documentation
     >>> documentation("results.md").endswith("docs/results.md")
     True
     """
