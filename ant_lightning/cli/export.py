@@ -156,7 +156,10 @@ def run_export(args: Sequence[str]) -> None:
     try:
         settings = parser.parse_args(list(args))
     except Exception as error:  # the parser has errors of several kinds
-        raise first_config_error(error, parser._option_string_actions) from error
+        # `--config` is that of the run: it would not give what is missing here.
+        raise first_config_error(
+            error, parser._option_string_actions.keys() - {"--config"}
+        ) from error
     options = settings.as_dict()
     hub = options.pop("push_to_hub")
     exported = export(options.pop("run"), **options)

@@ -122,6 +122,10 @@ def _check_runs(command: str, args: Sequence[str]) -> None:
         if command in {"export", "sweep"}:  # they take one
             break
     options = {each.partition("=")[0] for each in args}
+    if command == "export" and args and "--to" not in options:
+        raise ConfigError(
+            "to: needed, one of diffusers, official, safetensors or torch, found nothing"
+        )
     if command == "sweep" and args and not options & {"--guidance", "--ema"}:
         raise ConfigError(
             "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"

@@ -101,7 +101,9 @@ def load_run(
     is_cache = str(data.get("class_path")).endswith("LatentsData")
     if is_cache and "latent_space" not in content.get("ant_lightning", {}):
         # A checkpoint of 0.1 does not describe its latent space; the cache of its latents does.
-        module.latent_space = make_part(data, L.LightningDataModule, trust).latent_space
+        module.latent_space = make_part(
+            data, L.LightningDataModule, trust, name="data"
+        ).latent_space
     return module.eval()
 
 

@@ -41,6 +41,7 @@ import re
 import select
 import signal
 import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, TextIO
 
@@ -88,10 +89,12 @@ def main(args: Sequence[str] | None = None) -> int:
         that was told to stop and left a checkpoint to resume from (130 for Ctrl-C); 141 (128 +
         SIGPIPE) if the reader of the output, such as `head`, has closed it.
     """
+    form = warnings.formatwarning
     try:
         try:
             return _main(list(sys.argv[1:] if args is None else args))
         finally:  # also where a parser prints its help and exits
+            warnings.formatwarning = form
             sys.stdout.flush()
     except BrokenPipeError:
         closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]

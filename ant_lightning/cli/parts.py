@@ -25,8 +25,12 @@ TRUST: dict[str, Any] = {
 }
 
 
-def make_part(chosen: dict[str, Any], kind: type, trust: str | Sequence[str] = ()) -> Any:  # noqa: ANN401
+def make_part(
+    chosen: dict[str, Any], kind: type, trust: str | Sequence[str] = (), *, name: str = "model"
+) -> Any:  # noqa: ANN401
     """Make the object that a part of stored settings describes, `{class_path, init_args}`.
+
+    `name` is that of the setting, for messages.
 
     Raises:
         ConfigError: If the settings name code that is not trusted, or cannot be made into one.
@@ -34,15 +38,15 @@ def make_part(chosen: dict[str, Any], kind: type, trust: str | Sequence[str] = (
     trust = (trust,) if isinstance(trust, str) else trust
     _check_trusted(chosen, trust)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "model", required=True)
+    parser.add_subclass_arguments(kind, name, required=True)
 
     def parse() -> Any:  # noqa: ANN401
-        parsed = parser.parse_object({"model": chosen})
+        parsed = parser.parse_object({name: chosen})
         _check_trusted(parsed.as_dict(), trust)  # the parser has expanded short names
         return parsed
 
     with SettingPaths() as paths:
-        return paths.make(parser, parse).model
+        return paths.make(parser, parse)[name]
 
 
 def _check_trusted(settings: object, trust: Sequence[str]) -> None:

@@ -182,7 +182,7 @@ def _cells(config: dict[str, Any], state: Any) -> NoiseCells | None:  # noqa: AN
     from ant_lightning.cli.parts import make_part  # noqa: PLC0415
     from ant_lightning.diffusion.process import NoiseProcess  # noqa: PLC0415
 
-    process: NoiseProcess = make_part(settings, NoiseProcess)
+    process: NoiseProcess = make_part(settings, NoiseProcess, name="process")
     size = flat_settings(config).get("model.backbone.input_size")
     return NoiseCells.of(process.for_size(size, size) if isinstance(size, int) else process)
 

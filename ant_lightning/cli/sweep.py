@@ -144,11 +144,12 @@ def _of_run(
     kind = GenerationMetrics.__name__
     for each in callbacks:
         if isinstance(each, dict) and str(each.get("class_path")).rpartition(".")[2] == kind:
-            data = make_part(config["data"], L.LightningDataModule, trust)
+            data = make_part(config["data"], L.LightningDataModule, trust, name="data")
             settings = dict(each.get("init_args") or {})
             if extractor is not None:
                 settings["extractor"] = {"class_path": extractor}
-            return data, make_part({**each, "init_args": settings}, L.Callback, trust)
+            chosen = {**each, "init_args": settings}
+            return data, make_part(chosen, L.Callback, trust, name="metrics")
     raise ConfigError(
         f"trainer.callbacks: must have {kind} to score images, found none in {record_file(folder)}"
     )

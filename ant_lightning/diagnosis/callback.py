@@ -129,11 +129,12 @@ class Diagnosis(MeasuringCallback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Say what will be measured, unless in `fit`."""
         if trainer.state.fn != "fit" and trainer.is_global_zero:
+            timed = " and the time of a step" if self.timed_steps else ""
+            few = f"; --num_images {self.num_images // 4} --timed_steps 0 is a quick look"
             print(
                 f"diagnose: gradients at {self.num_points} timesteps, {self.num_images} images "
-                "each, then transfer between tasks and the time of a step. More images "
-                f"(--num_images {4 * self.num_images}) are more reliable; --num_images "
-                f"{max(2, self.num_images // 4)} --timed_steps 0 is a quick look.",
+                f"each, then transfer between tasks{timed}; --num_images {4 * self.num_images} is "
+                f"more reliable{few if self.num_images >= _CPU.num_images else ''}",
                 flush=True,
             )
 

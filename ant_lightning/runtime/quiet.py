@@ -79,7 +79,7 @@ def _new_form() -> Callable[..., str]:
     said = set()
 
     def form(
-        message: object, category: object, filename: str, lineno: int, line: object = None
+        message: object, category: type, filename: str, lineno: int, line: object = None
     ) -> str:
         text = " ".join(str(message).split())
         if text in said:
@@ -88,7 +88,7 @@ def _new_form() -> Callable[..., str]:
         fewer = re.match(rf"{_FEWER_CALLBACKS}.*following callbacks: (.*)\.$", text)
         if fewer:
             text = f"trainer.callbacks: lacks some of the checkpoint, whose state ends: {fewer[1]}"
-        ours = _PACKAGES.intersection(Path(filename).parts)
+        ours = _PACKAGES.intersection([*Path(filename).parts, *category.__module__.split(".")])
         where = "" if ours else f" ({filename}:{lineno})"
         return f"ant-lightning: warning: {text}{where}\n"
 

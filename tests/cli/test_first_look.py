@@ -102,6 +102,7 @@ MORE = {
         ["images: must be a folder or an npz file, found nothing at /nope"],
     ),
     "export": (["export", "/nope", "--to", "torch"], ["/nope: must be the folder of a run or a"]),
+    "export to nothing": (["export", "."], ["to: needed, one of diffusers, official,"]),
     "the second run of app": (["app", ".", "/nope"], ["/nope: must be the folder of a run or a"]),
     "score without data": (["score", "--images", "."], ["data: needed", "RUN/config.yaml"]),
     "encode without its config": (["encode", "--config=/nope"], ["config", "found nothing"]),

@@ -398,6 +398,10 @@ def test_a_sweep_scores_guidance_scales_and_ema_lengths(run, capsys):
             [str(run), "--guidance", "1", "--extractor", "ant_lightning.ShapesFeatures"],
             "images: must have 3 channels for ShapesFeatures, found 1",
         ),
+        (
+            [str(run), "--guidance", "1", "--extractor", "Shapes"],
+            "error: metrics.extractor: no class is called 'Shapes'",
+        ),
     ):
         assert main(["sweep", *args, "--accelerator=cpu"]) == 2
         assert line in capsys.readouterr().err

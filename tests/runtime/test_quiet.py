@@ -18,6 +18,8 @@ for category in (UserWarning, RuntimeWarning):
         with warnings.catch_warnings():  # Python now forgets what was said
             warnings.simplefilter("ignore")
 warnings.warn_explicit("ours", UserWarning, "/x/ant_lightning/data/module.py", 3)
+Ours = type("Ours", (UserWarning,), {"__module__": "ant_lightning.data"})
+warnings.warn_explicit("ours too", Ours, "/x/torchmetrics/metric.py", 3)
 """
 LACKS = (
     "Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be "
@@ -30,6 +32,7 @@ def test_a_warning_is_one_line_and_is_said_once():
     assert done.stderr.splitlines() == [
         "ant-lightning: warning: two lines (<string>:7)",
         "ant-lightning: warning: ours",
+        "ant-lightning: warning: ours too",
     ]
 
 
