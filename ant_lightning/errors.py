@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
 __all__ = [
     "CheckpointWriteError",
@@ -24,6 +25,7 @@ __all__ = [
     "check_one_of",
     "check_positive",
     "check_range",
+    "extra_for",
     "found_at",
     "message_of",
 ]
@@ -134,6 +136,25 @@ def _check(
     for name, value in values.items():
         if not (optional and value is None) and not holds(value):
             raise ConfigError(f"{name}: must be {rule}, found {value}")
+
+
+@contextmanager
+def extra_for(setting: str, extra: str) -> Iterator[None]:
+    """Inside, an import that fails is the error of a setting that needs an optional package.
+
+    Args:
+        setting: Path of the setting.
+        extra: The extra of this package that installs what is missing.
+
+    Raises:
+        ConfigError: If an import fails.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"{setting}: needs pip install 'ant-lightning[{extra}]', found {error}"
+        ) from error
 
 
 def message_of(error: BaseException) -> str:

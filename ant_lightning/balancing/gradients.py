@@ -150,6 +150,7 @@ class DenseTaskGradients(TaskGradients):
             sample_tasks: Task of each sample of this rank, in the order of the factors.
         """
         self._tasks = list(range(self.num_tasks) if tasks is None else tasks)
+        self._from_one_pass = tasks is not None
         factored = factored or {}
         self._apart = {*apart, *factored}
         self._factors = WeightFactors(self.num_tasks, self._empty, sample_tasks)
@@ -158,6 +159,10 @@ class DenseTaskGradients(TaskGradients):
         self._open, self._spent = True, False
         found = len(self._tasks)
         self._inner = torch.zeros(found, found, dtype=torch.float64, device=self._empty.device)
+        self._begun(samples, sample_tasks)
+
+    def _begun(self, samples: Tensor | None, sample_tasks: Tensor | None) -> None:
+        """What a subclass for several ranks does at the end of `begin`."""
 
     def receive(self, index: int, block: Float[Tensor, "m ..."]) -> None:
         """Take the gradients of one parameter, for the tasks of `begin`.

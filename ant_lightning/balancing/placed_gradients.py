@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from ant_lightning.balancing.reduced_gradients import ReducedTaskGradients
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from jaxtyping import Float, Int
     from torch import Tensor
 
 __all__ = ["PlacedTaskGradients"]
@@ -32,22 +31,12 @@ class PlacedTaskGradients(ReducedTaskGradients):
         reduction: How sums over ranks are made.
     """
 
-    def begin(
-        self,
-        tasks: Sequence[int] | None = None,
-        *,
-        samples: Float[Tensor, "N k"] | None = None,
-        apart: Sequence[int] = (),
-        factored: Mapping[int, int] | None = None,
-        sample_tasks: Int[Tensor, " b"] | None = None,
-    ) -> None:
-        """Begin the gradients of a new step, of which `samples` must be known."""
+    def _begun(self, samples: Tensor | None, sample_tasks: Tensor | None) -> None:
+        """Note who has samples of each task."""
         assert samples is not None, "begin needs the samples of each rank"
         columns = samples.cpu().T
         self._of_task: list[list[int]] = [each.nonzero().flatten().tolist() for each in columns]
-        super().begin(
-            tasks, samples=samples, apart=apart, factored=factored, sample_tasks=sample_tasks
-        )
+        super()._begun(samples, sample_tasks)
 
     def _holders(self, task: int) -> Sequence[int]:
         return self._of_task[task]

@@ -14,9 +14,9 @@ from ant_lightning.balancing.weight_factors import WeightFactors
 from ant_lightning.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
     from torch import Tensor
 
 __all__ = ["ReducedTaskGradients"]
@@ -102,19 +102,8 @@ class ReducedTaskGradients(DenseTaskGradients):
                     zip(bucket.members, blocks_of(rows, members), strict=True)
                 )
 
-    def begin(
-        self,
-        tasks: Sequence[int] | None = None,
-        *,
-        samples: Float[Tensor, "N k"] | None = None,
-        apart: Sequence[int] = (),
-        factored: Mapping[int, int] | None = None,
-        sample_tasks: Int[Tensor, " b"] | None = None,
-    ) -> None:
-        """Begin the gradients of a new step; every rank calls this after its forward pass."""
-        super().begin(
-            tasks, samples=samples, apart=apart, factored=factored, sample_tasks=sample_tasks
-        )
+    def _begun(self, samples: Tensor | None, sample_tasks: Tensor | None) -> None:
+        """Agree on an order, and lay out the buckets of this step."""
         if self._factored:
             assert samples is not None, "factors need the samples of each rank"
             assert sample_tasks is not None, "factors need the task of each sample"
@@ -123,7 +112,7 @@ class ReducedTaskGradients(DenseTaskGradients):
         if changed or not self._buckets or self._laid_out_for != (self._apart, {*self._factored}):
             self._forget_buckets()
             self._make_buckets()
-        if tasks is not None:
+        if self._from_one_pass:
             self.order.begin()
         self._slots = {task: slot for slot, task in enumerate(self._tasks)}
         self._missing = [len(bucket.members) for bucket in self._buckets]

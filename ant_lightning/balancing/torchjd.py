@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.base import GradientBalancer
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, extra_for
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -164,13 +164,9 @@ _KEY = "_state_key"
 
 def _check(weighting: nn.Module) -> None:
     """Refuse anything but a weighting of Gramians."""
-    try:
+    with extra_for("weighting", "torchjd"):
         from torchjd.aggregation import Weighting  # noqa: PLC0415 - an extra
         from torchjd.linalg import Matrix  # noqa: PLC0415
-    except ImportError as error:
-        raise ConfigError(
-            "weighting: TorchJDBalancer needs the extra: pip install 'ant-lightning[torchjd]'"
-        ) from error
     name = type(weighting).__name__
     if not isinstance(weighting, Weighting):
         raise ConfigError(

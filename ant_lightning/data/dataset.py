@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ant_lightning.data.batch import Batch, to_uint8
+from ant_lightning.errors import ConfigError
 
-__all__ = ["CHUNK", "ImageDataset", "TensorImages"]
+__all__ = ["CHUNK", "EncodedImages", "ImageDataset", "TensorImages"]
 
 CHUNK = 256  # images in memory at once while a whole data set is read
 
@@ -68,6 +69,36 @@ class ImageDataset(Dataset[Batch], ABC):
         # A key of our samplers is a whole batch, so that a batch is loaded in one call.
         epoch, indices = key
         return self.load(indices, epoch=epoch)
+
+
+class EncodedImages(ImageDataset):
+    """Latents, or their moments, of images that may be at hand too.
+
+    Attributes:
+        real: The images that were encoded; `None` if they were not given.
+    """
+
+    real: ImageDataset | None
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """The pixels of the real images.
+
+        Raises:
+            ConfigError: If they were not given.
+        """
+        return self._needed().pixels(indices)
+
+    def fingerprint(self) -> str:
+        """The fingerprint of the real images."""
+        return self._needed().fingerprint()
+
+    def _needed(self) -> ImageDataset:
+        if self.real is None:
+            raise ConfigError(
+                "images: must be given for metrics, as latents are no images; or give "
+                "GenerationMetrics a reference file and with_train: false; found None"
+            )
+        return self.real
 
 
 class TensorImages(ImageDataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["FolderImages", "broken_images", "is_flipped"]
 
 
+@dataclass(eq=False)
 class FolderImages(ImageDataset):
     """Image files, decoded each time they are loaded.
 
@@ -36,29 +38,21 @@ class FolderImages(ImageDataset):
         flip_seed: Seed that decides which images are mirrored; `None` mirrors none.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        paths: list[Path],
-        labels: Tensor,
-        *,
-        read: partial[np.ndarray],
-        flip_seed: int | None,
-    ) -> None:
-        self.root = root
-        self.paths = paths
-        self.labels = labels
-        self._read = read
-        self._flip_seed = flip_seed
+    root: Path
+    paths: list[Path]
+    labels: Tensor
+    _: KW_ONLY
+    read: partial[np.ndarray]
+    flip_seed: int | None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
         """Load the images at `indices`, mirrored where `is_flipped` is true."""
-        pictures = [self._read(self.paths[index]) for index in indices]
+        pictures = [self.read(self.paths[index]) for index in indices]
         for row, index in enumerate(indices):
-            if is_flipped(self._flip_seed, epoch, index):
+            if is_flipped(self.flip_seed, epoch, index):
                 pictures[row] = pictures[row][:, ::-1]
         pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
         rows = torch.tensor(indices)
@@ -69,7 +63,7 @@ class FolderImages(ImageDataset):
 
         The pixels are not hashed, because a large folder would have to be decoded for it.
         """
-        return hashlib.sha256(f"{self._read.keywords};".encode() + self.file_facts()).hexdigest()
+        return hashlib.sha256(f"{self.read.keywords};".encode() + self.file_facts()).hexdigest()
 
     def file_facts(self) -> bytes:
         """Name, size and times of every file.

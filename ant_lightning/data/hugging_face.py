@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, extra_for
 
 __all__ = ["HuggingFaceDataset"]
 
@@ -53,12 +53,8 @@ class HuggingFaceDataset(Dataset[dict[str, Any]]):
         data_files: str | list[str] | None = None,
         label: str | None = None,
     ) -> None:
-        try:
+        with extra_for("dataset", "datasets"):
             import datasets  # noqa: PLC0415 - an extra
-        except ImportError as error:
-            raise ConfigError(
-                f"dataset: needs pip install 'ant-lightning[datasets]', found {error}"
-            ) from error
         try:
             self._rows = datasets.load_dataset(
                 path, name, split=split, data_dir=data_dir, data_files=data_files

@@ -14,11 +14,11 @@ from ant_lightning.data.class_map import number_classes, record_classes
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.folder_images import FolderImages, broken_images
 from ant_lightning.data.image_search import find_images
-from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule, default_held_out
+from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
 from ant_lightning.data.pictures import Crop, is_grey, read_picture
+from ant_lightning.data.split import split_positions
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.identity import shortened
-from ant_lightning.randomness import keyed_generator
 from ant_lightning.runtime.run_record import run_folder
 from ant_lightning.sizes import Size, height_and_width
 
@@ -138,19 +138,15 @@ class ImageFolderData(ImageDataModule):
                 "validate_images: every class must have an image that is not broken, "
                 f"found none of {self.class_names[min(empty)]} in {self.root}"
             )
-        if self.num_held_out is None:
-            self.num_held_out = default_held_out(len(kept))
-        if not 1 <= self.num_held_out < len(kept):
-            raise ConfigError(
-                f"num_held_out: must be at least 1 and below the {len(kept)} images in "
-                f"{self.root}, found {self.num_held_out}"
-            )
-        order = torch.randperm(
-            len(kept), generator=keyed_generator(self.split_seed, "folder split")
-        )
         # Which images are held out is random; the order inside a part is that of the paths.
-        held_out = sorted(kept[i] for i in order[: self.num_held_out].tolist())
-        train = sorted(set(kept) - set(held_out))
+        train, held_out = split_positions(
+            len(kept),
+            self.num_held_out,
+            seed=self.split_seed,
+            stream="folder split",
+            place=self.root,
+        )
+        self.num_held_out = len(held_out)
         channels, *size = self.image_shape
         read = partial(
             read_picture,
@@ -160,7 +156,8 @@ class ImageFolderData(ImageDataModule):
             exif_rotation=self.exif_rotation,
         )
         flip_seed = self.seed if self.flip else None
-        parts = ((train, flip_seed), (held_out, None))
+        whole = torch.tensor(kept)
+        parts = ((whole[train].tolist(), flip_seed), (whole[held_out].tolist(), None))
         self._images = tuple(
             FolderImages(self.root, [paths[i] for i in part], labels[part], read=read, flip_seed=s)
             for part, s in parts

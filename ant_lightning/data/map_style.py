@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -224,35 +225,34 @@ class MapStyleData(ImageDataModule):
         return found
 
 
+@dataclass(eq=False)
 class _Samples(ImageDataset):
     """The samples of a data set at the given positions."""
 
-    def __init__(
-        self, data: MapStyleData, dataset: Dataset, positions: Tensor, *, flip_seed: int | None
-    ) -> None:
-        self._data = data
-        self._dataset = dataset
-        self._positions = positions
-        self._flip_seed = flip_seed
+    data: MapStyleData
+    dataset: Dataset
+    positions: Tensor
+    _: KW_ONLY
+    flip_seed: int | None
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.positions)
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
         """Load the samples at `indices`, mirrored where `is_flipped` is true."""
         rows = torch.tensor(indices)
         images, labels = [], []
-        for index, position in zip(indices, self._positions[rows].tolist(), strict=True):
-            image, label = self._data.loaded(self._dataset, position, epoch)
-            images.append(image.flip(-1) if is_flipped(self._flip_seed, epoch, index) else image)
+        for index, position in zip(indices, self.positions[rows].tolist(), strict=True):
+            image, label = self.data.loaded(self.dataset, position, epoch)
+            images.append(image.flip(-1) if is_flipped(self.flip_seed, epoch, index) else image)
             labels.append(label)
         return Batch(torch.stack(images), torch.tensor(labels), rows)
 
     def fingerprint(self) -> str:
         """A hash of what the data set says identifies it, or else of all pixels."""
-        known = getattr(self._dataset, "fingerprint", None)
+        known = getattr(self.dataset, "fingerprint", None)
         if not isinstance(known, str):
             return super().fingerprint()
-        digest = hashlib.sha256(f"{known};{self._data.settings()};".encode())
-        digest.update(self._positions.numpy().tobytes())
+        digest = hashlib.sha256(f"{known};{self.data.settings()};".encode())
+        digest.update(self.positions.numpy().tobytes())
         return digest.hexdigest()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = [
     "IMAGES_DIGEST",
     "ImageDataModule",
-    "default_held_out",
     "image_data",
     "needed_image_data",
 ]
@@ -254,11 +253,6 @@ class ImageDataModule(L.LightningDataModule):
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
-
-
-def default_held_out(num_images: int) -> int:
-    """Images that are held out if nothing else is said: a tenth, at least 1 and at most 1,000."""
-    return min(1000, max(1, num_images // 10))
 
 
 def image_data(trainer: L.Trainer) -> ImageDataModule | None:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ant_lightning.data.module import default_held_out
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 
 __all__ = ["split_positions"]
 
 
-def split_positions(count: int, num_held_out: int | None, *, seed: int) -> tuple[Tensor, Tensor]:
+def split_positions(
+    count: int,
+    num_held_out: int | None,
+    *,
+    seed: int,
+    stream: str = "map split",
+    place: object = "the data set",
+) -> tuple[Tensor, Tensor]:
     """Positions that are trained on, and those that are not, each in increasing order.
 
     Args:
         count: Samples of the data set.
         num_held_out: How many are held out; `None`: a tenth, at most 1,000.
         seed: Decides which ones.
+        stream: Name of the random numbers.
+        place: What holds the images, for a message.
 
     Raises:
         ConfigError: If none would be left to train on.
@@ -29,11 +37,12 @@ def split_positions(count: int, num_held_out: int | None, *, seed: int) -> tuple
         >>> len(train), len(held_out), sorted([*train.tolist(), *held_out.tolist()]) == [*range(20)]
         (18, 2, True)
     """
-    chosen = default_held_out(count) if num_held_out is None else num_held_out
+    chosen = min(1000, max(1, count // 10)) if num_held_out is None else num_held_out
     if not 1 <= chosen < count:
         raise ConfigError(
-            f"num_held_out: must be at least 1 and below the {count} images, found {chosen}"
+            f"num_held_out: must be at least 1 and below the {count} images in {place}, "
+            f"found {chosen}"
         )
-    order = torch.randperm(count, generator=keyed_generator(seed, "map split"))
+    order = torch.randperm(count, generator=keyed_generator(seed, stream))
     held_out, train = (part.sort().values for part in order.tensor_split([chosen]))
     return train, held_out

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, extra_for
 from ant_lightning.generation.extractor import FeatureExtractor, Features
 
 if TYPE_CHECKING:
@@ -133,12 +133,8 @@ def pretrained(folder: str | Path, name: str) -> tuple[Any, str]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"folder: must hold weights as safetensors, found none in {folder}")
-    try:
+    with extra_for("folder", "transformers"):
         import transformers  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError as error:
-        raise ConfigError(
-            "folder: needs transformers; install it with pip install 'ant-lightning[transformers]'"
-        ) from error
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # its report of the weights: see below
     try:

@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ant_lightning.backbones.diffusers import DiffusersBackbone
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, extra_for
 
 if TYPE_CHECKING:
     import torch
@@ -214,10 +214,6 @@ def _is_layer(part: nn.Module) -> bool:
 
 
 def _peft() -> Any:  # noqa: ANN401
-    try:
+    with extra_for("adapter", "peft"):
         import peft  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise ConfigError(
-            "adapter: needs the package peft: pip install 'ant-lightning[peft]'"
-        ) from error
     return peft

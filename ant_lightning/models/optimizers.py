@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,6 +40,7 @@ Made = TypeVar("Made")
 HEAD, NETWORK = "head", "network"
 
 
+@dataclass(eq=False)
 class OptimizerFactory:
     """Makes the optimizer and the scheduler of a module.
 
@@ -50,18 +52,11 @@ class OptimizerFactory:
         network: Whose parameters `settings.param_groups` puts into groups.
     """
 
-    def __init__(
-        self,
-        settings: Optimization,
-        *,
-        path: str = "",
-        balancer: Balancer | None = None,
-        network: nn.Module | None = None,
-    ) -> None:
-        self.settings = settings
-        self.path = path
-        self.balancer = balancer
-        self.network = network
+    settings: Optimization
+    _: KW_ONLY
+    path: str = ""
+    balancer: Balancer | None = None
+    network: nn.Module | None = None
 
     def groups(self) -> list[dict[str, Any]]:
         """The groups of the network's parameters, frozen ones too; one without `param_groups`.

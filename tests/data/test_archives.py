@@ -93,7 +93,7 @@ def test_samples_have_their_pixels_and_labels(kind, tmp_path):
         assert dataset[i]["label"] == i % 3
     data = made(dataset)
     assert data.shape_and_classes() == ((3, 8, 8), 3)
-    places = data.train_images._positions
+    places = data.train_images.positions
     expected = torch.from_numpy(PIXELS)[places[:2]].permute(0, 3, 1, 2)
     assert torch.equal(data.train_images.pixels([0, 1]), expected)
 

@@ -53,7 +53,7 @@ def test_samples_of_every_kind_give_the_same_batch(kind):
     data = made([KINDS[kind](x, i % 3) for i, x in enumerate(PIXELS)], num_classes=3)
     assert data.shape_and_classes() == ((3, 8, 8), 3)
     batch = data.held_out_images.load([0, 1], epoch=None)
-    places = data.held_out_images._positions
+    places = data.held_out_images.positions
     expected = torch.from_numpy(PIXELS)[places].permute(0, 3, 1, 2).double() / 127.5 - 1
     assert torch.allclose(batch.images.double(), expected, atol=1e-6, rtol=0)
     assert batch.labels.tolist() == (places % 3).tolist()

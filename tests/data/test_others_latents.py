@@ -107,7 +107,7 @@ def test_latents_follow_the_formula_of_the_program_that_wrote_them(kind, tmp_pat
     assert data.shape_and_classes() == ((4, 4, 4), 3)
     noise = torch.from_numpy(RNG.normal(size=MEAN.shape)).float()
     parts = (data.train_images, data.held_out_images)
-    positions = torch.cat([part._positions for part in parts])
+    positions = torch.cat([part.positions for part in parts])
     assert sorted(positions.tolist()) == list(range(COUNT))
     batches = [part.load(list(range(len(part))), epoch=None) for part in parts]
     moments = torch.cat([batch.images for batch in batches])
@@ -156,7 +156,7 @@ def test_images_beside_latents_are_those_of_the_latents(tmp_path):
     data = MADE["repa"](tmp_path, num_held_out=4, **SETTINGS)
     for part in (data.train_images, data.held_out_images):
         found = part.pixels(range(len(part)))[:, 0, 0, 0]
-        assert found.tolist() == (20 * part._positions).tolist()
+        assert found.tolist() == (20 * part.positions).tolist()
     without = MADE["edm2 zip"](tmp_path, **SETTINGS)
     with pytest.raises(ConfigError, match="images: must be given for metrics"):
         without.train_images.pixels([0])

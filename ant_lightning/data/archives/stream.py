@@ -19,7 +19,7 @@ from ant_lightning.data.loader import ShuffledLoader
 from ant_lightning.data.map_style import MapStyleData
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.data.workers import worker_settings
-from ant_lightning.errors import ConfigError, DataLoadingError, check_at_least
+from ant_lightning.errors import ConfigError, DataLoadingError, check_at_least, extra_for
 from ant_lightning.randomness import keyed_generator, keyed_seed
 from ant_lightning.sizes import Size
 
@@ -99,12 +99,8 @@ class StreamData(ImageDataModule):
         num_workers: int | None = None,
         seed: int | None = None,
     ) -> None:
-        try:
+        with extra_for("shards", "archives"):
             import webdataset  # noqa: F401, PLC0415 - an extra
-        except ImportError as error:
-            raise ConfigError(
-                f"shards: needs pip install 'ant-lightning[archives]', found {error}"
-            ) from error
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         check_at_least(batch_size, num_images=num_images)
         check_at_least(1, buffer=buffer)

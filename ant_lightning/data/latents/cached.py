@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ant_lightning.data.batch import Batch
-from ant_lightning.data.dataset import ImageDataset
+from ant_lightning.data.dataset import EncodedImages, ImageDataset
 from ant_lightning.data.folder_images import is_flipped
 from ant_lightning.data.latents.cache import read_index
 from ant_lightning.data.module import ImageDataModule
@@ -123,7 +123,7 @@ class LatentsData(ImageDataModule):
             )
 
 
-class _CachedMoments(ImageDataset):
+class _CachedMoments(EncodedImages):
     """Moments of one split, read from the mapped shards, with the real images for metrics."""
 
     def __init__(
@@ -133,7 +133,7 @@ class _CachedMoments(ImageDataset):
         shards = [shard.read(data.cache) for shard in data.index.shards(split)]
         self._moments = [moments for moments, _ in shards]
         self.labels = torch.cat([labels for _, labels in shards])
-        self._real = real
+        self.real = real
         self._flip_seed = flip_seed
         self._shard_size = data.index.shard_size
 
@@ -154,26 +154,4 @@ class _CachedMoments(ImageDataset):
 
     def conditions(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Those of the real images, where `LatentsData` was given them."""
-        return {} if self._real is None else self._real.conditions(indices)
-
-    def pixels(self, indices: Sequence[int]) -> Tensor:
-        """The pixels of the real images."""
-        return self.real.pixels(indices)
-
-    def fingerprint(self) -> str:
-        """The fingerprint of the real images."""
-        return self.real.fingerprint()
-
-    @property
-    def real(self) -> ImageDataset:
-        """The images that were encoded.
-
-        Raises:
-            ConfigError: If `LatentsData` was not given them.
-        """
-        if self._real is None:
-            raise ConfigError(
-                "images: must be given for metrics, as a latent cache has no real images; or "
-                "give GenerationMetrics a reference file and with_train: false; found None"
-            )
-        return self._real
+        return {} if self.real is None else self.real.conditions(indices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ant_lightning.data.batch import Batch
-from ant_lightning.data.dataset import ImageDataset
+from ant_lightning.data.dataset import EncodedImages, ImageDataset
 from ant_lightning.data.folder_images import is_flipped
 from ant_lightning.data.map_style import MapStyleData
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
@@ -18,7 +19,7 @@ from ant_lightning.data.split import split_positions
 from ant_lightning.errors import ConfigError, check_at_least
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch.utils.data import Dataset
 
@@ -130,54 +131,27 @@ class OthersLatents(ImageDataModule):
         return {IMAGES_DIGEST: self.content_digest()[:16]}
 
 
-class _Moments(ImageDataset):
+@dataclass(eq=False)
+class _Moments(EncodedImages):
     """Moments at the given positions, with the real images for metrics."""
 
-    def __init__(
-        self,
-        data: OthersLatents,
-        positions: Tensor,
-        real: ImageDataset | None,
-        *,
-        flip_seed: int | None,
-    ) -> None:
-        self._data = data
-        self._positions = positions
-        self._real = real
-        self._flip_seed = flip_seed
+    data: OthersLatents
+    positions: Tensor
+    real: ImageDataset | None
+    _: KW_ONLY
+    flip_seed: int | None
 
     def __len__(self) -> int:
-        return len(self._positions)
+        return len(self.positions)
 
     def load(self, indices: list[int], *, epoch: int | None) -> Batch:
         """Load the moments; those of the mirrored image where `is_flipped` is true."""
         rows = torch.tensor(indices)
-        places = self._positions[rows]
+        places = self.positions[rows]
         moments = [
-            self._data.moments(place, mirrored=is_flipped(self._flip_seed, epoch, index))
+            self.data.moments(place, mirrored=is_flipped(self.flip_seed, epoch, index))
             for index, place in zip(indices, places.tolist(), strict=True)
         ]
-        with_labels = self._data.num_classes and self._data.labels is not None
-        labels = self._data.labels[places] if with_labels else torch.zeros_like(rows)  # type: ignore[index]
+        with_labels = self.data.num_classes and self.data.labels is not None
+        labels = self.data.labels[places] if with_labels else torch.zeros_like(rows)  # type: ignore[index]
         return Batch(torch.stack(moments), labels, rows)
-
-    def pixels(self, indices: Sequence[int]) -> Tensor:
-        """The pixels of the real images.
-
-        Raises:
-            ConfigError: If they were not given.
-        """
-        return self._images.pixels(indices)
-
-    def fingerprint(self) -> str:
-        """The fingerprint of the real images."""
-        return self._images.fingerprint()
-
-    @property
-    def _images(self) -> ImageDataset:
-        if self._real is None:
-            raise ConfigError(
-                "images: must be given for metrics, as latents are no images; or give "
-                "GenerationMetrics a reference file and with_train: false; found None"
-            )
-        return self._real
