@@ -11,25 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-__all__ = [
-    "CheckpointWriteError",
-    "ConfigError",
-    "DataLoadingError",
-    "DivergedRanksError",
-    "FileError",
-    "NonFiniteError",
-    "UnsupportedError",
-    "check_above",
-    "check_at_least",
-    "check_between",
-    "check_one_of",
-    "check_positive",
-    "check_range",
-    "extra_for",
-    "found_at",
-    "message_of",
-]
-
 
 class ConfigError(ValueError):
     """A setting breaks a rule; the message names the argument, the rule and the value found.

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["GOLDEN_RATIO", "ImageNoise", "keyed_generator", "keyed_seed", "run_seed", "undisturbed"]
-
 # (sqrt(5) - 1) / 2: the fractional parts of its multiples fill [0, 1) evenly at any length.
 GOLDEN_RATIO = 0.6180339887498949
 

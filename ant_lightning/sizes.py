@@ -7,8 +7,6 @@ from typing import TypeAlias
 
 from ant_lightning.errors import ConfigError
 
-__all__ = ["Size", "height_and_width"]
-
 Size: TypeAlias = int | tuple[int, int]
 
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["TaskAffinity"]
-
 _log = logging.getLogger(__name__)
 
 

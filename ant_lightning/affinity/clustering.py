@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-__all__ = ["GradientClustering", "spread_affinity"]
-
 
 class GradientClustering(Clustering):
     """Clusters of similar gradients: the partition with the smallest sum of `affinity_costs`.

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["BinnedAffinity", "Correlation", "affinity_by_distance", "distance_correlation"]
-
 
 class BinnedAffinity(NamedTuple):
     """Mean affinity of the pairs in each bin of distance; empty bins are left out.

@@ -15,13 +15,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = [
-    "corrected_affinity",
-    "corrected_standard_error",
-    "plain_affinity",
-    "split_half_reliability",
-]
-
 
 def plain_affinity(half_dots: Float[Tensor, "*c 2 2 n n"]) -> Float[Tensor, "*c n n"]:
     """Cosine of the mean gradients, `m_i · m_j / (|m_i| |m_j|)` with `m = (A + B) / 2`.

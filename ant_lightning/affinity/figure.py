@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ant_lightning.affinity.result import AffinityResult
     from ant_lightning.tasks.time_axis import TimeAxis
 
-__all__ = ["affinity_curves", "affinity_heat_maps"]
-
 _RELIABLE = 0.8  # where `AffinityResult.reliability_warning` begins to warn
 
 

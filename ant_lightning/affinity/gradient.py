@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     HalfLoss = Callable[[int, int], Tensor | Iterable[Tensor]]
 
-__all__ = ["FlatGradient", "NonFiniteGradientError"]
-
 
 class NonFiniteGradientError(ConfigError):
     """The gradient at a timestep has a NaN or an infinity.

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.affinity.sketch import HadamardSketch
 
-__all__ = ["GradientStore"]
-
 _MIB = 1 << 20
 _BYTES_PER_NUMBER = 24  # working memory of a block of columns: float32, float64 and copies
 _BLOCK_BYTES = 1 << 28  # larger blocks are not faster

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.affinity.gradient import HalfLoss
 
-__all__ = ["AffinityReliabilityWarning", "task_affinity", "timestep_grid"]
-
 
 class AffinityReliabilityWarning(UserWarning):
     """Some gradients are mostly noise, so their plain affinity is too near 0."""

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["Reclustering"]
-
 _log = logging.getLogger(__name__)
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-__all__ = ["AffinityResult", "check_grid", "read_affinity_file"]
-
 _LISTED = 8  # timesteps that a message names
 _FORMAT = "ant_lightning affinity"
 _TENSORS: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["HadamardSketch"]
-
 _CHUNK = 1 << 22  # numbers projected at a time, which bounds the working memory
 
 

@@ -12,15 +12,6 @@ from torch import Tensor
 
 from ant_lightning.errors import ConfigError
 
-__all__ = [
-    "FIRST_STAGE_PREFIX",
-    "CheckpointReport",
-    "Weights",
-    "bare_names",
-    "find_weights",
-    "nested_tensors",
-]
-
 Weights = Literal["ema", "model"]
 
 FIRST_STAGE_PREFIX = "first_stage_model."

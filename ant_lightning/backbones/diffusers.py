@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.json_file import read_json
 
-__all__ = ["DiffusersBackbone", "as_backbone", "network_config"]
-
 TEXT, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
 _PIXELS = 8  # a latent's side in pixels, for networks that take the size of the image
 

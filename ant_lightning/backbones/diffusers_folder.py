@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.backbones.diffusers_weights import DiffusersLayout
 
-__all__ = ["FOLDER_CONFIG", "diffusers_weights", "read_folder"]
-
 FOLDER_CONFIG = "diffusers_config"  # the entry of `read_folder` with the network's config
 _NAMES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # Older files name the class of DiT, and ours is a class of the export's own.

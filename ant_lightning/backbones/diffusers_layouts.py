@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["diffusers_layout"]
-
 _RES_BLOCK = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",

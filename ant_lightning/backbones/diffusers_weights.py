@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["DiffusersLayout", "Row"]
-
 Row = tuple[str, str | None, str]
 
 

@@ -26,8 +26,6 @@ from ant_lightning.sizes import Size, height_and_width
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["DiT", "position_embedding"]
-
 _MAX_DEPTH = 1000  # a typo must not fill the memory
 _TIMESTEP_FEATURES = 256
 
@@ -60,6 +58,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """Project the patches."""
         # `proj` is a convolution only to have the official parameter shapes. It runs as a matrix
         # product, whose tokens are contiguous, so that the layer norms need not copy them.
         p = self.patch_size
@@ -77,6 +76,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Let every token attend to all."""
         qkv = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         attended = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
         output: Tensor = self.proj(rearrange(attended, "b h n d -> b n (h d)"))
@@ -114,6 +114,7 @@ class DiTBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], conditioning: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b n d"]:
+        """Attention, then the MLP, each modulated by the conditioning vector."""
         # adaLN-Zero: section 3.2 and figure 3 of the paper. Checkpoints fix the order of the six.
         vectors = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = vectors
@@ -134,6 +135,7 @@ class FinalLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], conditioning: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b n ppc"]:
+        """Modulate, norm and project the tokens."""
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, dim=-1)
         output: Tensor = self.linear(_modulate(self.norm_final(x), shift, scale))
         return output

@@ -14,17 +14,6 @@ from ant_lightning.errors import ConfigError, check_at_least, check_range
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = [
-    "arrange",
-    "check_classes",
-    "check_images",
-    "embed_timesteps",
-    "run_block",
-    "timestep_embedding",
-    "timestep_mlp",
-    "zeroed",
-]
-
 Convolution = TypeVar("Convolution", nn.Conv1d, nn.Conv2d)
 
 

@@ -30,8 +30,6 @@ from ant_lightning.files.checkpoint_shards import check_shards, fill_shards
 from ant_lightning.files.safetensors_file import read_safetensors
 from ant_lightning.files.torch_file import not_finite, read_torch
 
-__all__ = ["CheckpointReport", "fill_backbone", "load_official_checkpoint", "read_checkpoint"]
-
 
 class _LightningCallback:
     """Empty stand-in for the callback class that old Lightning files refer to by name."""

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["ChannelRouting"]
-
 
 @dataclass(frozen=True)
 class ChannelRouting:

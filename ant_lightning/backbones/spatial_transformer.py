@@ -14,8 +14,6 @@ from ant_lightning.backbones.layers import zeroed
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["SpatialTransformer"]
-
 
 class CrossAttention(nn.Module):
     """Attention of tokens `[b, n, d]` to a context `[b, m, c]`; the context may be the tokens."""
@@ -32,6 +30,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m c"]
     ) -> Float[Tensor, "b n d"]:
+        """Attend to the context."""
         pattern = "b n (h d) -> b h n d"
         query = rearrange(self.to_q(x), pattern, h=self.num_heads)
         key = rearrange(self.to_k(context), pattern, h=self.num_heads)
@@ -49,6 +48,7 @@ class GatedGELU(nn.Module):
         self.proj = nn.Linear(dim, 2 * inner_dim)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n inner"]:
+        """Gate one half by the other."""
         value, gate = self.proj(x).chunk(2, dim=-1)
         output: Tensor = value * F.gelu(gate)
         return output
@@ -72,6 +72,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n d"], context: Float[Tensor, "b m c"]
     ) -> Float[Tensor, "b n d"]:
+        """Add attention to the tokens, to the context, and the feed-forward layers."""
         normed = self.norm1(x)
         x = x + self.attn1(normed, normed)
         x = x + self.attn2(self.norm2(x), context)

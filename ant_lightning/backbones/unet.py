@@ -32,8 +32,6 @@ from ant_lightning.sizes import Size, height_and_width
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["UNet"]
-
 _MAX_BLOCKS = 100  # a typo must not fill the memory
 
 

@@ -14,8 +14,6 @@ from ant_lightning.backbones.spatial_transformer import SpatialTransformer
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["AttentionBlock", "Downsample", "ResBlock", "Stage", "Upsample"]
-
 
 class Upsample(nn.Module):
     """Double height and width: nearest neighbour, then a 3x3 convolution if `conv`."""

@@ -4,7 +4,7 @@ from ant_lightning.balancing.auto import Auto
 from ant_lightning.balancing.backward import BackwardReport, task_gradients
 from ant_lightning.balancing.base import Balancer, GradientBalancer, LossBalancer, SampleBalancer
 from ant_lightning.balancing.continuous_uncertainty import ContinuousUncertainty
-from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
+from ant_lightning.balancing.engines import Engine, Loop
 from ant_lightning.balancing.famo import FAMO
 from ant_lightning.balancing.gls import GLS
 from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
@@ -27,6 +27,7 @@ from ant_lightning.balancing.step import MultiTaskStep
 from ant_lightning.balancing.step_losses import StepLosses, Weights
 from ant_lightning.balancing.torchjd import TorchJDBalancer
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
+from ant_lightning.errors import UnsupportedError
 
 __all__ = [
     "DWA",

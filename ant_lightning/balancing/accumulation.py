@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.step_losses import StepLosses
     from ant_lightning.balancing.task_batch import TaskBatch
 
-__all__ = ["Accumulation"]
-
 
 class Accumulation:
     """Adds up the parts of a step, so that its gradient is that of the joined batch.

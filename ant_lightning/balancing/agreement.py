@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from ant_lightning.balancing.engines import UnsupportedError
-from ant_lightning.errors import message_of
+from ant_lightning.errors import UnsupportedError, message_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ant_lightning.balancing.task_batch import TaskBatch
-
-__all__ = ["together"]
 
 T = TypeVar("T")
 

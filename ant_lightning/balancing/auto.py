@@ -9,18 +9,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ant_lightning.balancing.agreement import together
-from ant_lightning.balancing.engines import Engine, Loop, UnsupportedError
+from ant_lightning.balancing.engines import Engine, Loop
 from ant_lightning.balancing.local_parts import is_sharded
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.one_pass.engine import eagerly
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, UnsupportedError
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
     from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
     from ant_lightning.balancing.task_batch import TaskBatch
-
-__all__ = ["Auto", "EngineName", "make_engine", "multiplications"]
 
 EngineName = Literal["auto", "loop", "one_pass", "low_memory"]
 

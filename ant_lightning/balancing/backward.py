@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.reduction import Reduction
     from ant_lightning.balancing.task_batch import Losses
 
-__all__ = ["BackwardReport", "balanced_backward", "step_losses", "task_gradients"]
-
 # Largest gradient norm of a balancer's own parameters. In ordinary training on the digits the norm
 # reaches 6 (UW) or 14 (continuous UW), so the clip is active only in a spike of the loss.
 _MAX_OWN_NORM = 100.0

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.step_losses import StepLosses, Weights
 
-__all__ = ["Balancer", "GradientBalancer", "LossBalancer", "SampleBalancer"]
-
 
 class Balancer(nn.Module, ABC):
     """Base of all balancers. Equal weighting is 1/k for each task: the mean over tasks.

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.reduction import Reduction
 
-__all__ = ["ArrivalOrder", "Bucket", "arranged", "blocks_of", "memory_strides", "views_of"]
-
 
 class Bucket(NamedTuple):
     """Parameters that share one vector.

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.reduction import Reduction
     from ant_lightning.balancing.task_batch import TaskBatch
 
-__all__ = ["Buffers"]
-
 
 class Buffers:
     """An engine, and the buffers of the steps that it makes.

@@ -14,8 +14,6 @@ from ant_lightning.errors import check_above, check_at_least
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["ContinuousUncertainty"]
-
 
 class ContinuousUncertainty(SampleBalancer):
     """A learned log-variance for each noise level: the mean of `exp(-u(c)) L + u(c)`.

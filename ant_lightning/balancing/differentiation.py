@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.reduction import Reduction
 
-__all__ = ["Differentiation"]
-
 
 class Differentiation:
     """Differentiates parameters that each rank has as a whole.

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.gradients import DenseTaskGradients, TaskGradients
     from ant_lightning.balancing.task_batch import TaskBatch
 
-__all__ = ["Engine", "Loop", "UnsupportedError", "check_whole", "new_rows"]
-
 
 class Engine(ABC):
     """Computes the gradients of the tasks' mean losses; all engines give the same result."""

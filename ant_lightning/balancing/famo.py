@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.step_losses import StepLosses
 
-__all__ = ["FAMO"]
-
 _EPSILON = 1e-8
 _BETAS = (0.9, 0.999)
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["GLS"]
-
 
 class GLS(ObjectiveBalancer):
     """The geometric mean of the task losses, `(prod_i L_i)^(1/k)`, of the tasks with samples.

@@ -23,16 +23,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.buckets import ArrivalOrder
     from ant_lightning.balancing.reduction import Reduction
 
-__all__ = [
-    "DenseTaskGradients",
-    "TaskGradients",
-    "assign_gradients",
-    "dot_products",
-    "full_precision",
-    "reduce_gradients_",
-    "sums_dtype",
-]
-
 
 class TaskGradients(ABC):
     """The gradients `g_1 .. g_k` of `k` task losses with respect to the same parameters.

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.step_losses import StepLosses, Weights
 
-__all__ = ["GradNorm"]
-
 
 class GradNorm(CountsSteps):
     """GradNorm: learned weights `w = softmax(s)` that balance the norms of the tasks' gradients.

@@ -13,8 +13,6 @@ from ant_lightning.errors import check_range
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["GradVac", "gradvac_weights"]
-
 
 def gradvac_weights(
     gramian: Float[Tensor, "k k"],

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.step_losses import StepLosses
 
-__all__ = ["DWA", "RLW"]
-
 
 class _Weighted(CountsSteps, LossBalancer):
     """`sum_i w_i L_i` with weights that change in `update` alone."""

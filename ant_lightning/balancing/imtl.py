@@ -13,8 +13,6 @@ from ant_lightning.errors import check_above
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["IMTLL"]
-
 
 class IMTLL(LossBalancer):
     """IMTL-L: a learned scale for each task, `objective = 1/k sum_i (exp(s_i) L_i - s_i)`.

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.step_losses import StepLosses
 
-__all__ = ["LinearScalarization", "SampleMean"]
-
 
 class SampleMean(Balancer):
     """The mean over all samples, whatever their tasks and priors: vanilla training."""

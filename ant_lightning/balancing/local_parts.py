@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["from_full", "from_local", "full_tensor", "is_sharded", "local_part"]
-
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether at least one tensor is a `DTensor`."""

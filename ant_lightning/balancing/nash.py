@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
-__all__ = ["NashMTL", "NashSolverError", "nash_weights"]
-
 
 class NashSolverError(ArithmeticError):
     """No weights with `G alpha = 1 / alpha` were found."""

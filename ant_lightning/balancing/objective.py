@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.step_losses import StepLosses, Weights
 
-__all__ = ["ObjectiveBalancer"]
-
 
 class ObjectiveBalancer(LossBalancer):
     """Base of the balancers given by an objective `f(L)`: the weights are `df / dL` in each step.

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.reduction import Reduction
     from ant_lightning.balancing.task_batch import Losses
 
-__all__ = ["multitask_backward"]
-
 
 def multitask_backward(
     losses: Losses,

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.reduction import Reduction
 
-__all__ = ["GradientBuckets"]
-
 # Bytes of a bucket and of the first one, as in DistributedDataParallel: large enough for the full
 # speed of a network, small enough that most have left before the pass is over.
 _BYTES, _FIRST_BYTES = 25 << 20, 1 << 20

@@ -16,15 +16,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = [
-    "clear_gradients",
-    "is_dense",
-    "matching",
-    "names_of",
-    "same_tensors",
-    "trained_parameters",
-]
-
 P = TypeVar("P", bound="Tensor")
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}

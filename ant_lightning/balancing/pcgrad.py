@@ -13,8 +13,6 @@ from ant_lightning.balancing.base import GradientBalancer
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["PCGrad", "pcgrad_weights"]
-
 
 def pcgrad_weights(
     gramian: Float[Tensor, "k k"], orders: Int[Tensor, "k m"]

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["PlacedTaskGradients"]
-
 
 class PlacedTaskGradients(ReducedTaskGradients):
     """As `ReducedTaskGradients`, but a rank sends only gradients of tasks that it has samples of.

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["CHUNK", "dot_products", "full_precision"]
-
 # Columns whose dot products are summed in the rows' dtype; the sums of the chunks are added in
 # float64. From 1,024 to 131,072 columns make no difference in time (docs/benchmarks.md).
 CHUNK = 1 << 16

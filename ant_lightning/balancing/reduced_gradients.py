@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["ReducedTaskGradients"]
-
 # Smallest parameter, in numbers for each rank, whose block is sent as it is. Smaller ones are
 # copied into buckets of this many numbers a task: a message of 128 KiB takes about as long as its
 # overhead.

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["GroupReduction", "Reduction", "default_reduction"]
-
 
 def nothing() -> None:
     """Return at once: there is nothing to wait for."""

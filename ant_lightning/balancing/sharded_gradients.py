@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
 
-__all__ = ["ShardedDifferentiation", "ShardedTaskGradients", "differentiation"]
-
 
 class ShardedTaskGradients(DenseTaskGradients):
     """Task gradients of parameters that FSDP2 shards: `k p / N` numbers on each rank.

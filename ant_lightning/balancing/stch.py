@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["STCH"]
-
 
 class STCH(ObjectiveBalancer):
     """Smooth Tchebycheff scalarization, `mu log sum_i exp(L_i / mu)`: a smooth maximum.

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.step_losses import StepLosses
     from ant_lightning.balancing.task_batch import Losses
 
-__all__ = ["MultiTaskStep"]
-
 
 class MultiTaskStep:
     """The backward pass of a training run on several tasks, in place of `loss.backward()`.

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.reduction import Reduction
 
-__all__ = ["StepLosses", "Weights"]
-
 
 class Weights(NamedTuple):
     """Weights of one backward pass: its objective is `sum_s samples[s] losses[s]` over all ranks.

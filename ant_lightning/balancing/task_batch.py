@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     # One loss for each row, or a pair of these and something else for each.
     Losses = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
-__all__ = ["TaskBatch"]
-
 
 class TaskBatch:
     """One batch of samples and an index, `order`, that sorts it by task; no sample is moved.

@@ -16,8 +16,6 @@ from ant_lightning.errors import ConfigError, extra_for
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["TorchJDBalancer"]
-
 
 class TorchJDBalancer(GradientBalancer):
     """A weighting of the TorchJD library: UPGrad, MGDA, CAGrad, IMTL-G, Aligned-MTL and others.

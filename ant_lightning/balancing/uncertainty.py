@@ -14,8 +14,6 @@ from ant_lightning.errors import check_above
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["UncertaintyWeighting"]
-
 
 class UncertaintyWeighting(LossBalancer):
     """A learned log-variance for each task: `objective = sum_i 1/2 (exp(-s_i) L_i / k + s_i)`.

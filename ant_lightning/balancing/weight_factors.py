@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["WeightFactors", "has_small_factors"]
-
 # Largest number of positions, over all samples. On a CPU the products of factors with 200 positions
 # cost as much as reading five rows; on a GPU it takes more positions.
 _MOST_POSITIONS = 256

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-__all__ = ["plain_log_axis", "task_colors"]
-
 
 def task_colors(num_tasks: int) -> list[tuple[float, ...]]:
     """Colours that are easy to tell apart; beyond 20 tasks, along a rainbow."""

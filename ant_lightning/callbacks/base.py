@@ -16,11 +16,9 @@ if TYPE_CHECKING:
     # Lightning types a hook's module as any LightningModule. With this base, which type checkers
     # accept as a Callback, a hook can name the class that `RunCallback.setup` has checked.
     class Callback(Any):  # type: ignore[misc]
-        pass
+        """A callback of Lightning."""
 else:
     from lightning import Callback
-
-__all__ = ["RunCallback", "callback_of", "steps_of"]
 
 C = TypeVar("C")
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.module import ImageDataModule
 
-__all__ = ["EmptyClassWarning", "images_by_class", "warn_of_empty_classes"]
-
 
 class EmptyClassWarning(UserWarning):
     """A class of the model has no real image."""

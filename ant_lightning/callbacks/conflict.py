@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["ConflictMonitor"]
-
 
 class ConflictMonitor(RunCallback):
     """Logs loss and effective weight of each task and the conflict of their gradients.

@@ -19,8 +19,6 @@ from ant_lightning.files.json_file import write_json
 if TYPE_CHECKING:
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["StepCost"]
-
 
 class StepCost(RunCallback):
     """Writes `step_cost.json` into the log folder when training ends.

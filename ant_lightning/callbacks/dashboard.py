@@ -20,8 +20,6 @@ from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.runtime.loggers import send_picture
 from ant_lightning.tasks.time_axis import TimeAxis
 
-__all__ = ["Dashboard"]
-
 
 class Dashboard(RunCallback):
     """Collects what other callbacks log, with explanations, on one page.

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["EMA", "averaged_weights"]
-
 
 class EMA(RunCallback):
     """Keeps `m <- d m + (1 - d) w` of the backbone's weights `w` after every optimizer step.

@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = [
-    "average_from",
-    "kept_interval",
-    "link_snapshots",
-    "write_snapshot",
-]
-
 Averages = dict[str, "Tensor"]  # by name of the parameter
 
 # Relative error of a profile above which another length is asked for. 0.02 is the distance between

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["ExcessRisk"]
-
 
 class ExcessRisk(RunCallback):
     """Measures `E|eps_theta(x_t, t) - E[eps | x_t]|²` of each cluster, per pixel, in validation.

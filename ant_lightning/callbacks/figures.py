@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import lightning as L
     from matplotlib.figure import Figure
 
-__all__ = ["append_row", "log_folder", "picture_file", "save_figure"]
-
 
 def save_figure(trainer: L.Trainer, figure: Figure, *, tag: str, explain: str) -> Path | None:
     """Write a figure to `<log folder>/<tag>.png` and to every logger that shows any, on rank 0.

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ant_lightning.models.module import MultiTaskDiffusion
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["FixedLoss"]
-
 
 class FixedLoss:
     """The loss of a module on draws that a seed determines.

@@ -10,8 +10,6 @@ from einops import rearrange
 from matplotlib.figure import Figure
 from PIL import Image
 
-__all__ = ["grid_columns", "image_grid", "sample_grid"]
-
 # Pixels.
 _SMALLEST, _LARGEST = 48, 128  # side of an image as it is shown
 _PANEL, _GAP, _TOP, _BOTTOM, _LINE = 380, 20, 30, 40, 20

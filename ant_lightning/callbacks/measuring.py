@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["MeasuringCallback", "measurement_bar", "shown_on"]
-
 
 class MeasuringCallback(RunCallback):
     """Base of callbacks that measure a module's loss, or its gradients, on fixed draws.

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["stacked_page"]
-
 _HEADING = 44  # pixels
 _FONT = 22
 _MARGIN = 12

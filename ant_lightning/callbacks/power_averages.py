@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
-__all__ = ["PowerAverages", "snapshot_folder"]
-
 
 class PowerAverages:
     """Averages `m <- d m + (1 - d) w`, `d = (1 - 1 / n)^(g + 1)`, for several exponents `g`.

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["check_length", "exponent_of", "length_of", "power_decay", "profile_coefficients"]
-
 Snapshot = tuple[int, float]  # updates made, and length
 
 

@@ -15,8 +15,6 @@ from ant_lightning.callbacks.base import callback_of
 if TYPE_CHECKING:
     import lightning as L
 
-__all__ = ["TrainingProgress"]
-
 
 class TrainingProgress(TQDMProgressBar):
     """Shows steps done and planned, time left, loss, images/s and the weights of the tasks.

@@ -14,8 +14,6 @@ from ant_lightning.models.settings_checks import warn_of_random_base
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.run_record import run_folder
 
-__all__ = ["RunLines"]
-
 
 class RunLines(RunCallback):
     """Prints where a run and its checkpoint are, and which weights an evaluation uses.

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["NpzSamples", "PngSamples"]
-
 _NUMBER = re.compile(r"[0-9]{6,}")
 
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["SampleGrid"]
-
 
 class SampleGrid(RunCallback):
     """A grid of generated images beside real ones, at the end of each validation.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["FORMAT", "sample_identity"]
-
 FORMAT = 2  # increase when images are drawn differently; format 1 hashed 64 numbers per weight
 _PLAIN = (bool, int, float, str)
 _MAX_DEPTH = 4  # of nested objects, which may refer to each other in a circle

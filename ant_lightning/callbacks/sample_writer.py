@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["SampleWriter"]
-
 
 class SampleWriter(RunCallback):
     """Writes the images of `predict` into a folder, or into one npz file for ADM's evaluator.

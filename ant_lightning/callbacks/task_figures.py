@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ant_lightning.tasks.clusters import TimestepClusters
     from ant_lightning.tasks.time_axis import TimeAxis
 
-__all__ = ["pair_heat_map", "task_history", "task_labels", "transfer_heat_map"]
-
 
 def task_labels(clusters: TimestepClusters, time: TimeAxis) -> list[str]:
     """The interval of each task: `0-99` of timesteps, `0.1 to 0.2` of another time."""

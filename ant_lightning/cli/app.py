@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.process import NoiseProcess
     from ant_lightning.diffusion.samplers.base import Sampler
 
-__all__ = ["make_app", "run_app"]
-
 _ALL = "all in turn"
 _SHOWN = 384  # pixels of the longer side of a grid, at least
 

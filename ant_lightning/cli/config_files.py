@@ -17,15 +17,6 @@ from ant_lightning.errors import ConfigError, FileError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-__all__ = [
-    "UnsafeYAMLError",
-    "check_config_file",
-    "config_paths",
-    "dump_yaml",
-    "import_named_classes",
-    "load_yaml",
-]
-
 # Bounds of a text: aliases of aliases let a few hundred bytes unfold to gigabytes.
 _MAX_BYTES = 2**20  # configs have kilobytes
 _MAX_NODES = 50_000  # counted with every alias written out

@@ -12,8 +12,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-__all__ = ["config_names", "find_config", "run_configs", "with_paths_of_configs"]
-
 
 def config_names() -> dict[str, Path]:
     """Name and file of every shipped config, `{"digits/dit": .../configs/digits/dit.yaml, ..}`."""

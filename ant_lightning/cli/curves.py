@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["Curve", "curves_figure", "read_curves"]
-
 Curve = list[tuple[int, float]]
 # Title of a panel and the curves in it.
 _PANELS = {

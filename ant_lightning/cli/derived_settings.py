@@ -23,8 +23,6 @@ from ant_lightning.models.first_stage.first_stage import FirstStage
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["derived_settings"]
-
 _SIZES = ("input_size", "sample_size", "in_channels", "num_classes", "out_channels")
 # Networks of diffusers whose sizes mean the same; `sample_size` is their `input_size`.
 _UNETS = ("diffusers.UNet2DModel", "diffusers.UNet2DConditionModel")

@@ -20,8 +20,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["run_diagnose", "validation"]
-
 
 def run_diagnose(args: Sequence[str]) -> None:
     """Diagnose a run (`RUN [options]`), or a config (`--config NAME [options]`).

@@ -26,8 +26,6 @@ from ant_lightning.transfer.experts import with_experts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["export", "run_export"]
-
 Format = Literal["diffusers", "official", "safetensors", "torch"]
 _WRITERS = {
     "official": write_official,

@@ -25,8 +25,6 @@ from ant_lightning.errors import ConfigError, found_at
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["first_look", "top_settings"]
-
 # Groups of settings whose class is always the same.
 _RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
 _ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter", "text": "TextWriter"}

@@ -24,8 +24,6 @@ from ant_lightning.runtime.checkpoint_files import furthest_whole, read_whole_ch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["load_run", "run_settings"]
-
 
 def load_run(
     path: str | Path,

@@ -63,8 +63,6 @@ from ant_lightning.runtime.quiet import warn_in_lines
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["main"]
-
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 WITHOUT_LIGHTNING = ("configs", "report")  # they need not wait for its import
 OTHERS = (

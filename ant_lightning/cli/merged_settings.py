@@ -14,8 +14,6 @@ from ant_lightning.cli.source_names import arguments_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["FLAGS", "HELP", "merge", "merged_settings"]
-
 HELP = frozenset({"-h", "--help"})
 FLAGS = HELP | {"--print_config"}
 

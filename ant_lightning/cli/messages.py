@@ -14,15 +14,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = [
-    "first_config_error",
-    "needed",
-    "no_such_setting",
-    "one_line",
-    "suggestion",
-    "unknown_class",
-]
-
 _TYPES = {
     "int": "a whole number",
     "float": "a number",

@@ -53,8 +53,6 @@ from ant_lightning.runtime.run_record import RunRecord
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["AntCLI", "run"]
-
 # The parser then reads every YAML value through our checks.
 set_loader("yaml", load_yaml, exceptions=(YAMLError,))
 set_dumper("yaml", dump_yaml)

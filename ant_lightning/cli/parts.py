@@ -15,8 +15,6 @@ from ant_lightning.runtime.changed_settings import TRUSTED
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["TRUST", "make_part"]
-
 # The option of the commands that load a run.
 TRUST: dict[str, Any] = {
     "type": str | list[str],

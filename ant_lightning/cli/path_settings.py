@@ -18,8 +18,6 @@ from ant_lightning.errors import ConfigError, found_at
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_paths"]
-
 
 class _Rule(NamedTuple):
     """What a setting must name.

@@ -12,8 +12,6 @@ from ant_lightning.runtime.run_files import newest_record
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["record_file", "record_of"]
-
 
 def record_file(folder: Path) -> Path:
     """The newest record of a run.

@@ -15,8 +15,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["refuse_old_names", "with_new_names"]
-
 _OLD_PATH = re.compile(
     r"ant_lightning\.(?:analysis|backbones|balancing|callbacks|clustering|data|diffusion|metrics"
     r"|modules|samplers)(?:\.\w+)*\.(\w+)"

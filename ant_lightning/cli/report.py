@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-__all__ = ["run_report", "write_report"]
-
 _SUMMARY = {
     "model": "model",
     "backbone": "model.backbone",

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     import lightning as L
 
-__all__ = ["RunFolder", "check_writable", "choose_run_folder", "stored_settings"]
-
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -16,8 +16,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.run_files import logger_versions
 
-__all__ = ["RunVersions"]
-
 _FILE_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # one folder per version
 _DEFAULT_LOGGER = "lightning.pytorch.loggers.TensorBoardLogger"
 _DEFAULT_NAME = "lightning_logs"

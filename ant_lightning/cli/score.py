@@ -22,8 +22,6 @@ from ant_lightning.runtime.quiet import keep_quiet
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["run_score"]
-
 # The parser then reads every YAML value through our checks.
 set_loader("yaml", load_yaml, exceptions=(YAMLError,))
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from jsonargparse import ArgumentParser
 
-__all__ = ["SettingPaths"]
-
 
 class SettingPaths:
     """Makes the objects of a configuration; as a context manager, completes their errors."""

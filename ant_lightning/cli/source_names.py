@@ -9,8 +9,6 @@ from pathlib import Path
 
 import ant_lightning
 
-__all__ = ["arguments_of", "needed_arguments_of"]
-
 _LIGHTNING = {"Trainer": "trainer/trainer.py", "ModelCheckpoint": "callbacks/model_checkpoint.py"}
 
 

@@ -29,8 +29,6 @@ from ant_lightning.runtime.quiet import keep_quiet
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["run_sweep"]
-
 _PANELS = {
     "Fréchet distance (lower is better)": {"fid": "generated", "fid_real": "real against real"},
     "share of images (higher is better)": {

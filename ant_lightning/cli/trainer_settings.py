@@ -11,13 +11,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = [
-    "check_run_settings",
-    "check_trainer_settings",
-    "trainer_error",
-    "with_classes_of_loggers",
-]
-
 _OURS = {
     "gradient_clip_val": (None, "model.optimization.clip_grad_norm"),
     "gradient_clip_algorithm": (None, "model.optimization.clip_grad_norm"),

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ant_lightning.errors import ConfigError, NonFiniteError
 
-__all__ = ["Batch", "check_batch", "to_uint8"]
-
 
 class Batch(NamedTuple):
     """Images with their labels and their positions in the data set.

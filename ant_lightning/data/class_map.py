@@ -8,8 +8,6 @@ from pathlib import Path
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.json_file import read_json, write_json
 
-__all__ = ["number_classes", "read_class_map", "record_classes", "write_class_map"]
-
 
 def read_class_map(path: str | Path) -> list[str]:
     """Read class names, in the order of their numbers, from a JSON object of name to number.

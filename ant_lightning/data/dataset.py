@@ -13,8 +13,6 @@ from torch.utils.data import Dataset
 from ant_lightning.data.batch import Batch, to_uint8
 from ant_lightning.errors import ConfigError
 
-__all__ = ["CHUNK", "EncodedImages", "ImageDataset", "TensorImages"]
-
 CHUNK = 256  # images in memory at once while a whole data set is read
 
 

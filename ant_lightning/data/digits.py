@@ -10,8 +10,6 @@ from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import check_range
 from ant_lightning.randomness import keyed_generator
 
-__all__ = ["DigitsData", "load_digits"]
-
 
 def load_digits() -> tuple[Tensor, Tensor]:
     """Load all digits: images `[1797, 1, 8, 8]` float32 in [-1, 1] and labels `[1797]`.

@@ -14,8 +14,6 @@ from ant_lightning.diffusion.mixture import GaussianMixture
 from ant_lightning.errors import check_above, check_at_least, check_range
 from ant_lightning.randomness import keyed_generator
 
-__all__ = ["DigitsMixtureData", "digits_mixture"]
-
 
 @lru_cache(maxsize=1)
 def digits_mixture(num_components: int = 40, regularization: float = 3e-3) -> GaussianMixture:

@@ -23,8 +23,6 @@ from ant_lightning.randomness import keyed_seed
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FolderImages", "broken_images", "is_flipped"]
-
 
 @dataclass(eq=False)
 class FolderImages(ImageDataset):

@@ -8,8 +8,6 @@ from torch.utils.data import Dataset
 
 from ant_lightning.errors import ConfigError, extra_for
 
-__all__ = ["HuggingFaceDataset"]
-
 
 class HuggingFaceDataset(Dataset[dict[str, Any]]):
     """A data set that `datasets.load_dataset` loads, for `MapStyleData`.

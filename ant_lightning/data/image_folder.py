@@ -25,8 +25,6 @@ from ant_lightning.sizes import Size, height_and_width
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ImageFolderData"]
-
 _MANY_IMAGES, _SPOT_CHECKS = 100_000, 1000
 
 

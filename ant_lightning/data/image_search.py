@@ -14,8 +14,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from ant_lightning.data.pictures import SUFFIXES
 from ant_lightning.errors import ConfigError, found_at
 
-__all__ = ["find_images"]
-
 # What file servers and operating systems create beside the user's files; letters of either case.
 _SYSTEM = re.compile(
     r"__macosx|@eadir|@recently-snapshot|@recycle|@tmp|@__thumb|#recycle|#snapshot|\$recycle\.bin|"

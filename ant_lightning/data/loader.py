@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.batch import Batch
 
-__all__ = ["RankKeys", "ShuffledLoader", "evaluation_loader"]
-
 # By setting: what changes in a resumed run if the setting differs from that of the stopped run.
 _CONSEQUENCES = {
     "num_workers": "batches and results stay the same, bit for bit",

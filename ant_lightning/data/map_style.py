@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["MapStyleData"]
-
 
 class MapStyleData(ImageDataModule):
     """Images of any data set with `len(dataset)` and `dataset[i]`.

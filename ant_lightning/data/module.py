@@ -24,13 +24,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = [
-    "IMAGES_DIGEST",
-    "ImageDataModule",
-    "image_data",
-    "needed_image_data",
-]
-
 IMAGES_DIGEST = "digest of the images"  # a name in `identity`, worded for messages
 
 

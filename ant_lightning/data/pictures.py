@@ -16,17 +16,6 @@ from ant_lightning.sizes import Size, height_and_width
 if TYPE_CHECKING:
     from typing import BinaryIO
 
-__all__ = [
-    "GREY_MODES",
-    "SUFFIXES",
-    "Crop",
-    "decoded_picture",
-    "fitted_pixels",
-    "is_grey",
-    "open_picture",
-    "read_picture",
-]
-
 Crop = Literal["center_adm", "resize"]
 # The only decoders that a file can reach, whatever its suffix: others run programs (PostScript).
 _FORMATS = {

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Key", "image_of", "keyed_libraries", "label_of", "num_channels", "training_image"]
-
 Key = str | int | None
 _IMAGE_NAMES = ("image", "img", "images", "pixel_values")
 _LABEL_NAMES = ("label", "labels", "target", "class", "cls", "fine_label")

@@ -13,8 +13,6 @@ from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import check_at_least, check_range
 from ant_lightning.randomness import keyed_generator
 
-__all__ = ["ShapesData", "draw_shapes"]
-
 KINDS = ("disc", "square", "triangle", "ring", "cross", "star")
 
 

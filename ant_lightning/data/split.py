@@ -8,8 +8,6 @@ from torch import Tensor
 from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import keyed_generator
 
-__all__ = ["split_positions"]
-
 
 def split_positions(
     count: int,

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["StoredImages"]
-
 _MAX_SIDE = 2**14
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from ant_lightning.errors import DataLoadingError
 
-__all__ = ["available_cores", "dead_worker", "worker_settings"]
-
 # What torch's signal handler raises in the main thread, wherever that happens to be.
 _DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) (?:is killed|exited)[^.]*")
 

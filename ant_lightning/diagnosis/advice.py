@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from ant_lightning.diagnosis.findings import Findings
 
-__all__ = ["Advice", "advice"]
-
 # Tasks whose losses differ by less have weights that uncertainty weighting hardly changes.
 _UNEQUAL = 10.0
 _RELIABLE = 0.5

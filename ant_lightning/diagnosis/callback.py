@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from ant_lightning.models.module import MultiTaskDiffusion
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["Diagnosis"]
-
 
 class _Sizes(NamedTuple):
     """How much is measured by default."""

@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from ant_lightning.diagnosis.findings import Findings
 
-__all__ = ["profile_figure"]
-
 
 def profile_figure(findings: Findings) -> Figure:
     """Loss, and share of the squared gradient without its noise, by log-SNR."""

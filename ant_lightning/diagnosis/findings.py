@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from ant_lightning.affinity.result import AffinityResult
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["Findings"]
-
 
 @dataclass(frozen=True, eq=False)
 class Findings:

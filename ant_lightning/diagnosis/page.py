@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.diagnosis.findings import Findings
 
-__all__ = ["write_page"]
-
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; display: block; overflow-x: auto } img { max-width: 100% }

@@ -8,8 +8,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Condition", "NullCondition", "map_condition", "null_like", "rows_of"]
-
 # Labels `[b]`, named tensors `[b, ...]`, or nothing.
 Condition: TypeAlias = Tensor | Mapping[str, Tensor] | None
 # What stands for "no condition": a label, or a tensor of each name for one image. A name without a

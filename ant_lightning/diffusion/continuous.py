@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.diffusion.density import Coordinate, Density
 
-__all__ = ["ContinuousProcess"]
-
 
 class ContinuousProcess(NoiseProcess):
     """A process over an interval of a coordinate z, cut into T equal cells.

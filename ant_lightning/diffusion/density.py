@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-__all__ = ["Coordinate", "Density", "Table", "Uniform"]
-
 Coordinate = Literal["time", "log_sigma"]
 
 

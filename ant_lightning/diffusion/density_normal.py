@@ -15,8 +15,6 @@ from ant_lightning.errors import ConfigError, check_positive
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["LogNormal", "LogitNormal"]
-
 
 class _Normal(Density):
     """A normal density of a function of the coordinate; subclasses give the function."""

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["Mode", "Shifted", "SizeShifted"]
-
 
 class Mode(Density):
     """The mode density of SD3: heavier in the middle (`scale` above 0) or at the ends (below).

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.forward import Timesteps
     from ant_lightning.diffusion.process import Images
 
-__all__ = ["DiscreteDiffusion", "PMeanVariance", "VarianceType"]
-
 VarianceType: TypeAlias = Literal["fixed_small", "fixed_large", "learned_range"]
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.density import Density
     from ant_lightning.diffusion.process import Images
 
-__all__ = ["EDM"]
-
 
 class EDM(ContinuousProcess):
     """`x = x_start + sigma noise`; the time is sigma, and the network estimates the clean image.

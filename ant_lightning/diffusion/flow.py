@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.diffusion.process import Images
 
-__all__ = ["FlowConvention", "FlowMatching", "FlowPath", "FlowWeighting"]
-
 FlowPath: TypeAlias = Literal["linear", "gvp", "vp"]
 FlowWeighting: TypeAlias = Literal["velocity", "likelihood", "sigma_sqrt", "cosmap"]
 FlowConvention: TypeAlias = Literal["sit", "diffusers"]

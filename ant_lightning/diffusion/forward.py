@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ant_lightning.diffusion.density import Uniform
 from ant_lightning.diffusion.prediction import Levels
-from ant_lightning.diffusion.process import NoiseProcess, at_least_float32
+from ant_lightning.diffusion.process import NoiseProcess
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.schedules import NoiseSchedule
 
     Timesteps: TypeAlias = Int[Tensor, " b"]
-
-__all__ = ["ForwardProcess", "Tables", "at_least_float32", "gather"]
 
 
 class Tables(NamedTuple):

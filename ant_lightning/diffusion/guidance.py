@@ -21,8 +21,6 @@ from ant_lightning.errors import ConfigError, check_at_least
 if TYPE_CHECKING:
     from ant_lightning.diffusion.process import Images, NoiseProcess
 
-__all__ = ["GuidedDenoiser", "check_interval"]
-
 Model: TypeAlias = Callable[[Tensor, Tensor, Condition], Tensor]
 
 

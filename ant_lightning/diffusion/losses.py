@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.forward import Timesteps
     from ant_lightning.diffusion.process import Images
 
-__all__ = [
-    "DenoisingLoss",
-    "PMeanVariance",
-    "denoising_loss",
-    "discretized_gaussian_log_likelihood",
-    "normal_kl",
-    "variational_bound",
-]
-
 
 class PMeanVariance(NamedTuple):
     """The model's `p(x_{t-1} | x_t)` and the predictions behind it, `[b, c, ...]` each."""

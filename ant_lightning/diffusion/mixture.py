@@ -14,8 +14,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["GaussianMixture"]
-
 
 @dataclass(frozen=True)
 class GaussianMixture:

@@ -14,14 +14,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = [
-    "EDMPreconditioning",
-    "IDDPMPreconditioning",
-    "Preconditioning",
-    "VEPreconditioning",
-    "VPPreconditioning",
-]
-
 
 class Preconditioning(ABC):
     """`D(x, sigma) = c_skip x + c_out F(c_in x, c_noise)`, which estimates the clean image.

@@ -17,8 +17,6 @@ from ant_lightning.errors import check_one_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Levels", "PredictionType", "Quantity", "check_prediction_type", "convert"]
-
 PredictionType: TypeAlias = Literal["eps", "x0", "v"]
 Quantity: TypeAlias = Literal["x0", "eps", "v", "score"]
 

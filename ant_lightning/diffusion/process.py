@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     Images: TypeAlias = Float[Tensor, "b c ..."]
     Times: TypeAlias = Float[Tensor, " b"] | Int[Tensor, " b"]
 
-__all__ = ["DenoisingLoss", "NoiseProcess", "at_least_float32", "per_image"]
-
 
 class DenoisingLoss(NamedTuple):
     """The loss of each image and its parts, `[b]` each.

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.diffusion.process import NoiseProcess
 
-__all__ = ["CellProposal", "LossSecondMoment", "SpeeD"]
-
 
 class CellProposal(nn.Module):
     """Shares q by which cells are drawn in place of the process' own density p.

@@ -16,15 +16,6 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-__all__ = [
-    "CosineSchedule",
-    "LinearSchedule",
-    "NoiseSchedule",
-    "ScaledLinearSchedule",
-    "TableSchedule",
-    "ZeroTerminalSNR",
-]
-
 
 class NoiseSchedule(ABC):
     """Base of the schedules. A call returns `betas` `[T]` in float64, each inside (0, 1).

@@ -26,8 +26,6 @@ from ant_lightning.diffusion.schedules import (
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.json_file import read_json
 
-__all__ = ["stored_process"]
-
 _PREDICTIONS: dict[str, Any] = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 
 

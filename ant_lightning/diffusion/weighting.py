@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["P2", "LossWeighting", "MinSNR"]
-
 
 class LossWeighting(ABC):
     """Base of the weightings. A call returns the weights of the mse, `[T]` in float64.

@@ -14,8 +14,6 @@ from ant_lightning.models.adapters import NAME, adapted
 if TYPE_CHECKING:
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["save_adapter", "write_adapter"]
-
 # Pipelines that load LoRA into a network of each class, and the part that the network is.
 _PIPELINES = {
     "UNet2DConditionModel": ("StableDiffusionPipeline", "unet"),

@@ -15,8 +15,6 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-__all__ = ["ANTPipeline"]
-
 Part: TypeAlias = Any  # of diffusers, which has no types for them
 
 

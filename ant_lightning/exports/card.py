@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ant_lightning.exports.pipeline_source import PipelineSource
     from ant_lightning.models.denoiser import DiffusionModule
 
-__all__ = ["model_card"]
-
 _LOADING = {
     "diffusers": """from diffusers import DiffusionPipeline
 

@@ -10,8 +10,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-__all__ = ["ClassTable"]
-
 
 class ClassTable(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Classes `[b]` to `encoder_hidden_states` `[b, 1, dim]`."""

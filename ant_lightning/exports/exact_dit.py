@@ -16,8 +16,6 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-__all__ = ["ExactDiT"]
-
 Output: TypeAlias = Any  # an object with the field `sample`, or a tuple
 
 

@@ -18,8 +18,6 @@ from ant_lightning.files.json_file import read_json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["MARK", "Exported", "new_folder"]
-
 MARK = "export.json"  # in every folder that an export wrote, and only there
 
 

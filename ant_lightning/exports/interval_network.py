@@ -12,8 +12,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import Tensor, nn
 
-__all__ = ["IntervalNetwork"]
-
 Output: TypeAlias = Any  # that of a network of diffusers
 
 

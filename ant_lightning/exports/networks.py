@@ -17,8 +17,6 @@ from ant_lightning.transfer.experts import IntervalExperts
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["check_experts", "code_of", "copy_code", "diffusers_network", "first_network"]
-
 # Classes of ours, whose code is copied into the folder.
 _CODE = {"ExactDiT": "exact_dit", "IntervalNetwork": "interval_network"}
 

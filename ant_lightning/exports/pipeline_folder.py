@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from ant_lightning.exports.pipeline_source import PipelineSource
     from ant_lightning.models.denoiser import DiffusionModule
 
-__all__ = ["write_pipeline"]
-
 
 class _Pair(NamedTuple):
     """Two networks of intervals, as diffusers' pipelines with two transformers have them."""

@@ -12,8 +12,6 @@ from ant_lightning.files.json_file import read_json
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["PipelineSource", "pipeline_source"]
-
 _INDEX = "model_index.json"
 # Settings of a run that may name a pipeline's folder, or one below it.
 _NAMED_BY = (

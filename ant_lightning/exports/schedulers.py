@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.denoiser import DiffusionModule
 
-__all__ = ["Scheduling", "scheduler_of"]
-
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 

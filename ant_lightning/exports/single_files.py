@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from ant_lightning.models.denoiser import DiffusionModule
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["EXPORTED_WEIGHTS", "write_official", "write_program", "write_safetensors"]
-
 EXPORTED_WEIGHTS = "model.safetensors"
 _CLASS_TABLE = "class_embedder.embedding.weight"
 

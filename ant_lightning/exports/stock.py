@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.denoiser import DiffusionModule
 
-__all__ = ["Stock", "stock_of"]
-
 _DIT_CLASSES = 1000  # `DiTPipeline` has this number as its null class
 
 

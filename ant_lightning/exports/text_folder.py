@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ant_lightning.exports.pipeline_source import PipelineSource
     from ant_lightning.models.denoiser import DiffusionModule
 
-__all__ = ["write_text_network"]
-
 
 def write_text_network(
     module: DiffusionModule, folder: Path, source: PipelineSource | str

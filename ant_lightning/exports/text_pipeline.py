@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from ant_lightning.exports.pipeline_source import PipelineSource
     from ant_lightning.models.denoiser import DiffusionModule
 
-__all__ = [
-    "MASKED",
-    "TextPipeline",
-    "is_told_text",
-    "pipeline_class",
-    "text_pipeline_of",
-]
-
 _SANA = "SanaPipeline"
 _SHIFTED = frozenset({"StableDiffusion3Pipeline", "FluxPipeline"})  # latents may have a shift
 _FLOW = _SHIFTED | {_SANA}

@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["write_atomically", "write_figure", "write_text"]
-
 
 class _Figure(Protocol):
     """A figure of matplotlib."""

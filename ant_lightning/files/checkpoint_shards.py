@@ -27,16 +27,6 @@ if TYPE_CHECKING:
 
     Place = tuple[Any, ...]  # keys from the checkpoint down to a tensor
 
-__all__ = [
-    "check_shards",
-    "fill_shards",
-    "new_shards_folder",
-    "put",
-    "remove_orphans",
-    "separated",
-    "write_shards",
-]
-
 KEY = "shards"
 _MARK = ".shards."
 # What the index of a folder may be made of: reading it then cannot run code.

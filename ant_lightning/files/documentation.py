@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import PackageNotFoundError, metadata
 
-__all__ = ["documentation"]
-
 
 def documentation(page: str) -> str:
     """URL of a page of `docs/`; its path in the repository if the package names no repository.

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["check_identity", "differences", "tensors_digest"]
-
 
 def differences(
     stored: Mapping[str, Any], current: Mapping[str, Any]

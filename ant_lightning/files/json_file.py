@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 from ant_lightning.errors import FileError
 from ant_lightning.files.atomic import write_text
 
-__all__ = ["read_json", "write_json"]
-
 _MAX_BYTES = 2**24  # our class maps, indices and configs take kilobytes
 Content = TypeVar("Content", dict[str, Any], list[Any])
 

@@ -17,8 +17,6 @@ from ant_lightning.errors import ConfigError, FileError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["ArrayHeader", "NpzFile", "open_npz"]
-
 _MAX_ARRAYS = 1000
 # Unpacked size of an array over its packed size; real numbers reach 10 or so.
 _MAX_RATIO = 200

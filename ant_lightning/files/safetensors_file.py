@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["read_safetensors", "read_tensors", "write_tensors"]
-
 # The key of our metadata. They are a single entry: safetensors writes several in a random order.
 _KEY = "ant_lightning"
 

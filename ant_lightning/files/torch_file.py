@@ -17,8 +17,6 @@ from ant_lightning.errors import FileError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["not_finite", "read_torch"]
-
 # A command for users to run on a file that they trust: unlike this module, it unpickles anything.
 _RESAVE = """python -c "import torch; \
 c = torch.load('FILE', map_location='cpu', weights_only=False); \

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["GenerationMetrics"]
-
 
 class GenerationMetrics(RunCallback):
     """Draws images with the EMA weights and scores them against real ones.

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["CaptionScore"]
-
 
 class CaptionScore(CLIPScore):
     r"""How well images fit their captions: torchmetrics' `CLIPScore` on a local network.

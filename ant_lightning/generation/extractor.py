@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Self
 
-__all__ = ["FeatureExtractor", "Features", "ModuleFeatures", "check_images"]
-
 
 class Features(NamedTuple):
     """Features `[n, d]` of n images and, if the network classifies, logits `[n, c]`.

@@ -12,8 +12,6 @@ from ant_lightning.generation.extractor import FeatureExtractor, check_images
 from ant_lightning.generation.frechet import GaussianStatistics
 from ant_lightning.generation.statistics import ImageStatistics
 
-__all__ = ["ImageFeatures"]
-
 
 class ImageFeatures(Metric):
     """Mean, covariance and features of a set of images, from one pass through an extractor.

@@ -9,8 +9,6 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["quality_history"]
-
 # Panel -> score -> label, colour and style. Dashed lines are references for the others.
 _PANELS = {
     "FID (lower is better)": {

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ant_lightning.errors import ConfigError
 
-__all__ = ["GaussianStatistics", "RankDeficientWarning", "frechet_distance"]
-
 _CHUNK_ROWS = 1024  # float64 copies stay at 16 MiB for 2048 features
 
 

@@ -12,8 +12,6 @@ from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.torch_file import read_torch
 from ant_lightning.generation.extractor import FeatureExtractor, Features
 
-__all__ = ["InceptionFeatures"]
-
 
 class InceptionFeatures(FeatureExtractor):
     """InceptionV3 of the FID papers, as torch-fidelity ported it from TensorFlow.

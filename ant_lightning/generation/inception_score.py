@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ant_lightning.errors import ConfigError, check_at_least
 
-__all__ = ["MeanAndStd", "inception_score"]
-
 
 class MeanAndStd(NamedTuple):
     """Mean and standard deviation (denominator n) over splits or subsets."""

@@ -7,8 +7,6 @@ from torch import Tensor
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.generation.inception_score import MeanAndStd
 
-__all__ = ["kernel_distance"]
-
 
 def kernel_distance(
     real: Tensor,

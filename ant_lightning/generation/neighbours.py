@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ant_lightning.errors import ConfigError
 
-__all__ = ["PrecisionRecall", "nearest_distance", "precision_recall"]
-
 _BLOCK_ELEMENTS = 4_000_000  # 32 MB of float64; a few such blocks exist at a time
 
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.generation.extractor import FeatureExtractor
 
-__all__ = ["real_statistics"]
-
 
 def real_statistics(
     dataset: ImageDataset,

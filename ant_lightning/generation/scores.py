@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ant_lightning.generation.extractor import FeatureExtractor
     from ant_lightning.generation.statistics import ImageStatistics
 
-__all__ = ["GenerationScores"]
-
 
 class GenerationScores(Metric):
     """FID, KID, Inception score, precision, recall and memorisation of generated images.

@@ -15,8 +15,6 @@ from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.safetensors_file import read_safetensors
 from ant_lightning.generation.extractor import FeatureExtractor, Features, check_images
 
-__all__ = ["NETWORKS", "DigitsFeatures", "ShapesFeatures", "ShippedNetwork", "weights_file"]
-
 
 class ShippedNetwork(NamedTuple):
     """A small CNN with 64 features.

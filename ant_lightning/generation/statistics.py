@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.generation.extractor import FeatureExtractor
 
-__all__ = ["ImageStatistics"]
-
 _KIND = "image statistics 1"
 _TENSORS: dict[str, tuple[torch.dtype, tuple[str, ...]]] = {
     "mean": (torch.float64, ("d",)),

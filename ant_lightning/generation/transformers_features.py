@@ -15,8 +15,6 @@ from ant_lightning.generation.extractor import FeatureExtractor, Features
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["CLIPFeatures", "DINOv2Features", "pretrained"]
-
 
 class _TransformersFeatures(FeatureExtractor):
     """An image network of transformers, on images that are resized and normalised first."""

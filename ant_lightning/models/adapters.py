@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Adapter", "LoRA", "PeftAdapter", "adapted", "base_fingerprint", "folded", "insert"]
-
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of diffusers' networks
 NAME = "default"  # PEFT's
 

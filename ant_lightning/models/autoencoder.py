@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.batch import Batch
 
-__all__ = ["AutoencoderModule"]
-
 
 @runtime_checkable
 class _Averages(Protocol):

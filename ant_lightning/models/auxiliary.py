@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.reduction import Reduction
     from ant_lightning.balancing.task_batch import Losses
 
-__all__ = ["FeatureAlignment"]
-
 
 class FeatureAlignment(nn.Module):
     """Pulls the output of a block towards the features of another network, as REPA does.

@@ -16,16 +16,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.condition import Condition
     from ant_lightning.diffusion.process import NoiseProcess
 
-__all__ = [
-    "backbone_name",
-    "call_backbone",
-    "check_backbone",
-    "check_output",
-    "check_output_channels",
-    "output_channels",
-    "size_of",
-]
-
 # Attributes of every network, and of one that takes labels alone, with the smallest valid value.
 _SIZES = {"input_size": 1, "in_channels": 1}
 _OF_LABELS = {"out_channels": 1, "num_classes": 0}

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["BaseModule"]
-
 
 class BaseModule(L.LightningModule):
     """A LightningModule with a `backbone` that can be constructed from a checkpoint."""

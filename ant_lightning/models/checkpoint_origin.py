@@ -16,11 +16,8 @@ from ant_lightning.models.state import process_summary
 if TYPE_CHECKING:
     from torch import nn
 
-    from ant_lightning.backbones.checkpoint_layouts import Weights
-    from ant_lightning.backbones.official_checkpoints import CheckpointReport
+    from ant_lightning.backbones.checkpoint_layouts import CheckpointReport, Weights
     from ant_lightning.diffusion.process import NoiseProcess
-
-__all__ = ["InitialWeights", "load_weights_for"]
 
 # Names of SiT's training script, and ours.
 _PREDICTIONS = {"velocity": "v", "noise": "eps", "score": "score"}

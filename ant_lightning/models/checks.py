@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.settings import Tasks
 
-__all__ = ["check_sharding", "check_strategy", "check_trainer"]
-
 
 def check_strategy(strategy: Strategy) -> None:
     """Check that gradients can be taken and reduced the way the training step does it.

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from ant_lightning.data.batch import Batch
     from ant_lightning.data.dataset import ImageDataset
 
-__all__ = ["Conditions"]
-
 # Captions of images to draw, by their indices.
 Prompts = Callable[[list[int]], Mapping[str, "Tensor"]]
 

@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from ant_lightning.models.settings import Sampling
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["DiffusionModule"]
-
 
 class DiffusionModule(BaseModule):
     """A diffusion model that can be evaluated and sampled; `MultiTaskDiffusion` trains it.

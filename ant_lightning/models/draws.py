@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ant_lightning.models.conditions import Conditions
     from ant_lightning.models.settings import TimestepSampling
 
-__all__ = ["Draws", "TrainingDraws", "on_device", "sample_shares", "spread_order", "step_noise"]
-
 _BLOCK = 32  # images that share a generator
 
 

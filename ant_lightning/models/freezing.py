@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-__all__ = ["TrainedParameters"]
-
 
 class TrainedParameters:
     """Which parameters of a network need a gradient, at the start of a run and at each step.

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ant_lightning.models.conditions import Conditions
     from ant_lightning.models.settings import Sampling
 
-__all__ = ["check_guidance", "load_guide"]
-
 
 def check_guidance(
     sampling: Sampling, conditions: Conditions, guide: nn.Module | None, *, channels: int

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from ant_lightning.data.latents.space import LatentSpace
     from ant_lightning.models.first_stage.first_stage import FirstStage
 
-__all__ = ["ImageCodec"]
-
 
 @dataclass(frozen=True)
 class ImageCodec:

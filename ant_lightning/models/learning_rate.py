@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["InverseSqrtLR"]
-
 
 class InverseSqrtLR(LRScheduler):
     """`lr / sqrt(max(n / reference_steps, 1)) * min(n / warmup_steps, 1)` after `n` steps.

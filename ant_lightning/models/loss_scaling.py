@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["back_off", "clip_gradients_", "gradient_scaler", "loss_scale"]
-
 
 def clip_gradients_(parameters: Iterable[Tensor], norm: Tensor, max_norm: float | None) -> None:
     """Clip `.grad` by a norm that is known: `clip_grad_norm_` of torch computes it once more.

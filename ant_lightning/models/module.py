@@ -51,8 +51,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.condition import Condition
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["MultiTaskDiffusion"]
-
 # Attributes that training changes besides the weights; a child process returns them.
 _OF_RUN = (
     "clusters",

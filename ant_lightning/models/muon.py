@@ -13,8 +13,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["MuonAdamW"]
-
 
 class MuonAdamW(Optimizer):
     """Muon on the groups with `muon: True`, which hold matrices only, and AdamW on all others.

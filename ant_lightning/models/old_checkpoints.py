@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["upgrade"]
-
 # Attributes in which schedulers keep one value per parameter group.
 _BY_GROUP = (
     "base_lrs",

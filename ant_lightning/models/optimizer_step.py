@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ant_lightning.models.auxiliary import FeatureAlignment
     from ant_lightning.models.settings import Optimization, Tasks
 
-__all__ = ["OptimizerStep", "SkippedSteps"]
-
 
 @dataclass
 class SkippedSteps:

@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.base import Balancer
     from ant_lightning.models.settings import Optimization
 
-__all__ = [
-    "HEAD",
-    "NETWORK",
-    "OptimizerFactory",
-]
-
 Made = TypeVar("Made")
 
 # The `role` of groups that follow the scheduler, as the first does, which has none: that of an

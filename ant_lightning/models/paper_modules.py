@@ -15,8 +15,6 @@ from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
 
-__all__ = ["ADMModule", "DiTModule", "LDMModule"]
-
 
 class ADMModule(MultiTaskDiffusion):
     """A UNet on pixels with learned variance, as in ADM and in P2 weighting.

@@ -12,8 +12,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["MuonGroups", "NamedGroups", "checked_groups"]
-
 
 class NamedGroups:
     """Parameter groups by patterns of names: other learning rates, no weight decay, ...

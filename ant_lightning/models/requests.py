@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["as_indices", "as_labels"]
-
 
 def as_indices(indices: int | Iterable[int] | Tensor) -> list[int]:
     """The indices of images; a number `n` stands for the first `n`.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.base import Balancer
     from ant_lightning.models.optimizers import OptimizerFactory
 
-__all__ = ["OptimizerSettings", "keep_fixed_weights", "say_changed"]
-
 _MEMBERS = "param_groups.members"
 
 # Entries of a scheduler's state that are not settings: counts, and values from the optimizer.

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.process import NoiseProcess
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = ["Optimization", "Sampling", "Tasks", "TimestepSampling", "adamw"]
-
 
 def adamw(groups: Any) -> Optimizer:  # noqa: ANN401 - parameters, or groups of them
     """The default optimizer: AdamW, learning rate 1e-4, no weight decay, as in the official DiT."""

@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     from ant_lightning.tasks.clusterings import Clustering
     from ant_lightning.tasks.clusters import TimestepClusters
 
-__all__ = [
-    "check_settings",
-    "warn_of_other_model",
-    "warn_of_other_ranks",
-    "warn_of_random_base",
-    "warn_of_rare_tasks",
-]
-
 
 def check_settings(
     tasks: Tasks,

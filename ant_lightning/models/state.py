@@ -12,8 +12,6 @@ from ant_lightning.tasks.clusters import TimestepClusters
 if TYPE_CHECKING:
     from ant_lightning.diffusion.process import NoiseProcess
 
-__all__ = ["FORMAT_VERSION", "CheckpointState", "process_summary", "schedule_summary"]
-
 FORMAT_VERSION = 1
 
 # Attributes that must agree with a checkpoint, each with the path of its setting for messages.

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["TaskMeans"]
-
 
 class TaskMeans(Metric):
     """Mean loss of each task, `[k]` float64; sums over batches and ranks.

@@ -9,8 +9,6 @@ from ant_lightning.files.identity import differences
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["TRUSTED", "changed_settings", "flat_settings", "trained_settings"]
-
 # Packages whose classes stored settings may name without being asked.
 TRUSTED = ("ant_lightning", "torch", "lightning", "diffusers")
 

@@ -21,15 +21,6 @@ from ant_lightning.files.torch_file import read_torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = [
-    "AtomicCheckpointIO",
-    "content_fault",
-    "furthest_whole",
-    "read_checkpoint_file",
-    "read_whole_checkpoint",
-    "remove_unfinished",
-]
-
 _NEEDED = {"pytorch-lightning_version": str, "state_dict": Mapping, "global_step": int}
 _POSSIBLE = {
     "epoch": int,

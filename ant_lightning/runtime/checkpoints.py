@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
-__all__ = ["Checkpoints"]
-
 # Attributes that `ModelCheckpoint` changes before a file is written; reset if writing fails.
 _BOOKKEEPING = (
     "best_k_models",

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     import lightning as L
 
-__all__ = ["HasChildState", "return_child_states"]
-
 _KEY = "ant_lightning"
 
 

@@ -16,8 +16,6 @@ from ant_lightning.files.atomic import write_text
 if TYPE_CHECKING:
     import lightning as L
 
-__all__ = ["keep_csv_rows"]
-
 
 def keep_csv_rows(trainer: L.Trainer) -> None:
     """Make each `CSVLogger` append to an existing `metrics.csv`, which Lightning would delete."""

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
     from numpy.typing import NDArray
 
-__all__ = ["send_files", "send_picture", "send_settings"]
-
 # Results and records of a run; its checkpoints, images and the files of loggers are not.
 _SENT = {".yaml", ".json", ".jsonl", ".md", ".safetensors"}
 _NOT_SENT = {"hparams.yaml"}

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["keep_quiet", "warn_in_lines"]
-
 # Advertisements, facts about the machine, and what our own lines already say.
 _LINES = (
     "Tip: For seamless cloud",

@@ -15,8 +15,6 @@ from ant_lightning.runtime.rank_watch import several_ranks
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["check_ranks_agree"]
-
 _SHARDS = "shards of the backbone"
 
 

@@ -20,8 +20,6 @@ from ant_lightning.errors import message_of
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-__all__ = ["RankWatch", "first_failure", "several_ranks", "warn_of_shared_store"]
-
 _log = logging.getLogger(__name__)
 _PREFIX = "ranks: "
 # Messages of gloo and NCCL about a lost rank; they depend on how far the collective had come.

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["RUN_MARK", "logger_versions", "newest_record", "numbered", "remove_empty_run"]
-
 # Files that loggers write before the first step; a folder with no others holds no run.
 _BEFORE_STEP_1 = ("events.out.tfevents*", "hparams.yaml", "class_map.json")
 RUN_MARK = "loggers.json"  # written by runs that trained, and by no others

@@ -20,8 +20,6 @@ from ant_lightning.tasks.time_axis import NoiseCells
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["RunRecord", "local_run_folder", "run_folder"]
-
 
 class RunRecord(L.Callback):
     """Writes the settings of a command into the run's folder.

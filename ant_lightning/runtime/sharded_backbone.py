@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     import lightning as L
 
-__all__ = ["UnevenCalls", "refuse_shards", "reshard", "shard_backbone"]
-
 _log = logging.getLogger(__name__)
 
 

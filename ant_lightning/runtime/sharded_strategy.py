@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
-__all__ = ["ShardedStrategy"]
-
 
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 (experimental): parameters, gradients, averages and optimizer state in shards.

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     import lightning as L
 
-__all__ = ["StopSignal"]
-
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGINT")
 _SIGNALS = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 # With several ranks. They agree by a collective, for which the host waits.

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["Clustering", "FixedClustering", "SNRClustering", "TimestepClustering"]
-
 
 class Clustering(ABC):
     """Turns the log-SNR of a noise schedule into clusters of its timesteps.

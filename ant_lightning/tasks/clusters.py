@@ -18,8 +18,6 @@ from ant_lightning.errors import ConfigError, check_at_least
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["CellDraws", "TimestepClusters"]
-
 
 class CellDraws(NamedTuple):
     """Cells and tasks, int64 `[b]`, and the place inside each cell, float64 in [0, 1), `[b]`."""

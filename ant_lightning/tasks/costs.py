@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
-__all__ = ["affinity_costs", "snr_costs", "timestep_costs"]
-
 
 def timestep_costs(
     num_timesteps: int, *, weights: Float[Tensor, " T"] | None = None

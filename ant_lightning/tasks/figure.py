@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from torch import Tensor
 
-__all__ = [
-    "NOISE_AXES",
-    "Intervals",
-    "NoiseAxis",
-    "boundaries_figure",
-    "cell_edges",
-    "clusterings_figure",
-    "importance_density",
-]
-
 NoiseAxis = Literal["timestep", "log_snr"]
 NOISE_AXES: dict[NoiseAxis, str] = {"timestep": "timestep", "log_snr": "log-SNR"}  # axis: label
 

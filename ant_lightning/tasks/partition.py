@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
-__all__ = ["partition"]
-
 _BLOCK = 128  # starts that are handled at a time, so that their sums stay in the cache
 
 

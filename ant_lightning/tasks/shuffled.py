@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-__all__ = ["ShuffledClustering", "ShuffledClusters"]
-
 
 @dataclass(frozen=True)
 class ShuffledClusters(TimestepClusters):

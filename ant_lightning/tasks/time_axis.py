@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-__all__ = ["NoiseCells", "TimeAxis"]
-
 
 class _HasTimes(Protocol):
     """What an axis needs of a process."""

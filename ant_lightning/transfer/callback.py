@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["NegativeTransferGap"]
-
 
 class NegativeTransferGap(RunCallback):
     """During `validate`, compares the model with a specialist for each interval of timesteps.

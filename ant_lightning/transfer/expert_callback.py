@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["ExpertComparison"]
-
 
 class ExpertComparison(RunCallback):
     """During `validate`, compares a model with its specialists added: switched, or merged.

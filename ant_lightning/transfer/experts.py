@@ -22,15 +22,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.process import NoiseProcess
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = [
-    "IntervalExperts",
-    "interval_shares",
-    "merged_network",
-    "merged_weights",
-    "switched_network",
-    "with_experts",
-]
-
 
 class IntervalExperts(nn.Module):
     """Networks that share a noise axis: each image goes to the one of its noise level.

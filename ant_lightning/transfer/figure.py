@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.transfer.result import TransferGapResult
 
-__all__ = ["transfer_gap_bars"]
-
 _SAME = {"iterations": "as many steps", "samples": "as many images of the interval"}
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["GapEstimate", "negative_transfer_gap"]
-
 
 class GapEstimate(NamedTuple):
     """A gap with its bootstrap interval; below 0 is negative transfer.

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["transfer_matrix"]
-
 
 def transfer_matrix(
     losses: Callable[[int], Tensor],

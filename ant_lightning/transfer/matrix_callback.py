@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["TransferMatrix"]
-
 
 class TransferMatrix(MeasuringCallback):
     """Measures the share of task j's loss that a step on task i removes, in a validation.

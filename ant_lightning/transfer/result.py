@@ -15,8 +15,6 @@ from ant_lightning.transfer.gap import GapEstimate
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["IntervalGap", "TransferGapResult"]
-
 _MAX_BYTES = 2**24  # of a file that is parsed; a row has a few kilobytes
 Row = TypeVar("Row", "IntervalGap", "TransferGapResult")
 _WRONG = (LookupError, TypeError, ValueError, OverflowError)  # entries missing or of other types

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.module import MultiTaskDiffusion
 
-__all__ = ["Specialist", "check_specialist", "find_specialists", "specialist_network"]
-
 # What a specialist must have in common with the multi-task model: its name in checkpoints, and the
 # setting that an error names. The interval is compared last: another schedule gives other clusters,
 # and then the schedule is the error to report.

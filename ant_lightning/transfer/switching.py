@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ant_lightning.generation.extractor import FeatureExtractor
     from ant_lightning.models.denoiser import DiffusionModule
 
-__all__ = ["SpecialistSampler", "using_network"]
-
 
 class SpecialistSampler:
     """Samples images of a module, and the same with a specialist inside one interval.

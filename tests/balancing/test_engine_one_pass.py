@@ -9,9 +9,10 @@ from torch import nn
 
 from ant_lightning import PCGrad, multitask_backward
 from ant_lightning.balancing.auto import Auto
-from ant_lightning.balancing.engines import Loop, UnsupportedError
+from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.one_pass.grouped import products, samples_of, sums
+from ant_lightning.errors import UnsupportedError
 
 
 class Keeping(nn.Module):

@@ -27,10 +27,11 @@ from ant_lightning import (
 )
 from ant_lightning.affinity.gradient import FlatGradient
 from ant_lightning.balancing.auto import Auto
-from ant_lightning.balancing.engines import Loop, UnsupportedError
+from ant_lightning.balancing.engines import Loop
 from ant_lightning.balancing.gradients import DenseTaskGradients
 from ant_lightning.balancing.one_pass import LowMemory, OnePass
 from ant_lightning.balancing.reduction import Reduction
+from ant_lightning.errors import UnsupportedError
 
 ENGINES = [Loop, Auto, OnePass, LowMemory]
 METHODS = [("none", Loop), ("uw", Loop), *(("pcgrad", engine) for engine in ENGINES)]

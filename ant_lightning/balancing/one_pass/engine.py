@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.agreement import together
-from ant_lightning.balancing.engines import Engine, UnsupportedError, check_whole, new_rows
+from ant_lightning.balancing.engines import Engine, check_whole, new_rows
 from ant_lightning.balancing.one_pass import layer_rules  # noqa: F401 - fills the table of rules
 from ant_lightning.balancing.one_pass.leaves import Leaves
 from ant_lightning.balancing.one_pass.task_parameters import TaskParameter, state
 from ant_lightning.balancing.weight_factors import has_small_factors
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, UnsupportedError
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.balancing.one_pass.leaves import Receiver
     from ant_lightning.balancing.task_batch import TaskBatch
-
-__all__ = ["OnePass", "SortedLosses", "eagerly"]
 
 T = TypeVar("T")
 

@@ -15,8 +15,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["expand_to_samples", "products", "samples_of", "sums"]
-
 
 def _runs(sizes: Sequence[int]) -> Iterator[tuple[slice, slice, int]]:
     """Tasks of equal size: their slice of the tasks, of the samples, and their number."""

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ant_lightning.balancing.engines import UnsupportedError
 from ant_lightning.balancing.one_pass.grouped import products, samples_of, sums
 from ant_lightning.balancing.one_pass.task_parameters import (
     RULES,
@@ -26,6 +25,7 @@ from ant_lightning.balancing.one_pass.task_parameters import (
     state,
     value_of,
 )
+from ant_lightning.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

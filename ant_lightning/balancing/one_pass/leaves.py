@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch._C import DisableTorchFunctionSubclass
 
-from ant_lightning.balancing.engines import UnsupportedError
+from ant_lightning.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
-
-__all__ = ["Factors", "Leaves", "Receiver"]
 
 
 class Receiver(Protocol):

@@ -8,13 +8,9 @@ import torch
 
 from ant_lightning.balancing.buckets import ArrivalOrder, memory_strides
 from ant_lightning.balancing.engines import Engine
-from ant_lightning.balancing.gradients import (
-    TaskGradients,
-    assign_gradients,
-    dot_products,
-    reduce_gradients_,
-)
+from ant_lightning.balancing.gradients import TaskGradients, assign_gradients, reduce_gradients_
 from ant_lightning.balancing.one_pass.engine import OnePass, SortedLosses
+from ant_lightning.balancing.products import dot_products
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -24,8 +20,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.balancing.gradients import DenseTaskGradients
     from ant_lightning.balancing.task_batch import TaskBatch
-
-__all__ = ["LowMemory"]
 
 
 class LowMemory(Engine):

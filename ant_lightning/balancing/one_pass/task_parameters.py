@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from ant_lightning.balancing.engines import UnsupportedError
 from ant_lightning.balancing.one_pass.grouped import expand_to_samples
+from ant_lightning.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 
     from ant_lightning.balancing.one_pass.leaves import Factors
-
-__all__ = ["RULES", "State", "TaskParameter", "TaskView", "leaf_of", "state", "value_of"]
 
 
 class State:

@@ -9,8 +9,6 @@ from torch.utils.data import Dataset
 from ant_lightning.data.archives.store import open_store
 from ant_lightning.data.pictures import SUFFIXES
 
-__all__ = ["EDMImages"]
-
 
 class EDMImages(Dataset[dict[str, Any]]):
     """A zip archive or a folder that EDM's `dataset_tool.py` wrote, for `MapStyleData`.

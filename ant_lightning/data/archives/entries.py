@@ -11,8 +11,6 @@ from ant_lightning.data.pictures import SUFFIXES
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-__all__ = ["image_entry", "label_of_entries"]
-
 MAX_LABEL = 2**62
 
 

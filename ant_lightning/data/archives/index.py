@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["ArchiveIndex", "archive_index", "bytes_at"]
-
 _FORMAT = 1
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from ant_lightning.errors import ConfigError
 
-__all__ = ["expanded_braces", "shard_files"]
-
 
 def expanded_braces(pattern: str) -> list[str]:
     """Write out the ranges of a pattern as WebDataset does.

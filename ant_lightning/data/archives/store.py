@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["FileStore", "open_store"]
-
 _COLUMNS = ("offset", "size", "method", "crc", "label")
 _LABELS = "dataset.json"
 _MAX_LABELS_BYTES = 2**30

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.pictures import Crop
 
-__all__ = ["StreamData"]
-
 
 class StreamData(ImageDataModule):
     """Tar shards in WebDataset's format, read one after the other, for data in object storage.

@@ -17,8 +17,6 @@ from ant_lightning.data.archives.index import ArchiveIndex, archive_index, bytes
 from ant_lightning.data.archives.shard_names import shard_files
 from ant_lightning.errors import ConfigError, FileError
 
-__all__ = ["TarShards"]
-
 _COLUMNS = ("offset", "size", "label")
 _NO_LABEL = -1
 

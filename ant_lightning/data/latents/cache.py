@@ -16,8 +16,6 @@ from ant_lightning.files.safetensors_file import read_tensors, write_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["INDEX_NAME", "CacheIndex", "Shard", "check_first_stage", "read_index"]
-
 INDEX_NAME = "index.json"
 _VERSION = 2  # version 0.1 wrote format 1: numpy arrays, without the identity of the images
 _MAX_SHARDS = 2**20

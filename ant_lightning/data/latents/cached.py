@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LatentsData"]
-
 
 class LatentsData(ImageDataModule):
     """Moments of a first stage from a cache that `ant-lightning encode` wrote.

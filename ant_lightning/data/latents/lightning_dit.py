@@ -18,8 +18,6 @@ from ant_lightning.files.torch_file import read_torch
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-__all__ = ["LightningDiTLatentsData"]
-
 
 class LightningDiTLatentsData(OthersLatents):
     """Latents as LightningDiT's `extract_features.py` writes them.

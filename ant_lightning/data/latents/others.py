@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.latents.space import LatentSpace
 
-__all__ = ["OthersLatents"]
-
 
 class OthersLatents(ImageDataModule):
     """Base of the data modules for latents of other programs.

@@ -11,8 +11,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LatentSpace"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class LatentSpace:

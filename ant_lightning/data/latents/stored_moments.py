@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.archives.store import FileStore
 
-__all__ = ["EDM2LatentsData", "REPALatentsData"]
-
 # EDM2's `StabilityVAEEncoder`: statistics of ImageNet's latents, for a final deviation of 0.5.
 _EDM2_MEAN = (5.81, 3.25, 0.12, -2.15)
 _EDM2_STD = (4.17, 4.62, 3.71, 3.28)

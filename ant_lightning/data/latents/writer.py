@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.latents.space import LatentSpace
 
-__all__ = ["Encoder", "LatentWriter"]
-
 
 class Encoder(Protocol):
     """The part of a first stage that `LatentWriter` uses."""

@@ -18,8 +18,6 @@ from ant_lightning.files.safetensors_file import read_safetensors, read_tensors,
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TextCache", "TextWriter"]
-
 _INDEX = "index.json"
 _KEYS = "captions"  # digests of the captions of a shard, [n, 16] uint8
 

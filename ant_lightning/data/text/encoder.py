@@ -17,8 +17,6 @@ from ant_lightning.files.json_file import read_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["TextEncoder", "encoder_identity", "text_encodings"]
-
 TEXT, POOLED, MASK = "encoder_hidden_states", "pooled_projections", "encoder_attention_mask"
 # Models with more than an encoder of text, and the part of them that is one.
 _PARTS = {

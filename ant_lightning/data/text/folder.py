@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.data.folder_images import FolderImages
 
-__all__ = ["CaptionFolderData"]
-
 _METADATA = "metadata.jsonl"
 
 

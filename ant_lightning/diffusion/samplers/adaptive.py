@@ -14,8 +14,6 @@ from ant_lightning.errors import ConfigError, NonFiniteError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ADAPTIVE_METHODS", "AdaptiveMethod", "solve_each"]
-
 AdaptiveMethod: TypeAlias = Literal["dopri5", "dopri8", "bosh3", "adaptive_heun"]
 ADAPTIVE_METHODS: tuple[str, ...] = get_args(AdaptiveMethod)
 

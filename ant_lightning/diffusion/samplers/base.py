@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.diffusion.process import Images
 
-__all__ = ["Denoiser", "SampleStep", "Sampler"]
-
 Denoiser: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
-from ant_lightning.diffusion.forward import at_least_float32, gather
+from ant_lightning.diffusion.forward import gather
+from ant_lightning.diffusion.process import at_least_float32
 from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep
 from ant_lightning.diffusion.samplers.spacing import (
     latent_ddim_timesteps,
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.forward import Timesteps
     from ant_lightning.diffusion.losses import PMeanVariance
     from ant_lightning.diffusion.process import Images
-
-__all__ = ["DDIM", "DDPM", "ancestral_step", "ddim_inverse_step", "ddim_step"]
 
 
 class _RespacedSampler(Sampler):

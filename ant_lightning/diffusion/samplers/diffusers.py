@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     # For types only: the import takes seconds, and whoever passes a scheduler has done it.
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-__all__ = ["DiffusersSampler"]
-
 
 class DiffusersSampler(Sampler):
     """Runs a scheduler of diffusers on its own spacing, with the noise levels of the process.

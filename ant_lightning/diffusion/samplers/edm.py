@@ -25,8 +25,6 @@ from ant_lightning.errors import ConfigError, check_at_least, check_one_of, chec
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["EDMSampler"]
-
 _METHODS = ("euler", "midpoint", "heun", "ralston")
 
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.flow import FlowMatching
     from ant_lightning.diffusion.samplers.base import Denoiser
 
-__all__ = ["FlowField", "FlowPrediction"]
-
 
 class FlowPrediction(NamedTuple):
     """What one network call says, `[b, c, ...]` each: velocity, noise and image."""

@@ -12,8 +12,6 @@ from ant_lightning.errors import check_between
 if TYPE_CHECKING:
     from ant_lightning.diffusion.flow import FlowMatching
 
-__all__ = ["edm_times", "even_times", "flux_mu", "sampling_interval", "shifted"]
-
 
 def sampling_interval(process: FlowMatching, margin: float | None = None) -> tuple[float, float]:
     """First and last time of a path from noise to data, `(start, stop)`, in our time (1 is noise).

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.samplers.base import Denoiser
     from ant_lightning.diffusion.samplers.ode import ODESampler
 
-__all__ = ["flow_log_likelihood"]
-
 
 def flow_log_likelihood(
     process: FlowMatching, denoiser: Denoiser, x_start: Images, *, sampler: ODESampler

@@ -16,15 +16,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = [
-    "Discretization",
-    "Schedule",
-    "SigmaSchedule",
-    "sigma_range",
-    "sigma_schedule",
-    "sigma_steps",
-]
-
 Discretization: TypeAlias = Literal["edm", "vp", "ve", "iddpm"]
 Schedule: TypeAlias = Literal["linear", "vp", "ve"]
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.diffusion.process import Images
 
-__all__ = ["ODESampler"]
-
 _ADAPTIVE = get_args(AdaptiveMethod)
 
 

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["ODEMethod", "Tableau", "runge_kutta_step", "tableau"]
-
 ODEMethod: TypeAlias = Literal["euler", "midpoint", "heun", "ralston", "heun3", "rk4"]
 
 

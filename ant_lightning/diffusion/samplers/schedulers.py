@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.diffusion.process import NoiseProcess
 
-__all__ = ["Support", "discrete_scheduler", "numpy_warnings_off", "support_of"]
-
 
 class Support(NamedTuple):
     """What a scheduler is for, and which arguments its methods accept.

@@ -18,8 +18,6 @@ from ant_lightning.errors import ConfigError, check_at_least, check_between, che
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Diffusion", "LastStep", "SDESampler", "diffusion_coefficient"]
-
 Diffusion: TypeAlias = Literal[
     "constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"
 ]

@@ -11,8 +11,6 @@ from ant_lightning.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["latent_ddim_timesteps", "space_timesteps", "strided_timesteps"]
-
 
 def space_timesteps(num_timesteps: int, section_counts: Sequence[int]) -> list[int]:
     """Choose timesteps: [0, T) is cut into equal sections, each visited at evenly spaced points.

@@ -22,8 +22,6 @@ from ant_lightning.models.first_stage.names import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["check_config", "load_autoencoder"]
-
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _MAX_LAYERS = 64
 _MAX_SIZE = 2**20

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["FirstStage"]
-
 # Scales for files that hold none, as published: KL of Stable Diffusion and DiT; VQ of LDM has 1.
 _SCALES = {"kl": 0.18215, "vq": 1.0, "dc": 1.0}
 _KINDS: dict[str, Literal["kl", "vq", "dc"]] = {

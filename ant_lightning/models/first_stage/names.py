@@ -10,8 +10,6 @@ from ant_lightning.errors import FileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["diffusers_config", "diffusers_names", "is_latent_diffusion"]
-
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.embedding.")
 # Patterns of latent-diffusion and what diffusers calls them; a name may match several.
 _RENAMED = (
