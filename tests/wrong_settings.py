@@ -288,8 +288,11 @@ SETTINGS = {
     ),
     "no initial weights": (["--model.init_from=/nope.pt"], ["init_from", "/nope.pt"]),
     "log folder": (["--trainer.logger.save_dir=/proc/x"], ["logger.save_dir", "/proc/x"]),
-    "no checkpoint": (["--ckpt_path=/nope.ckpt"], ["ckpt_path", "file that exists", "/nope.ckpt"]),
-    "folder as checkpoint": ([f"--ckpt_path={CONFIGS}"], ["ckpt_path", "found a folder"]),
+    "no checkpoint": (
+        ["--ckpt_path=/nope.ckpt"],
+        ["ckpt_path", "must be a checkpoint, the folder", "/nope.ckpt"],
+    ),
+    "folder as checkpoint": ([f"--ckpt_path={CONFIGS}"], ["ckpt_path", "found the folder"]),
     "a word as checkpoint": (["--ckpt_path=best"], ["ckpt_path", "or last", "best"]),
     "checkpoint that runs code": (["--weights_only=false"], ["weights_only: must be true"]),
     "config that is not there": (

@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import re
 from inspect import cleandoc
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ant_lightning.cli.merged_settings import HELP
-from ant_lightning.cli.records import record_file
+from ant_lightning.cli.records import with_run
 from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.errors import ConfigError
 
@@ -34,8 +33,6 @@ def run_diagnose(args: Sequence[str]) -> None:
         print(_help())
         return
     own, rest = validation(args)
-    if not args[0].startswith("-"):
-        rest[1] = f"--ckpt_path={_checkpoint(Path(args[0]))}"
     # Imported here: `validation` is needed before the imports of a run.
     from ant_lightning.cli.parser import run  # noqa: PLC0415
 
@@ -54,10 +51,8 @@ def validation(args: Sequence[str]) -> tuple[dict[str, object], list[str]]:
     Raises:
         ConfigError: If the folder is not that of a run, or neither it nor a config is given.
     """
-    rest = list(args)
-    if rest and not rest[0].startswith("-"):
-        rest = [f"--config={record_file(Path(rest[0]))}", "--ckpt_path=last", *rest[1:]]
-    elif not any(each.partition("=")[0] in {"-c", "--config"} for each in rest):
+    _, *rest = with_run(["validate", *args])
+    if not any(each.partition("=")[0] in {"-c", "--config"} for each in rest):
         raise ConfigError("diagnose: needs the folder of a run, or --config, found none")
     own, rest = _split(rest)
     if not any(each.startswith("--trainer.limit_val_batches") for each in rest):
@@ -79,16 +74,6 @@ def _help() -> str:
             own,
         ]
     )
-
-
-def _checkpoint(folder: Path) -> Path:
-    """The checkpoint of a run with the most steps."""
-    from ant_lightning.runtime.checkpoint_files import furthest_whole  # noqa: PLC0415
-
-    found = furthest_whole((folder / "checkpoints").glob("*.ckpt"))
-    if found is None:
-        raise ConfigError(f"{folder / 'checkpoints'}: needs a checkpoint, found none")
-    return found[0]
 
 
 def _split(args: Sequence[str]) -> tuple[dict[str, object], list[str]]:

@@ -19,7 +19,7 @@ from ant_lightning.exports.single_files import EXPORTED_WEIGHTS
 from ant_lightning.files.json_file import read_json
 from ant_lightning.files.safetensors_file import read_safetensors, read_tensors
 from ant_lightning.models.base import BaseModule
-from ant_lightning.runtime.checkpoint_files import furthest_whole, read_whole_checkpoint
+from ant_lightning.runtime.checkpoint_files import checkpoint_of_run, read_whole_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -133,11 +133,7 @@ def _checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint at `path`, or the one with the most steps in a run folder; its content."""
     if not path.is_dir():
         return path, read_whole_checkpoint(path)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = furthest_whole(folder.glob("*.ckpt"))
-    if found is None:
-        raise ConfigError(f"{folder}: needs a checkpoint, found none")
-    return found
+    return checkpoint_of_run(path)
 
 
 def _of_length(content: dict[str, Any], path: Path, length: float) -> dict[str, Any]:

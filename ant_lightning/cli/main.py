@@ -1,14 +1,14 @@
 r"""usage: ant-lightning {fit,validate,test,predict,score,encode} --config NAME [options]
        ant-lightning export RUN --to {diffusers,official,safetensors,torch}
-       ant-lightning {report,diagnose,sweep,app} RUN_FOLDER
+       ant-lightning {validate,test,predict,report,diagnose,sweep,app} RUN [options]
        ant-lightning configs
 
 Diffusion training as multi-task learning over clusters of timesteps.
 
   fit        train                         --ckpt_path last resumes
-  validate   loss, FID and its companions  --ckpt_path FILE (--scores false: the loss alone)
-  test       the same, logged as test/...  --ckpt_path FILE
-  predict    write images                  --ckpt_path FILE --num_images 1000
+  validate   loss, FID and its companions  RUN (--scores false: the loss alone)
+  test       the same, logged as test/...  RUN
+  predict    write images                  RUN --num_images 1000
                                            (PNG files; --samples.npz FILE.npz for one file)
   score      FID ... of stored images      --config RUN/config.yaml --images FOLDER or FILE.npz
   diagnose   would balancing help? writes diagnosis.html into the folder of a run
@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, TextIO
 from ant_lightning import __version__
 from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.first_look import first_look
+from ant_lightning.cli.records import with_run
 from ant_lightning.cli.trainer_settings import with_classes_of_loggers
 from ant_lightning.errors import (
     CheckpointWriteError,
@@ -137,7 +138,8 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
     try:
-        arguments = _with_groups(with_classes_of_loggers(with_paths_of_configs(arguments)))
+        arguments = with_paths_of_configs(with_run(arguments))
+        arguments = _with_groups(with_classes_of_loggers(arguments))
         first_look(arguments)
         warn_in_lines()
         return (_run_other if arguments[0] in WITHOUT_LIGHTNING else _run)(arguments)

@@ -44,7 +44,7 @@ from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError
 from ant_lightning.models.resumed_settings import say_changed
 from ant_lightning.runtime.changed_settings import changed_settings, flat_settings, trained_settings
-from ant_lightning.runtime.checkpoint_files import read_whole_checkpoint
+from ant_lightning.runtime.checkpoint_files import checkpoint_of_run, read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.quiet import keep_quiet
 from ant_lightning.runtime.run_files import remove_empty_run
@@ -174,6 +174,8 @@ class AntCLI(LightningCLI):
         """Check the Trainer's flags, choose the run folder, and dump its record of settings."""
         self.paths.settings = config = self.config[self.command]
         path = str(config.ckpt_path or "last")
+        if path != "last" and Path(path).is_dir():  # of a run
+            path = config.ckpt_path = str(checkpoint_of_run(Path(path), with_shards=False)[0])
         named = path != "last" and "://" not in path
         # Raises if it is damaged. No rank puts the shards of all ranks together.
         content = read_whole_checkpoint(Path(path), with_shards=False) if named else None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.renamed import with_new_names
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.run_files import newest_record
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def record_file(folder: Path) -> Path:
@@ -35,3 +33,19 @@ def record_of(folder: Path) -> dict[str, Any]:
     text = record_file(folder).read_text(encoding="utf8")
     found: dict[str, Any] = with_new_names(load_yaml(text))
     return found
+
+
+def with_run(arguments: list[str]) -> list[str]:
+    """The arguments of a command in which `RUN` stands for the config and checkpoint of a run.
+
+    It is the first argument of `validate`, `test` and `predict`: a folder, or a checkpoint in it.
+
+    Raises:
+        ConfigError: If it is not that of a run.
+    """
+    command, *rest = arguments
+    if command not in {"validate", "test", "predict"} or not rest or rest[0].startswith("-"):
+        return arguments
+    run, *options = rest
+    folder = Path(run).parent.parent if Path(run).is_file() else Path(run)
+    return [command, f"--config={record_file(folder)}", f"--ckpt_path={run}", *options]

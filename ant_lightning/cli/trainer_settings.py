@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, found_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,9 +87,12 @@ def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a 
         )
     path = settings.get("ckpt_path")
     named = isinstance(path, str) and path not in ("", "last") and "://" not in path
-    if named and not Path(path).is_file():
-        found = "a folder, " if Path(path).is_dir() else ""
-        raise ConfigError(f"ckpt_path: must be a file that exists, or last, found {found}{path}")
+    of_run = named and any(any(Path(path).glob(each)) for each in ("*.ckpt", "checkpoints/*.ckpt"))
+    if named and not of_run and not Path(path).is_file():
+        raise ConfigError(
+            f"ckpt_path: must be a checkpoint, the folder of a run that has one, or last, "
+            f"{found_at(path)}"
+        )
 
 
 def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a namespace

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from packaging.version import InvalidVersion, Version
 
-from ant_lightning.errors import CheckpointWriteError, FileError
+from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
 from ant_lightning.files.atomic import write_atomically
 from ant_lightning.files.checkpoint_shards import check_shards, fill_shards, remove_orphans
 from ant_lightning.files.torch_file import read_torch
@@ -171,6 +171,23 @@ def furthest_whole(
         except FileError as error:
             warnings.warn(f"ckpt_path: skipped {error}", stacklevel=2)
     return None
+
+
+def checkpoint_of_run(folder: Path, *, with_shards: bool = True) -> tuple[Path, dict[str, Any]]:
+    """The intact checkpoint of a run with the most steps, and its content.
+
+    Args:
+        folder: The folder of the run, or that of its checkpoints.
+        with_shards: As in `read_whole_checkpoint`.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    place = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    found = furthest_whole(place.glob("*.ckpt"), with_shards=with_shards)
+    if found is None:
+        raise ConfigError(f"{place}: needs a checkpoint, found none")
+    return found
 
 
 def _peek(path: Path) -> dict[str, Any] | None:

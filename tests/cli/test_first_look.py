@@ -282,11 +282,14 @@ def test_a_run_whose_data_are_gone(tmp_path, capsys):
         first := "model: {class_path: DiTModule}\ndata: "
     )  # an older record
     newest.write_text(f"{first}{text}")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_1.ckpt").write_bytes(b"")
     for args in (
         ["sweep", str(tmp_path), "--guidance", "1"],
         ["diagnose", str(tmp_path), "--num_images", "8"],
         ["score", "--config", str(newest), "--images", str(tmp_path)],
         ["validate", "--config", str(newest)],
+        ["predict", str(tmp_path)],
     ):
         assert main(args) == 2
         line = "data.root: must be a folder of images, found nothing at /nope"
@@ -355,9 +358,10 @@ def test_a_class_of_somebody_else_may_bring_others_with_short_names(tmp_path):
 
 
 def test_a_checkpoint_that_is_there_passes(tmp_path):
-    path = tmp_path / "a.ckpt"
+    path = tmp_path / "checkpoints" / "a.ckpt"
+    path.parent.mkdir()
     path.write_bytes(b"")
-    for each in (str(path), "last", "s3://bucket/a.ckpt"):
+    for each in (str(path), str(path.parent), str(tmp_path), "last", "s3://bucket/a.ckpt"):
         assert looked(["validate", "--config", str(DIT), f"--ckpt_path={each}"]) is None
         assert looked(["validate", "--config", str(DIT), "--ckpt_path", each]) is None
 

@@ -12,6 +12,7 @@ import yaml
 from ant_lightning import EMA, ConflictMonitor, GenerationMetrics, SampleGrid
 from ant_lightning.cli.main import main
 from ant_lightning.cli.parser import run
+from ant_lightning.cli.records import with_run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BASE = CONFIGS / "digits" / "dit.yaml"
@@ -86,12 +87,12 @@ def test_fit_validate_test_and_predict_share_one_checkpoint(tmp_path, capsys):
     row = json.loads((log_dir / "generation_metrics.jsonl").read_text().splitlines()[-1])
     assert row["scores"]["num_images"] == 360
     assert row["guidance_scale"] == 1.5
-    test = run([*arguments(tmp_path, *files, command="test"), f"--ckpt_path={last}"])
+    test = run(with_run(["test", str(log_dir)]))
     assert float(test.trainer.callback_metrics["test/fid"]) == pytest.approx(in_fit["val/fid"])
     folder = tmp_path / "images"
     predict = [
-        *arguments(tmp_path, *files, command="predict"),
-        f"--ckpt_path={last}",
+        "predict",
+        str(log_dir),
         "--samples.num_images=7",
         "--samples.batch_size=3",
         f"--samples.folder={folder}",
@@ -100,6 +101,23 @@ def test_fit_validate_test_and_predict_share_one_checkpoint(tmp_path, capsys):
     images = [f"{i:06d}.png" for i in range(7)]
     assert sorted(p.name for p in folder.iterdir()) == [*images, "identity.json"]
     assert str(folder) in capsys.readouterr().out
+
+
+def test_a_run_stands_for_its_config_and_its_checkpoint(tmp_path, capsys):
+    record = tmp_path / "config_1.yaml"
+    for file in (tmp_path / "config.yaml", record):
+        file.write_text("model: {}")
+    checkpoint = tmp_path / "checkpoints" / "step_7.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"")
+    for named in (tmp_path, checkpoint):
+        found = with_run(["predict", str(named), "--num_images", "3"])
+        options = [f"--config={record}", f"--ckpt_path={named}", "--num_images", "3"]
+        assert found == ["predict", *options]
+    for other in (["validate", "--config", "digits/dit"], ["fit", str(tmp_path)], ["validate"]):
+        assert with_run(other) == other
+    assert main(["validate", str(CONFIGS)]) == 2
+    assert f"{CONFIGS}: must be the log folder of a run" in capsys.readouterr().err
 
 
 def test_help_names_every_command_and_needs_no_torch(capsys):
