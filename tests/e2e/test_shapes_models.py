@@ -68,7 +68,7 @@ def test_the_command_makes_a_file_that_loads(tmp_path, capsys):
     accuracy = float(ShapesFeatures(path).metadata["held_out_accuracy"])
     assert f"held-out accuracy {accuracy:.2%} on 4096 shapes" in capsys.readouterr().out
     assert ShapesFeatures(path).name != ShapesFeatures().name
-    with pytest.raises(ConfigError, match="3 channels, found 1"):
+    with pytest.raises(ConfigError, match="3 channels for ShapesFeatures, found 1"):
         ShapesFeatures()(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
     save_file({"other": torch.zeros(3)}, path)
     with pytest.raises(ConfigError, match="must hold the weights of the shapes network"):
