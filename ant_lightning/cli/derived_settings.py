@@ -2,7 +2,7 @@
 
 - `num_tasks` of a balancer is that of the clustering.
 - `input_size`, `in_channels` and `num_classes` of a network are those of the data, or of their
-  latents; `out_channels` follows from the process.
+  latents; `out_channels` and `learn_sigma` follow from the process.
 
 They are added to a command line as options. What is set anywhere, to any value, stays.
 """
@@ -48,6 +48,9 @@ def derived_settings(args: Sequence[str]) -> list[str]:
         num_tasks = _num_tasks(tasks.get("clustering"))
         if num_tasks and "num_tasks" in _open(tasks.get("balancer")):
             found["model.init_args.tasks.balancer.init_args.num_tasks"] = num_tasks
+    is_fixed = str(_variance_type(model)).startswith("fixed")
+    if is_fixed and "learn_sigma" in _open(model.get("backbone")):
+        found["model.init_args.backbone.init_args.learn_sigma"] = False
     own, backbone = (
         [name for name in _open(part) if name in _SIZES] for part in (model, model.get("backbone"))
     )

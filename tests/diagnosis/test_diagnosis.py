@@ -178,7 +178,7 @@ def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys, tm
         first = next(each for each in lines if each.startswith(FIRST[start]))
         assert lines.index(first) == len(lines) - 2
         page = run.relative_to(tmp_path) / "diagnosis"
-        assert re.fullmatch(rf"\d more in {page}.html and {page}.md", lines[-1])
+        assert re.fullmatch(rf"\d more pieces of advice in {page}.html and {page}.md", lines[-1])
         assert (run / "task_affinity.safetensors").is_file()
         numbers = json.loads((run / "diagnosis.json").read_text())
         assert numbers["step"] == 1

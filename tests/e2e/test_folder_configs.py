@@ -66,7 +66,9 @@ def test_a_folder_is_all_that_a_run_needs(name, images, tmp_path, monkeypatch):
     if kind == "ldm":
         expected |= {"input_size": size // 2, "in_channels": 4, "out_channels": 4}
     elif kind == "adm":
-        expected |= {"out_channels": 6}
+        expected |= {"out_channels": 3}
+    elif name.startswith("folder/dit"):
+        expected |= {"learn_sigma": False}
     assert backbone.items() >= expected.items()
     tasks = record["model"]["init_args"]["tasks"]
     assert tasks["balancer"]["init_args"]["num_tasks"] == 3
@@ -81,7 +83,7 @@ BACKBONE = "model.init_args.backbone.init_args."
 
 def test_what_is_set_stays_and_what_follows_is_added(images):
     args = ["--config", str(config_names()["folder/adm_32"]), f"--data.root={images}"]
-    sizes = {"input_size": "32", "in_channels": "3", "num_classes": "3", "out_channels": "6"}
+    sizes = {"input_size": "32", "in_channels": "3", "num_classes": "3", "out_channels": "3"}
     tasks = {"model.init_args.tasks.balancer.init_args.num_tasks": "5"}
     assert options(*args) == {BACKBONE + name: value for name, value in sizes.items()} | tasks
     wide = options(*args, "--data.image_size=[32, 64]")
@@ -89,12 +91,22 @@ def test_what_is_set_stays_and_what_follows_is_added(images):
     assert options(*args, "--model.tasks.balancer=null", "--model.backbone.num_classes=0") == {
         BACKBONE + name: value for name, value in sizes.items() if name != "num_classes"
     }
-    found = options(*args, "--data.channels=1", "--model.process.variance_type=fixed_small")
-    assert found[BACKBONE + "in_channels"] == found[BACKBONE + "out_channels"] == "1"
+    found = options(*args, "--data.channels=1", "--model.process.variance_type=learned_range")
+    assert (found[BACKBONE + "in_channels"], found[BACKBONE + "out_channels"]) == ("1", "2")
     shuffled = str(config_names()["clustering/shuffled"])
     fixed = "--model.tasks.clustering={class_path: FixedClustering, boundaries: [0, 9, 1000]}"
     assert options(*args, f"--config={shuffled}").items() >= tasks.items()
     assert options(*args, fixed)[next(iter(tasks))] == "2"
+
+
+def test_a_dit_learns_the_variance_where_the_process_does():
+    args = ["--config", str(config_names()["folder/dit_32"]), "--data.root=/nope"]
+    name = BACKBONE + "learn_sigma"
+    assert options(*args)[name] == "False"
+    assert name not in options(*args, "--model.process.variance_type=learned_range")
+    assert name not in options(*args, "--model.backbone.learn_sigma=true")
+    flow = ["--config", str(config_names()["folder/sit_32"]), "--data.root=/nope"]
+    assert name not in options(*flow)
 
 
 def test_grey_folders_train_one_channel(tmp_path):
