@@ -259,7 +259,10 @@ class Diagnosis(MeasuringCallback):
         page = write_page(self.findings, folder, texts, about=about)
         first, *others = advice(self.findings)
         print(f"{first.title}. {first.text}")
-        print(f"{len(others)} more pieces of advice in {page} and {page.with_suffix('.md')}", flush=True)
+        print(
+            f"{len(others)} more pieces of advice in {page} and {page.with_suffix('.md')}",
+            flush=True,
+        )
 
 
 def _centres(num_timesteps: int, num_points: int) -> tuple[int, ...]:
