@@ -228,8 +228,8 @@ def _clusters(
         f"## Clusters\n\n{_saved(figure, folder, 'clusters')}\n"
         "The lower panels are for batches in which every cluster has the same share; the dashed "
         "line is the process' own density. "
-        "Losses, weights and norms are means over the last logging interval; a loss with a learned "
-        f"variance has its term too.\n\n{table}"
+        "Weights are means over the last logging interval; losses and norms are the last ones."
+        f"\n\n{table}"
     )
 
 
