@@ -186,7 +186,7 @@ BAD = {
     "channels": (["--model.init_args.backbone.init_args.in_channels=3"], ["in_channels", "3"]),
     "classes": (["--model.init_args.backbone.init_args.num_classes=7"], ["num_classes", "10", "7"]),
     "learned variance": (
-        ["--model.init_args.process.variance_type=fixed_small"],
+        ["--model.process.variance_type=fixed_small", "--model.backbone.learn_sigma=true"],
         ["out_channels", "1", "2"],
     ),
     "clip flag": (["--trainer.gradient_clip_val=1.0"], ["gradient_clip_val", "clip_grad_norm"]),
