@@ -48,4 +48,10 @@ def with_run(arguments: list[str]) -> list[str]:
         return arguments
     run, *options = rest
     folder = Path(run).parent.parent if Path(run).is_file() else Path(run)
-    return [command, f"--config={record_file(folder)}", f"--ckpt_path={run}", *options]
+    found = [f"--config={record_file(folder)}", f"--ckpt_path={run}"]
+    trainer = record_of(folder).get("trainer")
+    # A run that trained without validation: `validate` would measure nothing and say nothing.
+    is_off = isinstance(trainer, dict) and trainer.get("limit_val_batches") == 0
+    if command == "validate" and is_off:
+        found.append("--trainer.limit_val_batches=1.0")
+    return [command, *found, *options]

@@ -114,6 +114,9 @@ def test_a_run_stands_for_its_config_and_its_checkpoint(tmp_path, capsys):
         found = with_run(["predict", str(named), "--num_images", "3"])
         options = [f"--config={record}", f"--ckpt_path={named}", "--num_images", "3"]
         assert found == ["predict", *options]
+    record.write_text("trainer: {limit_val_batches: 0}")  # as a run without validation has it
+    measured = ["--trainer.limit_val_batches=1.0", "--scores=false"]
+    assert with_run(["validate", str(tmp_path), "--scores=false"])[-2:] == measured
     for other in (["validate", "--config", "digits/dit"], ["fit", str(tmp_path)], ["validate"]):
         assert with_run(other) == other
     assert main(["validate", str(CONFIGS)]) == 2
