@@ -37,6 +37,8 @@ TITLES = {
     "ldm/gradient": "latent diffusion, gradient clusters",
     "adm/snr": "pixels (ADM)",
     "sit/snr": "flow matching (SiT)",
+    "dit/learned_variance": "pixels (DiT), learned variance",
+    "dit/fixed_variance": "pixels (DiT), fixed variance",
     "shapes_ldm/snr": "shapes, latent diffusion",
     "shapes_adm/snr": "shapes, pixels (ADM)",
 }

@@ -46,7 +46,9 @@ def add_run_options(parser: ArgumentParser) -> None:
     """Add the options of `run_study` to a command."""
     parser.add_argument("--jobs", type=int, default=1, help="cells at the same time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each cell")
-    parser.add_argument("--only", default="*", help="pattern of names of cells, in quotes")
+    parser.add_argument(
+        "--only", default="*", help="patterns of names of cells, in quotes, with spaces between"
+    )
     parser.add_argument("--rerun-changed", action="store_true", help="cells with new settings too")
 
 
@@ -64,9 +66,13 @@ def missing_cells(
         ConfigError: If nothing matches; or if cells have rows of other settings alone, unless
             `rerun_changed`.
     """
-    wanted = [name for name in study.cells if fnmatch(name, only)]
-    if not wanted:
-        raise ConfigError(f"only: must match a cell of the study, found {only!r}")
+    found = {
+        pattern: [n for n in study.cells if fnmatch(n, pattern)]
+        for pattern in only.split() or [only]
+    }
+    if unmatched := [pattern for pattern, names in found.items() if not names]:
+        raise ConfigError(f"only: must match a cell of the study, found {unmatched[0]!r}")
+    wanted = [name for names in found.values() for name in names]
     needed: set[str] = set()
     while wanted:
         name = wanted.pop()
@@ -110,7 +116,7 @@ def run_study(
         folder: Folder of the study; made if missing.
         jobs: Number of cells at the same time.
         threads: Threads of each cell.
-        only: Pattern of names of cells; the cells that they need are run too.
+        only: Patterns of names of cells, with spaces between; what they need is run too.
         rerun_changed: Whether to run cells again whose settings have changed.
         report: Called with a line for each cell that ends.
 

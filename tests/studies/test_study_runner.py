@@ -82,7 +82,9 @@ def test_a_pattern_runs_what_its_cells_need(tmp_path):
     run(CONTENT, tmp_path, only="sum/1")
     assert set(values(CONTENT, tmp_path)) == {"sum/1", "1/small", "1/large"}
     with pytest.raises(ConfigError, match=r"only: must match a cell.*found 'sum/2'"):
-        run(CONTENT, tmp_path, only="sum/2")
+        run(CONTENT, tmp_path, only="sum/1 sum/2")
+    run(CONTENT, tmp_path, only="sum/1 0/*")
+    assert set(values(CONTENT, tmp_path)) == {"sum/1", "1/small", "1/large", "0/small", "0/large"}
 
 
 def test_a_failed_cell_is_reported_and_run_again(tmp_path):
