@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
+from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.figures import save_figure
 from ant_lightning.callbacks.task_figures import pair_heat_map, task_history, task_labels
@@ -14,20 +16,30 @@ from ant_lightning.tasks.time_axis import TimeAxis
 
 if TYPE_CHECKING:
     import lightning as L
-    from torch import Tensor
 
+    from ant_lightning.balancing.backward import BackwardReport
     from ant_lightning.models.module import MultiTaskDiffusion
+
+
+class _Step(NamedTuple):
+    """What is kept of a step until the next log; adding it up then costs the step nothing."""
+
+    report: BackwardReport
+    tasks: Tensor  # of the images of this rank, [b]
+    importance: Tensor | None  # [b], see `Draws`
 
 
 class ConflictMonitor(RunCallback):
     """Logs loss and effective weight of each task and the conflict of their gradients.
 
-    Scalars: `train/task_i/loss` and `/weight` (means since the last log), `/grad_norm`,
-    `train/conflicting_pairs`, the share of pairs of tasks whose gradients have a negative dot
-    product, and `train/mean_cosine`, the mean of their cosines. Figures: losses and weights on log
-    axes, and the cosines `[k, k]` of the gradients, averaged since the last figure. Methods that
-    need no Gramian do not compute task gradients; for them a probe computes those of the batch in
-    an extra pass.
+    Scalars, means since the last log: `train/task_i/loss`, the squared error without any weight or
+    further term, as in `train/loss` and `val/task_i/loss`; `/objective`, the loss that the balancer
+    sees, with the loss weights of the process, the term of a learned variance and an auxiliary
+    term; and `/weight`. Scalars of one batch: `/grad_norm`; `train/conflicting_pairs`, the share of
+    pairs of tasks whose gradients have a negative dot product; `train/mean_cosine`, the mean of
+    their cosines. Figures: losses and weights on log axes, and the cosines `[k, k]` of the
+    gradients, averaged since the last figure. Methods that need no Gramian do not compute task
+    gradients; for them a probe computes those of the batch in an extra pass.
 
     Args:
         log_every_n_steps: Steps between scalars.
@@ -44,7 +56,7 @@ class ConflictMonitor(RunCallback):
         100
     """
 
-    _window: list[tuple[Tensor, Tensor]]  # losses and weights [k] of the steps since the last log
+    _window: list[_Step]  # the steps since the last log
     _history: list[tuple[int, Tensor, Tensor]]  # step, mean losses and mean weights of each log
     _cosines: list[Tensor]  # [k, k] since the last figure
     run_state: ClassVar = {"_window": list, "_history": list, "_cosines": list}
@@ -66,9 +78,11 @@ class ConflictMonitor(RunCallback):
     ) -> None:
         """Keep the losses and weights of the step; log when it is due."""
         report = pl_module.last_report
+        draws = pl_module.last_draws
         if report is None or not report.finite:
             return
-        self._window.append((report.task_losses, report.task_weights))
+        assert draws is not None, "a step has draws"
+        self._window.append(_Step(report, *draws))
         step = trainer.global_step
         log = step % self.log_every_n_steps == 0
         probe = self.probe_every_n_steps > 0 and step % self.probe_every_n_steps == 0
@@ -79,12 +93,10 @@ class ConflictMonitor(RunCallback):
         if gramian is not None and (probe or log):
             logs |= self._conflict(gramian.detach().cpu())
         if log:
-            # A task without an image in a step has loss NaN.
-            columns = (torch.stack(column).nanmean(0) for column in zip(*self._window, strict=True))
-            losses, weights = (column.cpu() for column in columns)
+            means = self._means()
             self._window.clear()
-            self._history.append((step, losses, weights))
-            for name, values in (("loss", losses), ("weight", weights)):
+            self._history.append((step, means["loss"], means["weight"]))
+            for name, values in means.items():
                 logs |= {f"train/task_{i}/{name}": value for i, value in enumerate(values.tolist())}
         if logs:
             pl_module.log_now(logs)
@@ -140,6 +152,24 @@ class ConflictMonitor(RunCallback):
             history = zip(history["steps"].tolist(), *tensors, strict=True)
         self._history = [(step, losses, weights) for step, losses, weights in history]
         self._cosines = list(state_dict.get("cosines", []))
+
+    def _means(self) -> dict[str, Tensor]:
+        """Loss, objective and weight of each task over the window, `[k]` each, of all ranks."""
+        reports = [step.report for step in self._window]
+        errors = torch.cat([report.aux for report in reports if report.aux is not None])
+        drawn = [step.importance for step in self._window if step.importance is not None]
+        shares = torch.cat(drawn).to(errors) if drawn else torch.ones_like(errors)
+        # Sums over the images of each task and of what they are divided by, [2, k].
+        sums = torch.zeros_like(torch.stack([reports[0].num_samples] * 2))
+        tasks = torch.cat([step.tasks for step in self._window]).to(sums.device)
+        sums.index_add_(1, tasks, torch.stack([errors * shares, shares]).to(sums))
+        total, count = default_reduction().all_reduce_(sums)
+        objectives = torch.stack([report.task_losses for report in reports])
+        weights = torch.stack([report.task_weights for report in reports])
+        # A task without an image in a step has objective NaN; without one in the window, loss NaN.
+        means = {"loss": total / count, "objective": objectives.nanmean(0)}
+        means["weight"] = weights.nanmean(0)
+        return {name: mean.cpu() for name, mean in means.items()}
 
     def _curves(self) -> dict[str, Tensor]:
         """`steps` `[n]`, `losses` and `weights` `[n, k]`: three tensors are fast to store."""

@@ -92,8 +92,9 @@ def write_page(findings: Findings, folder: Path, pictures: dict[str, str], *, ab
     page.heading("Tasks")
     page.text(
         "Weights are those that each balancer would give to these gradients and losses, relative "
-        "to equal ones. Task 0 has the least noise. Losses are those that training minimizes, with "
-        "loss weights and the term of a learned variance; val/task_i/loss has neither."
+        "to equal ones. Task 0 has the least noise. Losses are those that a balancer sees, with "
+        "loss weights and the term of a learned variance, as in train/task_i/objective; "
+        "train/task_i/loss and val/task_i/loss have neither."
     )
     page.table(*_tasks(findings))
     page.heading("Conflicts")

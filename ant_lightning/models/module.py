@@ -162,6 +162,8 @@ class MultiTaskDiffusion(DiffusionModule):
         # Pairs (optimizer steps made before, boundaries).
         self.cluster_history = [(0, self.clusters.boundaries)]
         self.last_report: BackwardReport | None = None
+        # Tasks and importance of its images, [b] each; see `Draws`.
+        self.last_draws: tuple[Tensor, Tensor | None] | None = None
         check_settings(
             tasks, self.timesteps, optimization, clusters=self.clusters, backbone=backbone
         )
@@ -317,7 +319,7 @@ class MultiTaskDiffusion(DiffusionModule):
             priors=priors,
             log_snr=log_snr,
         )
-        self.last_report = report
+        self.last_report, self.last_draws = report, (draws.tasks, draws.importance)
         # Log the mean over the process' own density, however the batch was allocated and the
         # balancer weights it: methods stay comparable.
         assert report.aux is not None, "`losses` gives the mean squared errors beside the losses"
