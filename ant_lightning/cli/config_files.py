@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import get_loader
 
 import ant_lightning
+from ant_lightning.cli.logger_names import with_logger_classes
 from ant_lightning.cli.messages import no_such_setting
 from ant_lightning.errors import ConfigError, FileError
 
@@ -106,6 +107,8 @@ def check_config_file(path: str | Path, *, known: Collection[str] | None = None)
 def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is
     """Load YAML as the parser does, after checking what its aliases unfold to.
 
+    Loggers may have short names, as on the command line.
+
     Raises:
         yaml.YAMLError: If it is no YAML, or an `UnsafeYAMLError`.
         ConfigError: If it holds bytes that are not UTF-8, as a path on a command line can.
@@ -120,7 +123,11 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is
         )
     if len(text) > 200 or "*" in text:  # a short text without an alias unfolds to itself
         _checked(text)
-    return _load(text)
+    found = _load(text)
+    trainer = found.get("trainer") if isinstance(found, dict) else None
+    if isinstance(trainer, dict) and "logger" in trainer:
+        trainer["logger"] = with_logger_classes(trainer["logger"])
+    return found
 
 
 def dump_yaml(data: Any) -> str:  # noqa: ANN401 - whatever the settings are

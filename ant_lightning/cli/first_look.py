@@ -171,6 +171,7 @@ def _check_classes(settings: dict[str, Any]) -> None:
     places = list(_class_paths(settings, ""))
     if any("." in found and found.split(".")[0] not in _KNOWN_PACKAGES for _, found, _ in places):
         return
+    _check_loggers(settings.get("trainer"))
     for setting, found, inner in places:
         name = found.rpartition(".")[-1]
         ours = found.startswith("ant_lightning.")
@@ -183,6 +184,17 @@ def _check_classes(settings: dict[str, Any]) -> None:
         for each in inner.keys() - {"class_path", "dict_kwargs"} - (known or inner.keys()):
             paths = [f"{setting}.{argument}" for argument in known or ()]
             raise ConfigError(no_such_setting(f"{setting}.{each}", paths, owner=name))
+
+
+def _check_loggers(trainer: object) -> None:
+    """Check short names of loggers; the classes of Lightning's end in `Logger`."""
+    given = trainer.get("logger") if isinstance(trainer, dict) else None
+    for each in given if isinstance(given, list) else [given]:
+        name = each.get("class_path") if isinstance(each, dict) else each
+        if not isinstance(name, str) or not name.isidentifier() or name.endswith("Logger"):
+            continue
+        if not Path(name).exists():  # a file would be its settings
+            raise ConfigError(unknown_class("trainer.logger", name))
 
 
 def _class_paths(value: Any, setting: str) -> Iterator[tuple[str, str, dict[str, Any]]]:  # noqa: ANN401

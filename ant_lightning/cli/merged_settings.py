@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ant_lightning
 from ant_lightning.cli.config_files import load_yaml
+from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.source_names import arguments_of
 
 if TYPE_CHECKING:
@@ -74,10 +75,10 @@ def _nested(name: str, value: str) -> dict[str, Any]:
 
 
 def _arguments(class_path: object) -> set[str]:
-    """The arguments of a class of ours; none of other classes, which are not imported here."""
+    """The arguments of a class of ours; of other classes, which are not imported here, few."""
     name = str(class_path).removeprefix("ant_lightning.")
     if name not in ant_lightning.__all__:
-        return set()
+        return places_of(name)
     found = arguments_of(name)
     if found is not None:
         return set(found)

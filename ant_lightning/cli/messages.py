@@ -9,6 +9,7 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 import ant_lightning
+from ant_lightning.cli.logger_names import LOGGERS
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,8 +102,13 @@ def suggestion(path: str, candidates: Iterable[str]) -> str:
 def unknown_class(setting: str, found: str) -> str:
     """Message for a class that does not exist, or does not fit where it is named."""
     name = found.rpartition(".")[-1]
-    known = name in ant_lightning.__all__
-    other = " that fits here" if known else suggestion(name, ant_lightning.__all__)
+    if setting == "trainer.logger":
+        names = [*LOGGERS, *(kind for kind, _ in LOGGERS.values())]
+        other = suggestion(name, names) or f"; short names are {', '.join(LOGGERS)}"
+    elif name in ant_lightning.__all__:
+        other = " that fits here"
+    else:
+        other = suggestion(name, ant_lightning.__all__)
     return f"{setting}: no class is called {found!r}{other}"
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from yaml import YAMLError
+
+from ant_lightning.cli.config_files import load_yaml
+from ant_lightning.cli.logger_names import is_known_logger, placed_logger, with_logger_classes
+from ant_lightning.cli.merged_settings import merged_settings
 from ant_lightning.errors import ConfigError, found_at
 
 if TYPE_CHECKING:
@@ -39,32 +45,62 @@ _LEAST = {
     "min_steps": 0,
     "min_epochs": 0,
 }
-_LOGGERS = ("TensorBoardLogger", "WandbLogger", "MLFlowLogger", "CSVLogger", "CometLogger")
 # If one of these is None, the Trainer fails with an error that does not name it.
 _NEVER_NONE = ("detect_anomaly", "max_steps", "overfit_batches")
 
 
 def with_classes_of_loggers(args: Sequence[str]) -> list[str]:
-    """The arguments with a short name of a logger, in any case, replaced by that of its class.
+    """The arguments with short names of loggers, in any case, replaced by those of their classes.
+
+    Several, `[wandb, csv]` or `--trainer.logger+ csv`, keep their runs where the one before does.
 
     >>> from ant_lightning.cli.trainer_settings import with_classes_of_loggers
     >>> with_classes_of_loggers(["fit", "--trainer.logger=wandb", "--trainer.logger", "CSV"])
     ['fit', '--trainer.logger=WandbLogger', '--trainer.logger', 'CSVLogger']
+    >>> with_classes_of_loggers(["fit", "--trainer.logger=mine.Logger", "--trainer.logger+=csv"])[2]
+    '--trainer.logger=["mine.Logger", {"class_path": "CSVLogger", "init_args": {}}]'
     """
     found = list(args)
     for i, arg in enumerate(found):
         name, sign, value = arg.partition("=")
-        if name == "--trainer.logger" and sign:
-            found[i] = f"{name}={_logger_class(value)}"
-        elif name == "--trainer.logger" and i + 1 < len(found):
-            found[i + 1] = _logger_class(found[i + 1])
+        if name not in {"--trainer.logger", "--trainer.logger+"} or i + (not sign) >= len(found):
+            continue
+        name, value = _with_classes(name, value if sign else found[i + 1], found[1:i])
+        found[i : i + 1 + (not sign)] = [f"{name}={value}"] if sign else [name, value]
     return found
 
 
-def _logger_class(name: str) -> str:
-    """The class of a logger that is named by a short name; other names as they are."""
-    known = {each.lower().removesuffix("logger"): each for each in _LOGGERS}
-    return known.get(name.lower().removesuffix("logger"), name)
+def _with_classes(name: str, value: str, before: Sequence[str]) -> tuple[str, str]:
+    """An option that names loggers, and its value; `before` are the options before it."""
+    try:
+        given = with_logger_classes(load_yaml(value))
+        settings = merged_settings(before) or {}
+    except (ConfigError, OSError, YAMLError):  # which the parser says
+        return name, value
+    trainer = settings.get("trainer")
+    old = trainer.get("logger") if isinstance(trainer, dict) else None
+    kept = [_whole(each) for each in (old if isinstance(old, list) else [old]) if each]
+    new = given if isinstance(given, list) else [given]
+    if not name.endswith("+"):
+        if not isinstance(given, list):
+            return name, given if isinstance(given, str) else value
+    elif not all(is_known_logger(each) for each in new):
+        return name, value  # the parser adds it
+    else:
+        new = [*kept, *new]
+    placed = [placed_logger(each, kept[:1]) if is_known_logger(each) else each for each in new]
+    try:
+        return "--trainer.logger", json.dumps(placed)
+    except TypeError:  # a date, say, which is no setting of a logger
+        return name, value
+
+
+def _whole(logger: Any) -> Any:  # noqa: ANN401 - a name or merged settings
+    """The settings of a logger with its arguments in `init_args`, as the parser reads them."""
+    if not isinstance(logger, dict) or "init_args" in logger:
+        return logger
+    init = {name: value for name, value in logger.items() if name != "class_path"}
+    return {"class_path": logger.get("class_path"), "init_args": init}
 
 
 def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a namespace
@@ -118,24 +154,12 @@ def check_trainer_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping o
     interval = settings.get("val_check_interval")
     if type(interval) in (int, float) and not interval > 0:
         raise ConfigError(f"trainer.val_check_interval: must be above 0, found {interval}")
-    _check_loggers(settings.get("logger"))
     callbacks = settings.get("callbacks")
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         path = callback.get("class_path") if hasattr(callback, "get") else callback
         kind = str(path).rpartition(".")[-1]
         if kind in _REPLACED:
             raise ConfigError(f"trainer.callbacks: must not have {kind}; use {_REPLACED[kind]}")
-
-
-def _check_loggers(given: Any) -> None:  # noqa: ANN401 - a logger's settings, or a list of them
-    """Refuse short names in a config file, where the parser needs the name of the class."""
-    for logger in given if isinstance(given, list) else [given]:
-        name = logger.get("class_path") if hasattr(logger, "get") else logger
-        if isinstance(name, str) and _logger_class(name) != name:
-            raise ConfigError(
-                f"trainer.logger: must be the name of a class, here {_logger_class(name)}, found "
-                f"{name}"
-            )
 
 
 def trainer_error(error: Exception, settings: Any) -> ConfigError:  # noqa: ANN401

@@ -1,17 +1,21 @@
 """Mistakes that need no import are answered without one, and nothing else is refused there."""
 
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from jsonargparse import ArgumentParser
+from lightning import Trainer
 from lightning.pytorch import loggers
 from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
 from ant_lightning import ConfigError
 from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.first_look import first_look, top_settings
+from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.main import main
 from ant_lightning.cli.parser import AntCLI
 from ant_lightning.cli.source_names import arguments_of
@@ -146,10 +150,11 @@ PATHS = {
     "initial weights": (["--model.init_from=x.pt"], ["model.init_from: must be", "at x.pt"]),
 }
 FILES = {
-    "short name of a logger": (
-        "trainer: {logger: {class_path: wandb}}",
-        ["trainer.logger: must be the name of a class, here WandbLogger, found wandb"],
+    "no such logger": (
+        "trainer: {logger: wandbb}",
+        ["trainer.logger: no class is called 'wandbb'; did you mean 'wandb'?"],
     ),
+    "no such logger in a list": ("trainer: {logger: [csv, foo]}", ["'foo'; short names are tens"]),
     "no YAML": ("trainer: {max_steps: 3", ["must be YAML, found in line"]),
     "misspelt group": ("trainr: {max_steps: 3}", ["line 1: trainr: ", "did you mean 'trainer'"]),
     "misspelt setting": ("ema: {deacy: 0.9}", ["ema.deacy", "did you mean 'ema.decay'"]),
@@ -301,9 +306,46 @@ def test_loggers_have_short_names_on_the_command_line(name):
     (kind,) = with_classes_of_loggers([f"--trainer.logger={name}"])
     assert with_classes_of_loggers(["--trainer.logger", name]) == kind.split("=")
     kind = kind.partition("=")[2]
-    assert issubclass(getattr(loggers, kind), loggers.Logger)
+    made = getattr(loggers, kind)
+    assert issubclass(made, loggers.Logger)
+    assert places_of(kind) <= set(inspect.signature(made).parameters)
     assert with_classes_of_loggers(["--x", name, f"--trainer.logger={kind}"])[1] == name
     assert looked(["fit", "--config", str(DIT), f"--trainer.logger={kind}"]) is None
+
+
+SEVERAL = {
+    "a list": ["--trainer.logger", "[wandb, csv]"],
+    "added": ["--trainer.logger=wandb", "--trainer.logger+=csv"],
+    "added to the config's": ["--trainer.logger+", "CSV"],
+    "two added": ["--trainer.logger+", "csv", "--trainer.logger+", "wandb"],
+    "with a setting": [
+        *("--trainer.logger", "wandb", "--trainer.logger.offline", "true"),
+        *("--trainer.logger+", "csv"),
+    ],
+    "a list in a file": ["--config", "list.yaml"],
+    "one in a file, one added": ["--config", "one.yaml", "--trainer.logger+", "wandb"],
+}
+
+
+def test_several_loggers_by_short_names_log_where_one_would(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("trainer: {logger: [wandb, csv]}")
+    Path("one.yaml").write_text("trainer: {logger: {class_path: csv}}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(Trainer, "trainer")
+    first = '{"trainer": {"logger": {"class_path": "TensorBoardLogger", "init_args": '
+    first += '{"save_dir": "runs", "name": "n"}}}}'
+    for what, options in SEVERAL.items():
+        args = with_classes_of_loggers(["fit", "--config", first, *options])
+        assert looked([*args, "--print_config"]) is None, what
+        made = parser.parse_args(args[1:]).trainer.logger
+        kinds = {each.class_path.rpartition(".")[2] for each in made}
+        assert "CSVLogger" in kinds, what
+        assert len(kinds) == len(made) >= 2, what
+        assert {(each.init_args.save_dir, each.init_args.name) for each in made} == {("runs", "n")}
+        if what == "with a setting":
+            assert made[0].init_args.offline is True
 
 
 def configs():
@@ -397,7 +439,9 @@ class Blocked:
         if name in {"torch", "lightning.pytorch", "lightning.fabric"}:
             raise ImportError(name + " was imported")
 sys.meta_path.insert(0, Blocked())
+import inspect
 import json
+from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.main import main
 for args in json.loads(sys.argv[1]):
     assert main(args) == 2, args
