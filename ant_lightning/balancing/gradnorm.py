@@ -57,6 +57,7 @@ class GradNorm(CountsSteps):
         tensor([-2.,  2.])
     """
 
+    uses_losses = True
     needs_gramian = True
     initial: Tensor
 
