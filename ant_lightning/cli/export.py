@@ -21,6 +21,7 @@ from ant_lightning.files.json_file import write_json
 from ant_lightning.models.first_stage.first_stage import FirstStage
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.runtime.quiet import keep_quiet
+from ant_lightning.runtime.run_files import RUN_OR_CHECKPOINT, no_run
 from ant_lightning.transfer.experts import with_experts
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def export(
             raise ConfigError(f"{name}: must be one of {', '.join(known)}, found {value!r}")
     path = Path(run)
     if not path.exists():
-        raise ConfigError(f"run: must be the folder of a run or a checkpoint, found no {path}")
+        raise no_run(path, "nothing", RUN_OR_CHECKPOINT)
     module: Any = load_run(
         path, weights="ema" if weights == "ema" else "model", config=config, trust=trust
     )

@@ -16,11 +16,17 @@ from ant_lightning.cli.config_files import check_config_file, config_paths
 from ant_lightning.cli.diagnose import validation
 from ant_lightning.cli.merged_settings import FLAGS, HELP, merge, merged_settings
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
-from ant_lightning.cli.records import record_of
+from ant_lightning.cli.records import record_file, record_of
 from ant_lightning.cli.renamed import refuse_old_names
 from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.cli.trainer_settings import check_run_settings, check_trainer_settings
 from ant_lightning.errors import ConfigError, found_at
+from ant_lightning.runtime.run_files import (
+    RUN_OR_CHECKPOINT,
+    found_runs,
+    has_checkpoint,
+    no_run,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
 _RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
 _ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter", "text": "TextWriter"}
 _GROUPS = {"trainer": "Trainer", **_RUN_GROUPS, **_ENCODE_GROUPS}
+_FORMATS = ("diffusers", "official", "safetensors", "torch")
 _OF_RUNS = ("app", "export", "report", "sweep")
 # Settings whose short names mean our classes, unless the user brings their own.
 _OURS = re.compile(r"model|data|model\..*\b(balancer|clustering|schedule|sampler|loss_weighting)")
@@ -112,22 +119,28 @@ def _check_runs(command: str, args: Sequence[str]) -> None:
     """Check that the runs given first are there, and that a sweep has values."""
     if set(args) & FLAGS:
         return
-    for run in takewhile(lambda each: not each.startswith("-"), args):
-        if command in {"report", "sweep"} and not Path(run).is_dir():
-            raise ConfigError(f"{run}: must be the log folder of a run")
-        if not Path(run).exists():
-            raise ConfigError(f"{run}: must be the folder of a run or a checkpoint, found nothing")
-        if command in {"export", "sweep"}:  # they take one
-            break
-    options = {each.partition("=")[0] for each in args}
-    if command == "export" and args and "--to" not in options:
-        raise ConfigError(
-            "to: needed, one of diffusers, official, safetensors or torch, found nothing"
-        )
-    if command == "sweep" and args and not options & {"--guidance", "--ema"}:
+    options: dict[str, str] = {}
+    for each, after in zip(args, [*args[1:], "nothing"], strict=False):
+        name, sign, value = each.partition("=")
+        options[name] = value if sign else after
+    if command == "export" and args and options.get("--to") not in _FORMATS:
+        rule, found = ("must be", options["--to"]) if "--to" in options else ("needed,", "nothing")
+        raise ConfigError(f"to: {rule} one of {', '.join(_FORMATS)}, found {found}")
+    if command == "sweep" and args and not options.keys() & {"--guidance", "--ema"}:
         raise ConfigError(
             "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"
         )
+    runs = [Path(run) for run in takewhile(lambda each: not each.startswith("-"), args)]
+    runs = runs[:1] if command in {"export", "sweep"} else runs  # these take one
+    what = "the folder of a run" if command in {"report", "sweep"} else RUN_OR_CHECKPOINT
+    for run in runs:
+        if not run.exists():
+            raise no_run(run, "nothing", what)
+    for run in runs:
+        if command in {"report", "sweep"}:
+            record_file(run)
+        elif not has_checkpoint(run) and found_runs(run):
+            raise no_run(run, "no checkpoint in it", what)
     if command == "sweep" and args and not args[0].startswith("-"):
         recorded: dict[str, Any] = {}
         merge(recorded, record_of(Path(args[0])))

@@ -20,6 +20,7 @@ from ant_lightning.files.json_file import read_json
 from ant_lightning.files.safetensors_file import read_safetensors, read_tensors
 from ant_lightning.models.base import BaseModule
 from ant_lightning.runtime.checkpoint_files import checkpoint_of_run, read_whole_checkpoint
+from ant_lightning.runtime.run_files import RUN_OR_CHECKPOINT, no_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,6 +132,8 @@ def _exported(folder: Path, trust: str | Sequence[str]) -> L.LightningModule:
 
 def _checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint at `path`, or the one with the most steps in a run folder; its content."""
+    if not path.exists():
+        raise no_run(path, "nothing", RUN_OR_CHECKPOINT)
     if not path.is_dir():
         return path, read_whole_checkpoint(path)
     return checkpoint_of_run(path)

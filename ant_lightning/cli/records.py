@@ -7,8 +7,7 @@ from typing import Any
 
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.renamed import with_new_names
-from ant_lightning.errors import ConfigError
-from ant_lightning.runtime.run_files import newest_record
+from ant_lightning.runtime.run_files import newest_record, no_run
 
 
 def record_file(folder: Path) -> Path:
@@ -19,7 +18,7 @@ def record_file(folder: Path) -> Path:
     """
     record = newest_record(folder)
     if record is None:
-        raise ConfigError(f"{folder}: must be the log folder of a run, found no config.yaml")
+        raise no_run(folder, "no config.yaml")
     check_config_file(record)
     return record
 

@@ -13,6 +13,7 @@ from ant_lightning.cli.config_files import load_yaml
 from ant_lightning.cli.logger_names import is_known_logger, placed_logger, with_logger_classes
 from ant_lightning.cli.merged_settings import merged_settings
 from ant_lightning.errors import ConfigError, found_at
+from ant_lightning.runtime.run_files import found_runs, has_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,11 +124,11 @@ def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a 
         )
     path = settings.get("ckpt_path")
     named = isinstance(path, str) and path not in ("", "last") and "://" not in path
-    of_run = named and any(any(Path(path).glob(each)) for each in ("*.ckpt", "checkpoints/*.ckpt"))
-    if named and not of_run and not Path(path).is_file():
+    if named and not has_checkpoint(Path(path)) and not Path(path).is_file():
+        runs = found_runs(Path(path))
         raise ConfigError(
-            f"ckpt_path: must be a checkpoint, the folder of a run that has one, or last, "
-            f"{found_at(path)}"
+            "ckpt_path: must be a checkpoint, the folder of a run that has one, or last, "
+            + (f"found {runs}" if runs else found_at(path))
         )
 
 

@@ -13,10 +13,11 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from packaging.version import InvalidVersion, Version
 
-from ant_lightning.errors import CheckpointWriteError, ConfigError, FileError
+from ant_lightning.errors import CheckpointWriteError, FileError
 from ant_lightning.files.atomic import write_atomically
 from ant_lightning.files.checkpoint_shards import check_shards, fill_shards, remove_orphans
 from ant_lightning.files.torch_file import read_torch
+from ant_lightning.runtime.run_files import no_run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -186,7 +187,7 @@ def checkpoint_of_run(folder: Path, *, with_shards: bool = True) -> tuple[Path, 
     place = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
     found = furthest_whole(place.glob("*.ckpt"), with_shards=with_shards)
     if found is None:
-        raise ConfigError(f"{place}: needs a checkpoint, found none")
+        raise no_run(folder, "no checkpoint in it", "the folder of a run with a checkpoint")
     return found
 
 

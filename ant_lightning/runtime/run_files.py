@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ant_lightning.errors import ConfigError
+
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 # Files that loggers write before the first step; a folder with no others holds no run.
 _BEFORE_STEP_1 = ("events.out.tfevents*", "hparams.yaml", "class_map.json")
+RUN_OR_CHECKPOINT = "the folder of a run or a checkpoint"
 RUN_MARK = "loggers.json"  # written by runs that trained, and by no others
 
 
@@ -21,6 +25,43 @@ def newest_record(folder: Path) -> Path | None:
         if newest is not None:
             return newest
     return None
+
+
+def no_run(path: str | Path, found: str, what: str = "the folder of a run") -> ConfigError:
+    """The error for a path that is not `what`; of a folder of several runs, it names them.
+
+    Args:
+        path: The path that was given.
+        found: What is there instead.
+        what: What it must be.
+    """
+    path = Path(path)
+    found = found_runs(path) or (found if path.exists() else "nothing")
+    return ConfigError(f"{path}: must be {what}, found {found}")
+
+
+def found_runs(path: Path) -> str | None:
+    """The runs in a folder, newest first, for messages; `None` without any."""
+    runs = sorted(_runs_in(path), key=lambda run: (newest_record(run) or run).stat().st_mtime)
+    names = [str(run.relative_to(path)) for run in runs[::-1]]
+    others = ", ..." if names[5:] else ""
+    shown = f"a folder of runs ({', '.join(names[:5])}{others}), such as "
+    return f"{shown}{runs[-1]}" if runs else None
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run's folder, or that of its checkpoints, has one."""
+    return any(any(folder.glob(each)) for each in ("*.ckpt", "checkpoints/*.ckpt"))
+
+
+def _runs_in(folder: Path) -> Iterator[Path]:
+    """The runs of a logger's name, in `<save_dir>/<name>`, or those of all names."""
+    for pattern in ("*/", "*/*/"):
+        runs = [p for p in folder.glob(pattern) if p.name != "checkpoints" and p.is_dir()]
+        found = [run for run in runs if newest_record(run) or has_checkpoint(run)]
+        if found:
+            yield from found
+            return
 
 
 def numbered(folder: Path, name: str) -> tuple[Path | None, Path]:

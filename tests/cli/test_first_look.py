@@ -2,9 +2,12 @@
 
 import inspect
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from jsonargparse import ArgumentParser
@@ -12,14 +15,17 @@ from lightning import Trainer
 from lightning.pytorch import loggers
 from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
-from ant_lightning import ConfigError
+from ant_lightning import ConfigError, load_run
+from ant_lightning.cli import first_look as first_look_module
 from ant_lightning.cli.configs import with_paths_of_configs
+from ant_lightning.cli.export import Format
 from ant_lightning.cli.first_look import first_look, top_settings
 from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.main import main
 from ant_lightning.cli.parser import AntCLI
 from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.cli.trainer_settings import with_classes_of_loggers
+from ant_lightning.runtime.run_files import no_run
 
 DIT = CONFIGS / "digits" / "dit.yaml"
 # Rows of the table of wrong settings that can be seen without an import.
@@ -92,10 +98,10 @@ MORE = {
     "option of encode": (["encode", "--cache.shard=3"], ["cache.shard: ", "'cache.shard_size'"]),
     "option of another command": (["encode", "--ema.decay=0.9"], ["ema: ", "no such"]),
     "data of encode": (["encode", "--data=ant_lightning.data.DigitData"], ["DigitsData"]),
-    "report": (["report", "/nope"], ["/nope: must be the log folder of a run"]),
-    "sweep": (["sweep", "/nope", "--guidance", "1"], ["/nope: must be the log folder of a run"]),
+    "report": (["report", "/nope"], ["/nope: must be the folder of a run"]),
+    "sweep": (["sweep", "/nope", "--guidance", "1"], ["/nope: must be the folder of a run"]),
     "sweep of nothing": (["sweep", "."], ["guidance: needs values, as in --guidance 1 1.5 2"]),
-    "diagnose": (["diagnose", "/nope"], ["/nope: must be the log folder of a run"]),
+    "diagnose": (["diagnose", "/nope"], ["/nope: must be the folder of a run"]),
     "option of diagnose": (
         ["diagnose", "--config", "digits/dit", "--num_imges=3"],
         ["num_imges: the command has no such setting; did you mean 'num_images'?"],
@@ -107,6 +113,7 @@ MORE = {
     ),
     "export": (["export", "/nope", "--to", "torch"], ["/nope: must be the folder of a run or a"]),
     "export to nothing": (["export", "."], ["to: needed, one of diffusers, official,"]),
+    "export to another": (["export", ".", "--to", "foo"], ["to: must be one of", "found foo"]),
     "the second run of app": (["app", ".", "/nope"], ["/nope: must be the folder of a run or a"]),
     "score without data": (["score", "--images", "."], ["data: needed", "RUN/config.yaml"]),
     "encode without its config": (["encode", "--config=/nope"], ["config", "found nothing"]),
@@ -277,6 +284,39 @@ def test_paths_of_the_right_kind_pass(tmp_path, monkeypatch):
     ):
         args = with_paths_of_configs(["fit", "--config", str(DIT), *options])
         assert looked(args) is None, options
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_folder_of_runs_is_no_run_and_they_are_named(tmp_path, capsys, missing):
+    runs = tmp_path / "digits"
+    for i in () if missing else range(2):
+        (runs / f"version_{i}" / "checkpoints").mkdir(parents=True)
+        (runs / f"version_{i}" / "checkpoints" / "last.ckpt").write_bytes(b"")
+    for i, each in enumerate(sorted(runs.glob("*/checkpoints/*"))):
+        record = each.parents[1] / "config.yaml"
+        record.write_text("model: {}")
+        os.utime(record, (i, i))
+    found = "found nothing"
+    if not missing:
+        found = f"found a folder of runs (version_1, version_0), such as {runs / 'version_1'}"
+    for args in (
+        *(["report"], ["diagnose"], ["sweep", "--guidance=1"], ["export", "--to=torch"], ["app"]),
+        *(["validate"], ["test"], ["predict"]),
+    ):
+        assert main([args[0], str(runs), *args[1:]]) == 2
+        line = capsys.readouterr().err.strip()
+        assert f"{runs}: must be the folder of a run" in line, line
+        assert line.endswith(found), line
+    with pytest.raises(ConfigError, match=re.escape(found)):
+        load_run(runs)
+    message = looked(["fit", "--config", str(DIT), f"--ckpt_path={runs}"])
+    assert found in message
+    if not missing:  # from one folder above
+        assert f"(digits/version_1, digits/version_0), such as {runs}" in str(no_run(tmp_path, ""))
+
+
+def test_formats_of_an_export():
+    assert get_args(Format) == first_look_module._FORMATS
 
 
 def test_a_run_whose_data_are_gone(tmp_path, capsys):

@@ -204,7 +204,7 @@ def test_a_wrong_option_of_the_diagnosis_is_named_as_it_was_given(trained, capsy
 
 def test_what_is_not_a_run_is_refused_in_one_line(tmp_path, capsys):
     assert main(["diagnose", str(tmp_path)]) == 2
-    assert "must be the log folder of a run, found no config.yaml" in capsys.readouterr().err
+    assert "must be the folder of a run, found no config.yaml" in capsys.readouterr().err
     assert main(["diagnose", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n  --{name}: " in shown for name in signature(Diagnosis).parameters)

@@ -248,7 +248,7 @@ COMMANDS = {
     "encode by what is not there": (ENCODE, "first_stage.source: no such file or folder"),
     "encode by a folder": (["encode", f"--config={CONFIGS}"], "config: must be a YAML file"),
     "report nothing": (["report"], "report: needs the log folders of runs, found none"),
-    "report what is not there": (["report", "/nope"], "/nope: must be the log folder of a run"),
+    "report what is not there": (["report", "/nope"], "/nope: must be the folder of a run"),
 }
 
 

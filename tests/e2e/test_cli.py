@@ -120,7 +120,7 @@ def test_a_run_stands_for_its_config_and_its_checkpoint(tmp_path, capsys):
     for other in (["validate", "--config", "digits/dit"], ["fit", str(tmp_path)], ["validate"]):
         assert with_run(other) == other
     assert main(["validate", str(CONFIGS)]) == 2
-    assert f"{CONFIGS}: must be the log folder of a run" in capsys.readouterr().err
+    assert f"{CONFIGS}: must be the folder of a run" in capsys.readouterr().err
 
 
 def test_help_names_every_command_and_needs_no_torch(capsys):

@@ -237,9 +237,9 @@ def test_without_settings_they_are_asked_for(run, tmp_path):
 
 
 def test_a_folder_without_a_checkpoint_and_other_words_are_refused(run, tmp_path):
-    with pytest.raises(ConfigError, match="needs a checkpoint, found none"):
+    with pytest.raises(ConfigError, match="of a run with a checkpoint, found no checkpoint in it"):
         load_run(tmp_path)
-    with pytest.raises(FileError, match=r"no\.ckpt: no such file"):
+    with pytest.raises(ConfigError, match=r"no\.ckpt: must be the folder of a run or a checkpoint"):
         load_run(tmp_path / "no.ckpt")
     with pytest.raises(ConfigError, match="weights: must be 'ema' or 'model', found 'best'"):
         load_run(run, weights="best")
@@ -392,7 +392,7 @@ def test_a_sweep_scores_guidance_scales_and_ema_lengths(run, capsys):
     assert rows[3]["scores"] == pytest.approx(metric.compute(), rel=1e-4, abs=1e-5)
     for args, line in (
         ([str(run)], "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"),
-        ([str(run / "checkpoints"), "--guidance", "1"], "must be the log folder of a run"),
+        ([str(run / "checkpoints"), "--guidance", "1"], "must be the folder of a run"),
         ([str(run), "--ema", "0.9"], "ema_length"),
         (
             [str(run), "--guidance", "1", "--extractor", "ant_lightning.ShapesFeatures"],

@@ -293,8 +293,6 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     subprocess.run([sys.executable, "-c", code, "report", str(tmp_path)], check=True)
     assert (tmp_path / "report.md").read_text() == text
     assert picture.read_bytes() == drawn
-    with pytest.raises(
-        ConfigError, match=r"must be the log folder of a run, found no config\.yaml"
-    ):
+    with pytest.raises(ConfigError, match=r"must be the folder of a run, found no config\.yaml"):
         write_report(tmp_path / "checkpoints")
     assert ant_lightning(["report", str(tmp_path / "checkpoints")]) == 2
