@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import ant_lightning
 from ant_lightning.cli.config_files import check_config_file, config_paths
 from ant_lightning.cli.diagnose import validation
-from ant_lightning.cli.merged_settings import FLAGS, HELP, merge, merged_settings
+from ant_lightning.cli.merged_settings import FLAGS, HELP, loaded, merge, merged_settings
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
 from ant_lightning.cli.records import record_file, record_of
 from ant_lightning.cli.renamed import refuse_old_names
-from ant_lightning.cli.source_names import arguments_of
+from ant_lightning.cli.source_names import arguments_of, numbers_of
 from ant_lightning.cli.trainer_settings import check_run_settings, check_trainer_settings
 from ant_lightning.errors import ConfigError, found_at
 from ant_lightning.runtime.run_files import (
@@ -29,12 +29,13 @@ from ant_lightning.runtime.run_files import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 # Groups of settings whose class is always the same.
 _RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
 _ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter", "text": "TextWriter"}
 _GROUPS = {"trainer": "Trainer", **_RUN_GROUPS, **_ENCODE_GROUPS}
+_OF_OPTIMIZERS = dict.fromkeys(("lr", "weight_decay"), "a number")
 _FORMATS = ("diffusers", "official", "safetensors", "torch")
 _OF_RUNS = ("app", "export", "report", "sweep")
 # Settings whose short names mean our classes, unless the user brings their own.
@@ -177,6 +178,24 @@ def _check_names(settings: dict[str, Any], known: Sequence[str], own: Iterable[s
         if isinstance(inner, dict) and names is not None and "class_path" not in inner:  # a file
             for name in inner.keys() - names:
                 raise ConfigError(no_such_setting(f"{group}.{name}", paths))
+            _check_numbers(group, numbers_of(_GROUPS[group]), inner)
+
+
+def _check_numbers(setting: str, numbers: Mapping[str, str], given: Mapping[str, Any]) -> None:
+    """Check that no word stands where a number must; all else is left to the parser."""
+    for name, rule in numbers.items():
+        value = given.get(name)
+        if isinstance(value, str) and _is_word(value):
+            raise ConfigError(f"{setting}.{name}: must be {rule}, found {value}")
+
+
+def _is_word(text: str) -> bool:
+    """Whether a text means a text to YAML and to Python."""
+    try:
+        float(text)
+    except ValueError:
+        return bool(re.fullmatch(r"\w[\w .-]*", text)) and isinstance(loaded(text), str)
+    return False
 
 
 def _check_classes(settings: dict[str, Any]) -> None:
@@ -187,6 +206,8 @@ def _check_classes(settings: dict[str, Any]) -> None:
     _check_loggers(settings.get("trainer"))
     for setting, found, inner in places:
         name = found.rpartition(".")[-1]
+        if setting.endswith("optimizer") and found.startswith("torch.optim."):
+            _check_numbers(setting, _OF_OPTIMIZERS, inner)
         ours = found.startswith("ant_lightning.")
         short = _OURS.fullmatch(setting) and found.isidentifier() and not Path(found).exists()
         if not ours and not short:
@@ -197,6 +218,7 @@ def _check_classes(settings: dict[str, Any]) -> None:
         for each in inner.keys() - {"class_path", "dict_kwargs"} - (known or inner.keys()):
             paths = [f"{setting}.{argument}" for argument in known or ()]
             raise ConfigError(no_such_setting(f"{setting}.{each}", paths, owner=name))
+        _check_numbers(setting, numbers_of(name), inner)
 
 
 def _check_loggers(trainer: object) -> None:

@@ -38,7 +38,7 @@ def merged_settings(args: Sequence[str]) -> dict[str, Any] | None:
     for name, value in options:
         if name in {"config", "c"}:
             is_file = Path(value).is_file()
-            merge(settings, _loaded(Path(value).read_text(encoding="utf8") if is_file else value))
+            merge(settings, loaded(Path(value).read_text(encoding="utf8") if is_file else value))
         else:
             merge(settings, _nested(name, value))
     return settings
@@ -59,7 +59,8 @@ def _options(args: Sequence[str]) -> list[tuple[str, str]] | None:
     return found
 
 
-def _loaded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
+def loaded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
+    """The value of an option, or a config given in place of a file."""
     try:
         return load_yaml(text)
     except Exception:  # not YAML: the parser decides whether a string is valid here
@@ -68,7 +69,7 @@ def _loaded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
 
 def _nested(name: str, value: str) -> dict[str, Any]:
     """An option as a nested config; a `+` option becomes an opaque value that no check inspects."""
-    inner: Any = object() if name.endswith("+") else _loaded(value)
+    inner: Any = object() if name.endswith("+") else loaded(value)
     for part in reversed(name.removesuffix("+").split(".")):
         inner = {part: inner}
     return inner  # type: ignore[no-any-return]

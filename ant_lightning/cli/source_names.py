@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import ant_lightning
 
+_NUMBERS = {"int": "a whole number", "float": "a number"}
+_NONE = re.compile(r" \| None$|^Optional\[|\]$")
 _LIGHTNING = {"Trainer": "trainer/trainer.py", "ModelCheckpoint": "callbacks/model_checkpoint.py"}
 
 
@@ -37,6 +40,21 @@ def arguments_of(name: str, method: str = "__init__") -> frozenset[str] | None:
     inherited = [arguments_of(ast.unparse(base).rpartition(".")[-1]) for base in found.bases]
     known = [each for each in inherited if each is not None]
     return own.union(*known) if known and len(known) == len(inherited) else None
+
+
+@cache
+def numbers_of(name: str) -> dict[str, str]:
+    """The arguments of a class that are one number or `None`, and which kind in words."""
+    found = _class_of(name)
+    if found is None:
+        return {}
+    made = _method_of(found, "__init__")
+    own = [*made.args.args, *made.args.kwonlyargs] if made else []
+    kinds = {a.arg: _NONE.sub("", ast.unparse(a.annotation)) for a in own if a.annotation}
+    bases = found.bases if made is None or made.args.kwarg else []
+    inherited = [numbers_of(ast.unparse(base).rpartition(".")[-1]) for base in bases]
+    numbers = {n: rule for each in inherited for n, rule in each.items() if n not in kinds}
+    return numbers | {n: _NUMBERS[kind] for n, kind in kinds.items() if kind in _NUMBERS}
 
 
 @cache

@@ -32,6 +32,8 @@ DIT = CONFIGS / "digits" / "dit.yaml"
 SEEN = [
     "misspelt option",
     "option cut short",
+    "learning rate in words",
+    "steps in words",
     "unknown weighting",
     "unknown callback",
     "option of a callback",
@@ -167,6 +169,12 @@ FILES = {
     "misspelt setting": ("ema: {deacy: 0.9}", ["ema.deacy", "did you mean 'ema.decay'"]),
     "misspelt flag": ("trainer: {max_stepz: 3}", ["trainer.max_stepz", "'trainer.max_steps'"]),
     "clip": ("trainer: {gradient_clip_val: 1.0}", ["use model.optimization.clip_grad_norm", "1.0"]),
+    "number of tasks": (
+        "model: {init_args: {tasks: {clustering: {init_args: {num_tasks: x}}}}}",
+        ["model.tasks.clustering.num_tasks: must be a whole number, found x"],
+    ),
+    "decay": ("ema: {decay: high}", ["ema.decay: must be a number, found high"]),
+    "checkpoints": ("checkpoint: {save_top_k: all}", ["save_top_k: must be a whole number"]),
     "seed": ("seed_everything: -1", ["seed_everything: must be from 0", "-1"]),
     "balancer": (
         "model: {init_args: {tasks: {balancer: {class_path: NashMTLL}}}}",
@@ -206,6 +214,12 @@ VALID = {
         "--model.optimization.optimizer.lr=1e-3",
     ],
     "a config in place": ["--config", '{"trainer": {"max_steps": 3}}'],
+    "numbers": [
+        "--trainer.max_epochs=null",
+        "--model.optimization.optimizer.lr=1e-3",
+        "--ema.decay=.5",
+        "--ema.length=~",
+    ],
     "numbers as words": ["--trainer.limit_val_batches=0.5", "--trainer.val_check_interval=00:01"],
 }
 
