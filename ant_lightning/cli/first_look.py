@@ -63,17 +63,11 @@ def first_look(arguments: Sequence[str]) -> None:
     for path in config_paths(args):
         check_config_file(path, known=known)
     settings = merged_settings(args)
+    if own and settings and isinstance(settings.get("trainer"), dict):
+        settings["trainer"]["callbacks"] = None  # `diagnose` has its own
     asked = bool(set(args) & FLAGS)
-    if command == "score" and not asked and settings is not None and settings.get("data") is None:
-        raise ConfigError(
-            "data: needed, to compare with its images, found nothing; give the --config of a run, "
-            "such as RUN/config.yaml"
-        )
     if command == "score" and not asked and settings is not None:
-        images = settings.get("images")
-        if isinstance(images, str) and not Path(images).exists():
-            raise ConfigError(f"images: must be a folder or an npz file, {found_at(images)}")
-        _check_paths({"data": settings["data"]})
+        _check_score(settings)
     if known is None or settings is None:
         return
     refuse_old_names(settings)
@@ -91,14 +85,15 @@ def first_look(arguments: Sequence[str]) -> None:
 
 
 def _check_paths(settings: dict[str, Any]) -> None:
-    """Check the paths of data, networks and initial weights.
-
-    Not those of callbacks: without the weights of an extractor, a run goes on without scores.
-    """
+    """Check the paths of data, networks, extractors of features and initial weights."""
     # Imported here: it imports NumPy, which `configs` can do without.
     from ant_lightning.cli.path_settings import check_paths  # noqa: PLC0415
 
-    groups = {name: settings[name] for name in ("data", "model", "text") if name in settings}
+    names = ("data", "model", "text", "metrics")
+    groups: dict[str, Any] = {name: settings[name] for name in names if name in settings}
+    trainer = settings.get("trainer")
+    if isinstance(trainer, dict) and settings.get("scores") is not False:
+        groups["trainer.callbacks"] = trainer.get("callbacks")
     check_paths(_class_paths(groups, ""))
     model = settings.get("model")
     initial = model.get("init_from") if isinstance(model, dict) else None
@@ -107,6 +102,21 @@ def _check_paths(settings: dict[str, Any]) -> None:
         raise ConfigError(
             f"model.init_from: must be a checkpoint or a folder of diffusers, {found_at(initial)}"
         )
+
+
+def _check_score(settings: dict[str, Any]) -> None:
+    """Check what `score` needs, and its paths."""
+    if settings.get("data") is None:
+        raise ConfigError(
+            "data: needed, to compare with its images, found nothing; give the --config of a run, "
+            "such as RUN/config.yaml"
+        )
+    images, clip = settings.get("images"), settings.get("clip")
+    if isinstance(images, str) and not Path(images).exists():
+        raise ConfigError(f"images: must be a folder or an npz file, {found_at(images)}")
+    if isinstance(clip, str) and not Path(clip, "config.json").is_file():
+        raise ConfigError(f"clip: must be a folder with config.json, {found_at(clip)}")
+    _check_paths({"data": settings["data"], "metrics": settings.get("metrics")})
 
 
 def _check_samples(samples: object) -> None:
@@ -145,7 +155,10 @@ def _check_runs(command: str, args: Sequence[str]) -> None:
     if command == "sweep" and args and not args[0].startswith("-"):
         recorded: dict[str, Any] = {}
         merge(recorded, record_of(Path(args[0])))
-        _check_paths({"data": recorded.get("data")})
+        checked = {"data": recorded.get("data")}
+        if "--extractor" not in options:
+            checked["trainer"] = recorded.get("trainer")
+        _check_paths(checked)
 
 
 def top_settings(command: str) -> list[str] | None:

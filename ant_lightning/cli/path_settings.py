@@ -40,6 +40,7 @@ class _Rule(NamedTuple):
 _IMAGES = _Rule("a folder of images")
 _ARCHIVE = _Rule("a folder or a zip archive", or_file=True)
 _CACHE = _Rule("a cache that `ant-lightning encode` wrote", inside="index.json")
+_NETWORK = _Rule("a folder with config.json", inside="config.json")
 _RULES = {
     "ImageFolderData": {"root": _IMAGES},
     "CaptionFolderData": {"root": _IMAGES, "embeddings": _CACHE},
@@ -48,7 +49,10 @@ _RULES = {
     "REPALatentsData": {"root": _Rule("a folder with vae-sd in it", inside="vae-sd")},
     "LightningDiTLatentsData": {"path": _Rule("a folder of latents")},
     "EDMImages": {"path": _ARCHIVE},
-    "TextEncoder": {"folder": _Rule("a folder with config.json", inside="config.json")},
+    "TextEncoder": {"folder": _NETWORK},
+    "InceptionFeatures": {"weights": _Rule("the weights of InceptionV3", or_file=True)},
+    "DINOv2Features": {"folder": _NETWORK},
+    "CLIPFeatures": {"folder": _NETWORK},
     "DiffusersBackbone": {"folder": _Rule("a folder of diffusers")},
 }
 

@@ -51,6 +51,7 @@ def run_score(args: Sequence[str]) -> dict[str, float]:
         settings = paths.make(parser, lambda: parser.parse_args(_without_the_run(args)))
         fabric = L.Fabric(accelerator=settings.accelerator, devices=settings.devices)
         fabric.launch()
+        settings.metrics.need_extractor("--metrics.extractor")
         images = StoredImages(settings.images)
         captions = captions_of(settings.captions, settings.clip, images)
         scores = score_images(settings.metrics, settings.data, images, fabric)
@@ -161,7 +162,7 @@ def _used_settings(config: dict[str, Any]) -> dict[str, Any]:
     used: dict[str, Any] = {name: config[name] for name in ("data", "metrics") if name in config}
     trainer = config.get("trainer")
     callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
-    for each in callbacks if isinstance(callbacks, list) else []:
+    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
         callback = each if isinstance(each, dict) else {"class_path": each}
         if str(callback.get("class_path")).rpartition(".")[2] == GenerationMetrics.__name__:
             used["metrics"] = callback.get("init_args", {})

@@ -70,6 +70,7 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
         )
     folder = Path(chosen.run)
     data, metrics = _of_run(folder, chosen.trust, chosen.extractor)
+    metrics.need_extractor("--extractor")
     device = L.Fabric(accelerator=chosen.accelerator, devices=1).device
     data.setup("test")
     num_images = chosen.num_images or metrics.num_images or len(data.held_out_images)
@@ -140,7 +141,7 @@ def _of_run(
     config = record_of(folder)
     callbacks = (config.get("trainer") or {}).get("callbacks") or []
     kind = GenerationMetrics.__name__
-    for each in callbacks:
+    for each in callbacks if isinstance(callbacks, list) else [callbacks]:
         if isinstance(each, dict) and str(each.get("class_path")).rpartition(".")[2] == kind:
             data = make_part(config["data"], L.LightningDataModule, trust, name="data")
             settings = dict(each.get("init_args") or {})

@@ -14,7 +14,7 @@ from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import append_row, save_figure
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.module import needed_image_data
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, found_at
 from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.figure import quality_history
 from ant_lightning.generation.inception import InceptionFeatures
@@ -119,6 +119,23 @@ class GenerationMetrics(RunCallback):
             self._extractor = InceptionFeatures()
         return self._extractor
 
+    def need_extractor(self, option: str) -> None:
+        """Load the network now, before images and models.
+
+        Args:
+            option: The option of a command that sets it, for the message.
+
+        Raises:
+            ConfigError: If its weights are not here and cannot be downloaded.
+        """
+        try:
+            _ = self.extractor
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; or score colour images by a network that the package has, "
+                f"{option} ant_lightning.ShapesFeatures"
+            ) from error
+
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
         """Forget the real images, as the next call may have others; load a default extractor."""
         super().setup(trainer, pl_module, stage)
@@ -133,6 +150,13 @@ class GenerationMetrics(RunCallback):
             problem = error
         # All ranks measure or none does.
         self._is_off = trainer.strategy.reduce_boolean_decision(problem is not None, all=False)
+        if problem is not None and stage == "test":  # which is nothing but the scores
+            raise problem
+        reference = self.reference
+        if reference not in (None, "train") and not Path(str(reference)).is_file():
+            raise ConfigError(
+                f"reference: must be a file of ImageStatistics, or train, {found_at(reference)}"
+            )
         if self._is_off:
             rank_zero_warn(
                 f"GenerationMetrics: this run has no FID and no other score: {problem}; if none is "

@@ -113,6 +113,17 @@ MORE = {
         ["score", "--data=DigitsData", "--images=/nope"],
         ["images: must be a folder or an npz file, found nothing at /nope"],
     ),
+    "extractor of score": (
+        [
+            *("score", "--data=DigitsData", "--images=.", "--metrics.extractor"),
+            *("ant_lightning.CLIPFeatures", "--metrics.extractor.folder=/nope"),
+        ],
+        ["metrics.extractor.folder: must be a folder with config.json, found nothing at /nope"],
+    ),
+    "clip of score": (
+        ["score", "--data=DigitsData", "--images=.", "--clip=/nope"],
+        ["clip: must be a folder with config.json, found nothing at /nope"],
+    ),
     "export": (["export", "/nope", "--to", "torch"], ["/nope: must be the folder of a run or a"]),
     "export to nothing": (["export", "."], ["to: needed, one of diffusers, official,"]),
     "export to another": (["export", ".", "--to", "foo"], ["to: must be one of", "found foo"]),
@@ -120,6 +131,7 @@ MORE = {
     "score without data": (["score", "--images", "."], ["data: needed", "RUN/config.yaml"]),
     "encode without its config": (["encode", "--config=/nope"], ["config", "found nothing"]),
 }
+DINO = {"class_path": "ant_lightning.DINOv2Features"}
 FOLDER = ["--config", "folder/dit_32"]
 CAPTIONS = ["--data=CaptionFolderData", "--data.image_size=8"]
 DATASET = ["--data=MapStyleData", "--data.dataset"]
@@ -155,6 +167,10 @@ PATHS = {
     "network": (
         ["--model.backbone=ant_lightning.DiffusersBackbone", "--model.backbone.folder=x"],
         ["model.backbone.folder: must be a folder of diffusers, found nothing at x"],
+    ),
+    "extractor": (
+        [callback("GenerationMetrics", extractor={**DINO, "init_args": {"folder": "/nope"}})],
+        ["trainer.callbacks[0].extractor.folder: must be a folder with config.json", "/nope"],
     ),
     "initial weights": (["--model.init_from=x.pt"], ["model.init_from: must be", "at x.pt"]),
 }
@@ -273,10 +289,8 @@ def test_a_path_at_which_nothing_is(tmp_path, monkeypatch, name):
     assert message is not None
     assert all(word in message for word in words), message
     assert looked([*args, "--print_config"]) is None
-    assert (
-        looked([*args, "--data=DigitsData", "--model.backbone=DiT", "--model.init_from=null"])
-        is None
-    )
+    others = ["--data=DigitsData", "--model.backbone=DiT", "--model.init_from=null"]
+    assert looked([*args, *others, "--trainer.callbacks=null"]) is None
 
 
 def test_paths_of_the_right_kind_pass(tmp_path, monkeypatch):
@@ -295,6 +309,7 @@ def test_paths_of_the_right_kind_pass(tmp_path, monkeypatch):
         ["--model.init_from=x/0.tar"],
         ["--model.init_from=/nope", "--ckpt_path=last"],  # the checkpoint replaces them
         [callback("GenerationMetrics", extractor="/nope")],  # a run goes on without scores
+        [callback("GenerationMetrics", extractor={**DINO, "init_args": {}}), "--scores=false"],
     ):
         args = with_paths_of_configs(["fit", "--config", str(DIT), *options])
         assert looked(args) is None, options

@@ -184,6 +184,18 @@ def test_a_run_without_weights_of_inception_trains_without_scores(
         assert main(["validate", *args[:-3], args[-1], f"--ckpt_path={last}"]) == 0
     assert "val/loss" in capsys.readouterr().out
     wanted = [*args[:-3], args[-1], f"--ckpt_path={last}"]
+    capsys.readouterr()
+    assert main(["test", *wanted]) == 2  # before any image is drawn
+    assert "error: weights: could not be downloaded" in capsys.readouterr().err
+    run = str(last.parents[1])
+    for command, option in (
+        (["score", f"--config={run}/config.yaml", f"--images={images}"], "--metrics.extractor"),
+        (["sweep", run, "--guidance", "1"], "--extractor"),
+    ):
+        assert main([*command, "--accelerator=cpu"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]  # after lines of Lightning's log
+        assert "weights: could not be downloaded (no network); put" in line
+        assert line.endswith(f"{option} ant_lightning.ShapesFeatures")
     assert main(["validate", *wanted, "--scores=false"]) == 0  # a warning would be an error
     few = ["--num_images=2", "--model.sampling.sampler.num_steps=2"]
     assert main(["predict", *wanted, *few]) == 0
