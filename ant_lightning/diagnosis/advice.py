@@ -104,11 +104,11 @@ def _surgery(findings: Findings) -> Advice:
     i, j = pairs[0]
     cosine, error = float(findings.cosines[i, j]), float(findings.cosine_errors[i, j])
     return Advice(
-        "Try NashMTL first, then PCGrad: tasks conflict",
+        "Try NashMTL first: tasks conflict",
         f"{len(pairs)} of {count} pairs of tasks conflict, tasks {i} and {j} most: cosine "
         f"{cosine:.2f}, standard error {error:.2f}. In the study NashMTL had 19% less excess risk "
-        "than equal weights, nearly all of it at the noisiest timesteps; PCGrad could not be told "
-        "from equal weights.",
+        "than equal weights, nearly all of it at the noisiest timesteps. PCGrad could not be told "
+        "from equal weights there, nor in latent diffusion.",
         "results.md#reading-the-evidence",
     )
 
