@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,16 @@ def check_at_least(minimum: float, **values: float | None) -> None:
     _check(f"at least {minimum}", lambda value: value >= minimum, values)
 
 
+def check_whole(minimum: int, **values: int | None) -> None:
+    """Check that each number is a whole one and at least `minimum`; `None` passes.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    _check("a whole number", lambda value: index(value) == value, values)
+    check_at_least(minimum, **values)
+
+
 def check_above(bound: float, **values: float | None) -> None:
     """Check that each number is above `bound`; `None` passes.
 
@@ -115,7 +126,13 @@ def _check(
     rule: str, holds: Callable[[Any], bool], values: Mapping[str, Any], *, optional: bool = True
 ) -> None:
     for name, value in values.items():
-        if not (optional and value is None) and not holds(value):
+        if optional and value is None:
+            continue
+        try:
+            fits = holds(value)
+        except TypeError:  # a text, say, which cannot be compared
+            raise ConfigError(f"{name}: must be {rule}, found {value!r}") from None
+        if not fits:
             raise ConfigError(f"{name}: must be {rule}, found {value}")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ant_lightning.affinity.result import check_grid, read_affinity_file
-from ant_lightning.errors import ConfigError, FileError, check_at_least
+from ant_lightning.errors import ConfigError, FileError, check_whole
 from ant_lightning.tasks.clusterings import Clustering
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.costs import affinity_costs
@@ -51,7 +51,7 @@ class GradientClustering(Clustering):
     def __init__(
         self, affinity: str | Path | Tensor, num_tasks: int = 5, *, weighted: bool = False
     ) -> None:
-        check_at_least(1, num_tasks=num_tasks)
+        check_whole(1, num_tasks=num_tasks)
         self.weighted = weighted
         self.affinity = affinity
         self.num_tasks = num_tasks

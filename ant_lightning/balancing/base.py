@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +77,7 @@ class Balancer(nn.Module, ABC):
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
-        check_at_least(1, num_tasks=num_tasks)
+        check_whole(1, num_tasks=num_tasks)
         self.num_tasks = num_tasks
 
     @property
@@ -303,7 +303,7 @@ class GradientBalancer(Balancer):
 
     def __init__(self, num_tasks: int, *, update_every: int = 1) -> None:
         super().__init__(num_tasks)
-        check_at_least(1, update_every=update_every)
+        check_whole(1, update_every=update_every)
         self.update_every = update_every
         # Steps that used the kept weights, the refresh included; 0 before the first refresh. A
         # plain int: reading a counter on an accelerator would make the host wait in every step.

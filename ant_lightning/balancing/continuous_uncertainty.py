@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.base import SampleBalancer, check_min_loss
-from ant_lightning.errors import check_above, check_at_least
+from ant_lightning.errors import check_above, check_whole
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -58,7 +58,7 @@ class ContinuousUncertainty(SampleBalancer):
     ) -> None:
         super().__init__(num_tasks)
         check_above(0, lr=lr)
-        check_at_least(1, num_features=num_features)
+        check_whole(1, num_features=num_features)
         self.lr = lr
         self.min_loss = check_min_loss(min_loss)
         # A fixed seed: the features are part of the method, and runs with different seeds share

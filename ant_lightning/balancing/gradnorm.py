@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ant_lightning.balancing.base import CountsSteps
-from ant_lightning.errors import ConfigError, check_above, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_at_least, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,7 +72,7 @@ class GradNorm(CountsSteps):
         lr: float = 0.025,
     ) -> None:
         super().__init__(num_tasks)
-        check_at_least(1, initial_steps=initial_steps, update_every=update_every)
+        check_whole(1, initial_steps=initial_steps, update_every=update_every)
         check_at_least(0, alpha=alpha)
         check_above(0, lr=lr)
         if isinstance(shared_parameters, str):

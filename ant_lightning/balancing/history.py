@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ant_lightning.balancing.base import CountsSteps, LossBalancer
-from ant_lightning.errors import check_above, check_at_least
+from ant_lightning.errors import check_above, check_whole
 from ant_lightning.randomness import keyed_generator
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class DWA(_Weighted):
 
     def __init__(self, num_tasks: int, *, window: int = 1000, temperature: float = 2.0) -> None:
         super().__init__(num_tasks)
-        check_at_least(1, window=window)
+        check_whole(1, window=window)
         check_above(0, temperature=temperature)
         self.window = window
         self.temperature = temperature

@@ -5,27 +5,28 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ant_lightning.balancing.accumulation import Accumulation
 from ant_lightning.balancing.auto import make_engine
 from ant_lightning.balancing.backward import balanced_backward, step_losses
+from ant_lightning.balancing.base import Balancer
 from ant_lightning.balancing.buffers import Buffers
 from ant_lightning.balancing.linear import SampleMean
 from ant_lightning.balancing.parameters import clear_gradients, names_of, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.task_batch import TaskBatch
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import Float, Int
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ant_lightning.balancing.auto import EngineName
     from ant_lightning.balancing.backward import BackwardReport
-    from ant_lightning.balancing.base import Balancer
     from ant_lightning.balancing.reduction import Reduction
     from ant_lightning.balancing.step_losses import StepLosses
     from ant_lightning.balancing.task_batch import Losses
@@ -86,14 +87,18 @@ class MultiTaskStep:
         micro_batch_size: int | None = None,
         reduction: Reduction | None = None,
     ) -> None:
-        check_at_least(1, num_tasks=num_tasks)
+        for name, part, kind in (("model", model, nn.Module), ("balancer", balancer, Balancer)):
+            if not isinstance(part, kind) and (part is not None or part is model):
+                found = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+                raise ConfigError(f"{name}: must be a {kind.__name__}, found {found[:80]}")
+        check_whole(1, num_tasks=num_tasks)
         if balancer is not None and num_tasks not in (None, balancer.num_tasks):
             raise ConfigError(
                 f"num_tasks: must be the {balancer.num_tasks} of the balancer, found {num_tasks}"
             )
         if placement not in {"spread", "sorted"}:
             raise ConfigError(f"placement: must be 'spread' or 'sorted', found {placement!r}")
-        check_at_least(1, micro_batch_size=micro_batch_size)
+        check_whole(1, micro_batch_size=micro_batch_size)
         self.model = model
         self.balancer = balancer
         self.num_tasks = num_tasks if balancer is None else balancer.num_tasks
@@ -231,7 +236,14 @@ class MultiTaskStep:
         return {"balancer": balancer, "arrival_orders": self.arrival_orders()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the state of `state_dict`; a step that had begun is given up."""
+        """Take over the state of `state_dict`; a step that had begun is given up.
+
+        Raises:
+            ConfigError: If it is another state.
+        """
+        if not isinstance(state, dict) or "balancer" not in state:
+            found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ConfigError(f"state: must be the state_dict of a MultiTaskStep, found {found}")
         self._accumulated = self._waiting = None
         if self.balancer is not None:
             self.balancer.load_state_dict(state["balancer"])

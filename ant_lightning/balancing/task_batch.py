@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.sharded_gradients import differentiation as new_differentiation
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,7 +67,14 @@ class TaskBatch:
         differentiation: Differentiation | None = None,
         names: Sequence[str] = (),
     ) -> None:
-        check_at_least(1, micro_batch_size=micro_batch_size)
+        check_whole(1, micro_batch_size=micro_batch_size)
+        if not callable(losses):
+            raise ConfigError(
+                "losses: must be a function that is given some rows of the batch and returns the "
+                f"loss of each, found {type(losses).__name__}"
+            )
+        if not isinstance(tasks, torch.Tensor):
+            raise ConfigError(f"tasks: must be a tensor, found {type(tasks).__name__}")
         if tasks.ndim != 1 or not len(tasks) or tasks.is_floating_point() or tasks.is_complex():
             found = f"{tasks.dtype} of shape {list(tasks.shape)}"
             raise ConfigError(f"tasks: one integer for each sample is needed, found {found}")

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ant_lightning.errors import ConfigError, check_above, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_whole
 from ant_lightning.tasks.clusters import TimestepClusters
 from ant_lightning.tasks.costs import snr_costs, timestep_costs
 from ant_lightning.tasks.partition import partition
@@ -90,7 +90,7 @@ class TimestepClustering(Clustering):
     """
 
     def __init__(self, num_tasks: int = 5, *, weighted: bool = False) -> None:
-        check_at_least(1, num_tasks=num_tasks)
+        check_whole(1, num_tasks=num_tasks)
         self.num_tasks = num_tasks
         self.weighted = weighted
 
@@ -133,7 +133,7 @@ class SNRClustering(Clustering):
     """
 
     def __init__(self, num_tasks: int = 5, power: float = 1, *, weighted: bool = False) -> None:
-        check_at_least(1, num_tasks=num_tasks)
+        check_whole(1, num_tasks=num_tasks)
         check_above(0, power=power)
         self.num_tasks = num_tasks
         self.power = power

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.balancing.parameters import trained_parameters
-from ant_lightning.errors import ConfigError, check_above, check_at_least
+from ant_lightning.errors import ConfigError, check_above, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -67,7 +67,7 @@ def transfer_matrix(
         [0.36, 0.36, -0.44]
     """
     check_above(0, lr=lr)
-    check_at_least(1, num_tasks=num_tasks)
+    check_whole(1, num_tasks=num_tasks)
     shared = trained_parameters(parameters)
     # Validation may run under inference_mode, where parameters could not be stepped.
     with torch.inference_mode(False):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import weakref
 from itertools import pairwise
 
@@ -9,13 +10,18 @@ import pytest
 import torch
 from torch import nn
 
+import ant_lightning
 from ant_lightning import (
+    Balancer,
     ConfigError,
     ContinuousUncertainty,
     LinearScalarization,
     MultiTaskStep,
     NashMTL,
     PCGrad,
+    SNRClustering,
+    TimestepClustering,
+    TorchJDBalancer,
     UncertaintyWeighting,
     multitask_backward,
 )
@@ -298,13 +304,46 @@ def test_one_call_takes_an_engine_of_the_users_own():
         ({"num_tasks": 4}, "num_tasks: must be the 3 of the balancer, found 4"),
         ({"engine": "fast"}, "engine: must be one of .*, found 'fast'"),
         ({"placement": "here"}, "placement: must be 'spread' or 'sorted', found 'here'"),
+        ({"num_tasks": "5"}, "num_tasks: must be a whole number, found '5'"),
+        ({"num_tasks": 2.5, "balancer": None}, "num_tasks: must be a whole number, found 2.5"),
+        ({"balancer": PCGrad}, "balancer: must be a Balancer, found the class PCGrad"),
+        ({"balancer": "PCGrad"}, "balancer: must be a Balancer, found 'PCGrad'"),
+        ({"model": None}, "model: must be a Module, found None"),
+        ({"micro_batch_size": "2"}, "micro_batch_size: must be a whole number, found '2'"),
         ({"micro_batch_size": 0}, "micro_batch_size: must be at least 1, found 0"),
         ({"parameters": []}, "parameters: must have at least one"),
     ],
 )
 def test_bad_arguments_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
-        MultiTaskStep(Problem().network, PCGrad(K), **settings)
+        MultiTaskStep(**{"model": Problem().network, "balancer": PCGrad(K), **settings})
+
+
+def test_bad_arguments_of_a_call_are_refused():
+    problem = Problem()
+    step = MultiTaskStep(problem.network, PCGrad(K))
+    with pytest.raises(ConfigError, match=r"losses: must be a function .*, found Tensor"):
+        step.backward(torch.ones(len(TASKS)), TASKS)
+    with pytest.raises(ConfigError, match="tasks: must be a tensor, found list"):
+        step.backward(problem.losses, TASKS.tolist())
+    with pytest.raises(ConfigError, match=r"state: must be the state_dict of .*, found \['a'\]"):
+        step.load_state_dict({"a": 1})
+
+
+def all_with_a_number_of_tasks():
+    made = [getattr(ant_lightning, name) for name in ant_lightning.__all__]
+    bases = (Balancer, TimestepClustering, SNRClustering)
+    kinds = [kind for kind in made if isinstance(kind, type) and issubclass(kind, bases)]
+    return [kind for kind in kinds if not inspect.isabstract(kind)]
+
+
+@pytest.mark.parametrize("kind", all_with_a_number_of_tasks())
+@pytest.mark.parametrize("num_tasks", ["5", 2.5, [3]])
+def test_a_number_of_tasks_is_a_whole_number(kind, num_tasks):
+    others = {"weighting": nn.Identity()} if kind is TorchJDBalancer else {}
+    with pytest.raises(ConfigError, match="num_tasks: must be a whole number, found ") as caught:
+        kind(num_tasks=num_tasks, **others)
+    assert str(caught.value).endswith(repr(num_tasks))
 
 
 def test_values_beside_the_losses_must_be_one_for_each_row():
