@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -20,15 +20,20 @@ from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.runtime.loggers import send_picture
 from ant_lightning.tasks.time_axis import TimeAxis
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
 
 class Dashboard(RunCallback):
     """Collects what other callbacks log, with explanations, on one page.
 
     After each validation every logger that shows pictures gets one page (`0_page/overview`) with
-    the figures of the other callbacks, each below the question that it answers; the page is also
-    `0_page_overview.png` in the log folder. In TensorBoard the tab "Custom Scalars" gets a chart
-    for each question, and the tab "Text" says how to read every figure and chart.
-    `dashboard.json` beside this file has the questions, charts and sentences.
+    losses and scores, and the figures of the other callbacks, each below the question that it
+    answers; the page is also `0_page_overview.png` in the log folder. In TensorBoard the tab
+    "Custom Scalars" gets a chart for each question, and the tab "Text" says how to read every
+    figure and chart. `dashboard.json` beside this file has the questions, charts and sentences.
 
     Attributes:
         pictures: Files of the figures of this run, by tag; `save_figure` adds them.
@@ -74,18 +79,25 @@ class Dashboard(RunCallback):
         found = {q: pictures[tag] for q, tag in questions.items() if tag in pictures}
         if not found:  # only pictures that are not on the page
             return
-        page = stacked_page(found)
+        step = steps_of(trainer, pl_module)
+        page = stacked_page(found, numbers=_numbers(step, trainer.callback_metrics))
         picture = Image.fromarray(page)
         write_atomically(
             log_folder(trainer) / "0_page_overview.png", partial(picture.save, format="PNG")
         )
-        step = steps_of(trainer, pl_module)
         send_picture(trainer.loggers, "0_page/overview", page, step=step)
 
 
 def _content() -> dict[str, Any]:
     content: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text())
     return content
+
+
+def _numbers(step: int, metrics: Mapping[str, Tensor]) -> str:
+    """The step, its losses, and the scores that the images of the page have."""
+    words = _content()["numbers"]
+    values = [f"{words[n]} {float(metrics[n]):.4g}" for n in words if n in metrics]
+    return f"step {step}:  " + ",  ".join(values)
 
 
 def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:

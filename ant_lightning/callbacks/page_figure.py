@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 _HEADING = 44  # pixels
 _FONT = 22
+_LINE, _SMALL = 28, 15  # height and font of the line of numbers
 _MARGIN = 12
 _WIDEST = 890  # what TensorBoard shows of a picture in a window of 1280 pixels
 
 
-def stacked_page(pictures: Mapping[str, Path]) -> NDArray[np.uint8]:
-    """Image files under their headings as one picture `[h, w, 3]`.
+def stacked_page(pictures: Mapping[str, Path], *, numbers: str = "") -> NDArray[np.uint8]:
+    """A line of numbers, and image files under their headings, as one picture `[h, w, 3]`.
 
     Args:
+        numbers: The line; nothing for none.
         pictures: Files by heading, from top to bottom, which are numbered. The page is as wide as
             the widest picture or heading; wider pictures than 866 pixels are scaled down to that.
     """
@@ -33,11 +35,15 @@ def stacked_page(pictures: Mapping[str, Path]) -> NDArray[np.uint8]:
     }
     font = ImageFont.load_default(size=_FONT)
     widths = [2 * _MARGIN + math.ceil(font.getlength(title)) for title in opened]
+    small = ImageFont.load_default(size=_SMALL)
+    widths.append(2 * _MARGIN + math.ceil(small.getlength(numbers)))
     width = max([*widths, *(2 * _MARGIN + picture.width for picture in opened.values())])
-    height = sum(_HEADING + picture.height for picture in opened.values())
+    first = _LINE if numbers else 0
+    height = first + sum(_HEADING + picture.height for picture in opened.values())
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
-    top = 0
+    draw.text((_MARGIN, 4), numbers, fill=(20, 20, 20), font=small)
+    top = first
     for title, picture in opened.items():
         draw.rectangle((0, top, width, top + _HEADING - 8), fill=(235, 239, 244))
         draw.text((_MARGIN, top + 6), title, fill=(20, 20, 20), font=font)

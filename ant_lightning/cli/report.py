@@ -116,9 +116,10 @@ def _summary(config: dict[str, Any], state: Any) -> str:  # noqa: ANN401 - a che
         method = flat.get("model.timesteps.method") or ("stratified" if balancer else "uniform")
         flat["model.timesteps.method"] = "uniform" if method == "uniform" else stratified
         flat["model.tasks.balancer"] = balancer or "none (vanilla)"
+    flat["ema"] = _moving_average(flat)
     rows = [[name, str(flat.get(path) or "")] for name, path in _SUMMARY.items()]
     for row in rows:
-        if row[0] in {"sampler", "optimizer", "moving average"}:
+        if row[0] in {"sampler", "optimizer"}:
             path = _SUMMARY[row[0]]
             # Append the numbers among the arguments of the class.
             inside = [(n, v) for n, v in flat.items() if n.rpartition(".")[0] == path]
@@ -131,6 +132,16 @@ def _summary(config: dict[str, Any], state: Any) -> str:  # noqa: ANN401 - a che
         rows.append(["parameters", f"{sum(math.prod(w.shape) for w in weights):,}"])
         rows.append(["optimizer steps", state["global_step"]])
     return _table(["", ""], *(row for row in rows if row[1]))
+
+
+def _moving_average(flat: Mapping[str, Any]) -> str:
+    """Which averages of the weights a run keeps, and which one an evaluation takes."""
+    if flat.get("ema.decay") is None:
+        return ""
+    lengths, length = flat.get("ema.lengths") or [], flat.get("ema.length")
+    powers = f"power-function EMA of lengths {', '.join(f'{each:g}' for each in lengths)}"
+    parts = [f"EMA with decay {flat['ema.decay']:g}", *([powers] if lengths else [])]
+    return "; ".join([*parts, *([] if length is None else [f"evaluated: length {length:g}"])])
 
 
 def _scores(path: Path) -> str:

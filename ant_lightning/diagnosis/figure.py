@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from ant_lightning.callbacks.axes_style import plain_log_axis
+
 if TYPE_CHECKING:
     from ant_lightning.diagnosis.findings import Findings
 
@@ -23,8 +25,7 @@ def profile_figure(findings: Findings) -> Figure:
     left, right = figure.subplots(1, 2)
     left.plot(places, findings.losses.tolist(), "o-", markersize=3)
     left.set_ylabel("training loss")
-    if min(findings.losses.tolist()) > 0:
-        left.set_yscale("log")
+    plain_log_axis(left, findings.losses.tolist())
     right.plot(places, shares, "o-", color="tab:orange", markersize=3)
     right.set_ylabel("% of the squared gradient")
     right.set_ylim(bottom=0)

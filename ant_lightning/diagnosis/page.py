@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; display: block; overflow-x: auto } img { max-width: 100% }
 th, td { border: 1px solid #ccc; padding: .2rem .6rem; text-align: right }
+td, code { white-space: nowrap }
 th { background: #f4f4f4 }
 """
 
@@ -47,7 +49,8 @@ class _Page:
         tail = after and (f" ([evidence]({page}))" if link else f" (evidence: {page})")
         anchor = f' (<a href="{escape(page)}">evidence</a>)' if link else escape(tail)
         self.markdown.append(f"{lead}{text}{tail}")
-        self.html.append(f"<p>{strong}{escape(text)}{anchor if after else ''}</p>")
+        words = re.sub(r"--\w+( \d+)?", r"<code>\g<0></code>", escape(text))  # not cut at a hyphen
+        self.html.append(f"<p>{strong}{words}{anchor if after else ''}</p>")
 
     def table(self, *rows: Sequence[object]) -> None:
         lines = [rows[0], ["---:"] * len(rows[0]), *rows[1:]]
@@ -65,7 +68,8 @@ class _Page:
 
     def write(self) -> Path:
         """Write both files; returns the HTML."""
-        head = f'<meta charset="utf-8"><title>{escape(self.title)}</title><style>{_STYLE}</style>'
+        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        head += f"<title>{escape(self.title)}</title><style>{_STYLE}</style>"
         body = "\n".join(self.html)
         text = "\n\n".join(self.markdown) + "\n"
         write_text(self.folder / "diagnosis.md", text)

@@ -34,6 +34,13 @@ def network_weights(network: nn.Module) -> dict[str, Tensor]:
     return {bare: own[name].detach().cpu().clone() for bare, name in bare_names(own).items()}
 
 
+def official_file(module: DiffusionModule) -> str:
+    """Name of the file that `write_official` writes."""
+    backbone = module.backbone
+    latent = module.latent_space is not None or getattr(backbone, "context_dim", None) is not None
+    return "model.ckpt" if isinstance(backbone, UNet) and latent else "model.pt"
+
+
 def write_official(module: DiffusionModule, folder: Path) -> list[str]:
     """Write `model.pt` as the official repository reads it, or `model.ckpt` of latent diffusion.
 
@@ -66,21 +73,21 @@ def write_official(module: DiffusionModule, folder: Path) -> list[str]:
                 "backbone.num_classes: must be at least 1, as the official DiT always has a class "
                 "table, found 0"
             )
-        _save(folder / "model.pt", weights)
+        _save(folder / official_file(module), weights)
         return notes
     if not isinstance(backbone, UNet):
         raise ConfigError(
             f"backbone: must be a DiT or a UNet, found {type(backbone).__name__}, which has no "
             "official layout"
         )
-    if module.latent_space is None and backbone.context_dim is None:
+    if official_file(module) == "model.pt":
         _save(folder / "model.pt", weights)
         return notes
     table = weights.pop(_CLASS_TABLE, None)
     state = {f"model.diffusion_model.{name}": value for name, value in weights.items()}
     if table is not None:
         state["cond_stage_model.embedding.weight"] = table
-    _save(folder / "model.ckpt", {"state_dict": state})
+    _save(folder / official_file(module), {"state_dict": state})
     return [*notes, "latent diffusion's file has no first stage; its config names one"]
 
 

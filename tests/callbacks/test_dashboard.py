@@ -84,7 +84,8 @@ def test_one_page_has_the_pictures_in_order(events):
     with Image.open(folder / "0_page_overview.png") as file:
         page = np.asarray(file)
     drawn = ["1_samples_grid", "3_tasks_losses_and_weights", "4_conflict_gradient_cosines"]
-    top = 0
+    top = 28  # losses and scores
+    assert (page[4:top] < 100).any()
     for name in drawn:
         with Image.open(folder / f"{name}.png") as file:
             width = min(file.width, 866)  # wider ones are scaled down

@@ -1,5 +1,9 @@
 """Networks and pipelines of an export compute and sample the same as the module."""
 
+import re
+import sys
+
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -121,10 +125,41 @@ def test_latents_leave_as_a_pipeline_of_diffusers(name, stages, tmp_path, monkey
     stock = stock_of(made)
     card = model_card(made, {}, tmp_path, about=ABOUT)
     assert ("trust_remote_code" in card) == (stock is None)
-    assert (stock.example() if stock else "pipeline(batch_size=4)") in card
+    assert (stock.example() if stock else "num_inference_steps=5)") in card
 
 
 ABOUT = {"to": "diffusers", "weights": "ema", "experts": [], "merge_weights": None, "notes": []}
+
+
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (dit, "class_labels=[0, 1, 2, 3], guidance_scale=1.5, num_inference_steps=5"),
+        (adm_with_classes, "class_labels=[0, 1, 2, 3], guidance_scale=1.0, num_inference_steps=5"),
+        (ddim, "batch_size=4, num_inference_steps=5, eta=0.3, use_clipped_model_output=True"),
+        (edm, "batch_size=4, num_inference_steps=4"),
+    ],
+)
+def test_the_call_in_the_card_draws_the_images_of_the_run(make, call, tmp_path, monkeypatch):
+    made = make()
+    write_pipeline(made, tmp_path)
+    card = model_card(made, {}, tmp_path, about=ABOUT)
+    assert f"pipeline({call}).images" in card
+    assert "Drawn as in the run" in card
+    noise = made.image_noise(range(4))
+    for place in ("schedulers.scheduling_ddpm", "schedulers.scheduling_ddim", "utils.torch_utils"):
+        monkeypatch.setattr(f"diffusers.{place}.randn_tensor", lambda *_, **__: noise())
+    load, draw = re.search(r"```python\n(.*?)(images = .*?)\n```", card, re.DOTALL).groups()
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(load, names)
+    own = sys.modules[type(names["pipeline"]).__module__]
+    monkeypatch.setattr(own, "randn_tensor", lambda *_, **__: noise(), raising=False)
+    exec(draw, names)
+    images = torch.stack([torch.from_numpy(np.array(each)) for each in names["images"]])
+    expected = 255 * (made.sample(4) / 2 + 0.5).movedim(1, -1)
+    # Pillow rounds, and has no axis for one channel.
+    torch.testing.assert_close(images.view_as(expected).float(), expected, atol=1.0, rtol=0)
 
 
 @pytest.mark.parametrize(

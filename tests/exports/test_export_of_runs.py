@@ -1,5 +1,7 @@
 """Exports of a run's folder are read back by the programs they are for."""
 
+import re
+
 import pytest
 import torch
 from exported import outputs, read, write_run
@@ -20,7 +22,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("to", ["diffusers", "official", "safetensors", "torch"])
-def test_every_format_is_read_back_with_equal_outputs(to, run, tmp_path):
+def test_every_format_is_read_back_with_equal_outputs(to, run, tmp_path, monkeypatch):
     live, averaged = load_run(run, weights="model").backbone, load_run(run).backbone
     assert (outputs(live) - outputs(averaged)).abs().max() > 1e-2
     exported = export(run, to=to, output=tmp_path / "ema")
@@ -29,7 +31,12 @@ def test_every_format_is_read_back_with_equal_outputs(to, run, tmp_path):
         exported = export(run, to=to, output=tmp_path / "live", weights="live")
         torch.testing.assert_close(outputs(read(exported)), outputs(live), atol=1e-5, rtol=0)
     card = (exported.path / "README.md").read_text()
-    for text in ("| model | DiTModule |", "folder photos", "| fid | 12.35 |", "[0, "):
+    if to in {"safetensors", "torch"}:
+        example = re.search(r"```python\n(.*?)\n```", card, re.DOTALL)[1]
+        monkeypatch.chdir(exported.path)
+        exec(example, names := {})
+        assert len(names["images" if to == "safetensors" else "output"]) in {2, 4}
+    for text in ("| model | DiTModule |", "folder photos", "| fid | 12.35 |", "timesteps 0-"):
         assert text in card
 
 
