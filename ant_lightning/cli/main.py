@@ -146,7 +146,7 @@ def _main(arguments: list[str]) -> int:
     except ConfigError as error:
         return _fail(message_of(error), 2)
     except KeyboardInterrupt:  # before training or outside of it: nothing is lost
-        return _fail("interrupted", 130)
+        return _fail("stopped by Ctrl-C", 130, kind="")
 
 
 def _with_groups(arguments: list[str]) -> list[str]:
@@ -177,8 +177,11 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(str(error), 1)
     except SIGTERMException as error:
         by_hand = error.args == (signal.SIGINT,)
-        resume = "; resume with --ckpt_path last" if arguments[0] == "fit" else ""
-        return _fail(f"told to stop{resume}", 130 if by_hand else 143)
+        saved = getattr(error, "__notes__", [])[:1]
+        go_on = "; to go on, give the same command with --ckpt_path last"
+        what = f" {saved[0]}{go_on}" if saved and command == "fit" else ""
+        line = f"stopped by {'Ctrl-C' if by_hand else 'a signal'}{what}"
+        return _fail(line, 130 if by_hand else 143, kind="")
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -202,9 +205,9 @@ def _run_other(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _fail(message: str, code: int) -> int:
+def _fail(message: str, code: int, *, kind: str = "error: ") -> int:
     """Print one line on standard error, escaping characters that its encoding lacks."""
-    line = "ant-lightning: error: " + " ".join(message.split())
+    line = f"ant-lightning: {kind}" + " ".join(message.split())
     encoding = sys.stderr.encoding or "ascii"
     print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
     return code

@@ -203,6 +203,9 @@ class Checkpoints(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, SIGTERMException):
             self._save(trainer)
+            path = self.last_model_path or self.best_model_path
+            if path:  # for the command line
+                exception.add_note(f"at step {trainer.global_step}; checkpoint {path}")
 
     def state_dict(self) -> dict[str, Any]:
         """The state of `ModelCheckpoint`, and the list of the newest files."""
