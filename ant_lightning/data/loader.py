@@ -132,26 +132,43 @@ class ShuffledLoader:
         loader = DataLoader(
             self.dataset,
             batch_size=None,  # a key of the sampler is a whole batch
-            sampler=self._keys(),
+            sampler=_keys(
+                self.position,
+                self._settings,
+                rank=self._rank,
+                num_batches=self._overfit_batches or len(self),
+                overfit=bool(self._overfit_batches),
+            ),
             pin_memory=False,
             **worker_settings(self._settings["num_workers"]),
         )
         return iter(loader)
 
-    def _keys(self) -> Iterator[tuple[int, list[int]]]:
-        """Endless keys (epoch, indices), one for each batch of this rank, from `position` on."""
-        num_batches = self._overfit_batches or len(self)
-        size = self.batch_size // self._settings["world_size"]
-        epoch, first = divmod(self.position, num_batches)
-        while True:
-            # To overfit, every epoch repeats the first batches of epoch 0.
-            order_of = 0 if self._overfit_batches else epoch
-            generator = keyed_generator(self._settings["seed"], "order", order_of)
-            order = randperm(len(self.dataset), generator=generator)
-            for batch in range(first, num_batches):
-                start = batch * self.batch_size + self._rank * size
-                yield epoch, order[start : start + size].tolist()
-            epoch, first = epoch + 1, 0
+
+def _keys(
+    position: int,
+    settings: dict[str, int],
+    *,
+    rank: int,
+    num_batches: int,
+    overfit: bool,
+) -> Iterator[tuple[int, list[int]]]:
+    """Endless keys (epoch, indices), one for each batch of this rank, from `position` on.
+
+    A function and no method: keys that held the loader would hold it, and with it the loading
+    processes, until the garbage collector comes, which waits 5 s for each process.
+    """
+    seed, batch_size, num_images = (settings[n] for n in ("seed", "batch_size", "num_images"))
+    size = batch_size // settings["world_size"]
+    epoch, first = divmod(position, num_batches)
+    while True:
+        # To overfit, every epoch repeats the first batches of epoch 0.
+        generator = keyed_generator(seed, "order", 0 if overfit else epoch)
+        order = randperm(num_images, generator=generator)
+        for batch in range(first, num_batches):
+            start = batch * batch_size + rank * size
+            yield epoch, order[start : start + size].tolist()
+        epoch, first = epoch + 1, 0
 
 
 class RankKeys(DistributedSampler[Any], SequentialSampler):

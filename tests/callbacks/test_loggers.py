@@ -150,6 +150,7 @@ def wandb_records(content):
             record = b""
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
     from wandb.proto import wandb_internal_pb2 as records
@@ -192,6 +193,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
     assert sum(np.array_equal(each, picture(folder)) for each in stored) >= 2  # ours, and W&B's
 
 
+@pytest.mark.slow
 def test_mlflow_in_sqlite(tmp_path, monkeypatch):
     pytest.importorskip("mlflow", reason="needs the extra mlflow")
     from mlflow.tracking import MlflowClient

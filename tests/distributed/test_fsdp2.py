@@ -64,13 +64,27 @@ LOW = {"precision": "bf16-mixed", "optimizer": sgd, "batch_size": 8}
 
 
 def every_method(rank, folder):
-    exact = {name: run(2, name) for name in METHODS}
+    exact = {name: run(2, name, steps=3) for name in METHODS}
     low = {name: run(2, name, accumulate_grad_batches=4, **LOW) for name in ("uw", "pcgrad")}
     whole = run(2, "nash", folder / "whole", steps=6)
-    run(2, "nash", folder / "parts", steps=3)
-    last = next((folder / "parts").glob("last.ckpt"))
-    slow = run(2, "nash", resume=last, steps=6, optimizer=slow_adamw)
-    return exact, low, slow["lr"], whole, run(2, "nash", resume=last, steps=6)
+    step_3 = folder / "whole" / "step_3.ckpt"
+    return {
+        "exact": exact,
+        "low": low,
+        "whole": whole,
+        "resumed": run(2, "nash", resume=step_3, steps=6),
+        "changed rate": run(2, "nash", resume=step_3, steps=4, optimizer=slow_adamw)["lr"],
+        "groups": named_groups(),
+    }
+
+
+def named_groups(ranks=2):
+    METHODS["gradnorm"] = lambda: GradNorm(K, initial_steps=1, shared_parameters=["blocks.*"])
+    groups = NamedGroups({"*.bias": {"lr": 1e-2}, "late": {"weight_decay": 0.0}})
+    try:
+        return run(ranks, "gradnorm", sharded=ranks > 1, param_groups=groups)
+    finally:
+        del METHODS["gradnorm"]
 
 
 def slow_adamw(groups):
@@ -99,7 +113,8 @@ def check_equal(ranks, one, limit=ROUNDING):
 @needs_unused_shards
 @pytest.mark.parametrize("method", METHODS)
 def test_two_sharded_ranks_train_as_one_process_does(two_ranks, method):
-    check_equal([exact[method] for exact, *_ in two_ranks], run(1, method, sharded=False))
+    one = run(1, method, steps=3, sharded=False)
+    check_equal([found["exact"][method] for found in two_ranks], one)
 
 
 @needs_unused_shards
@@ -108,17 +123,18 @@ def test_in_bf16_mixed(two_ranks, method):
     one = run(1, method, sharded=False, accumulate_grad_batches=8, **LOW)
     # Fewer weights lie between two values of bfloat16 than are rounded: 4e-5 is what all that is
     # rounded makes of a weight.
-    check_equal([low[method] for _, low, *_ in two_ranks], one, limit=8e-6)
+    check_equal([found["low"][method] for found in two_ranks], one, limit=8e-6)
 
 
 @needs_unused_shards
 def test_a_sharded_run_resumes_with_a_changed_learning_rate(two_ranks):
-    assert [lr for *_, lr, _, _ in two_ranks] == [1e-5, 1e-5]
+    assert [found["changed rate"] for found in two_ranks] == [1e-5, 1e-5]
 
 
 @needs_unused_shards
 def test_a_sharded_run_resumes_to_the_last_bit(two_ranks):
-    for *_, whole, resumed in two_ranks:
+    for found in two_ranks:
+        whole, resumed = found["whole"], found["resumed"]
         assert resumed["step"] == whole["step"] == 6
         assert resumed["balancer"] == whole["balancer"]
         for name in ("weights", "averages"):
@@ -130,27 +146,18 @@ def test_a_sharded_run_resumes_to_the_last_bit(two_ranks):
 
 @needs_unused_shards
 def test_one_process_goes_on_from_a_sharded_checkpoint(two_ranks, folder):
-    last = next((folder / "parts").glob("last.ckpt"))
+    step_3 = folder / "whole" / "step_3.ckpt"
     with pytest.warns(UserWarning, match="number of ranks: the checkpoint has 2, this run 1"):
-        one = run(1, "nash", folder / "one", resume=last, steps=6, sharded=False)
-    whole = two_ranks[0][-2]
+        one = run(1, "nash", folder / "one", resume=step_3, steps=6, sharded=False)
+    whole = two_ranks[0]["whole"]
     assert largest_difference(one["weights"], whole["weights"]) < ROUNDING
     assert largest_difference(one["averages"], whole["averages"]) < ROUNDING
 
 
-def named_groups(rank, ranks=2):
-    METHODS["gradnorm"] = lambda: GradNorm(K, initial_steps=1, shared_parameters=["blocks.*"])
-    groups = NamedGroups({"*.bias": {"lr": 1e-2}, "late": {"weight_decay": 0.0}})
-    try:
-        return run(ranks, "gradnorm", sharded=ranks > 1, param_groups=groups)
-    finally:
-        del METHODS["gradnorm"]
-
-
 @needs_unused_shards
-def test_groups_of_parameters_and_names_are_those_of_one_process(tmp_path):
-    first, second = run_ranks(named_groups, 2, tmp_path, limit=110)
-    one = named_groups(0, ranks=1)
+def test_groups_of_parameters_and_names_are_those_of_one_process(two_ranks):
+    first, second = (found["groups"] for found in two_ranks)
+    one = named_groups(ranks=1)
     # Biases have ten times the rate.
     assert largest_difference(first["weights"], one["weights"]) < 10 * ROUNDING
     assert largest_difference(first["weights"], second["weights"]) == 0

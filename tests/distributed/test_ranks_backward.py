@@ -1,5 +1,7 @@
 """`multitask_backward` on several ranks, without Lightning: values, bytes, faults."""
 
+import functools
+
 import pytest
 import torch
 from rank_processes import run_ranks
@@ -32,6 +34,7 @@ METHODS = {
     "pcgrad": lambda: PCGrad(K, seed=3),
     "nash": lambda: NashMTL(K, update_every=2),
 }
+WORLDS = [pytest.param(2, marks=pytest.mark.slow), 4]
 ENGINES = {"one_pass": OnePass, "low_memory": LowMemory, "auto": Auto}
 
 
@@ -156,28 +159,28 @@ def every_method(rank, world_size):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    return {n: run_ranks(every_method, n, folder / str(n), n) for n in (2, 4)}
+    return functools.cache(lambda n: run_ranks(every_method, n, folder / str(n), n))
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["plain", "wrapped"])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_ranks_equal_one_process_on_the_concatenated_batch(ranks, world_size, kind, method):
     one = train(0, 1, method, reduction=Reduction())
-    for rank in ranks[world_size]:
+    for rank in ranks(world_size):
         found = rank[kind][method]
         for name in ("parameters", "weights", "losses", "num_samples"):
             torch.testing.assert_close(found[name], one[name], rtol=1e-6, atol=1e-9)
-        assert found["state"] == ranks[world_size][0][kind][method]["state"]
-        assert torch.equal(found["parameters"], ranks[world_size][0][kind][method]["parameters"])
+        assert found["state"] == ranks(world_size)[0][kind][method]["state"]
+        assert torch.equal(found["parameters"], ranks(world_size)[0][kind][method]["parameters"])
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_a_nan_on_one_rank_makes_all_skip_and_moves_nothing(ranks, world_size, method):
     one = train(0, 1, method, bad_step=2, reduction=Reduction())
     assert one["finite"] == [True, True, False, True, True]
-    for rank in ranks[world_size]:
+    for rank in ranks(world_size):
         assert rank["bad"][method]["finite"] == one["finite"]
         torch.testing.assert_close(
             rank["bad"][method]["parameters"], one["parameters"], rtol=1e-6, atol=1e-9
@@ -185,22 +188,22 @@ def test_a_nan_on_one_rank_makes_all_skip_and_moves_nothing(ranks, world_size, m
 
 
 @pytest.mark.parametrize("bad_step", [None, 2])
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_every_engine_is_right_on_ranks(ranks, world_size, bad_step):
     one = train(0, 1, "nash", bad_step=bad_step, reduction=Reduction(), engine=Loop())
-    for rank in ranks[world_size]:
+    for rank in ranks(world_size):
         for key, found in rank["engines"].items():
             if key[1] != bad_step:
                 continue
             assert found["finite"] == one["finite"], key
-            assert found["state"] == ranks[world_size][0]["engines"][key]["state"], key
+            assert found["state"] == ranks(world_size)[0]["engines"][key]["state"], key
             for name in ("parameters", "weights", "losses"):
                 torch.testing.assert_close(found[name], one[name], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", WORLDS)
 def test_bytes_sent_are_at_most_half_of_k_plus_1_times_those_of_vanilla(ranks, world_size):
-    for rank in ranks[world_size]:
+    for rank in ranks(world_size):
         sent = {name: rank["plain"][name]["sent"] for name in METHODS}
         # Rows of 88 numbers (87 padded to a multiple of the ranks), 8 bytes each.
         row = 88 * 8 * (world_size - 1) / world_size

@@ -14,10 +14,9 @@ from ant_lightning.balancing.reduction import Reduction, default_reduction
 from ant_lightning.errors import DivergedRanksError
 from ant_lightning.runtime.rank_agreement import check_ranks_agree
 
-MESHES = {"2": (2,), "2 x 2": (2, 2)}  # [shards], or [replicas, shards]
-
 
 def sharded(mesh):
+    """On a mesh of [shards], or of [replicas, shards]."""
     network = Network(torch.float32)
     mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("replicas", "shards")[-len(mesh) :])
     fully_shard(network.body, mesh=mesh)
@@ -110,7 +109,9 @@ def mixed(rank):
 
 
 @needs_unused_shards
-@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param((2,), id="2", marks=pytest.mark.slow), pytest.param((2, 2), id="2 x 2")]
+)
 def test_sharded_ranks_equal_one_process_on_the_concatenated_batch(tmp_path, mesh):
     ranks = math.prod(mesh)
     every, said = zip(*run_ranks(every_method, ranks, tmp_path, ranks, mesh), strict=True)
