@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL ?= dit
 DATASET ?= digits
+# Each of the many processes of the tests would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo compare ntg evidence curves tables test test-cpu test-faults test-app soak check docs bench clean
@@ -44,14 +46,14 @@ tables: .venv/installed  ## the poster's tables; DATASET=digits, or another with
 	$(BIN)/python -m studies.tables --dataset $(DATASET) $(if $(ROOT),--root $(ROOT)) --jobs 2
 
 test: .venv/installed  ## all tests but the slow ones
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-cpu: .venv/installed  ## parity and engines again, with the arithmetic of another CPU
 	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE $(BIN)/python -m pytest -n 2 tests/parity \
 	  $(addprefix tests/balancing/,test_engines.py test_engine_one_pass.py test_engine_auto.py)
 
 test-faults: .venv/installed  ## the slow tests: kills, damaged files, every combination of settings
-	$(BIN)/python -m pytest -n 2 -m slow tests notebooks --ignore tests/app
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests notebooks --ignore tests/app
 
 test-app: .venv/installed  ## drive the page of `ant-lightning app` in headless Chromium
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app]' playwright

@@ -34,8 +34,8 @@ class Everything(nn.Module):
         return self.linear(x.mean(1))[:, :, None, None]
 
 
-def dit(**settings):
-    network = DiT(input_size=8, in_channels=4, hidden_size=8, depth=2, num_heads=2, **settings)
+def dit(depth=2, **settings):
+    network = DiT(input_size=8, in_channels=4, hidden_size=8, depth=depth, num_heads=2, **settings)
     return timestep_features.exact(network)
 
 

@@ -110,7 +110,8 @@ def test_a_whole_run_compiles_once_although_other_tasks_get_the_odd_sample(engin
     ],
 )
 def test_a_dit_is_compiled_whole_or_block_by_block(by_block, checkpointing):
-    make = lambda: dit(num_classes=5, gradient_checkpointing=checkpointing)  # noqa: E731
+    settings = {"num_classes": 5, "gradient_checkpointing": checkpointing}
+    make = lambda: dit(2 if by_block else 1, **settings)  # noqa: E731
     problem = Problem(make, EQUAL)
     expected = problem.run(Loop())
     if by_block:
@@ -135,7 +136,7 @@ def test_a_use_that_the_compiler_hides_is_refused():
 
 
 def test_in_autocast_a_compiled_network_differs_by_rounding():
-    problem = Problem(lambda: dit(num_classes=5), EQUAL, torch.float32)
+    problem = Problem(lambda: dit(1, num_classes=5), EQUAL, torch.float32)
     exact = problem.run(Loop())
     with torch.autocast("cpu", torch.bfloat16):
         loop = problem.run(Loop())
@@ -158,7 +159,7 @@ def test_channels_last_stays_channels_last():
 def test_auto_counts_a_compiled_network_as_it_was_written():
     counted = []
     for wrap in (lambda network: network, compiled):
-        network = dit(num_classes=5)
+        network = dit(1, num_classes=5)
         step = MultiTaskStep(wrap(network), PCGrad(num_tasks=3))
         x, labels = torch.randn(6, 4, 8, 8), torch.arange(6) % 5
 

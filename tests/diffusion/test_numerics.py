@@ -145,16 +145,18 @@ def train(balancer, optimizer, loss, *, steps):
     return float(report.task_weights)
 
 
-@pytest.mark.parametrize(("method", "settled"), [("uw", 1.0), ("continuous_uw", 2.0)])
+@pytest.mark.parametrize(
+    ("method", "settled", "steps"), [("uw", 1.0, 1000), ("continuous_uw", 2.0, 200)]
+)
 @pytest.mark.parametrize("factor", [pytest.param(1e4, marks=pytest.mark.slow), 1e8])
-def test_a_learned_weight_is_back_after_a_spike(method, settled, factor):
+def test_a_learned_weight_is_back_after_a_spike(method, settled, steps, factor):
     balancer = METHODS[method](1)
     optimizer = torch.optim.AdamW(balancer.parameters(), lr=balancer.lr, weight_decay=0.0)
     # 1 / (2 L), or 1 / L.
-    assert train(balancer, optimizer, 0.5, steps=600) == pytest.approx(settled, rel=0.02)
+    assert train(balancer, optimizer, 0.5, steps=200) == pytest.approx(settled, rel=0.02)
     train(balancer, optimizer, factor * 0.5, steps=1)
     assert train(balancer, optimizer, 0.5, steps=40) > settled / 20
-    assert train(balancer, optimizer, 0.5, steps=1000) == pytest.approx(settled, rel=0.02)
+    assert train(balancer, optimizer, 0.5, steps=steps) == pytest.approx(settled, rel=0.02)
 
 
 @pytest.mark.parametrize("method", ["uw", "continuous_uw"])
@@ -162,4 +164,4 @@ def test_the_weight_of_a_task_without_any_loss_is_bounded(method):
     balancer = METHODS[method](1, lr=0.2)
     optimizer = torch.optim.AdamW(balancer.parameters(), lr=0.2, weight_decay=0.0)
     limit = 1e8 if method == "continuous_uw" else 1e8 / 2
-    assert train(balancer, optimizer, 0.0, steps=600) == pytest.approx(limit, rel=0.01)
+    assert train(balancer, optimizer, 0.0, steps=300) == pytest.approx(limit, rel=0.01)

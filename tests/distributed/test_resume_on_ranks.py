@@ -18,7 +18,7 @@ from ant_lightning import EMA, Checkpoints, Reclustering
 
 STEPS = 7  # 5 in an epoch
 STOPS = [2, 5]
-METHODS = ["vanilla", "linear", "uw", "continuous_uw", "pcgrad", "nash"]
+METHODS = ["vanilla", "uw", "continuous_uw", "pcgrad", "nash"]
 CHANGED = ["uw", "pcgrad", "nash"]  # whose number of ranks is changed
 
 

@@ -28,8 +28,9 @@ class Whole(enum.IntEnum):
     three = 3
 
 
-# Three commands in one process: each start would cost seconds.
+# All in one process: each start would cost seconds. The last ends it, as a wrong setting does.
 CODE = """
+import runpy
 import sys
 from ant_lightning.cli.main import main
 base = sys.argv[1].split()
@@ -39,6 +40,8 @@ assert main(["validate", *base, "--ckpt_path", sys.argv[2], "--trainer.callbacks
 for _ in range(2):
     samples = ["--samples.num_images=3", "--samples.folder=images"]
     assert main(["predict", *base, "--ckpt_path", sys.argv[2], *samples]) == 0
+sys.argv = ["ant-lightning", "fit", *base, "--model.optimization.optimizer.lr=-1"]
+runpy.run_module("ant_lightning", run_name="__main__")
 """
 EXPECTED = [
     rf"fit: DiT with 10\.\d K parameters on cpu, from step 0 to 25, in {RUN}",
@@ -89,7 +92,7 @@ def test_settings_are_written_as_plain_values(value, plain):
     assert type(found) is type(plain)
 
 
-def test_fit_validate_and_predict_print_expected_lines_and_no_others(tmp_path):
+def test_commands_print_expected_lines_and_no_others(tmp_path):
     files = [CONFIGS / "digits" / "dit.yaml", CONFIGS / "balancer" / "uw.yaml"]
     base = [x for file in files for x in ("--config", str(file))]
     base += [
@@ -108,9 +111,11 @@ def test_fit_validate_and_predict_print_expected_lines_and_no_others(tmp_path):
         cwd=tmp_path,
         env=environment,
     )
-    assert done.returncode == 0, done.stderr
-    # Once in four commands: `digits/dit` has a learned variance and the cosine schedule.
-    assert re.fullmatch(r"ant-lightning: warning: process.variance_type: .*\n", done.stderr)
+    assert done.returncode == 2, done.stderr
+    # The first once in four commands: `digits/dit` has a learned variance and the cosine schedule.
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith("ant-lightning: warning: process.variance_type: ")
+    assert error.startswith("ant-lightning: error: model.optimization.optimizer")
     # The table of results has the width of the terminal.
     lines = [line for line in done.stdout.splitlines() if not re.match(r"[┏┃┡│└─]| {4,}", line)]
     assert len(lines) == len(EXPECTED), done.stdout

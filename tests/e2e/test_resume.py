@@ -57,7 +57,8 @@ def test_resumed_in_an_epoch_at_its_end_and_between_refreshes(tmp_path, method):
     history = whole.lightning_module.cluster_history
     assert [step for step, _ in history] == [0, 5]
     assert history[0][1] != history[1][1]
-    for stop in STOPS:
+    # Gradients have the most state; the others stop at the end of an epoch and after it.
+    for stop in STOPS if method == "pcgrad" else STOPS[1:3]:
         on = tmp_path / f"from_{stop}"
         resume = tmp_path / "whole" / f"step={stop}.ckpt"
         everything_that_has_a_state(on, method=method, resume=resume)
