@@ -6,6 +6,8 @@ logger, such as CSV, gets the settings. All of it is for rank 0.
 
 from __future__ import annotations
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +71,8 @@ def send_files(loggers: Iterable[Logger], folder: Path) -> None:
         experiment: Any = getattr(logger, "experiment", None)
         for path in paths:
             if isinstance(logger, WandbLogger):
-                experiment.save(str(path.absolute()), str(folder.absolute()), policy="now")
+                with redirect_stderr(StringIO()):  # it says of each file that it is linked
+                    experiment.save(str(path.absolute()), str(folder.absolute()), policy="now")
             elif isinstance(logger, MLFlowLogger):
                 experiment.log_artifact(logger.run_id, str(path))
             elif hasattr(experiment, "log_asset"):  # Comet

@@ -151,11 +151,10 @@ def wandb_records(content):
 
 
 @pytest.mark.slow
-def test_wandb_offline(tmp_path, monkeypatch):
+def test_wandb_offline(tmp_path, capfd):
     wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
     from wandb.proto import wandb_internal_pb2 as records
 
-    monkeypatch.setenv("WANDB_SILENT", "true")
     loggers = [lightning("WandbLogger", save_dir=str(tmp_path), project="digits", offline=True)]
 
     def ended():
@@ -163,6 +162,9 @@ def test_wandb_offline(tmp_path, monkeypatch):
         wandb.teardown()  # its service may still write after `finish`
 
     folder = validated(tmp_path, loggers, ended=ended)
+    said = capfd.readouterr().err
+    assert "wandb sync" in said
+    assert "Symlinked" not in said
     ids, config, logged, files, steps = set(), {}, set(), set(), []
     paths = sorted(tmp_path.rglob("run-*.wandb"))
     assert len(paths) == 3, "W&B's rule: offline, a folder for each process"
