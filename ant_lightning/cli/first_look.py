@@ -80,8 +80,15 @@ def first_look(arguments: Sequence[str]) -> None:
     missing = [name for name in ("data", "model") if settings.get(name) is None]
     if missing and command != "encode" and not asked:
         raise ConfigError(needed(", ".join(missing)))
-    if not asked:
-        _check_paths(settings)
+    if asked:
+        return
+    try:
+        # `predict` makes no scores.
+        _check_paths(settings | {"scores": False} if command == "predict" else settings)
+    except ConfigError as error:
+        if re.match(r"trainer\.callbacks\S*\.extractor\.", str(error)):
+            raise ConfigError(f"{error}; --scores false leaves the scores out") from error
+        raise
 
 
 def _check_paths(settings: dict[str, Any]) -> None:

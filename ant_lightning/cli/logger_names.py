@@ -40,9 +40,23 @@ def places_of(kind: str) -> set[str]:
     return {name for each, names in LOGGERS.values() if each == kind for name in names}
 
 
-def placed_logger(kind: str, before: list[Any]) -> dict[str, Any]:
-    """The settings of a logger whose runs lie where those of the first of `before` do."""
-    first = before[0] if before and isinstance(before[0], dict) else {}
-    given = first.get("init_args") or {}
-    init = {name: given[name] for name in sorted(places_of(kind)) if name in given}
-    return {"class_path": kind, "init_args": init}
+def placed_loggers(loggers: list[Any]) -> list[Any]:
+    """Loggers without a `save_dir` get the place of the one before, and the first gets `runs`.
+
+    >>> from ant_lightning.cli.logger_names import placed_loggers
+    >>> placed_loggers(["CSVLogger"])
+    [{'class_path': 'CSVLogger', 'init_args': {'save_dir': 'runs'}}]
+    """
+    place: dict[str, Any] = {"save_dir": "runs"}
+    found = []
+    for each in loggers:
+        logger = {"class_path": each} if isinstance(each, str) and is_known_logger(each) else each
+        if isinstance(logger, dict):
+            init = logger.get("init_args") or {}
+            if is_known_logger(logger.get("class_path")) and "save_dir" not in init:
+                names = sorted(places_of(logger["class_path"]) & place.keys())
+                logger = {**logger, "init_args": {name: place[name] for name in names} | init}
+            if "save_dir" in init:
+                place |= {name: init[name] for name in ("save_dir", "name") if name in init}
+        found.append(logger)
+    return found

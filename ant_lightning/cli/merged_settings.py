@@ -101,6 +101,12 @@ def merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
                 del into[other]
         is_class = isinstance(before, dict) and "class_path" in before and isinstance(given, str)
         value = {"class_path": given} if is_class else given
+        if isinstance(before, list) and isinstance(value, dict) and "class_path" not in value:
+            last: dict[str, Any] = {}  # to which the parser gives them
+            for each in (*before[-1:], value):
+                merge(last, {"class_path": each} if isinstance(each, str) else each)
+            into[name] = [*before[:-1], last]
+            continue
         if isinstance(value, dict):
             if not isinstance(before, dict):
                 into[name] = before = {"class_path": before} if isinstance(before, str) else {}

@@ -64,6 +64,8 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
         return f"{unrecognized[2]}: the command has no place for it, as options begin with --"
     # The path of nested keys, without the levels `config` and `init_args`.
     keys = [key for key in re.findall(r'Parser key "([^"]+)"', text) if key != "config"]
+    if len(keys) > 1 and keys[1].startswith(f"{keys[0]}."):  # a group that is given as a whole
+        del keys[0]
     setting = ".".join(keys).replace(".init_args", "")
     unaccepted = re.search(r"class_path '([\w.]+)\.(\w+)': Option '([\w.]+)' is not accepted", text)
     # A tensor in place of a number is not meant by anyone, and has no signature to suggest from.

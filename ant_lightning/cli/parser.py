@@ -189,7 +189,7 @@ class AntCLI(LightningCLI):
         self.run_folder = choose_run_folder(config, self.command, self.config_dump, content)
         is_local = config.ckpt_path and "://" not in config.ckpt_path
         evaluated = str(Path(config.ckpt_path).absolute()) if is_local else config.ckpt_path
-        if not config.scores:
+        if not config.scores or self.command == "predict":  # which measures nothing
             callbacks = config.trainer.callbacks or []
             # Before they are made, as an extractor may ask for weights that are not here.
             chosen = callbacks if isinstance(callbacks, list) else [callbacks]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from yaml import YAMLError
 
 from ant_lightning.cli.config_files import load_yaml
-from ant_lightning.cli.logger_names import is_known_logger, placed_logger, with_logger_classes
+from ant_lightning.cli.logger_names import placed_loggers, with_logger_classes
 from ant_lightning.cli.merged_settings import merged_settings
 from ant_lightning.errors import ConfigError, found_at
 from ant_lightning.runtime.run_files import found_runs, has_checkpoint
@@ -48,6 +48,7 @@ _LEAST = {
 }
 # If one of these is None, the Trainer fails with an error that does not name it.
 _NEVER_NONE = ("detect_anomaly", "max_steps", "overfit_batches")
+_LOGGER_OPTION = re.compile(r"--trainer(\.logger(\+|\.class_path)?)?")
 
 
 def with_classes_of_loggers(args: Sequence[str]) -> list[str]:
@@ -56,52 +57,55 @@ def with_classes_of_loggers(args: Sequence[str]) -> list[str]:
     Several, `[wandb, csv]` or `--trainer.logger+ csv`, keep their runs where the one before does.
 
     >>> from ant_lightning.cli.trainer_settings import with_classes_of_loggers
-    >>> with_classes_of_loggers(["fit", "--trainer.logger=wandb", "--trainer.logger", "CSV"])
-    ['fit', '--trainer.logger=WandbLogger', '--trainer.logger', 'CSVLogger']
-    >>> with_classes_of_loggers(["fit", "--trainer.logger=mine.Logger", "--trainer.logger+=csv"])[2]
-    '--trainer.logger=["mine.Logger", {"class_path": "CSVLogger", "init_args": {}}]'
+    >>> with_classes_of_loggers(["fit", "--trainer.logger", "CSV"])
+    ['fit', '--trainer.logger=CSVLogger']
+    >>> with_classes_of_loggers(["fit", "--trainer.logger=my.Logger", "--trainer.logger+=csv"])[2]
+    '--trainer.logger=["my.Logger", {"class_path": "CSVLogger", "init_args": {"save_dir": "runs"}}]'
     """
     found = list(args)
-    for i, arg in enumerate(found):
+    for i, arg in enumerate(found):  # which grows after `i`
         name, sign, value = arg.partition("=")
-        if name not in {"--trainer.logger", "--trainer.logger+"} or i + (not sign) >= len(found):
+        if not _LOGGER_OPTION.fullmatch(name) or i + (not sign) >= len(found):
             continue
-        name, value = _with_classes(name, value if sign else found[i + 1], found[1:i])
-        found[i : i + 1 + (not sign)] = [f"{name}={value}"] if sign else [name, value]
+        try:
+            options = _with_classes(name, value if sign else found[i + 1], found[1:i])
+        except (ConfigError, OSError, TypeError, YAMLError):  # the parser says it; a date, say
+            continue
+        found[i : i + 1 + (not sign)] = [f"{name}={value}" for name, value in options]
     return found
 
 
-def _with_classes(name: str, value: str, before: Sequence[str]) -> tuple[str, str]:
-    """An option that names loggers, and its value; `before` are the options before it."""
-    try:
-        given = with_logger_classes(load_yaml(value))
-        settings = merged_settings(before) or {}
-    except (ConfigError, OSError, YAMLError):  # which the parser says
-        return name, value
-    trainer = settings.get("trainer")
+def _with_classes(name: str, value: str, before: Sequence[str]) -> list[tuple[str, str]]:
+    """An option that names loggers, as one or two; `before` are the options before it."""
+    given = load_yaml(Path(value).read_text("utf8") if value.endswith(".yaml") else value)
+    if name == "--trainer":
+        if not isinstance(given, dict):
+            return [(name, value)]
+        logger = [("--trainer.logger", _text(given.pop("logger")))] if "logger" in given else []
+        return [(name, _text(given)), *logger]  # the next option to be looked at
+    given = with_logger_classes(given)
+    is_added = name.endswith("+")
+    if not is_added and not isinstance(given, list):
+        return [(name, _text(given))]
+    trainer = (merged_settings(before) or {}).get("trainer")
     old = trainer.get("logger") if isinstance(trainer, dict) else None
-    kept = [_whole(each) for each in (old if isinstance(old, list) else [old]) if each]
-    new = given if isinstance(given, list) else [given]
-    if not name.endswith("+"):
-        if not isinstance(given, list):
-            return name, given if isinstance(given, str) else value
-    elif not all(is_known_logger(each) for each in new):
-        return name, value  # the parser adds it
-    else:
-        new = [*kept, *new]
-    placed = [placed_logger(each, kept[:1]) if is_known_logger(each) else each for each in new]
-    try:
-        return "--trainer.logger", json.dumps(placed)
-    except TypeError:  # a date, say, which is no setting of a logger
-        return name, value
+    kept = [_as_parsed(each) for each in (old if isinstance(old, list) else [old]) if each]
+    placed = placed_loggers([*kept, *(given if isinstance(given, list) else [given])])
+    return [("--trainer.logger", _text(placed if is_added else placed[len(kept) :]))]
 
 
-def _whole(logger: Any) -> Any:  # noqa: ANN401 - a name or merged settings
+def _text(value: Any) -> str:  # noqa: ANN401 - whatever YAML holds
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _as_parsed(logger: Any) -> Any:  # noqa: ANN401 - a name, `true` or merged settings
     """The settings of a logger with its arguments in `init_args`, as the parser reads them."""
+    if logger is True:  # Lightning's default
+        return "TensorBoardLogger"
     if not isinstance(logger, dict) or "init_args" in logger:
         return logger
-    init = {name: value for name, value in logger.items() if name != "class_path"}
-    return {"class_path": logger.get("class_path"), "init_args": init}
+    outside = {name: logger[name] for name in ("class_path", "dict_kwargs") if name in logger}
+    return outside | {"init_args": {n: v for n, v in logger.items() if n not in outside}}
 
 
 def check_run_settings(settings: Any) -> None:  # noqa: ANN401 - a mapping or a namespace

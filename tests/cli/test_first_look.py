@@ -22,6 +22,7 @@ from ant_lightning.cli.export import Format
 from ant_lightning.cli.first_look import first_look, top_settings
 from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.main import main
+from ant_lightning.cli.messages import one_line
 from ant_lightning.cli.parser import AntCLI
 from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.cli.trainer_settings import with_classes_of_loggers
@@ -373,7 +374,7 @@ def test_a_run_whose_data_are_gone(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["tensorboard", "WandB", "mlflow", "CSV", "comet", "csvlogger"])
 def test_loggers_have_short_names_on_the_command_line(name):
     (kind,) = with_classes_of_loggers([f"--trainer.logger={name}"])
-    assert with_classes_of_loggers(["--trainer.logger", name]) == kind.split("=")
+    assert with_classes_of_loggers(["--trainer.logger", name]) == [kind]
     kind = kind.partition("=")[2]
     made = getattr(loggers, kind)
     assert issubclass(made, loggers.Logger)
@@ -382,39 +383,125 @@ def test_loggers_have_short_names_on_the_command_line(name):
     assert looked(["fit", "--config", str(DIT), f"--trainer.logger={kind}"]) is None
 
 
-SEVERAL = {
-    "a list": ["--trainer.logger", "[wandb, csv]"],
-    "added": ["--trainer.logger=wandb", "--trainer.logger+=csv"],
-    "added to the config's": ["--trainer.logger+", "CSV"],
-    "two added": ["--trainer.logger+", "csv", "--trainer.logger+", "wandb"],
-    "with a setting": [
-        *("--trainer.logger", "wandb", "--trainer.logger.offline", "true"),
-        *("--trainer.logger+", "csv"),
-    ],
-    "a list in a file": ["--config", "list.yaml"],
-    "one in a file, one added": ["--config", "one.yaml", "--trainer.logger+", "wandb"],
+CSV = "{class_path: csv}"
+WANDB = "{class_path: wandb, init_args: {offline: true}, dict_kwargs: {new: [a]}}"
+SEVERAL = {  # options, and the loggers that they make
+    "a dict": (["--trainer.logger", CSV], "CSV"),
+    "a class path": (["--trainer.logger.class_path", "csv"], "CSV"),
+    "in the trainer": (["--trainer", "{logger: csv}"], "CSV"),
+    "in a file of the trainer": (["--trainer", "trainer.yaml"], "CSV"),
+    "in a file of the logger": (["--trainer.logger=logger.yaml"], "CSV"),
+    "a list": (["--trainer.logger", "[wandb, csv]"], "Wandb CSV"),
+    "dicts in a list": (["--trainer.logger", f"[{WANDB}, {CSV}]"], "Wandb CSV"),
+    "a list in the trainer": (["--trainer={logger: [wandb, csv]}"], "Wandb CSV"),
+    "added": (["--trainer.logger=wandb", "--trainer.logger+=csv"], "Wandb CSV"),
+    "added to the config's": (["--trainer.logger+", "CSV"], "TensorBoard CSV"),
+    "added to a dict": (["--trainer.logger", WANDB, "--trainer.logger+", CSV], "Wandb CSV"),
+    "added to a file": (["--trainer", "trainer.yaml", "--trainer.logger+=wandb"], "CSV Wandb"),
+    "a list added": (["--trainer.logger+", "[csv, wandb]"], "TensorBoard CSV Wandb"),
+    "two added": (
+        ["--trainer.logger+", "csv", "--trainer.logger+", "wandb"],
+        "TensorBoard CSV Wandb",
+    ),
+    "after somebody's": (
+        [f"--trainer.logger+={__name__}.TheirLogger", "--trainer.logger+=csv"],
+        "TensorBoard Their CSV",
+    ),
+    "with a setting": (
+        ["--trainer.logger=wandb", "--trainer.logger.offline", "true", "--trainer.logger+=csv"],
+        "Wandb CSV",
+    ),
+    "a setting in a list": (
+        [
+            "--trainer.logger=[csv, wandb]",
+            "--trainer.logger.offline=true",
+            "--trainer.logger+=mlflow",
+        ],
+        "CSV Wandb MLFlow",
+    ),
+    "a list in a file": (["--config", "list.yaml"], "Wandb CSV"),
+    "one in a file, one added": (["--config=one.yaml", "--trainer.logger+=wandb"], "CSV Wandb"),
 }
+FIRST = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "logs", "name": "n"}}
 
 
-def test_several_loggers_by_short_names_log_where_one_would(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("list.yaml").write_text("trainer: {logger: [wandb, csv]}")
-    Path("one.yaml").write_text("trainer: {logger: {class_path: csv}}")
+class TheirLogger(loggers.CSVLogger):
+    def __init__(self, save_dir: str = "logs", name: str = "n"):
+        super().__init__(save_dir, name)
+
+
+@pytest.fixture(scope="module")
+def loggers_of(tmp_path_factory):
+    """The loggers that the parser makes of options."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(Trainer, "trainer")
-    first = '{"trainer": {"logger": {"class_path": "TensorBoardLogger", "init_args": '
-    first += '{"save_dir": "runs", "name": "n"}}}}'
-    for what, options in SEVERAL.items():
-        args = with_classes_of_loggers(["fit", "--config", first, *options])
-        assert looked([*args, "--print_config"]) is None, what
-        made = parser.parse_args(args[1:]).trainer.logger
-        kinds = {each.class_path.rpartition(".")[2] for each in made}
-        assert "CSVLogger" in kinds, what
-        assert len(kinds) == len(made) >= 2, what
-        assert {(each.init_args.save_dir, each.init_args.name) for each in made} == {("runs", "n")}
-        if what == "with a setting":
-            assert made[0].init_args.offline is True
+
+    def made(options):
+        args = with_classes_of_loggers(["fit", *options])
+        assert looked([*args, "--print_config"]) is None
+        found = parser.parse_args(args[1:]).trainer.logger
+        return found if isinstance(found, list) else [found]
+
+    return made
+
+
+def kinds(made):
+    return [each.class_path.rpartition(".")[2].removesuffix("Logger") for each in made]
+
+
+@pytest.mark.parametrize("what", SEVERAL)
+def test_loggers_by_short_names_log_where_the_configs_would(
+    what, loggers_of, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("trainer: {logger: [wandb, csv]}")
+    Path("one.yaml").write_text("trainer: {logger: {class_path: csv}}")
+    Path("trainer.yaml").write_text("logger: csv")
+    Path("logger.yaml").write_text("class_path: csv")
+    options, expected = SEVERAL[what]
+    made = loggers_of(["--config", json.dumps({"trainer": {"logger": FIRST}}), *options])
+    assert kinds(made) == expected.split()
+    for each in made:
+        assert each.init_args.save_dir == "logs"
+        assert each.init_args.get("name", "n") == "n"
+        if "setting" in what and hasattr(each.init_args, "offline"):
+            assert each.init_args.offline is True
+        if WANDB in options:
+            assert "Wandb" not in each.class_path or each.dict_kwargs == {"new": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--trainer.logger+", "csv"], "CSV"),
+        (["--trainer.logger=true", "--trainer.logger+", "csv"], "TensorBoard CSV"),
+        (["--trainer.logger=false", "--trainer.logger+", "csv"], "CSV"),
+        ([f"--trainer.logger=[{WANDB}, csv]"], "Wandb CSV"),
+        ([f"--trainer.logger=[comet, {CSV}]"], "Comet CSV"),
+    ],
+)
+def test_loggers_without_a_place_log_into_runs(options, expected, loggers_of):
+    made = loggers_of(options)
+    assert kinds(made) == expected.split()
+    assert {each.init_args.get("save_dir", "runs") for each in made} == {"runs"}
+    assert made[-1].init_args.save_dir == "runs"
+
+
+def test_a_mistake_in_the_trainer_given_as_a_whole_is_named_once():
+    said = 'Parser key "trainer": Parser key "trainer.max_steps": '
+    said += "Expected a <class 'int'>. Got value: x"
+    assert one_line(said) == "trainer.max_steps: must be a whole number, found x"
+
+
+def test_what_measures_nothing_asks_for_no_extractor():
+    gone = callback("GenerationMetrics", extractor={**DINO, "init_args": {"folder": "/nope"}})
+    args = ["--config", str(DIT), gone]
+    assert looked(["predict", *args]) is None
+    assert looked(["validate", *args, "--scores", "false"]) is None
+    assert "at /nope/config.json; --scores false leaves the scores out" in looked(
+        ["validate", *args]
+    )
 
 
 def configs():
@@ -512,6 +599,7 @@ import inspect
 import json
 from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.main import main
+from ant_lightning.cli.messages import one_line
 for args in json.loads(sys.argv[1]):
     assert main(args) == 2, args
 """

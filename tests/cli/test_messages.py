@@ -81,7 +81,8 @@ GIVEN = "  Given value type: <class 'str'>\n  Given value: {}"
             + UNION.format("Expected a dot import path string: Foo")
             + "  - Expected a <class 'collections.abc.Iterable'>\n  - Expected a <class 'bool'>\n"
             + GIVEN.format("Foo"),
-            "trainer.logger: no class is called 'Foo'",
+            "trainer.logger: no class is called 'Foo'; "
+            "short names are tensorboard, wandb, mlflow, csv, comet",
         ),
         (
             UNION.format("Problem with given class_path 'a.b.CometLogger': Requirement not met")
