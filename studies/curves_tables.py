@@ -41,6 +41,8 @@ TITLES = {
     "dit/fixed_variance": "pixels (DiT), fixed variance",
     "shapes_ldm/snr": "shapes, latent diffusion",
     "shapes_adm/snr": "shapes, pixels (ADM)",
+    "shapes_dit/learned_variance": "shapes, pixels (DiT), learned variance",
+    "shapes_dit/fixed_variance": "shapes, pixels (DiT), fixed variance",
 }
 # Pairs of methods, by group, and the question that each answers.
 CONTRASTS = {
