@@ -26,12 +26,6 @@ from ant_lightning.tasks.time_axis import TimeAxis
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 METHOD = ["balancer/uw.yaml", "clustering/snr.yaml"]
 MODELS = ("adm", "dit", "edm", "ldm", "sit")
-# These learn a variance, whose first losses uncertainty weighting would take for a hard task; DDIM
-# draws without it.
-FIXED_VARIANCE = {
-    model: ["--model.init_args.process.init_args.variance_type=fixed_small"]
-    for model in ("adm", "dit")
-}
 # While it trains, a model is measured every 300 steps (25 s on a quiet core), with fewer steps of
 # the sampler than afterwards: about 20 passes through the network, so that training keeps most of
 # the time.
@@ -75,7 +69,7 @@ def train_and_measure(
     recipe = [f"digits/{model}.yaml", *method]
     common = [arg for name in recipe for arg in ("--config", str(CONFIGS / name))]
     common += [f"{logger}.save_dir={place.parent.parent}", f"{logger}.name={place.parent.name}"]
-    common += [f"{logger}.version={place.name}", *FIXED_VARIANCE.get(model, [])]
+    common += [f"{logger}.version={place.name}"]
     limit = [max_time(minutes)]
     quick = f"--model.init_args.sampling.sampler.init_args.num_steps={SAMPLER_STEPS.get(model, 20)}"
     every = f"--trainer.val_check_interval={VALIDATE_EVERY}"

@@ -45,8 +45,6 @@ class Balancer(nn.Module, ABC):
         needs_losses: Whether `step_weights` depends on the task losses of the step. These are then
             summed over ranks between the forward and the backward pass; with `micro_batch_size`,
             all forward passes are made without gradients first.
-        uses_losses: Whether the weights depend on the sizes of losses, of this step or of earlier
-            ones.
         needs_gramian: Whether the balancer ever needs the Gramian of the task gradients.
         looks_back: Whether `update` must come after the optimizer's step, because it needs the
             losses of the batch at the new weights.
@@ -68,7 +66,6 @@ class Balancer(nn.Module, ABC):
     """
 
     needs_losses: bool = False
-    uses_losses: bool = False
     needs_gramian: bool = False
     looks_back: bool = False
     accumulation: Literal["any", "proportional", "none"] = "none"
@@ -153,7 +150,6 @@ class LossBalancer(Balancer):
         tensor(3.)
     """
 
-    uses_losses = True
     accumulation: Literal["any", "proportional", "none"] = "proportional"
 
     @abstractmethod
@@ -224,7 +220,6 @@ class SampleBalancer(Balancer):
         tensor([0., 2.])
     """
 
-    uses_losses = True
     accumulation = "any"
     kept_weights: Tensor
 

@@ -57,7 +57,6 @@ class GradNorm(CountsSteps):
         tensor([-2.,  2.])
     """
 
-    uses_losses = True
     needs_gramian = True
     initial: Tensor
 

@@ -100,8 +100,6 @@ class RLW(_Weighted):
         tensor(1., dtype=torch.float64)
     """
 
-    uses_losses = False
-
     def __init__(self, num_tasks: int, *, seed: int = 0) -> None:
         super().__init__(num_tasks)
         self.seed = seed

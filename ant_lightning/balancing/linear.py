@@ -51,7 +51,6 @@ class LinearScalarization(LossBalancer):
         tensor(2.)
     """
 
-    uses_losses = False
     weights: Tensor
 
     def __init__(self, num_tasks: int, *, weights: Sequence[float] | None = None) -> None:

@@ -23,7 +23,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
 A config is a name without a suffix, or a path that ends in .yaml. Configs are merged from left to
 right: a base, then one fragment for each choice, then options:
 
-  ant-lightning fit --config digits/sit --config balancer/uw --config clustering/snr \
+  ant-lightning fit --config digits/dit --config balancer/uw --config clustering/snr \
       --trainer.max_steps 2000
 
   ant-lightning fit --help                             all options of fit (takes some seconds)

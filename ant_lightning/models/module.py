@@ -33,7 +33,6 @@ from ant_lightning.models.running_statistics import RunningStatistics
 from ant_lightning.models.settings import Optimization, Sampling, Tasks, TimestepSampling
 from ant_lightning.models.settings_checks import (
     check_settings,
-    warn_of_learned_variance,
     warn_of_other_model,
     warn_of_other_ranks,
     warn_of_rare_tasks,
@@ -277,8 +276,6 @@ class MultiTaskDiffusion(DiffusionModule):
             balancer=self.balancer,
             parts=self.optimization.accumulate_grad_batches,
         )
-        if not self.trained_steps and self.init_from is None:  # the network knows nothing yet
-            warn_of_learned_variance(self.process, self.clusters, self.balancer)
         self._step.begin(self.backbone)
 
     def draw(self, batch: Batch, *, step: int) -> Draws:

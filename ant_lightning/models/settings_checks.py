@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,14 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ant_lightning.balancing.base import Balancer
-    from ant_lightning.diffusion.process import NoiseProcess
     from ant_lightning.models.settings import Optimization, Tasks, TimestepSampling
     from ant_lightning.tasks.clusterings import Clustering
     from ant_lightning.tasks.clusters import TimestepClusters
-
-
-class LearnedVarianceWarning(UserWarning):
-    """The first losses of a task are mostly the term of a learned variance."""
 
 
 def check_settings(
@@ -129,49 +122,6 @@ def warn_of_random_base(backbone: nn.Module) -> None:
             "random: set model.init_from to a checkpoint or a folder of diffusers, or give the "
             "folder of a DiffusersBackbone"
         )
-
-
-def warn_of_learned_variance(
-    process: NoiseProcess, clusters: TimestepClusters, balancer: Balancer | None
-) -> None:
-    """Warn of a balancer that would see little but the variance term in the first losses of a task.
-
-    A network begins with the output 0. If images and noise have the mean square 1, its squared
-    error is then 1 at each timestep, and the process gives the variance term that goes with it.
-    Where the mean of that term over a task is above the mean of the rest of the loss, a balancer
-    that goes by losses takes the task for a hard one until the variance is learned, and longer.
-    """
-    if balancer is None or not (balancer.uses_losses or balancer.needs_losses):
-        return
-    cells = torch.arange(process.num_timesteps)
-    times = process.times(cells)
-    # Orthogonal, so that a target of both has the mean square 1 too.
-    x_start = torch.tensor([1.0, -1.0]).expand(len(cells), 1, 1, 2)
-    noise = torch.ones_like(x_start)
-    first = process.losses(
-        torch.zeros(len(cells), process.output_channels(1), 1, 2),
-        x_start=x_start,
-        x_t=process.noised(x_start, noise, times),
-        times=times,
-        noise=noise,
-    )
-    if first.vb is None:
-        return
-    density = process.density
-    terms = torch.stack([first.vb, first.loss - first.vb]).double() * density
-    of_tasks = torch.stack([terms[:, a:b].sum(1) for a, b in pairwise(clusters.boundaries)])
-    ratios = of_tasks[:, 0] / of_tasks[:, 1]
-    task, worst = int(ratios.argmax()), int(first.vb.argmax())
-    ratio, largest = float(ratios[task]), float(first.vb[worst])
-    if not ratio > 1:
-        return
-    rank_zero_warn(
-        f"process.variance_type: should be fixed_small with {type(balancer).__name__} and this "
-        f"schedule, found learned_range: at first the variance term is {largest:.0f} at timestep "
-        f"{worst}, {ratio:.2g} times the rest of the mean loss of task {task}, and decides the "
-        "weight of that task (--model.process.variance_type fixed_small; DDIM draws without it)",
-        category=LearnedVarianceWarning,
-    )
 
 
 def warn_of_rare_tasks(masses: Tensor, num_images: int, allocation: str | None) -> None:

@@ -112,9 +112,7 @@ def test_commands_print_expected_lines_and_no_others(tmp_path):
         env=environment,
     )
     assert done.returncode == 2, done.stderr
-    # The first once in four commands: `digits/dit` has a learned variance and the cosine schedule.
-    warning, error = done.stderr.splitlines()
-    assert warning.startswith("ant-lightning: warning: process.variance_type: ")
+    (error,) = done.stderr.splitlines()
     assert error.startswith("ant-lightning: error: model.optimization.optimizer")
     # The table of results has the width of the terminal.
     lines = [line for line in done.stdout.splitlines() if not re.match(r"[┏┃┡│└─]| {4,}", line)]
