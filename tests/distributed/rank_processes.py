@@ -21,7 +21,7 @@ needs_unused_shards = pytest.mark.skipif(
 )
 
 
-def run_ranks(function, world_size, folder, *args, limit=60.0, check=True):
+def run_ranks(function, world_size, folder, *args, limit=120.0, check=True):
     """`function(rank, *args)` on each rank; gives a list of `(result, traceback or None)`.
 
     Ranks that are not done after `limit` seconds are killed, and the test fails: a hang is a

@@ -98,7 +98,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(folder):
-    return run_ranks(every_method, 2, folder / "ranks", folder, limit=110)
+    return run_ranks(every_method, 2, folder / "ranks", folder, limit=180)
 
 
 def check_equal(ranks, one, limit=ROUNDING):

@@ -111,7 +111,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     run(folder / "one", "pcgrad", ranks=1)
-    return run_ranks(on_two_ranks, 2, folder / "ranks", folder, limit=100)
+    return run_ranks(on_two_ranks, 2, folder / "ranks", folder, limit=180)
 
 
 @pytest.mark.parametrize("method", METHODS)

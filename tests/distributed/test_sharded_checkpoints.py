@@ -72,12 +72,12 @@ def one(folder):
 
 @pytest.fixture(scope="module")
 def four(folder):
-    return run_ranks(on_four, 4, folder / "ranks of four", folder, limit=110)
+    return run_ranks(on_four, 4, folder / "ranks of four", folder, limit=180)
 
 
 @pytest.fixture(scope="module")
 def two(folder, one, four):
-    return run_ranks(on_two, 2, folder / "ranks of two", folder, limit=110)
+    return run_ranks(on_two, 2, folder / "ranks of two", folder, limit=180)
 
 
 def differences(found, expected):
