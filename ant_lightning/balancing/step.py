@@ -17,6 +17,7 @@ from ant_lightning.balancing.linear import SampleMean
 from ant_lightning.balancing.parameters import clear_gradients, names_of, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.task_batch import TaskBatch
+from ant_lightning.balancing.untrained import UntrainedWeights
 from ant_lightning.errors import ConfigError, check_whole
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ class MultiTaskStep:
         self._bare = model.module if isinstance(model, DistributedDataParallel) else model
         self._accumulated: Accumulation | None = None
         self._waiting: tuple[StepLosses, TaskBatch] | None = None  # for `update`
+        self._untrained = UntrainedWeights(balancer)
         trained_parameters(self.parameters)
 
     @property
@@ -201,10 +203,13 @@ class MultiTaskStep:
             )
         if accumulate:
             self._accumulated = accumulated
-        elif report.finite and balancer.looks_back:
-            self._waiting = step, batch
-        elif report.finite:
-            balancer.update(step)
+            return report
+        if report.finite:
+            self._untrained.step()
+            if balancer.looks_back:
+                self._waiting = step, batch
+            else:
+                balancer.update(step)
         return report
 
     def update(self) -> None:

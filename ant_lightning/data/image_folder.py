@@ -214,9 +214,11 @@ class ImageFolderData(ImageDataModule):
         if broken:
             listed = "; ".join(list(broken.values())[:5])
             more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
-            report = f"{len(broken)} broken images: {listed}{more}"
+            report = f"{len(broken)} broken image{'s'[: len(broken) - 1]}: {listed}{more}"
             if self.validate_images != "skip":
-                raise ConfigError(f"validate_images: {report} (use 'skip' to leave them out)")
+                raise ConfigError(
+                    f"validate_images: {report} (--data.validate_images skip leaves them out)"
+                )
             self.num_skipped = len(broken)
             warnings.warn(f"root: left out {report}", stacklevel=2)
         return [i for i, path in enumerate(paths) if path not in broken]

@@ -173,7 +173,7 @@ def test_links_to_other_places_are_followed_once(tmp_path):
 def test_a_link_to_nothing_is_a_broken_image(tmp_path):
     fill(tmp_path)
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"1 broken images: .*gone\.png"):
+    with pytest.raises(ConfigError, match=r"1 broken image: .*gone\.png"):
         folder_data(tmp_path)
 
 

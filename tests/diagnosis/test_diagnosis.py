@@ -100,7 +100,9 @@ def test_losses_shares_and_what_the_network_predicts():
     predicts_v = titles(findings(gradients, is_latent=True, prediction_type="v"))
     assert "prediction_type: v" not in predicts_v
     assert "try uncertainty weighting" not in predicts_v
-    assert "prediction_type: v" not in titles(findings(gradients))
+    pixels = titles(findings(gradients))
+    assert "prediction_type: v" in pixels
+    assert "try uncertainty weighting" not in pixels
     assert found.clusterings.keys() == {"timestep", "SNR", "gradient"}
     with pytest.raises(ConfigError, match="none in task 1"):
         Findings(found.affinity, torch.ones(6), torch.ones(3), TimestepClusters((0, 1, 2, 12)))
