@@ -54,8 +54,8 @@ def advice(findings: Findings) -> list[Advice]:
         found.append(
             Advice(
                 "Train the next model with prediction_type: v",
-                "It costs nothing. A DiT on the pixels of the digits had a FID of PIXEL_V after "
-                "1,000 steps with it, and of PIXEL_EPS when it predicted the noise.",
+                "It costs nothing. A DiT on the pixels of the digits had a FID of 5.2 after 1,000 "
+                "steps with it, and of 22 when it predicted the noise (three seeds).",
                 "results.md#where-the-methods-help",
             )
         )
