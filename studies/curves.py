@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["main", "section"]
 
 # Groups with a picture.
-_PICTURES = ("ldm/snr", "ldm/why", "ldm/four_times", "adm/snr", "sit/snr", "shapes_ldm/snr")
+_PICTURES = (
+    *("ldm/snr", "ldm/why", "ldm/four_times", "adm/snr", "dit/fixed_variance", "sit/snr"),
+    "shapes_ldm/snr",
+)
 
 
 def section(rows: Mapping[str, Mapping[str, Any]], pictures: Sequence[str], *, total: int) -> str:
