@@ -76,7 +76,7 @@ class ImageStatistics:
         for what, ours, theirs in (
             ("number of features", len(self.gaussian.mean), extractor.num_features),
             ("extractor", self.extractor, extractor.name),
-            ("shape of the images", self.image_shape, image_shape),
+            ("image shape", self.image_shape, image_shape),
         ):
             if ours and theirs and ours != theirs:
                 raise ConfigError(f"reference: its {what} must be {theirs}, found {ours}")

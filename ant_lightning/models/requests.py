@@ -65,8 +65,9 @@ def as_labels(
     most = max(num_classes - 1, -1 if null_class is None else null_class)
     whole = not found.is_floating_point() and not found.is_complex() and found.dtype != torch.bool
     if found.shape != (num_images,) or not whole or not 0 <= found.min() <= found.max() <= most:
+        none = "" if null_class is None else f" ({null_class} draws without a class)"
         raise ConfigError(
-            f"labels: must be {num_images} whole numbers from 0 to {most}, one for each image, "
-            f"found {labels}"
+            f"labels: must be {num_images} whole numbers from 0 to {most}{none}, one for each "
+            f"image, found {labels}"
         )
     return found.long()

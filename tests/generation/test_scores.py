@@ -198,9 +198,7 @@ def test_bad_input_names_the_rule_and_the_value(sets, extractor):
         scored(extractor, generated[:3], real)
     known = statistics(real, extractor)
     wide = generated.repeat(1, 1, 1, 2)
-    with pytest.raises(
-        ConfigError, match=r"shape of the images must be \(1, 4, 8\), found \(1, 4, 4\)"
-    ):
+    with pytest.raises(ConfigError, match=r"image shape must be \(1, 4, 8\), found \(1, 4, 4\)"):
         scored(extractor, wide, known)
     other = ModuleFeatures(_Pool(), num_features=4, name="other")
     with pytest.raises(ConfigError, match="its extractor must be other, found pool"):
