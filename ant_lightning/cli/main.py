@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING, TextIO
 from ant_lightning import __version__
 from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.first_look import first_look
-from ant_lightning.cli.records import with_run
+from ant_lightning.cli.records import need_run, with_run
 from ant_lightning.cli.trainer_settings import with_classes_of_loggers
 from ant_lightning.errors import (
     CheckpointWriteError,
@@ -138,6 +138,7 @@ def _main(arguments: list[str]) -> int:
     if arguments[0] not in COMMANDS:
         return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
     try:
+        need_run(arguments)
         arguments = with_paths_of_configs(with_run(arguments))
         arguments = _with_groups(with_classes_of_loggers(arguments))
         first_look(arguments)

@@ -98,6 +98,9 @@ def suggestion(path: str, candidates: Iterable[str]) -> str:
     known = list(candidates)
     same = [each for each in known if each.rpartition(".")[-1] == path]
     close = same or get_close_matches(path, known, n=1, cutoff=0.7)
+    if not close and "." not in path:
+        last = {each.rpartition(".")[-1]: each for each in reversed(known)}
+        close = [last[each] for each in get_close_matches(path, last, n=1, cutoff=0.8)]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

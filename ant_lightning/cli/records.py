@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from ant_lightning.cli.config_files import check_config_file, load_yaml
 from ant_lightning.cli.renamed import with_new_names
+from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.run_files import newest_record, no_run
 
 
@@ -34,6 +36,25 @@ def record_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+_OF_A_RUN = ("validate", "test", "predict")
+
+
+def need_run(arguments: list[str]) -> None:
+    """Refuse a command of a run that is given neither a run nor settings.
+
+    Raises:
+        ConfigError: Then.
+    """
+    command, *rest = arguments
+    given = re.compile(r"--(config|model|data|help|print_config)\b|-[hc]")
+    has_run = bool(rest) and not rest[0].startswith("-")
+    if command in _OF_A_RUN and not has_run and not any(map(given.match, rest)):
+        raise ConfigError(
+            "RUN: needed, found nothing; give the folder of a run, such as "
+            f"`{command} runs/NAME/version_0`, or a --config and a --ckpt_path"
+        )
+
+
 def with_run(arguments: list[str]) -> list[str]:
     """The arguments of a command in which `RUN` stands for the config and checkpoint of a run.
 
@@ -43,7 +64,7 @@ def with_run(arguments: list[str]) -> list[str]:
         ConfigError: If it is not that of a run.
     """
     command, *rest = arguments
-    if command not in {"validate", "test", "predict"} or not rest or rest[0].startswith("-"):
+    if command not in _OF_A_RUN or not rest or rest[0].startswith("-"):
         return arguments
     run, *options = rest
     folder = Path(run).parent.parent if Path(run).is_file() else Path(run)

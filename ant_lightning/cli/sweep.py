@@ -126,7 +126,8 @@ def sweep_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     count = rows[0]["scores"].get("num_images", 0)
-    figure.suptitle(f"n = {count:.0f} generated images, step {rows[0]['step']}", fontsize=9)
+    scored_by = f"features of {rows[0]['extractor']}, n = {count:.0f} generated images"
+    figure.suptitle(f"{scored_by}, step {rows[0]['step']}", fontsize=9)
     return figure
 
 

@@ -90,12 +90,18 @@ MORE = {
         ],
     ),
     "callback": (["fit", callback("ConflictMonitr")], ["trainer.callbacks", "ConflictMonitor"]),
-    "images": (["predict", "--samples.num_images=0"], ["samples.num_images: must be at least 1"]),
-    "images by the name of all commands": (
-        ["predict", "--num_images=0"],
+    "images": (
+        ["predict", "--config=digits/dit", "--samples.num_images=0"],
         ["samples.num_images: must be at least 1"],
     ),
-    "batch of images": (["predict", "--samples.batch_size=-1"], ["samples.batch_size", "-1"]),
+    "images by the name of all commands": (
+        ["predict", "--config=digits/dit", "--num_images=0"],
+        ["samples.num_images: must be at least 1"],
+    ),
+    "batch of images": (
+        ["predict", "--config=digits/dit", "--samples.batch_size=-1"],
+        ["samples.batch_size", "-1"],
+    ),
     "nothing": (["fit"], ["data, model: needed, found nothing; give a --config FILE"]),
     "no model": (["test", "--data=DigitsData"], ["model: needed, found nothing"]),
     "option of encode": (["encode", "--cache.shard=3"], ["cache.shard: ", "'cache.shard_size'"]),

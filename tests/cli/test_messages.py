@@ -49,6 +49,9 @@ def test_other_messages_keep_their_words_on_one_line():
     assert one_line("unrecognized\n  arguments: --xyz=3", ["--x.xyz"]) == (
         "xyz: the command has no such setting; did you mean 'x.xyz'?"
     )
+    assert one_line("unrecognized arguments: --num_image", ["--samples.num_images"]) == (
+        "num_image: the command has no such setting; did you mean 'samples.num_images'?"
+    )
     assert one_line('Parser key "config": File does not exist: a.yaml') == (
         "config: File does not exist: a.yaml"
     )

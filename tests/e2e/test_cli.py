@@ -119,6 +119,9 @@ def test_a_run_stands_for_its_config_and_its_checkpoint(tmp_path, capsys):
     assert with_run(["validate", str(tmp_path), "--scores=false"])[-2:] == measured
     for other in (["validate", "--config", "digits/dit"], ["fit", str(tmp_path)], ["validate"]):
         assert with_run(other) == other
+    for nothing in (["validate"], ["predict", "--num_images", "3"]):
+        assert main(nothing) == 2
+        assert "RUN: needed, found nothing; give the folder of a run" in capsys.readouterr().err
     assert main(["validate", str(CONFIGS)]) == 2
     assert f"{CONFIGS}: must be the folder of a run" in capsys.readouterr().err
 
