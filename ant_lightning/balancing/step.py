@@ -88,10 +88,9 @@ class MultiTaskStep:
         micro_batch_size: int | None = None,
         reduction: Reduction | None = None,
     ) -> None:
-        for name, part, kind in (("model", model, nn.Module), ("balancer", balancer, Balancer)):
-            if not isinstance(part, kind) and (part is not None or part is model):
-                found = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
-                raise ConfigError(f"{name}: must be a {kind.__name__}, found {found[:80]}")
+        _check_kind("model", model, nn.Module)
+        if balancer is not None:
+            _check_kind("balancer", balancer, Balancer)
         check_whole(1, num_tasks=num_tasks)
         if balancer is not None and num_tasks not in (None, balancer.num_tasks):
             raise ConfigError(
@@ -261,3 +260,9 @@ class MultiTaskStep:
     def load_arrival_orders(self, orders: Mapping[str, Sequence[int]]) -> None:
         """Take over `arrival_orders` of rank 0; the same on all ranks, before the first step."""
         self._buffers.load_orders(orders)
+
+
+def _check_kind(name: str, part: object, kind: type) -> None:
+    if not isinstance(part, kind):
+        found = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+        raise ConfigError(f"{name}: must be a {kind.__name__}, found {found[:80]}")

@@ -214,7 +214,8 @@ class ImageFolderData(ImageDataModule):
         if broken:
             listed = "; ".join(list(broken.values())[:5])
             more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
-            report = f"{len(broken)} broken image{'s'[: len(broken) - 1]}: {listed}{more}"
+            images = "image" if len(broken) == 1 else "images"
+            report = f"{len(broken)} broken {images}: {listed}{more}"
             if self.validate_images != "skip":
                 raise ConfigError(
                     f"validate_images: {report} (--data.validate_images skip leaves them out)"
