@@ -114,6 +114,8 @@ def sweep_figure(rows: Sequence[dict[str, Any]]) -> Figure:
         for color, group in enumerate(groups):
             mine = sorted((row for row in rows if row[other] == group), key=lambda row: row[over])
             for (name, shown), style in zip(names.items(), ("o-", "s--", "^:"), strict=False):
+                if not any(name in row["scores"] for row in mine):  # no network that tells classes
+                    continue
                 values = [row["scores"].get(name, float("nan")) for row in mine]
                 what = "EMA length" if other == "ema_length" else "guidance"
                 label = f"{shown}, {what} {group:g}" if len(groups) > 1 else shown
