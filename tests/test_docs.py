@@ -68,9 +68,9 @@ def test_the_loop_in_the_docs_runs(page):
     loop = next(code for code in code_blocks(page) if "def losses" in code)
     prelude = """
 import torch
-log_snr = torch.linspace(9, -9, 1000)
+from diffusers import DDPMScheduler
+scheduler = DDPMScheduler(1000)
 x = torch.randn(16, 1, 4, 4)
-x_t, target = torch.randn_like(x), torch.randn_like(x)
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()

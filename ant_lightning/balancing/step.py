@@ -13,11 +13,11 @@ from ant_lightning.balancing.auto import make_engine
 from ant_lightning.balancing.backward import balanced_backward, step_losses
 from ant_lightning.balancing.base import Balancer
 from ant_lightning.balancing.buffers import Buffers
+from ant_lightning.balancing.first_steps import FirstSteps
 from ant_lightning.balancing.linear import SampleMean
 from ant_lightning.balancing.parameters import clear_gradients, names_of, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.task_batch import TaskBatch
-from ant_lightning.balancing.untrained import UntrainedWeights
 from ant_lightning.errors import ConfigError, check_whole
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class MultiTaskStep:
         self._bare = model.module if isinstance(model, DistributedDataParallel) else model
         self._accumulated: Accumulation | None = None
         self._waiting: tuple[StepLosses, TaskBatch] | None = None  # for `update`
-        self._untrained = UntrainedWeights(balancer)
+        self._first_steps = FirstSteps(balancer)
         trained_parameters(self.parameters)
 
     @property
@@ -204,7 +204,7 @@ class MultiTaskStep:
             self._accumulated = accumulated
             return report
         if report.finite:
-            self._untrained.step()
+            self._first_steps.step(step.num_samples)
             if balancer.looks_back:
                 self._waiting = step, batch
             else:

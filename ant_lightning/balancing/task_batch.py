@@ -73,6 +73,8 @@ class TaskBatch:
                 "losses: must be a function that is given some rows of the batch and returns the "
                 f"loss of each, found {type(losses).__name__}"
             )
+        if not torch.is_grad_enabled():
+            raise ConfigError("losses: gradients are needed, found torch.no_grad around the call")
         if not isinstance(tasks, torch.Tensor):
             raise ConfigError(f"tasks: must be a tensor, found {type(tasks).__name__}")
         if tasks.ndim != 1 or not len(tasks) or tasks.is_floating_point() or tasks.is_complex():
@@ -175,10 +177,17 @@ class TaskBatch:
         """One loss for each of `rows`, in float32 at least; what is beside it is kept in `aux`."""
         found = self._losses(rows)
         values, aux = found if isinstance(found, tuple) else (found, None)
+        if not isinstance(values, torch.Tensor):
+            raise ConfigError(f"losses: must return a tensor, found {type(values).__name__}")
         if values.shape != rows.shape:
             raise ConfigError(
                 f"losses: one value for each row is needed, shape {list(rows.shape)}, "
                 f"found {list(values.shape)}"
+            )
+        if torch.is_grad_enabled() and not values.requires_grad:
+            raise ConfigError(
+                "losses: must depend on the parameters, found values without a graph (detach, or "
+                "torch.no_grad?)"
             )
         if aux is not None:
             self._keep(rows, aux.detach())

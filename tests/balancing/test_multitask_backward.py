@@ -258,16 +258,25 @@ def test_memory_layout_of_convolutions_is_kept():
         ({"micro_batch_size": 0}, ["micro_batch_size", "at least 1", "0"]),
         ({"parameters": []}, ["parameters", "at least one"]),
         ({"losses": lambda rows: torch.zeros(())}, ["losses", "one value for each row"]),
+        ({"losses": lambda rows: rows.tolist()}, ["losses", "a tensor", "found list"]),
+        ({"losses": lambda rows: torch.ones(len(rows))}, ["losses", "without a graph"]),
     ],
 )
-def test_bad_input_names_the_argument(change, words):
+@pytest.mark.parametrize("make", [PCGrad, LinearScalarization])
+def test_bad_input_names_the_argument(change, words, make):
     problem = Problem()
     arguments = {
         "losses": problem.losses,
         "tasks": problem.tasks,
         "parameters": problem.parameters,
-        "balancer": PCGrad(K),
+        "balancer": make(K),
     } | change
     with pytest.raises(ConfigError) as error:
         multitask_backward(**arguments)
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_call_without_gradients_is_refused():
+    problem = Problem()
+    with torch.no_grad(), pytest.raises(ConfigError, match=r"losses: .* found torch\.no_grad"):
+        multitask_backward(problem.losses, problem.tasks, problem.parameters, PCGrad(K))
