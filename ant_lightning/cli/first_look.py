@@ -94,8 +94,9 @@ def first_look(arguments: Sequence[str]) -> None:
 def _check_paths(settings: dict[str, Any]) -> None:
     """Check the paths of data, networks, extractors of features and initial weights."""
     # Imported here: it imports NumPy, which `configs` can do without.
-    from ant_lightning.cli.path_settings import check_paths  # noqa: PLC0415
+    from ant_lightning.cli.path_settings import check_archive, check_paths  # noqa: PLC0415
 
+    check_archive(settings.get("images"))  # of `score`
     names = ("data", "model", "text", "metrics")
     groups: dict[str, Any] = {name: settings[name] for name in names if name in settings}
     trainer = settings.get("trainer")
@@ -123,7 +124,7 @@ def _check_score(settings: dict[str, Any]) -> None:
         raise ConfigError(f"images: must be a folder or an npz file, {found_at(images)}")
     if isinstance(clip, str) and not Path(clip, "config.json").is_file():
         raise ConfigError(f"clip: must be a folder with config.json, {found_at(clip)}")
-    _check_paths({"data": settings["data"], "metrics": settings.get("metrics")})
+    _check_paths({name: settings.get(name) for name in ("data", "metrics", "images")})
 
 
 def _check_samples(samples: object) -> None:

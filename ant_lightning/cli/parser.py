@@ -73,8 +73,8 @@ class AntCLI(LightningCLI):
             with self.paths:
                 super().__init__(*args, **kwargs)
         except BaseException:  # also Ctrl-C between choosing the folder and the first step
-            if self.run_folder is not None and self.run_folder.is_new:
-                remove_empty_run(self.run_folder.path)
+            if self.run_folder is not None:
+                remove_empty_run(self.run_folder.made)
             raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -144,7 +144,7 @@ class AntCLI(LightningCLI):
                 command=self.command,
                 text=self._record,
                 settings=trained_settings(self.config_dump),
-                is_new=self.run_folder.is_new,
+                made=self.run_folder.made,
             )
             callbacks.insert(0, record)  # first: the others ask it for the folder
         # Checked now, because otherwise a run would train until its first save fails.

@@ -5,18 +5,24 @@ The classes check their own as well, but only after imports that take 10 s.
 
 from __future__ import annotations
 
-import os
+import tarfile
+import warnings
+import zipfile
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ant_lightning.cli.source_names import needed_arguments_of
 from ant_lightning.data.archives.shard_names import shard_files
-from ant_lightning.data.image_search import find_images
-from ant_lightning.data.pictures import SUFFIXES
-from ant_lightning.errors import ConfigError, found_at
+from ant_lightning.data.image_faults import broken_images_error, image_faults
+from ant_lightning.data.image_search import find_images, first_images
+from ant_lightning.errors import ConfigError, FileError, found_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+# What is decoded here of a folder of images; the data module decodes the rest.
+_FEW_IMAGES, _FEW_BYTES, _FEW_SHARDS = 1000, 2**26, 100
 
 
 class _Rule(NamedTuple):
@@ -73,7 +79,11 @@ def check_paths(places: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
         if package.partition(".")[0] not in {"", "ant_lightning"}:
             continue
         if name == "TarShards" and isinstance(inner.get("shards"), str):
-            shard_files(inner["shards"], setting=f"{setting}.shards")
+            shards = shard_files(inner["shards"], setting=f"{setting}.shards")
+            for shard in shards[:_FEW_SHARDS]:
+                check_archive(shard)
+        for value in inner.values():
+            check_archive(value)
         rules = _RULES.get(name, {})
         missing = [each for each in needed_arguments_of(name) if each not in inner] if rules else []
         if missing:
@@ -85,8 +95,37 @@ def check_paths(places: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
             if not rule.holds(Path(value)):
                 at = found_at(Path(value, rule.inside))
                 raise ConfigError(f"{setting}.{argument}: must be {rule.what}, {at}")
-            if rule is _IMAGES and not _has_image(value):  # it says why
-                find_images(value, labels="none", setting=f"{setting}.{argument}")
+            if rule is _IMAGES:
+                _check_images(setting, name, inner)
+
+
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(max(0, path.stat().st_size - 4))
+        return start == file.read(4) == b"PAR1"
+
+
+# Whether a file begins and ends as its suffix says, which shows most downloads that broke off.
+_IS_WHOLE: dict[str, Callable[[Path], bool]] = {
+    ".npz": zipfile.is_zipfile,
+    ".parquet": _is_parquet,
+    ".tar": tarfile.is_tarfile,
+    ".zip": zipfile.is_zipfile,
+}
+
+
+def check_archive(value: object) -> None:
+    """Check the file that a setting names, if its suffix is that of an archive.
+
+    Raises:
+        FileError: If it is cut off, or a file of another kind.
+    """
+    path = Path(value) if isinstance(value, str | Path) else Path()
+    is_whole = _IS_WHOLE.get(path.suffix.lower())
+    if is_whole and path.is_file() and not is_whole(path):
+        kind, size = path.suffix.lower()[1:], path.stat().st_size
+        raise FileError(f"{path}: must be a whole {kind} file, found {size} bytes that are not")
 
 
 def _check_torchvision(setting: str, name: str, inner: dict[str, Any]) -> None:
@@ -98,10 +137,20 @@ def _check_torchvision(setting: str, name: str, inner: dict[str, Any]) -> None:
         )
 
 
-def _has_image(folder: str) -> bool:
-    """Whether an image lies in the folder or below, not counting what links lead to.
-
-    The first is found at once, where a search for all of ImageNet's takes a while.
-    """
-    files = (name for _, _, names in os.walk(folder) for name in names)
-    return any(Path(name).suffix.lower() in SUFFIXES for name in files)
+def _check_images(setting: str, name: str, inner: dict[str, Any]) -> None:
+    """Check what is quick to check of a folder of images: all of a small one."""
+    root = Path(inner["root"])
+    labels: Any = "none" if name == "CaptionFolderData" else inner.get("labels", "auto")
+    found = list(islice(first_images(root), _FEW_IMAGES + 1))
+    try:
+        if len(found) <= _FEW_IMAGES and labels in {"auto", "folders", "none"}:
+            with warnings.catch_warnings(action="ignore"):  # the data say it again
+                find_images(root, labels=labels)
+        if inner.get("validate_images", "auto") in {"auto", "raise"}:
+            sizes = accumulate(path.stat().st_size for path in found)
+            few = [path for path, size in zip(found, sizes, strict=True) if size <= _FEW_BYTES]
+            broken = image_faults(sorted(few[:_FEW_IMAGES]))
+            if broken:
+                raise broken_images_error(broken)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}.{error}") from error

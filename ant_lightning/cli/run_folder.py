@@ -22,7 +22,7 @@ from ant_lightning.cli.run_versions import RunVersions
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.changed_settings import changed_settings
 from ant_lightning.runtime.checkpoint_files import furthest_whole
-from ant_lightning.runtime.run_files import RUN_MARK, newest_record
+from ant_lightning.runtime.run_files import RUN_MARK, new_folders, newest_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder, and whether it was made for this command."""
+    """A run's folder, and the folders that are made for this command; see `remove_empty_run`."""
 
     path: Path
-    is_new: bool
+    made: tuple[Path, ...]
 
 
 def choose_run_folder(
@@ -79,15 +79,18 @@ def choose_run_folder(
     if command == "fit" and not is_last:
         _check_free(place, dirpath, own, config.ckpt_path)
         own = None  # a run with changed settings is another run
-    is_new = False
+    made: tuple[Path, ...] = ()
     if place.version is not None:
         own = place.root / place.version
+        made = new_folders(own)
     elif own is None or not os.access(own, os.W_OK):
-        own, is_new = place.reserve(), True
+        above = new_folders(place.root)
+        own = place.reserve()
+        made = (own, *above)
     place.bind(own)
     if command == "fit" and not dirpath:
         config.checkpoint.dirpath = str(own / "checkpoints")
-    return RunFolder(own, is_new)
+    return RunFolder(own, made)
 
 
 def stored_settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any] | None:

@@ -16,8 +16,7 @@ import torch.distributed as dist
 
 from ant_lightning.data.batch import Batch
 from ant_lightning.data.dataset import ImageDataset
-from ant_lightning.data.pictures import open_picture
-from ant_lightning.errors import FileError
+from ant_lightning.data.image_faults import image_faults
 from ant_lightning.randomness import keyed_seed
 
 if TYPE_CHECKING:
@@ -106,19 +105,9 @@ def broken_images(paths: list[Path]) -> dict[Path, str]:
     # `setup` calls this on every rank, when the process group exists already.
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     mine = paths[dist.get_rank() :: ranks] if ranks > 1 else paths
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # decoding releases the GIL
-        faults = zip(mine, pool.map(_fault, mine), strict=True)
-        found = {path: fault for path, fault in faults if fault is not None}
+    found = image_faults(mine)
     if ranks == 1:
         return found
     parts: list[dict[Path, str]] = [{}] * ranks  # filled by all_gather_object
     dist.all_gather_object(parts, found)
     return dict(sorted((k, v) for part in parts for k, v in part.items()))
-
-
-def _fault(path: Path) -> str | None:
-    try:
-        open_picture(path, channels=3)
-    except FileError as error:
-        return str(error)
-    return None

@@ -13,6 +13,7 @@ import torch
 from ant_lightning.data.class_map import number_classes, record_classes
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.folder_images import FolderImages, broken_images
+from ant_lightning.data.image_faults import broken_images_error, report_of
 from ant_lightning.data.image_search import find_images
 from ant_lightning.data.module import IMAGES_DIGEST, ImageDataModule
 from ant_lightning.data.pictures import Crop, is_grey, read_picture
@@ -212,16 +213,10 @@ class ImageFolderData(ImageDataModule):
             checked = paths[:: len(paths) // _SPOT_CHECKS]  # decoding all would take hours
         broken = broken_images(checked)
         if broken:
-            listed = "; ".join(list(broken.values())[:5])
-            more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
-            images = "image" if len(broken) == 1 else "images"
-            report = f"{len(broken)} broken {images}: {listed}{more}"
             if self.validate_images != "skip":
-                raise ConfigError(
-                    f"validate_images: {report} (--data.validate_images skip leaves them out)"
-                )
+                raise broken_images_error(broken)
             self.num_skipped = len(broken)
-            warnings.warn(f"root: left out {report}", stacklevel=2)
+            warnings.warn(f"root: left out {report_of(broken)}", stacklevel=2)
         return [i for i, path in enumerate(paths) if path not in broken]
 
 

@@ -102,6 +102,14 @@ class ImageDataModule(L.LightningDataModule):
         """The images that are never trained on."""
         return self._parts[1]
 
+    def prepare_data(self) -> None:
+        """Of one process: find the images before a logger starts, which would leave a run.
+
+        Of several, each checks its share in `setup`.
+        """
+        if self._ranks()[1] == 1:
+            _ = self._parts
+
     def setup(self, stage: str) -> None:
         """Find the images before anything starts, so that a fault is reported at once."""
         _ = self._parts

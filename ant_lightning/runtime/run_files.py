@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,10 +84,23 @@ def logger_versions(folder: Path) -> dict[str, str]:
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
 
-def remove_empty_run(folder: Path) -> None:
-    """Remove the folder of a run if it holds nothing but `_BEFORE_STEP_1`."""
-    if not folder.is_dir():
+def new_folders(folder: Path) -> tuple[Path, ...]:
+    """The folder of a new run and those above it, as far as they do not exist yet."""
+    return tuple(takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
+
+
+def remove_empty_run(made: tuple[Path, ...]) -> None:
+    """Remove folders that were made for a run, if it holds nothing but `_BEFORE_STEP_1`.
+
+    Args:
+        made: The `new_folders` of the run; those above it go if nothing else lies in them.
+    """
+    if not made or not made[0].is_dir():
         return
+    folder, *above = made
     inside = [path for path in folder.rglob("*") if path.is_file()]
     if all(any(path.match(pattern) for pattern in _BEFORE_STEP_1) for path in inside):
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # one holds something, such as another run
+            for each in above:
+                each.rmdir()

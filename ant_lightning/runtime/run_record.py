@@ -35,7 +35,7 @@ class RunRecord(L.Callback):
         text: The settings as YAML.
         settings: The settings that decide what is trained, as plain values; stored in every
             checkpoint.
-        is_new: Whether the folder was created for this run.
+        made: The folders that were made for this run; see `remove_empty_run`.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class RunRecord(L.Callback):
         command: str,
         text: str,
         settings: Mapping[str, Any],
-        is_new: bool,
+        made: tuple[Path, ...],
     ) -> None:
         self.run_folder = folder
         self.settings = dict(settings)
         self._command = command
         self._text = text
-        self._is_new = is_new
+        self._made = made
         self._started = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -109,8 +109,8 @@ class RunRecord(L.Callback):
         if not self._started:
             for logger in trainer.loggers:  # a TensorBoard thread may still be writing
                 logger.finalize("failed")
-            if self._is_new and not getattr(rank_zero_only, "rank", 0):
-                remove_empty_run(self.run_folder)
+            if not getattr(rank_zero_only, "rank", 0):
+                remove_empty_run(self._made)
 
     def _write(self, name: str) -> None:
         # A resume with the same settings adds no file; other settings get the next number.

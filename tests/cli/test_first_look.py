@@ -6,17 +6,21 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
 from lightning import Trainer
 from lightning.pytorch import loggers
+from PIL import Image
 from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
 from ant_lightning import ConfigError, load_run
-from ant_lightning.cli import first_look as first_look_module
+from ant_lightning.cli import first_look as first_look_module, path_settings
 from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.export import Format
 from ant_lightning.cli.first_look import first_look, top_settings
@@ -289,7 +293,7 @@ def test_a_path_at_which_nothing_is(tmp_path, monkeypatch, name):
     Path("a.png").write_bytes(b"")
     Path("with").mkdir()
     Path("empty").mkdir()
-    Path("with/b.PNG").write_bytes(b"")
+    Image.new("RGB", (9, 9)).save("with/b.PNG")
     options, words = PATHS[name]
     args = with_paths_of_configs(["fit", "--config", str(DIT), *options])
     message = looked(args)
@@ -300,11 +304,65 @@ def test_a_path_at_which_nothing_is(tmp_path, monkeypatch, name):
     assert looked([*args, *others, "--trainer.callbacks=null"]) is None
 
 
+def test_a_broken_image_or_a_class_without_images_is_seen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat/1.png", "cat/2.png", "dog/3.png", "dog/.4.png", "@eaDir/5.png"):
+        Path("images", name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(Path("images", name))
+    Path("images/dog/.4.png").write_bytes(b"no image, nor looked for")
+    args = with_paths_of_configs(["fit", *FOLDER, "--data.root=images"])
+    assert looked(args) is None
+    Path("images/dog/3.png").write_bytes(Path("images/cat/1.png").read_bytes()[:40])
+    found = "data.validate_images: 1 broken image: images/dog/3.png: cannot be decoded"
+    assert looked(args).startswith(found)
+    for choice in ("skip", "off"):
+        assert looked([*args, f"--data.validate_images={choice}"]) is None
+    monkeypatch.setattr(path_settings, "_FEW_BYTES", 39)  # of large files, few are decoded
+    assert looked(args) is None
+    Path("images/empty").mkdir()
+    assert looked(args).startswith("data.root: every folder in images is a class and must hold")
+    Image.new("RGB", (9, 9)).save("images/6.png")
+    assert looked(args).startswith("data.labels: 'auto' needs every image in the folder of its")
+    assert looked([*args, "--data.labels=none"]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ([*DATASET, "EDMImages", "--data.dataset.path=x.zip"], "x.zip"),
+        ([*DATASET, "TarShards", "--data.dataset.shards={0..1}.tar"], "1.tar"),
+        (["--data=EDM2LatentsData", "--data.path=x.zip"], "x.zip"),
+        ([*DATASET, "HuggingFaceDataset", "--data.dataset.data_files=x.parquet"], "x.parquet"),
+        (["--images=x.npz"], "x.npz"),
+    ],
+)
+def test_an_archive_that_is_cut_off_or_something_else_is_seen(tmp_path, monkeypatch, options, path):
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        archive.writestr("a", b"1" * 99)
+    np.savez("x.npz", np.zeros(9))
+    Path("x.parquet").write_bytes(b"PAR1 PAR1")
+    for i in range(2):
+        with tarfile.open(f"{i}.tar", "w") as archive:
+            archive.add("x.zip")
+    command = "score" if path == "x.npz" else "fit"
+    args = with_paths_of_configs([command, "--config", str(DIT), *options])
+    assert looked(args) is None
+    whole = Path(path).read_bytes()
+    for content in (whole[: len(whole) - 30 if path != "1.tar" else 30], b"<html>", b""):
+        Path(path).write_bytes(content)
+        kind, size = Path(path).suffix[1:], len(content)
+        rule = f"{path}: must be a whole {kind} file, found {size} bytes that are not"
+        assert looked(args) == rule
+
+
 def test_paths_of_the_right_kind_pass(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("images/cat/a.png", "cache/index.json", "repa/vae-sd/a.npy", "x/0.tar", "d/e"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_bytes(b"")
+        Image.new("RGB", (9, 9)).save(name, "PNG")
+    with tarfile.open("x/0.tar", "w"):
+        pass
     for options in (
         [*FOLDER, "--data.root=images"],
         [*CAPTIONS, "--data.root=images", "--data.embeddings=cache"],

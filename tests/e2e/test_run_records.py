@@ -11,6 +11,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import CSVLogger
 
+from ant_lightning.cli import path_settings
 from ant_lightning.cli.main import main
 from ant_lightning.runtime.csv_rows import _AddingWriter
 from ant_lightning.runtime.run_files import newest_record
@@ -41,6 +42,15 @@ def arguments(folder, *more, command="fit", steps=2, logger=CSV):
         "--model.init_args.sampling.sampler.init_args.num_steps=2",
         *more,
     ]
+
+
+class NeverStarted(CSVLogger):
+    @property
+    def experiment(self):
+        raise AssertionError("started")
+
+    def finalize(self, status):
+        assert status == "failed"
 
 
 def steps_of(folder):
@@ -127,11 +137,27 @@ class TestRecord:
             "--model.init_args.optimization.warmup_steps=-1",
             "--ckpt_path=nowhere.ckpt",
             "--data.init_args.batch_size=0",
+            "--data.init_args.batch_size=5000",  # found when the folder is there
         ],
     )
     def test_a_refused_command_leaves_no_run(self, tmp_path, capsys, mistake):
-        refused(capsys, arguments(tmp_path, mistake))
-        assert list(tmp_path.rglob("*")) in ([], [tmp_path / "run"])
+        for version in ([], ["--trainer.logger.init_args.version=mine"]):
+            refused(capsys, arguments(tmp_path / "new", mistake, *version))
+            assert list(tmp_path.iterdir()) == []
+
+    def test_folders_that_were_there_stay_where_a_command_is_refused(self, tmp_path, capsys):
+        (tmp_path / "run").mkdir()
+        refused(capsys, arguments(tmp_path, "--data.init_args.batch_size=5000"))
+        assert list(tmp_path.rglob("*")) == [tmp_path / "run"]
+
+    def test_images_are_decoded_before_a_logger_starts(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(path_settings, "_FEW_IMAGES", 0)  # the first look decodes none
+        for name in ("a", "b", "c"):
+            (tmp_path / f"{name}.png").write_bytes(b"no image")
+        own = f"--trainer.logger.class_path={__name__}.NeverStarted"
+        data = ["--data=ImageFolderData", f"--data.root={tmp_path}", "--data.image_size=8"]
+        line = refused(capsys, [*arguments(tmp_path / "logs", *data, "--data.channels=1"), own])
+        assert line.startswith("data.validate_images: 3 broken images: "), line
 
     @pytest.mark.parametrize("logger", [CSV, "lightning.pytorch.loggers.TensorBoardLogger"])
     def test_a_checkpoint_that_does_not_fit_leaves_no_run(self, logs, tmp_path, capsys, logger):
