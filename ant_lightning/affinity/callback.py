@@ -18,7 +18,8 @@ from ant_lightning.affinity.measure import task_affinity, timestep_grid
 from ant_lightning.affinity.result import AffinityResult
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import log_folder, save_figure
-from ant_lightning.callbacks.measuring import MeasuringCallback, measurement_bar, shown_on
+from ant_lightning.callbacks.measuring import MeasuringCallback
+from ant_lightning.callbacks.progress import progress_of
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.tasks.figure import NOISE_AXES
 from ant_lightning.tasks.time_axis import TimeAxis
@@ -146,7 +147,7 @@ class TaskAffinity(MeasuringCallback):
             folder = Path(self.resume_dir) / f"step_{steps_of(trainer, pl_module)}"
         with (
             self.fixed_loss(trainer, pl_module) as loss,
-            measurement_bar(trainer, "task affinity", unit=" timesteps") as bar,
+            progress_of(trainer, "timesteps for the task affinity") as shown,
         ):
             result = task_affinity(
                 loss.at_timestep,
@@ -161,7 +162,7 @@ class TaskAffinity(MeasuringCallback):
                 seed=self.seed_of(pl_module),
                 model=f"{type(pl_module.backbone).__name__}, {self.weights} weights",
                 warn_below=-1,  # `_publish` warns about the average instead
-                on_progress=shown_on(bar),
+                on_progress=shown.show,
             )
         trainer.strategy.barrier()  # other ranks may still read the folder that rank 0 deletes
         if folder is not None and trainer.is_global_zero:

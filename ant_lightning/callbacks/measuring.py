@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
-from tqdm import tqdm
-
 from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.fixed_loss import FixedLoss
@@ -15,7 +13,7 @@ from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.runtime.sharded_backbone import refuse_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     import lightning as L
 
@@ -102,23 +100,3 @@ class MeasuringCallback(RunCallback):
                 yield loss
             finally:
                 pl_module.backbone.train(training)
-
-
-def measurement_bar(
-    trainer: L.Trainer, description: str, *, total: int | None = None, unit: str = "it"
-) -> tqdm:
-    """A progress bar on rank 0, shown if the trainer shows one."""
-    hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
-    # None, not False: tqdm then hides the bar if the output is not a terminal.
-    hide = hidden or None
-    return tqdm(desc=description, leave=False, disable=hide, total=total, unit=unit)
-
-
-def shown_on(bar: tqdm) -> Callable[[int, int], None]:
-    """A function of (done, total) that moves the bar."""
-
-    def show(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    return show

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from ant_lightning.callbacks.base import callback_of
+from ant_lightning.runtime.progress_display import LINE_INTERVAL, ProgressDisplay, clock
 
 if TYPE_CHECKING:
     import lightning as L
@@ -22,10 +22,11 @@ class TrainingProgress(TQDMProgressBar):
     The bar goes from the first optimizer step of a run to its last (`max_steps`, or `max_epochs`);
     a resumed run starts at its step. With `max_time`, the bar also shows the time until then.
     If the output is not a terminal, a line is printed every 30 seconds, after each validation and
-    at the end.
+    at the end. A line counts the batches of a long validation or test too.
 
     Images/s is over all ranks since the last logged step, without validation. It is also logged as
-    `train/images_per_second`. The weights of the tasks are in per cent.
+    `train/images_per_second`. The weights of the tasks are shares of their sum, from
+    task 0 (the least noise) on: `weights of the 5 tasks 20/20/20/20/20 %` is equal weighting.
 
     Args:
         refresh_rate: Steps between redraws; the bar is also redrawn when a second has passed.
@@ -50,6 +51,7 @@ class TrainingProgress(TQDMProgressBar):
         # Times of: start of the run, start of the step, last redraw, last line.
         self._begun = self._step_begun = self._drawn = self._printed = 0.0
         self._printed_step = -1
+        self._batches: ProgressDisplay | None = None
 
     @property
     def is_enabled(self) -> bool:
@@ -139,19 +141,28 @@ class TrainingProgress(TQDMProgressBar):
         if self._printed_step != trainer.global_step:
             self._print(trainer, pl_module)
 
-    def on_predict_start(self, *args: Any) -> None:
-        """Start the timer of the printed lines."""
-        super().on_predict_start(*args)
-        self._printed = time.perf_counter()
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start to count the batches of a validation or a test."""
+        self._batches = progress_of(
+            trainer, "batches", first_line=False, bar=False, hidden=trainer.sanity_checking
+        )
 
-    def on_predict_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """Print progress of `predict` too: drawing many images takes hours."""
-        super().on_predict_batch_end(trainer, *args)
-        if time.perf_counter() - self._printed >= self.line_interval:
-            self._printed = time.perf_counter()
-            # This batch is counted only after the hooks.
-            done = trainer.predict_loop.batch_progress.current.completed + 1
-            self._line(f"predict: batch {done}/{self.total_predict_batches_current_dataloader}")
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Print how many batches are done, in a long validation."""
+        super().on_validation_batch_end(trainer, *args)
+        self._show_batch(trainer.num_val_batches)
+
+    def on_test_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """Print how many batches are done, in a long test."""
+        super().on_test_batch_end(trainer, *args)
+        self._show_batch(trainer.num_test_batches)
+
+    def _show_batch(self, batches: list[int | float]) -> None:
+        total = sum(batches)
+        if self._batches is not None:
+            self._batches.show(self._batches.done + 1, int(total) if total < float("inf") else None)
 
     def state_dict(self) -> dict[str, Any]:
         """The last speed, for reports."""
@@ -165,11 +176,12 @@ class TrainingProgress(TQDMProgressBar):
         report = getattr(pl_module, "last_report", None)
         if report is not None and getattr(pl_module, "balancer", None) is not None:
             shares = 100 * report.task_weights / report.task_weights.sum()
-            items["weights %"] = "/".join(f"{share:.0f}" for share in shares.tolist())
+            text = "/".join(f"{share:.0f}" for share in shares.tolist())
+            items[f"weights of the {len(shares)} tasks"] = f"{text} %"
         timer = callback_of(trainer, Timer)
         left = None if timer is None else timer.time_remaining()
         if left:
-            items["max_time in"] = _clock(max(0.0, left))
+            items["max_time in"] = clock(max(0.0, left))
         return items
 
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -184,7 +196,7 @@ class TrainingProgress(TQDMProgressBar):
         parts = [f"step {step}" if self._total is None else f"step {step}/{self._total}"]
         made, seconds = step - self._first_step, self._printed - self._begun
         if self._total is not None and made > 0 and step < self._total:
-            parts.append(f"{_clock(seconds / made * (self._total - step))} left")
+            parts.append(f"{clock(seconds / made * (self._total - step))} left")
         items = self.get_metrics(trainer, pl_module)
         if "val/fid" in trainer.callback_metrics:
             items["val/fid"] = float(trainer.callback_metrics["val/fid"])
@@ -198,6 +210,43 @@ class TrainingProgress(TQDMProgressBar):
             print(text, flush=True)
 
 
-def _clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
+def progress_of(
+    trainer: L.Trainer,
+    unit: str,
+    *,
+    command: str | None = None,
+    total: int | None = None,
+    done: int = 0,
+    first_line: bool = True,
+    bar: bool = True,
+    hidden: bool = False,
+) -> ProgressDisplay:
+    """A display of work in a command of the Trainer, on rank 0, if the trainer has a progress bar.
+
+    In `fit` no line is printed at the start, and lines are as far apart as those of the training.
+
+    Args:
+        trainer: The trainer.
+        unit: What is counted, in the plural.
+        command: Its name in the lines; by default that of the Trainer's command.
+        total: How many there are.
+        done: How many of them were done before.
+        first_line: Whether to print a line at the start.
+        bar: Whether to draw a bar in a terminal.
+        hidden: Whether to show nothing.
+    """
+    own = trainer.progress_bar_callback
+    is_off = own is None or getattr(own, "refresh_rate", 1) == 0
+    fitting = trainer.state.fn == "fit"
+    apart = own.line_interval if isinstance(own, TrainingProgress) else 3 * LINE_INTERVAL
+    name = "" if trainer.state.fn is None else trainer.state.fn.value
+    return ProgressDisplay(
+        command or name,
+        unit,
+        total=total,
+        done=done,
+        interval=apart if fitting else None,
+        first_line=first_line and not fitting,
+        bar=bar,
+        hidden=hidden or is_off or not trainer.is_global_zero,
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ant_lightning.callbacks.base import RunCallback
+from ant_lightning.callbacks.progress import progress_of
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples
 from ant_lightning.callbacks.sample_identity import sample_identity
 from ant_lightning.data.batch import to_uint8
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ant_lightning.models.module import MultiTaskDiffusion
+    from ant_lightning.runtime.progress_display import ProgressDisplay
 
 
 class SampleWriter(RunCallback):
@@ -71,6 +73,8 @@ class SampleWriter(RunCallback):
         self.classes = None if classes is None else [int(each) for each in classes]
         if self.classes == []:
             raise ConfigError("classes: must be None or at least one class, found []")
+        self._shown: ProgressDisplay | None = None
+        self._num_missing = 0
         self._files: PngSamples | None = None  # once existing images are known to be of this run
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
@@ -78,7 +82,7 @@ class SampleWriter(RunCallback):
         # Every command has this callback, also `fit` of an autoencoder, which the base refuses.
         if stage == "predict":
             super().setup(trainer, pl_module, stage)
-            self._files = None
+            self._files = self._shown = None
             self._check_classes(pl_module)
             pl_module.predict_classes = self.classes
             data = needed_image_data(trainer, "SampleWriter")
@@ -123,9 +127,18 @@ class SampleWriter(RunCallback):
         trainer.strategy.barrier()
         self._files = files
         missing = [i for i in range(self.num_images) if i not in present]
+        self._num_missing = len(missing)
         mine, size = missing[trainer.global_rank :: trainer.world_size], self.batch_size
         # Lightning refuses a rank without a batch while others have one, and warns if none has.
         return [mine[i : i + size] for i in range(0, len(mine), size)] or [[]]
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
+        """Start to count the images."""
+        if self._files is not None and self._num_missing:
+            done = self.num_images - self._num_missing
+            self._shown = progress_of(  # the bar is that of the trainer
+                trainer, "images", total=self.num_images, done=done, bar=False
+            )
 
     def on_predict_batch_end(
         self,
@@ -139,6 +152,9 @@ class SampleWriter(RunCallback):
         """Write a batch."""
         if self._files is not None and batch:
             self._files.write(batch, to_uint8(outputs).cpu())
+            if self._shown is not None:
+                done = self._shown.done + len(batch) * trainer.world_size
+                self._shown.show(min(done, self.num_images), self.num_images)
 
     def teardown(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
         """Finish the files, also if no image was missing; print where they are."""

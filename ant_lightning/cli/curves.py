@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from matplotlib.axes import Axes
+
 Curve = list[tuple[int, float]]
 # Title of a panel and the curves in it.
 _PANELS = {
@@ -26,6 +28,7 @@ _PANELS = {
     "gradient": r"train/grad_norm",
     "share of conflicting pairs of tasks": r"train/conflicting_pairs",
 }
+_MARKERS = "osD^vPX"
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
@@ -77,19 +80,46 @@ def curves_figure(curves: Mapping[str, Curve]) -> Figure | None:
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
     for axis, (title, names) in zip(axes, shown.items(), strict=False):
-        for name, color in zip(names, task_colors(len(names)), strict=True):
-            steps, values = zip(*curves[name], strict=True)
-            label = name.split("/")[1].replace("_", " ") if "task_" in name else name
-            marker = "o" if len(steps) < 20 else ""
-            axis.plot(steps, values, marker=marker, markersize=3, label=label, color=color)
+        once = {step for name in names for step, _ in curves[name]}
+        heading = title
+        if len(once) == 1:
+            heading += f"\none measurement, at step {once.pop()}"
+            _draw_points(axis, {name: curves[name][0][1] for name in names})
+        else:
+            _draw_lines(axis, {name: curves[name] for name in names})
         drawn = [value for name in names for _, value in curves[name]]
         if "conflicting" in title:  # a share
             axis.set_ylim(0, 1)
         elif min(drawn) > 0:
             plain_log_axis(axis, drawn)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel("optimizer step", fontsize=8)
+        axis.set_title(heading, fontsize=9)
         axis.tick_params(labelsize=7, which="both")
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=6, framealpha=0.6)
     return figure
+
+
+def _draw_lines(axis: Axes, curves: Mapping[str, Curve]) -> None:
+    """Lines over the steps; few points have a marker for each curve, larger for those below."""
+    for place, (name, color) in enumerate(zip(curves, task_colors(len(curves)), strict=True)):
+        steps, values = zip(*curves[name], strict=True)
+        few = len(steps) < 20
+        axis.plot(
+            steps,
+            values,
+            marker=_MARKERS[place % len(_MARKERS)] if few else "",
+            markersize=3 if len(steps) > 2 else 7 - 3 * place / len(curves),
+            label=name.split("/")[1].replace("_", " ") if "task_" in name else name,
+            color=color,
+        )
+    axis.set_xlabel("optimizer step", fontsize=8)
+    axis.legend(fontsize=6, framealpha=0.6)
+
+
+def _draw_points(axis: Axes, values: Mapping[str, float]) -> None:
+    """A value for each name, side by side: over the steps they would lie on each other."""
+    of_tasks = all("task_" in name for name in values)
+    axis.scatter(range(len(values)), list(values.values()), s=20, color=task_colors(len(values)))
+    labels = [re.findall(r"\d+", name)[0] if of_tasks else name for name in values]
+    axis.set_xticks(range(len(values)), labels)
+    axis.set_xlim(-0.5, len(values) - 0.5)
+    axis.set_xlabel("task" if of_tasks else "", fontsize=8)

@@ -22,6 +22,7 @@ from ant_lightning.data.module import ImageDataModule
 from ant_lightning.data.text.cache import TextWriter
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.first_stage.first_stage import FirstStage
+from ant_lightning.runtime.progress_display import ProgressDisplay
 from ant_lightning.runtime.quiet import keep_quiet
 
 if TYPE_CHECKING:
@@ -64,10 +65,12 @@ def run_encode(args: Sequence[str]) -> int:
         settings.data.setup("predict")
         ranks: Any = {"rank": rank, "world_size": world_size, "device": device}
         writer: LatentWriter | TextWriter = settings.text if writes_text else settings.cache
-        if isinstance(writer, TextWriter):
-            count = writer.write(_captions(settings.data), **ranks)
-        else:
-            count = writer.write(settings.data, settings.first_stage.to(device), **ranks)
+        with ProgressDisplay("encode", "shards", hidden=rank > 0) as shown:
+            ranks["on_progress"] = shown.show
+            if isinstance(writer, TextWriter):
+                count = writer.write(_captions(settings.data), **ranks)
+            else:
+                count = writer.write(settings.data, settings.first_stage.to(device), **ranks)
     print(f"rank {rank} of {world_size}: wrote {count} shards to {writer.output}")
     return count
 

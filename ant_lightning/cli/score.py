@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from ant_lightning.data.module import ImageDataModule
 from ant_lightning.data.stored_images import StoredImages
 from ant_lightning.errors import ConfigError
 from ant_lightning.generation.callback import GenerationMetrics
+from ant_lightning.runtime.progress_display import ProgressDisplay
 from ant_lightning.runtime.quiet import keep_quiet
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def run_score(args: Sequence[str]) -> dict[str, float]:
             limit = settings.metrics.num_images
             scores["clip_score"] = caption_score(images, captions, settings.clip, fabric, limit)
     if fabric.is_global_zero:
+        print(f"score: {settings.metrics.about(scores, 'stored')}")
         for name, value in scores.items():
             print(f"{name:28} {value:.6g}")
         if settings.output is not None:
@@ -90,11 +93,16 @@ def score_images(
         )
     data.setup("test")
     # Seed 0 by default: there is no module whose seed could be used.
-    scores = metrics.new_scores(data, seed=metrics.seed or 0, device=fabric.device)
-    for batch in images.batches(
-        batch_size=metrics.batch_size, limit=num_images, first=fabric.global_rank, every=ranks
-    ):
-        scores.update(batch)
+    progress = partial(ProgressDisplay, "score", hidden=not fabric.is_global_zero)
+    scores = metrics.new_scores(
+        data, seed=metrics.seed or 0, device=fabric.device, progress=progress
+    )
+    with progress("images", total=num_images) as shown:
+        for batch in images.batches(
+            batch_size=metrics.batch_size, limit=num_images, first=fabric.global_rank, every=ranks
+        ):
+            scores.update(batch)
+            shown.show(min(num_images, shown.done + len(batch) * ranks), num_images)
     return scores.compute()
 
 

@@ -8,6 +8,7 @@ there shows those of this call.
 from __future__ import annotations
 
 import json
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.atomic import write_figure
 from ant_lightning.generation.callback import GenerationMetrics
+from ant_lightning.runtime.progress_display import ProgressDisplay
 from ant_lightning.runtime.quiet import keep_quiet
 
 if TYPE_CHECKING:
@@ -74,15 +76,20 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
     device = L.Fabric(accelerator=chosen.accelerator, devices=1).device
     data.setup("test")
     num_images = chosen.num_images or metrics.num_images or len(data.held_out_images)
-    scores, rows = None, []
+    scores, rows = None, list[dict[str, Any]]()
     for length, scale in product(chosen.ema or [None], chosen.guidance or [None]):
         module: Any = load_run(folder, ema_length=length, trust=chosen.trust).to(device)
         if scores is None:
             cache = folder / "reference_cache"
-            scores = metrics.new_scores(data, seed=module.seed, device=device, cache_dir=cache)
-        for start in range(0, num_images, metrics.batch_size):
-            batch = range(start, min(start + metrics.batch_size, num_images))
-            scores.update(to_uint8(module.sample(batch, guidance_scale=scale)))
+            progress = partial(ProgressDisplay, "sweep")
+            scores = metrics.new_scores(
+                data, seed=module.seed, device=device, cache_dir=cache, progress=progress
+            )
+        with ProgressDisplay("sweep", "images drawn and scored", total=num_images) as drawn:
+            for start in range(0, num_images, metrics.batch_size):
+                batch = range(start, min(start + metrics.batch_size, num_images))
+                scores.update(to_uint8(module.sample(batch, guidance_scale=scale)))
+                drawn.show(batch.stop, num_images)
         row = {
             "guidance_scale": module.guidance_scale if scale is None else scale,
             "ema_length": length,
@@ -93,6 +100,8 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
             "scores": scores.compute(),
         }
         scores.reset()
+        if not rows:
+            print(f"sweep: {metrics.about(row['scores'])}", flush=True)
         rows.append(row)
         shown = [f"{name} {row['scores'][name]:.4g}" for name in _shown(row)]
         at = "" if length is None else f", EMA length {length:g}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ant_lightning.diagnosis.findings import ENOUGH_IMAGES
+
 if TYPE_CHECKING:
     from ant_lightning.diagnosis.findings import Findings
 
@@ -35,8 +37,8 @@ def advice(findings: Findings) -> list[Advice]:
             Advice(
                 "Measure with more images before you decide",
                 f"The gradients of {_tasks(noisy)} are mostly noise (reliability below "
-                f"{_RELIABLE:g}), so conflicts there may be missed. Repeat with --num_images at "
-                "least four times as large.",
+                f"{_RELIABLE:g}), so conflicts there may be missed. Repeat with --num_images "
+                f"{max(ENOUGH_IMAGES, 4 * findings.num_images)}.",
                 "results.md#task-affinity-on-the-digits",
             )
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,10 +17,11 @@ from ant_lightning.balancing.step import MultiTaskStep
 from ant_lightning.balancing.uncertainty import UncertaintyWeighting
 from ant_lightning.callbacks.base import steps_of
 from ant_lightning.callbacks.figures import log_folder
-from ant_lightning.callbacks.measuring import MeasuringCallback, measurement_bar, shown_on
+from ant_lightning.callbacks.measuring import MeasuringCallback
+from ant_lightning.callbacks.progress import progress_of
 from ant_lightning.diagnosis.advice import advice
 from ant_lightning.diagnosis.figure import profile_figure
-from ant_lightning.diagnosis.findings import Findings
+from ant_lightning.diagnosis.findings import ENOUGH_IMAGES, Findings
 from ant_lightning.diagnosis.page import write_page
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.files.atomic import write_figure
@@ -47,7 +49,11 @@ class _Sizes(NamedTuple):
     timed_steps: int
 
 
-_DEVICE, _CPU = _Sizes(40, 256, 5), _Sizes(20, 64, 3)
+_DEVICE, _CPU = _Sizes(40, ENOUGH_IMAGES, 5), _Sizes(20, 64, 3)
+_MORE = (
+    f"before you rely on the advice, repeat with --num_images {_DEVICE.num_images} --num_points "
+    f"{_DEVICE.num_points}, which leaves less noise in the conflicts"
+)
 
 
 class Diagnosis(MeasuringCallback):
@@ -128,11 +134,10 @@ class Diagnosis(MeasuringCallback):
         """Say what will be measured, unless in `fit`."""
         if trainer.state.fn != "fit" and trainer.is_global_zero:
             timed = " and the time of a step" if self.timed_steps else ""
-            few = f"; --num_images {self.num_images // 4} --timed_steps 0 is a quick look"
             print(
                 f"diagnose: gradients at {self.num_points} timesteps, {self.num_images} images "
-                f"each, then transfer between tasks{timed}; --num_images {4 * self.num_images} is "
-                f"more reliable{few if self.num_images >= _CPU.num_images else ''}",
+                f"each, then transfer between tasks{timed}"
+                + (f"; {_MORE}" if self.num_images < ENOUGH_IMAGES else ""),
                 flush=True,
             )
 
@@ -140,48 +145,65 @@ class Diagnosis(MeasuringCallback):
         """Measure, and write the page on rank 0."""
         if not self.is_due(trainer):
             return
-        process = pl_module.process
         with self.fixed_loss(trainer, pl_module) as loss:
-            clusters = _tasks_of(pl_module)
-            grid = _centres(process.num_timesteps, self.num_points)
-            with measurement_bar(trainer, "diagnosis", unit=" timesteps") as bar:
-                affinity = task_affinity(
-                    loss.at_timestep,
-                    parameters=pl_module.backbone.parameters(),
-                    num_timesteps=process.num_timesteps,
-                    timesteps=grid,
-                    log_snr=process.log_snr,
-                    seed=self.seed_of(pl_module),
-                    model=f"{type(pl_module.backbone).__name__}, {self.weights} weights",
-                    warn_below=-1,  # the page says it
-                    on_progress=shown_on(bar),
-                )
-            scale = float(loss.scale)  # of the gradient scaler in float16
-
-            def of_task(task: int) -> Tensor:
-                return loss.in_cells(*clusters.boundaries[task : task + 2], key=task)
-
-            with torch.no_grad():
-                task_losses = [float(of_task(i)) / scale for i in range(clusters.num_tasks)]
-            self.findings = Findings(
-                affinity,
-                torch.tensor([_mean_loss(loss, t) / scale for t in grid], dtype=torch.float64),
-                torch.tensor(task_losses, dtype=torch.float64),
-                clusters,
-                transfer=transfer_matrix(
-                    of_task,
-                    parameters=pl_module.backbone.parameters(),
-                    lr=self.lr / scale,
-                    num_tasks=clusters.num_tasks,
-                ),
-                prediction_type=process.prediction_type,
-                is_latent=pl_module.latent_space is not None,
-                seconds=self._seconds(loss, pl_module, clusters),
-            )
+            self.findings = self._measured(trainer, pl_module, loss)
         self._write(trainer, pl_module)
 
+    def _measured(
+        self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, loss: FixedLoss
+    ) -> Findings:
+        """Gradients on the grid, then losses, the transfer matrix and the time of a step."""
+        process, clusters = pl_module.process, _tasks_of(pl_module)
+        parameters, k = list(pl_module.backbone.parameters()), clusters.num_tasks
+        grid = _centres(process.num_timesteps, self.num_points)
+        shown = partial(progress_of, trainer, command="diagnose")
+        with shown("timesteps", total=len(grid)) as done:
+            affinity = task_affinity(
+                loss.at_timestep,
+                parameters=parameters,
+                num_timesteps=process.num_timesteps,
+                timesteps=grid,
+                log_snr=process.log_snr,
+                seed=self.seed_of(pl_module),
+                model=f"{type(pl_module.backbone).__name__}, {self.weights} weights",
+                warn_below=-1,  # the page says it
+                on_progress=done.show,
+            )
+        scale = float(loss.scale)  # of the gradient scaler in float16
+        with shown("losses", total=k + len(grid) + k * (k + 2)) as done:
+
+            def of_task(task: int) -> Tensor:
+                done.update()
+                return loss.in_cells(*clusters.boundaries[task : task + 2], key=task)
+
+            def at_point(timestep: int) -> float:
+                done.update()
+                return _mean_loss(loss, timestep) / scale
+
+            with torch.no_grad():
+                task_losses = [float(of_task(i)) / scale for i in range(k)]
+            losses = torch.tensor([at_point(t) for t in grid], dtype=torch.float64)
+            transfer = transfer_matrix(
+                of_task, parameters=parameters, lr=self.lr / scale, num_tasks=k
+            )
+        return Findings(
+            affinity,
+            losses,
+            torch.tensor(task_losses, dtype=torch.float64),
+            clusters,
+            transfer=transfer,
+            prediction_type=process.prediction_type,
+            is_latent=pl_module.latent_space is not None,
+            seconds=self._seconds(trainer, loss, pl_module, clusters),
+            num_images=self.num_images,
+        )
+
     def _seconds(
-        self, loss: FixedLoss, pl_module: MultiTaskDiffusion, clusters: TimestepClusters
+        self,
+        trainer: L.Trainer,
+        loss: FixedLoss,
+        pl_module: MultiTaskDiffusion,
+        clusters: TimestepClusters,
     ) -> dict[str, float]:
         """Median time of a backward pass by method, from the fixed loss on one batch."""
         if not self.timed_steps:
@@ -197,9 +219,11 @@ class Diagnosis(MeasuringCallback):
         # A diagnosis inside `fit` must leave the gradients of the run as they are.
         kept = [p.grad for p in pl_module.backbone.parameters()]
         found: dict[str, float] = {}
+        count = len(balancers) * (self.timed_steps + 2)
+        shown = progress_of(trainer, "timed steps", command="diagnose", total=count)
         try:
             # Lightning validates in inference mode, where no gradient can be computed.
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), shown:
                 for name, make in balancers.items():
                     balancer = make()
                     if balancer is not None:
@@ -212,6 +236,7 @@ class Diagnosis(MeasuringCallback):
                         if pl_module.device.type == "cuda":
                             torch.cuda.synchronize()
                         times.append(time.perf_counter() - start)
+                        shown.update()
                     found[name] = sorted(times[2:])[self.timed_steps // 2]
         finally:
             for parameter, grad in zip(pl_module.backbone.parameters(), kept, strict=True):
@@ -233,7 +258,8 @@ class Diagnosis(MeasuringCallback):
             ),
             "diagnosis_affinity.png": (
                 affinity_heat_maps(affinity, axis="log_snr"),
-                "Red: the two timesteps want the same change of the weights. Blue: conflict.",
+                "Red: the two timesteps want the same change of the weights. Blue: conflict. "
+                "The map covers the measured timesteps, so it ends before the ends of the tasks.",
             ),
             "diagnosis_distance.png": (
                 affinity_curves(affinity),
@@ -250,11 +276,8 @@ class Diagnosis(MeasuringCallback):
         )
         if not step and pl_module.init_from is None:
             about += " These weights are untrained: train first, and diagnose then."
-        if self.num_images < _DEVICE.num_images:
-            about += (
-                f" These are few images: repeat with --num_images {_DEVICE.num_images} "
-                f"--num_points {_DEVICE.num_points} before you rely on the advice."
-            )
+        if self.num_images < ENOUGH_IMAGES:
+            about += f" These are few images: {_MORE}."
         texts = {name: text for name, (_, text) in pictures.items()}
         page = write_page(self.findings, folder, texts, about=about)
         first, *others = advice(self.findings)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from ant_lightning.tasks.clusters import TimestepClusters
 
 
+ENOUGH_IMAGES = 256  # of a timestep; fewer leave the conflicts too noisy for many tasks
+
+
 @dataclass(frozen=True, eq=False)
 class Findings:
     """Measurements of one checkpoint, by timestep and by task.
@@ -47,6 +50,7 @@ class Findings:
         prediction_type: What the network predicts.
         is_latent: Whether it denoises the latents of a first stage.
         seconds: Time of one backward pass on this machine, by the name of the method.
+        num_images: Images of each timestep.
 
     Raises:
         ConfigError: If a cluster has no timestep of the grid, or shapes do not fit.
@@ -60,6 +64,7 @@ class Findings:
     prediction_type: str = "eps"
     is_latent: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    num_images: int = ENOUGH_IMAGES
 
     def __post_init__(self) -> None:
         n = len(self.affinity.timesteps)

@@ -7,14 +7,20 @@ from importlib.metadata import PackageNotFoundError, metadata
 
 
 def documentation(page: str) -> str:
-    """URL of a page of `docs/`; its path in the repository if the package names no repository.
+    """URL of a page of `docs/`, or of a section of it; words to find it by without a repository.
+
+    A wheel has no folder `docs`, so a path would lead nowhere.
 
     >>> from ant_lightning.files.documentation import documentation
-    >>> documentation("results.md").endswith("docs/results.md")
+    >>> "results" in documentation("results.md#reading-the-evidence").lower()
     True
     """
     url = _repository()
-    return f"{url}/blob/HEAD/docs/{page}" if url else f"docs/{page}"
+    if url:
+        return f"{url}/blob/HEAD/docs/{page}"
+    name, _, section = page.replace("-", " ").partition(".md")
+    part = f'"{section[1:].capitalize()}" on ' if section else ""
+    return f'{part}the page "{name.capitalize()}" in the documentation of ant_lightning'
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import append_row, save_figure
+from ant_lightning.callbacks.progress import progress_of
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least, found_at
@@ -22,10 +24,14 @@ from ant_lightning.generation.neighbours import NUM_NEIGHBOURS
 from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.scores import GenerationScores
 from ant_lightning.generation.statistics import ImageStatistics
+from ant_lightning.runtime.progress_display import ProgressDisplay
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import lightning as L
 
+    from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.models.module import MultiTaskDiffusion
 
@@ -189,6 +195,7 @@ class GenerationMetrics(RunCallback):
         seed: int,
         device: torch.device | str,
         cache_dir: Path | None = None,
+        progress: Callable[[str], ProgressDisplay] | None = None,
     ) -> GenerationScores:
         """A `GenerationScores` with the real images. Collective: every rank must call it.
 
@@ -197,11 +204,22 @@ class GenerationMetrics(RunCallback):
             seed: Seed of subsets, splits and halves.
             device: Device that computes the features.
             cache_dir: Folder for statistics if the callback has no `cache_dir`.
+            progress: Makes a display for what is counted, in the plural.
         """
         cache = cache_dir if self.cache_dir is None else Path(self.cache_dir)
-        statistics = partial(
-            real_statistics, extractor=self.extractor, cache_dir=cache, device=device
-        )
+
+        def statistics(images: ImageDataset) -> ImageStatistics:
+            name = "training images" if images is data.train_images else "held-out images"
+            shown = None if progress is None else progress(f"{name} read")
+            with shown or nullcontext():
+                return real_statistics(
+                    images,
+                    self.extractor,
+                    cache_dir=cache,
+                    device=device,
+                    on_progress=None if shown is None else shown.show,
+                )
+
         if self.reference == "train":
             real = statistics(data.train_images)
         elif self.reference is None:
@@ -211,6 +229,22 @@ class GenerationMetrics(RunCallback):
         train = statistics(data.train_images) if self.with_train else None
         scores = GenerationScores(self.extractor, real=real, train=train, k=self.k, seed=seed)
         return scores.to(device)
+
+    def about(self, scores: dict[str, float], kind: str = "generated") -> str:
+        """In a line, what a FID and the other scores are of: the network, and the images.
+
+        Args:
+            scores: What `GenerationScores` computed.
+            kind: What the scored images are called.
+        """
+        network = self.extractor.title or type(self.extractor).__name__
+        names = {None: "held-out images", "train": "training images"}
+        real = names.get(self.reference, f"images of {self.reference}")
+        count = f"{scores['num_real']:,.0f} " if "num_real" in scores else ""
+        return (
+            f"features of {network} ({self.extractor.name}), {scores['num_images']:,.0f} {kind} "
+            f"images against {count}{real}"
+        )
 
     def _measure(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, *, prefix: str) -> None:
         data = needed_image_data(trainer, "GenerationMetrics")
@@ -230,13 +264,17 @@ class GenerationMetrics(RunCallback):
                 seed=seed,
                 device=pl_module.device,
                 cache_dir=Path(logs) / "reference_cache" if logs else None,
+                progress=partial(progress_of, trainer),
             )
         metric = self._scores
         mine = range(trainer.global_rank, num_images, trainer.world_size)
-        with pl_module.uneven_calls():  # the ranks' numbers of batches may differ by one
+        drawn = progress_of(trainer, "images drawn for the scores", total=num_images)
+        # The ranks' numbers of batches may differ by one.
+        with pl_module.uneven_calls(), drawn:
             for start in range(0, len(mine), self.batch_size):
                 batch = mine[start : start + self.batch_size]
                 metric.update(to_uint8(pl_module.sample(batch, seed=self.seed)))
+                drawn.show(min(num_images, (start + len(batch)) * trainer.world_size), num_images)
         scores = metric.compute()
         # Of the images of all ranks, in the order of their indices.
         logits = metric.generated.compute().logits
@@ -263,6 +301,9 @@ class GenerationMetrics(RunCallback):
             "k": self.k,
         }
         append_row(trainer, "generation_metrics.jsonl", row)
+        command = trainer.state.fn
+        if trainer.is_global_zero and command is not None and command != "fit":
+            print(f"{command.value}: {self.about(scores)}", flush=True)
         if trainer.is_global_zero:
             save_figure(
                 trainer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class FeatureExtractor(nn.Module, ABC):
     the module that holds it is put into training mode. `forward` returns the features alone and
     `num_features` is their number, so torchmetrics' metrics accept an extractor as `feature`.
 
+    Attributes:
+        title: The network in words, for the lines of commands; by default the name of the class.
+
     Args:
         num_features: Number d of the features.
         name: Identifies network and weights; cached statistics are kept under it.
@@ -53,6 +56,8 @@ class FeatureExtractor(nn.Module, ABC):
         tensor([[7., 7., 7.],
                 [7., 7., 7.]])
     """
+
+    title: ClassVar[str] = ""
 
     def __init__(self, *, num_features: int, name: str) -> None:
         super().__init__()

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 _PANELS = {
     "FID (lower is better)": {
         "fid": ("to held-out images", "tab:blue", "o-"),
-        "fid_train": ("to training images", "tab:orange", "o-"),
+        "fid_train": ("to training images", "tab:orange", "s-"),
         "fid_real": ("real against real", "0.4", "--"),
     },
     "share of images (higher is better)": {
         "precision": ("precision: look real", "tab:blue", "o-"),
-        "recall": ("recall: cover the real", "tab:orange", "o-"),
-        "class_agreement": ("class is the one asked for", "tab:green", "o-"),
+        "recall": ("recall: cover the real", "tab:orange", "s-"),
+        "class_agreement": ("class is the one asked for", "tab:green", "^-"),
     },
     "distance to the nearest training image": {
         "nearest_train_median": ("generated", "tab:blue", "o-"),
@@ -58,7 +58,10 @@ def quality_history(history: Mapping[int, Mapping[str, float]]) -> Figure:
             axis.set_ylim(0, 1.08 * max(positive, default=0) or 1.0)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("optimizer step")
+        if len(steps) <= 2:  # no ticks between them, as if there had been more
+            axis.set_xticks(steps)
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
-    figure.suptitle(f"n = {last.get('num_images', 0):.0f} generated images", fontsize=9)
+    once = ", one measurement" if len(steps) == 1 else ""
+    figure.suptitle(f"n = {last.get('num_images', 0):.0f} generated images{once}", fontsize=9)
     return figure

@@ -42,6 +42,8 @@ class InceptionFeatures(FeatureExtractor):
         ant_lightning.errors.FileError: weights.pth: no such file
     """
 
+    title = "InceptionV3 of torch-fidelity"
+
     def __init__(self, weights: str | Path | None = None) -> None:
         path = _downloaded_weights() if weights is None else Path(weights)
         _check_weights(path)

@@ -16,6 +16,7 @@ from ant_lightning.generation.features import ImageFeatures
 from ant_lightning.generation.statistics import ImageStatistics
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -30,6 +31,7 @@ def real_statistics(
     *,
     cache_dir: Path | None,
     device: torch.device | str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> ImageStatistics:
     """Statistics and features of real images; ranks share the work.
 
@@ -40,6 +42,7 @@ def real_statistics(
             and weights; `None` for no cache. Processes may share it: a file is written whole or not
             at all, and the statistics of a damaged file are computed again.
         device: Device of the extractor.
+        on_progress: Called with the number of images done, of all ranks, and of all images.
 
     Raises:
         ConfigError: If there are fewer images than ranks.
@@ -65,6 +68,8 @@ def real_statistics(
     images = ImageFeatures(extractor).to(device)
     mine = range(rank, len(dataset), ranks)
     for start in range(0, len(mine), CHUNK):
+        if on_progress is not None:
+            on_progress(start * ranks, len(dataset))
         images.update(dataset.pixels(mine[start : start + CHUNK]))
     found = images.compute()
     if path is not None and rank == 0:

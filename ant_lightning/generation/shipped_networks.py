@@ -138,6 +138,7 @@ class DigitsFeatures(_ShippedFeatures):
     """
 
     what = "digits"
+    title = "the network for digits of ant_lightning"
 
     def _resized(self, images: Tensor, size: int) -> Tensor:
         raise ConfigError(f"images: must be 8 x 8 digits, found {list(images.shape[2:])}")
@@ -164,3 +165,4 @@ class ShapesFeatures(_ShippedFeatures):
     """
 
     what = "shapes"
+    title = "the network for coloured shapes of ant_lightning"

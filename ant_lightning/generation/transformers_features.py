@@ -66,6 +66,7 @@ class DINOv2Features(_TransformersFeatures):
         ant_lightning.errors.ConfigError: folder: must be a folder with config.json, found missing
     """
 
+    title = "DINOv2"
     mean = (0.485, 0.456, 0.406)
     deviation = (0.229, 0.224, 0.225)
 
@@ -104,6 +105,7 @@ class CLIPFeatures(_TransformersFeatures):
         ant_lightning.errors.ConfigError: folder: must be a folder with config.json, found missing
     """
 
+    title = "CLIP's image network"
     mean = (0.48145466, 0.4578275, 0.40821073)
     deviation = (0.26862954, 0.26130258, 0.27577711)
 

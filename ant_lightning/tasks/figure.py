@@ -65,6 +65,12 @@ def cell_edges(positions: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([[first], middles, [last]])
 
 
+def _log_snr_edges(log_snr: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Edges of the cells that end at the first and the last log-SNR, as the tables of a report."""
+    edges: NDArray[np.float64] = cell_edges(log_snr).clip(log_snr.min(), log_snr.max())
+    return edges
+
+
 def clusterings_figure(
     clusterings: Mapping[str, Intervals],
     log_snr: ArrayLike,
@@ -90,7 +96,7 @@ def clusterings_figure(
     panels = figure.subplots(2, 2, height_ratios=[1, 1.3], sharex="col")
     edges_of = {
         "timestep": time.edges,
-        "log_snr": cell_edges(noise),
+        "log_snr": _log_snr_edges(noise),
     }
     for (intervals, densities), axis in zip(panels.T, NOISE_AXES, strict=True):
         edges, by_time = edges_of[axis], axis == "timestep"
@@ -136,7 +142,7 @@ def boundaries_figure(
     panels = figure.subplots(1, 2)
     steps = [step for step, _ in history] + [max(last_step, history[-1][0] + 1)]
     boundaries = np.array([each for _, each in history])
-    noise = cell_edges(log_snr.double().numpy())
+    noise = _log_snr_edges(log_snr.double().numpy())
     colors = _task_colors(boundaries.shape[1] - 1)
     for panel, axis in zip(panels, NOISE_AXES, strict=True):
         values = time.edges[boundaries] if axis == "timestep" else noise[boundaries]

@@ -11,7 +11,7 @@ from ant_lightning.callbacks.base import RunCallback, callback_of
 from ant_lightning.callbacks.ema import EMA, averaged_weights
 from ant_lightning.callbacks.figures import append_row, save_figure
 from ant_lightning.callbacks.fixed_loss import FixedLoss
-from ant_lightning.callbacks.measuring import measurement_bar
+from ant_lightning.callbacks.progress import progress_of
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.generation.extractor import FeatureExtractor
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     import lightning as L
     import torch
     from torch import Tensor, nn
-    from tqdm import tqdm
 
     from ant_lightning.data.dataset import ImageDataset
     from ant_lightning.data.module import ImageDataModule
     from ant_lightning.models.module import MultiTaskDiffusion
+    from ant_lightning.runtime.progress_display import ProgressDisplay
 
 
 class NegativeTransferGap(RunCallback):
@@ -148,7 +148,7 @@ class NegativeTransferGap(RunCallback):
         total = (1 + len(self._specialists)) * (1 if self.extractor is None else 2)
         with (
             averaged_weights(trainer, pl_module),
-            measurement_bar(trainer, "negative transfer", total=total) as bar,
+            progress_of(trainer, "networks measured", total=total) as bar,
         ):
             result = self._loss_gaps(pl_module, data.held_out_images, bar)
             if self.extractor is not None:
@@ -159,7 +159,7 @@ class NegativeTransferGap(RunCallback):
     def _seed(self, pl_module: MultiTaskDiffusion) -> int:
         return pl_module.seed if self.seed is None else self.seed
 
-    def _networks(self, pl_module: MultiTaskDiffusion, bar: tqdm) -> Iterator[nn.Module]:
+    def _networks(self, pl_module: MultiTaskDiffusion, bar: ProgressDisplay) -> Iterator[nn.Module]:
         """The network of each specialist; one at a time is on the device."""
         # Like against like: EMA weights of the specialists if the model is measured with its own.
         averaged = callback_of(pl_module.trainer, EMA) is not None
@@ -169,7 +169,7 @@ class NegativeTransferGap(RunCallback):
             bar.update()
 
     def _loss_gaps(
-        self, pl_module: MultiTaskDiffusion, dataset: ImageDataset, bar: tqdm
+        self, pl_module: MultiTaskDiffusion, dataset: ImageDataset, bar: ProgressDisplay
     ) -> TransferGapResult:
         """The loss gap of every specialist."""
         num_held_out = min(len(dataset), self.num_held_out or len(dataset))
@@ -219,7 +219,7 @@ class NegativeTransferGap(RunCallback):
         extractor: FeatureExtractor,
         pl_module: MultiTaskDiffusion,
         data: ImageDataModule,
-        bar: tqdm,
+        bar: ProgressDisplay,
     ) -> TransferGapResult:
         """The result with the FID gap of every specialist."""
         trainer, seed = pl_module.trainer, self._seed(pl_module)

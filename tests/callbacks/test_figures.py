@@ -19,6 +19,7 @@ from ant_lightning import (
 )
 from ant_lightning.affinity.figure import affinity_curves, affinity_heat_maps
 from ant_lightning.callbacks.task_figures import transfer_heat_map
+from ant_lightning.cli.curves import curves_figure
 from ant_lightning.generation.figure import quality_history
 from ant_lightning.tasks.figure import (
     boundaries_figure,
@@ -102,6 +103,27 @@ FIGURES = {
         np.array([[1.0, 0.2], [-1.0, 0.5]]), {"mean": np.array([0.0, 0.35])}
     ),
 }
+
+
+def test_log_snr_ends_where_the_tables_end():
+    log_snr = DiscreteDiffusion(CosineSchedule(100)).log_snr
+    clusters = TimestepClusters((0, 20, 99, 100))
+    ends = (float(log_snr[0]), float(log_snr[-1]))
+    figure = clusterings_figure({"own": clusters}, log_snr)
+    assert figure.axes[3].get_xlim() == pytest.approx(ends)
+    figure = boundaries_figure([(0, clusters.boundaries)], log_snr, last_step=9)
+    assert figure.axes[1].get_ylim() == pytest.approx(ends)
+
+
+def test_one_measurement_has_its_points_side_by_side():
+    curves = {f"val/task_{i}/loss": [(60, 1.0)] for i in range(3)}
+    (axis,) = curves_figure(curves).axes
+    assert axis.get_title().endswith("one measurement, at step 60")
+    (points,) = axis.collections
+    assert points.get_offsets().tolist() == [[0, 1], [1, 1], [2, 1]]
+    lines = curves_figure({name: [*line, (70, 1.0)] for name, line in curves.items()}).axes[0].lines
+    assert len({line.get_marker() for line in lines}) == 3
+    assert [line.get_markersize() for line in lines] == [7, 6, 5]  # the last lies on top
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -90,6 +90,15 @@ def test_a_terminal_has_one_bar_that_never_goes_back(tmp_path, monkeypatch):
     assert not any(line.startswith("step ") for line in shown)
 
 
+def test_a_long_validation_counts_its_batches(tmp_path, monkeypatch):
+    lines = progress(
+        tmp_path, monkeypatch, terminal=False, steps=4, val_interval=4, limit_val_batches=2
+    )
+    counts = [line.split(",")[0] for line in lines if line.startswith("fit: ")]
+    assert counts == ["fit: 1 of 2 batches", "fit: 2 of 2 batches"]
+    assert lines[-1].startswith("step 4/4")
+
+
 def test_no_bar_and_no_line_if_it_is_switched_off(tmp_path, monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr("sys.stdout", out)

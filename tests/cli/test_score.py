@@ -62,7 +62,13 @@ def test_the_config_of_a_run_is_enough(npz, images, tmp_path, capsys):
     # An extractor rounds by batch.
     assert scores == pytest.approx(expected(images), rel=1e-4, abs=1e-5)
     assert {"kid", "inception_score", "fid_train", "nearest_train_median"} <= scores.keys()
-    assert f"{scores['fid']:.6g}" in capsys.readouterr().out
+    first, about, *table = capsys.readouterr().out.splitlines()
+    assert first == "score: 0 of 60 images"
+    assert about == (
+        f"score: features of the network for digits of ant_lightning ({DigitsFeatures().name}), "
+        "60 stored images against 360 held-out images"
+    )
+    assert table[0].split() == ["fid", f"{scores['fid']:.6g}"]
     row = json.loads(output.read_text())
     assert (row["images"], row["scores"]) == (str(npz), scores)
     part = run_score([*options, "--metrics.num_images=30", "--metrics.with_train=false"])

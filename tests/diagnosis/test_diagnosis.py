@@ -1,9 +1,12 @@
 """Advice from gradients that are planted, in numbers and in two runs."""
 
+import inspect
 import json
 import re
+from html import escape
 from importlib.metadata import metadata
 from inspect import signature
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from ant_lightning import (
     TimestepClusters,
 )
 from ant_lightning.cli.main import main
+from ant_lightning.diagnosis import advice as diagnosis_advice
 from ant_lightning.diagnosis.advice import advice
 from ant_lightning.diagnosis.callback import _centres, _enough
 from ant_lightning.diagnosis.findings import Findings
@@ -170,13 +174,19 @@ def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys, tm
     pages = {}
     for start in (-1.0, 0.5):  # below every task's optimum, and between them
         run = trained(start)
-        options = ["--timed_steps=1"]  # on a CPU: 64 images at 20 timesteps
+        # On a CPU: 64 images at 20 timesteps.
+        options = ["--timed_steps=1", "--trainer.enable_progress_bar=true"]
         assert main(["diagnose", str(run), *options]) == 0
         pages[start] = (run / "diagnosis.md").read_text()
         html = (run / "diagnosis.html").read_text()
         assert html.count("data:image/png;base64,") == 3
         lines = capsys.readouterr().out.splitlines()
         assert any("20 timesteps, 64 images each" in line for line in lines)
+        for count in ("20 timesteps", "60 losses", "12 timed steps"):
+            assert f"diagnose: 0 of {count}" in lines
+        # The line and the page ask for the same number of images.
+        assert re.findall(r"--num_images (\d+)", " ".join(lines)) == ["256"]
+        assert set(re.findall(r"--num_images (\d+)", pages[start])) == {"256"}
         first = next(each for each in lines if each.startswith(FIRST[start]))
         assert lines.index(first) == len(lines) - 2
         page = run.relative_to(tmp_path) / "diagnosis"
@@ -247,5 +257,16 @@ def test_evidence_leads_to_the_repository_that_the_package_names(url, monkeypatc
         assert f"([evidence]({url}/blob/HEAD/{page}))" in markdown
         assert f'<a href="{url}/blob/HEAD/{page}">evidence</a>' in html
     else:
-        assert f"(evidence: {page})" in markdown
-        assert f"(evidence: {page})" in html
+        words = '"Reading the evidence" on the page "Results" in the documentation of ant_lightning'
+        assert f"(evidence: {words})" in markdown
+        assert f"(evidence: {escape(words)})" in html
+
+
+def test_every_piece_of_evidence_is_a_section_of_the_documentation():
+    named = set(re.findall(r'"(\w+\.md)#([\w-]+)"', inspect.getsource(diagnosis_advice)))
+    assert len(named) >= 4
+    for page, section in named:
+        text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text()
+        titles = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
+        # The words that name a section without a URL are its title.
+        assert section.replace("-", " ").capitalize() in titles

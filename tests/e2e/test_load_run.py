@@ -421,7 +421,11 @@ def test_a_sweep_over_data_of_ones_own_needs_trust(run, tmp_path, monkeypatch, c
     assert main(args) == 2
     assert "trust: the settings name own_data.OwnData" in capsys.readouterr().err
     assert main([*args, "--trust=own_data"]) == 0
-    assert "guidance 1: fid" in capsys.readouterr().out
+    first, about, row, _ = capsys.readouterr().out.splitlines()
+    assert first == "sweep: 0 of 30 images drawn and scored"
+    assert about.startswith("sweep: features of the network for digits")
+    assert about.endswith("30 generated images against 360 held-out images")
+    assert row.startswith("guidance 1: fid")
 
 
 def test_an_adapter_finds_its_base_in_init_from_again(tmp_path):

@@ -21,6 +21,8 @@ from ant_lightning.files.identity import check_identity
 from ant_lightning.files.json_file import write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from ant_lightning.data.dataset import ImageDataset
@@ -100,8 +102,11 @@ class LatentWriter:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Write the missing shards of this rank; returns how many were missing.
+
+        `on_progress` is called with the number of shards written, and of those to write.
 
         Raises:
             ConfigError: If the folder holds another cache, or moments are not finite.
@@ -132,7 +137,9 @@ class LatentWriter:
             shards = [shard for shard in shards if not self._is_whole(shard)]
         else:
             write_json(path, index.as_json())
-        for shard in shards:
+        for count, shard in enumerate(shards):
+            if on_progress is not None:
+                on_progress(count, len(shards))
             moments, labels = self._encode(images[shard.split], encoder, shard, device)
             shard.write(self.output, moments=moments, labels=labels)
         return len(shards)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,8 +76,11 @@ class TextWriter:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> int:
         """Write the missing shards of this rank; returns how many were missing.
+
+        `on_progress` is called with the number of shards written, and of those to write.
 
         Raises:
             ConfigError: If the folder holds the embeddings of other encoders, or an embedding is
@@ -98,7 +101,9 @@ class TextWriter:
         missing = [(n, part) for n, part in mine if not self._is_whole(n, part)]
         if missing:
             encode = text_encodings(self.encoders, device)
-            for number, part in missing:
+            for count, (number, part) in enumerate(missing):
+                if on_progress is not None:
+                    on_progress(count, len(missing))
                 batches = [
                     encode(part[s : s + self.batch_size])
                     for s in range(0, len(part), self.batch_size)

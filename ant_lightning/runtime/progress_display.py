@@ -1,0 +1,108 @@
+"""How far a piece of work is: a bar in a terminal, a few plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+LINE_INTERVAL = 10.0
+
+
+class ProgressDisplay:
+    """Shows what is done of what, such as `predict: 200 of 1,000 images, 0:01:20 left`.
+
+    In a terminal it is a bar. Elsewhere (a file, a pipe, CI) a line is printed at the start, and
+    then for each tenth, but none sooner than `interval` seconds after the last: 11 lines at most.
+
+    Args:
+        what: The command, or the measurement.
+        unit: What is counted, in the plural.
+        total: How many there are, if that is known at the start.
+        done: How many of them were done before.
+        interval: Least seconds between two lines.
+        first_line: Whether to print a line at the start.
+        bar: Whether to draw a bar; false if something else draws one.
+        hidden: Whether to show nothing, as on all ranks but one.
+
+    Examples:
+        >>> from ant_lightning.runtime.progress_display import ProgressDisplay
+        >>> with ProgressDisplay("predict", "images", total=1000) as shown:
+        ...     shown.update(100)  # within 10 seconds
+        predict: 0 of 1,000 images
+    """
+
+    def __init__(
+        self,
+        what: str,
+        unit: str,
+        *,
+        total: int | None = None,
+        done: int = 0,
+        interval: float | None = None,
+        first_line: bool = True,
+        bar: bool = True,
+        hidden: bool = False,
+    ) -> None:
+        self._what, self._unit, self._total = what, unit, total
+        self._first = self._printed = self.done = done
+        self._interval = LINE_INTERVAL if interval is None else interval
+        terminal = sys.stdout.isatty()
+        self._prints = not terminal and not hidden
+        self._begun = self._last = time.perf_counter()
+        self._bar = tqdm(
+            desc=what,
+            total=total,
+            initial=done,
+            unit=f" {unit}",
+            leave=False,
+            file=sys.stdout,
+            disable=hidden or not bar or not terminal,
+        )
+        if first_line and total is not None:
+            self._line()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+
+    def update(self, count: int = 1) -> None:
+        """Count more as done."""
+        self.show(self.done + count, self._total)
+
+    def show(self, done: int, total: int | None) -> None:
+        """Show that `done` of `total` are done."""
+        self.done, self._total = done, total
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        due = total is not None and 10 * (done - self._printed) >= total
+        if due and time.perf_counter() - self._last >= self._interval:
+            self._line()
+
+    def _line(self) -> None:
+        if not self._prints or self._total is None:
+            return
+        self._printed, self._last = self.done, time.perf_counter()
+        left, made = self._total - self.done, self.done - self._first
+        seconds = left * (self._last - self._begun) / made if made else 0.0
+        end = f", {clock(seconds)} left" if made and left else ""
+        print(f"{self._what}: {self.done:,} of {self._total:,} {self._unit}{end}", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
