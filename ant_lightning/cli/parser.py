@@ -46,6 +46,7 @@ from ant_lightning.models.resumed_settings import say_changed
 from ant_lightning.runtime.changed_settings import changed_settings, flat_settings, trained_settings
 from ant_lightning.runtime.checkpoint_files import checkpoint_of_run, read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
+from ant_lightning.runtime.loggers import prepare_loggers
 from ant_lightning.runtime.quiet import keep_quiet
 from ant_lightning.runtime.run_files import remove_empty_run
 from ant_lightning.runtime.run_record import RunRecord
@@ -65,8 +66,9 @@ class AntCLI(LightningCLI):
     `trainer.callbacks`: a later `--config` that replaces this list must not drop them.
     """
 
-    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, command: str, logs: bool = True, **kwargs: Any) -> None:
         self.command = command
+        self.logs = logs and command != "predict"  # which has nothing to log
         self.run_folder: RunFolder | None = None
         self.paths = SettingPaths()
         try:
@@ -132,6 +134,7 @@ class AntCLI(LightningCLI):
         except Exception as error:  # whatever the Trainer raises, the settings caused it
             settings = self._get(self.config, "trainer")
             raise trainer_error(error, settings) from error
+        prepare_loggers(trainer.loggers)
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         for i, callback in enumerate(callbacks):
             if isinstance(callback, ProgressBar) and callback not in chosen:
@@ -187,6 +190,8 @@ class AntCLI(LightningCLI):
         if content is not None and self.command == "fit":
             _say_changes(content, Path(path), self.config_dump)
         self.run_folder = choose_run_folder(config, self.command, self.config_dump, content)
+        if not self.logs:  # a logger would leave an empty file or, offline, an empty run
+            config.trainer.logger = False
         is_local = config.ckpt_path and "://" not in config.ckpt_path
         evaluated = str(Path(config.ckpt_path).absolute()) if is_local else config.ckpt_path
         if not config.scores or self.command == "predict":  # which measures nothing
@@ -250,8 +255,8 @@ def _restoring(error: BaseException) -> bool:
     )
 
 
-def run(args: Sequence[str]) -> AntCLI:
-    """Parse `args` and run the command.
+def run(args: Sequence[str], *, logs: bool = True) -> AntCLI:
+    """Parse `args` and run the command, with the loggers of the settings if it `logs`.
 
     Raises:
         ConfigError: If an argument, or a file that one names, is wrong.
@@ -266,6 +271,7 @@ def run(args: Sequence[str]) -> AntCLI:
             L.LightningModule,
             ImageDataModule,
             command=args[0],
+            logs=logs,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,  # `RunRecord` keeps the settings

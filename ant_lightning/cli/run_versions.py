@@ -101,7 +101,7 @@ class RunVersions:
         for logger in self.loggers:
             module, _, kind = str(logger.class_path).rpartition(".")
             if kind == "WandbLogger":
-                _continue_wandb(logger)
+                _set_wandb(logger, folder)
             if _version(logger) is not None:
                 continue
             logger.init_args = init = _init(logger)
@@ -119,12 +119,15 @@ def _writes_files(logger: Any) -> bool:  # noqa: ANN401
     return str(logger.class_path).endswith(_FILE_LOGGERS)
 
 
-def _continue_wandb(logger: Any) -> None:  # noqa: ANN401
-    """Let W&B add to a run whose id it knows, which it would overwrite.
+def _set_wandb(logger: Any, folder: Path) -> None:  # noqa: ANN401
+    """Let W&B add to a run whose id it knows, which it would overwrite; name project and run.
 
-    This is `WandbLogger`'s own default, but the parser hands it every default of `wandb.init`.
+    The first is `WandbLogger`'s own default, but the parser hands it every default of `wandb.init`.
+    Without a project the run is called as its folder is: `version_3` of `digits_dit`.
     """
     logger.init_args = init = _init(logger)
+    if not (init.get("project") or os.environ.get("WANDB_PROJECT")):
+        init.project, init.name = folder.absolute().parent.name, folder.name
     if not any(init.get(name) for name in ("resume", "resume_from", "fork_from")):
         init.resume = "allow"
 

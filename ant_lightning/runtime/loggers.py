@@ -29,6 +29,13 @@ _LARGEST = 2**28  # bytes
 _RESULTS = ("val/loss", "val/fid")
 
 
+def prepare_loggers(loggers: Iterable[Logger]) -> None:
+    """Take from W&B a setting that it warns of, and that Lightning gives it without being asked."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._wandb_init.get("anonymous") is None:
+            logger._wandb_init.pop("anonymous", None)
+
+
 def send_picture(
     loggers: Iterable[Logger], tag: str, pixels: NDArray[np.uint8], *, step: int
 ) -> None:

@@ -9,12 +9,14 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import Logger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from ant_lightning.cli.main import main
+from ant_lightning.cli.run_versions import RunVersions
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits" / "dit.yaml"
 SMALL = [
@@ -150,12 +152,31 @@ def wandb_records(content):
             record = b""
 
 
+@pytest.mark.parametrize(
+    ("given", "environment", "project", "name"),
+    [
+        ({"name": "digits_dit"}, None, "digits_dit", "version_3"),
+        ({"name": "digits_dit"}, "ours", None, "digits_dit"),
+        ({"name": "first", "project": "mine"}, None, "mine", "first"),
+        ({"project": "mine"}, "ours", "mine", None),
+    ],
+)
+def test_a_run_of_wandb_is_called_as_its_folder(monkeypatch, given, environment, project, name):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if environment:
+        monkeypatch.setenv("WANDB_PROJECT", environment)
+    init = Namespace(save_dir="runs", **given)
+    wandb = Namespace(class_path="lightning.pytorch.loggers.WandbLogger", init_args=init)
+    RunVersions([wandb], [Path("runs/digits_dit")], None).bind(Path("runs/digits_dit/version_3"))
+    assert (init.get("project"), init.get("name"), init.resume) == (project, name, "allow")
+
+
 @pytest.mark.slow
 def test_wandb_offline(tmp_path, capfd):
     wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
     from wandb.proto import wandb_internal_pb2 as records
 
-    loggers = [lightning("WandbLogger", save_dir=str(tmp_path), project="digits", offline=True)]
+    loggers = [lightning("WandbLogger", save_dir=str(tmp_path), name="digits", offline=True)]
 
     def ended():
         wandb.finish()
@@ -165,6 +186,8 @@ def test_wandb_offline(tmp_path, capfd):
     said = capfd.readouterr().err
     assert "wandb sync" in said
     assert "Symlinked" not in said
+    assert "anonymous" not in said
+    run(tmp_path, loggers, "predict", f"--ckpt_path={folder}", "--samples.num_images=2")
     ids, config, logged, files, steps = set(), {}, set(), set(), []
     paths = sorted(tmp_path.rglob("run-*.wandb"))
     assert len(paths) == 3, "W&B's rule: offline, a folder for each process"
@@ -185,6 +208,7 @@ def test_wandb_offline(tmp_path, capfd):
             files |= {each.path for each in record.files.files}
             if record.run.run_id:
                 ids.add(record.run.run_id)
+                assert (record.run.project, record.run.display_name) == ("digits", "version_0")
                 assert record.run.resume, "`wandb sync` joins it to the run of the same id"
     assert len(ids) == 1, "a resumed run and validate log into the run of their checkpoint"
     assert steps == [1, 2, 3, 4]
