@@ -1,5 +1,7 @@
 """What `pip install` brings: configs by name, a README with whole links, mathematics on its own."""
 
+import ast
+import json
 import os
 import re
 import subprocess
@@ -161,6 +163,42 @@ def test_the_readme_on_the_index_has_whole_links_to_files_that_exist(wheel):
     assert len(files) > 20
     assert [file for file in files if not file.exists()] == []
     assert [m[0] for m in own if m and m[1].endswith(".png") and "/raw/" not in m[0]] == []
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def code_of(notebook):
+    """The code of each cell, without the lines that only a notebook understands."""
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    return ["\n".join(li for li in text.splitlines() if li[:1] != "%") for text in texts]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_needs_nothing_of_a_checkout(notebook, wheel):
+    own = {path.stem for path in ROOT.iterdir()} - {"ant_lightning"}
+    code = "\n".join(code_of(notebook))
+    for node in ast.walk(ast.parse(code)):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            assert name.partition(".")[0] not in own, name
+            if name.startswith("ant_lightning"):
+                path = wheel / name.replace(".", "/")
+                assert path.with_suffix(".py").is_file() or (path / "__init__.py").is_file(), name
+    assert "sys.path" not in code
+    assert "../" not in code
+
+
+def test_the_notebooks_find_their_data_in_the_wheel(wheel, tmp_path):
+    # Their first cells, in an empty folder, without what the notebooks of long runs do next.
+    firsts = [code_of(path)[0] for path in NOTEBOOKS if path.name[:2] in {"01", "02", "05"}]
+    assert len(firsts) == 3
+    code = f"for code in {firsts!r}:\n    exec(code, {{}})\nimport ant_lightning\n"
+    found = run(f"{code}print(ant_lightning.__file__)", wheel, tmp_path)
+    assert Path(found.strip()).is_relative_to(wheel)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_source_distribution_has_the_tests(tmp_path):

@@ -18,6 +18,7 @@ from ant_lightning import (
     TimestepClusters,
 )
 from ant_lightning.affinity.figure import affinity_curves, affinity_heat_maps
+from ant_lightning.balancing.figure import gradient_arrows
 from ant_lightning.callbacks.task_figures import transfer_heat_map
 from ant_lightning.cli.curves import curves_figure
 from ant_lightning.generation.figure import quality_history
@@ -27,7 +28,6 @@ from ant_lightning.tasks.figure import (
     clusterings_figure,
     importance_density,
 )
-from studies.gradient_arrows import gradient_arrows
 
 
 def result(timesteps=(0, 10, 60), *, log_snr=True):

@@ -103,6 +103,9 @@ def test_the_tables_of_the_results_are_those_of_the_committed_rows():
     text = (ROOT / "docs/results.md").read_text()
     for table in (mean_table(gap_results(rows)), gap_table(gap_results(rows))):
         assert table.markdown() in text
+    # The wheel has them for a notebook.
+    shipped = json.loads((ROOT / "ant_lightning/measured/digits_gaps.json").read_text())
+    assert shipped == {name: each.row() for name, each in gap_results(rows).items()}
 
 
 def measured(fid, guidance=1.5):
@@ -252,7 +255,7 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     line = {"scores": {"fid": 4.25}, "step": 42, "sampler": "DDIM(num_steps=50)"}
     (tmp_path / "generation_metrics.jsonl").write_text(json.dumps(line) + "\n")
     gaps(0.0).save(tmp_path / "negative_transfer_gap.jsonl")
-    measured = ROOT / "notebooks/digits_affinity.safetensors"
+    measured = ROOT / "ant_lightning/measured/digits_affinity.safetensors"
     shutil.copy(measured, tmp_path / "task_affinity.safetensors")
     (tmp_path / "1_samples_grid.png").touch()
 
