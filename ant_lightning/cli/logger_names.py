@@ -32,12 +32,12 @@ def with_logger_classes(logger: Any) -> Any:  # noqa: ANN401 - whatever YAML hol
 
 def is_known_logger(logger: object) -> bool:
     """Whether this is the name of a class that has a short name."""
-    return any(logger == kind for kind, _ in LOGGERS.values())
+    return any(_short(logger) == kind for kind, _ in LOGGERS.values())
 
 
 def places_of(kind: str) -> set[str]:
     """The arguments of a logger that say where runs are; none of other classes."""
-    return {name for each, names in LOGGERS.values() if each == kind for name in names}
+    return {name for each, names in LOGGERS.values() if each == _short(kind) for name in names}
 
 
 def placed_loggers(loggers: list[Any]) -> list[Any]:
@@ -60,3 +60,7 @@ def placed_loggers(loggers: list[Any]) -> list[Any]:
                 place |= {name: init[name] for name in ("save_dir", "name") if name in init}
         found.append(logger)
     return found
+
+
+def _short(kind: object) -> str:
+    return str(kind).removeprefix("lightning.pytorch.loggers.")

@@ -86,6 +86,15 @@ def _arguments(class_path: object) -> set[str]:
     return set(inspect.signature(getattr(ant_lightning, name)).parameters)
 
 
+def _merged_class(before: dict[str, Any], given: Any) -> Any:  # noqa: ANN401
+    """An element of a list that takes the place of a class."""
+    if not isinstance(given, str | dict):
+        return given
+    found = dict(before)
+    merge(found, {"class_path": given} if isinstance(given, str) else given)
+    return found
+
+
 def merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
     """Merge settings, later ones first; `init_args` are moved up beside their `class_path`."""
     if not isinstance(settings, dict):
@@ -99,8 +108,10 @@ def merge(into: dict[str, Any], settings: Any) -> None:  # noqa: ANN401
             # Another class: like the parser, keep those old settings that still fit.
             for other in set(into) - _arguments(given):
                 del into[other]
-        is_class = isinstance(before, dict) and "class_path" in before and isinstance(given, str)
-        value = {"class_path": given} if is_class else given
+        is_class = isinstance(before, dict) and "class_path" in before
+        value = {"class_path": given} if is_class and isinstance(given, str) else given
+        if is_class and isinstance(given, list):  # each keeps what fits, too
+            value = [_merged_class(before, each) for each in given]
         if isinstance(before, list) and isinstance(value, dict) and "class_path" not in value:
             last: dict[str, Any] = {}  # to which the parser gives them
             for each in (*before[-1:], value):

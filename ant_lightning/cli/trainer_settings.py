@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from yaml import YAMLError
 
 from ant_lightning.cli.config_files import load_yaml
-from ant_lightning.cli.logger_names import placed_loggers, with_logger_classes
+from ant_lightning.cli.logger_names import is_known_logger, placed_loggers, with_logger_classes
 from ant_lightning.cli.merged_settings import merged_settings
 from ant_lightning.errors import ConfigError, found_at
 from ant_lightning.runtime.run_files import found_runs, has_checkpoint
@@ -48,13 +48,18 @@ _LEAST = {
 }
 # If one of these is None, the Trainer fails with an error that does not name it.
 _NEVER_NONE = ("detect_anomaly", "max_steps", "overfit_batches")
+_OF_TRAINER = ("fit", "validate", "test", "predict", "diagnose")
+# What the parser hands on to any logger that follows, if it has such a setting.
+_PLACE = {
+    "trainer": {"logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs"}}}
+}
 _LOGGER_OPTION = re.compile(r"--trainer(\.logger(\+|\.class_path)?)?")
 
 
 def with_classes_of_loggers(args: Sequence[str]) -> list[str]:
     """The arguments with short names of loggers, in any case, replaced by those of their classes.
 
-    Several, `[wandb, csv]` or `--trainer.logger+ csv`, keep their runs where the one before does.
+    Each keeps its runs where the one before does, and the first in `runs`.
 
     >>> from ant_lightning.cli.trainer_settings import with_classes_of_loggers
     >>> with_classes_of_loggers(["fit", "--trainer.logger", "CSV"])
@@ -72,7 +77,24 @@ def with_classes_of_loggers(args: Sequence[str]) -> list[str]:
         except (ConfigError, OSError, TypeError, YAMLError):  # the parser says it; a date, say
             continue
         found[i : i + 1 + (not sign)] = [f"{name}={value}" for name, value in options]
+    if found[:1] and found[0] in _OF_TRAINER and _needs_place(found[1:]):
+        found.insert(1, f"--config={_text(_PLACE)}")
     return found
+
+
+def _needs_place(args: Sequence[str]) -> bool:
+    """Whether a logger with a short name has no `save_dir`."""
+    try:
+        trainer = (merged_settings(args) or {}).get("trainer")
+    except (OSError, YAMLError, ValueError):  # of a file, which the first look says
+        return False
+    given = trainer.get("logger") if isinstance(trainer, dict) else None
+    for logger in given if isinstance(given, list) else [given]:
+        settings = logger if isinstance(logger, dict) else {"class_path": logger}
+        inner = settings.get("init_args") or settings
+        if is_known_logger(settings.get("class_path")) and "save_dir" not in inner:
+            return True
+    return False
 
 
 def _with_classes(name: str, value: str, before: Sequence[str]) -> list[tuple[str, str]]:

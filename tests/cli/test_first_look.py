@@ -484,6 +484,10 @@ SEVERAL = {  # options, and the loggers that they make
         "CSV Wandb MLFlow",
     ),
     "a list in a file": (["--config", "list.yaml"], "Wandb CSV"),
+    "a list in a file, one added": (
+        ["--config=list.yaml", "--trainer.logger+=csv"],
+        "Wandb CSV CSV",
+    ),
     "one in a file, one added": (["--config=one.yaml", "--trainer.logger+=wandb"], "CSV Wandb"),
 }
 FIRST = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "logs", "name": "n"}}
@@ -543,6 +547,11 @@ def test_loggers_by_short_names_log_where_the_configs_would(
         (["--trainer.logger=false", "--trainer.logger+", "csv"], "CSV"),
         ([f"--trainer.logger=[{WANDB}, csv]"], "Wandb CSV"),
         ([f"--trainer.logger=[comet, {CSV}]"], "Comet CSV"),
+        (["--trainer.logger=csv"], "CSV"),
+        (["--trainer.logger=lightning.pytorch.loggers.CSVLogger"], "CSV"),
+        (["--trainer.logger", WANDB], "Wandb"),
+        (["--trainer.logger", WANDB, "--trainer.logger+=csv"], "Wandb CSV"),
+        (["--config={trainer: {logger: [wandb, csv]}}"], "Wandb CSV"),
     ],
 )
 def test_loggers_without_a_place_log_into_runs(options, expected, loggers_of):
