@@ -86,7 +86,7 @@ def _arguments(class_path: object) -> set[str]:
     return set(inspect.signature(getattr(ant_lightning, name)).parameters)
 
 
-def _merged_class(before: dict[str, Any], given: Any) -> Any:  # noqa: ANN401
+def _merged_class(before: Any, given: Any) -> Any:  # noqa: ANN401
     """An element of a list that takes the place of a class."""
     if not isinstance(given, str | dict):
         return given
