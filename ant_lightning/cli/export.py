@@ -10,7 +10,8 @@ from jsonargparse import ArgumentParser
 from ant_lightning import __version__
 from ant_lightning.cli.load_run import load_run, run_settings
 from ant_lightning.cli.messages import first_config_error
-from ant_lightning.errors import ConfigError
+from ant_lightning.data.class_map import read_class_map
+from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.exports.card import model_card
 from ant_lightning.exports.exported import Exported, new_folder
 from ant_lightning.exports.pipeline_folder import write_pipeline
@@ -128,7 +129,8 @@ def export(
     goal = folder / "exports" / to if output is None else Path(output)
     with new_folder(goal, about) as made:
         if to == "diffusers":
-            about["notes"] = write_pipeline(module, made, source=found)
+            names = _class_names(folder, module.num_classes)
+            about["notes"] = write_pipeline(module, made, source=found, class_names=names)
         else:
             about["notes"] = _WRITERS[to](module, made)
         card = model_card(module, settings, folder, about=about, source=found)
@@ -206,6 +208,16 @@ def _source(
             if made.fingerprint == space.fingerprint:
                 module.first_stage = made
     return found
+
+
+def _class_names(run_folder: Path, num_classes: int) -> list[str]:
+    """The names of the classes that a run recorded, if it did and they are still so many."""
+    path = run_folder / "class_map.json"
+    try:
+        names = read_class_map(path) if path.is_file() else []
+    except FileError:
+        return []
+    return names if len(names) == num_classes else []
 
 
 def _run_folder(path: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from ant_lightning.data.class_map import number_classes, record_classes
+from ant_lightning.data.class_map import number_classes
 from ant_lightning.data.dataset import ImageDataset
 from ant_lightning.data.folder_images import FolderImages, broken_images
 from ant_lightning.data.image_faults import broken_images_error, report_of
@@ -20,7 +20,6 @@ from ant_lightning.data.pictures import Crop, is_grey, read_picture
 from ant_lightning.data.split import split_positions
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.identity import shortened
-from ant_lightning.runtime.run_record import run_folder
 from ant_lightning.sizes import Size, height_and_width
 
 if TYPE_CHECKING:
@@ -181,14 +180,6 @@ class ImageFolderData(ImageDataModule):
             # that the identity stays equal.
             times = known.get("times", times)
         return {IMAGES_DIGEST: images, "times": times}
-
-    def setup(self, stage: str) -> None:
-        """Find the images and write the class names to the log folder, unless a file is there."""
-        super().setup(stage)
-        if stage == "fit" and self.class_names and self.trainer is not None:
-            path = run_folder(self.trainer) / "class_map.json"
-            if self.trainer.is_global_zero:
-                record_classes(path, self.class_names)
 
     def state_dict(self) -> dict[str, Any]:
         """The class names, and the settings that determine the images."""

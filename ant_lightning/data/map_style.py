@@ -131,6 +131,7 @@ class MapStyleData(ImageDataModule):
         first = self.converted(found, channels)
         self.image_shape = (channels, first.shape[1], first.shape[2])
         self.num_classes = self._classes(sample, num_classes)
+        self.class_names = _names(getattr(dataset, "classes", None), self.num_classes)
 
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Split the images, or take the two data sets as they are."""
@@ -221,6 +222,18 @@ class MapStyleData(ImageDataModule):
                 "labels), found None"
             )
         return found
+
+
+def _names(classes: object, num_classes: int) -> list[str]:
+    """The names of the classes, if the data set has a list of so many, as torchvision's do.
+
+    ImageNet has several names for each class.
+    """
+    if not isinstance(classes, list | tuple) or len(classes) != num_classes:
+        return []
+    names = [", ".join(map(str, each)) if isinstance(each, tuple) else each for each in classes]
+    fine = all(isinstance(each, str) and each and "/" not in each for each in names)
+    return names if fine and len(set(names)) == num_classes else []
 
 
 @dataclass(eq=False)

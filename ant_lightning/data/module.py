@@ -12,12 +12,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from ant_lightning.data.batch import to_uint8
+from ant_lightning.data.class_map import record_classes
 from ant_lightning.data.dataset import CHUNK, ImageDataset
 from ant_lightning.data.loader import RankKeys, ShuffledLoader, evaluation_loader
 from ant_lightning.data.workers import available_cores
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.files.identity import differences, tensors_digest
 from ant_lightning.randomness import run_seed
+from ant_lightning.runtime.run_record import run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,6 +68,7 @@ class ImageDataModule(L.LightningDataModule):
 
     image_shape: tuple[int, int, int]
     num_classes: int = 0
+    class_names: Sequence[str] = ()
     identity_settings: ClassVar[tuple[str, ...]] = ()
     settings_determine_images: ClassVar[bool] = False
 
@@ -111,8 +114,16 @@ class ImageDataModule(L.LightningDataModule):
             _ = self._parts
 
     def setup(self, stage: str) -> None:
-        """Find the images before anything starts, so that a fault is reported at once."""
+        """Find the images before anything starts, so that a fault is reported at once.
+
+        `fit` writes the names of the classes to `class_map.json` in the run's folder, unless a
+        file is there.
+        """
         _ = self._parts
+        if stage == "fit" and self.class_names and self.trainer is not None:
+            path = run_folder(self.trainer) / "class_map.json"
+            if self.trainer.is_global_zero:
+                record_classes(path, list(self.class_names))
 
     def train_dataloader(self) -> ShuffledLoader:
         """The training images in random order; see `ShuffledLoader`."""

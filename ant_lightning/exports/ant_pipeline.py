@@ -42,6 +42,10 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         latent_shape: `(c, h, w)` of what is denoised.
         latent_scale: The first stage decodes `x / latent_scale + latent_shift`.
         latent_shift: See `latent_scale`.
+        id2label: Names of the classes, as `DiTPipeline` has them.
+
+    Attributes:
+        labels: The number of each name, for `get_label_ids`.
     """
 
     _optional_components: ClassVar = [
@@ -71,6 +75,7 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         latent_shape: list[int] | None = None,
         latent_scale: float = 1.0,
         latent_shift: float = 0.0,
+        id2label: dict[int, str] | None = None,
     ) -> None:
         super().__init__()
         parts = {"scheduler": scheduler, "unet": unet, "transformer": transformer, "vae": vae}
@@ -89,7 +94,23 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
             latent_shape=latent_shape,
             latent_scale=latent_scale,
             latent_shift=latent_shift,
+            id2label=id2label,
         )
+        names = (id2label or {}).items()  # JSON has made texts of the numbers
+        self.labels = {name: int(number) for number, name in names}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """The numbers of classes, for `class_labels`.
+
+        Raises:
+            ValueError: If a class has none of the names of `labels`.
+        """
+        label = [label] if isinstance(label, str) else label
+        unknown = [name for name in label if name not in self.labels]
+        if unknown:
+            known = ", ".join(self.labels) or "none, as the export knew no names"
+            raise ValueError(f"label: must be one of {known}; found {unknown[0]!r}")
+        return [self.labels[name] for name in label]
 
     @torch.no_grad()
     def __call__(
@@ -114,6 +135,9 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
             latents: Standard normal noise to start from, `[b, c, h, w]`.
             output_type: `pil`, `np`, `pt` (in [0, 1]), or `latent`.
             return_dict: Whether to return an `ImagePipelineOutput`.
+
+        Raises:
+            ValueError: If a class or the guidance does not fit the model.
         """
         config, device = self.config, self._execution_device
         num_images = next(
@@ -122,7 +146,12 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         labels = None
         if config.num_classes:
             chosen = [i % config.num_classes for i in range(num_images)]
-            labels = torch.tensor(chosen if class_labels is None else class_labels, device=device)
+            chosen = chosen if class_labels is None else self._checked(class_labels)
+            labels = torch.tensor(chosen, device=device)
+        elif class_labels is not None:
+            raise ValueError(
+                f"class_labels: must be left out for a model without classes, found {class_labels}"
+            )
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
         if scale != 1 and config.null_class is None:
             raise ValueError(f"guidance_scale: must be 1 without a null class, found {scale}")
@@ -146,6 +175,13 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
                 images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _checked(self, class_labels: list[int]) -> list[int]:
+        most = max(self.config.num_classes - 1, self.config.null_class or 0)
+        wrong = [each for each in class_labels if not 0 <= int(each) <= most]
+        if wrong:
+            raise ValueError(f"class_labels: must be from 0 to {most}, found {wrong[0]}")
+        return class_labels
 
     def _timesteps(self, num_steps: int | None, device: torch.device) -> Part:
         num_steps = num_steps or self.config.num_inference_steps

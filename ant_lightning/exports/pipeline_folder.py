@@ -25,6 +25,8 @@ from ant_lightning.exports.text_pipeline import is_told_text
 from ant_lightning.transfer.experts import IntervalExperts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
     from ant_lightning.diffusion.process import NoiseProcess
@@ -57,7 +59,11 @@ def _pair(backbone: nn.Module, process: NoiseProcess) -> _Pair | None:
 
 
 def write_pipeline(
-    module: DiffusionModule, folder: Path, *, source: PipelineSource | str = "none was looked for"
+    module: DiffusionModule,
+    folder: Path,
+    *,
+    source: PipelineSource | str = "none was looked for",
+    class_names: Sequence[str] = (),
 ) -> list[str]:
     """Write the pipeline of a module into an empty folder.
 
@@ -70,6 +76,7 @@ def write_pipeline(
         module: The trained model.
         folder: Where the files go.
         source: The pipeline whose text encoders are copied, or why there is none.
+        class_names: Names of the classes, in the order of their numbers, if they are known.
 
     Returns:
         What the pipeline does otherwise than the run, a line each.
@@ -112,6 +119,8 @@ def write_pipeline(
         made.embedding.load_state_dict({"weight": table.weight})
         parts["class_table"] = (made, "class_table")
     index = _index(module, found, stock, parts)
+    if class_names and (stock is None or stock.class_name == "DiTPipeline"):
+        index["id2label"] = {str(i): name for i, name in enumerate(class_names)}
     if pair is not None:
         index["boundary_ratio"] = pair.boundary_ratio
     for part, (value, code) in parts.items():

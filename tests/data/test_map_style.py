@@ -197,3 +197,18 @@ def test_what_does_not_fit_is_refused(name):
     with pytest.raises(ConfigError) as error:
         do()
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        (["cat", "dog"], ["cat", "dog"]),
+        ([("tench", "Tinca tinca"), ("goldfish",)], ["tench, Tinca tinca", "goldfish"]),
+        (["cat", "dog", "cow"], []),  # of another number of classes
+        (["cat", "cat"], []),
+        (None, []),
+    ],
+)
+def test_names_of_classes_are_those_of_the_data_set(classes, names):
+    samples = [(image, i % 2) for i, image in enumerate(PIXELS)]
+    assert made(samples, classes=classes, num_classes=2).class_names == names

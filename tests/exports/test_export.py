@@ -1,5 +1,6 @@
 """Networks and pipelines of an export compute and sample the same as the module."""
 
+import json
 import re
 import sys
 
@@ -91,6 +92,30 @@ def test_a_latent_pipeline_has_first_stage_and_classes(kind, stages, tmp_path, m
     tokens = pipeline.class_table(torch.tensor([2]))
     assert torch.equal(tokens[0, 0], made.backbone.class_embedder["embedding"].weight[2])
     assert pipeline(class_labels=[1], num_inference_steps=1).images[0].size == (8, 8)
+
+
+def test_a_pipeline_knows_the_names_of_classes_and_refuses_others(tmp_path, monkeypatch):
+    write_pipeline(labelled(), tmp_path, class_names=["cat", "dog", "hen"])
+    assert json.loads((tmp_path / "model_index.json").read_text())["id2label"]["1"] == "dog"
+    pipeline = same_images(labelled(), tmp_path, monkeypatch)
+    assert pipeline.get_label_ids(["dog", "cat"]) == [1, 0]
+    with pytest.raises(ValueError, match="one of cat, dog, hen; found 'owl'"):
+        pipeline.get_label_ids("owl")
+    for label in (4, -1):
+        with pytest.raises(ValueError, match=rf"class_labels: must be from 0 to 3, found {label}"):
+            pipeline(class_labels=[0, label])
+    pipeline.save_pretrained(tmp_path / "again")
+    found = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert found["id2label"]["2"] == "hen"
+
+
+def test_a_pipeline_without_classes_takes_no_labels(tmp_path, monkeypatch):
+    write_pipeline(edm(), tmp_path)
+    pipeline = same_images(edm(), tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match="label: must be one of none"):
+        pipeline.get_label_ids("cat")
+    with pytest.raises(ValueError, match="class_labels: must be left out"):
+        pipeline(class_labels=[0])
 
 
 def latents_of(stages, kind, network, **sampling):

@@ -1,6 +1,8 @@
 """Exports of a run's folder are read back by the programs they are for."""
 
+import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -38,6 +40,19 @@ def test_every_format_is_read_back_with_equal_outputs(to, run, tmp_path, monkeyp
         assert len(names["images" if to == "safetensors" else "output"]) in {2, 4}
     for text in ("| model | DiTModule |", "folder photos", "| fid | 12.35 |", "timesteps 0-"):
         assert text in card
+
+
+def test_names_of_classes_go_where_diffusers_has_them(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path, names = tmp_path / "run" / "class_map.json", ["cat", "dog", "cow", "hen", "owl"]
+    path.write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    for known in (True, False):  # one class too few: of other data
+        exported = export(tmp_path / "run", to="diffusers").path
+        index = json.loads((exported / "model_index.json").read_text())
+        assert index.get("id2label") == (
+            {str(i): n for i, n in enumerate(names)} if known else None
+        )
+        path.write_text(json.dumps({name: i for i, name in enumerate(names[:4])}))
 
 
 def test_safetensors_give_the_whole_module_back(run, tmp_path):
