@@ -98,15 +98,21 @@ def task_history(
     """Loss and effective weight of each task over training, `[n, k]` each, on log axes."""
     figure = Figure(figsize=(10.6, 3.6), dpi=110, layout="constrained")
     axes = figure.subplots(1, 2)
-    colors = task_colors(len(labels))
+    colors, once = task_colors(len(labels)), len(steps) == 1
     curves = {"loss": losses, "effective weight": weights}
     for axis, (name, values) in zip(axes, curves.items(), strict=True):
-        for column, label, color in zip(values.T, labels, colors, strict=True):
-            axis.plot(steps, column, label=label, color=color, linewidth=1.3)
+        for task, (column, label, color) in enumerate(zip(values.T, labels, colors, strict=True)):
+            # A line of one point would not be seen, and points of one step lie on each other.
+            places = [task] if once else steps
+            marker = "o" if len(steps) < 20 else ""
+            axis.plot(
+                places, column, label=label, color=color, linewidth=1.3, marker=marker, markersize=4
+            )
         plain_log_axis(axis, values.ravel().tolist())
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axis.set_xlabel("optimizer step")
-        axis.set_title(f"{name} of each task", fontsize=9)
+        axis.set_xlabel("task" if once else "optimizer step")
+        end = f"\none measurement, at step {steps[0]}" if once else ""
+        axis.set_title(f"{name} of each task{end}", fontsize=9)
         axis.grid(alpha=0.3)
         # Beside the panel, where it hides no line.
         place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}

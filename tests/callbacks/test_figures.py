@@ -19,7 +19,7 @@ from ant_lightning import (
 )
 from ant_lightning.affinity.figure import affinity_curves, affinity_heat_maps
 from ant_lightning.balancing.figure import gradient_arrows
-from ant_lightning.callbacks.task_figures import transfer_heat_map
+from ant_lightning.callbacks.task_figures import task_history, transfer_heat_map
 from ant_lightning.cli.curves import curves_figure
 from ant_lightning.generation.figure import quality_history
 from ant_lightning.tasks.figure import (
@@ -121,6 +121,9 @@ def test_one_measurement_has_its_points_side_by_side():
     assert axis.get_title().endswith("one measurement, at step 60")
     (points,) = axis.collections
     assert points.get_offsets().tolist() == [[0, 1], [1, 1], [2, 1]]
+    figure = task_history(np.array([60]), np.ones((1, 3)), np.ones((1, 3)), labels=list("abc"))
+    assert [line.get_xdata() for line in figure.axes[0].lines] == [[0], [1], [2]]
+    assert {line.get_marker() for line in figure.axes[0].lines} == {"o"}
     lines = curves_figure({name: [*line, (70, 1.0)] for name, line in curves.items()}).axes[0].lines
     assert len({line.get_marker() for line in lines}) == 3
     assert [line.get_markersize() for line in lines] == [7, 6, 5]  # the last lies on top
