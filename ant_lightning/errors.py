@@ -85,6 +85,15 @@ def check_above(bound: float, **values: float | None) -> None:
     _check(f"above {bound}", lambda value: value > bound, values)
 
 
+def check_finite(minimum: float, **values: float | None) -> None:
+    """Check that each number is at least `minimum` and finite; `None` passes.
+
+    Raises:
+        ConfigError: If one is not.
+    """
+    _check(f"at least {minimum} and finite", lambda value: minimum <= value < math.inf, values)
+
+
 def check_positive(**values: float | None) -> None:
     """Check that each number is above 0 and finite; `None` passes.
 

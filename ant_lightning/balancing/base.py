@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal
 
@@ -383,14 +382,3 @@ class CountsSteps(Balancer):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the state of `get_extra_state`."""
         self._num_steps = int(state[0])
-
-
-def check_min_loss(min_loss: float) -> float:
-    """Check and return `min_loss`, the smallest loss that a learned weight is fitted to.
-
-    Raises:
-        ConfigError: If it is negative or not finite.
-    """
-    if not 0 <= min_loss < math.inf:
-        raise ConfigError(f"min_loss: must be at least 0 and finite, found {min_loss}")
-    return min_loss

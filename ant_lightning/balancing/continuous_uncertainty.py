@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.balancing.base import SampleBalancer, check_min_loss
-from ant_lightning.errors import check_above, check_whole
+from ant_lightning.balancing.base import SampleBalancer
+from ant_lightning.errors import check_above, check_finite, check_whole
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -60,7 +60,8 @@ class ContinuousUncertainty(SampleBalancer):
         check_above(0, lr=lr)
         check_whole(1, num_features=num_features)
         self.lr = lr
-        self.min_loss = check_min_loss(min_loss)
+        check_finite(0, min_loss=min_loss)
+        self.min_loss = min_loss
         # A fixed seed: the features are part of the method, and runs with different seeds share
         # them.
         generator = torch.Generator().manual_seed(0)

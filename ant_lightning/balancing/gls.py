@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ant_lightning.balancing.base import check_min_loss
 from ant_lightning.balancing.objective import ObjectiveBalancer
+from ant_lightning.errors import check_finite
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,7 +38,8 @@ class GLS(ObjectiveBalancer):
 
     def __init__(self, num_tasks: int, *, min_loss: float = 1e-8) -> None:
         super().__init__(num_tasks)
-        self.min_loss = check_min_loss(min_loss)
+        check_finite(0, min_loss=min_loss)
+        self.min_loss = min_loss
 
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
         """The geometric mean of the losses `[k]` that are not NaN."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ant_lightning.balancing.base import LossBalancer, check_min_loss
-from ant_lightning.errors import check_above
+from ant_lightning.balancing.base import LossBalancer
+from ant_lightning.errors import check_above, check_finite
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,7 +52,8 @@ class UncertaintyWeighting(LossBalancer):
         super().__init__(num_tasks)
         check_above(0, lr=lr)
         self.lr = lr
-        self.min_loss = check_min_loss(min_loss)
+        check_finite(0, min_loss=min_loss)
+        self.min_loss = min_loss
         self.log_vars = nn.Parameter(torch.zeros(num_tasks, dtype=torch.float32))
 
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:

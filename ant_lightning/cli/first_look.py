@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ant_lightning
+from ant_lightning.cli.bounds import check_bounds
 from ant_lightning.cli.config_files import check_config_file, config_paths
 from ant_lightning.cli.diagnose import validation
+from ant_lightning.cli.logger_names import is_known_logger
 from ant_lightning.cli.merged_settings import FLAGS, HELP, loaded, merge, merged_settings
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
 from ant_lightning.cli.records import record_file, record_of
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 # Groups of settings whose class is always the same.
 _RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
 _ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter", "text": "TextWriter"}
+_OF_MODELS = {"optimization": "Optimization", "sampling": "Sampling"}
 _GROUPS = {"trainer": "Trainer", **_RUN_GROUPS, **_ENCODE_GROUPS}
 _OF_OPTIMIZERS = dict.fromkeys(("lr", "weight_decay"), "a number")
 _FORMATS = ("diffusers", "official", "safetensors", "torch")
@@ -75,13 +78,17 @@ def first_look(arguments: Sequence[str]) -> None:
     check_run_settings(settings)
     if isinstance(settings.get("trainer"), dict):
         check_trainer_settings(settings["trainer"])
-    _check_samples(settings.get("samples"))
     _check_classes(settings)
     missing = [name for name in ("data", "model") if settings.get(name) is None]
     if missing and command != "encode" and not asked:
         raise ConfigError(needed(", ".join(missing)))
     if asked:
         return
+    of_model = settings.get("model")
+    inner = of_model if isinstance(of_model, dict) else {}
+    groups = [(group, kind, settings.get(group)) for group, kind in _GROUPS.items()]
+    groups += [(f"model.{group}", kind, inner.get(group)) for group, kind in _OF_MODELS.items()]
+    check_bounds([*groups, *_class_paths(settings, "")])
     try:
         # `predict` makes no scores.
         _check_paths(settings | {"scores": False} if command == "predict" else settings)
@@ -125,13 +132,6 @@ def _check_score(settings: dict[str, Any]) -> None:
     if isinstance(clip, str) and not Path(clip, "config.json").is_file():
         raise ConfigError(f"clip: must be a folder with config.json, {found_at(clip)}")
     _check_paths({name: settings.get(name) for name in ("data", "metrics", "images")})
-
-
-def _check_samples(samples: object) -> None:
-    """Check numbers that `SampleWriter` checks as well, but only after the imports."""
-    for name, value in samples.items() if isinstance(samples, dict) else ():
-        if name in {"num_images", "batch_size"} and type(value) is int and value < 1:
-            raise ConfigError(f"samples.{name}: must be at least 1, found {value}")
 
 
 def _check_runs(command: str, args: Sequence[str]) -> None:
@@ -199,12 +199,12 @@ def _check_names(settings: dict[str, Any], known: Sequence[str], own: Iterable[s
         if isinstance(inner, dict) and names is not None and "class_path" not in inner:  # a file
             for name in inner.keys() - names:
                 raise ConfigError(no_such_setting(f"{group}.{name}", paths))
-            _check_numbers(group, numbers_of(_GROUPS[group]), inner)
+            _check_numbers(group, _GROUPS[group], inner)
 
 
-def _check_numbers(setting: str, numbers: Mapping[str, str], given: Mapping[str, Any]) -> None:
+def _check_numbers(setting: str, kind: str, given: Mapping[str, Any]) -> None:
     """Check that no word stands where a number must; all else is left to the parser."""
-    for name, rule in numbers.items():
+    for name, rule in (_OF_OPTIMIZERS if kind.startswith("torch.") else numbers_of(kind)).items():
         value = given.get(name)
         if isinstance(value, str) and _is_word(value):
             raise ConfigError(f"{setting}.{name}: must be {rule}, found {value}")
@@ -228,18 +228,18 @@ def _check_classes(settings: dict[str, Any]) -> None:
     for setting, found, inner in places:
         name = found.rpartition(".")[-1]
         if setting.endswith("optimizer") and found.startswith("torch.optim."):
-            _check_numbers(setting, _OF_OPTIMIZERS, inner)
-        ours = found.startswith("ant_lightning.")
+            _check_numbers(setting, found, inner)
+        ours = found.startswith("ant_lightning.") or is_known_logger(found)
         short = _OURS.fullmatch(setting) and found.isidentifier() and not Path(found).exists()
         if not ours and not short:
             continue
-        if name not in ant_lightning.__all__:
+        if name not in ant_lightning.__all__ and not is_known_logger(found):
             raise ConfigError(unknown_class(setting, found))
         known = arguments_of(name)
         for each in inner.keys() - {"class_path", "dict_kwargs"} - (known or inner.keys()):
             paths = [f"{setting}.{argument}" for argument in known or ()]
             raise ConfigError(no_such_setting(f"{setting}.{each}", paths, owner=name))
-        _check_numbers(setting, numbers_of(name), inner)
+        _check_numbers(setting, name, inner)
 
 
 def _check_loggers(trainer: object) -> None:

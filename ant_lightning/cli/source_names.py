@@ -12,7 +12,17 @@ import ant_lightning
 
 _NUMBERS = {"int": "a whole number", "float": "a number"}
 _NONE = re.compile(r" \| None$|^Optional\[|\]$")
-_LIGHTNING = {"Trainer": "trainer/trainer.py", "ModelCheckpoint": "callbacks/model_checkpoint.py"}
+# Package and file of what others have.
+_FILES = {
+    "Trainer": ("lightning", "pytorch/trainer/trainer.py"),
+    "ModelCheckpoint": ("lightning", "pytorch/callbacks/model_checkpoint.py"),
+    "CSVLogger": ("lightning", "pytorch/loggers/csv_logs.py"),
+    "MLFlowLogger": ("lightning", "pytorch/loggers/mlflow.py"),
+    "WandbLogger": ("lightning", "pytorch/loggers/wandb.py"),
+    "init": ("wandb", "sdk/wandb_init.py"),
+}
+# What gets the `**kwargs` of a class, if not its base.
+_GIVEN_TO = {"WandbLogger": ("init",)}
 
 
 @cache
@@ -22,22 +32,23 @@ def arguments_of(name: str, method: str = "__init__") -> frozenset[str] | None:
     Those of the bases count as well where the constructor is inherited or takes `**kwargs`.
 
     Args:
-        name: One of our public classes, or `Trainer` or `ModelCheckpoint` of Lightning.
+        name: One of our public classes, or one of `_FILES`.
         method: The method.
 
     Returns:
         The names; `None` if the source does not tell.
     """
-    found = _class_of(name)
+    found = class_of(name)
     if found is None:
         return None
-    made = _method_of(found, method)
+    made = method_of(found, method)
     own: frozenset[str] = frozenset()
     if made is not None:
         own = frozenset(each.arg for each in (*made.args.args, *made.args.kwonlyargs)) - {"self"}
         if made.args.kwarg is None:
             return own
-    inherited = [arguments_of(ast.unparse(base).rpartition(".")[-1]) for base in found.bases]
+    bases = [ast.unparse(base).rpartition(".")[-1] for base in found.bases]
+    inherited = [arguments_of(base) for base in _GIVEN_TO.get(name, bases)]
     known = [each for each in inherited if each is not None]
     return own.union(*known) if known and len(known) == len(inherited) else None
 
@@ -45,12 +56,14 @@ def arguments_of(name: str, method: str = "__init__") -> frozenset[str] | None:
 @cache
 def numbers_of(name: str) -> dict[str, str]:
     """The arguments of a class that are one number or `None`, and which kind in words."""
-    found = _class_of(name)
+    found = class_of(name)
     if found is None:
         return {}
-    made = _method_of(found, "__init__")
+    made = method_of(found, "__init__")
     own = [*made.args.args, *made.args.kwonlyargs] if made else []
     kinds = {a.arg: _NONE.sub("", ast.unparse(a.annotation)) for a in own if a.annotation}
+    fields = [] if made else [each for each in found.body if isinstance(each, ast.AnnAssign)]
+    kinds |= {ast.unparse(f.target): _NONE.sub("", ast.unparse(f.annotation)) for f in fields}
     bases = found.bases if made is None or made.args.kwarg else []
     inherited = [numbers_of(ast.unparse(base).rpartition(".")[-1]) for base in bases]
     numbers = {n: rule for each in inherited for n, rule in each.items() if n not in kinds}
@@ -60,8 +73,8 @@ def numbers_of(name: str) -> dict[str, str]:
 @cache
 def needed_arguments_of(name: str) -> tuple[str, ...]:
     """The arguments without a default of the constructor that one of our classes defines."""
-    found = _class_of(name)
-    made = found and _method_of(found, "__init__")
+    found = class_of(name)
+    made = found and method_of(found, "__init__")
     if not made:
         return ()
     first = made.args.args[1 : len(made.args.args) - len(made.args.defaults)]  # without self
@@ -69,20 +82,29 @@ def needed_arguments_of(name: str) -> tuple[str, ...]:
     return (*(each.arg for each in first), *(each.arg for each, value in others if value is None))
 
 
-def _class_of(name: str) -> ast.ClassDef | None:
+def class_of(name: str) -> ast.ClassDef | None:
+    """The source of one of our public classes, or of `_FILES`; `None` if it is not found."""
     path = _file_of(name)
     nodes = ast.parse(path.read_text(encoding="utf8")).body if path and path.is_file() else []
-    return next((n for n in nodes if isinstance(n, ast.ClassDef) and n.name == name), None)
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef) and node.name == name:  # as a class that it makes
+            node.name = "__init__"
+            return ast.ClassDef(name, bases=[], keywords=[], body=[node], decorator_list=[])
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node
+    return None
 
 
-def _method_of(kind: ast.ClassDef, name: str) -> ast.FunctionDef | None:
+def method_of(kind: ast.ClassDef, name: str) -> ast.FunctionDef | None:
+    """The method of a class that it defines itself."""
     return next((n for n in kind.body if isinstance(n, ast.FunctionDef) and n.name == name), None)
 
 
 def _file_of(name: str) -> Path | None:
-    if name in _LIGHTNING:
-        spec = find_spec("lightning")  # a top-level package is found without importing it
+    if name in _FILES:
+        package, file = _FILES[name]
+        spec = find_spec(package)  # a top-level package is found without importing it
         places = list(spec.submodule_search_locations or []) if spec else []
-        return Path(places[0], "pytorch", _LIGHTNING[name]) if places else None
+        return Path(places[0], file) if places else None
     module = vars(ant_lightning)["_HOME_OF"].get(name)
     return module and Path(ant_lightning.__file__).parents[1] / f"{module.replace('.', '/')}.py"

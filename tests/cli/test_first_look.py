@@ -21,6 +21,7 @@ from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
 from ant_lightning import ConfigError, load_run
 from ant_lightning.cli import first_look as first_look_module, path_settings
+from ant_lightning.cli.bounds import checks_of
 from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.export import Format
 from ant_lightning.cli.first_look import first_look, top_settings
@@ -39,6 +40,15 @@ SEEN = [
     "option cut short",
     "learning rate in words",
     "steps in words",
+    "tasks 2.5",
+    "balancer's rate",
+    "least loss",
+    "no depth",
+    "no width",
+    "no timesteps",
+    "warm-up",
+    "batch 0",
+    "kept checkpoints",
     "unknown weighting",
     "unknown callback",
     "option of a callback",
@@ -92,6 +102,18 @@ MORE = {
             "model.tasks.balancer.min_los: UncertaintyWeighting has no such",
             "'model.tasks.balancer.min_loss'",
         ],
+    ),
+    "option of a logger": (
+        ["fit", "--trainer.logger=csv", "--trainer.logger.sav_dir=x"],
+        ["trainer.logger.sav_dir: CSVLogger has no such setting; did you mean 'trainer.logger.sa"],
+    ),
+    "bound of a base": (
+        ["fit", "--config=digits/dit", "--data=ImageFolderData", "--data.num_workers=-1"],
+        ["data.num_workers: must be at least 0, found -1"],
+    ),
+    "bound of a group": (
+        ["fit", "--config=digits/dit", "--model.optimization.max_skipped_steps=0"],
+        ["model.optimization.max_skipped_steps: must be at least 1, found 0"],
     ),
     "callback": (["fit", callback("ConflictMonitr")], ["trainer.callbacks", "ConflictMonitor"]),
     "images": (
@@ -653,6 +675,24 @@ def test_the_names_at_the_top_are_the_parsers(command, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cli.run([command])
     assert top_settings(command) == sorted(found.keys() - {"help"})
+
+
+@pytest.mark.parametrize("name", ["CSVLogger", "MLFlowLogger", "WandbLogger"])
+def test_the_arguments_of_loggers_are_those_of_the_class(name):
+    if name == "WandbLogger":
+        wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
+        own = set(inspect.signature(wandb.init).parameters)
+    else:
+        own = set()
+    own |= set(inspect.signature(getattr(loggers, name)).parameters) - {"kwargs"}
+    assert arguments_of(name) == own
+
+
+def test_bounds_are_those_of_constructors():
+    check = "check_whole"
+    assert checks_of("UncertaintyWeighting")["num_tasks"] == ((check, (1,)),)  # of its base
+    assert "num_held_out" not in checks_of("DigitsMixture")  # which has a check of its own
+    assert checks_of("NoSuchClass") == {}
 
 
 def test_arguments_that_are_handed_on_are_known():
