@@ -15,6 +15,7 @@ import ant_lightning
 from ant_lightning.cli.bounds import check_bounds
 from ant_lightning.cli.config_files import check_config_file, config_paths
 from ant_lightning.cli.diagnose import validation
+from ant_lightning.cli.extractor_weights import check_extractor
 from ant_lightning.cli.logger_names import is_known_logger
 from ant_lightning.cli.merged_settings import FLAGS, HELP, loaded, merge, merged_settings
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
@@ -96,6 +97,7 @@ def first_look(arguments: Sequence[str]) -> None:
         if re.match(r"trainer\.callbacks\S*\.extractor\.", str(error)):
             raise ConfigError(f"{error}; --scores false leaves the scores out") from error
         raise
+    check_extractor(command, settings)
 
 
 def _check_paths(settings: dict[str, Any]) -> None:
@@ -132,6 +134,7 @@ def _check_score(settings: dict[str, Any]) -> None:
     if isinstance(clip, str) and not Path(clip, "config.json").is_file():
         raise ConfigError(f"clip: must be a folder with config.json, {found_at(clip)}")
     _check_paths({name: settings.get(name) for name in ("data", "metrics", "images")})
+    check_extractor("score", settings)
 
 
 def _check_runs(command: str, args: Sequence[str]) -> None:
@@ -167,6 +170,7 @@ def _check_runs(command: str, args: Sequence[str]) -> None:
         if "--extractor" not in options:
             checked["trainer"] = recorded.get("trainer")
         _check_paths(checked)
+        check_extractor("sweep", recorded, options.get("--extractor"))
 
 
 def top_settings(command: str) -> list[str] | None:

@@ -20,6 +20,7 @@ from ant_lightning.errors import ConfigError, check_at_least, found_at
 from ant_lightning.generation.extractor import FeatureExtractor
 from ant_lightning.generation.figure import quality_history
 from ant_lightning.generation.inception import InceptionFeatures
+from ant_lightning.generation.inception_file import without_weights
 from ant_lightning.generation.neighbours import NUM_NEIGHBOURS
 from ant_lightning.generation.reference import real_statistics
 from ant_lightning.generation.scores import GenerationScores
@@ -137,10 +138,7 @@ class GenerationMetrics(RunCallback):
         try:
             _ = self.extractor
         except ConfigError as error:
-            raise ConfigError(
-                f"{error}; or score colour images by a network that the package has, "
-                f"{option} ant_lightning.ShapesFeatures"
-            ) from error
+            raise without_weights(error, option) from error
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
         """Forget the real images, as the next call may have others; load a default extractor."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.torch_file import read_torch
 from ant_lightning.generation.extractor import FeatureExtractor, Features
+from ant_lightning.generation.inception_file import URL, no_weights
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -74,19 +75,13 @@ class InceptionFeatures(FeatureExtractor):
 
 def _downloaded_weights() -> Path:
     """The file in torch hub's checkpoint folder, downloaded if it is not there."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3  # noqa: PLC0415
-
-    url: str = URL_INCEPTION_V3
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rpartition("/")[2]
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path))
+            torch.hub.download_url_to_file(URL, str(path))
         except OSError as error:  # urllib's URLError is one, and does not name the file
-            raise ConfigError(
-                f"weights: could not be downloaded ({error}); put {path.name} from {url} into "
-                f"{path.parent}, or give its path as `weights` of the extractor InceptionFeatures"
-            ) from error
+            raise no_weights(error, path) from error
     return path
 
 

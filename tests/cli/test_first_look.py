@@ -9,14 +9,16 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import get_args
+from typing import ClassVar, get_args
 
 import numpy as np
 import pytest
+import torch
 from jsonargparse import ArgumentParser
 from lightning import Trainer
 from lightning.pytorch import loggers
 from PIL import Image
+from torch_fidelity import feature_extractor_inceptionv3
 from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
 from ant_lightning import ConfigError, load_run
@@ -31,6 +33,7 @@ from ant_lightning.cli.messages import one_line
 from ant_lightning.cli.parser import AntCLI
 from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.cli.trainer_settings import with_classes_of_loggers
+from ant_lightning.generation import inception_file
 from ant_lightning.runtime.run_files import no_run
 
 DIT = CONFIGS / "digits" / "dit.yaml"
@@ -376,6 +379,53 @@ def test_an_archive_that_is_cut_off_or_something_else_is_seen(tmp_path, monkeypa
         kind, size = Path(path).suffix[1:], len(content)
         rule = f"{path}: must be a whole {kind} file, found {size} bytes that are not"
         assert looked(args) == rule
+
+
+METRICS = callback("GenerationMetrics")
+
+
+@pytest.mark.parametrize(
+    ("args", "option"),
+    [
+        (["score", "--images=.", "--trainer.callbacks=[]"], "--metrics.extractor"),
+        (["score", "--images=.", METRICS], "--metrics.extractor"),
+        (["score", "--images=.", "--metrics.extractor=InceptionFeatures"], "--metrics.extractor"),
+        (["test", METRICS], ""),
+    ],
+)
+def test_weights_that_cannot_be_downloaded_are_seen(tmp_path, monkeypatch, capsys, args, option):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert inception_file.inception_file().parents[1] == Path(torch.hub.get_dir())
+    assert inception_file.URL == feature_extractor_inceptionv3.URL_INCEPTION_V3
+
+    class Answer:
+        headers: ClassVar = {"Content-Length": str(91 * 2**20)}
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = lambda *_: None  # noqa: E731
+
+    answers = [OSError("no network"), Answer()]
+
+    def opened(url, timeout):
+        assert url == inception_file.URL
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(inception_file, "urlopen", opened)
+    args = [args[0], "--config", str(DIT), *args[1:]]
+    message = looked(args)
+    assert message.startswith("weights: could not be downloaded (no network); put weights-incept")
+    assert message.endswith(f"{option} ant_lightning.ShapesFeatures" if option else "Features")
+    assert looked(args) is None
+    said = capsys.readouterr().out
+    assert said.startswith(f"{args[0]}: downloads the weights of InceptionV3, 91 MB, from https://")
+    own = callback("GenerationMetrics", extractor="ShapesFeatures")
+    assert looked([*args[:3], "--images=.", own] if option else [*args, own]) is None
+    inception_file.inception_file().parent.mkdir(parents=True)
+    inception_file.inception_file().write_bytes(b"")
+    assert looked(args) is None
 
 
 def test_paths_of_the_right_kind_pass(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from ant_lightning import GenerationMetrics, ImageFolderData
 from ant_lightning.cli.configs import config_names
 from ant_lightning.cli.derived_settings import derived_settings
 from ant_lightning.cli.main import main
+from ant_lightning.generation import inception_file
 
 SMALL = {
     "dit": ["--model.backbone.hidden_size=8", "--model.backbone.depth=1"],
@@ -164,10 +165,11 @@ def test_a_run_without_weights_of_inception_trains_without_scores(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
 
-    def offline(url, path):
+    def offline(*args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(inception_file, "urlopen", offline)
     args = [
         "--config=folder/dit_32",
         f"--data.root={images}",
