@@ -18,11 +18,13 @@ _FILES = {
     "ModelCheckpoint": ("lightning", "pytorch/callbacks/model_checkpoint.py"),
     "CSVLogger": ("lightning", "pytorch/loggers/csv_logs.py"),
     "MLFlowLogger": ("lightning", "pytorch/loggers/mlflow.py"),
+    "TensorBoardLogger": ("lightning", "pytorch/loggers/tensorboard.py"),
+    "SummaryWriter": ("torch", "utils/tensorboard/writer.py"),
     "WandbLogger": ("lightning", "pytorch/loggers/wandb.py"),
     "init": ("wandb", "sdk/wandb_init.py"),
 }
 # What gets the `**kwargs` of a class, if not its base.
-_GIVEN_TO = {"WandbLogger": ("init",)}
+_GIVEN_TO = {"TensorBoardLogger": ("SummaryWriter",), "WandbLogger": ("init",)}
 
 
 @cache

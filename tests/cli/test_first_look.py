@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser
 from lightning import Trainer
 from lightning.pytorch import loggers
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 from torch_fidelity import feature_extractor_inceptionv3
 from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
@@ -109,6 +110,10 @@ MORE = {
     "option of a logger": (
         ["fit", "--trainer.logger=csv", "--trainer.logger.sav_dir=x"],
         ["trainer.logger.sav_dir: CSVLogger has no such setting; did you mean 'trainer.logger.sa"],
+    ),
+    "option of the default logger": (
+        ["fit", "--config=digits/dit", "--trainer.logger.nam=x"],
+        ["trainer.logger.nam: TensorBoardLogger has no such setting; did you mean 'trainer.logger"],
     ),
     "bound of a base": (
         ["fit", "--config=digits/dit", "--data=ImageFolderData", "--data.num_workers=-1"],
@@ -727,13 +732,13 @@ def test_the_names_at_the_top_are_the_parsers(command, monkeypatch):
     assert top_settings(command) == sorted(found.keys() - {"help"})
 
 
-@pytest.mark.parametrize("name", ["CSVLogger", "MLFlowLogger", "WandbLogger"])
+@pytest.mark.parametrize("name", ["CSVLogger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"])
 def test_the_arguments_of_loggers_are_those_of_the_class(name):
     if name == "WandbLogger":
         wandb = pytest.importorskip("wandb", reason="needs the extra wandb")
         own = set(inspect.signature(wandb.init).parameters)
     else:
-        own = set()
+        own = set(inspect.signature(SummaryWriter).parameters) if "Tensor" in name else set()
     own |= set(inspect.signature(getattr(loggers, name)).parameters) - {"kwargs"}
     assert arguments_of(name) == own
 
@@ -753,10 +758,17 @@ def test_arguments_that_are_handed_on_are_known():
 
 BLOCKED = """
 import sys
-class Blocked:
+from importlib.machinery import PathFinder
+class Blocked:  # they can be found, but not imported
     def find_spec(self, name, path=None, target=None):
         if name in {"torch", "lightning.pytorch", "lightning.fabric"}:
-            raise ImportError(name + " was imported")
+            found = PathFinder.find_spec(name, path)
+            found.loader = self
+            return found
+    def create_module(self, spec):
+        raise ImportError(spec.name + " was imported")
+    def exec_module(self, module):
+        pass
 sys.meta_path.insert(0, Blocked())
 import inspect
 import json
