@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-# Short name of a logger: its class, and the arguments of this that say where runs are.
-LOGGERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "tensorboard": ("TensorBoardLogger", ("save_dir", "name")),
-    "wandb": ("WandbLogger", ("save_dir", "name")),
-    "mlflow": ("MLFlowLogger", ("save_dir",)),
-    "csv": ("CSVLogger", ("save_dir", "name")),
-    "comet": ("CometLogger", ()),
+# Short name of a logger: its class, and the arguments of this that say where runs are, with the
+# names that most loggers have for them.
+_FOLDER = {"save_dir": "save_dir", "name": "name"}
+LOGGERS: dict[str, tuple[str, dict[str, str]]] = {
+    "tensorboard": ("TensorBoardLogger", _FOLDER),
+    "wandb": ("WandbLogger", _FOLDER),
+    "mlflow": ("MLFlowLogger", {"save_dir": "save_dir", "experiment_name": "name"}),
+    "csv": ("CSVLogger", _FOLDER),
+    "comet": ("CometLogger", {}),
 }
 
 
@@ -35,9 +37,9 @@ def is_known_logger(logger: object) -> bool:
     return any(_short(logger) == kind for kind, _ in LOGGERS.values())
 
 
-def places_of(kind: str) -> set[str]:
-    """The arguments of a logger that say where runs are; none of other classes."""
-    return {name for each, names in LOGGERS.values() if each == _short(kind) for name in names}
+def places_of(kind: object) -> dict[str, str]:
+    """The arguments of a logger that say where runs are, with their common names; else none."""
+    return next((names for each, names in LOGGERS.values() if each == _short(kind)), {})
 
 
 def placed_loggers(loggers: list[Any]) -> list[Any]:
@@ -52,12 +54,12 @@ def placed_loggers(loggers: list[Any]) -> list[Any]:
     for each in loggers:
         logger = {"class_path": each} if isinstance(each, str) and is_known_logger(each) else each
         if isinstance(logger, dict):
-            init = logger.get("init_args") or {}
+            init, names = logger.get("init_args") or {}, places_of(logger.get("class_path"))
             if is_known_logger(logger.get("class_path")) and "save_dir" not in init:
-                names = sorted(places_of(logger["class_path"]) & place.keys())
-                logger = {**logger, "init_args": {name: place[name] for name in names} | init}
+                known = {own: place[name] for own, name in names.items() if name in place}
+                logger = {**logger, "init_args": known | init}
             if "save_dir" in init:
-                place |= {name: init[name] for name in ("save_dir", "name") if name in init}
+                place |= {name: init[own] for own, name in names.items() if own in init}
         found.append(logger)
     return found
 

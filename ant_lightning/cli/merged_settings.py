@@ -79,7 +79,7 @@ def _arguments(class_path: object) -> set[str]:
     """The arguments of a class of ours; of other classes, which are not imported here, few."""
     name = str(class_path).removeprefix("ant_lightning.")
     if name not in ant_lightning.__all__:
-        return places_of(name)
+        return set(places_of(name))
     found = arguments_of(name)
     if found is not None:
         return set(found)

@@ -66,9 +66,8 @@ class AntCLI(LightningCLI):
     `trainer.callbacks`: a later `--config` that replaces this list must not drop them.
     """
 
-    def __init__(self, *args: Any, command: str, logs: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
         self.command = command
-        self.logs = logs and command != "predict"  # which has nothing to log
         self.run_folder: RunFolder | None = None
         self.paths = SettingPaths()
         try:
@@ -190,7 +189,7 @@ class AntCLI(LightningCLI):
         if content is not None and self.command == "fit":
             _say_changes(content, Path(path), self.config_dump)
         self.run_folder = choose_run_folder(config, self.command, self.config_dump, content)
-        if not self.logs:  # a logger would leave an empty file or, offline, an empty run
+        if self.command == "predict":  # a logger would leave an empty file or an empty offline run
             config.trainer.logger = False
         is_local = config.ckpt_path and "://" not in config.ckpt_path
         evaluated = str(Path(config.ckpt_path).absolute()) if is_local else config.ckpt_path
@@ -255,8 +254,8 @@ def _restoring(error: BaseException) -> bool:
     )
 
 
-def run(args: Sequence[str], *, logs: bool = True) -> AntCLI:
-    """Parse `args` and run the command, with the loggers of the settings if it `logs`.
+def run(args: Sequence[str]) -> AntCLI:
+    """Parse `args` and run the command.
 
     Raises:
         ConfigError: If an argument, or a file that one names, is wrong.
@@ -271,7 +270,6 @@ def run(args: Sequence[str], *, logs: bool = True) -> AntCLI:
             L.LightningModule,
             ImageDataModule,
             command=args[0],
-            logs=logs,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,  # `RunRecord` keeps the settings

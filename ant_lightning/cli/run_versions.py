@@ -102,6 +102,8 @@ class RunVersions:
             module, _, kind = str(logger.class_path).rpartition(".")
             if kind == "WandbLogger":
                 _set_wandb(logger, folder)
+            if kind == "MLFlowLogger" and not _init(logger).get("run_name"):
+                logger.init_args.run_name = folder.name
             if _version(logger) is not None:
                 continue
             logger.init_args = init = _init(logger)

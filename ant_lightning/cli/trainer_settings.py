@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from yaml import YAMLError
 
 from ant_lightning.cli.config_files import load_yaml
-from ant_lightning.cli.logger_names import is_known_logger, placed_loggers, with_logger_classes
+from ant_lightning.cli.logger_names import (
+    is_known_logger,
+    placed_loggers,
+    places_of,
+    with_logger_classes,
+)
 from ant_lightning.cli.merged_settings import merged_settings
 from ant_lightning.errors import ConfigError, found_at
 from ant_lightning.runtime.run_files import found_runs, has_checkpoint
@@ -106,11 +111,17 @@ def _with_classes(name: str, value: str, before: Sequence[str]) -> list[tuple[st
         logger = [("--trainer.logger", _text(given.pop("logger")))] if "logger" in given else []
         return [(name, _text(given)), *logger]  # the next option to be looked at
     given = with_logger_classes(given)
-    is_added = name.endswith("+")
-    if not is_added and not isinstance(given, list):
-        return [(name, _text(given))]
     trainer = (merged_settings(before) or {}).get("trainer")
     old = trainer.get("logger") if isinstance(trainer, dict) else None
+    is_added = name.endswith("+")
+    if not is_added and not isinstance(given, list):
+        place, new = (each if isinstance(each, dict) else {} for each in (old, given))
+        names = places_of(new.get("class_path", given)).items()
+        # The parser keeps the arguments that both classes have.
+        renamed = {own: place.get(each) for own, each in names if own != each}
+        option, has = name.removesuffix(".class_path"), new.get("init_args") or new
+        known = [(f"{option}.{n}", _text(v)) for n, v in renamed.items() if v and n not in has]
+        return [(name, _text(given)), *known]
     kept = [_as_parsed(each) for each in (old if isinstance(old, list) else [old]) if each]
     placed = placed_loggers([*kept, *(given if isinstance(given, list) else [given])])
     return [("--trainer.logger", _text(placed if is_added else placed[len(kept) :]))]

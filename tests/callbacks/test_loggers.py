@@ -231,6 +231,7 @@ def test_mlflow_in_sqlite(tmp_path, monkeypatch):
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("digits")
     (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.run_name == "version_0"
     assert found.data.params[LR] == "0.002"
     assert "val/loss" in found.data.metrics
     logged = client.get_metric_history(found.info.run_id, "train/loss")

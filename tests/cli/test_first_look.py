@@ -519,9 +519,27 @@ def test_loggers_have_short_names_on_the_command_line(name):
     kind = kind.partition("=")[2]
     made = getattr(loggers, kind)
     assert issubclass(made, loggers.Logger)
-    assert places_of(kind) <= set(inspect.signature(made).parameters)
+    assert places_of(kind).keys() <= set(inspect.signature(made).parameters)
     assert with_classes_of_loggers(["--x", name, f"--trainer.logger={kind}"])[1] == name
     assert looked(["fit", "--config", str(DIT), f"--trainer.logger={kind}"]) is None
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--trainer.logger", "mlflow"],
+        ["--trainer.logger.class_path=MLflow"],
+        ["--trainer.logger={class_path: mlflow, init_args: {tracking_uri: 'sqlite:///a.db'}}"],
+    ],
+)
+def test_the_name_of_a_run_becomes_the_experiment_of_mlflow(option):
+    found = with_classes_of_loggers(["fit", "--config", str(DIT), *option])
+    assert found[-1] == "--trainer.logger.experiment_name=digits_dit"
+    named = [*option[:-1], option[-1], "--trainer.logger.experiment_name=mine"]
+    assert with_classes_of_loggers(["fit", "--config", str(DIT), *named])[-1] == named[-1]
+    own = "{class_path: mlflow, init_args: {experiment_name: mine}}"
+    given = with_classes_of_loggers(["fit", "--config", str(DIT), "--trainer.logger", own])
+    assert not any(each.startswith("--trainer.logger.experiment_name") for each in given)
 
 
 CSV = "{class_path: csv}"
