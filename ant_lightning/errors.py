@@ -131,6 +131,39 @@ def check_one_of(choices: Collection[str | None], **values: str | None) -> None:
     _check(rule, lambda value: value in choices, values, optional=False)
 
 
+def check_instance(kind: type, example: str, **values: object) -> None:
+    """Check that each value is an object of the class `kind`, not the class itself or a name.
+
+    Args:
+        kind: The class.
+        example: What a user may write.
+        **values: Values by the names of their arguments.
+
+    Raises:
+        ConfigError: If one is not.
+
+    >>> from ant_lightning import Clustering, ConfigError, Tasks
+    >>> try:
+    ...     Tasks("snr")
+    ... except ConfigError as error:
+    ...     print(error)
+    clustering: must be a Clustering, such as SNRClustering(num_tasks=5), found 'snr'
+    """
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            found = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r}"
+            if len(found) > 60 or "\n" in found:
+                found = f"a {type(value).__name__}"
+            raise ConfigError(
+                f"{name}: must be {_article(kind.__name__)} {kind.__name__}, such as {example}, "
+                f"found {found}"
+            )
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "AEIOU" else "a"
+
+
 def _check(
     rule: str, holds: Callable[[Any], bool], values: Mapping[str, Any], *, optional: bool = True
 ) -> None:

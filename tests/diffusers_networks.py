@@ -73,7 +73,7 @@ def module(case="SD3Transformer2DModel", balancer=None, **settings):
 class Images(Dataset):
     def __init__(self, net):
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randn(6, net.in_channels, *net.input_size, generator=generator)
+        self.images = torch.randn(6, net.in_channels, *net.input_size, generator=generator).tanh()
         names = [name for name in net.null_condition if name != "labels"]
         self.told = {n: torch.randn(6, *SHAPES[n], generator=generator) for n in names}
 

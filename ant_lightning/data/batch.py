@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from ant_lightning.errors import ConfigError, NonFiniteError
@@ -61,6 +62,40 @@ def check_batch(batch: object) -> None:
                 f"batch.{name}: must be one whole number for each of the {len(images)} images, "
                 f"found {each.dtype} of shape {list(each.shape)}"
             )
+
+
+def check_first_images(images: Tensor, *, name: str = "batch.images") -> None:
+    """Check the range of the first images of a run; reads two values back from an accelerator.
+
+    Images are in [-1, 1], where the noise levels of training and the clipping of sampling expect
+    them. Interpolation overshoots by less than half of the range on either side of an edge, and
+    images that are standardised with the mean and deviation of ImageNet go beyond 2.
+
+    Raises:
+        ConfigError: If values are outside [-1.5, 1.5].
+
+    Examples:
+        >>> import torch
+        >>> from ant_lightning import ConfigError
+        >>> from ant_lightning.data.batch import check_first_images
+        >>> check_first_images(torch.tensor([-1.1, 0.0, 1.0]))
+        >>> try:
+        ...     check_first_images(torch.tensor([0.0, 255.0]))
+        ... except ConfigError as error:
+        ...     print(error)
+        batch.images: must be in [-1, 1] (or sampling.clip_denoised be false, for what is not pixels), found values from 0 to 255
+    """  # noqa: E501 - one line of output
+    low, high = (float(each) for each in images.detach().float().aminmax())
+    if low < -1.5 or high > 1.5:
+        raise ConfigError(
+            f"{name}: must be in [-1, 1] (or sampling.clip_denoised be false, for what is not "
+            f"pixels), found values from {low:.4g} to {high:.4g}"
+        )
+    if low >= 0 and 0.5 < high <= 1:
+        rank_zero_warn(
+            f"{name}: are expected in [-1, 1], and those of the first batch are from {low:.4g} to "
+            f"{high:.4g}; if 0 is black, give 2 * images - 1"
+        )
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ant_lightning.diffusion.density_shifted import SizeShifted
+from ant_lightning.diffusion.inputs import check_real_times
 from ant_lightning.diffusion.process import NoiseProcess
 from ant_lightning.errors import check_at_least
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ant_lightning.diffusion.density import Coordinate, Density
+    from ant_lightning.diffusion.process import Times
 
 
 class ContinuousProcess(NoiseProcess):
@@ -109,6 +111,11 @@ class ContinuousProcess(NoiseProcess):
             return self._time_of((edges[cells] + edges[cells + 1]) / 2)
         at = self._density_on_cells()[0].to(cells.device)
         return self._time_of(self.sampling_density.inside(at[cells], at[cells + 1], u.double()))
+
+    def cells_at(self, times: Times) -> Int[Tensor, " b"]:
+        """The cells that times lie in; times beyond the axis belong to the end cells."""
+        check_real_times(self, times)
+        return super().cells_at(times)
 
     def _log_snr_of_cells(self) -> Tensor:
         return self.log_snr_at(self.times(torch.arange(self.num_timesteps)))

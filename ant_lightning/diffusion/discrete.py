@@ -9,6 +9,7 @@ import torch
 
 from ant_lightning.diffusion.density import Density, Uniform
 from ant_lightning.diffusion.forward import ForwardProcess, gather
+from ant_lightning.diffusion.inputs import check_images, check_timesteps
 from ant_lightning.diffusion.losses import PMeanVariance, denoising_loss
 from ant_lightning.diffusion.prediction import PredictionType, check_prediction_type
 from ant_lightning.diffusion.process import DenoisingLoss
@@ -70,8 +71,6 @@ class DiscreteDiffusion(ForwardProcess):
         loss_weighting: LossWeighting | None = None,
         density: Density = Uniform(),
     ) -> None:
-        if schedule is None:  # null in a config
-            raise ConfigError("schedule: must be a NoiseSchedule, found None")
         super().__init__(schedule, density)
         check_prediction_type(prediction_type)
         if prediction_type == "eps" and not float(self.alphas_cumprod[-1]) > 0:
@@ -104,6 +103,7 @@ class DiscreteDiffusion(ForwardProcess):
 
     def target(self, x_start: Images, noise: Images, times: Timesteps) -> Images:
         """What the network should predict: the noise, `x_start`, or `v = a noise - s x_start`."""
+        check_images(x_start=x_start, noise=noise)
         if self.prediction_type != "v":
             return noise if self.prediction_type == "eps" else x_start
         at = self.levels(x_start, times)
@@ -111,6 +111,7 @@ class DiscreteDiffusion(ForwardProcess):
 
     def loss_weights_at(self, times: Timesteps) -> Float[Tensor, " b"] | None:
         """Entries of `loss_weights`."""
+        check_timesteps(self, times)
         if self.loss_weights is None:
             return None
         return self.loss_weights.to(times.device, non_blocking=True)[times]

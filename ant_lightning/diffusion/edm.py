@@ -9,6 +9,7 @@ import torch
 
 from ant_lightning.diffusion.continuous import ContinuousProcess
 from ant_lightning.diffusion.density_normal import LogNormal
+from ant_lightning.diffusion.inputs import check_images, check_real_times
 from ant_lightning.diffusion.preconditioning import EDMPreconditioning, Preconditioning
 from ant_lightning.diffusion.prediction import Levels
 from ant_lightning.errors import ConfigError
@@ -106,17 +107,22 @@ class EDM(ContinuousProcess):
 
     def levels(self, x: Images, times: Float[Tensor, " b"]) -> Levels:
         """`a = 1` and `s = sigma`, with the rates 0 and 1."""
+        check_images(x=x)
+        check_real_times(self, times)
         s = _like(times, x)
         return Levels(torch.ones_like(s), s, a_rate=0.0, s_rate=1.0, det=1.0)
 
     def log_snr_at(self, times: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """`-2 ln sigma`."""
+        check_real_times(self, times)
         return -2 * times.log()
 
     def network_inputs(
         self, x_t: Images, times: Float[Tensor, " b"]
     ) -> tuple[Images, Float[Tensor, " b"]]:
         """`c_in x` and `c_noise` in float32."""
+        check_images(x_t=x_t)
+        check_real_times(self, times)
         scale = _like(self.preconditioning.c_in(times), x_t)
         return scale * x_t, self.preconditioning.c_noise(times).float()
 
@@ -130,6 +136,8 @@ class EDM(ContinuousProcess):
 
     def target(self, x_start: Images, noise: Images, times: Float[Tensor, " b"]) -> Images:
         """`(x_start - c_skip x) / c_out`, written without the difference."""
+        check_images(x_start=x_start, noise=noise)
+        check_real_times(self, times)
         of_image, of_noise = self.preconditioning.target(times)
         return _like(of_image, x_start) * x_start + _like(of_noise, x_start) * noise
 
@@ -143,6 +151,8 @@ class EDM(ContinuousProcess):
         prediction_type: str | None = None,
     ) -> Images:
         """As in the base class; `F`, the network's output, is one more type."""
+        check_images(x_t=x_t)
+        check_real_times(self, times)
         kind = prediction_type or "F"
         if kind == to:
             return prediction

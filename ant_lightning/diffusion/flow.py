@@ -10,6 +10,7 @@ import torch
 
 from ant_lightning.diffusion.continuous import ContinuousProcess
 from ant_lightning.diffusion.density import Density, Uniform
+from ant_lightning.diffusion.inputs import check_images, check_real_times
 from ant_lightning.diffusion.prediction import Levels, Quantity
 from ant_lightning.errors import ConfigError, check_one_of
 
@@ -120,6 +121,8 @@ class FlowMatching(ContinuousProcess):
 
     def levels(self, x: Images, times: Float[Tensor, " b"]) -> Levels:
         """Signal and noise level of each image, their rates by t, and `det = a s' - s a'`."""
+        check_images(x=x)
+        check_real_times(self, times)
         dtype = torch.promote_types(x.dtype, torch.float32)
 
         def each(value: Tensor) -> Tensor:
@@ -140,6 +143,7 @@ class FlowMatching(ContinuousProcess):
 
     def log_snr_at(self, times: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """`2 log(a / s)`; on the linear path `-2 logit(t)`."""
+        check_real_times(self, times)
         if self.path == "linear":
             return -2 * torch.logit(times)
         if self.path == "gvp":
@@ -162,6 +166,8 @@ class FlowMatching(ContinuousProcess):
         self, x_t: Images, times: Float[Tensor, " b"]
     ) -> tuple[Images, Float[Tensor, " b"]]:
         """The images as they are, and `1 - t` (`sit`) or `1000 t` (`diffusers`) in float32."""
+        check_images(x_t=x_t)
+        check_real_times(self, times)
         told = 1 - times if self.convention == "sit" else 1000 * times
         return x_t, told.float()
 
@@ -178,6 +184,8 @@ class FlowMatching(ContinuousProcess):
 
     def target(self, x_start: Images, noise: Images, times: Float[Tensor, " b"]) -> Images:
         """`v = a' x_start + s' noise`, the noise, or `x_start`; for a score, `-noise / s`."""
+        check_images(x_start=x_start, noise=noise)
+        check_real_times(self, times)
         if self.prediction_type == "eps":
             return noise
         if self.prediction_type == "x0":
@@ -197,6 +205,7 @@ class FlowMatching(ContinuousProcess):
 
     def loss_weights_at(self, times: Float[Tensor, " b"]) -> Float[Tensor, " b"] | None:
         """The weight of the squared error at each time."""
+        check_real_times(self, times)
         kind = self.loss_weighting
         if kind is None:
             return None

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from ant_lightning.diffusion.density import Uniform
+from ant_lightning.diffusion.inputs import check_images, check_timesteps
 from ant_lightning.diffusion.prediction import Levels
 from ant_lightning.diffusion.process import NoiseProcess
+from ant_lightning.diffusion.schedules import NoiseSchedule
+from ant_lightning.errors import check_instance
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -22,7 +25,6 @@ if TYPE_CHECKING:
 
     from ant_lightning.diffusion.density import Density
     from ant_lightning.diffusion.process import Images
-    from ant_lightning.diffusion.schedules import NoiseSchedule
 
     Timesteps: TypeAlias = Int[Tensor, " b"]
 
@@ -126,6 +128,9 @@ class ForwardProcess(NoiseProcess):
     time_label: ClassVar[str] = "timestep"
 
     def __init__(self, schedule: NoiseSchedule, density: Density = Uniform()) -> None:
+        # Not null in a config, a class, or a tensor of betas.
+        example = "LinearSchedule() or TableSchedule(betas.tolist())"
+        check_instance(NoiseSchedule, example, schedule=schedule)
         self._tables = _tables(schedule().double())
         # A density of t is taken at the edges `i / T` of the timesteps.
         edges = torch.linspace(0, 1, self.num_timesteps + 1, dtype=torch.float64)
@@ -207,6 +212,8 @@ class ForwardProcess(NoiseProcess):
 
         This v is the derivative by the angle `arctan(s / a)`, not by the timestep.
         """
+        check_images(x=x)
+        check_timesteps(self, times)
         tables = self.tables(x.device)
         a = gather(tables.sqrt_alphas_cumprod, times, x)
         s = gather(tables.sqrt_one_minus_alphas_cumprod, times, x)
@@ -214,16 +221,24 @@ class ForwardProcess(NoiseProcess):
 
     def log_snr_at(self, times: Timesteps) -> Float[Tensor, " b"]:
         """Entries of `log_snr`."""
+        check_timesteps(self, times)
         return self.log_snr.to(times.device, non_blocking=True)[times]
 
     def network_inputs(self, x_t: Images, times: Timesteps) -> tuple[Images, Timesteps]:
         """The images as they are, and training's timesteps."""
+        check_images(x_t=x_t)
+        check_timesteps(self, times)
         if not self._is_respaced:
             return x_t, times
         return x_t, self.timestep_map.to(times.device)[times]
 
     def q_sample(self, x_start: Images, timesteps: Timesteps, noise: Images) -> Images:
-        """Add noise to images: `x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise`."""
+        """`noised(x_start, noise, timesteps)` with the arguments in the order of guided-diffusion.
+
+        `x_t = sqrt(abar_t) x_start + sqrt(1 - abar_t) noise`. `noised` is the method of all
+        processes.
+        """
+        check_timesteps(self, timesteps)
         return self.noised(x_start, noise, timesteps)  # Ho et al., equation 4
 
     def q_posterior(
@@ -236,6 +251,8 @@ class ForwardProcess(NoiseProcess):
         Reference:
             Ho et al., equations 6 and 7, arXiv 2006.11239.
         """
+        check_images(x_start=x_start, x_t=x_t)
+        check_timesteps(self, timesteps)
         tables = self.tables(x_t.device)
         mean = (
             gather(tables.posterior_mean_coef1, timesteps, x_t) * x_start

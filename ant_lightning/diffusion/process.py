@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ant_lightning.diffusion.inputs import check_images
 from ant_lightning.diffusion.prediction import Levels, convert
 from ant_lightning.errors import ConfigError
 
@@ -49,7 +50,8 @@ class NoiseProcess(ABC):
     often training draws each cell, and `times(cells, u)` draws the time inside a cell.
 
     **Times** `[b]` are what every other method takes: int64 timesteps of `DiscreteDiffusion`,
-    float64 t in [0, 1] (0 is data) of `FlowMatching`, float64 sigma of `EDM`.
+    float64 t in [0, 1] (0 is data) of `FlowMatching`, float64 sigma of `EDM`. Cells in their place
+    are refused by their dtype.
 
     **One step of training**: `x_t = noised(x_start, noise, times)`,
     `output = network(*network_inputs(x_t, times))`, `losses(output, ...).loss`.
@@ -161,7 +163,12 @@ class NoiseProcess(ABC):
         return noise
 
     def noised(self, x_start: Images, noise: Images, times: Times) -> Images:
-        """Add noise to images: `x_t = a x_start + s noise`."""
+        """Add noise to images: `x_t = a x_start + s noise`.
+
+        Raises:
+            ConfigError: If images, noise or times have a dtype that this process does not take.
+        """
+        check_images(x_start=x_start, noise=noise)
         at = self.levels(x_start, times)
         return at.a * x_start + at.s * noise
 
@@ -262,6 +269,7 @@ class NoiseProcess(ABC):
         Raises:
             ConfigError: If the output has a wrong number of channels.
         """
+        check_images(x_start=x_start, noise=noise)
         prediction, _ = self.split_output(model_output, x_start.shape[1])
         mse = per_image(self._errors(prediction, x_start, noise, times).square())
         weights = self.loss_weights_at(times)

@@ -54,11 +54,13 @@ class NoiseSchedule(ABC):
         """The `betas` `[T]` in float64.
 
         Raises:
-            ConfigError: If a beta is outside (0, 1), unless it is 1 and the last of
-                `ZeroTerminalSNR` or a table. At 0 or below, `alphas_cumprod` would not decrease; at
-                1 it reaches 0, where nothing of the image is left.
+            ConfigError: If there are not T betas, they are `alphas_cumprod` instead, or one is
+                outside (0, 1), unless it is 1 and the last of `ZeroTerminalSNR` or a table. At 0 or
+                below, `alphas_cumprod` would not decrease; at 1 it reaches 0, where nothing of the
+                image is left.
         """
         betas = self._betas()
+        _check_table(betas, type(self).__name__, self.num_timesteps)
         # Not `betas <= 0 | betas >= 1`, which NaN would pass.
         outside = ~((betas > 0) & (betas < 1))
         if self._may_end_at_one and len(betas) > 1 and float(betas[-1]) == 1:
@@ -70,6 +72,23 @@ class NoiseSchedule(ABC):
                 f"{float(betas[first])} for {self.num_timesteps} timesteps"
             )
         return betas
+
+
+def _check_table(betas: object, schedule: str, num_timesteps: int) -> None:
+    if not isinstance(betas, Tensor) or betas.shape != (num_timesteps,):
+        found = list(betas.shape) if isinstance(betas, Tensor) else f"a {type(betas).__name__}"
+        raise ConfigError(
+            f"{schedule}: must return betas as a tensor [{num_timesteps}] (num_timesteps), "
+            f"found {found}"
+        )
+    # With such betas nine tenths of the image's variance were gone at timestep 0.
+    falls = len(betas) >= 10 and bool((betas.diff() < 0).all())
+    if falls and float(betas[0]) > 0.9 and float(betas[-1]) < 0.1:
+        raise ConfigError(
+            f"{schedule}: must return betas, and not alphas_cumprod (betas[t] = 1 - "
+            "alphas_cumprod[t] / alphas_cumprod[t - 1]), found values that fall from "
+            f"{float(betas[0]):.4g} to {float(betas[-1]):.4g}"
+        )
 
 
 def _check_range(beta_start: float, beta_end: float) -> None:

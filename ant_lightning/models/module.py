@@ -13,10 +13,9 @@ from ant_lightning.backbones.diffusers import as_backbone
 from ant_lightning.balancing.backward import BackwardReport, task_gradients
 from ant_lightning.balancing.base import SampleBalancer
 from ant_lightning.balancing.reduction import default_reduction
-from ant_lightning.data.batch import check_batch
 from ant_lightning.data.latents.space import LatentSpace
 from ant_lightning.diffusion.process import NoiseProcess
-from ant_lightning.errors import ConfigError
+from ant_lightning.errors import ConfigError, check_instance
 from ant_lightning.models.adapters import Adapter, insert
 from ant_lightning.models.auxiliary import FeatureAlignment
 from ant_lightning.models.backbone import backbone_name, check_backbone, size_of
@@ -134,6 +133,8 @@ class MultiTaskDiffusion(DiffusionModule):
     ) -> None:
         backbone = as_backbone(backbone)
         check_backbone(backbone)
+        check_instance(NoiseProcess, "DiscreteDiffusion() or FlowMatching()", process=process)
+        check_instance(Tasks, "Tasks(SNRClustering(num_tasks=5))", tasks=tasks)
         super().__init__(
             backbone,
             process=process,
@@ -289,7 +290,7 @@ class MultiTaskDiffusion(DiffusionModule):
         Raises:
             ConfigError: If the loader does not give a `Batch` that fits the backbone.
         """
-        check_batch(batch)
+        self.check_images(batch)
         # Dropout inside the network: other masks on each rank, the same ones in a resumed run.
         torch.manual_seed(keyed_seed(self.seed, "network", self.global_step, self.global_rank))
         draws = self.draw(batch, step=self.global_step)

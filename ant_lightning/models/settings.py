@@ -21,7 +21,7 @@ from ant_lightning.diffusion.samplers.base import Sampler
 from ant_lightning.diffusion.samplers.ddim import DDPM
 from ant_lightning.diffusion.samplers.edm import EDMSampler
 from ant_lightning.diffusion.samplers.ode import ODESampler
-from ant_lightning.errors import ConfigError, check_at_least
+from ant_lightning.errors import ConfigError, check_at_least, check_instance
 from ant_lightning.tasks.clusterings import Clustering
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class Tasks:
             balancers on many ranks).
 
     Raises:
-        ConfigError: If `placement` does not fit the balancer or the engine.
+        ConfigError: If `clustering` or `balancer` is another kind of object, or `placement` does
+            not fit the balancer or the engine.
 
     Examples:
         >>> from ant_lightning import SNRClustering, Tasks, UncertaintyWeighting
@@ -66,6 +67,9 @@ class Tasks:
     placement: Literal["spread", "sorted"] = "spread"
 
     def __post_init__(self) -> None:
+        check_instance(Clustering, "SNRClustering(num_tasks=5)", clustering=self.clustering)
+        if self.balancer is not None:
+            check_instance(Balancer, "UncertaintyWeighting(num_tasks=5)", balancer=self.balancer)
         if self.placement == "spread":
             return
         if self.balancer is None or not self.balancer.needs_gramian:

@@ -28,7 +28,7 @@ class Told(ImageDataset):
 
     def __init__(self, n):
         generator = torch.Generator().manual_seed(n)
-        self.images = torch.randn(n, 4, 4, 4, generator=generator)
+        self.images = torch.randn(n, 4, 4, 4, generator=generator).tanh()
         self.told = {k: torch.randn(n, *s, generator=generator) for k, s in SHAPES.items()}
 
     def __len__(self):
