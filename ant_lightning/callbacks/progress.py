@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Timer, TQDMProgressBar
@@ -13,7 +14,11 @@ from ant_lightning.callbacks.base import callback_of
 from ant_lightning.runtime.progress_display import LINE_INTERVAL, ProgressDisplay, clock
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import lightning as L
+
+    from ant_lightning.models.denoiser import DiffusionModule
 
 
 class TrainingProgress(TQDMProgressBar):
@@ -184,6 +189,11 @@ class TrainingProgress(TQDMProgressBar):
             items["max_time in"] = clock(max(0.0, left))
         return items
 
+    @property
+    def last_line(self) -> float:
+        """Time of the last line, by `time.perf_counter`."""
+        return self._printed
+
     def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.train_progress_bar.disable:
             self.train_progress_bar.n = trainer.global_step
@@ -246,7 +256,19 @@ def progress_of(
         total=total,
         done=done,
         interval=apart if fitting else None,
+        since=own.last_line if fitting and isinstance(own, TrainingProgress) else None,
         first_line=first_line and not fitting,
         bar=bar,
         hidden=hidden or is_off or not trainer.is_global_zero,
     )
+
+
+@contextmanager
+def showing_steps(module: DiffusionModule, shown: ProgressDisplay) -> Iterator[ProgressDisplay]:
+    """Inside, the steps of the module's sampler are shown, as a batch may take minutes."""
+    module.sampling_progress = shown.step
+    try:
+        with shown:
+            yield shown
+    finally:
+        module.sampling_progress = None

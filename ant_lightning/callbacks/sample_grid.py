@@ -12,6 +12,7 @@ from ant_lightning.callbacks.classes import images_by_class
 from ant_lightning.callbacks.ema import EMA
 from ant_lightning.callbacks.figures import save_figure
 from ant_lightning.callbacks.grid_figure import grid_columns, sample_grid
+from ant_lightning.callbacks.progress import progress_of, showing_steps
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import check_at_least
@@ -71,7 +72,10 @@ class SampleGrid(RunCallback):
                 count = min(self.num_images, max(len(dataset), classes))
                 columns = self.columns or grid_columns(count, classes)
                 count -= count % columns if count > columns else 0
-                images = pl_module.sample(range(count))
+                drawn = progress_of(trainer, "images drawn for the grid", total=count)
+                with showing_steps(pl_module, drawn):
+                    images = pl_module.sample(range(count))
+                    drawn.update(count)
         if not trainer.is_global_zero:
             return
         generated = to_uint8(images).cpu().numpy()

@@ -139,6 +139,7 @@ class SampleWriter(RunCallback):
             self._shown = progress_of(  # the bar is that of the trainer
                 trainer, "images", total=self.num_images, done=done, bar=False
             )
+            pl_module.sampling_progress = self._shown.step
 
     def on_predict_batch_end(
         self,
@@ -161,7 +162,9 @@ class SampleWriter(RunCallback):
         if stage != "predict":
             return
         trainer.datamodule.predict_indices = None  # type: ignore[attr-defined]
-        pl_module.predict_classes = None
+        pl_module.predict_classes = pl_module.sampling_progress = None
+        if self._shown is not None:
+            self._shown.end()
         if self._files is None:
             return
         trainer.strategy.barrier()
@@ -170,7 +173,8 @@ class SampleWriter(RunCallback):
             if found >= self.num_images:
                 self._files.finish()
             share = "" if found >= self.num_images else f" of {self.num_images}"
-            print(f"{found}{share} images are in {self._files.path}")
+            note = "; none was missing, so none was drawn" if not self._num_missing else ""
+            print(f"{found}{share} images are in {self._files.path}{note}")
         trainer.strategy.barrier()  # no rank goes on before the file is there
 
     def on_exception(
@@ -180,3 +184,4 @@ class SampleWriter(RunCallback):
         data = getattr(trainer, "datamodule", None)
         if data is not None:
             data.predict_indices = None
+        pl_module.sampling_progress = None  # type: ignore[assignment]

@@ -17,6 +17,7 @@ import lightning as L
 from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
+from ant_lightning.callbacks.progress import showing_steps
 from ant_lightning.cli.load_run import load_run
 from ant_lightning.cli.messages import first_config_error
 from ant_lightning.cli.parts import TRUST, make_part
@@ -85,7 +86,8 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
             scores = metrics.new_scores(
                 data, seed=module.seed, device=device, cache_dir=cache, progress=progress
             )
-        with ProgressDisplay("sweep", "images drawn and scored", total=num_images) as drawn:
+        drawn = ProgressDisplay("sweep", "images drawn and scored", total=num_images)
+        with showing_steps(module, drawn):
             for start in range(0, num_images, metrics.batch_size):
                 batch = range(start, min(start + metrics.batch_size, num_images))
                 scores.update(to_uint8(module.sample(batch, guidance_scale=scale)))
@@ -104,12 +106,14 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
             print(f"sweep: {metrics.about(row['scores'])}", flush=True)
         rows.append(row)
         shown = [f"{name} {row['scores'][name]:.4g}" for name in _shown(row)]
-        at = "" if length is None else f", EMA length {length:g}"
-        print(f"guidance {row['guidance_scale']:g}{at}: {', '.join(shown)}", flush=True)
+        print(f"{_place(row)}: {', '.join(shown)}", flush=True)
         with (folder / "sweep.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
     write_figure(folder / "sweep.png", sweep_figure(rows))
-    print(folder / "sweep.png")
+    if len(rows) > 1:
+        best = min(rows, key=lambda row: row["scores"]["fid"])
+        print(f"sweep: the lowest fid is {best['scores']['fid']:.4g}, at {_place(best)}")
+    print(f"sweep: all scores are in {folder / 'sweep.jsonl'}, a plot in {folder / 'sweep.png'}")
     return rows
 
 
@@ -140,6 +144,12 @@ def sweep_figure(rows: Sequence[dict[str, Any]]) -> Figure:
     scored_by = f"features of {rows[0]['extractor']}, n = {count:.0f} generated images"
     figure.suptitle(f"{scored_by}, step {rows[0]['step']}", fontsize=9)
     return figure
+
+
+def _place(row: dict[str, Any]) -> str:
+    length = row["ema_length"]
+    at = "" if length is None else f", EMA length {length:g}"
+    return f"guidance {row['guidance_scale']:g}{at}"
 
 
 def _shown(row: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from ant_lightning.callbacks.base import RunCallback, steps_of
 from ant_lightning.callbacks.classes import warn_of_empty_classes
 from ant_lightning.callbacks.figures import append_row, save_figure
-from ant_lightning.callbacks.progress import progress_of
+from ant_lightning.callbacks.progress import progress_of, showing_steps
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least, found_at
@@ -268,7 +268,7 @@ class GenerationMetrics(RunCallback):
         mine = range(trainer.global_rank, num_images, trainer.world_size)
         drawn = progress_of(trainer, "images drawn for the scores", total=num_images)
         # The ranks' numbers of batches may differ by one.
-        with pl_module.uneven_calls(), drawn:
+        with pl_module.uneven_calls(), showing_steps(pl_module, drawn):
             for start in range(0, len(mine), self.batch_size):
                 batch = mine[start : start + self.batch_size]
                 metric.update(to_uint8(pl_module.sample(batch, seed=self.seed)))

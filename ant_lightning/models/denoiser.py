@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from ant_lightning.data.latents.space import LatentSpace
     from ant_lightning.diffusion.condition import Condition
     from ant_lightning.diffusion.process import NoiseProcess
-    from ant_lightning.diffusion.samplers.base import Sampler
+    from ant_lightning.diffusion.samplers.base import Sampler, SampleStep
     from ant_lightning.models.first_stage.first_stage import FirstStage
     from ant_lightning.models.settings import Sampling
     from ant_lightning.tasks.clusters import TimestepClusters
@@ -97,6 +98,8 @@ class DiffusionModule(BaseModule):
         self._checked_images: set[bool] = set()
         #: Classes of the images that `predict` draws, in turn; `None` for all.
         self.predict_classes: list[int] | None = None
+        #: Called in `sample` after each step with images, step and number of steps.
+        self.sampling_progress: Callable[[int, int, int], None] | None = None
         self.validation_losses = TaskMeans(clusters.num_tasks)
         self.uneven_calls = UnevenCalls(backbone, self._padding)
         check_output_channels(backbone, self.process)
@@ -361,8 +364,15 @@ class DiffusionModule(BaseModule):
             indices, labels=labels, condition=condition, guidance_scale=guidance_scale
         )
         with self.uneven_calls(), _evaluating(self):
-            x_start = (sampler or self.sampler).sample(
-                self.process, denoiser, noise(), noise=noise, clip_denoised=self.clip_denoised
+            chosen = sampler or self.sampler
+            shown = self.sampling_progress
+            x_start = chosen.sample(
+                self.process,
+                denoiser,
+                noise(),
+                noise=noise,
+                clip_denoised=self.clip_denoised,
+                on_step=shown and partial(_show, shown, chosen.path_length(self.process)),
             )
         return self.decode(x_start)
 
@@ -441,6 +451,10 @@ class DiffusionModule(BaseModule):
             images = self.sample(batch, labels=labels)
         self.uneven_calls.finish_after(self._trainer, batch_idx)
         return images
+
+
+def _show(shown: Callable[[int, int, int], None], num_steps: int, step: SampleStep) -> None:
+    shown(len(step.x), step.index + 1, num_steps)
 
 
 @contextmanager

@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from typing import Self
 
 LINE_INTERVAL = 10.0
+LONGEST_SILENCE = 30.0
 
 
 class ProgressDisplay:
     """Shows what is done of what, such as `predict: 200 of 1,000 images, 0:01:20 left`.
 
     In a terminal it is a bar. Elsewhere (a file, a pipe, CI) a line is printed at the start, and
-    then for each tenth, but none sooner than `interval` seconds after the last: 11 lines at most.
+    then for each tenth, but none sooner than `interval` seconds after the last; if a tenth takes
+    longer than 30 seconds, for each 30 seconds. The last line says that all is done.
 
     Args:
         what: The command, or the measurement.
@@ -28,6 +30,7 @@ class ProgressDisplay:
         total: How many there are, if that is known at the start.
         done: How many of them were done before.
         interval: Least seconds between two lines.
+        since: Time of the last line before, by `time.perf_counter`; by default now.
         first_line: Whether to print a line at the start.
         bar: Whether to draw a bar; false if something else draws one.
         hidden: Whether to show nothing, as on all ranks but one.
@@ -47,6 +50,7 @@ class ProgressDisplay:
         total: int | None = None,
         done: int = 0,
         interval: float | None = None,
+        since: float | None = None,
         first_line: bool = True,
         bar: bool = True,
         hidden: bool = False,
@@ -57,6 +61,10 @@ class ProgressDisplay:
         terminal = sys.stdout.isatty()
         self._prints = not terminal and not hidden
         self._begun = self._last = time.perf_counter()
+        self._last = self._begun if since is None else since
+        self._started = 0.0  # the share of a unit, or of several, that are begun
+        self._note = ""
+        self._lines = 0
         self._bar = tqdm(
             desc=what,
             total=total,
@@ -78,7 +86,21 @@ class ProgressDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is None:
+            self.end()
         self._bar.close()
+
+    def end(self) -> None:
+        """Print the final count, unless it is there or nothing was printed before."""
+        if self._lines and self._printed != self.done == self._total:
+            self._line()
+
+    def step(self, count: int, step: int, num_steps: int) -> None:
+        """Show that the next `count` are at `step` of `num_steps`."""
+        self._started = count * step / num_steps if step < num_steps else 0.0
+        self._note = f", step {step:,} of {num_steps:,} for the next {count:,}"
+        if step < num_steps:
+            self._line_if_due()
 
     def update(self, count: int = 1) -> None:
         """Count more as done."""
@@ -88,19 +110,31 @@ class ProgressDisplay:
         """Show that `done` of `total` are done."""
         self.done, self._total = done, total
         self._bar.total = total
+        self._started, self._note = 0.0, ""
         self._bar.update(done - self._bar.n)
-        due = total is not None and 10 * (done - self._printed) >= total
-        if due and time.perf_counter() - self._last >= self._interval:
+        self._line_if_due()
+
+    def _line_if_due(self) -> None:
+        if self._total is None:
+            return
+        silent = time.perf_counter() - self._last
+        tenth = 10 * (self.done - self._printed) >= self._total
+        if silent >= (self._interval if tenth else max(self._interval, LONGEST_SILENCE)):
             self._line()
 
     def _line(self) -> None:
         if not self._prints or self._total is None:
             return
         self._printed, self._last = self.done, time.perf_counter()
-        left, made = self._total - self.done, self.done - self._first
+        self._lines += 1
+        made = self.done - self._first + self._started
+        left = self._total - self._first - made
         seconds = left * (self._last - self._begun) / made if made else 0.0
-        end = f", {clock(seconds)} left" if made and left else ""
-        print(f"{self._what}: {self.done:,} of {self._total:,} {self._unit}{end}", flush=True)
+        end = self._note + (f", {clock(seconds)} left" if made and left else "")
+        print(
+            f"{self._what}: {self.done:,} of {self._total:,} {self._unit}{end}",
+            flush=True,
+        )
 
 
 def clock(seconds: float) -> str:

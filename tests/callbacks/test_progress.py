@@ -4,9 +4,11 @@ import io
 import re
 
 import pytest
-from tiny_fit import BATCHES, fit
+from tiny_fit import BATCHES, fit, module
 
-from ant_lightning import TrainingProgress
+from ant_lightning import DDIM, SampleGrid, TrainingProgress
+from ant_lightning.callbacks.progress import showing_steps
+from ant_lightning.runtime.progress_display import ProgressDisplay
 
 
 class Terminal(io.StringIO):
@@ -97,6 +99,27 @@ def test_a_long_validation_counts_its_batches(tmp_path, monkeypatch):
     counts = [line.split(",")[0] for line in lines if line.startswith("fit: ")]
     assert counts == ["fit: 1 of 2 batches", "fit: 2 of 2 batches"]
     assert lines[-1].startswith("step 4/4")
+
+
+def test_the_images_of_a_grid_are_counted(tmp_path, monkeypatch):
+    callback, out = TrainingProgress(line_interval=0.0), io.StringIO()
+    monkeypatch.setattr("sys.stdout", out)
+    grid = SampleGrid(num_images=4)
+    settings = {"model": {"sampler": DDIM(num_steps=2)}, "enable_progress_bar": True}
+    fit(tmp_path, callbacks=[callback, grid], steps=1, val_interval=1, **settings)
+    monkeypatch.undo()
+    assert "fit: 4 of 4 images drawn for the grid\n" in out.getvalue()
+
+
+def test_the_steps_of_the_sampler_are_shown_while_images_are_drawn(capsys, monkeypatch):
+    monkeypatch.setattr("ant_lightning.runtime.progress_display.LONGEST_SILENCE", 0.0)
+    model = module("vanilla")
+    with showing_steps(model, ProgressDisplay("predict", "images", total=3, interval=0.0)):
+        model.sample(3, sampler=DDIM(num_steps=4))
+    model.sample(3, sampler=DDIM(num_steps=4))
+    found = [line.rpartition(",")[0] for line in capsys.readouterr().out.splitlines()]
+    steps = [f"predict: 0 of 3 images, step {step} of 4 for the next 3" for step in (1, 2, 3)]
+    assert found[1:] == steps
 
 
 def test_no_bar_and_no_line_if_it_is_switched_off(tmp_path, monkeypatch):

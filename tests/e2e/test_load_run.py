@@ -381,7 +381,12 @@ def test_a_sweep_scores_guidance_scales_and_ema_lengths(run, capsys):
     assert [json.loads(line) for line in (run / "sweep.jsonl").read_text().splitlines()] == rows
     with Image.open(run / "sweep.png") as picture:
         assert picture.width > 1000
-    assert "guidance 3, EMA length 0.2: fid" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "guidance 3, EMA length 0.2: fid" in said
+    assert said.count("sweep: 30 of 30 images drawn and scored\n") == 4
+    best = min(rows, key=lambda row: row["scores"]["fid"])
+    assert f"sweep: the lowest fid is {best['scores']['fid']:.4g}, at guidance " in said
+    assert f"all scores are in {run / 'sweep.jsonl'}, a plot in {run / 'sweep.png'}\n" in said
     data = DigitsData()
     data.setup("test")
     metric = GenerationMetrics(DigitsFeatures(), with_train=False).new_scores(
@@ -421,8 +426,9 @@ def test_a_sweep_over_data_of_ones_own_needs_trust(run, tmp_path, monkeypatch, c
     assert main(args) == 2
     assert "trust: the settings name own_data.OwnData" in capsys.readouterr().err
     assert main([*args, "--trust=own_data"]) == 0
-    first, about, row, _ = capsys.readouterr().out.splitlines()
+    first, last, about, row, _ = capsys.readouterr().out.splitlines()
     assert first == "sweep: 0 of 30 images drawn and scored"
+    assert last == "sweep: 30 of 30 images drawn and scored"
     assert about.startswith("sweep: features of the network for digits")
     assert about.endswith("30 generated images against 360 held-out images")
     assert row.startswith("guidance 1: fid")

@@ -33,8 +33,32 @@ def test_many_updates_are_few_lines(capsys):
 def test_what_was_done_before_counts(capsys):
     found = lines(5, capsys, total=20, done=15)
     assert [line.split(",")[0] for line in found] == [
-        f"predict: {done} of 20 images" for done in (15, 17, 19)
+        f"predict: {done} of 20 images" for done in (15, 17, 19, 20)
     ]
+
+
+def test_the_final_count_is_printed_once_if_the_work_was_quick(capsys):
+    with ProgressDisplay("predict", "images", total=20) as shown:
+        shown.update(10)
+        shown.update(10)
+    assert capsys.readouterr().out.splitlines() == [
+        "predict: 0 of 20 images",
+        "predict: 20 of 20 images",
+    ]
+
+
+def test_a_batch_that_takes_minutes_shows_its_steps(capsys, monkeypatch):
+    now = iter(range(0, 10_000, 12))  # seconds
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    with ProgressDisplay("predict", "images", total=20) as shown:
+        for step in range(1, 9):
+            shown.step(20, step, 8)
+        shown.update(20)
+    found = capsys.readouterr().out.splitlines()
+    assert found[1].startswith("predict: 0 of 20 images, step 3 of 8 for the next 20, ")
+    assert found[1].endswith(" left")
+    assert found[2].startswith("predict: 0 of 20 images, step 6 of 8 for the next 20, ")
+    assert found[3:] == ["predict: 20 of 20 images"]
 
 
 def test_without_a_total_a_display_begins_when_it_is_known(capsys):

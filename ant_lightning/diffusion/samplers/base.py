@@ -172,8 +172,19 @@ class Sampler(ABC):
         noise: Callable[[], Tensor] | None = None,
         clip_denoised: bool = True,
         first_step: int = 0,
+        on_step: Callable[[SampleStep], object] | None = None,
     ) -> Images:
-        """Run `trajectory` to its end without gradients; returns the last state."""
+        """Run `trajectory` to its end without gradients; returns the last state.
+
+        Args:
+            process: As for `trajectory`, and so on.
+            denoiser: The network.
+            x_T: The noise.
+            noise: Source of the noise.
+            clip_denoised: Whether to clip each predicted `x_start`.
+            first_step: Index of the first step to make.
+            on_step: Called after each step, such as to show the progress.
+        """
         steps = self.trajectory(
             process,
             denoiser,
@@ -186,4 +197,6 @@ class Sampler(ABC):
             # One state at a time: a list of them would hold the whole path in memory.
             for last in steps:
                 x_T = last.x
+                if on_step is not None:
+                    on_step(last)
         return x_T
