@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from ant_lightning.callbacks.base import callback_of
+from ant_lightning.callbacks.run_lines import RunLines
 from ant_lightning.runtime.progress_display import LINE_INTERVAL, ProgressDisplay, clock
 
 if TYPE_CHECKING:
@@ -249,7 +250,9 @@ def progress_of(
     is_off = own is None or getattr(own, "refresh_rate", 1) == 0
     fitting = trainer.state.fn == "fit"
     apart = own.line_interval if isinstance(own, TrainingProgress) else 3 * LINE_INTERVAL
+    lines = callback_of(trainer, RunLines)
     name = "" if trainer.state.fn is None else trainer.state.fn.value
+    name = (lines and lines.called) or name
     return ProgressDisplay(
         command or name,
         unit,

@@ -19,12 +19,17 @@ class RunLines(RunCallback):
     """Prints where a run and its checkpoint are, and which weights an evaluation uses.
 
     The command line installs it, so that it also warns of what only settings can be blamed for.
+
+    Args:
+        called: What the user calls the command, by default as the Trainer does: `diagnose` is a
+            validation.
     """
 
     module_type = L.LightningModule  # also an autoencoder
 
-    def __init__(self) -> None:
+    def __init__(self, called: str | None = None) -> None:
         super().__init__()
+        self.called = called
         self._trained = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -77,7 +82,7 @@ class RunLines(RunCallback):
             steps = getattr(pl_module, "trained_steps", 0)
             weights = f"{averaged}weights of {_shown(trainer.ckpt_path)}"
             weights += f" at step {steps}" if steps else ""
-        _print(trainer, f"{command.value}: {weights}")
+        _print(trainer, f"{self.called or command.value}: {weights}")
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start

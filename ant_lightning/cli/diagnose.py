@@ -40,7 +40,7 @@ def run_diagnose(args: Sequence[str]) -> None:
     # Without the table of losses, so that the advice is what stands at the end.
     args = ["validate", "--verbose=false", *rest, f"--trainer.callbacks={json.dumps([callback])}"]
     try:
-        run(args)
+        run(args, called="diagnose")
     except ConfigError as error:  # of an option that is one of the callback's
         raise ConfigError(re.sub(r"^trainer\.callbacks(\[0\])?\.", "", str(error))) from error
 

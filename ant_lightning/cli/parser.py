@@ -66,8 +66,9 @@ class AntCLI(LightningCLI):
     `trainer.callbacks`: a later `--config` that replaces this list must not drop them.
     """
 
-    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, command: str, called: str, **kwargs: Any) -> None:
         self.command = command
+        self.called = called
         self.run_folder: RunFolder | None = None
         self.paths = SettingPaths()
         try:
@@ -138,12 +139,12 @@ class AntCLI(LightningCLI):
         for i, callback in enumerate(callbacks):
             if isinstance(callback, ProgressBar) and callback not in chosen:
                 callbacks[i] = TrainingProgress()
-        callbacks.insert(0, RunLines())  # before a bar is drawn
+        callbacks.insert(0, RunLines(self.called))  # before a bar is drawn
         callbacks.append(Dashboard())
         if self.run_folder is not None:
             record = RunRecord(
                 self.run_folder.path,
-                command=self.command,
+                command=self.called,
                 text=self._record,
                 settings=trained_settings(self.config_dump),
                 made=self.run_folder.made,
@@ -254,8 +255,12 @@ def _restoring(error: BaseException) -> bool:
     )
 
 
-def run(args: Sequence[str]) -> AntCLI:
+def run(args: Sequence[str], *, called: str | None = None) -> AntCLI:
     """Parse `args` and run the command.
+
+    Args:
+        args: The command and its options.
+        called: What the user calls it, in lines and in the name of its record.
 
     Raises:
         ConfigError: If an argument, or a file that one names, is wrong.
@@ -270,6 +275,7 @@ def run(args: Sequence[str]) -> AntCLI:
             L.LightningModule,
             ImageDataModule,
             command=args[0],
+            called=called or args[0],
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,  # `RunRecord` keeps the settings

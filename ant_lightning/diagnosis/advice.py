@@ -9,9 +9,10 @@ from ant_lightning.diagnosis.findings import ENOUGH_IMAGES
 if TYPE_CHECKING:
     from ant_lightning.diagnosis.findings import Findings
 
-# Tasks whose losses differ by less have weights that uncertainty weighting hardly changes.
-_UNEQUAL = 10.0
+_UNEQUAL = 10.0  # a factor between the tasks' losses above which UW's weights need a bound
 _RELIABLE = 0.5
+_FEW_IMAGES = 64  # a diagnosis on a CPU takes as many
+_EARLY = 250  # steps; the studies compare no methods before
 
 
 class Advice(NamedTuple):
@@ -21,64 +22,22 @@ class Advice(NamedTuple):
         title: What to do, in a few words.
         text: Why, with the numbers of this model.
         evidence: The page of the documentation, and its section, whose rows carry the advice.
+        is_caveat: Whether it says that the measurement itself is not good enough yet.
     """
 
     title: str
     text: str
     evidence: str = ""
+    is_caveat: bool = False
 
 
 def advice(findings: Findings) -> list[Advice]:
-    """What to try first, in this order."""
-    noisy = [i for i, r in enumerate(findings.reliability.tolist()) if not r >= _RELIABLE]
-    found = []
-    if noisy:
-        found.append(
-            Advice(
-                "Measure with more images before you decide",
-                f"The gradients of {_tasks(noisy)} are mostly noise (reliability below "
-                f"{_RELIABLE:g}), so conflicts there may be missed. Repeat with --num_images "
-                f"{max(ENOUGH_IMAGES, 4 * findings.num_images)}.",
-                "results.md#task-affinity-on-the-digits",
-            )
-        )
-    found += [_surgery(findings), _losses(findings)]
-    if findings.prediction_type == "v":
-        found.append(
-            Advice(
-                "Expect little from balancing: the network predicts v",
-                "With v-prediction no method differed from vanilla in the excess risk of any "
-                "cluster.",
-                "results.md#reading-the-evidence",
-            )
-        )
-    if findings.prediction_type == "eps" and not findings.is_latent:
-        found.append(
-            Advice(
-                "Train the next model with prediction_type: v",
-                "It costs nothing. A DiT on the pixels of the digits had a FID of 5.2 after 1,000 "
-                "steps with it, and of 22 when it predicted the noise (three seeds).",
-                "results.md#where-the-methods-help",
-            )
-        )
-    if findings.prediction_type == "eps" and findings.is_latent:
-        found += [
-            Advice(
-                "Train the next model of these latents with prediction_type: v",
-                "It weighs the noisy timesteps as uncertainty weighting learns to, and costs "
-                "nothing. For latent diffusion on the digits, v-prediction without a balancer had "
-                "a lower FID after 250 steps than noise prediction after 1,500, with lower recall.",
-                "results.md#where-the-methods-help",
-            ),
-            Advice(
-                "If this model must predict the noise, try uncertainty weighting",
-                "For latent diffusion on the digits it had a FID of 3.9 after 1,500 steps, vanilla "
-                "6.5 (three seeds), and recall fell from 0.86 to 0.78. Its last weights, fixed "
-                "from the start, did as well, and MinSNR had 4.7. After four times the steps "
-                "vanilla was as good (one seed).",
-                "results.md#where-the-methods-help",
-            ),
-        ]
+    """What to try first, in this order: caveats, the prediction, then what was measured.
+
+    No two pieces contradict each other or `docs/choosing.md`: only for a network that predicts the
+    noise is a balancer advised, and conflicts alone are never a reason.
+    """
+    found = [*_caveats(findings), *_prediction(findings), _surgery(findings), _losses(findings)]
     clustering = _clustering(findings)
     if clustering is not None:
         found.append(clustering)
@@ -92,6 +51,98 @@ def advice(findings: Findings) -> list[Advice]:
         )
     )
     return found
+
+
+def _caveats(findings: Findings) -> list[Advice]:
+    """Why the numbers may not say much yet."""
+    found, steps, num_images = [], findings.steps, findings.num_images
+    if steps is not None and steps < _EARLY:
+        found.append(
+            Advice(
+                "Train longer before you choose a method"
+                if steps
+                else "Train first: these weights are untrained",
+                f"This is step {steps}, and the numbers below change fast early in training. The "
+                f"studies compare no methods before step {_EARLY}.",
+                "results.md#does-an-early-measurement-predict-which-method-helps",
+                is_caveat=True,
+            )
+        )
+    noisy = [i for i, r in enumerate(findings.reliability.tolist()) if not r >= _RELIABLE]
+    few = num_images < _FEW_IMAGES
+    if few or noisy:
+        why = f"Each gradient is that of {num_images} images only. " if few else ""
+        if noisy:
+            why += (
+                f"The gradients of {_tasks(noisy)} are mostly noise (reliability below "
+                f"{_RELIABLE:g}), so conflicts there may be missed. "
+            )
+        found.append(
+            Advice(
+                "Measure with more images before you decide",
+                f"{why}Repeat with --num_images {max(ENOUGH_IMAGES, 4 * num_images)}.",
+                "results.md#task-affinity-on-the-digits",
+                is_caveat=True,
+            )
+        )
+    return found
+
+
+def _prediction(findings: Findings) -> list[Advice]:
+    """What the studies say of networks that predict the same, as `docs/choosing.md`."""
+    predicted, choosing = findings.prediction_type, "choosing.md#what-to-try-first"
+    if predicted == "v":
+        return [
+            Advice(
+                "Train without a balancer first: the network predicts v",
+                "With v-prediction no method differed from vanilla in the excess risk of any "
+                "cluster. "
+                + (
+                    "For latent diffusion on the digits uncertainty weighting raised the FID by "
+                    "0.4 (0.2 to 0.6)."
+                    if findings.is_latent
+                    else "A DiT on the pixels of the digits had a FID of 5.2, with uncertainty "
+                    "weighting 5.3; SiT, which predicts a velocity, 4.6 and 4.9."
+                )
+                + " To train so: --config balancer/vanilla.",
+                choosing,
+            )
+        ]
+    if predicted != "eps":
+        return [
+            Advice(
+                f"Train without a balancer first: the network predicts {predicted}",
+                "No study has compared methods for this prediction. To train so: --config "
+                "balancer/vanilla.",
+                choosing,
+            )
+        ]
+    if not findings.is_latent:
+        return [
+            Advice(
+                "Train the next model with prediction_type: v",
+                "It costs nothing. A DiT on the pixels of the digits had a FID of 5.2 after 1,000 "
+                "steps with it, and of 22 when it predicted the noise (three seeds).",
+                "results.md#where-the-methods-help",
+            )
+        ]
+    return [
+        Advice(
+            "Train the next model of these latents with prediction_type: v",
+            "It weighs the noisy timesteps as uncertainty weighting learns to, and costs "
+            "nothing. For latent diffusion on the digits, v-prediction without a balancer had "
+            "a lower FID after 250 steps than noise prediction after 1,500, with lower recall.",
+            "results.md#where-the-methods-help",
+        ),
+        Advice(
+            "If this model must predict the noise, try uncertainty weighting",
+            "For latent diffusion on the digits it had a FID of 3.9 after 1,500 steps, vanilla "
+            "6.5 (three seeds), and recall fell from 0.86 to 0.78. Its last weights, fixed "
+            "from the start, did as well, and MinSNR had 4.7. After four times the steps "
+            "vanilla was as good (one seed).",
+            "results.md#where-the-methods-help",
+        ),
+    ]
 
 
 def _surgery(findings: Findings) -> Advice:
@@ -114,26 +165,38 @@ def _surgery(findings: Findings) -> Advice:
         )
     i, j = pairs[0]
     cosine, error = float(findings.cosines[i, j]), float(findings.cosine_errors[i, j])
-    return Advice(
-        "Try NashMTL first: tasks conflict",
+    measured = (
         f"{len(pairs)} of {count} pairs of tasks conflict, tasks {i} and {j} most: cosine "
-        f"{cosine:.2f}, standard error {error:.2f}. In the study NashMTL had 19% less excess risk "
-        "than equal weights, nearly all of it at the noisiest timesteps. PCGrad could not be told "
-        "from equal weights there, nor in latent diffusion.",
+        f"{cosine:.2f}, standard error {error:.2f}. "
+    )
+    if findings.prediction_type != "eps":
+        return Advice(
+            "Tasks conflict, which alone is no reason for a balancer",
+            f"{measured}Over the settings that were studied, conflicts did not predict which "
+            "method helps.",
+            "results.md#does-an-early-measurement-predict-which-method-helps",
+        )
+    return Advice(
+        "Tasks conflict: compare NashMTL with vanilla",
+        f"{measured}With noise prediction NashMTL had 19% less excess risk in the study than equal "
+        "weights, nearly all of it at the noisiest timesteps. PCGrad could not be told from equal "
+        "weights there, nor in latent diffusion. Conflicts alone did not predict which method "
+        "helps.",
         "results.md#reading-the-evidence",
     )
 
 
 def _losses(findings: Findings) -> Advice:
     """Whether weights by the size of the losses would change anything."""
-    losses = findings.task_losses
+    losses, weights = findings.task_losses, findings.weights["UW"]
     low, high = int(losses.argmin()), int(losses.argmax())
     ratio = float(losses[high] / losses[low])
     if ratio < _UNEQUAL:
         return Advice(
-            "Uncertainty weighting would change little here",
-            f"The tasks' losses differ by a factor of {ratio:.1f} at most. Uncertainty weighting "
-            "weighs each task by the inverse of its loss.",
+            f"Uncertainty weighting would need no bound: its weights stay within {ratio:.1f} to 1",
+            f"It weighs each task by the inverse of its loss: {float(weights.min()):.2f} to "
+            f"{float(weights.max()):.2f} times equal weights here. Above a factor of "
+            f"{_UNEQUAL:g} between tasks, bound it with min_loss.",
             "choosing.md#balancers",
         )
     return Advice(
@@ -160,7 +223,7 @@ def _clustering(findings: Findings) -> Advice | None:
             "results.md#task-affinity-on-the-digits",
         )
     return Advice(
-        f"Cluster by {'SNR' if best == 'log-SNR' else 'timestep'}",
+        f"If you train with tasks, cluster by {'SNR' if best == 'log-SNR' else 'timestep'}",
         f"Affinity falls with distance in {best} (rank correlation {found[best]:.2f}) more than "
         f"in {other} ({found[other]:.2f}).",
         "results.md#task-affinity-on-the-digits",

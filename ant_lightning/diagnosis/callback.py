@@ -78,7 +78,7 @@ class Diagnosis(MeasuringCallback):
         images: Images to measure on: those that are trained on (`train`), or `held_out`.
         weights: Weights to measure: `ema` or `live`.
         timed_steps: Steps of each method that are timed, by default 5, on a CPU 3; 0 leaves the
-            cost out.
+            cost out, and fewer than 3 are not compared.
         seed: Seed of images and noise; by default that of the module.
 
     Raises:
@@ -194,18 +194,20 @@ class Diagnosis(MeasuringCallback):
             transfer=transfer,
             prediction_type=process.prediction_type,
             is_latent=pl_module.latent_space is not None,
-            seconds=self._seconds(trainer, loss, pl_module, clusters),
+            times=self._times(trainer, loss, pl_module, clusters),
             num_images=self.num_images,
+            # Weights of others may have been trained for long.
+            steps=steps_of(trainer, pl_module) if pl_module.init_from is None else None,
         )
 
-    def _seconds(
+    def _times(
         self,
         trainer: L.Trainer,
         loss: FixedLoss,
         pl_module: MultiTaskDiffusion,
         clusters: TimestepClusters,
-    ) -> dict[str, float]:
-        """Median time of a backward pass by method, from the fixed loss on one batch."""
+    ) -> dict[str, list[float]]:
+        """Times of the backward passes by method, of the fixed loss on one batch."""
         if not self.timed_steps:
             return {}
         k = clusters.num_tasks
@@ -218,7 +220,7 @@ class Diagnosis(MeasuringCallback):
         losses, tasks = loss.batch(self.batch_size, clusters)
         # A diagnosis inside `fit` must leave the gradients of the run as they are.
         kept = [p.grad for p in pl_module.backbone.parameters()]
-        found: dict[str, float] = {}
+        found: dict[str, list[float]] = {}
         count = len(balancers) * (self.timed_steps + 2)
         shown = progress_of(trainer, "timed steps", command="diagnose", total=count)
         try:
@@ -237,7 +239,7 @@ class Diagnosis(MeasuringCallback):
                             torch.cuda.synchronize()
                         times.append(time.perf_counter() - start)
                         shown.update()
-                    found[name] = sorted(times[2:])[self.timed_steps // 2]
+                    found[name] = times[2:]
         finally:
             for parameter, grad in zip(pl_module.backbone.parameters(), kept, strict=True):
                 parameter.grad = grad
@@ -274,18 +276,17 @@ class Diagnosis(MeasuringCallback):
             f"{len(affinity.timesteps)} timesteps, {self.num_images} images for each. "
             "Early in training these numbers change fast: diagnose again later."
         )
-        if not step and pl_module.init_from is None:
-            about += " These weights are untrained: train first, and diagnose then."
         if self.num_images < ENOUGH_IMAGES:
             about += f" These are few images: {_MORE}."
         texts = {name: text for name, (_, text) in pictures.items()}
         page = write_page(self.findings, folder, texts, about=about)
-        first, *others = advice(self.findings)
-        print(f"{first.title}. {first.text}")
-        print(
-            f"{len(others)} more pieces of advice in {page} and {page.with_suffix('.md')}",
-            flush=True,
-        )
+        found = advice(self.findings)
+        # Caveats and the first advice in full, of the others what they say.
+        first = next(i for i, each in enumerate(found) if not each.is_caveat) + 1
+        for each in found[:first]:
+            print(f"{each.title}. {each.text}")
+        print("Also: " + "; ".join(each.title for each in found[first:]) + ".")
+        print(f"With reasons and evidence in {page} and {page.with_suffix('.md')}", flush=True)
 
 
 def _centres(num_timesteps: int, num_points: int) -> tuple[int, ...]:

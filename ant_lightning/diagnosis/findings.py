@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,8 +50,9 @@ class Findings:
             measured.
         prediction_type: What the network predicts.
         is_latent: Whether it denoises the latents of a first stage.
-        seconds: Time of one backward pass on this machine, by the name of the method.
+        times: Seconds of each timed backward pass on this machine, by the name of the method.
         num_images: Images of each timestep.
+        steps: Steps that the weights were trained for; `None` if unknown.
 
     Raises:
         ConfigError: If a cluster has no timestep of the grid, or shapes do not fit.
@@ -63,8 +65,9 @@ class Findings:
     transfer: Float[Tensor, "k k"] | None = None
     prediction_type: str = "eps"
     is_latent: bool = False
-    seconds: dict[str, float] = field(default_factory=dict)
+    times: dict[str, list[float]] = field(default_factory=dict)
     num_images: int = ENOUGH_IMAGES
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         n = len(self.affinity.timesteps)
@@ -158,6 +161,11 @@ class Findings:
             found["gradient"] = GradientClustering(full, num_tasks=k)(log_snr)
         return found
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The median of each method's `times`."""
+        return {name: median(times) for name, times in self.times.items()}
+
     @cached_property
     def correlations(self) -> dict[str, float]:
         """Rank correlation of affinity with distance, in timesteps and in log-SNR."""
@@ -192,6 +200,7 @@ class Findings:
             },
             "distance_correlation": self.correlations,
             "seconds": self.seconds,
+            "times": self.times,
         }
 
 

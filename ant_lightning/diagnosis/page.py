@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from ant_lightning.diagnosis.findings import Findings
 
+_COMPARABLE = 3  # timed steps of each method
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; display: block; overflow-x: auto } img { max-width: 100% }
@@ -121,14 +123,15 @@ def write_page(findings: Findings, folder: Path, pictures: dict[str, str], *, ab
         ["this model", *findings.clusters.boundaries[:-1]],
         *([name, *each.boundaries[:-1]] for name, each in findings.clusterings.items()),
     )
-    if findings.seconds:
+    if findings.times:
         page.heading("Cost on this machine")
-        vanilla = findings.seconds["vanilla"]
-        page.text("Time of a forward and backward pass over one batch, without the optimizer.")
-        page.table(
-            ["method", "ms", "relative to vanilla"],
-            *([m, f"{1e3 * s:.0f}", f"{s / vanilla:.2f}"] for m, s in findings.seconds.items()),
+        count, few = len(findings.times["vanilla"]), "too few to compare the methods"
+        page.text(
+            f"Time of a forward and backward pass over one batch, without the optimizer: median, "
+            f"lowest and highest of {count} timed step{'s' * (count > 1)}"
+            + (f", {few} (--timed_steps 5 takes more)." if count < _COMPARABLE else ".")
         )
+        page.table(*_cost(findings, relative=count >= _COMPARABLE))
     page.heading("Pictures")
     for name, text in pictures.items():
         page.picture(name, text)
@@ -151,6 +154,17 @@ def _tasks(findings: Findings) -> list[list[str]]:
         row = [str(i), f"{start}-{stop - 1}", ends, f"{losses[i]:.4g}"]
         row += [f"{findings.gradient_shares[i]:.1%}", f"{findings.reliability[i]:.2f}"]
         rows.append(row + [f"{each[i]:.2f}" for each in weights.values()])
+    return rows
+
+
+def _cost(findings: Findings, *, relative: bool) -> list[list[str]]:
+    """The table of times; ratios of single steps would say more about the machine."""
+    seconds = findings.seconds
+    rows = [["method", "ms", "lowest to highest", *["relative to vanilla"] * relative]]
+    for name, times in findings.times.items():
+        row = [name, f"{1e3 * seconds[name]:.3g}"]
+        row.append(f"{1e3 * min(times):.3g} to {1e3 * max(times):.3g}")
+        rows.append(row + [f"{seconds[name] / seconds['vanilla']:.2f}"] * relative)
     return rows
 
 

@@ -22,7 +22,7 @@ RUN_MARK = "loggers.json"  # written by runs that trained, and by no others
 
 def newest_record(folder: Path) -> Path | None:
     """The newest `config` file of the run; if it never trained, that of an evaluation."""
-    for name in ("config", "validate", "test", "predict"):
+    for name in ("config", "validate", "diagnose", "test", "predict"):
         newest, _ = numbered(folder, name)
         if newest is not None:
             return newest

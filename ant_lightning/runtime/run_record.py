@@ -25,13 +25,13 @@ class RunRecord(L.Callback):
     """Writes the settings of a command into the run's folder.
 
     Training writes `config.yaml` once every check has passed, before its first step. Other commands
-    write `validate.yaml` and so on beside it. A file with different content is never overwritten:
+    write `validate.yaml`, `diagnose.yaml` and so on beside it. A file with different content is never overwritten:
     the new one gets a number (`config_1.yaml`). A run that fails before its first step leaves
     nothing.
 
     Args:
         folder: The run's folder.
-        command: `fit`, `validate`, `test` or `predict`.
+        command: `fit`, `validate`, `diagnose`, `test` or `predict`.
         text: The settings as YAML.
         settings: The settings that decide what is trained, as plain values; stored in every
             checkpoint.

@@ -46,7 +46,10 @@ class Gain(torch.nn.Module):
 """
 
 
-FIRST = {-1.0: "Do not expect a gain from PCGrad", 0.5: "Try NashMTL first"}
+FIRST = {
+    -1.0: "Do not expect a gain from PCGrad",
+    0.5: "Tasks conflict: compare NashMTL with vanilla",
+}
 
 
 def findings(gradients, noise=0.0, losses=None, **settings):
@@ -65,7 +68,11 @@ def findings(gradients, noise=0.0, losses=None, **settings):
 
 
 def titles(found):
-    return " | ".join(each.title for each in advice(found))
+    return titles_of(advice(found))
+
+
+def titles_of(pieces):
+    return " | ".join(each.title for each in pieces)
 
 
 def test_planted_conflict_and_agreement_get_different_advice():
@@ -74,12 +81,58 @@ def test_planted_conflict_and_agreement_get_different_advice():
     found = findings(opposed)
     assert found.conflicts == [(0, 2)]
     assert float(found.cosines[0, 2]) == pytest.approx(-1 / 1.01**0.5)
-    assert "Try NashMTL first" in titles(found)
+    assert "compare NashMTL with vanilla" in titles(found)
     agreed = findings(torch.ones(6, 3).double())
     assert agreed.conflicts == []
     assert "no tasks conflict" in titles(agreed)
     torch.testing.assert_close(agreed.weights["PCGrad"], torch.ones(3).double())
     assert float(found.weights["PCGrad"][1]) != pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("kind", "latent"), [("v", False), ("v", True), ("F", False)])
+def test_a_page_advises_no_balancer_where_the_documentation_advises_none(kind, latent):
+    opposed = torch.eye(3).double().repeat_interleave(2, 0)
+    opposed[4:] = torch.tensor([-1.0, 0.0, 0.1]).double()
+    settings = {"prediction_type": kind, "is_latent": latent}
+    found = advice(findings(opposed, losses=[1.0, 2.0, 0.05], **settings))
+    assert found[0].title == f"Train without a balancer first: the network predicts {kind}"
+    assert found[1].title == "Tasks conflict, which alone is no reason for a balancer"
+    assert not re.search(r"(?i)nashmtl|(?<!you )try uncertainty", titles_of(found[2:-1]))
+    agreed = advice(findings(torch.ones(6, 3).double(), **settings))
+    assert agreed[0] == found[0]
+    assert "no tasks conflict" in agreed[1].title
+
+
+def test_caveats_come_before_any_method():
+    few = advice(findings(torch.ones(6, 3).double(), steps=60, num_images=16))
+    assert [each.is_caveat for each in few] == [True] * 2 + [False] * (len(few) - 2)
+    assert "This is step 60" in few[0].text
+    assert "that of 16 images only" in few[1].text
+    assert "--num_images 256" in few[1].text
+    assert advice(findings(torch.ones(6, 3).double(), steps=0))[0].title.startswith("Train first")
+    for settings in ({}, {"steps": 250, "num_images": 64}):
+        found = advice(findings(torch.ones(6, 3).double(), **settings))
+        assert not any(each.is_caveat for each in found)
+
+
+def test_what_is_said_of_uncertainty_weighting_are_its_figures():
+    # Inverse losses 1, 1/2 and 1/3 have the mean 11/18.
+    found = findings(torch.ones(6, 3).double(), losses=[1.0, 2.0, 3.0])
+    said = next(each for each in advice(found) if "need no bound" in each.title)
+    assert "within 3.0 to 1" in said.title
+    assert "0.55 to 1.64 times equal weights" in said.text
+    assert "Above a factor of 10" in said.text
+
+
+def test_the_cost_has_its_spread_and_no_ratio_of_single_steps(tmp_path):
+    times = {"vanilla": [0.010, 0.012, 0.030], "PCGrad": [0.024, 0.018, 0.020]}
+    found = findings(torch.ones(6, 3).double(), times=times)
+    write_page(found, tmp_path, {}, about="x")
+    page = (tmp_path / "diagnosis.md").read_text()
+    assert "of 3 timed steps." in page
+    assert "| vanilla | 12 | 10 to 30 | 1.00 |" in page
+    assert "| PCGrad | 20 | 18 to 24 | 1.67 |" in page
+    assert found.numbers()["seconds"]["vanilla"] == 0.012
 
 
 def test_noise_is_not_taken_for_a_conflict():
@@ -96,7 +149,7 @@ def test_losses_shares_and_what_the_network_predicts():
     weights = found.weights["UW"]
     torch.testing.assert_close(weights[2] / weights[0], torch.tensor(20.0).double())
     assert "bound it with min_loss" in titles(found)
-    assert "would change little" in titles(findings(gradients))
+    assert "would need no bound" in titles(findings(gradients))
     assert "predicts v" in titles(findings(gradients, prediction_type="v"))
     latents = titles(findings(gradients, is_latent=True))
     assert "prediction_type: v" in latents
@@ -187,19 +240,26 @@ def test_two_runs_with_planted_conflicts_get_different_pages(trained, capsys, tm
         # The line and the page ask for the same number of images.
         assert re.findall(r"--num_images (\d+)", " ".join(lines)) == ["256"]
         assert set(re.findall(r"--num_images (\d+)", pages[start])) == {"256"}
-        first = next(each for each in lines if each.startswith(FIRST[start]))
-        assert lines.index(first) == len(lines) - 2
+        *_, early, first, also, last = lines
+        assert early.startswith("Train longer before you choose a method. This is step 1,")
+        assert first.startswith("Train the next model with prediction_type: v. ")
+        assert also.startswith(f"Also: {FIRST[start]}")
         page = run.relative_to(tmp_path) / "diagnosis"
-        assert re.fullmatch(rf"\d more pieces of advice in {page}.html and {page}.md", lines[-1])
+        assert last == f"With reasons and evidence in {page}.html and {page}.md"
+        assert any(each.startswith("diagnose: averaged (EMA) weights of ") for each in lines)
+        assert not any("validate" in each for each in lines)
+        assert (run / "diagnose.yaml").is_file()
+        assert not (run / "validate.yaml").exists()
         assert (run / "task_affinity.safetensors").is_file()
         numbers = json.loads((run / "diagnosis.json").read_text())
         assert numbers["step"] == 1
         assert len(numbers["losses"]) == len(numbers["gradient_norms"]) == 20
         assert bool(numbers["tasks"]["conflicts"]) is (start == 0.5)
     assert "no tasks conflict" in pages[-1.0]
-    assert "Try NashMTL first" in pages[0.5]
+    assert FIRST[0.5] in pages[0.5]
     for page in pages.values():
-        assert re.search(r"\| PCGrad \| \d+ \| [\d.]+ \|", page)
+        assert "of 1 timed step, too few to compare the methods" in page
+        assert "relative to vanilla" not in page
         assert "## Transfer" in page
 
 
@@ -267,6 +327,6 @@ def test_every_piece_of_evidence_is_a_section_of_the_documentation():
     assert len(named) >= 4
     for page, section in named:
         text = (Path(__file__).resolve().parents[2] / "docs" / page).read_text()
-        titles = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
+        titles = [each.rstrip("?") for each in re.findall(r"^##+ (.*)$", text, re.MULTILINE)]
         # The words that name a section without a URL are its title.
         assert section.replace("-", " ").capitalize() in titles
