@@ -42,7 +42,7 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         latent_shape: `(c, h, w)` of what is denoised.
         latent_scale: The first stage decodes `x / latent_scale + latent_shift`.
         latent_shift: See `latent_scale`.
-        id2label: Names of the classes, as `DiTPipeline` has them.
+        id2label: Names of the classes, as `DiTPipeline` has them; in a file the numbers are texts.
 
     Attributes:
         labels: The number of each name, for `get_label_ids`.
@@ -75,7 +75,7 @@ class ANTPipeline(DiffusionPipeline):  # type: ignore[misc]
         latent_shape: list[int] | None = None,
         latent_scale: float = 1.0,
         latent_shift: float = 0.0,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         parts = {"scheduler": scheduler, "unet": unet, "transformer": transformer, "vae": vae}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Literal
 
@@ -140,10 +141,15 @@ def warn_of_rare_tasks(masses: Tensor, num_images: int, allocation: str | None) 
         if count < 1 - 1e-9
     ]
     if rare:
+        # The smallest batch of which every task has an image, on average.
+        enough = k if allocation == "equal" else math.ceil(1 / float(masses.min()) - 1e-9)
+        others = (
+            "" if allocation == "equal" else ", timesteps.allocation equal, or weighted clusters"
+        )
         rank_zero_warn(
             f"tasks: the expected number of images of a task should be at least 1 a step, found "
             f"less for {', '.join(rare)} in batches of {num_images}: such a task is missing from "
-            "some steps; use larger batches, timesteps.allocation equal, or weighted clusters"
+            f"some steps; use batches of at least {enough} images on all ranks together{others}"
         )
 
 

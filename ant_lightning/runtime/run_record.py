@@ -25,9 +25,9 @@ class RunRecord(L.Callback):
     """Writes the settings of a command into the run's folder.
 
     Training writes `config.yaml` once every check has passed, before its first step. Other commands
-    write `validate.yaml`, `diagnose.yaml` and so on beside it. A file with different content is never overwritten:
-    the new one gets a number (`config_1.yaml`). A run that fails before its first step leaves
-    nothing.
+    write `validate.yaml`, `diagnose.yaml` and so on beside it. A file with different content is
+    never overwritten: the new one gets a number (`config_1.yaml`). A run that fails before its
+    first step leaves nothing.
 
     Args:
         folder: The run's folder.

@@ -1,6 +1,7 @@
 """Networks and pipelines of an export compute and sample the same as the module."""
 
 import json
+import logging
 import re
 import sys
 
@@ -94,10 +95,15 @@ def test_a_latent_pipeline_has_first_stage_and_classes(kind, stages, tmp_path, m
     assert pipeline(class_labels=[1], num_inference_steps=1).images[0].size == (8, 8)
 
 
-def test_a_pipeline_knows_the_names_of_classes_and_refuses_others(tmp_path, monkeypatch):
+def test_a_pipeline_knows_the_names_of_classes_and_refuses_others(tmp_path, monkeypatch, caplog):
     write_pipeline(labelled(), tmp_path, class_names=["cat", "dog", "hen"])
     assert json.loads((tmp_path / "model_index.json").read_text())["id2label"]["1"] == "dog"
-    pipeline = same_images(labelled(), tmp_path, monkeypatch)
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    try:
+        pipeline = same_images(labelled(), tmp_path, monkeypatch)
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert [each.getMessage() for each in caplog.records if each.levelname == "WARNING"] == []
     assert pipeline.get_label_ids(["dog", "cat"]) == [1, 0]
     with pytest.raises(ValueError, match="one of cat, dog, hen; found 'owl'"):
         pipeline.get_label_ids("owl")

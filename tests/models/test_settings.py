@@ -19,6 +19,7 @@ from ant_lightning import (
     TimestepSampling,
     UncertaintyWeighting,
 )
+from ant_lightning.models.settings_checks import warn_of_rare_tasks
 from ant_lightning.models.task_means import TaskMeans
 
 WRONG = {
@@ -165,3 +166,21 @@ def test_means_of_tasks_stay_float64_in_a_module_that_is_cast(dtype):
     mean, _ = module[0].compute()
     assert mean.dtype == torch.float64
     assert float(mean) == pytest.approx(0.2, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "advice"),
+    [
+        ("equal", "use batches of at least 5 images on all ranks together"),
+        (
+            "proportional",
+            "use batches of at least 10 images on all ranks together, timesteps.allocation equal, "
+            "or weighted clusters",
+        ),
+    ],
+)
+def test_the_warning_of_rare_tasks_names_the_smallest_batch_and_not_what_is_set(allocation, advice):
+    masses = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.3], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="tasks: the expected number") as found:
+        warn_of_rare_tasks(masses, 4, allocation)
+    assert str(found[0].message).endswith(f"some steps; {advice}")
