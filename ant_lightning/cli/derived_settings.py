@@ -1,6 +1,6 @@
 """Settings that follow from others, so that nothing has to be said twice.
 
-- `num_tasks` of a balancer is that of the clustering.
+- `num_tasks` of a balancer, also of a class of one's own, is that of the clustering.
 - `input_size`, `in_channels` and `num_classes` of a network are those of the data, or of their
   latents; `out_channels` and `learn_sigma` follow from the process.
 
@@ -46,7 +46,7 @@ def derived_settings(args: Sequence[str]) -> list[str]:
     tasks = model.get("tasks")
     if isinstance(tasks, dict):
         num_tasks = _num_tasks(tasks.get("clustering"))
-        if num_tasks and "num_tasks" in _open(tasks.get("balancer")):
+        if num_tasks and "num_tasks" in _open(tasks.get("balancer"), kind=_any_class):
             found["model.init_args.tasks.balancer.init_args.num_tasks"] = num_tasks
     is_fixed = str(_variance_type(model)).startswith("fixed")
     if is_fixed and "learn_sigma" in _open(model.get("backbone")):
@@ -62,21 +62,35 @@ def derived_settings(args: Sequence[str]) -> list[str]:
     return [f"--{name}={value}" for name, value in found.items()]
 
 
-def _open(part: object) -> list[str]:
-    """The arguments that the class of a part takes and that are not given."""
+def _open(part: object, kind: Callable[[object], Any] | None = None) -> list[str]:
+    """The arguments that the class of a part, found by `kind`, takes and that are not given."""
     given = part if isinstance(part, dict) else {"class_path": part}
     name = given.get("class_path")
     if name in _UNETS:  # imported here: 1 s that no other network needs
-        kind = getattr(import_module("diffusers"), name.rpartition(".")[2])
+        found = getattr(import_module("diffusers"), name.rpartition(".")[2])
     else:
-        kind = _ours(name)
-    return [] if kind is None else [n for n in inspect.signature(kind).parameters if n not in given]
+        found = (kind or _ours)(name)
+    if found is None:
+        return []
+    return [n for n in inspect.signature(found).parameters if n not in given]
 
 
 def _ours(name: object) -> Callable[..., Any] | None:
     """Our public class or preset of this name."""
     last = str(name).removeprefix("ant_lightning.")
     return getattr(ant_lightning, last) if last in ant_lightning.__all__ else None
+
+
+def _any_class(name: object) -> Callable[..., Any] | None:
+    """The class of this name or import path; the parser imports it too, and names what is wrong."""
+    module, _, last = str(name).rpartition(".")
+    if _ours(name) is not None or not module:
+        return _ours(name)
+    try:
+        found = getattr(import_module(module), last)
+    except Exception:  # whatever a module of the user raises
+        return None
+    return found if callable(found) else None
 
 
 def _num_tasks(clustering: object) -> int | None:
@@ -88,7 +102,7 @@ def _num_tasks(clustering: object) -> int | None:
         return len(given["boundaries"]) - 1
     if "clustering" in given:  # `ShuffledClustering` has the tasks of another
         return _num_tasks(given["clustering"])
-    kind = _ours(given.get("class_path"))
+    kind = _any_class(given.get("class_path"))
     default = inspect.signature(kind).parameters.get("num_tasks") if kind else None
     number = given.get("num_tasks", default and default.default)
     return number if type(number) is int else None

@@ -162,8 +162,8 @@ def _settings(path: Path, content: dict[str, Any], config: str | Path | None) ->
     if stored is None:
         raise ConfigError(
             f"config: needed, as {path} holds no settings and no config.yaml lies in its run's "
-            "folder; give the run's config.yaml, or use load_from_checkpoint with the module's "
-            "arguments"
+            "folder; give the run's config.yaml, or use the module's "
+            "load_from_checkpoint(path, weights='ema', ...) with its own arguments"
         )
     return stored
 

@@ -18,6 +18,7 @@ from ant_lightning.data.samples import (
     Key,
     image_of,
     keyed_libraries,
+    label_key,
     label_of,
     num_channels,
     training_image,
@@ -36,9 +37,11 @@ class MapStyleData(ImageDataModule):
     """Images of any data set with `len(dataset)` and `dataset[i]`.
 
     A sample is a tuple `(image, label, ..)`, a mapping with an image and perhaps a label, or an
-    image alone. An image is a PIL image, encoded bytes, an array `[h, w]` or `[h, w, c]`, or a
-    tensor `[c, h, w]`. Size, channels and classes are found from the data set; no more than its
-    first sample is decoded before training.
+    image alone. An image is a PIL image, encoded bytes, or an array or tensor, `[h, w]`,
+    `[h, w, c]` or `[c, h, w]`: the end with 1, 3 or 4 entries is that of the channels (if both
+    have, the last one of an array, the first one of a tensor). Transparent pictures, and uint8
+    images of 4 channels, are composited on white. Size, channels and classes are found from the
+    data set; no more than its first sample is decoded before training.
 
     Order, flips and the split are those of our loaders: every image once an epoch whatever the
     number of ranks and loading processes, and a resumed run goes on bit for bit. That includes
@@ -54,7 +57,7 @@ class MapStyleData(ImageDataModule):
         image_size: Height and width that images are cropped and resized to, one number for a
             square; by default those of the first image, which all must have then.
         num_classes: Number of classes; by default what `dataset.classes`, `dataset.num_classes` or
-            its features say. 0 ignores labels.
+            its `features` say, as those of Hugging Face. 0 ignores labels.
         image: Name or place of the image in a sample; by default the entry called `image`, `img`,
             ..., or the first.
         label: Name or place of the label; by default the entry called `label`, ..., or the second.
@@ -131,7 +134,7 @@ class MapStyleData(ImageDataModule):
         first = self.converted(found, channels)
         self.image_shape = (channels, first.shape[1], first.shape[2])
         self.num_classes = self._classes(sample, num_classes)
-        self.class_names = _names(getattr(dataset, "classes", None), self.num_classes)
+        self.class_names = _names(self._declared(sample), self.num_classes)
 
     def prepare(self) -> tuple[ImageDataset, ImageDataset]:
         """Split the images, or take the two data sets as they are."""
@@ -206,6 +209,15 @@ class MapStyleData(ImageDataModule):
                 f"{type(error).__name__}: {error}"
             ) from error
 
+    def _declared(self, sample: Any) -> Any:  # noqa: ANN401
+        """The names of the classes that the data set declares: `classes`, or those of a feature."""
+        names = getattr(self.dataset, "classes", None)
+        if names is not None:
+            return names
+        features = getattr(self.dataset, "features", None)  # `datasets.Dataset`
+        label = features.get(label_key(sample, self.label)) if isinstance(features, dict) else None
+        return getattr(label, "names", None)
+
     def _classes(self, sample: Any, num_classes: int | None) -> int:  # noqa: ANN401
         """The number of classes: what is given, or what the data set declares."""
         if num_classes is not None:
@@ -213,7 +225,7 @@ class MapStyleData(ImageDataModule):
         label = label_of(sample, self.label)
         if label is None:
             return 0
-        names = getattr(self.dataset, "classes", None)
+        names = self._declared(sample)
         found = len(names) if names is not None else getattr(self.dataset, "num_classes", None)
         if not isinstance(found, int):
             raise ConfigError(

@@ -57,13 +57,9 @@ def label_of(sample: Any, key: Key = None) -> int | None:  # noqa: ANN401
     Raises:
         ConfigError: If there is no such entry, or it is no whole number.
     """
+    key = label_key(sample, key)
     if key is None:
-        if isinstance(sample, dict):
-            key = next((name for name in _LABEL_NAMES if name in sample), None)
-        elif isinstance(sample, tuple | list) and len(sample) > 1:
-            key = 1
-        if key is None:
-            return None
+        return None
     label = _entry(sample, key, "label")
     value = label.item() if hasattr(label, "item") and np.ndim(label) == 0 else label
     if isinstance(value, bool) or not isinstance(value, int):
@@ -72,6 +68,15 @@ def label_of(sample: Any, key: Key = None) -> int | None:  # noqa: ANN401
             "ignores labels"
         )
     return value
+
+
+def label_key(sample: Any, key: Key = None) -> Key:  # noqa: ANN401
+    """Name or place of the label in a sample: `key`, or what says so by itself; `None` for none."""
+    if key is None and isinstance(sample, dict):
+        return next((name for name in _LABEL_NAMES if name in sample), None)
+    if key is None and isinstance(sample, tuple | list) and len(sample) > 1:
+        return 1
+    return key
 
 
 def num_channels(image: Any) -> int:  # noqa: ANN401
@@ -99,8 +104,11 @@ def training_image(
     images are taken as they are: `value_range` becomes [-1, 1].
 
     Args:
-        image: A PIL image, encoded bytes, an array `[h, w]` or `[h, w, c]`, a tensor `[c, h, w]`.
-        channels: Channels wanted.
+        image: A PIL image, encoded bytes, or an array or tensor, `[h, w]`, `[h, w, c]` or
+            `[c, h, w]`. The end with 1, 3, 4 or `channels` entries is that of the channels; if
+            both have, the last one of an array, the first one of a tensor.
+        channels: Channels wanted. Transparent pictures and uint8 images of 4 channels are
+            composited on white.
         image_size: Height and width wanted, one number for a square; `None` keeps the size.
         crop: See `read_picture`.
         value_range: What floats run from and to.
@@ -109,13 +117,19 @@ def training_image(
         ConfigError: If it is no image, or floats have another size or lie outside of `value_range`.
         FileError: If it cannot be decoded.
     """
-    opened = _opened(image)
+    opened = _opened(image, channels)
     if not isinstance(opened, Image.Image) and opened.is_floating_point():
         return _rescaled(opened, channels=channels, size=image_size, value_range=value_range)
     if not isinstance(opened, Image.Image):
         if opened.dtype != torch.uint8:
             raise ConfigError(f"image: must be uint8 or floating point, found {opened.dtype}")
+        if len(opened) not in {1, 3, 4}:
+            raise ConfigError(f"image: uint8 must have 1, 3 or 4 channels, found {len(opened)}")
         opened = Image.fromarray(opened.permute(1, 2, 0).squeeze(-1).numpy())
+    if channels not in {1, 3}:
+        raise ConfigError(
+            f"channels: must be 1 or 3 for pictures and uint8 images, found {channels}"
+        )
     picture = decoded_picture(opened, channels=channels)
     if image_size is None:
         pixels = np.asarray(picture).reshape(picture.height, picture.width, channels)
@@ -160,24 +174,32 @@ def _encoded(image: Any) -> bytes | None:  # noqa: ANN401
     return image if isinstance(image, bytes) else None
 
 
-def _opened(image: Any) -> Image.Image | Tensor:  # noqa: ANN401
+def _opened(image: Any, channels: int | None = None) -> Image.Image | Tensor:  # noqa: ANN401
     """The image as a PIL image, or as a tensor `[c, h, w]`."""
     content = _encoded(image)
     if content is not None:
         return open_picture(BytesIO(content), channels=3)
     if isinstance(image, Image.Image):
         return image
-    if isinstance(image, np.ndarray):
-        array = torch.from_numpy(np.ascontiguousarray(image))
-        first = array.ndim == 3 and array.shape[0] in {1, 3} and array.shape[-1] not in {1, 3, 4}
-        image = array if array.ndim == 2 or first else array.movedim(-1, 0)
+    is_array = isinstance(image, np.ndarray)
+    if is_array:
+        image = torch.from_numpy(np.ascontiguousarray(image))
     if not isinstance(image, torch.Tensor) or image.ndim not in {2, 3}:
         shape = f" of shape {list(image.shape)}" if hasattr(image, "shape") else ""
         raise ConfigError(
             "image: must be a PIL image, an array [h, w] or [h, w, c], a tensor [c, h, w] or "
             f"encoded bytes, found {type(image).__name__}{shape}"
         )
-    return image if image.ndim == 3 else image[None]
+    if image.ndim == 2:
+        return image[None]
+    known = {1, 3, 4, channels}
+    first, last = image.shape[0] in known, image.shape[-1] in known
+    if not first and not last:
+        raise ConfigError(
+            "image: must have 1, 3 or 4 channels as its first or its last dimension (or as many as "
+            f"channels says), found the shape {list(image.shape)}"
+        )
+    return image.movedim(-1, 0) if last and (is_array or not first) else image
 
 
 def _rescaled(

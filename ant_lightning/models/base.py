@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor
 
 from ant_lightning.backbones.checkpoint_layouts import bare_names
-from ant_lightning.errors import ConfigError
+from ant_lightning.backbones.official_checkpoints import fill_backbone
+from ant_lightning.errors import ConfigError, check_one_of
 from ant_lightning.files.checkpoint_shards import check_shards, fill_shards
 from ant_lightning.models.adapters import base_fingerprint
 from ant_lightning.models.backbone import backbone_name
@@ -38,22 +39,28 @@ class BaseModule(L.LightningModule):
         cls,  # noqa: N805
         checkpoint_path: str | Path,
         map_location: torch.device | str | None = None,
+        *,
+        weights: Literal["ema", "model"] = "model",
         **arguments: Any,
     ) -> Self:
-        """Construct the module from its arguments and load the live weights of a checkpoint.
+        """Construct the module from its arguments and load the weights of a checkpoint.
 
         `ant_lightning.load_run` needs no arguments and loads the averaged weights.
 
         Args:
             checkpoint_path: The checkpoint.
             map_location: The module's device; by default the CPU.
+            weights: `model` for the live weights, to train on; `ema` for the averaged weights of
+                the callback `EMA`, to draw images.
             arguments: All constructor arguments, as for training; the file holds none, and
                 nothing in it can run.
 
         Raises:
-            ConfigError: If an argument is missing, or the checkpoint belongs to another model.
+            ConfigError: If an argument is missing, the checkpoint belongs to another model, or it
+                has no averaged weights.
             FileError: If the file is damaged, or would run code.
         """
+        check_one_of(("ema", "model"), weights=weights)
         content = read_whole_checkpoint(Path(checkpoint_path))
         try:
             module = cls(**arguments)
@@ -64,6 +71,9 @@ class BaseModule(L.LightningModule):
                 "settings of the run"
             ) from error
         module.load_content(content)
+        if weights == "ema":
+            path, held = Path(checkpoint_path), module.not_stored
+            fill_backbone(module.backbone, content, path=path, weights=weights, held=held)
         return module.to(map_location or "cpu")
 
     def leave_out(self, names: frozenset[str]) -> None:
@@ -88,7 +98,10 @@ class BaseModule(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Callbacks of every run, also of runs from Python."""
         keep_csv_rows(self.trainer)  # the last hook before Lightning makes the writer
-        return [RankWatch()]
+        # One that an earlier run of this trainer has left stays: Lightning would say that another
+        # overrides it.
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(each, RankWatch) for each in callbacks) else [RankWatch()]
 
     @property
     def log_due(self) -> bool:

@@ -45,6 +45,26 @@ def check_strategy(strategy: Strategy) -> None:
             )
 
 
+def check_trainer_flags(trainer: L.Trainer) -> None:
+    """Refuse flags of the Trainer that manual optimization has no use for.
+
+    Lightning's own error would advise automatic optimization.
+
+    Raises:
+        ConfigError: Naming our setting for the same.
+    """
+    for name, ours, neutral in (
+        ("gradient_clip_val", "clip_grad_norm", (None, 0)),
+        ("accumulate_grad_batches", "accumulate_grad_batches", (1,)),
+    ):
+        value = getattr(trainer, name)
+        if value not in neutral:
+            raise ConfigError(
+                f"trainer.{name}: must be left out; use "
+                f"optimization=Optimization({ours}={value}) of the module, found {value}"
+            )
+
+
 def check_trainer(
     trainer: L.Trainer, *, backbone: nn.Module, balancer: Balancer | None, parts: int
 ) -> None:

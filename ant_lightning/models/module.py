@@ -20,7 +20,12 @@ from ant_lightning.models.adapters import Adapter, insert
 from ant_lightning.models.auxiliary import FeatureAlignment
 from ant_lightning.models.backbone import backbone_name, check_backbone, size_of
 from ant_lightning.models.checkpoint_origin import InitialWeights
-from ant_lightning.models.checks import check_sharding, check_strategy, check_trainer
+from ant_lightning.models.checks import (
+    check_sharding,
+    check_strategy,
+    check_trainer,
+    check_trainer_flags,
+)
 from ant_lightning.models.denoiser import DiffusionModule
 from ant_lightning.models.draws import Draws, TrainingDraws
 from ant_lightning.models.first_stage.first_stage import FirstStage
@@ -268,6 +273,16 @@ class MultiTaskDiffusion(DiffusionModule):
                 self.cluster_history = [first] if now == first else [first, now]
                 self._step.skipped = SkippedSteps()
         super().setup(stage)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Callbacks of every run; the first hook that has the trainer, so it checks its flags.
+
+        Raises:
+            ConfigError: For a flag that manual optimization cannot honour.
+        """
+        if self.is_training_run:
+            check_trainer_flags(self.trainer)
+        return super().configure_callbacks()
 
     def on_fit_start(self) -> None:
         """Refuse, before the first step, what manual optimization cannot honour."""

@@ -44,6 +44,8 @@ KINDS = {
     "array [h, w, c] in a dict": lambda x, y: {"img": x, "label": np.int64(y)},
     "array [c, h, w]": lambda x, y: [np.moveaxis(x, -1, 0), torch.tensor(y)],
     "tensor": lambda x, y: (torch.from_numpy(x).permute(2, 0, 1), y, "more"),
+    "tensor [h, w, c]": lambda x, y: (torch.from_numpy(x), y),
+    "floats [h, w, c]": lambda x, y: (torch.from_numpy(x) / 255, y),
     "floats": lambda x, y: {"pixel_values": torch.from_numpy(x).movedim(-1, 0) / 255, "class": y},
 }
 
@@ -57,6 +59,16 @@ def test_samples_of_every_kind_give_the_same_batch(kind):
     expected = torch.from_numpy(PIXELS)[places].permute(0, 3, 1, 2).double() / 127.5 - 1
     assert torch.allclose(batch.images.double(), expected, atol=1e-6, rtol=0)
     assert batch.labels.tolist() == (places % 3).tolist()
+
+
+def test_channels_of_other_numbers_and_transparency():
+    images = [torch.rand(5, 8, 8)] * 4
+    assert made(images, channels=5).image_shape == (5, 8, 8)
+    assert made([np.zeros((4, 8, 8), np.float32)] * 4).image_shape == (4, 8, 8)
+    clear = torch.zeros(4, 8, 8, dtype=torch.uint8)  # transparent black: white on white
+    batch = made([clear] * 4).held_out_images.load([0], epoch=None)
+    assert batch.images.unique().tolist() == [1.0]
+    assert batch.images.shape == (1, 3, 8, 8)
 
 
 def noisy(sample):
@@ -157,6 +169,8 @@ def test_local_data_of_hugging_face(tmp_path, monkeypatch):
     assert torch.equal(batches[0].images, batches[1].images)
     assert torch.equal(batches[0].labels, batches[1].labels)
     assert folder.fingerprint != parquet.fingerprint
+    raw = MapStyleData(folder._rows, batch_size=2, num_workers=0)  # its features have the classes
+    assert (raw.num_classes, raw.class_names) == (2, ["a", "b"])
 
 
 WRONG = {
@@ -170,6 +184,18 @@ WRONG = {
     ),
     "no image": (lambda: made([{"x": 1}]), "image: must name the entry with the"),
     "a text": (lambda: made(["x"]), "image: must be a PIL image, an array"),
+    "no channels": (
+        lambda: made([torch.zeros(16, 16, 5)]),
+        "image: must have 1, 3 or 4 channels as its first or its last dimension",
+    ),
+    "many channels of bytes": (
+        lambda: made([torch.zeros(5, 16, 16, dtype=torch.uint8)], channels=5),
+        "image: uint8 must have 1, 3 or 4 channels, found 5",
+    ),
+    "pictures in four channels": (
+        lambda: made([Image.fromarray(PIXELS[0])], channels=4),
+        "channels: must be 1 or 3 for pictures and uint8 images, found 4",
+    ),
     "a label that is no number": (
         lambda: made([(x, "cat") for x in PIXELS]),
         "label: must be a whole number, found 'cat'",

@@ -100,6 +100,25 @@ def test_what_is_set_stays_and_what_follows_is_added(images):
     assert options(*args, fixed)[next(iter(tasks))] == "2"
 
 
+def test_classes_of_ones_own_have_a_number_of_tasks_too(tmp_path, monkeypatch):
+    (tmp_path / "own_tasks.py").write_text(
+        "from ant_lightning import LinearScalarization, SNRClustering\n"
+        "class Mean(LinearScalarization):\n"
+        "    def __init__(self, num_tasks, power=1.0):\n        super().__init__(num_tasks)\n"
+        "class Seven(SNRClustering):\n"
+        "    def __init__(self, num_tasks=7):\n        super().__init__(num_tasks)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["--config", str(config_names()["folder/adm_32"]), "--data.root=/nope"]
+    balancer, clustering = (f"--model.tasks.{name}=" for name in ("balancer", "clustering"))
+    place = "model.init_args.tasks.balancer.init_args.num_tasks"
+    assert options(*args, balancer + "own_tasks.Mean")[place] == "5"
+    assert options(*args, balancer + "own_tasks.Mean", clustering + "own_tasks.Seven")[place] == "7"
+    for other in ("own_tasks.Mine", "no_such.Mean", "own_tasks.Mean, num_tasks: 3"):
+        chosen = f"{balancer}{{class_path: {other}}}"
+        assert place not in options(*args, chosen)
+
+
 def test_a_dit_learns_the_variance_where_the_process_does():
     args = ["--config", str(config_names()["folder/dit_32"]), "--data.root=/nope"]
     name = BACKBONE + "learn_sigma"

@@ -145,6 +145,14 @@ def test_every_module_is_made_of_a_checkpoint_and_its_arguments(tmp_path, kind):
     if kind != "autoencoder":
         assert loaded.trained_steps == 2
         assert torch.equal(loaded.sample(2), made.sample(2))
+    averaged = cls.load_from_checkpoint(path, weights="ema", **arguments()).backbone.state_dict()
+    averages = torch.load(path, weights_only=True)["callbacks"]["EMA"]["averages"]
+    assert all(
+        torch.equal(averaged[key], value.to(averaged[key])) for key, value in averages.items()
+    )
+    assert any(not torch.equal(averaged[k], v) for k, v in loaded.backbone.state_dict().items())
+    with pytest.raises(ConfigError, match=r"^weights: must be one of ema, model, found live"):
+        cls.load_from_checkpoint(path, weights="live", **arguments())
     name = next(iter(arguments()))
     others = {key: value for key, value in arguments().items() if key != name}
     if kind != "autoencoder":

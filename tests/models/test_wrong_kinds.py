@@ -1,5 +1,6 @@
 """Names, classes and clusters in place of objects, and images in another range."""
 
+import lightning as L
 import pytest
 import torch
 from tiny_fit import SIZE
@@ -7,6 +8,7 @@ from tiny_fit import SIZE
 from ant_lightning import (
     Batch,
     ConfigError,
+    DigitsData,
     DiscreteDiffusion,
     DiT,
     LatentSpace,
@@ -16,12 +18,13 @@ from ant_lightning import (
     Tasks,
     UncertaintyWeighting,
 )
+from ant_lightning.runtime.rank_watch import RankWatch
 
 TASKS = Tasks(SNRClustering(2))
 
 
 def module(process=None, tasks=TASKS, **settings):
-    network = DiT(**SIZE, depth=1, num_heads=1, learn_sigma=False)
+    network = DiT(**SIZE, depth=1, num_heads=1, num_classes=10, learn_sigma=False)
     return MultiTaskDiffusion(
         network, process=process or DiscreteDiffusion(), tasks=tasks, seed=0, **settings
     )
@@ -44,6 +47,38 @@ def test_objects_of_another_kind():
         with pytest.raises(ConfigError, match=f"^{words}") as error:
             make()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [
+        ("gradient_clip_val", "clip_grad_norm"),
+        ("accumulate_grad_batches", "accumulate_grad_batches"),
+    ],
+)
+def test_flags_of_the_trainer_that_are_settings_of_the_module(flag, ours):
+    trainer = L.Trainer(
+        max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu", **{flag: 2}
+    )
+    with pytest.raises(ConfigError, match=rf"^trainer.{flag}: .*Optimization\({ours}=2\)"):
+        trainer.fit(module(), DigitsData(batch_size=4))
+
+
+def test_a_trainer_is_used_twice_without_a_word_of_its_callbacks(caplog):
+    trainer = L.Trainer(
+        max_steps=1,
+        limit_val_batches=1,
+        logger=False,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    model, data = module(), DigitsData(batch_size=4)
+    trainer.fit(model, data)
+    trainer.validate(model, data, verbose=False)
+    assert "will override" not in caplog.text
+    assert sum(isinstance(each, RankWatch) for each in trainer.callbacks) == 1
 
 
 def batch_of(images):
