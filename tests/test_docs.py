@@ -5,8 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import ant_lightning
+from ant_lightning import MultiTaskStep, UncertaintyWeighting
 from ant_lightning.cli.configs import config_names
 from ant_lightning.cli.main import main
 
@@ -65,7 +67,7 @@ def test_every_decision_is_in_the_index():
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "your_model.md"], ids=lambda p: p.name)
 def test_the_loop_in_the_docs_runs(page):
-    loop = next(code for code in code_blocks(page) if "def losses" in code)
+    blocks = [code for code in code_blocks(page) if "step.backward(" in code]
     prelude = """
 import torch
 from diffusers import DDPMScheduler
@@ -82,8 +84,15 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 before = model.conv.weight.detach().clone()
 """
     scope = {}
-    exec(prelude + loop, scope)
+    exec(prelude + blocks[0], scope)
     assert not scope["torch"].equal(scope["model"].conv.weight, scope["before"])
+    for block in blocks[1:]:
+        scope["scaler"] = torch.amp.GradScaler("cpu", init_scale=8.0)
+        if "accumulate" in block:
+            scope["step"] = MultiTaskStep(scope["model"], UncertaintyWeighting(5))
+        exec(block, scope)
+        assert scope["report"].finite
+        assert int(scope["report"].num_samples.sum()) == 16
 
 
 def commands():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 from ant_lightning.balancing.parameters import same_tensors
 from ant_lightning.errors import ConfigError
@@ -34,6 +35,7 @@ class Accumulation:
 
     Attributes:
         total: The gradient of all parts until now, one tensor for each parameter.
+        num_tasks: Number of tasks `k`; without a balancer it grows with the parts.
 
     Raises:
         ConfigError: If the balancer's weights need the whole batch.
@@ -45,11 +47,13 @@ class Accumulation:
                 f"accumulate: must be False with {type(balancer).__name__}, whose weights need "
                 "the whole batch of a step at once; to save memory use micro_batch_size, found True"
             )
+        self.num_tasks = balancer.num_tasks
         self._any = balancer.accumulation == "any"
         self._name = type(balancer).__name__
         self._of_step = None if num_samples is None else num_samples.cpu().double()
-        self._own = torch.zeros((), dtype=torch.float64)  # samples of this rank so far, [k]
-        self._counts = torch.zeros((), dtype=torch.float64)  # of all ranks so far, [k]
+        zeros = torch.zeros(self.num_tasks, dtype=torch.float64)
+        self._own = zeros  # samples of this rank so far, [k]
+        self._counts = zeros  # of all ranks so far, [k]
         self._share = 1.0  # of the part in the samples so far
         self._shared: list[Tensor] = []
         self.total: list[Tensor] = []
@@ -84,6 +88,7 @@ class Accumulation:
                 "parameters: the same must be trained in all parts of a step, found a change"
             )
         self._shared = list(batch.shared)
+        self._grow(batch.num_tasks - self.num_tasks)
         # On the host: every rank sees the same counts and takes the same branch.
         before, now = self._counts, batch.num_samples.cpu()
         self._own = self._own + torch.tensor(batch.starts).diff()
@@ -107,6 +112,22 @@ class Accumulation:
         if self.total:
             torch._foreach_mul_(self.total, 1 - self._share)
         return self._share
+
+    def _grow(self, more: int) -> None:
+        """Make room for tasks that no earlier part had."""
+        if not more:
+            return
+        self.num_tasks += more
+        self._own, self._counts = pad(self._own, (0, more)), pad(self._counts, (0, more))
+        if self._weights is not None and self._step is not None:
+            self._weights = pad(self._weights, (0, more))
+            losses = self._step.task_losses
+            self._step = replace(
+                self._step,
+                num_samples=pad(self._step.num_samples, (0, more)),
+                # The loss of a task without samples is not read.
+                task_losses=None if losses is None else pad(losses, (0, more)),
+            )
 
     def end(
         self, batch: TaskBatch, total: Sequence[Tensor], weights: Tensor, step: StepLosses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.randomness import undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from jaxtyping import Int
     from torch import Tensor, nn
@@ -109,6 +110,21 @@ def step_losses(
     )
 
 
+@contextmanager
+def _naming_losses() -> Iterator[None]:
+    """Say of torch's error about a graph that was used up what is wrong with the losses."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise ConfigError(
+            "losses: must call the model in each call, for the rows that are asked for, found a "
+            "graph that an earlier call has used up (losses that were computed before?)"
+        ) from error
+
+
+@_naming_losses()
 def balanced_backward(
     batch: TaskBatch,
     balancer: Balancer,

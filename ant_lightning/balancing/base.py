@@ -150,6 +150,7 @@ class LossBalancer(Balancer):
     """
 
     accumulation: Literal["any", "proportional", "none"] = "proportional"
+    _is_checked = False  # once, in the first step
 
     @abstractmethod
     def forward(self, task_losses: Float[Tensor, " k"]) -> Float[Tensor, ""]:
@@ -181,6 +182,24 @@ class LossBalancer(Balancer):
     def loss_weights(self) -> Float[Tensor, " k"]:
         """Derivative of the objective with respect to the task losses, `[k]`, detached."""
 
+    def _check_weights(self, task_losses: Tensor) -> None:
+        """Refuse `loss_weights` that are not the derivative of `forward` at these losses."""
+        losses = task_losses.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            objective = self(losses)
+        if not bool(objective.isfinite()):  # of losses that are not
+            return
+        slopes = torch.zeros_like(losses)
+        if objective.requires_grad:
+            (found,) = torch.autograd.grad(objective, losses, allow_unused=True)
+            slopes = slopes if found is None else found
+        weights = self.loss_weights().detach().to(slopes)
+        if not torch.allclose(slopes, weights, rtol=1e-3, atol=1e-6):
+            raise ConfigError(
+                f"loss_weights: must be the derivative of forward, {_listed(slopes)} at losses "
+                f"{_listed(losses)}, found {_listed(weights)}"
+            )
+
     @property
     def task_weights(self) -> Float[Tensor, " k"]:
         """The weights in force, `[k]`, detached: `loss_weights()`."""
@@ -195,7 +214,11 @@ class LossBalancer(Balancer):
         shown = step.shown_losses
         # The mean loss of a task without samples is NaN (0 / 0). It says nothing about its own
         # parameter; a parameter of shape [k] is taken to hold one entry for each task.
-        objective, grads = self.differentiate(shown.nan_to_num().float())
+        known = shown.nan_to_num().float()
+        if not self._is_checked:
+            self._is_checked = True
+            self._check_weights(known)
+        objective, grads = self.differentiate(known)
         if grads:
             missing = shown.isnan()
             grads = [g.masked_fill(missing, 0) if g.shape == missing.shape else g for g in grads]
@@ -382,3 +405,8 @@ class CountsSteps(Balancer):
     def set_extra_state(self, state: Tensor) -> None:
         """Restore the state of `get_extra_state`."""
         self._num_steps = int(state[0])
+
+
+def _listed(values: Tensor) -> list[float]:
+    """Four digits of each number, for messages."""
+    return [float(f"{value:.4g}") for value in values.tolist()]

@@ -164,12 +164,19 @@ class MultiTaskStep:
             )
         every = self.parameters
         shared = trained_parameters(every)
+        if self._accumulated is None:
+            self._first_steps.check_moved(
+                shared, advice="pass accumulate=True with all calls of a step but the last"
+            )
         named = self.balancer is not None and self.balancer.shared_parameters
+        num_tasks = self.num_tasks
+        if num_tasks is None and self._accumulated:  # parts may lack the last tasks
+            num_tasks = max(self._accumulated.num_tasks, int(tasks.max()) + 1)
         batch = TaskBatch(
             losses,
             tasks,
             self.balancer,
-            self.num_tasks,
+            num_tasks,
             shared,
             reduction=self.reduction,
             micro_batch_size=self.micro_batch_size,
@@ -204,7 +211,7 @@ class MultiTaskStep:
             self._accumulated = accumulated
             return report
         if report.finite:
-            self._first_steps.step(step.num_samples)
+            self._first_steps.step(report, batch.values, shared)
             if balancer.looks_back:
                 self._waiting = step, batch
             else:
@@ -220,6 +227,7 @@ class MultiTaskStep:
             return
         step, batch = self._waiting
         self._waiting = None
+        self._first_steps.check_moved(batch.shared, advice="update comes after optimizer.step()")
         self.balancer.update(step, lambda: batch.losses_now() * step.scaled_priors)
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,7 +245,8 @@ class MultiTaskStep:
                 f"state_dict: must be called between steps, found one that still lacks {missing}"
             )
         balancer = {} if self.balancer is None else self.balancer.state_dict()
-        return {"balancer": balancer, "arrival_orders": self.arrival_orders()}
+        kind = type(self.balancer).__name__
+        return {"balancer": balancer, "kind": kind, "arrival_orders": self.arrival_orders()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`; a step that had begun is given up.
@@ -249,6 +258,9 @@ class MultiTaskStep:
             found = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ConfigError(f"state: must be the state_dict of a MultiTaskStep, found {found}")
         self._accumulated = self._waiting = None
+        kind, known = type(self.balancer).__name__, state.get("kind")
+        if known not in (None, kind):
+            raise ConfigError(f"balancer: must be the {known} of the state, found {kind}")
         if self.balancer is not None:
             self.balancer.load_state_dict(state["balancer"])
         self.load_arrival_orders(state.get("arrival_orders", {}))
@@ -265,4 +277,6 @@ class MultiTaskStep:
 def _check_kind(name: str, part: object, kind: type) -> None:
     if not isinstance(part, kind):
         found = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
-        raise ConfigError(f"{name}: must be a {kind.__name__}, found {found[:80]}")
+        if not isinstance(part, type | str | None):
+            found = f"a {type(part).__name__}"
+        raise ConfigError(f"{name}: must be a {kind.__name__}, found {found}")

@@ -21,11 +21,11 @@ class TorchJDBalancer(GradientBalancer):
     """A weighting of the TorchJD library: UPGrad, MGDA, CAGrad, IMTL-G, Aligned-MTL and others.
 
     TorchJD's weights are used as they are. Those with a preference vector default to the mean, 1/k
-    each without conflict, which is the scale used here (GradVac's are those of a sum, k times as
-    large). The weighting runs on the host in float64. Its random numbers depend on `seed` and the
-    number of the refresh only, so all ranks draw the same. What a weighting with a memory
-    (`GradVacWeighting`, `CRMOGMWeighting`, `PCDWeighting`) remembers is part of the `state_dict`:
-    a resumed run equals one that was never stopped.
+    each without conflict, which is the scale used here. Those of `GradVacWeighting` and
+    `PCGradWeighting` are of a sum, k times as large. The weighting runs on the host in float64.
+    Its random numbers depend on `seed` and the number of the refresh only, so all ranks draw the
+    same. What a weighting with a memory (`GradVacWeighting`, `CRMOGMWeighting`, `PCDWeighting`)
+    remembers is part of the `state_dict`: a resumed run equals one that was never stopped.
 
     If the weighting fails or gives a NaN or an infinity, the last weights are kept (1/k before the
     first refresh), and so is what it remembers; `num_failures` is increased, and the first failure

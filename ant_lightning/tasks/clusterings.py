@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -144,7 +145,17 @@ class SNRClustering(Clustering):
 
         Raises:
             ConfigError: If there are fewer timesteps than clusters.
+
+        Warns:
+            UserWarning: If no value is below 0, as in SNRs whose logarithm was not taken.
         """
+        if bool((log_snr > 0).all()):
+            warnings.warn(
+                "log_snr: must be the natural logarithm of the SNR, which is below 0 where noise "
+                f"prevails, found values from {float(log_snr.min()):.3g} to "
+                f"{float(log_snr.max()):.3g}",
+                stacklevel=2,
+            )
         costs = snr_costs(log_snr, power=self.power, weights=self._weights())
         return TimestepClusters(partition(costs, self.num_tasks))
 

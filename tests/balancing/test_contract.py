@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ant_lightning import Balancer, multitask_backward
+from ant_lightning import Balancer, ConfigError, LossBalancer, MultiTaskStep, multitask_backward
 
 TASKS = torch.tensor([0, 2, 1, 0, 2, 2])
 
@@ -91,3 +91,22 @@ def test_state_changes_only_after_a_finite_step():
     assert balancer.steps == 0
     multitask_backward(losses, TASKS, network.parameters(), balancer)
     assert balancer.steps == 1
+
+
+@pytest.mark.parametrize("wrong", ["a factor", "of the losses"])
+def test_weights_that_are_not_the_derivative_of_the_objective_are_refused(wrong):
+    class Wrong(LossBalancer):
+        def forward(self, task_losses):
+            if wrong == "of the losses":
+                return task_losses.square().sum()
+            return 2 * task_losses.sum()
+
+        def loss_weights(self):
+            return torch.ones(2)
+
+    model = torch.nn.Linear(3, 1)
+    x, tasks = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ConfigError, match="loss_weights: must be the derivative"):
+        MultiTaskStep(model, Wrong(2)).backward(
+            lambda rows: 1 + model(x[rows]).square().mean(1), tasks
+        )

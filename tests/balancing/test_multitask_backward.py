@@ -280,3 +280,18 @@ def test_a_call_without_gradients_is_refused():
     problem = Problem()
     with torch.no_grad(), pytest.raises(ConfigError, match=r"losses: .* found torch\.no_grad"):
         multitask_backward(problem.losses, problem.tasks, problem.parameters, PCGrad(K))
+
+
+@pytest.mark.parametrize("make", [PCGrad, LinearScalarization])
+def test_losses_that_were_computed_before_are_refused(make):
+    problem = Problem()
+    before = problem.losses(torch.arange(B))
+    with pytest.raises(ConfigError, match=r"losses: must call the model .* used up"):  # noqa: PT012
+        for _ in range(2):
+            multitask_backward(
+                lambda rows: before[rows],
+                problem.tasks,
+                problem.parameters,
+                make(K),
+                engine="loop",
+            )

@@ -351,3 +351,33 @@ def test_values_beside_the_losses_must_be_one_for_each_row():
     step = MultiTaskStep(problem.network, num_tasks=K)
     with pytest.raises(ConfigError, match=r"losses: .* a first dimension of 12.* found shape \[1"):
         step.backward(lambda rows: (problem.losses(rows), torch.zeros(1)), TASKS)
+
+
+def test_the_state_of_another_balancer_is_refused():
+    model = torch.nn.Linear(3, 1)
+    state = MultiTaskStep(model, NashMTL(2)).state_dict()
+    with pytest.raises(ConfigError, match="balancer: must be the NashMTL of the state, found PCG"):
+        MultiTaskStep(model, PCGrad(2)).load_state_dict(state)
+    MultiTaskStep(model, NashMTL(2)).load_state_dict(state)
+    del state["kind"]  # an earlier version's
+    MultiTaskStep(model, NashMTL(2)).load_state_dict(state)
+
+
+def test_parts_without_a_balancer_may_lack_the_last_tasks():
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    found = []
+    for parts in ([slice(0, 6)], [slice(0, 2), slice(2, 5), slice(5, 6)]):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(3, 1).double()
+        step = MultiTaskStep(model)
+        for number, part in enumerate(parts):
+            of_part = x[part]
+            report = step.backward(
+                lambda rows, x=of_part, model=model: model(x[rows]).square().mean(1),
+                torch.tensor([0, 0, 1, 3, 1, 0])[part],
+                accumulate=number < len(parts) - 1,
+            )
+        found.append((model.weight.grad, report.task_losses, report.num_samples))
+    for one, several in zip(*found, strict=True):
+        torch.testing.assert_close(several, one, equal_nan=True)

@@ -37,3 +37,10 @@ def test_the_power_matters():
 def test_bad_settings_are_named(call, message):
     with pytest.raises(ConfigError, match=message):
         call()
+
+
+def test_an_snr_in_place_of_its_logarithm_is_said():
+    snr = torch.linspace(9, -9, 1000).exp()
+    with pytest.warns(UserWarning, match="log_snr: must be the natural logarithm of the SNR"):
+        SNRClustering(num_tasks=5)(snr)
+    SNRClustering(num_tasks=5)(snr.log())
