@@ -17,7 +17,7 @@ Diffusion training as multi-task learning over clusters of timesteps.
   encode     write a cache of latents      --config imagenet/encode
              or of captions' embeddings    --config captions/encode
   export     write a trained model for diffusers, the official code, safetensors or torch.export
-  report     write report.md into the folder of a run
+  report     write report.md and report.html into the folder of a run
   configs    list the configs by name; configs show NAME > my.yaml copies one
 
 A config is a name without a suffix, or a path that ends in .yaml. Configs are merged from left to

@@ -1,8 +1,11 @@
-"""`ant-lightning report RUN_FOLDER`: settings and results of a run, as `report.md` in its folder.
+"""`ant-lightning report RUN_FOLDER`: settings and results of a run, on a page in its folder.
+
+It is `report.md`, and `report.html` with the pictures inside.
 
 It reads the newest `config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
 `task_affinity.safetensors`, `negative_transfer_gap.jsonl`, `interval_experts.jsonl`,
-`generation_metrics.jsonl` and `1_samples_grid.png`. Sections whose file is missing are left out.
+`generation_metrics.jsonl`, `sweep.jsonl`, `diagnosis.json` and `1_samples_grid.png`. Sections whose
+file is missing are left out; without scores the page says why.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ant_lightning.cli.curves import Curve, curves_figure, read_curves
 from ant_lightning.cli.records import record_file, record_of
+from ant_lightning.cli.report_scores import diagnosis_section, scores_section, sweep_section, table
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.atomic import write_figure, write_text
 from ant_lightning.files.torch_outline import read_outline
+from ant_lightning.files.web_page import web_page_of
 from ant_lightning.runtime.changed_settings import flat_settings
 from ant_lightning.tasks.figure import clusterings_figure
 from ant_lightning.tasks.time_axis import NoiseCells, TimeAxis
@@ -46,6 +51,13 @@ _SUMMARY = {
     "moving average": "ema",
     "seed": "seed_everything",
 }
+_WEIGHTS = "share of the weights, %"
+_OF_TASKS = {
+    "held-out loss": "val/task_{}/loss",
+    _WEIGHTS: "train/task_{}/weight",
+    "gradient norm": "train/task_{}/grad_norm",
+}
+Point = tuple[int, float]
 
 
 def run_report(args: Sequence[str]) -> None:
@@ -58,7 +70,8 @@ def run_report(args: Sequence[str]) -> None:
         raise ConfigError("report: needs the log folders of runs, found none")
     for folder in args:
         try:
-            print(write_report(Path(folder)))
+            path = write_report(Path(folder))
+            print(f"{path} and {path.with_suffix('.html')}")
         except ConfigError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -69,7 +82,7 @@ def run_report(args: Sequence[str]) -> None:
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.md` and its figures into a run's log folder; returns its path.
+    """Write `report.md`, `report.html` and figures into a run's log folder; returns the first.
 
     Raises:
         ConfigError: If the folder has no settings of a run, or a file in it cannot be read.
@@ -85,27 +98,26 @@ def write_report(folder: Path) -> Path:
     time = None if cells is None else cells.time
     parts = [
         f"# Run {'/'.join(folder.resolve().parts[-2:])}\n\n{_summary(config, state)}",
-        _scores(folder / "generation_metrics.jsonl"),
+        "" if cells is None else scores_section(folder, config),
         "## Samples\n\n![Generated images beside real ones](1_samples_grid.png)\n"
         if (folder / "1_samples_grid.png").is_file()
         else "",
+        sweep_section(folder),
+        diagnosis_section(folder),
         _curves(folder, curves),
         _clusters(folder, cells, state, curves),
         _affinity(folder, time),
         _transfer(folder, time),
         _experts(folder),
-        f"## Configuration\n\n```yaml\n{text.strip()}\n```\n",
+        # Folded, as it may be longer than the rest; the empty lines let it be Markdown inside.
+        "## Configuration\n\n<details><summary>all settings</summary>\n\n"
+        f"```yaml\n{text.strip()}\n```\n\n</details>\n",
     ]
     path = folder / "report.md"
-    write_text(path, "\n".join(part for part in parts if part))
+    page = "\n".join(part for part in parts if part)
+    write_text(path, page)
+    write_text(folder / "report.html", web_page_of(page, folder))
     return path
-
-
-def _table(*rows: Sequence[object]) -> str:
-    """A table in Markdown; the first row holds the heads."""
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
 def _summary(config: dict[str, Any], state: Any) -> str:  # noqa: ANN401 - a checkpoint
@@ -131,7 +143,7 @@ def _summary(config: dict[str, Any], state: Any) -> str:  # noqa: ANN401 - a che
     if weights:
         rows.append(["parameters", f"{sum(math.prod(w.shape) for w in weights):,}"])
         rows.append(["optimizer steps", state["global_step"]])
-    return _table(["", ""], *(row for row in rows if row[1]))
+    return table(["", ""], *(row for row in rows if row[1]))
 
 
 def _moving_average(flat: Mapping[str, Any]) -> str:
@@ -144,15 +156,6 @@ def _moving_average(flat: Mapping[str, Any]) -> str:
     return "; ".join([*parts, *([] if length is None else [f"evaluated: length {length:g}"])])
 
 
-def _scores(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    last = json.loads(path.read_text().splitlines()[-1])
-    about = ", ".join(f"{n} {v}" for n, v in last.items() if isinstance(v, str | int | float))
-    rows = [[name, f"{value:.4g}"] for name, value in last["scores"].items()]
-    return f"## Quality\n\n{about}.\n\n{_table(['score', 'value'], *rows)}"
-
-
 def _curves(folder: Path, curves: Mapping[str, Curve]) -> str:
     figure = curves_figure(curves)
     if figure is None:
@@ -163,8 +166,8 @@ def _curves(folder: Path, curves: Mapping[str, Curve]) -> str:
         # scores and numbers of single tasks are in the tables of other sections
         if (name.startswith("train/") or name.endswith("loss")) and "/task_" not in name
     ]
-    table = _table(["curve", "points", "last step", "last value"], *ends)
-    return f"## Curves\n\n{_saved(figure, folder, 'curves')}\n{table}"
+    found = table(["curve", "points", "last step", "last value"], *ends)
+    return f"## Curves\n\n{_saved(figure, folder, 'curves')}\n{found}"
 
 
 def _state(checkpoint: Path) -> Any:  # noqa: ANN401 - a checkpoint
@@ -213,20 +216,21 @@ def _clusters(
         return ""
     time, log_snr = cells.time, cells.log_snr
     by_step = time.label == "timestep"
+    ends = {name: curve[-1] for name, curve in curves.items()}
     columns = {
-        "held-out loss": "val/task_{}/loss",
-        "weight": "train/task_{}/weight",
-        "gradient norm": "train/task_{}/grad_norm",
+        head: [ends.get(curve.format(task)) for task in range(len(boundaries) - 1)]
+        for head, curve in _OF_TASKS.items()
     }
-    tasks = range(len(boundaries) - 1)
-    columns = {h: c for h, c in columns.items() if any(c.format(task) in curves for task in tasks)}
+    columns = {head: points for head, points in columns.items() if any(points)}
+    if _WEIGHTS in columns:
+        columns[_WEIGHTS] = _shares(columns[_WEIGHTS])
     rows = [
         [
             task,
             f"{a}-{b - 1}",
             *([] if by_step else [time.words(a, b)]),
             f"{log_snr[b - 1]:.2f} to {log_snr[a]:.2f}",
-            *(_last(curves.get(curve.format(task))) for curve in columns.values()),
+            *(_value(points[task]) for points in columns.values()),
         ]
         for task, (a, b) in enumerate(pairwise(boundaries))
     ]
@@ -234,18 +238,34 @@ def _clusters(
         {"clusters": _Clusters(tuple(boundaries))}, log_snr, time=time, density=cells.density
     )
     heads = ["timesteps"] if by_step else ["cells", time.label]
-    table = _table(["task", *heads, "log-SNR", *columns], *rows)
+    measured = [f"{h} (step {_last_step(points)})" for h, points in columns.items()]
+    found = table(["task", *heads, "log-SNR", *measured], *rows)
     return (
         f"## Clusters\n\n{_saved(figure, folder, 'clusters')}\n"
         "The lower panels are for batches in which every cluster has the same share; the dashed "
         "line is the process' own density. "
-        "Weights are means over the last logging interval; losses and norms are the last ones."
-        f"\n\n{table}"
+        "Weights are means over the last logging interval, of which a task has this share; losses "
+        f"and norms are the last ones.\n\n{found}"
     )
 
 
-def _last(curve: Curve | None) -> str:
-    return f"{curve[-1][1]:.4g}" if curve else ""
+def _last_step(points: Sequence[Point | None]) -> int:
+    return max(point[0] for point in points if point)
+
+
+def _value(point: Point | None) -> str:
+    return f"{point[1]:.4g}" if point else ""
+
+
+def _shares(points: Sequence[Point | None]) -> list[Point | None]:
+    """The weights in tenths of a percent of their sum, which together are 100."""
+    tenths = [1000 * point[1] if point else 0.0 for point in points]
+    exact = [each / sum(tenths) * 1000 for each in tenths]
+    whole = [math.floor(each) for each in exact]
+    by_rest = sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])
+    for i in by_rest[: 1000 - sum(whole)]:  # the largest remainders
+        whole[i] += 1
+    return [(p[0], each / 10) if p else None for p, each in zip(points, whole, strict=True)]
 
 
 def _affinity(folder: Path, time: TimeAxis | None) -> str:
@@ -291,7 +311,7 @@ def _transfer(folder: Path, time: TimeAxis | None) -> str:
     return (
         f"## Negative-transfer gap\n\n{_saved(figure, folder, 'negative_transfer')}\n"
         f"Below 0 is negative transfer: a model of the interval alone is better there.\n\n"
-        f"{_table(heads, *rows)}"
+        f"{table(heads, *rows)}"
     )
 
 
@@ -309,7 +329,7 @@ def _experts(folder: Path) -> str:
         "`switched` uses each specialist inside its interval and the base elsewhere; `merged` adds "
         f"their differences from the base to its weights, times {row['merge_weights']}."
     )
-    return f"## Interval experts\n\n{about}\n\n{_table(['model', *names], *values)}"
+    return f"## Interval experts\n\n{about}\n\n{table(['model', *names], *values)}"
 
 
 def _saved(figure: Figure, folder: Path, name: str) -> str:

@@ -252,7 +252,9 @@ class Diagnosis(MeasuringCallback):
         folder, affinity = log_folder(trainer), self.findings.affinity
         affinity.save(folder / "task_affinity.safetensors")
         step = steps_of(trainer, pl_module)
-        write_json(folder / "diagnosis.json", {"step": step, **self.findings.numbers()})
+        found = advice(self.findings)
+        said = {"step": step, "advice": [each._asdict() for each in found]}
+        write_json(folder / "diagnosis.json", {**said, **self.findings.numbers()})
         pictures = {
             "diagnosis_profile.png": (
                 profile_figure(self.findings),
@@ -280,7 +282,6 @@ class Diagnosis(MeasuringCallback):
             about += f" These are few images: {_MORE}."
         texts = {name: text for name, (_, text) in pictures.items()}
         page = write_page(self.findings, folder, texts, about=about)
-        found = advice(self.findings)
         # Caveats and the first advice in full, of the others what they say.
         first = next(i for i, each in enumerate(found) if not each.is_caveat) + 1
         for each in found[:first]:

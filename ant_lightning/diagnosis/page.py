@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from html import escape
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import torch
 from ant_lightning.diagnosis.advice import advice
 from ant_lightning.files.atomic import write_text
 from ant_lightning.files.documentation import documentation
+from ant_lightning.files.web_page import picture, web_page
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,14 +20,6 @@ if TYPE_CHECKING:
     from ant_lightning.diagnosis.findings import Findings
 
 _COMPARABLE = 3  # timed steps of each method
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; display: block; overflow-x: auto } img { max-width: 100% }
-th, td { border: 1px solid #ccc; padding: .2rem .6rem; text-align: right }
-td, code { white-space: nowrap }
-th { background: #f4f4f4 }
-"""
 
 
 class _Page:
@@ -65,19 +57,14 @@ class _Page:
 
     def picture(self, name: str, text: str) -> None:
         self.markdown.append(f"![{text}]({name})")
-        data = base64.b64encode((self.folder / name).read_bytes()).decode()
-        self.html.append(f'<img src="data:image/png;base64,{data}" alt="{escape(text)}">')
+        self.html.append(picture(self.folder / name, text))
 
     def write(self) -> Path:
         """Write both files; returns the HTML."""
-        head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        head += f"<title>{escape(self.title)}</title><style>{_STYLE}</style>"
-        body = "\n".join(self.html)
         text = "\n\n".join(self.markdown) + "\n"
         write_text(self.folder / "diagnosis.md", text)
         path = self.folder / "diagnosis.html"
-        page = f"<!doctype html><html><head>{head}</head><body>{body}</body></html>"
-        write_text(path, page)
+        write_text(path, web_page(self.title, "\n".join(self.html)))
         return path
 
 

@@ -1,8 +1,11 @@
 """What a report says of the settings of a run."""
 
+import json
+
 import pytest
 
-from ant_lightning.cli.report import _summary
+from ant_lightning.cli.report import _shares, _summary
+from ant_lightning.cli.report_scores import scores_section
 
 
 @pytest.mark.parametrize(
@@ -21,3 +24,28 @@ def test_the_moving_average_has_its_class(ema, said):
 
 def test_a_run_without_averages_has_no_line():
     assert "moving average" not in _summary({"ema": None}, {})
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"scores": False}, "the run was told `--scores false`"),
+        ({"trainer": {"callbacks": None}}, "has no `ant_lightning.GenerationMetrics`"),
+        ({"trainer": {"callbacks": "ant_lightning.GenerationMetrics"}}, "no validation has ended"),
+    ],
+)
+def test_a_report_without_scores_says_why(config, why, tmp_path):
+    assert why in scores_section(tmp_path, config)
+
+
+def test_the_scale_of_kid_is_said_where_it_stands(tmp_path):
+    for scores, said in (({"kid": -1.21}, True), ({"fid": 3.0}, False)):
+        (tmp_path / "generation_metrics.jsonl").write_text(json.dumps({"scores": scores}) + "\n")
+        assert ("without the factor of 1,000" in scores_section(tmp_path, {})) is said
+
+
+def test_shares_of_the_weights_are_100_percent_together():
+    points = _shares([(50, 0.3), (50, 0.3), (50, 0.3), None])
+    assert [each and each[0] for each in points] == [50, 50, 50, None]
+    assert sum(each[1] for each in points if each) == pytest.approx(100)
+    assert max(each[1] for each in points if each) == 33.4

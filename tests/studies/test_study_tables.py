@@ -237,7 +237,8 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     assert "| draws of timesteps | uniform |" in few
     assert "| sampler | DDIM(num_steps 50) |" in few
     assert "| parameters |" not in few
-    assert not any(f"## {name}" in few for name in ("Curves", "Clusters", "Task", "Quality"))
+    assert not any(f"## {name}" in few for name in ("Curves", "Clusters", "Task", "Sweeps"))
+    assert "## Scores\n\nNone: no validation has ended yet" in few
 
     (tmp_path / "checkpoints").mkdir()
     state = {
@@ -250,8 +251,14 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     for step in (1, 2):
         writer.add_scalar("train/loss", 1 / step, step)
     writer.add_scalar("val/fid", 5.0, 2)
+    for task, weight in enumerate((0.3, 0.3, 0.367)):  # means, which do not sum to 1
+        writer.add_scalar(f"train/task_{task}/weight", weight, 1)
     writer.add_scalar("val/task_1/loss", 0.25, 2)
     writer.close()
+    swept = {"guidance_scale": 1.5, "ema_length": None, "step": 42, "extractor": "Tiny"}
+    (tmp_path / "sweep.jsonl").write_text(json.dumps({**swept, "scores": {"fid": 3.5}}) + "\n")
+    advised = {"step": 42, "advice": [{"title": "Measure with more images"}]}
+    (tmp_path / "diagnosis.json").write_text(json.dumps(advised))
     line = {"scores": {"fid": 4.25}, "step": 42, "sampler": "DDIM(num_steps=50)"}
     (tmp_path / "generation_metrics.jsonl").write_text(json.dumps(line) + "\n")
     gaps(0.0).save(tmp_path / "negative_transfer_gap.jsonl")
@@ -269,8 +276,13 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
         "| fid | 4.25 |",
         "step 42, sampler DDIM(num_steps=50)",
         "| train/loss | 2 | 2 | 0.5 |",
-        "| task | timesteps | log-SNR | held-out loss |",
-        f"| 1 | 30-69 | {float(log_snr[69]):.2f} to {float(log_snr[30]):.2f} | 0.25 |",
+        "| log-SNR | held-out loss (step 2) | share of the weights, % (step 1) |",
+        f"| 1 | 30-69 | {float(log_snr[69]):.2f} to {float(log_snr[30]):.2f} | 0.25 | 31 |",
+        " |  | 38 |",
+        "| 42 | 1.5 |  | 3.5 | Tiny |",
+        "1. Measure with more images",
+        "(diagnosis.html)",
+        "<details><summary>all settings</summary>",
         "Lowest split-half reliability",
         "-5.00 [-7.00, -3.00]",
         "class_path: ant_lightning.DiTModule",
@@ -280,6 +292,11 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
         assert f"(report_{name}.png)" in text
         assert (tmp_path / f"report_{name}.png").stat().st_size > 5000
     assert "(1_samples_grid.png)" in text
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == text.count(".png)")
+    assert "<td>4.25</td>" in page
+    assert '<a href="diagnosis.html">' in page
+    assert '<code class="language-yaml">' in page
     # A checkpoint of today holds the noise axis: the same report, without PyTorch.
     (tmp_path / "task_affinity.safetensors").unlink()
     (tmp_path / "negative_transfer_gap.jsonl").unlink()
