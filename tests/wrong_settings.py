@@ -88,7 +88,7 @@ SETTINGS = {
     # Ranges.
     "learning rate below 0": (
         ["--model.optimization.optimizer.lr=-1"],
-        ["optimization.optimizer", "rate: -1"],
+        ["optimization.optimizer", "-1"],
     ),
     "betas": (
         ["--model.optimization.optimizer.betas=[1.5,2]"],
@@ -172,7 +172,7 @@ SETTINGS = {
     "sanity steps": (["--trainer.num_sanity_val_steps=-3"], ["num_sanity_val_steps", "-1", "-3"]),
     "epochs of checks": (["--trainer.check_val_every_n_epoch=0"], ["check_val_every_n_epoch", "0"]),
     "interval of checks": (["--trainer.val_check_interval=-3"], ["val_check_interval", "-3"]),
-    "max steps": (["--trainer.max_steps=-5"], ["trainer.max_steps", "non-negative", "-5"]),
+    "max steps": (["--trainer.max_steps=-5"], ["trainer.max_steps", "at least", "-5"]),
     "share of batches": (["--trainer.limit_val_batches=1.5"], ["limit_val_batches", "1.5"]),
     "time": (["--trainer.max_time=soon"], ["trainer.max_time", "DD:HH:MM:SS", "soon"]),
     # The machine.

@@ -11,6 +11,7 @@ from ant_lightning.callbacks.progress import progress_of
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples
 from ant_lightning.callbacks.sample_identity import sample_identity
 from ant_lightning.data.batch import to_uint8
+from ant_lightning.data.class_map import class_numbers
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least
 from ant_lightning.runtime.run_record import run_folder
@@ -36,8 +37,8 @@ class SampleWriter(RunCallback):
     Args:
         num_images: Images over all ranks.
         batch_size: Images drawn at once.
-        classes: Image i is of class i modulo their number in this list; by default of all classes
-            in turn.
+        classes: Numbers or names: image i is of class i modulo their number in this list; by
+            default of all classes in turn. The number of classes stands for no class.
         folder: Folder for PNG files; by default `samples` in the log folder.
         npz: File for all images (`arr_0 [n, h, w, c]`, uint8), in place of the folder.
 
@@ -56,7 +57,7 @@ class SampleWriter(RunCallback):
         *,
         num_images: int = 100,
         batch_size: int = 100,
-        classes: Sequence[int] | None = None,
+        classes: Sequence[int | str] | None = None,
         folder: str | None = None,
         npz: str | None = None,
     ) -> None:
@@ -70,7 +71,7 @@ class SampleWriter(RunCallback):
         self.batch_size = batch_size
         self.folder = folder
         self.npz = npz
-        self.classes = None if classes is None else [int(each) for each in classes]
+        self.classes = None if classes is None else list(classes)
         if self.classes == []:
             raise ConfigError("classes: must be None or at least one class, found []")
         self._shown: ProgressDisplay | None = None
@@ -83,21 +84,22 @@ class SampleWriter(RunCallback):
         if stage == "predict":
             super().setup(trainer, pl_module, stage)
             self._files = self._shown = None
-            self._check_classes(pl_module)
-            pl_module.predict_classes = self.classes
             data = needed_image_data(trainer, "SampleWriter")
+            pl_module.predict_classes = self._numbers(pl_module, data.class_names)
             data.predict_indices = partial(self._missing_batches, trainer, pl_module)
 
-    def _check_classes(self, pl_module: MultiTaskDiffusion) -> None:
-        """Check the classes against those of the network."""
-        most = max(pl_module.num_classes - 1, pl_module.null_class or 0)
-        if self.classes is not None and not pl_module.num_classes:
+    def _numbers(self, pl_module: MultiTaskDiffusion, names: Sequence[str]) -> list[int] | None:
+        """The numbers of the classes, checked against those of the network and of the data."""
+        if self.classes is None:
+            return None
+        if not pl_module.num_classes:
             raise ConfigError(
                 "samples.classes: must be left out for a network without classes, found "
                 f"{self.classes}"
             )
-        if self.classes is not None and not 0 <= min(self.classes) <= max(self.classes) <= most:
-            raise ConfigError(f"samples.classes: must be from 0 to {most}, found {self.classes}")
+        num_classes = pl_module.num_classes
+        most = max(num_classes - 1, pl_module.null_class or 0)
+        return class_numbers(self.classes, names, num_classes=num_classes, most=most)
 
     def _missing_batches(
         self, trainer: L.Trainer, pl_module: MultiTaskDiffusion

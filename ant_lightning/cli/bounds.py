@@ -1,4 +1,4 @@
-"""Bounds of numbers among the settings, read from the source of the classes that check them."""
+"""Bounds of numbers among the settings, and choices, read from the source of their classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ant_lightning import errors
-from ant_lightning.cli.source_names import class_of, method_of, numbers_of
+from ant_lightning.cli.source_names import choices_of, class_of, method_of, numbers_of
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _Checks = tuple[tuple[str, tuple[float, ...]], ...]
 
 
 def check_bounds(places: Iterable[tuple[str, str, object]]) -> None:
-    """Check the numbers that the constructors of our classes check.
+    """Check the numbers that the constructors of our classes check, and words against choices.
 
     Args:
         places: Setting, class and inner settings of each class.
@@ -33,6 +33,11 @@ def check_bounds(places: Iterable[tuple[str, str, object]]) -> None:
         name = kind.removeprefix("ant_lightning.")
         if not isinstance(given, dict) or not name.isidentifier():  # a class of others
             continue
+        for argument, choices in choices_of(name).items():
+            found = given.get(argument)
+            if isinstance(found, str) and found not in choices:
+                shown = ", ".join(map(repr, choices))  # as the parser says it
+                raise ConfigError(f"{setting}.{argument}: must be one of {shown}, found {found}")
         for argument, checks in checks_of(name).items():
             value: Any = given.get(argument)
             if type(value) not in (int, float):  # the parser says what it must be

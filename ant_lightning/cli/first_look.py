@@ -7,7 +7,7 @@ parser or the objects would refuse as well. What this check does not understand 
 from __future__ import annotations
 
 import re
-from itertools import takewhile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +16,16 @@ from ant_lightning.cli.bounds import check_bounds
 from ant_lightning.cli.config_files import check_config_file, config_paths
 from ant_lightning.cli.diagnose import validation
 from ant_lightning.cli.extractor_weights import check_extractor
-from ant_lightning.cli.logger_names import is_known_logger
-from ant_lightning.cli.merged_settings import FLAGS, HELP, loaded, merge, merged_settings
+from ant_lightning.cli.logger_names import is_known_logger, missing_package
+from ant_lightning.cli.merged_settings import FLAGS, HELP, appended, loaded, merge, merged_settings
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
-from ant_lightning.cli.records import record_file, record_of
+from ant_lightning.cli.records import record_of
 from ant_lightning.cli.renamed import refuse_old_names
+from ant_lightning.cli.run_arguments import check_runs, options_of
 from ant_lightning.cli.source_names import arguments_of, numbers_of
 from ant_lightning.cli.trainer_settings import check_run_settings, check_trainer_settings
+from ant_lightning.data.class_map import class_numbers, read_class_map
 from ant_lightning.errors import ConfigError, found_at
-from ant_lightning.runtime.run_files import (
-    RUN_OR_CHECKPOINT,
-    found_runs,
-    has_checkpoint,
-    no_run,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,10 +33,14 @@ if TYPE_CHECKING:
 # Groups of settings whose class is always the same.
 _RUN_GROUPS = {"ema": "EMA", "checkpoint": "Checkpoints", "samples": "SampleWriter"}
 _ENCODE_GROUPS = {"first_stage": "FirstStage", "cache": "LatentWriter", "text": "TextWriter"}
-_OF_MODELS = {"optimization": "Optimization", "sampling": "Sampling"}
+_OF_MODELS = {
+    "optimization": "Optimization",
+    "sampling": "Sampling",
+    "tasks": "Tasks",
+    "timesteps": "TimestepSampling",
+}
 _GROUPS = {"trainer": "Trainer", **_RUN_GROUPS, **_ENCODE_GROUPS}
 _OF_OPTIMIZERS = dict.fromkeys(("lr", "weight_decay"), "a number")
-_FORMATS = ("diffusers", "official", "safetensors", "torch")
 _OF_RUNS = ("app", "export", "report", "sweep")
 # Settings whose short names mean our classes, unless the user brings their own.
 _OURS = re.compile(r"model|data|model\..*\b(balancer|clustering|schedule|sampler|loss_weighting)")
@@ -56,7 +56,8 @@ def first_look(arguments: Sequence[str]) -> None:
     """
     command, *args = arguments
     if command in _OF_RUNS:
-        _check_runs(command, args)
+        check_runs(command, args)
+        _check_record(command, args)
     if command in {"configs", *_OF_RUNS} or (command == "diagnose" and set(args) & HELP):
         return  # they take no settings of a run
     own: frozenset[str] = frozenset()
@@ -80,16 +81,28 @@ def first_look(arguments: Sequence[str]) -> None:
     if isinstance(settings.get("trainer"), dict):
         check_trainer_settings(settings["trainer"])
     _check_classes(settings)
+    for name, value in appended(args):
+        added = {"class_path": value} if isinstance(value, str) else value
+        _check_places(list(_class_paths(added, name)))
     missing = [name for name in ("data", "model") if settings.get(name) is None]
     if missing and command != "encode" and not asked:
         raise ConfigError(needed(", ".join(missing)))
     if asked:
         return
+    _check_values(command, settings)
+
+
+def _check_values(command: str, settings: dict[str, Any]) -> None:
+    """Check bounds, choices, paths and what is installed."""
     of_model = settings.get("model")
     inner = of_model if isinstance(of_model, dict) else {}
     groups = [(group, kind, settings.get(group)) for group, kind in _GROUPS.items()]
     groups += [(f"model.{group}", kind, inner.get(group)) for group, kind in _OF_MODELS.items()]
     check_bounds([*groups, *_class_paths(settings, "")])
+    if command == "predict":  # which has no logger
+        _check_classes_to_draw(settings)
+    else:
+        _check_packages(settings.get("trainer"))
     try:
         # `predict` makes no scores.
         _check_paths(settings | {"scores": False} if command == "predict" else settings)
@@ -137,42 +150,6 @@ def _check_score(settings: dict[str, Any]) -> None:
     check_extractor("score", settings)
 
 
-def _check_runs(command: str, args: Sequence[str]) -> None:
-    """Check that the runs given first are there, and that a sweep has values."""
-    if set(args) & FLAGS:
-        return
-    options: dict[str, str] = {}
-    for each, after in zip(args, [*args[1:], "nothing"], strict=False):
-        name, sign, value = each.partition("=")
-        options[name] = value if sign else after
-    if command == "export" and args and options.get("--to") not in _FORMATS:
-        rule, found = ("must be", options["--to"]) if "--to" in options else ("needed,", "nothing")
-        raise ConfigError(f"to: {rule} one of {', '.join(_FORMATS)}, found {found}")
-    if command == "sweep" and args and not options.keys() & {"--guidance", "--ema"}:
-        raise ConfigError(
-            "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"
-        )
-    runs = [Path(run) for run in takewhile(lambda each: not each.startswith("-"), args)]
-    runs = runs[:1] if command in {"export", "sweep"} else runs  # these take one
-    what = "the folder of a run" if command in {"report", "sweep"} else RUN_OR_CHECKPOINT
-    for run in runs:
-        if not run.exists():
-            raise no_run(run, "nothing", what)
-    for run in runs:
-        if command in {"report", "sweep"}:
-            record_file(run)
-        elif not has_checkpoint(run) and found_runs(run):
-            raise no_run(run, "no checkpoint in it", what)
-    if command == "sweep" and args and not args[0].startswith("-"):
-        recorded: dict[str, Any] = {}
-        merge(recorded, record_of(Path(args[0])))
-        checked = {"data": recorded.get("data")}
-        if "--extractor" not in options:
-            checked["trainer"] = recorded.get("trainer")
-        _check_paths(checked)
-        check_extractor("sweep", recorded, options.get("--extractor"))
-
-
 def top_settings(command: str) -> list[str] | None:
     """Top-level names allowed in a command's config; `None` if unknown."""
     if command == "score":  # it takes the config of a run, and ignores most of it
@@ -186,6 +163,19 @@ def top_settings(command: str) -> list[str] | None:
     handed_over = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
     own = {"config", "print_config", "seed_everything", "trainer", "model", "data", "scores"}
     return sorted(own | {*_RUN_GROUPS} | (method - handed_over))
+
+
+def _check_record(command: str, args: Sequence[str]) -> None:
+    """Check the paths in the record of the run of a sweep."""
+    extractor = options_of(args).get("--extractor")
+    if command == "sweep" and args and not args[0].startswith("-") and not set(args) & FLAGS:
+        recorded: dict[str, Any] = {}
+        merge(recorded, record_of(Path(args[0])))
+        checked = {"data": recorded.get("data")}
+        if extractor is None:
+            checked["trainer"] = recorded.get("trainer")
+        _check_paths(checked)
+        check_extractor("sweep", recorded, extractor)
 
 
 def _check_names(settings: dict[str, Any], known: Sequence[str], own: Iterable[str] = ()) -> None:
@@ -212,6 +202,8 @@ def _check_numbers(setting: str, kind: str, given: Mapping[str, Any]) -> None:
         value = given.get(name)
         if isinstance(value, str) and _is_word(value):
             raise ConfigError(f"{setting}.{name}: must be {rule}, found {value}")
+        if kind.startswith("torch.") and isinstance(value, int | float) and value < 0:
+            raise ConfigError(f"{setting}.{name}: must be at least 0, found {value}")
 
 
 def _is_word(text: str) -> bool:
@@ -225,10 +217,18 @@ def _is_word(text: str) -> bool:
 
 def _check_classes(settings: dict[str, Any]) -> None:
     """Check the names of our classes and of their arguments."""
-    places = list(_class_paths(settings, ""))
-    if any("." in found and found.split(".")[0] not in _KNOWN_PACKAGES for _, found, _ in places):
-        return
     _check_loggers(settings.get("trainer"))
+    _check_places(list(_class_paths(settings, "")))
+
+
+def _check_places(places: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+    others = [(s, f) for s, f, _ in places if "." in f and f.split(".")[0] not in _KNOWN_PACKAGES]
+    for setting, found in others:
+        if re.fullmatch(r"\w+(\.\w+)+", found) and not _is_importable(found):
+            package = found.split(".")[0]
+            raise ConfigError(f"{setting}: no module is called {package!r}, found {found}")
+    if others:
+        return
     for setting, found, inner in places:
         name = found.rpartition(".")[-1]
         if setting.endswith("optimizer") and found.startswith("torch.optim."):
@@ -246,6 +246,13 @@ def _check_classes(settings: dict[str, Any]) -> None:
         _check_numbers(setting, name, inner)
 
 
+def _is_importable(found: str) -> bool:
+    """Whether the package of a class is here, or a file of this name is."""
+    package = found.split(".", maxsplit=1)[0]
+    here = [Path(found), Path(package), Path(f"{package}.py")]
+    return any(path.exists() for path in here) or find_spec(package) is not None
+
+
 def _check_loggers(trainer: object) -> None:
     """Check short names of loggers; the classes of Lightning's end in `Logger`."""
     given = trainer.get("logger") if isinstance(trainer, dict) else None
@@ -255,6 +262,29 @@ def _check_loggers(trainer: object) -> None:
             continue
         if not Path(name).exists():  # a file would be its settings
             raise ConfigError(unknown_class("trainer.logger", name))
+
+
+def _check_packages(trainer: object) -> None:
+    """Check that the packages of the loggers are installed."""
+    given = trainer.get("logger") if isinstance(trainer, dict) else None
+    for each in given if isinstance(given, list) else [given]:
+        name = each.get("class_path") if isinstance(each, dict) else each
+        install = missing_package(name)
+        if install:
+            raise ConfigError(
+                f"trainer.logger: {name} needs a package, found none; pip install {install}"
+            )
+
+
+def _check_classes_to_draw(settings: Mapping[str, Any]) -> None:
+    """Check the names of classes against those that the run of the checkpoint has written down."""
+    samples, path = settings.get("samples"), Path(str(settings.get("ckpt_path")))
+    classes = samples.get("classes") if isinstance(samples, dict) else None
+    folders = (path, path.parent, path.parent.parent)
+    maps = [each / "class_map.json" for each in folders if (each / "class_map.json").is_file()]
+    if maps and isinstance(classes, list) and all(type(each) in (int, str) for each in classes):
+        names = read_class_map(maps[0])
+        class_numbers(classes, names, num_classes=len(names), most=len(names))
 
 
 def _class_paths(value: Any, setting: str) -> Iterator[tuple[str, str, dict[str, Any]]]:  # noqa: ANN401

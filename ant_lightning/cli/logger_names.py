@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 # Short name of a logger: its class, and the arguments of this that say where runs are, with the
@@ -13,6 +14,12 @@ LOGGERS: dict[str, tuple[str, dict[str, str]]] = {
     "mlflow": ("MLFlowLogger", {"save_dir": "save_dir", "experiment_name": "name"}),
     "csv": ("CSVLogger", _FOLDER),
     "comet": ("CometLogger", {}),
+}
+# The package that a logger needs, and what to install for it.
+_PACKAGES = {
+    "WandbLogger": ("wandb", "'ant-lightning[wandb]'"),
+    "MLFlowLogger": ("mlflow", "'ant-lightning[mlflow]'"),
+    "CometLogger": ("comet_ml", "comet_ml"),
 }
 
 
@@ -35,6 +42,12 @@ def with_logger_classes(logger: Any) -> Any:  # noqa: ANN401 - whatever YAML hol
 def is_known_logger(logger: object) -> bool:
     """Whether this is the name of a class that has a short name."""
     return any(_short(logger) == kind for kind, _ in LOGGERS.values())
+
+
+def missing_package(logger: object) -> str | None:
+    """What to install for a logger whose package is not here; `None` if nothing is missing."""
+    package, install = _PACKAGES.get(_short(logger), ("", ""))
+    return install if package and find_spec(package) is None else None
 
 
 def places_of(kind: object) -> dict[str, str]:

@@ -59,6 +59,12 @@ def _options(args: Sequence[str]) -> list[tuple[str, str]] | None:
     return found
 
 
+def appended(args: Sequence[str]) -> list[tuple[str, Any]]:
+    """Name and value of each option that adds to a list, such as `--trainer.callbacks+ EMA`."""
+    options = _options([each for each in args if each not in FLAGS]) or []
+    return [(name[:-1], loaded(value)) for name, value in options if name.endswith("+")]
+
+
 def loaded(text: str) -> Any:  # noqa: ANN401 - whatever it holds
     """The value of an option, or a config given in place of a file."""
     try:

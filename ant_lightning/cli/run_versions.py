@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -49,6 +50,9 @@ class RunVersions:
             trainer.logger = Namespace(class_path=_DEFAULT_LOGGER, init_args=init)
         given = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         loggers = [each for each in given if hasattr(each, "class_path")]
+        for each in loggers:
+            if str(each.class_path).endswith("MLFlowLogger"):
+                _set_mlflow(each, default)
         # Loggers with folders come first, because the first decides where the run is.
         loggers.sort(key=_writes_files, reverse=True)
         if not loggers:
@@ -132,6 +136,17 @@ def _set_wandb(logger: Any, folder: Path) -> None:  # noqa: ANN401
         init.project, init.name = folder.absolute().parent.name, folder.name
     if not any(init.get(name) for name in ("resume", "resume_from", "fork_from")):
         init.resume = "allow"
+
+
+def _set_mlflow(logger: Any, default: Path) -> None:  # noqa: ANN401
+    """Without an address, keep a database and its artifacts in `save_dir`: MLflow refuses files."""
+    logger.init_args = init = _init(logger)
+    folder = Path(init.get("save_dir") or default).absolute()
+    if not (init.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI")):
+        init.tracking_uri = f"sqlite:///{folder / 'mlflow.db'}"
+        init.artifact_location = init.get("artifact_location") or str(folder / "mlflow_artifacts")
+        with suppress(OSError):  # the checks of the folder say it
+            folder.mkdir(parents=True, exist_ok=True)
 
 
 def _init(logger: Any) -> Any:  # noqa: ANN401

@@ -73,6 +73,20 @@ def numbers_of(name: str) -> dict[str, str]:
 
 
 @cache
+def choices_of(name: str) -> dict[str, tuple[object, ...]]:
+    """The arguments of a class that are one of a few values, and these values."""
+    found = class_of(name)
+    made = found and method_of(found, "__init__")
+    own = [*made.args.args, *made.args.kwonlyargs] if made else []
+    kinds = {each.arg: ast.unparse(each.annotation) for each in own if each.annotation}
+    if found and not made:
+        fields = [each for each in found.body if isinstance(each, ast.AnnAssign)]
+        kinds = {ast.unparse(each.target): ast.unparse(each.annotation) for each in fields}
+    choices = {n: re.fullmatch(r"Literal\[(.*?)\]( \| None)?", kind) for n, kind in kinds.items()}
+    return {n: ast.literal_eval(f"({each[1]},)") for n, each in choices.items() if each}
+
+
+@cache
 def needed_arguments_of(name: str) -> tuple[str, ...]:
     """The arguments without a default of the constructor that one of our classes defines."""
     found = class_of(name)

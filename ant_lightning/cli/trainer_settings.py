@@ -50,6 +50,8 @@ _LEAST = {
     "num_sanity_val_steps": -1,
     "min_steps": 0,
     "min_epochs": 0,
+    "max_steps": -1,
+    "max_epochs": -1,
 }
 # If one of these is None, the Trainer fails with an error that does not name it.
 _NEVER_NONE = ("detect_anomaly", "max_steps", "overfit_batches")

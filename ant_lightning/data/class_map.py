@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.files.json_file import read_json, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def read_class_map(path: str | Path) -> list[str]:
@@ -31,6 +35,33 @@ def read_class_map(path: str | Path) -> list[str]:
             f"found {str(numbers)[:100]}"
         )
     return sorted(content, key=lambda name: content[name])
+
+
+def class_numbers(
+    classes: Sequence[int | str], names: Sequence[str], *, num_classes: int, most: int
+) -> list[int]:
+    """The numbers of classes that are given by number or by name.
+
+    Args:
+        classes: The classes.
+        names: The name of each class, if they are known.
+        num_classes: How many classes there are.
+        most: The largest number; above the classes' it stands for none of them.
+
+    Raises:
+        ConfigError: If there is no such class; says which there are.
+    """
+    known = {name: number for number, name in enumerate(names)}
+    for each in classes:
+        if each in known if isinstance(each, str) else 0 <= each <= most:
+            continue
+        shown = ", ".join(f"{number} {name}" for name, number in list(known.items())[:20])
+        rule = (
+            f"{shown}{', ...' if names[20:] else ''}" if names else f"from 0 to {num_classes - 1}"
+        )
+        null = f", or {most} for no class" if most >= num_classes else ""
+        raise ConfigError(f"samples.classes: must be {rule}{null}, found {each}")
+    return [known[each] if isinstance(each, str) else each for each in classes]
 
 
 def write_class_map(path: str | Path, names: list[str]) -> None:

@@ -242,6 +242,26 @@ def test_mlflow_in_sqlite(tmp_path, monkeypatch):
     assert any(np.array_equal(each, picture(folder)) for each in stored)
 
 
+def test_mlflow_keeps_a_database_where_runs_are_unless_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def settings(**init):
+        init = Namespace(save_dir=str(tmp_path / "runs"), experiment_name="digits", **init)
+        logger = Namespace(class_path="lightning.pytorch.loggers.MLFlowLogger", init_args=init)
+        RunVersions.of(Namespace(trainer=Namespace(logger=logger, default_root_dir=None)))
+        return init.get("tracking_uri"), init.get("artifact_location")
+
+    assert settings(tracking_uri="sqlite:///mine.db") == ("sqlite:///mine.db", None)
+    assert not (tmp_path / "runs").exists()
+    assert settings() == (
+        f"sqlite:///{tmp_path}/runs/mlflow.db",
+        f"{tmp_path}/runs/mlflow_artifacts",
+    )
+    assert (tmp_path / "runs").is_dir()  # SQLite makes none
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    assert settings() == (None, None)
+
+
 @pytest.mark.parametrize("loggers", [False, [lightning("CSVLogger", save_dir="logs")]])
 def test_without_one_that_shows_pictures_they_lie_in_the_runs_folder(
     tmp_path, monkeypatch, loggers

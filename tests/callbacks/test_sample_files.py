@@ -21,6 +21,7 @@ from ant_lightning import (
 )
 from ant_lightning.callbacks.sample_files import NpzSamples, PngSamples
 from ant_lightning.data.batch import to_uint8
+from ant_lightning.data.class_map import class_numbers
 from ant_lightning.errors import FileError
 
 
@@ -249,6 +250,16 @@ def test_latents_are_not_written_as_pictures(tmp_path):
     assert not (tmp_path / "images").exists()
 
 
+def test_classes_are_given_by_number_or_name():
+    names = ["ball", "dahlia", "temple"]
+    known = {"num_classes": 3, "most": 3}
+    assert class_numbers(["temple", 0, 3], names, **known) == [2, 0, 3]
+    with pytest.raises(ConfigError, match="must be 0 ball, 1 dahlia, 2 temple, or 3 for no class,"):
+        class_numbers(["bal"], names, **known)
+    with pytest.raises(ConfigError, match="classes: must be from 0 to 2, found ball"):
+        class_numbers(["ball"], [], num_classes=3, most=2)
+
+
 def test_classes_take_turns_and_must_exist(tmp_path):
     model = module()
     predict(tmp_path, model, num_images=5, batch_size=2, classes=[7, 2], folder=str(tmp_path / "a"))
@@ -258,7 +269,7 @@ def test_classes_take_turns_and_must_exist(tmp_path):
     assert not torch.equal(drawn, to_uint8(model.sample(5)))
     with pytest.raises(ConfigError, match=r"made with classes \[7, 2\], and this run has \[1\]"):
         predict(tmp_path, model, num_images=5, classes=[1], folder=str(tmp_path / "a"))
-    with pytest.raises(ConfigError, match=r"samples.classes: must be from 0 to 10, found \[11\]"):
+    with pytest.raises(ConfigError, match=r"must be from 0 to 9, or 10 for no class, found 11"):
         predict(tmp_path, model, num_images=5, classes=[11])
     with pytest.raises(ConfigError, match="classes: must be None or at least one class"):
         SampleWriter(classes=[])

@@ -23,7 +23,7 @@ from torch_fidelity import feature_extractor_inceptionv3
 from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
 from ant_lightning import ConfigError, load_run
-from ant_lightning.cli import first_look as first_look_module, path_settings
+from ant_lightning.cli import path_settings, run_arguments
 from ant_lightning.cli.bounds import checks_of
 from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.export import Format
@@ -34,8 +34,9 @@ from ant_lightning.cli.messages import one_line
 from ant_lightning.cli.parser import AntCLI
 from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.cli.trainer_settings import with_classes_of_loggers
+from ant_lightning.data.class_map import write_class_map
 from ant_lightning.generation import inception_file
-from ant_lightning.runtime.run_files import no_run
+from ant_lightning.runtime.run_files import RUN_OR_CHECKPOINT, no_run
 
 DIT = CONFIGS / "digits" / "dit.yaml"
 # Rows of the table of wrong settings that can be seen without an import.
@@ -47,6 +48,9 @@ SEEN = [
     "tasks 2.5",
     "balancer's rate",
     "least loss",
+    "learning rate below 0",
+    "weight decay",
+    "max steps",
     "no depth",
     "no width",
     "no timesteps",
@@ -122,6 +126,37 @@ MORE = {
     "bound of a group": (
         ["fit", "--config=digits/dit", "--model.optimization.max_skipped_steps=0"],
         ["model.optimization.max_skipped_steps: must be at least 1, found 0"],
+    ),
+    "choice of a class": (
+        ["fit", "--config=digits/dit", "--model.sampling.sampler.spacing=foo"],
+        ["model.sampling.sampler.spacing: must be one of 'ddim', 'even', 'ldm', ", "found foo"],
+    ),
+    "callback that is added": (
+        ["fit", "--config=digits/dit", "--trainer.callbacks+", "ant_lightning.ConflictMonitr"],
+        ["trainer.callbacks: no class is called 'ant_lightning.Conf", "'ConflictMonitor'"],
+    ),
+    "module that is not here": (
+        ["fit", "--config=digits/dit", "--model.backbone", "no_such.Net"],
+        ["model.backbone: no module is called 'no_such', found no_such.Net"],
+    ),
+    "setting of a list of loggers": (
+        [
+            *("fit", "--config=digits/dit", "--trainer.logger=[csv, mlflow]"),
+            "--trainer.logger.name=x",
+        ],
+        ["trainer.logger[1].name: MLFlowLogger has no such setting; did you mean"],
+    ),
+    "values of a sweep": (
+        ["sweep", ".", "--guidance", "1,2"],
+        ["guidance: must be numbers with spaces between them", "found 1,2"],
+    ),
+    "extractor of a sweep": (
+        ["sweep", ".", "--guidance", "1", "--extractor", "ant_lightning.ShapesFeature"],
+        ["metrics.extractor: no class is called", "did you mean 'ShapesFeatures'"],
+    ),
+    "weights of an export": (
+        ["export", ".", "--to", "torch", "--weights=lve"],
+        ["weights: must be one of ema, live, found lve"],
     ),
     "callback": (["fit", callback("ConflictMonitr")], ["trainer.callbacks", "ConflictMonitor"]),
     "images": (
@@ -487,7 +522,7 @@ def test_a_folder_of_runs_is_no_run_and_they_are_named(tmp_path, capsys, missing
 
 
 def test_formats_of_an_export():
-    assert get_args(Format) == first_look_module._FORMATS
+    assert get_args(Format) == run_arguments._FORMATS
 
 
 def test_a_run_whose_data_are_gone(tmp_path, capsys):
@@ -521,7 +556,9 @@ def test_loggers_have_short_names_on_the_command_line(name):
     assert issubclass(made, loggers.Logger)
     assert places_of(kind).keys() <= set(inspect.signature(made).parameters)
     assert with_classes_of_loggers(["--x", name, f"--trainer.logger={kind}"])[1] == name
-    assert looked(["fit", "--config", str(DIT), f"--trainer.logger={kind}"]) is None
+    message = looked(["fit", "--config", str(DIT), f"--trainer.logger={kind}"])
+    assert message is None or message.startswith(f"trainer.logger: {kind} needs a package, found")
+    assert looked(["predict", "--config", str(DIT), f"--trainer.logger={kind}"]) is None
 
 
 @pytest.mark.parametrize(
@@ -540,6 +577,35 @@ def test_the_name_of_a_run_becomes_the_experiment_of_mlflow(option):
     own = "{class_path: mlflow, init_args: {experiment_name: mine}}"
     given = with_classes_of_loggers(["fit", "--config", str(DIT), "--trainer.logger", own])
     assert not any(each.startswith("--trainer.logger.experiment_name") for each in given)
+
+
+def test_a_logger_needs_its_package(monkeypatch):
+    found = "trainer.logger: {} needs a package, found none; pip install {}"
+    monkeypatch.setattr("ant_lightning.cli.logger_names.find_spec", lambda _: None)
+    for given, kind, install in (
+        ("comet", "CometLogger", "comet_ml"),
+        ("[csv, wandb]", "WandbLogger", "'ant-lightning[wandb]'"),
+        ("{class_path: mlflow}", "MLFlowLogger", "'ant-lightning[mlflow]'"),
+    ):
+        options = with_classes_of_loggers([f"--trainer.logger={given}"])
+        args = ["fit", "--config", str(DIT), *options]
+        assert looked(args) == found.format(kind, install)
+        assert looked([*args, "--print_config"]) is None
+
+
+def test_an_export_needs_a_checkpoint_and_drawn_classes_need_names(tmp_path):
+    (tmp_path / "config.yaml").write_text(DIT.read_text())
+    no_checkpoint = f"{tmp_path}: must be {RUN_OR_CHECKPOINT}, found no checkpoint in it"
+    assert looked(["export", str(tmp_path), "--to=torch"]) == no_checkpoint
+    write_class_map(tmp_path / "class_map.json", ["ball", "dahlia", "temple"])
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    args = ["predict", "--config", str(DIT), f"--ckpt_path={tmp_path}", "--samples.classes"]
+    known = "0 ball, 1 dahlia, 2 temple, or 3 for no class"
+    for classes, wrong in (("[bal]", "bal"), ("[0, 7]", "7")):
+        assert looked([*args, classes]) == f"samples.classes: must be {known}, found {wrong}"
+    for classes in ("[ball, 2]", "[3]", "null"):
+        assert looked([*args, classes]) is None
 
 
 CSV = "{class_path: csv}"
@@ -714,7 +780,9 @@ def parsed(args):
         cli.AntCLI = kept
 
 
-def test_a_class_of_somebody_else_may_bring_others_with_short_names(tmp_path):
+def test_a_class_of_somebody_else_may_bring_others_with_short_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").touch()
     own = [
         "--data=mine.Data",
         "--model.tasks.balancer=MyBalancer",
