@@ -25,7 +25,7 @@ def check_extractor(command: str, settings: Mapping[str, Any], chosen: str | Non
     Raises:
         ConfigError: If their host cannot be reached; says how to do without.
     """
-    metrics = _metrics(settings.get("trainer"))
+    metrics = scores_of(settings.get("trainer"))
     if command not in _OPTIONS or settings.get("scores") is False:
         return
     if metrics is None and command != "score":  # which always has one
@@ -53,7 +53,7 @@ def check_extractor(command: str, settings: Mapping[str, Any], chosen: str | Non
         print(f"{command}: {said}", flush=True)
 
 
-def _metrics(trainer: object) -> dict[str, Any] | None:
+def scores_of(trainer: object) -> dict[str, Any] | None:
     """The settings of `GenerationMetrics` among the callbacks; `None` if it is not there."""
     callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
     for each in callbacks if isinstance(callbacks, list) else [callbacks]:

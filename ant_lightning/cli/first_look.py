@@ -15,7 +15,7 @@ import ant_lightning
 from ant_lightning.cli.bounds import check_bounds
 from ant_lightning.cli.config_files import check_config_file, config_paths
 from ant_lightning.cli.diagnose import validation
-from ant_lightning.cli.extractor_weights import check_extractor
+from ant_lightning.cli.extractor_weights import check_extractor, scores_of
 from ant_lightning.cli.logger_names import is_known_logger, missing_package
 from ant_lightning.cli.merged_settings import FLAGS, HELP, appended, loaded, merge, merged_settings
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
@@ -136,6 +136,9 @@ def _check_paths(settings: dict[str, Any]) -> None:
 
 def _check_score(settings: dict[str, Any]) -> None:
     """Check what `score` needs, and its paths."""
+    # Imported here: it imports NumPy, which `configs` can do without.
+    from ant_lightning.cli.path_settings import check_sizes  # noqa: PLC0415
+
     if settings.get("data") is None:
         raise ConfigError(
             "data: needed, to compare with its images, found nothing; give the --config of a run, "
@@ -147,6 +150,13 @@ def _check_score(settings: dict[str, Any]) -> None:
     if isinstance(clip, str) and not Path(clip, "config.json").is_file():
         raise ConfigError(f"clip: must be a folder with config.json, {found_at(clip)}")
     _check_paths({name: settings.get(name) for name in ("data", "metrics", "images")})
+    data, given = settings["data"], settings.get("metrics")
+    metrics = (scores_of(settings.get("trainer")) or {}) | (
+        given if isinstance(given, dict) else {}
+    )
+    has_data = isinstance(data, dict) and metrics.get("reference") in {None, "train"}
+    if isinstance(images, str) and has_data:
+        check_sizes(images, data)
     check_extractor("score", settings)
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 import tarfile
 import warnings
 import zipfile
+from contextlib import suppress
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
 
 from ant_lightning.cli.source_names import needed_arguments_of
 from ant_lightning.data.archives.shard_names import shard_files
@@ -126,6 +129,28 @@ def check_archive(value: object) -> None:
     if is_whole and path.is_file() and not is_whole(path):
         kind, size = path.suffix.lower()[1:], path.stat().st_size
         raise FileError(f"{path}: must be a whole {kind} file, found {size} bytes that are not")
+
+
+def check_sizes(images: str, data: dict[str, Any]) -> None:
+    """Check that stored images have the size to which a folder of images is cropped.
+
+    Raises:
+        ConfigError: If one has another; names it and says how many others there are.
+    """
+    size, folder = data.get("image_size"), Path(images)
+    if str(data.get("class_path")).rpartition(".")[2] != "ImageFolderData" or type(size) is not int:
+        return
+    wrong = []
+    for path in islice(first_images(folder), _FEW_IMAGES) if folder.is_dir() else ():
+        with suppress(OSError), Image.open(path) as file:  # the command says what is damaged
+            wrong += [(path, file.size)] if file.size != (size, size) else []
+    if wrong:
+        path, (width, height) = min(wrong)
+        others = f", and {len(wrong) - 1} more of other sizes" if wrong[1:] else ""
+        raise ConfigError(
+            f"images: must be {size} x {size} (data.image_size), found {width} x {height} in "
+            f"{path}{others}"
+        )
 
 
 def _check_torchvision(setting: str, name: str, inner: dict[str, Any]) -> None:

@@ -83,7 +83,8 @@ def score_images(
     """The scores of stored images; the ranks of `fabric` share them.
 
     Raises:
-        ConfigError: If there are fewer images than `metrics.num_images`, or than ranks.
+        ConfigError: If there are fewer images than `metrics.num_images`, or than ranks, or they
+            have another shape than the real ones.
     """
     num_images, ranks = metrics.num_images or images.num_images, fabric.world_size
     if not ranks <= num_images <= images.num_images:
@@ -97,6 +98,15 @@ def score_images(
     scores = metrics.new_scores(
         data, seed=metrics.seed or 0, device=fabric.device, progress=progress
     )
+    needed = scores.real.image_shape
+    if needed and images.image_shape != needed:
+        rule, found = (
+            f"{height} x {width} with {channels} channel{'s' * (channels > 1)}"
+            for channels, height, width in (needed, images.image_shape)
+        )
+        raise ConfigError(
+            f"images: must be {rule}, as the real images are read, found {found} in {images.path}"
+        )
     with progress("images", total=num_images) as shown:
         for batch in images.batches(
             batch_size=metrics.batch_size, limit=num_images, first=fabric.global_rank, every=ranks

@@ -106,11 +106,20 @@ class StoredImages:
             picture = open_picture(path, channels=channels)
             if picture.size != (width, height):
                 raise ConfigError(
-                    f"images: {path} must be {width} x {height} as {self._files[0].name}, "
-                    f"found {picture.width} x {picture.height}"
+                    f"images: must all be {width} x {height} as {self._files[0].name}, found "
+                    f"{picture.width} x {picture.height} in {path}"
                 )
             pictures.append(np.asarray(picture).reshape(height, width, channels))
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape `(c, h, w)` of the first image."""
+        if not self._files:
+            _, height, width, channels = self._shape
+            return channels, height, width
+        channels, (width, height) = self._channels_and_size
+        return channels, height, width
 
     @cached_property
     def _channels_and_size(self) -> tuple[int, tuple[int, int]]:

@@ -593,6 +593,22 @@ def test_a_logger_needs_its_package(monkeypatch):
         assert looked([*args, "--print_config"]) is None
 
 
+def test_stored_images_need_the_size_of_the_data(tmp_path):
+    for name, size in (("a.png", (9, 9)), ("b.png", (12, 9)), ("c.png", (9, 10))):
+        (tmp_path / "real").mkdir(exist_ok=True)
+        Image.new("RGB", size).save(tmp_path / "real" / name)
+    images = f"--images={tmp_path / 'real'}"
+    args = with_paths_of_configs(["score", *FOLDER, f"--data.root={tmp_path}", images])
+    args += ["--metrics.extractor=ant_lightning.ShapesFeatures"]
+    found = f"found 12 x 9 in {tmp_path / 'real' / 'b.png'}, and 1 more of other sizes"
+    sized = [*args, "--data.image_size=9"]
+    assert looked(sized) == f"images: must be 9 x 9 (data.image_size), {found}"
+    assert looked([*sized, "--metrics.reference=x.npz", "--metrics.with_train=false"]) is None
+    (tmp_path / "real" / "c.png").unlink()
+    (tmp_path / "real" / "b.png").write_bytes(b"no image: the command says it")
+    assert looked([*sized, "--data.validate_images=off"]) is None
+
+
 def test_an_export_needs_a_checkpoint_and_drawn_classes_need_names(tmp_path):
     (tmp_path / "config.yaml").write_text(DIT.read_text())
     no_checkpoint = f"{tmp_path}: must be {RUN_OR_CHECKPOINT}, found no checkpoint in it"
