@@ -59,6 +59,13 @@ def test_the_classes_on_the_page_about_extending_work(number):
     exec(code_blocks(DOCS / "reference" / "extending.md")[number], {})
 
 
+def test_the_loop_on_the_page_about_processes_learns_its_circle():
+    (block,) = code_blocks(DOCS / "processes.md")
+    found: dict = {}
+    exec(block, found)
+    assert float((found["x"].norm(dim=1) - 1).abs().mean()) < 0.2  # of noise it is 0.54
+
+
 def test_every_decision_is_in_the_index():
     index = (DOCS / "decisions" / "index.md").read_text()
     files = {path.name for path in (DOCS / "decisions").glob("[0-9]*.md")}

@@ -90,7 +90,10 @@ def needed(settings: str) -> str:
 
 def no_such_setting(path: str, known: Iterable[str], owner: str = "the command") -> str:
     """Message for a setting that does not exist, with the closest one that does."""
-    return f"{path}: {owner} has no such setting{suggestion(path, known)}"
+    hint = suggestion(path, known)
+    if path.endswith("+"):
+        hint = f"; in a config a list replaces, --{path} of the command line adds to it"
+    return f"{path}: {owner} has no such setting{hint}"
 
 
 def suggestion(path: str, candidates: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ant_lightning.cli.messages import one_line
+from ant_lightning.cli.messages import no_such_setting, one_line
 
 NESTED = """Parser key "model":
   Does not validate against any of the Union subtypes
@@ -51,6 +51,10 @@ def test_other_messages_keep_their_words_on_one_line():
     )
     assert one_line("unrecognized arguments: --num_image", ["--samples.num_images"]) == (
         "num_image: the command has no such setting; did you mean 'samples.num_images'?"
+    )
+    assert no_such_setting("trainer.callbacks+", ["trainer.callbacks"]) == (
+        "trainer.callbacks+: the command has no such setting; in a config a list replaces, "
+        "--trainer.callbacks+ of the command line adds to it"
     )
     assert one_line('Parser key "config": File does not exist: a.yaml') == (
         "config: File does not exist: a.yaml"
