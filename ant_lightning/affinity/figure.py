@@ -51,7 +51,7 @@ def affinity_heat_maps(
         edges, label, log = time.at((edges + 0.5).clip(*limits)), time.label, time.log
     maps = {
         "plain: cosine of the mean gradients": result.plain,
-        "corrected for the noise of the gradients": result.corrected,
+        "corrected for the noise of the gradients (grey: only noise)": result.corrected,
     }
     for panel, (title, values) in zip(top, maps.items(), strict=True):
         mesh = panel.pcolormesh(edges, edges, values.numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
@@ -64,7 +64,9 @@ def affinity_heat_maps(
             panel.invert_yaxis()  # noise grows downwards, as in a printed matrix
     figure.colorbar(mesh, ax=top, label="task affinity", shrink=0.9)
     for panel in bottom:
-        panel.stairs(result.reliability.numpy(), edges, color="tab:green", linewidth=1.2)
+        # Without a baseline, as its lines to 0 at both ends would look like values.
+        steps = {"baseline": None, "color": "tab:green", "linewidth": 1.2}
+        panel.stairs(result.reliability.numpy(), edges, **steps)
         panel.axhline(_RELIABLE, color="0.4", linestyle="--", linewidth=0.8)
         panel.set(xlabel=label, ylabel="reliability", ylim=(-0.05, 1.05))
         panel.set_xscale("log" if log else "linear")
@@ -141,6 +143,7 @@ def _positions(result: AffinityResult, axis: NoiseAxis) -> Tensor:
 
 def _caption(result: AffinityResult) -> str:
     checkpoints = f"{result.num_checkpoints} checkpoint{'s' * (result.num_checkpoints > 1)}"
-    how = "exact" if result.sketch_dim is None else f"sketched to {result.sketch_dim}"
+    whole = result.sketch_dim is None
+    how = "whole gradients" if whole else f"gradients sketched to {result.sketch_dim} numbers"
     what = f"{result.model}: " if result.model else ""
     return f"{what}{len(result.timesteps)} timesteps, {checkpoints}, {how}"

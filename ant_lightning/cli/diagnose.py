@@ -6,14 +6,14 @@ whose `model.init_from` names the weights of others.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
-from inspect import cleandoc
 from typing import TYPE_CHECKING
 
 from ant_lightning.cli.merged_settings import HELP
 from ant_lightning.cli.records import with_run
-from ant_lightning.cli.source_names import arguments_of
+from ant_lightning.cli.source_names import arguments_of, class_of
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def validation(args: Sequence[str]) -> tuple[dict[str, object], list[str]]:
 
 
 def _help() -> str:
-    from ant_lightning.diagnosis.callback import Diagnosis  # noqa: PLC0415
-
-    found = re.search(r"Args:\n(.*?)\n\n", cleandoc(Diagnosis.__doc__ or ""), re.DOTALL)
+    source = class_of("Diagnosis")  # read without its imports, which take seconds
+    text = source and ast.get_docstring(source)
+    found = re.search(r"Args:\n(.*?)\n\n", text or "", re.DOTALL)
     own = re.sub(r"^    (\w+):", r"  --\1:", found[1] if found else "", flags=re.MULTILINE)
     return "\n".join(
         [

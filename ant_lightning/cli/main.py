@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, TextIO
 from ant_lightning import __version__
 from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.first_look import first_look
+from ant_lightning.cli.merged_settings import HELP
 from ant_lightning.cli.records import need_run, with_run
 from ant_lightning.cli.trainer_settings import with_classes_of_loggers
 from ant_lightning.errors import (
@@ -143,7 +144,10 @@ def _main(arguments: list[str]) -> int:
         arguments = _with_groups(with_classes_of_loggers(arguments))
         first_look(arguments)
         warn_in_lines()
-        return (_run_other if arguments[0] in WITHOUT_LIGHTNING else _run)(arguments)
+        is_quick = arguments[0] in WITHOUT_LIGHTNING or (
+            arguments[0] == "diagnose" and bool(HELP.intersection(arguments))
+        )
+        return (_run_other if is_quick else _run)(arguments)
     except ConfigError as error:
         return _fail(message_of(error), 2)
     except KeyboardInterrupt:  # before training or outside of it: nothing is lost

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _KID = (
-    "KID is torch-fidelity's, without the factor of 1,000 of many papers; it is unbiased, so it "
-    "may be slightly below 0. "
+    " KID is torch-fidelity's, without the factor of 1,000 of many papers; it is unbiased, so it "
+    "may be slightly below 0."
 )
 _SWEPT = ("fid", "fid_real", "kid", "precision", "recall", "class_agreement")
 
@@ -32,7 +32,7 @@ def scores_section(folder: Path, config: Mapping[str, Any]) -> str:
     about = ", ".join(f"{n} {v}" for n, v in last.items() if isinstance(v, str | int | float))
     rows = [[name, f"{value:.4g}"] for name, value in last["scores"].items()]
     kid = _KID if "kid" in last["scores"] else ""
-    return f"## Scores\n\n{about}. {kid}\n\n{table(['score', 'value'], *rows)}"
+    return f"## Scores\n\n{about}.{kid}\n\n{table(['score', 'value'], *rows)}"
 
 
 def _why_none(config: Mapping[str, Any]) -> str:

@@ -17,6 +17,10 @@ from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.data.stored_images import StoredImages
 from ant_lightning.errors import ConfigError
+from ant_lightning.generation import (
+    shipped_networks,  # noqa: F401 - so that --help lists every extractor
+    transformers_features,  # noqa: F401
+)
 from ant_lightning.generation.callback import GenerationMetrics
 from ant_lightning.runtime.progress_display import ProgressDisplay
 from ant_lightning.runtime.quiet import keep_quiet

@@ -62,8 +62,8 @@ def _caveats(findings: Findings) -> list[Advice]:
                 "Train longer before you choose a method"
                 if steps
                 else "Train first: these weights are untrained",
-                f"This is step {steps}, and the numbers below change fast early in training. The "
-                f"studies compare no methods before step {_EARLY}.",
+                f"This is step {steps}, and losses and gradients change fast early in training. "
+                f"The studies compare no methods before step {_EARLY}.",
                 "results.md#does-an-early-measurement-predict-which-method-helps",
                 is_caveat=True,
             )

@@ -149,10 +149,13 @@ def _cost(findings: Findings, *, relative: bool) -> list[list[str]]:
     seconds = findings.seconds
     rows = [["method", "ms", "lowest to highest", *["relative to vanilla"] * relative]]
     for name, times in findings.times.items():
-        row = [name, f"{1e3 * seconds[name]:.3g}"]
-        row.append(f"{1e3 * min(times):.3g} to {1e3 * max(times):.3g}")
+        row = [name, _ms(seconds[name]), f"{_ms(min(times))} to {_ms(max(times))}"]
         rows.append(row + [f"{seconds[name] / seconds['vanilla']:.2f}"] * relative)
     return rows
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds > 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def _cosines(findings: Findings) -> list[list[str]]:

@@ -105,10 +105,10 @@ def clusterings_figure(
         _intervals(intervals, clusterings, edges, log=by_time and time.log)
         for name, clusters in clusterings.items():
             drawn = importance_density(clusters, density)
-            densities.stairs(drawn, edges, label=name, linewidth=1.6)
-        densities.stairs(
-            own, edges, color="0.2", linestyle="--", linewidth=0.9, label="own density"
-        )
+            # Without a baseline, as its lines to 0 at both ends would look like values.
+            densities.stairs(drawn, edges, baseline=None, label=name, linewidth=1.6)
+        dashed = {"color": "0.2", "linestyle": "--", "linewidth": 0.9}
+        densities.stairs(own, edges, baseline=None, label="own density", **dashed)
         # Log-SNR falls with the timestep: these limits reverse its axis, so noise grows rightwards.
         densities.set(xlabel=label, xlim=(edges[0], edges[-1]))
         densities.set_ylim(bottom=0)

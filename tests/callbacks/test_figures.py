@@ -115,6 +115,14 @@ def test_log_snr_ends_where_the_tables_end():
     assert figure.axes[1].get_ylim() == pytest.approx(ends)
 
 
+def test_lines_of_steps_do_not_fall_to_0_at_their_ends():
+    lines = affinity_heat_maps(result()).axes[2].patches
+    drawn = clusterings_figure({"own": TimestepClusters((0, 10, 30))}, torch.linspace(5, -5, 30))
+    lines = [*lines, *drawn.axes[2].patches, *drawn.axes[3].patches]
+    assert len(lines) == 5
+    assert all(each.get_data().baseline is None for each in lines)
+
+
 def test_one_measurement_has_its_points_side_by_side():
     curves = {f"val/task_{i}/loss": [(60, 1.0)] for i in range(3)}
     (axis,) = curves_figure(curves).axes

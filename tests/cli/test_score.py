@@ -120,3 +120,11 @@ def test_another_size_than_that_of_the_reference_is_refused(tmp_path):
     images = StoredImages(tmp_path / "large.npz")
     with pytest.raises(ConfigError, match=r"must be 8 x 8 with 1 channel, .* 16 x 16"):
         score_images(GenerationMetrics(Any8()), DigitsData(), images, L.Fabric(accelerator="cpu"))
+
+
+def test_help_lists_every_extractor_of_the_package(capsys):
+    with pytest.raises(SystemExit):
+        main(["score", "--help"])
+    shown = "".join(capsys.readouterr().out.split())
+    for name in ("ShapesFeatures", "DigitsFeatures", "DINOv2Features", "CLIPFeatures"):
+        assert f"ant_lightning.{name}" in shown

@@ -3,6 +3,8 @@
 import inspect
 import json
 import re
+import subprocess
+import sys
 from html import escape
 from importlib.metadata import metadata
 from inspect import signature
@@ -282,6 +284,14 @@ def test_what_is_not_a_run_is_refused_in_one_line(tmp_path, capsys):
     assert all(f"\n  --{name}: " in shown for name in signature(Diagnosis).parameters)
     assert main(["diagnose"]) == 2
     assert "needs the folder of a run, or --config, found none" in capsys.readouterr().err
+
+
+def test_help_of_diagnose_imports_neither_torch_nor_lightning():
+    code = (
+        "import sys; from ant_lightning.cli.main import main; code = main(['diagnose', '--help']); "
+        "sys.exit(code or ', '.join({'torch', 'lightning'} & {*sys.modules}) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_task_has_a_point_of_the_default_grid():
