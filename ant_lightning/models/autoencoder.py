@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from ant_lightning.data.batch import check_batch
 from ant_lightning.data.module import image_data
 from ant_lightning.errors import ConfigError, NonFiniteError, check_at_least, check_range
 from ant_lightning.files.torch_file import not_finite
@@ -200,7 +199,7 @@ class AutoencoderModule(BaseModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted sum of the two terms; noise depends on seed, step and place in the batch."""
-        check_batch(batch)
+        self.check_images(batch)
         b, _, height, width = batch.images.shape
         channels, rank = self.backbone.config.latent_channels, self.trainer.global_rank
         shape = channels, height // self.factor, width // self.factor
@@ -223,7 +222,7 @@ class AutoencoderModule(BaseModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log both terms on held-out images, from the posterior's means."""
-        check_batch(batch)
+        self.check_images(batch)
         error, divergence = self.losses(batch.images, None)
         size = len(batch.images)
         self.log("val/reconstruction", error, batch_size=size, sync_dist=True, prog_bar=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ant_lightning.backbones.checkpoint_layouts import bare_names
 from ant_lightning.backbones.official_checkpoints import fill_backbone
+from ant_lightning.data.batch import check_batch, check_first_images
 from ant_lightning.errors import ConfigError, check_one_of
 from ant_lightning.files.checkpoint_shards import check_shards, fill_shards
 from ant_lightning.models.adapters import base_fingerprint
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ant_lightning.data.batch import Batch
+
 
 class BaseModule(L.LightningModule):
     """A LightningModule with a `backbone` that can be constructed from a checkpoint."""
@@ -33,6 +36,7 @@ class BaseModule(L.LightningModule):
     #: Names in the backbone's state that no checkpoint holds: the base of an adapter.
     not_stored: frozenset[str] = frozenset()
     base_weights: str | None = None
+    _checked_images: frozenset[bool] = frozenset()
 
     @_restricted_classmethod  # called on an instance, it would leave the instance unchanged
     def load_from_checkpoint(  # type: ignore[override]
@@ -102,6 +106,22 @@ class BaseModule(L.LightningModule):
         # overrides it.
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         return [] if any(isinstance(each, RankWatch) for each in callbacks) else [RankWatch()]
+
+    def check_images(self, batch: Batch) -> None:
+        """Check what a loader yields; the values of images once each for training and validation.
+
+        Raises:
+            ConfigError: If the batch is none, or its first images are not in [-1, 1].
+        """
+        check_batch(batch)
+        if self.training not in self._checked_images:
+            if self.takes_pixels(batch):
+                check_first_images(batch.images)
+            self._checked_images |= {self.training}
+
+    def takes_pixels(self, batch: Batch) -> bool:
+        """Whether the images of a batch must be in [-1, 1]."""
+        return True
 
     @property
     def log_due(self) -> bool:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ant_lightning.backbones.diffusers import DiffusersBackbone, as_backbone
-from ant_lightning.data.batch import check_batch, check_first_images
 from ant_lightning.data.module import image_data
 from ant_lightning.diffusion.condition import map_condition, rows_of
 from ant_lightning.diffusion.flow import FlowMatching
@@ -95,7 +94,6 @@ class DiffusionModule(BaseModule):
         self.latent_space: LatentSpace | None = None if first_stage is None else first_stage.space
         self.seed = run_seed(seed)
         self.trained_steps = 0
-        self._checked_images: set[bool] = set()
         #: Classes of the images that `predict` draws, in turn; `None` for all.
         self.predict_classes: list[int] | None = None
         #: Called in `sample` after each step with images, step and number of steps.
@@ -265,18 +263,11 @@ class DiffusionModule(BaseModule):
         cached = self.codec.holds_moments(batch.images)
         return self.decode(self.encode(batch)) if cached else batch.images
 
-    def check_images(self, batch: Batch) -> None:
-        """Check what a loader yields; the values of pixels once each for training and validation.
-
-        Raises:
-            ConfigError: If the batch is none, or its first images are not in [-1, 1].
-        """
-        check_batch(batch)
-        # Data whose predictions are not clipped may be anything.
-        if self.training not in self._checked_images and self.clip_denoised:
-            if self.latent_space is None:
-                check_first_images(batch.images)
-            self._checked_images.add(self.training)
+    def takes_pixels(self, batch: Batch) -> bool:
+        """Whether images are denoised or encoded; what sampling does not clip may be anything."""
+        if self.latent_space is None:
+            return self.clip_denoised
+        return not self.codec.holds_moments(batch.images)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the losses of the last epoch."""

@@ -80,7 +80,7 @@ class Images(Dataset):
     def __getitem__(self, i):
         condition = {name: each[0] for name, each in told(1, i).items()} | self.lacking
         condition = {name: each for name, each in condition.items() if each is not None}
-        image = torch.full((1, 4, 6), i / 12)
+        image = torch.full((1, 4, 6), i / 12 - 0.5)
         return Batch(image, torch.tensor(i % 4), torch.tensor(i), condition)
 
 

@@ -6,6 +6,7 @@ import torch
 from tiny_fit import SIZE
 
 from ant_lightning import (
+    AutoencoderModule,
     Batch,
     ConfigError,
     DigitsData,
@@ -102,7 +103,17 @@ def test_images_in_another_range(recwarn):
     free.check_images(batch_of(255 * unit))
     latent = module()
     latent.latent_space = LatentSpace(kind="kl", scale=1.0, shift=0.0, fingerprint="", source="")
-    latent.check_images(batch_of(9 * unit))
+    latent.check_images(batch_of(9 * unit.repeat(1, 2, 1, 1)))  # moments
+
+
+def test_images_that_are_encoded_are_pixels():
+    moments = batch_of(torch.full((2, 2, 8, 8), 200.0))  # of a latent with one channel
+    latent = module()
+    latent.latent_space = LatentSpace(kind="kl", scale=1.0, shift=0.0, fingerprint="", source="")
+    latent.check_images(moments)
+    for model in (latent.eval(), AutoencoderModule(in_channels=1, widths=(16, 16))):
+        with pytest.raises(ConfigError, match=r"^batch.images: must be in \[-1, 1\]"):
+            model.check_images(batch_of(torch.full((2, 1, 16, 16), 200.0)))
 
 
 def test_every_run_looks_at_its_first_images():
