@@ -96,6 +96,15 @@ def test_losses_of_another_copy_of_the_model_are_said(make):
         loop.backward(lambda rows: other(loop.x[rows]).square().mean(1))
 
 
+def test_gradients_that_cancel_out_are_no_mistake(recwarn):
+    pull = torch.nn.Linear(1, 1, bias=False)
+    ways = torch.tensor([1.0, -1.0])  # two tasks, one parameter, opposite gradients
+    step = MultiTaskStep(pull, PCGrad(2))
+    report = step.backward(lambda rows: pull.weight[0, 0] * ways[rows], torch.tensor([0, 1]))
+    assert not report.grad_norm
+    assert not [each for each in recwarn if "must depend on" in str(each.message)]
+
+
 @pytest.mark.parametrize("make", [lambda k: None, PCGrad, UncertaintyWeighting])
 def test_a_mean_in_place_of_the_losses_of_samples_is_said(make):
     loop = Loop(make(2))
