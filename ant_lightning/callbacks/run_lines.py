@@ -31,6 +31,7 @@ class RunLines(RunCallback):
         super().__init__()
         self.called = called
         self._trained = False
+        self._has_table = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn of an adapter on random weights, which a module made of settings may have."""
@@ -83,7 +84,19 @@ class RunLines(RunCallback):
             weights = f"{averaged}weights of {_shown(trainer.ckpt_path)}"
             weights += f" at step {steps}" if steps else ""
         _print(trainer, f"{self.called or command.value}: {weights}")
+        loop = {"validate": trainer.validate_loop, "test": trainer.test_loop}.get(command.value)
+        if loop is not None and loop.verbose:  # Lightning's table has 16 digits and "DataLoader 0"
+            self._has_table, loop.verbose = True, False
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the values that an evaluation has measured."""
+        if self._has_table:
+            self._has_table = False
+            for name, value in sorted(trainer.callback_metrics.items()):
+                if name != "step":
+                    _print(trainer, f"{name:34} {float(value):.6g}")
+
+    on_test_end = on_validation_end
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 

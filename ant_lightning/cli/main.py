@@ -42,6 +42,7 @@ import select
 import signal
 import sys
 import warnings
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, TextIO
 
@@ -137,7 +138,10 @@ def _main(arguments: list[str]) -> int:
         print(f"ant-lightning {__version__}")
         return 0
     if arguments[0] not in COMMANDS:
-        return _fail(f"command: must be one of {', '.join(COMMANDS)}, found {arguments[0]!r}", 2)
+        close = get_close_matches(arguments[0], COMMANDS, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        known = ", ".join(COMMANDS)
+        return _fail(f"command: must be one of {known}, found {arguments[0]!r}{meant}", 2)
     try:
         need_run(arguments)
         arguments = with_paths_of_configs(with_run(arguments))

@@ -90,7 +90,8 @@ def check_paths(places: Iterable[tuple[str, str, dict[str, Any]]]) -> None:
         rules = _RULES.get(name, {})
         missing = [each for each in needed_arguments_of(name) if each not in inner] if rules else []
         if missing:
-            raise ConfigError(f"{setting}.{', '.join(missing)}: needed, found nothing")
+            option = f"--{setting}.{missing[0]} {'PATH' if missing[0] in rules else 'VALUE'}"
+            raise ConfigError(f"{setting}.{', '.join(missing)}: needed, found nothing ({option})")
         for argument, rule in rules.items():
             value = inner.get(argument)
             if not isinstance(value, str):  # the parser says what it must be

@@ -142,6 +142,7 @@ class ImageFolderData(ImageDataModule):
             self.num_held_out,
             seed=self.split_seed,
             stream="folder split",
+            setting="root",
             place=self.root,
         )
         self.num_held_out = len(held_out)

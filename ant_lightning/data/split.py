@@ -15,6 +15,7 @@ def split_positions(
     *,
     seed: int,
     stream: str = "map split",
+    setting: str = "dataset",
     place: object = "the data set",
 ) -> tuple[Tensor, Tensor]:
     """Positions that are trained on, and those that are not, each in increasing order.
@@ -24,10 +25,11 @@ def split_positions(
         num_held_out: How many are held out; `None`: a tenth, at most 1,000.
         seed: Decides which ones.
         stream: Name of the random numbers.
+        setting: The argument that says which images.
         place: What holds the images, for a message.
 
     Raises:
-        ConfigError: If none would be left to train on.
+        ConfigError: If none would be left to train on, or there are too few to hold one out.
 
     Examples:
         >>> from ant_lightning.data.split import split_positions
@@ -36,6 +38,11 @@ def split_positions(
         (18, 2, True)
     """
     chosen = min(1000, max(1, count // 10)) if num_held_out is None else num_held_out
+    if num_held_out is None and count < 2:
+        raise ConfigError(
+            f"{setting}: must hold at least 2 images, one to train on and one held out, found "
+            f"{count} in {place}"
+        )
     if not 1 <= chosen < count:
         raise ConfigError(
             f"num_held_out: must be at least 1 and below the {count} images in {place}, "

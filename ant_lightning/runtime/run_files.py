@@ -30,7 +30,7 @@ def newest_record(folder: Path) -> Path | None:
 
 
 def no_run(path: str | Path, found: str, what: str = "the folder of a run") -> ConfigError:
-    """The error for a path that is not `what`; of a folder of several runs, it names them.
+    """The error for a path that is not `what`; names the runs in the folder, or else beside it.
 
     Args:
         path: The path that was given.
@@ -38,8 +38,11 @@ def no_run(path: str | Path, found: str, what: str = "the folder of a run") -> C
         what: What it must be.
     """
     path = Path(path)
+    # Of a name that is misspelt, the runs beside it; the root and the working folder have too many.
+    beside = found_runs(path.parent) if path.parent.name and not path.exists() else None
+    near = f"; {path.parent} is {beside}" if beside else ""
     found = found_runs(path) or (found if path.exists() else "nothing")
-    return ConfigError(f"{path}: must be {what}, found {found}")
+    return ConfigError(f"{path}: must be {what}, found {found}{near}")
 
 
 def found_runs(path: Path) -> str | None:

@@ -86,6 +86,7 @@ SEEN = [
 ]
 MORE = {
     "unknown command": (["train"], ["command: must be one of fit", "'train'"]),
+    "misspelt command": (["predcit"], ["found 'predcit'; did you mean 'predict'?"]),
     "group": (["fit", "--trainr.max_steps=3"], ["trainr: the command", "'trainer'"]),
     "flag": (["fit", "--trainer.max_stepz", "3"], ["trainer.max_stepz: ", "'trainer.max_steps'"]),
     "flag without its group": (["fit", "--max_steps=3"], ["max_steps: ", "'trainer.max_steps'"]),
@@ -607,6 +608,15 @@ def test_stored_images_need_the_size_of_the_data(tmp_path):
     (tmp_path / "real" / "c.png").unlink()
     (tmp_path / "real" / "b.png").write_bytes(b"no image: the command says it")
     assert looked([*sized, "--data.validate_images=off"]) is None
+
+
+def test_a_misspelt_run_is_answered_with_those_beside_it(tmp_path):
+    (tmp_path / "runs" / "mine" / "version_0").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "version_0" / "config.yaml").touch()
+    runs = tmp_path / "runs"
+    known = f"{runs} is a folder of runs (mine/version_0), such as {runs}/mine/version_0"
+    wrong = f"{runs / 'nope'}: must be the folder of a run, found nothing; {known}"
+    assert looked(["report", str(runs / "nope")]) == wrong
 
 
 def test_an_export_needs_a_checkpoint_and_drawn_classes_need_names(tmp_path):

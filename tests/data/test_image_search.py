@@ -311,6 +311,11 @@ def test_folders_without_any_image_say_what_is_there(tmp_path):
         pytest.raises(ConfigError, match=r"^num_held_out: .* below the 1 images in .*, found 1"),
     ):
         folder_data(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(ConfigError, match="^root: must hold at least 2 images, one .*, found 1 in"),
+    ):
+        folder_data(tmp_path, num_held_out=None)
 
 
 SYSTEM = ["@eaDir", "__MACOSX", ".thumbs", "#recycle", "$RECYCLE.BIN", "lost+found", "@Recycle"]
