@@ -313,7 +313,7 @@ def test_folders_without_any_image_say_what_is_there(tmp_path):
         folder_data(tmp_path)
     with (
         pytest.warns(UserWarning, match="skipped"),
-        pytest.raises(ConfigError, match="^root: must hold at least 2 images, one .*, found 1 in"),
+        pytest.raises(ConfigError, match=r"^root: must hold at least 2 images, one .*, found 1 in"),
     ):
         folder_data(tmp_path, num_held_out=None)
 
