@@ -40,7 +40,8 @@ class DigitsMixtureData(ImageDataModule):
 
     No image is seen twice in training, so nothing can be memorised. `E[eps | x_t]` is known in
     closed form (`mixture.denoise`), so `ExcessRisk` can measure how far a model's loss is above the
-    lowest possible loss. A few pixels lie outside [-1, 1]. There are no labels.
+    lowest possible loss. A few pixels lie outside [-1, 1], so a model of them has
+    `Sampling(clip_denoised=False)`. There are no labels.
 
     Args:
         batch_size: Images of one optimizer step, over all ranks.
