@@ -69,9 +69,9 @@ def with_classes_of_loggers(args: Sequence[str]) -> list[str]:
     Each keeps its runs where the one before does, and the first in `runs`.
 
     >>> from ant_lightning.cli.trainer_settings import with_classes_of_loggers
-    >>> with_classes_of_loggers(["fit", "--trainer.logger", "CSV"])
-    ['fit', '--trainer.logger=CSVLogger']
-    >>> with_classes_of_loggers(["fit", "--trainer.logger=my.Logger", "--trainer.logger+=csv"])[2]
+    >>> with_classes_of_loggers(["fit", "--trainer.logger", "CSV"])[-1]
+    '--trainer.logger=CSVLogger'
+    >>> with_classes_of_loggers(["fit", "--trainer.logger=my.Logger", "--trainer.logger+=csv"])[-1]
     '--trainer.logger=["my.Logger", {"class_path": "CSVLogger", "init_args": {"save_dir": "runs"}}]'
     """
     found = list(args)
