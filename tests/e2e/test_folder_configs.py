@@ -209,8 +209,12 @@ def test_a_run_without_weights_of_inception_trains_without_scores(
     assert main(["test", *wanted]) == 2  # before any image is drawn
     assert "error: weights: could not be downloaded" in capsys.readouterr().err
     run = str(last.parents[1])
+    drawn = tmp_path / "drawn"  # of the size of the data
+    drawn.mkdir()
+    for i in range(4):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(drawn / f"{i}.png")
     for command, option in (
-        (["score", f"--config={run}/config.yaml", f"--images={images}"], "--metrics.extractor"),
+        (["score", f"--config={run}/config.yaml", f"--images={drawn}"], "--metrics.extractor"),
         (["sweep", run, "--guidance", "1"], "--extractor"),
     ):
         assert main([*command, "--accelerator=cpu"]) == 2

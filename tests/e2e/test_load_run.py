@@ -434,6 +434,7 @@ def test_a_sweep_over_data_of_ones_own_needs_trust(run, tmp_path, monkeypatch, c
     assert row.startswith("guidance 1: fid")
 
 
+@pytest.mark.filterwarnings("ignore:losses. must depend on the parameters")  # a base of zeros
 def test_an_adapter_finds_its_base_in_init_from_again(tmp_path):
     torch.manual_seed(3)
     torch.save(DiT(**BACKBONE["init_args"]).state_dict(), tmp_path / "base.pt")
