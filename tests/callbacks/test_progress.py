@@ -104,6 +104,7 @@ def test_a_long_validation_counts_its_batches(tmp_path, monkeypatch):
 def test_the_images_of_a_grid_are_counted(tmp_path, monkeypatch):
     callback, out = TrainingProgress(line_interval=0.0), io.StringIO()
     monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.chdir(tmp_path)  # where the grid is written without a logger
     grid = SampleGrid(num_images=4)
     settings = {"model": {"sampler": DDIM(num_steps=2)}, "enable_progress_bar": True}
     fit(tmp_path, callbacks=[callback, grid], steps=1, val_interval=1, **settings)
