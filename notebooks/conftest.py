@@ -7,7 +7,7 @@ import pytest
 os.environ["ANT_NOTEBOOKS_SMALL"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-SLOW = ("01", "04", "05", "06")  # 15 to 30 seconds each
+SLOW = ("01", "03", "04", "05", "06")  # 10 to 30 seconds each
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -45,6 +45,7 @@ def with_a_worker_that_dies(folder):
     fit(folder, workers=2, callbacks=[KillWorker()], every=2)
 
 
+@pytest.mark.slow
 def test_a_loading_process_that_dies_ends_the_run_in_one_line(tmp_path):
     stderr = tmp_path / "stderr"
     assert process(command_line, with_a_worker_that_dies, stderr, tmp_path / "run") == 1
