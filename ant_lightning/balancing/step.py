@@ -18,7 +18,7 @@ from ant_lightning.balancing.linear import SampleMean
 from ant_lightning.balancing.parameters import clear_gradients, names_of, trained_parameters
 from ant_lightning.balancing.reduction import default_reduction
 from ant_lightning.balancing.task_batch import TaskBatch
-from ant_lightning.errors import ConfigError, check_whole
+from ant_lightning.errors import ConfigError, check_instance, check_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -88,9 +88,9 @@ class MultiTaskStep:
         micro_batch_size: int | None = None,
         reduction: Reduction | None = None,
     ) -> None:
-        _check_kind("model", model, nn.Module)
+        check_instance(nn.Module, "the network that the losses call", model=model)
         if balancer is not None:
-            _check_kind("balancer", balancer, Balancer)
+            check_instance(Balancer, "PCGrad(num_tasks=5)", balancer=balancer)
         check_whole(1, num_tasks=num_tasks)
         if balancer is not None and num_tasks not in (None, balancer.num_tasks):
             raise ConfigError(
@@ -272,11 +272,3 @@ class MultiTaskStep:
     def load_arrival_orders(self, orders: Mapping[str, Sequence[int]]) -> None:
         """Take over `arrival_orders` of rank 0; the same on all ranks, before the first step."""
         self._buffers.load_orders(orders)
-
-
-def _check_kind(name: str, part: object, kind: type) -> None:
-    if not isinstance(part, kind):
-        found = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
-        if not isinstance(part, type | str | None):
-            found = f"a {type(part).__name__}"
-        raise ConfigError(f"{name}: must be a {kind.__name__}, found {found}")
