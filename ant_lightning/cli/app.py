@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jsonargparse import ArgumentParser
 
 from ant_lightning.callbacks.grid_figure import image_grid
 from ant_lightning.cli.load_run import load_run
-from ant_lightning.cli.messages import first_config_error
-from ant_lightning.cli.parts import TRUST
+from ant_lightning.cli.run_arguments import run_arguments
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.edm import EDM
@@ -39,16 +38,7 @@ def run_app(args: Sequence[str]) -> None:
         ConfigError: If an argument is wrong, a folder is not that of a run, or gradio is missing.
     """
     keep_quiet("app")
-    parser = ArgumentParser(prog="ant-lightning app", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("runs", type=str, nargs="+", help="folders of runs, or checkpoints")
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="address to listen at")
-    parser.add_argument("--port", type=int, default=7860, help="port to listen at")
-    parser.add_argument("--device", type=str, default="cpu", help="cpu, cuda, ..")
-    parser.add_argument("--trust", **TRUST)
-    try:
-        chosen = parser.parse_args(list(args))
-    except Exception as error:  # the parser has errors of several kinds
-        raise first_config_error(error, parser._option_string_actions) from error
+    chosen = SimpleNamespace(**run_arguments("app", args))
     app = make_app(chosen.runs, device=chosen.device, trust=chosen.trust)
     print(f"app: http://{chosen.host}:{chosen.port} (Ctrl-C ends it)", flush=True)
     try:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ArgumentParser
-
 from ant_lightning import __version__
 from ant_lightning.cli.load_run import load_run, run_settings
-from ant_lightning.cli.messages import first_config_error
+from ant_lightning.cli.run_arguments import Format, run_arguments
 from ant_lightning.data.class_map import read_class_map
 from ant_lightning.errors import ConfigError, FileError
 from ant_lightning.exports.card import model_card
@@ -28,7 +26,6 @@ from ant_lightning.transfer.experts import with_experts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Format = Literal["diffusers", "official", "safetensors", "torch"]
 _WRITERS = {
     "official": write_official,
     "safetensors": write_safetensors,
@@ -150,18 +147,7 @@ def run_export(args: Sequence[str]) -> None:
         ConfigError: If an argument is wrong, or a part has no equivalent.
     """
     keep_quiet("export")
-    parser = ArgumentParser(prog="ant-lightning export", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("run", type=str, help="folder of a run, or a checkpoint")
-    parser.add_function_arguments(export, skip={"run"})
-    parser.add_argument("--push_to_hub", type=str | None, help="owner/name on the hub")
-    try:
-        settings = parser.parse_args(list(args))
-    except Exception as error:  # the parser has errors of several kinds
-        # `--config` is that of the run: it would not give what is missing here.
-        raise first_config_error(
-            error, parser._option_string_actions.keys() - {"--config"}
-        ) from error
-    options = settings.as_dict()
+    options = run_arguments("export", args)
     hub = options.pop("push_to_hub")
     exported = export(options.pop("run"), **options)
     for note in exported.notes:

@@ -21,7 +21,7 @@ from ant_lightning.cli.merged_settings import FLAGS, HELP, appended, loaded, mer
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
 from ant_lightning.cli.records import record_of
 from ant_lightning.cli.renamed import refuse_old_names
-from ant_lightning.cli.run_arguments import check_runs, options_of
+from ant_lightning.cli.run_arguments import check_runs, run_arguments
 from ant_lightning.cli.source_names import arguments_of, numbers_of
 from ant_lightning.cli.trainer_settings import check_run_settings, check_trainer_settings
 from ant_lightning.data.class_map import class_numbers, read_class_map
@@ -56,8 +56,7 @@ def first_look(arguments: Sequence[str]) -> None:
     """
     command, *args = arguments
     if command in _OF_RUNS:
-        check_runs(command, args)
-        _check_record(command, args)
+        _look_at_runs(command, args)
     if command in {"configs", *_OF_RUNS} or (command == "diagnose" and set(args) & HELP):
         return  # they take no settings of a run
     own: frozenset[str] = frozenset()
@@ -175,17 +174,20 @@ def top_settings(command: str) -> list[str] | None:
     return sorted(own | {*_RUN_GROUPS} | (method - handed_over))
 
 
-def _check_record(command: str, args: Sequence[str]) -> None:
-    """Check the paths in the record of the run of a sweep."""
-    extractor = options_of(args).get("--extractor")
-    if command == "sweep" and args and not args[0].startswith("-") and not set(args) & FLAGS:
+def _look_at_runs(command: str, args: Sequence[str]) -> None:
+    """Check the arguments of a command that takes runs, and the paths in the record of a sweep."""
+    if command == "report":
+        check_runs(command, [each for each in args if not each.startswith("-")])
+        return
+    chosen = run_arguments(command, args)
+    if command == "sweep":
         recorded: dict[str, Any] = {}
-        merge(recorded, record_of(Path(args[0])))
+        merge(recorded, record_of(Path(chosen["run"])))
         checked = {"data": recorded.get("data")}
-        if extractor is None:
+        if chosen["extractor"] is None:
             checked["trainer"] = recorded.get("trainer")
         _check_paths(checked)
-        check_extractor("sweep", recorded, extractor)
+        check_extractor("sweep", recorded, chosen["extractor"])
 
 
 def _check_names(settings: dict[str, Any], known: Sequence[str], own: Iterable[str] = ()) -> None:

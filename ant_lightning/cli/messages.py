@@ -57,11 +57,15 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
     """
     text = re.sub(r'(Parser key "[^"]+") element \d+:', r"\1:", " ".join(message.split()))
     known_options = [each.lstrip("-") for each in options]
-    unrecognized = re.match(r"unrecognized arguments: (--)?([\w.]+)", text)
-    if unrecognized and unrecognized[1]:
-        return no_such_setting(unrecognized[2], known_options)
-    if unrecognized:
-        return f"{unrecognized[2]}: the command has no place for it, as options begin with --"
+    unknown = re.match(r"unrecognized arguments: --([\w.]+)", text)
+    if unknown:
+        return no_such_setting(unknown[1], known_options)
+    text = re.sub(
+        r"unrecognized arguments: ([\w.]+).*",
+        r"\1: the command has no place for it, as options begin with --",
+        text,
+    )
+    text = re.sub(r"argument --([\w.]+): expected .* argument", r"\1: needs a value", text)
     # The path of nested keys, without the levels `config` and `init_args`.
     keys = [key for key in re.findall(r'Parser key "([^"]+)"', text) if key != "config"]
     if len(keys) > 1 and keys[1].startswith(f"{keys[0]}."):  # a group that is given as a whole

@@ -11,17 +11,17 @@ import json
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from jsonargparse import ArgumentParser
 from matplotlib.figure import Figure
 
 from ant_lightning.callbacks.progress import showing_steps
 from ant_lightning.cli.load_run import load_run
-from ant_lightning.cli.messages import first_config_error
-from ant_lightning.cli.parts import TRUST, make_part
+from ant_lightning.cli.parts import make_part
 from ant_lightning.cli.records import record_file, record_of
+from ant_lightning.cli.run_arguments import run_arguments
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.errors import ConfigError
 from ant_lightning.files.atomic import write_figure
@@ -50,27 +50,7 @@ def run_sweep(args: Sequence[str]) -> list[dict[str, Any]]:
             `GenerationMetrics`.
     """
     keep_quiet("sweep")
-    parser = ArgumentParser(prog="ant-lightning sweep", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("run", type=str, help="folder of a run")
-    parser.add_argument("--guidance", type=float, nargs="+", help="guidance scales")
-    parser.add_argument("--ema", type=float, nargs="+", help="lengths of the average (ema.lengths)")
-    parser.add_argument("--num_images", type=int | None, help="by default as in the run")
-    parser.add_argument(
-        "--extractor",
-        type=str | None,
-        help="class of the network that scores, such as ant_lightning.ShapesFeatures; by default "
-        "as in the run",
-    )
-    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu, ..")
-    parser.add_argument("--trust", **TRUST)
-    try:
-        chosen = parser.parse_args(list(args))
-    except Exception as error:  # the parser has errors of several kinds
-        raise first_config_error(error, parser._option_string_actions) from error
-    if not (chosen.guidance or chosen.ema):
-        raise ConfigError(
-            "guidance: needs values, as in --guidance 1 1.5 2, or --ema does; found none"
-        )
+    chosen = SimpleNamespace(**run_arguments("sweep", args))
     folder = Path(chosen.run)
     data, metrics = _of_run(folder, chosen.trust, chosen.extractor)
     metrics.need_extractor("--extractor")

@@ -9,7 +9,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -23,10 +23,9 @@ from torch_fidelity import feature_extractor_inceptionv3
 from wrong_settings import CONFIGS, SETTINGS, arguments, callback
 
 from ant_lightning import ConfigError, load_run
-from ant_lightning.cli import path_settings, run_arguments
+from ant_lightning.cli import path_settings
 from ant_lightning.cli.bounds import checks_of
 from ant_lightning.cli.configs import with_paths_of_configs
-from ant_lightning.cli.export import Format
 from ant_lightning.cli.first_look import first_look, top_settings
 from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.main import main
@@ -157,7 +156,7 @@ MORE = {
     ),
     "weights of an export": (
         ["export", ".", "--to", "torch", "--weights=lve"],
-        ["weights: must be one of ema, live, found lve"],
+        ["weights: must be one of 'ema', 'live', found lve"],
     ),
     "callback": (["fit", callback("ConflictMonitr")], ["trainer.callbacks", "ConflictMonitor"]),
     "images": (
@@ -520,10 +519,6 @@ def test_a_folder_of_runs_is_no_run_and_they_are_named(tmp_path, capsys, missing
     assert found in message
     if not missing:  # from one folder above
         assert f"(digits/version_1, digits/version_0), such as {runs}" in str(no_run(tmp_path, ""))
-
-
-def test_formats_of_an_export():
-    assert get_args(Format) == run_arguments._FORMATS
 
 
 def test_a_run_whose_data_are_gone(tmp_path, capsys):
