@@ -50,8 +50,11 @@ class Dashboard(RunCallback):
     pictures: dict[str, Path]
     run_state: ClassVar = {"pictures": dict}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write charts and text once; an autoencoder has no tasks to chart."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write charts and text once; an autoencoder has no tasks to chart.
+
+        Lightning skips this in a run that has all its steps, which then writes nothing twice.
+        """
         if not trainer.is_global_zero or not isinstance(pl_module, MultiTaskDiffusion):
             return
         content = _content()

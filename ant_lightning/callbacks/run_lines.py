@@ -58,6 +58,13 @@ class RunLines(RunCallback):
             f"fit: {backbone_name(backbone)} with {_count(count)}{some} parameters on {devices}, "
             f"from {start}{end}, in {folder}",
         )
+        first = _first_validation(trainer)
+        if trainer.enable_validation and trainer.global_step < steps < first < float("inf"):
+            _print(
+                trainer,
+                f"fit: the first validation would be at step {first:.0f}, so this run shows no "
+                "pictures or scores; trainer.val_check_interval sets it",
+            )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Print the last checkpoint."""
@@ -99,6 +106,13 @@ class RunLines(RunCallback):
     on_test_end = on_validation_end
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
+
+
+def _first_validation(trainer: L.Trainer) -> float:
+    """The step of a run's first validation; 0 if it has none, or has them by the clock."""
+    epochs_before = (trainer.check_val_every_n_epoch or 1) - 1
+    interval = trainer.val_check_batch or 0
+    return interval and epochs_before * trainer.num_training_batches + interval
 
 
 def _shown(path: str | Path) -> str:

@@ -75,8 +75,8 @@ def test_the_command_line_writes_into_the_run_and_replaces_only_its_own(run, cap
     assert sorted(folder.iterdir()) == before
     assert main(["export", str(run), "--to", "onnx"]) == 2
     assert capsys.readouterr().err == (
-        "ant-lightning: error: to: must be one of diffusers, official, safetensors, torch, "
-        "found onnx\n"
+        "ant-lightning: error: to: must be one of 'diffusers', 'official', 'safetensors', "
+        "'torch', found onnx\n"
     )
 
 
