@@ -300,5 +300,7 @@ SETTINGS = {
         ["config", "found nothing", "/nope.yaml"],
     ),
     "folder as config": ([f"--config={CONFIGS}"], ["config", "found a folder"]),
-    "config without a name": (["--config"], ["--config", "expected one argument"]),
+    "option without a value": (["--model.seed"], ["model.seed: needs a value"]),
+    "word without an option": (["digits/dit"], ["digits/dit", "mean --config digits/dit"]),
+    "config without a name": (["--config"], ["config: needs a value"]),
 }

@@ -99,7 +99,8 @@ def _content() -> dict[str, Any]:
 def _numbers(step: int, metrics: Mapping[str, Tensor]) -> str:
     """The step, its losses, and the scores that the images of the page have."""
     words = _content()["numbers"]
-    values = [f"{words[n]} {float(metrics[n]):.4g}" for n in words if n in metrics]
+    names = {n: n.replace("val/", "test/") if "test/loss" in metrics else n for n in words}
+    values = [f"{words[n]} {float(metrics[m]):.4g}" for n, m in names.items() if m in metrics]
     return f"step {step}:  " + ",  ".join(values)
 
 

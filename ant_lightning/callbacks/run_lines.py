@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
@@ -14,6 +14,9 @@ from ant_lightning.models.settings_checks import warn_of_random_base
 from ant_lightning.runtime.checkpoints import Checkpoints
 from ant_lightning.runtime.run_record import run_folder
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 class RunLines(RunCallback):
     """Prints where a run and its checkpoint are, and which weights an evaluation uses.
@@ -23,13 +26,16 @@ class RunLines(RunCallback):
     Args:
         called: What the user calls the command, by default as the Trainer does: `diagnose` is a
             validation.
+        changes: Lines about settings that a resumed run takes instead of the checkpoint's; printed
+            when the checkpoint has been accepted.
     """
 
     module_type = L.LightningModule  # also an autoencoder
 
-    def __init__(self, called: str | None = None) -> None:
+    def __init__(self, called: str | None = None, changes: Sequence[str] = ()) -> None:
         super().__init__()
         self.called = called
+        self.changes = changes
         self._trained = False
         self._has_table = False
 
@@ -41,6 +47,8 @@ class RunLines(RunCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the network, the steps and the folder."""
         self._trained = True
+        for line in self.changes:
+            _print(trainer, line)
         backbone: Any = pl_module.backbone
         every = sum(p.numel() for p in backbone.parameters())
         count = sum(p.numel() for p in backbone.parameters() if p.requires_grad)

@@ -10,6 +10,7 @@ They are added to a command line as options. What is set anywhere, to any value,
 from __future__ import annotations
 
 import inspect
+import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from jsonargparse import ArgumentParser
 import ant_lightning
 from ant_lightning.cli.merged_settings import merged_settings
 from ant_lightning.data.module import ImageDataModule
+from ant_lightning.errors import ConfigError
 from ant_lightning.models.first_stage.first_stage import FirstStage
 
 if TYPE_CHECKING:
@@ -60,6 +62,13 @@ def derived_settings(args: Sequence[str]) -> list[str]:
         for path, names in places.items():
             found |= {f"{path}.{name}": sizes[name] for name in names if name in sizes}
     return [f"--{name}={value}" for name, value in found.items()]
+
+
+def origin_of_sizes(error: ConfigError, derived: Sequence[str]) -> str:
+    """Where the size that an error speaks of comes from, if it is one of the derived options."""
+    names = {option.partition("=")[0].rpartition(".")[2] for option in derived}
+    found = [name for name in _SIZES if name in names and re.search(rf"\b{name}\b", str(error))]
+    return f"{found[0]} is that of the data" if found else ""
 
 
 def _open(part: object, kind: Callable[[object], Any] | None = None) -> list[str]:

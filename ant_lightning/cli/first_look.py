@@ -17,7 +17,15 @@ from ant_lightning.cli.config_files import check_config_file, config_paths
 from ant_lightning.cli.diagnose import validation
 from ant_lightning.cli.extractor_weights import check_extractor, scores_of
 from ant_lightning.cli.logger_names import is_known_logger, missing_package
-from ant_lightning.cli.merged_settings import FLAGS, HELP, appended, loaded, merge, merged_settings
+from ant_lightning.cli.merged_settings import (
+    FLAGS,
+    HELP,
+    appended,
+    check_form,
+    loaded,
+    merge,
+    merged_settings,
+)
 from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
 from ant_lightning.cli.records import record_of
 from ant_lightning.cli.renamed import refuse_old_names
@@ -63,6 +71,8 @@ def first_look(arguments: Sequence[str]) -> None:
     if command == "diagnose":  # it is `validate` with a callback
         own = arguments_of("Diagnosis") or own
         command, args = "validate", validation(args)[1]
+    if not set(args) & FLAGS:
+        check_form(args)
     known = top_settings(command)
     for path in config_paths(args):
         check_config_file(path, known=known)

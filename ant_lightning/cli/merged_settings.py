@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import ant_lightning
 from ant_lightning.cli.config_files import load_yaml
+from ant_lightning.cli.configs import config_names
 from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.source_names import arguments_of
+from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +59,27 @@ def _options(args: Sequence[str]) -> list[tuple[str, str]] | None:
             value = rest.pop(0)
         found.append((name.lstrip("-"), value))
     return found
+
+
+def check_form(args: Sequence[str]) -> None:
+    """Check that every argument is an option with a value.
+
+    Raises:
+        ConfigError: Naming the first that is not.
+    """
+    rest = list(args)
+    while rest:
+        name, sign, _ = rest.pop(0).partition("=")
+        if not name.startswith("-"):
+            meant = f"; did you mean --config {name}?" if name in config_names() else ""
+            raise ConfigError(
+                f"{name}: the command has no place for it, as options begin with --{meant}"
+            )
+        if name.endswith(".help"):  # of a class, which may be named
+            return
+        if not sign and (not rest or rest[0].startswith("--")):
+            raise ConfigError(f"{name.lstrip('-')}: needs a value, found none")
+        del rest[: not sign]
 
 
 def appended(args: Sequence[str]) -> list[tuple[str, Any]]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from jsonargparse import ArgumentError, Namespace, set_dumper, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from yaml import YAMLError, safe_load
@@ -26,7 +25,7 @@ from ant_lightning.cli.config_files import (
     import_named_classes,
     load_yaml,
 )
-from ant_lightning.cli.derived_settings import derived_settings
+from ant_lightning.cli.derived_settings import derived_settings, origin_of_sizes
 from ant_lightning.cli.messages import first_config_error, one_line
 from ant_lightning.cli.run_folder import (
     RunFolder,
@@ -42,7 +41,7 @@ from ant_lightning.cli.trainer_settings import (
 )
 from ant_lightning.data.module import ImageDataModule
 from ant_lightning.errors import CheckpointWriteError, ConfigError
-from ant_lightning.models.resumed_settings import say_changed
+from ant_lightning.models.resumed_settings import changed_line
 from ant_lightning.runtime.changed_settings import changed_settings, flat_settings, trained_settings
 from ant_lightning.runtime.checkpoint_files import checkpoint_of_run, read_whole_checkpoint
 from ant_lightning.runtime.checkpoints import Checkpoints
@@ -70,6 +69,7 @@ class AntCLI(LightningCLI):
         self.command = command
         self.called = called
         self.run_folder: RunFolder | None = None
+        self.changes: list[str] = []
         self.paths = SettingPaths()
         try:
             with self.paths:
@@ -139,7 +139,7 @@ class AntCLI(LightningCLI):
         for i, callback in enumerate(callbacks):
             if isinstance(callback, ProgressBar) and callback not in chosen:
                 callbacks[i] = TrainingProgress()
-        callbacks.insert(0, RunLines(self.called))  # before a bar is drawn
+        callbacks.insert(0, RunLines(self.called, self.changes))  # before a bar is drawn
         callbacks.append(Dashboard())
         if self.run_folder is not None:
             record = RunRecord(
@@ -188,7 +188,7 @@ class AntCLI(LightningCLI):
         self._dump_config()
         given = config.clone()
         if content is not None and self.command == "fit":
-            _say_changes(content, Path(path), self.config_dump)
+            self.changes = _changes(content, Path(path), self.config_dump)
         self.run_folder = choose_run_folder(config, self.command, self.config_dump, content)
         if self.command == "predict":  # a logger would leave an empty file or an empty offline run
             config.trainer.logger = False
@@ -232,18 +232,20 @@ def _is_scores(callback: Any) -> bool:  # noqa: ANN401 - the parser's namespace,
     return str(getattr(callback, "class_path", "")).rpartition(".")[2] == "GenerationMetrics"
 
 
-def _say_changes(content: dict[str, Any], path: Path, config: dict[str, Any]) -> None:
-    """Print one line for each setting that differs from the resumed run's."""
+def _changes(content: dict[str, Any], path: Path, config: dict[str, Any]) -> list[str]:
+    """A line for each setting that differs from the resumed run's."""
     stored = stored_settings(content, path)
-    if stored is None or getattr(rank_zero_only, "rank", None):
-        return
+    if stored is None:
+        return []
     balancer = flat_settings(config).get("model.tasks.balancer")
-    for name, pair in changed_settings(stored, config).items():
+    lines = []
+    for name, (then, now) in changed_settings(stored, config).items():
         if not name.startswith(_MODULES_OWN):
             is_drawn = name == "model.tasks.balancer.seed" and balancer == "PCGrad"
             kept = is_drawn or name in _START_ONLY
             effect = "has no effect in a resumed run" if kept else "from now on"
-            say_changed({name: pair}, effect=effect)
+            lines.append(changed_line(name, then, now, effect=effect))
+    return lines
 
 
 def _restoring(error: BaseException) -> bool:
@@ -269,7 +271,8 @@ def run(args: Sequence[str], *, called: str | None = None) -> AntCLI:
     for path in config_paths(args):  # before the parser is made, which takes longer
         check_config_file(path)
     import_named_classes(args)
-    args = [*args, *derived_settings(args[1:])]
+    derived = derived_settings(args[1:])
+    args = [*args, *derived]
     try:
         return AntCLI(
             L.LightningModule,
@@ -287,7 +290,12 @@ def run(args: Sequence[str], *, called: str | None = None) -> AntCLI:
         )
     except (ArgumentError, MisconfigurationException) as error:
         raise ConfigError(one_line(str(error))) from error
-    except (ConfigError, CheckpointWriteError):
+    except ConfigError as error:
+        origin = origin_of_sizes(error, derived)
+        if not origin:
+            raise
+        raise ConfigError(f"{error}; {origin}") from error
+    except CheckpointWriteError:
         raise
     except Exception as error:  # torch and Lightning raise anything for parts that do not fit
         if not _restoring(error):

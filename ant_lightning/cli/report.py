@@ -57,6 +57,10 @@ _OF_TASKS = {
     _WEIGHTS: "train/task_{}/weight",
     "gradient norm": "train/task_{}/grad_norm",
 }
+_MEASURED = (
+    "Weights are means over the last logging interval, of which a task has this share; losses and "
+    "norms are the last ones."
+)
 Point = tuple[int, float]
 
 
@@ -98,7 +102,7 @@ def write_report(folder: Path) -> Path:
     time = None if cells is None else cells.time
     parts = [
         f"# Run {'/'.join(folder.resolve().parts[-2:])}\n\n{_summary(config, state)}",
-        "" if cells is None else scores_section(folder, config),
+        "" if cells is None else scores_section(folder, config, state),
         "## Samples\n\n![Generated images beside real ones](1_samples_grid.png)\n"
         if (folder / "1_samples_grid.png").is_file()
         else "",
@@ -159,7 +163,7 @@ def _moving_average(flat: Mapping[str, Any]) -> str:
 def _curves(folder: Path, curves: Mapping[str, Curve]) -> str:
     figure = curves_figure(curves)
     if figure is None:
-        return ""
+        return "## Curves\n\nNone: only TensorBoard's event files are read, and none has numbers.\n"
     ends = [
         [name, len(points), points[-1][0], f"{points[-1][1]:.4g}"]
         for name, points in sorted(curves.items())
@@ -243,9 +247,7 @@ def _clusters(
     return (
         f"## Clusters\n\n{_saved(figure, folder, 'clusters')}\n"
         "The lower panels are for batches in which every cluster has the same share; the dashed "
-        "line is the process' own density. "
-        "Weights are means over the last logging interval, of which a task has this share; losses "
-        f"and norms are the last ones.\n\n{found}"
+        f"line is the process' own density. {_MEASURED if columns else ''}\n\n{found}"
     )
 
 

@@ -23,11 +23,14 @@ def table(*rows: Sequence[object]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
 
 
-def scores_section(folder: Path, config: Mapping[str, Any]) -> str:
-    """The newest scores of `generation_metrics.jsonl`, or why there are none."""
+def scores_section(folder: Path, config: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """The newest scores of `generation_metrics.jsonl`, or why there are none.
+
+    `state` is what the last checkpoint holds.
+    """
     path = folder / "generation_metrics.jsonl"
     if not path.is_file():
-        return f"## Scores\n\nNone: {_why_none(config)}.\n"
+        return f"## Scores\n\nNone: {_why_none(config, state)}.\n"
     last = json.loads(path.read_text().splitlines()[-1])
     about = ", ".join(f"{n} {v}" for n, v in last.items() if isinstance(v, str | int | float))
     rows = [[name, f"{value:.4g}"] for name, value in last["scores"].items()]
@@ -35,8 +38,8 @@ def scores_section(folder: Path, config: Mapping[str, Any]) -> str:
     return f"## Scores\n\n{about}.{kid}\n\n{table(['score', 'value'], *rows)}"
 
 
-def _why_none(config: Mapping[str, Any]) -> str:
-    """What the settings say about a run without scores."""
+def _why_none(config: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """What settings and checkpoint say about a run without scores."""
     if config.get("scores") is False:
         return "the run was told `--scores false`"
     callbacks = (config.get("trainer") or {}).get("callbacks") or []
@@ -44,11 +47,14 @@ def _why_none(config: Mapping[str, Any]) -> str:
     names = [each.get("class_path") if isinstance(each, dict) else each for each in chosen]
     if not any(str(name).rpartition(".")[2] == "GenerationMetrics" for name in names):
         return "`trainer.callbacks` has no `ant_lightning.GenerationMetrics`"
-    return (
-        "no validation has ended yet, or the weights of the network that scores were not at hand, "
-        "which `fit` says at its start. `ant-lightning sweep RUN --guidance 1 --extractor "
-        "ant_lightning.ShapesFeatures` scores colour images without them"
-    )
+    stored = (each for name, each in state.get("callbacks", {}).items() if "Generation" in name)
+    if any(each.get("is_off") for each in stored):
+        return (
+            "the network that scores had no weights, as `fit` said at its start. `ant-lightning "
+            "sweep RUN --guidance 1 --extractor ant_lightning.ShapesFeatures` scores colour images "
+            "without them"
+        )
+    return "no validation with scores has ended"
 
 
 def sweep_section(folder: Path) -> str:

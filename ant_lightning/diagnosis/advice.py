@@ -193,7 +193,8 @@ def _losses(findings: Findings) -> Advice:
     ratio = float(losses[high] / losses[low])
     if ratio < _UNEQUAL:
         return Advice(
-            f"Uncertainty weighting would need no bound: its weights stay within {ratio:.1f} to 1",
+            "Uncertainty weighting needs no bound: its largest weight is "
+            f"{ratio:.1f} times its smallest",
             f"It weighs each task by the inverse of its loss: {float(weights.min()):.2f} to "
             f"{float(weights.max()):.2f} times equal weights here. Above a factor of "
             f"{_UNEQUAL:g} between tasks, bound it with min_loss.",

@@ -179,8 +179,11 @@ class GenerationMetrics(RunCallback):
         self._measure(trainer, pl_module, prefix="test")
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores so far, so that a resumed run continues their curves."""
-        return {"history": dict(self._history)}
+        """The scores so far, so that a resumed run continues their curves.
+
+        And whether there are none because the network that scores had no weights.
+        """
+        return {"history": dict(self._history), "is_off": self._is_off}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the scores of a checkpoint."""

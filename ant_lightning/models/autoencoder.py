@@ -224,9 +224,9 @@ class AutoencoderModule(BaseModule):
         """Log both terms on held-out images, from the posterior's means."""
         self.check_images(batch)
         error, divergence = self.losses(batch.images, None)
-        size = len(batch.images)
-        self.log("val/reconstruction", error, batch_size=size, sync_dist=True, prog_bar=True)
-        self.log("val/kl", divergence, batch_size=size, sync_dist=True)
+        stage, size = self.stage, len(batch.images)
+        self.log(f"{stage}/reconstruction", error, batch_size=size, sync_dist=True, prog_bar=True)
+        self.log(f"{stage}/kl", divergence, batch_size=size, sync_dist=True)
 
     test_step = validation_step
 

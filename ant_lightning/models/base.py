@@ -143,6 +143,11 @@ class BaseModule(L.LightningModule):
         """Whether the module belongs to a trainer that runs `fit`."""
         return self._trainer is not None and self.trainer.state.fn == "fit"
 
+    @property
+    def stage(self) -> str:
+        """First part of the names that an evaluation logs: `val`, or `test` of a test."""
+        return "test" if self.trainer.testing else "val"
+
     def use_own_names(self, checkpoint: dict[str, Any]) -> None:
         """Rename the weights and averages in a checkpoint to the names that this module has.
 

@@ -300,22 +300,23 @@ class DiffusionModule(BaseModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean loss over all cells of the noise axis, and over those of each task."""
+        stage = self.stage
         loss, by_task = self.validation_losses.compute()
         # `compute` has summed over ranks; `sync_dist` only averages equal values, and keeps
         # Lightning from warning that it is missing.
-        self.log("val/loss", loss.float(), prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/loss", loss.float(), prog_bar=True, sync_dist=True)
         # Lightning uses this as the step of everything logged here. In an evaluation the trainer's
         # own count is 0 or belongs to another module.
         step = self.global_step if self.is_training_run else self.trained_steps
         self.log("step", float(step), sync_dist=True)
         for task, value in enumerate(by_task.tolist()):
-            self.log(f"val/task_{task}/loss", value, sync_dist=True)
+            self.log(f"{stage}/task_{task}/loss", value, sync_dist=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        """Log the losses of a test, under the names of a validation."""
+        """Log the losses of a test, `test/loss` and those of each task."""
         self.on_validation_epoch_end()
 
     @torch.no_grad()

@@ -166,10 +166,15 @@ class OptimizerSettings:
             )
 
 
-def say_changed(changed: dict[str, tuple[Any, Any]], *, effect: str = "from now on") -> None:
+def say_changed(changed: dict[str, tuple[Any, Any]]) -> None:
     """Print one line for each setting that differs from the checkpoint's."""
     for name, (then, now) in changed.items():
-        print(f"{name}: {now} {effect}, the checkpoint has {then}", flush=True)
+        print(changed_line(name, then, now), flush=True)
+
+
+def changed_line(name: str, then: object, now: object, *, effect: str = "from now on") -> str:
+    """What a resumed run says of a setting that differs from the checkpoint's."""
+    return f"{name}: {now} {effect}, the checkpoint has {then}"
 
 
 def keep_fixed_weights(

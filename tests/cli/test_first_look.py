@@ -41,6 +41,9 @@ DIT = CONFIGS / "digits" / "dit.yaml"
 # Rows of the table of wrong settings that can be seen without an import.
 SEEN = [
     "misspelt option",
+    "option without a value",
+    "word without an option",
+    "config without a name",
     "option cut short",
     "learning rate in words",
     "steps in words",

@@ -2,6 +2,8 @@
 
 import pytest
 
+from ant_lightning import ConfigError
+from ant_lightning.cli.derived_settings import origin_of_sizes
 from ant_lightning.cli.messages import no_such_setting, one_line
 
 NESTED = """Parser key "model":
@@ -105,3 +107,11 @@ GIVEN = "  Given value type: <class 'str'>\n  Given value: {}"
 )
 def test_messages_of_commands_without_a_config(message, expected):
     assert one_line(message, ["--to", "--ema"]) == expected
+
+
+def test_a_size_that_follows_from_the_data_is_said_to_be():
+    error = ConfigError("model.backbone.patch_size: must divide input_size 30, found 4")
+    option = "--model.init_args.backbone.init_args.input_size=30"
+    assert origin_of_sizes(error, [option]) == "input_size is that of the data"
+    assert not origin_of_sizes(error, [])
+    assert not origin_of_sizes(ConfigError("input_sizes: none"), [option])

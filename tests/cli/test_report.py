@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ant_lightning import GenerationMetrics
 from ant_lightning.cli.report import _shares, _summary
 from ant_lightning.cli.report_scores import scores_section
 
@@ -26,22 +27,29 @@ def test_a_run_without_averages_has_no_line():
     assert "moving average" not in _summary({"ema": None}, {})
 
 
+WITH_SCORES = {"trainer": {"callbacks": "ant_lightning.GenerationMetrics"}}
+
+
 @pytest.mark.parametrize(
-    ("config", "why"),
+    ("config", "is_off", "why"),
     [
-        ({"scores": False}, "the run was told `--scores false`"),
-        ({"trainer": {"callbacks": None}}, "has no `ant_lightning.GenerationMetrics`"),
-        ({"trainer": {"callbacks": "ant_lightning.GenerationMetrics"}}, "no validation has ended"),
+        ({"scores": False}, True, "the run was told `--scores false`"),
+        ({"trainer": {"callbacks": None}}, True, "has no `ant_lightning.GenerationMetrics`"),
+        (WITH_SCORES, False, "no validation with scores has ended"),
+        (WITH_SCORES, True, "the network that scores had no weights"),
     ],
 )
-def test_a_report_without_scores_says_why(config, why, tmp_path):
-    assert why in scores_section(tmp_path, config)
+def test_a_report_without_scores_says_why(config, is_off, why, tmp_path):
+    scores = GenerationMetrics(None, num_images=9)
+    scores._is_off = is_off
+    state = {"callbacks": {scores.state_key: scores.state_dict()}}
+    assert why in scores_section(tmp_path, config, state)
 
 
 def test_the_scale_of_kid_is_said_where_it_stands(tmp_path):
     for scores, said in (({"kid": -1.21}, True), ({"fid": 3.0}, False)):
         (tmp_path / "generation_metrics.jsonl").write_text(json.dumps({"scores": scores}) + "\n")
-        assert ("without the factor of 1,000" in scores_section(tmp_path, {})) is said
+        assert ("without the factor of 1,000" in scores_section(tmp_path, {}, {})) is said
 
 
 def test_shares_of_the_weights_are_100_percent_together():

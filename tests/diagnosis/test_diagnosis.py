@@ -120,8 +120,8 @@ def test_caveats_come_before_any_method():
 def test_what_is_said_of_uncertainty_weighting_are_its_figures():
     # Inverse losses 1, 1/2 and 1/3 have the mean 11/18.
     found = findings(torch.ones(6, 3).double(), losses=[1.0, 2.0, 3.0])
-    said = next(each for each in advice(found) if "need no bound" in each.title)
-    assert "within 3.0 to 1" in said.title
+    said = next(each for each in advice(found) if "needs no bound" in each.title)
+    assert "largest weight is 3.0 times its smallest" in said.title
     assert "0.55 to 1.64 times equal weights" in said.text
     assert "Above a factor of 10" in said.text
 
@@ -151,7 +151,7 @@ def test_losses_shares_and_what_the_network_predicts():
     weights = found.weights["UW"]
     torch.testing.assert_close(weights[2] / weights[0], torch.tensor(20.0).double())
     assert "bound it with min_loss" in titles(found)
-    assert "would need no bound" in titles(findings(gradients))
+    assert "needs no bound" in titles(findings(gradients))
     assert "predicts v" in titles(findings(gradients, prediction_type="v"))
     latents = titles(findings(gradients, is_latent=True))
     assert "prediction_type: v" in latents

@@ -88,7 +88,10 @@ def test_fit_validate_test_and_predict_share_one_checkpoint(tmp_path, capsys):
     assert row["scores"]["num_images"] == 360
     assert row["guidance_scale"] == 1.5
     test = run(with_run(["test", str(log_dir)]))
-    assert float(test.trainer.callback_metrics["test/fid"]) == pytest.approx(in_fit["val/fid"])
+    measured = {name: float(v) for name, v in test.trainer.callback_metrics.items()}
+    for name in ("fid", "loss", "task_3/loss"):
+        assert measured[f"test/{name}"] == pytest.approx(in_fit[f"val/{name}"], rel=1e-6), name
+    assert not any(name.startswith("val/") for name in measured)
     folder = tmp_path / "images"
     predict = [
         "predict",

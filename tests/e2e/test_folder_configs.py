@@ -1,5 +1,7 @@
 """Configs `folder/...`: sizes, classes and tasks are said once, or not at all."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -10,6 +12,7 @@ from ant_lightning import GenerationMetrics, ImageFolderData
 from ant_lightning.cli.configs import config_names
 from ant_lightning.cli.derived_settings import derived_settings
 from ant_lightning.cli.main import main
+from ant_lightning.cli.report import write_report
 from ant_lightning.generation import inception_file
 
 SMALL = {
@@ -162,6 +165,15 @@ def test_sizes_of_a_unet_of_diffusers_are_those_of_the_images(images, tmp_path, 
     assert (found["sample_size"], found["in_channels"], found["out_channels"]) == (32, 3, 3)
 
 
+def test_a_size_that_does_not_fit_is_said_to_be_that_of_the_data(images, capsys):
+    assert main(["fit", "--config=folder/dit_32", f"--data.root={images}", "--data.image_size=30"])
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("patch_size: must divide input_size 30, found 4; input_size is that of the data")
+    )
+
+
 def test_a_folder_that_is_missing_is_left_to_the_command(tmp_path, capsys):
     assert main(["fit", "--config=folder/dit_32", "--data.root=/nope", "--data.seed=0"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -209,6 +221,7 @@ def test_a_run_without_weights_of_inception_trains_without_scores(
     assert main(["test", *wanted]) == 2  # before any image is drawn
     assert "error: weights: could not be downloaded" in capsys.readouterr().err
     run = str(last.parents[1])
+    assert "network that scores had no weights" in write_report(Path(run)).read_text()
     drawn = tmp_path / "drawn"  # of the size of the data
     drawn.mkdir()
     for i in range(4):

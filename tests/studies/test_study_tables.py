@@ -237,8 +237,9 @@ def test_report_of_a_run_has_what_the_run_has(tmp_path):
     assert "| draws of timesteps | uniform |" in few
     assert "| sampler | DDIM(num_steps 50) |" in few
     assert "| parameters |" not in few
-    assert not any(f"## {name}" in few for name in ("Curves", "Clusters", "Task", "Sweeps"))
-    assert "## Scores\n\nNone: no validation has ended yet" in few
+    assert not any(f"## {name}" in few for name in ("Clusters", "Task", "Sweeps"))
+    assert "## Scores\n\nNone: no validation with scores has ended" in few
+    assert "## Curves\n\nNone: only TensorBoard's event files are read" in few
 
     (tmp_path / "checkpoints").mkdir()
     state = {
