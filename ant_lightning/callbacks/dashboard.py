@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,11 +19,6 @@ from ant_lightning.files.atomic import write_atomically
 from ant_lightning.models.module import MultiTaskDiffusion
 from ant_lightning.runtime.loggers import send_picture
 from ant_lightning.tasks.time_axis import TimeAxis
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
 
 
 class Dashboard(RunCallback):
@@ -83,7 +78,7 @@ class Dashboard(RunCallback):
         if not found:  # only pictures that are not on the page
             return
         step = steps_of(trainer, pl_module)
-        page = stacked_page(found, numbers=_numbers(step, trainer.callback_metrics))
+        page = stacked_page(found, numbers=_numbers(step, trainer))
         picture = Image.fromarray(page)
         write_atomically(
             log_folder(trainer) / "0_page_overview.png", partial(picture.save, format="PNG")
@@ -96,9 +91,13 @@ def _content() -> dict[str, Any]:
     return content
 
 
-def _numbers(step: int, metrics: Mapping[str, Tensor]) -> str:
+def _numbers(step: int, trainer: L.Trainer) -> str:
     """The step, its losses, and the scores that the images of the page have."""
-    words = _content()["numbers"]
+    words, metrics = _content()["numbers"], trainer.callback_metrics
+    # Of `GenerationMetrics`, which imports this folder: `isinstance` would need a circle.
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    network = next((found for each in callbacks if (found := getattr(each, "scored_by", ""))), "")
+    words["val/fid"] += f" ({network})" if network else ""
     names = {n: n.replace("val/", "test/") if "test/loss" in metrics else n for n in words}
     values = [f"{words[n]} {float(metrics[m]):.4g}" for n, m in names.items() if m in metrics]
     return f"step {step}:  " + ",  ".join(values)

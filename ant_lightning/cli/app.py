@@ -18,7 +18,7 @@ from ant_lightning.diffusion.samplers.ddim import DDIM, DDPM
 from ant_lightning.diffusion.samplers.edm import EDMSampler
 from ant_lightning.diffusion.samplers.ode import ODESampler
 from ant_lightning.diffusion.samplers.sde import SDESampler
-from ant_lightning.errors import ConfigError, message_of
+from ant_lightning.errors import ConfigError, extra_for, message_of
 from ant_lightning.runtime.quiet import keep_quiet
 
 if TYPE_CHECKING:
@@ -60,12 +60,8 @@ def make_app(
     Raises:
         ConfigError: If a run cannot be loaded, shapes differ, or gradio is missing.
     """
-    try:
+    with extra_for("app", "app"):
         import gradio  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise ConfigError(
-            "app: needs gradio; install it with pip install 'ant-lightning[app]'"
-        ) from error
     paths = [Path(each) for each in runs]
     modules: list[Any] = [load_run(path, trust=trust).to(device) for path in paths]
     shapes = [module.image_shape for module in modules]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -113,6 +114,10 @@ def run_arguments(command: str, args: Sequence[str]) -> dict[str, Any]:
     if command == "sweep":
         _check_sweep(chosen)
     check_runs(command, chosen["runs"] if command == "app" else [chosen["run"]])
+    if command == "app" and find_spec("gradio") is None:
+        raise ConfigError(
+            "app: needs pip install 'ant-lightning[app]', found No module named 'gradio'"
+        )
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Puts the path of a setting in front of an error in which an object names its own argument.
+"""Puts the path of a setting before an error or a warning in which an object names its argument.
 
 `SNRClustering` raises `num_tasks: must be at least 1, found 0`, wherever it is used. Only the
 command line knows which setting made it, and says `model.tasks.clustering.num_tasks: must ...`.
@@ -7,7 +7,9 @@ command line knows which setting made it, and says `model.tasks.clustering.num_t
 from __future__ import annotations
 
 import re
-from traceback import walk_tb
+import sys
+import warnings
+from traceback import walk_stack, walk_tb
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
@@ -16,24 +18,30 @@ from ant_lightning.cli.messages import first_config_error
 from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+    from types import FrameType
 
     from jsonargparse import ArgumentParser
 
 
 class SettingPaths:
-    """Makes the objects of a configuration; as a context manager, completes their errors."""
+    """Makes the objects of a configuration; inside, their errors and warnings get their paths."""
 
     def __init__(self) -> None:
         self.settings = Namespace()  # the configuration that the objects are made from
         self._made: dict[int, tuple[Any, dict[str, Any]]] = {}
 
     def __enter__(self) -> SettingPaths:
+        self._form = warnings.formatwarning
+        warnings.formatwarning = self._warning
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:  # noqa: ANN401
+        warnings.formatwarning = self._form
         if isinstance(error, ConfigError):
-            self._add_to(error)
+            # The innermost frame first.
+            frames = [frame for frame, _ in walk_tb(error.__traceback__)][::-1]
+            error.args = (self._with_path(str(error), frames),)
 
     def make(self, parser: ArgumentParser, parse: Callable[[], Any]) -> Any:  # noqa: ANN401
         """Parse settings and make their objects.
@@ -60,14 +68,19 @@ class SettingPaths:
         self._made[id(made)] = (made, arguments)
         return made
 
-    def _add_to(self, error: ConfigError) -> None:
-        """Complete the message if its first word is an argument of the object that raised it."""
-        first = re.match(r"(\w+)[\w.,\[\] ]*:", str(error))
+    def _warning(self, message: Warning | str, *where: Any, **line: Any) -> str:
+        """The lines of a warning, which is given while the methods that led to it still run."""
+        frames = (frame for frame, _ in walk_stack(sys._getframe()))
+        return self._form(self._with_path(str(message), frames), *where, **line)
+
+    def _with_path(self, message: str, frames: Iterable[FrameType]) -> str:
+        """The message with a path before its first word, if that is an argument of an object."""
+        first = re.match(r"(\w+)[\w.,\[\] ]*:", message)
         name = first.group(1) if first else None
-        # From the innermost frame outwards: the object whose method raised comes before the one
-        # that holds it. If a constructor raised, its object is not known yet, but the frame of our
+        # From the innermost frame outwards: the object whose method speaks comes before the one
+        # that holds it. In a constructor, the object is not known yet, but the frame of our
         # `__call__` has its class and arguments.
-        for frame, _ in reversed(list(walk_tb(error.__traceback__))):
+        for frame in frames:
             variables = frame.f_locals
             made, arguments = self._made.get(id(variables.get("self")), (None, {}))
             kind = type(made)
@@ -75,8 +88,12 @@ class SettingPaths:
                 kind, arguments = variables["class_type"], variables["kwargs"]  # in a constructor
             if name in arguments:
                 path = _path_of(kind, arguments, self.settings)
-                error.args = (f"{path}.{error}" if path else str(error),)
-                return
+                if not path:
+                    return message
+                # More of its settings may follow: `seed: was 1, is 2; batch_size: was 3, is 4`.
+                others = rf"; (?=({'|'.join(arguments)}): )"
+                return f"{path}.{re.sub(others, f'; {path}.', message)}"
+        return message
 
 
 def _path_of(kind: Any, arguments: dict[str, Any], settings: Namespace) -> str | None:  # noqa: ANN401

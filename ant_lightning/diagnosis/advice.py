@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 _UNEQUAL = 10.0  # a factor between the tasks' losses above which UW's weights need a bound
 _RELIABLE = 0.5
 _FEW_IMAGES = 64  # a diagnosis on a CPU takes as many
+_LISTED = 8  # tasks in a sentence
 _EARLY = 250  # steps; the studies compare no methods before
 
 
@@ -232,4 +233,5 @@ def _clustering(findings: Findings) -> Advice | None:
 
 
 def _tasks(which: list[int]) -> str:
-    return f"task{'s' * (len(which) > 1)} {', '.join(map(str, which))}"
+    more = f" and {len(which) - _LISTED} more" if len(which) > _LISTED else ""
+    return f"task{'s' * (len(which) > 1)} {', '.join(map(str, which[:_LISTED]))}{more}"

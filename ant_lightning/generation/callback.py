@@ -17,7 +17,7 @@ from ant_lightning.callbacks.progress import progress_of, showing_steps
 from ant_lightning.data.batch import to_uint8
 from ant_lightning.data.module import needed_image_data
 from ant_lightning.errors import ConfigError, check_at_least, found_at
-from ant_lightning.generation.extractor import FeatureExtractor
+from ant_lightning.generation.extractor import FeatureExtractor, ModuleFeatures
 from ant_lightning.generation.figure import quality_history
 from ant_lightning.generation.inception import InceptionFeatures
 from ant_lightning.generation.inception_file import without_weights
@@ -125,6 +125,14 @@ class GenerationMetrics(RunCallback):
         if self._extractor is None:
             self._extractor = InceptionFeatures()
         return self._extractor
+
+    @property
+    def scored_by(self) -> str:
+        """The network to name beside a FID: none for Inception, whose FID papers print."""
+        found = self._extractor
+        if found is None or isinstance(found, InceptionFeatures):
+            return ""
+        return found.name if isinstance(found, ModuleFeatures) else type(found).__name__
 
     def need_extractor(self, option: str) -> None:
         """Load the network now, before images and models.
@@ -308,7 +316,7 @@ class GenerationMetrics(RunCallback):
         if trainer.is_global_zero:
             save_figure(
                 trainer,
-                quality_history(self._history),
+                quality_history(self._history, network=self.scored_by),
                 tag="2_quality/history",
                 explain="FID is good when it reaches the dashed line; generated images much nearer "
                 "to training images than held-out ones are copies.",

@@ -28,11 +28,12 @@ _PANELS = {
 }
 
 
-def quality_history(history: Mapping[int, Mapping[str, float]]) -> Figure:
+def quality_history(history: Mapping[int, Mapping[str, float]], *, network: str = "") -> Figure:
     """FID, precision and recall, and distance to the training images, over training.
 
     Args:
         history: Results of `GenerationScores`, by the optimizer step of the measurement.
+        network: What the features are of, if that is not Inception.
     """
     steps = sorted(history)
     last = history[steps[-1]]
@@ -63,5 +64,7 @@ def quality_history(history: Mapping[int, Mapping[str, float]]) -> Figure:
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
     once = ", one measurement" if len(steps) == 1 else ""
-    figure.suptitle(f"n = {last.get('num_images', 0):.0f} generated images{once}", fontsize=9)
+    of = f", features of {network}" if network else ""
+    title = f"n = {last.get('num_images', 0):.0f} generated images{of}{once}"
+    figure.suptitle(title, fontsize=9)
     return figure

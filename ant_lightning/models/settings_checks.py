@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ant_lightning.tasks.clusterings import Clustering
     from ant_lightning.tasks.clusters import TimestepClusters
 
+_LISTED = 5  # tasks in a message
+
 
 def check_settings(
     tasks: Tasks,
@@ -135,12 +137,14 @@ def warn_of_rare_tasks(masses: Tensor, num_images: int, allocation: str | None) 
     """
     k = len(masses)
     expected = [num_images / k] * k if allocation == "equal" else (num_images * masses).tolist()
-    rare = [
-        f"task {task} (mass {mass:.2g}, {count:.2g} a step)"
-        for task, (mass, count) in enumerate(zip(masses.tolist(), expected, strict=True))
-        if count < 1 - 1e-9
-    ]
+    rarest = sorted(range(k), key=lambda task: expected[task])
+    rare = [task for task in rarest if expected[task] < 1 - 1e-9]
     if rare:
+        listed = [
+            f"task {task} (mass {float(masses[task]):.2g}, {expected[task]:.2g} a step)"
+            for task in rare[:_LISTED]
+        ]
+        more = f" and {len(rare) - _LISTED} more" if len(rare) > _LISTED else ""
         # The smallest batch of which every task has an image, on average.
         enough = k if allocation == "equal" else math.ceil(1 / float(masses.min()) - 1e-9)
         others = (
@@ -148,8 +152,9 @@ def warn_of_rare_tasks(masses: Tensor, num_images: int, allocation: str | None) 
         )
         rank_zero_warn(
             f"tasks: the expected number of images of a task should be at least 1 a step, found "
-            f"less for {', '.join(rare)} in batches of {num_images}: such a task is missing from "
-            f"some steps; use batches of at least {enough} images on all ranks together{others}"
+            f"less for {', '.join(listed)}{more} in batches of {num_images}: such a task is "
+            f"missing from some steps; use batches of at least {enough} images on all ranks "
+            f"together{others}"
         )
 
 

@@ -41,3 +41,12 @@ def test_help_comes_before_the_imports(command, capsys):
 def test_a_wrong_argument_is_named(args, message):
     with pytest.raises(ConfigError, match=message):
         first_look(args.split())
+
+
+def test_a_page_without_gradio_is_refused_before_the_imports(tmp_path, monkeypatch):
+    (tmp_path / "a.ckpt").touch()
+    monkeypatch.setattr(run_arguments, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^app: needs pip install 'ant-lightning\[app\]'"):
+        first_look(["app", str(tmp_path / "a.ckpt")])
+    monkeypatch.setattr(run_arguments, "find_spec", lambda name: name)
+    first_look(["app", str(tmp_path / "a.ckpt")])

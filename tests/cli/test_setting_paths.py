@@ -1,9 +1,12 @@
 """An object names its own argument; the command line puts the path in front."""
 
 import json
+import warnings
+from functools import partial
 
 import pytest
 from jsonargparse import ArgumentParser
+from PIL import Image
 from wrong_settings import arguments
 
 from ant_lightning import ConfigError, ImageDataModule
@@ -58,6 +61,25 @@ def message(settings, use=Whole.use, kind=Whole):
     return str(error.value)
 
 
+@pytest.fixture
+def printed(capsys, monkeypatch):
+    """What Python prints while objects of settings are made and used."""
+
+    def run_it(settings, kind, use):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(kind, "whole")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            # pytest catches warnings before they are printed.
+            say = lambda *warning: print(warnings.formatwarning(*warning[:4]))  # noqa: E731
+            monkeypatch.setattr(warnings, "showwarning", say)
+            with SettingPaths() as paths:
+                use(paths.make(parser, lambda: parser.parse_object(settings)).whole)
+        return capsys.readouterr().out
+
+    return run_it
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -85,6 +107,39 @@ def test_the_object_that_refuses_is_found(settings, expected):
 def test_only_a_first_word_that_is_an_argument_gets_a_path(said, expected):
     settings = whole([], part(color="blue"))
     assert message(settings, use=lambda made: made.use(said)) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("color: is blue", "whole.parts[1].color: is blue"),
+        ("color: 1; size: 3", "whole.parts[1].color: 1; whole.parts[1].size: 3"),
+        ("parts.color: is blue; size: 3", "whole.parts.color: is blue; whole.size: 3"),
+        ("the color is blue; size: 3", "the color is blue; size: 3"),
+        ("loader: is slow", "loader: is slow"),
+    ],
+)
+def test_a_warning_gets_the_path_that_an_error_would_get(said, expected, printed, monkeypatch):
+    form = warnings.formatwarning
+    warn = partial(warnings.warn, said, stacklevel=2)
+    monkeypatch.setattr(Part, "use", lambda self: self.color == "red" or warn())
+    settings = whole([part(), part(color="blue")])
+    assert f"Warning: {expected}\n" in printed(settings, Whole, Whole.use)
+    assert warnings.formatwarning is form
+
+
+def test_a_warning_of_a_data_module_names_the_whole_setting(tmp_path, printed):
+    for i in range(3):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes((tmp_path / "0.png").read_bytes()[:40])
+    init_args = {"root": str(tmp_path), "image_size": 8, "num_held_out": 1, "batch_size": 1}
+    folder = {
+        "class_path": "ant_lightning.ImageFolderData",
+        "init_args": {**init_args, "validate_images": "skip"},
+    }
+    settings = {"whole": {"class_path": f"{__name__}.Outer", "init_args": {"images": folder}}}
+    said = printed(settings, Outer, lambda made: made.images.setup("fit"))
+    assert "whole.images.root: left out 1 broken image: " in said
 
 
 def test_callbacks_are_named_by_their_place(tmp_path):

@@ -144,6 +144,12 @@ def test_noise_is_not_taken_for_a_conflict():
     assert "Measure with more images" not in titles(quiet)
 
 
+def test_a_sentence_lists_a_few_tasks():
+    assert diagnosis_advice._tasks([3]) == "task 3"
+    assert diagnosis_advice._tasks([1, 3]) == "tasks 1, 3"
+    assert diagnosis_advice._tasks(list(range(40))).endswith(" 6, 7 and 32 more")
+
+
 def test_losses_shares_and_what_the_network_predicts():
     gradients = torch.ones(6, 2).double() * torch.tensor([1.0, 1, 1, 1, 3, 3])[:, None].double()
     found = findings(gradients, losses=[2.0, 1, 0.1])

@@ -1,11 +1,22 @@
 """What `GenerationMetrics` keeps of real images, and what it leaves behind."""
 
 import json
+import re
 
 import pytest
+import torch
 from tiny_digits import module, trainer
 
-from ant_lightning import ConfigError, DigitsData, DigitsFeatures, GenerationMetrics
+from ant_lightning import (
+    ConfigError,
+    Dashboard,
+    DigitsData,
+    DigitsFeatures,
+    GenerationMetrics,
+    InceptionFeatures,
+    ModuleFeatures,
+)
+from ant_lightning.callbacks import dashboard
 
 # 60 images do for equality, not for a FID that means something.
 pytestmark = pytest.mark.filterwarnings(
@@ -61,3 +72,22 @@ def test_training_images_may_be_the_reference(tmp_path):
     assert json.loads(row)["reference"] == "train"
     with pytest.raises(ConfigError, match="with_train: must be false if training images are"):
         GenerationMetrics(DigitsFeatures(), reference="train")
+
+
+def test_the_page_names_a_network_that_is_not_inception(tmp_path, monkeypatch):
+    lines = []
+    draw = dashboard.stacked_page
+    monkeypatch.setattr(
+        dashboard, "stacked_page", lambda *a, numbers: lines.append(numbers) or draw(*a)
+    )
+    pixels = ModuleFeatures(torch.nn.Flatten(), num_features=64, name="pixels")
+    for extractor in (DigitsFeatures(), pixels):
+        callback = GenerationMetrics(extractor, num_images=12, with_train=False, k=0)
+        run = trainer(tmp_path, callback, Dashboard(), limit_val_batches=1)
+        run.validate(module(), DigitsData(), verbose=False)
+    assert [re.search(r"FID (.*?) \d[^ ]*,  of real images \d", each)[1] for each in lines] == [
+        "(DigitsFeatures)",
+        "(pixels)",
+    ]
+    inception = InceptionFeatures.__new__(InceptionFeatures)  # its weights may not be here
+    assert GenerationMetrics(inception).scored_by == GenerationMetrics().scored_by == ""

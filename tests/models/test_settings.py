@@ -1,5 +1,7 @@
 """Each group of settings checks its own fields, and groups merge over several configs."""
 
+import re
+
 import pytest
 import torch
 import yaml
@@ -184,3 +186,13 @@ def test_the_warning_of_rare_tasks_names_the_smallest_batch_and_not_what_is_set(
     with pytest.warns(UserWarning, match="tasks: the expected number") as found:
         warn_of_rare_tasks(masses, 4, allocation)
     assert str(found[0].message).endswith(f"some steps; {advice}")
+
+
+def test_the_warning_of_rare_tasks_lists_the_rarest_few():
+    masses = torch.tensor([0.02] * 20 + [0.001, 0.599], dtype=torch.float64)
+    with pytest.warns(UserWarning, match="tasks: the expected number") as found:
+        warn_of_rare_tasks(masses, 4, "proportional")
+    said = str(found[0].message)
+    assert "less for task 20 (mass 0.001, 0.004 a step), task 0 (mass 0.02, 0.08 a step)" in said
+    assert ", 0.08 a step) and 16 more in batches of 4:" in said
+    assert len(re.findall(r"\btask \d", said)) == 5
