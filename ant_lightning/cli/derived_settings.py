@@ -4,6 +4,9 @@
 - `input_size`, `in_channels` and `num_classes` of a network are those of the data, or of their
   latents; `out_channels` and `learn_sigma` follow from the process.
 
+- A class that is chosen in place of a default of another class keeps its own defaults. The parser
+  would take those that both have from the other class.
+
 They are added to a command line as options. What is set anywhere, to any value, stays.
 """
 
@@ -16,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-import ant_lightning
 from ant_lightning.cli.merged_settings import merged_settings
+from ant_lightning.cli.messages import first_config_error
+from ant_lightning.cli.own_defaults import any_class, our_class, own_defaults
 from ant_lightning.data.module import ImageDataModule
+from ant_lightning.diffusion.edm import EDM
 from ant_lightning.errors import ConfigError
 from ant_lightning.models.first_stage.first_stage import FirstStage
 
@@ -48,10 +53,13 @@ def derived_settings(args: Sequence[str]) -> list[str]:
     tasks = model.get("tasks")
     if isinstance(tasks, dict):
         num_tasks = _num_tasks(tasks.get("clustering"))
-        if num_tasks and "num_tasks" in _open(tasks.get("balancer"), kind=_any_class):
+        if num_tasks and "num_tasks" in _open(tasks.get("balancer"), kind=any_class):
             found["model.init_args.tasks.balancer.init_args.num_tasks"] = num_tasks
-    is_fixed = str(_variance_type(model)).startswith("fixed")
-    if is_fixed and "learn_sigma" in _open(model.get("backbone")):
+    found |= own_defaults(model, "model")
+    process = model.get("process")
+    name = str(process.get("class_path") if isinstance(process, dict) else process)
+    has_one_half = our_class(name) is EDM or str(_variance_type(model)).startswith("fixed")
+    if has_one_half and "learn_sigma" in _open(model.get("backbone")):
         found["model.init_args.backbone.init_args.learn_sigma"] = False
     own, backbone = (
         [name for name in _open(part) if name in _SIZES] for part in (model, model.get("backbone"))
@@ -64,11 +72,25 @@ def derived_settings(args: Sequence[str]) -> list[str]:
     return [f"--{name}={value}" for name, value in found.items()]
 
 
-def origin_of_sizes(error: ConfigError, derived: Sequence[str]) -> str:
-    """Where the size that an error speaks of comes from, if it is one of the derived options."""
+def about_sizes(error: ConfigError, args: Sequence[str], derived: Sequence[str]) -> ConfigError:
+    """The error of a command, with what it leaves out about a size of the network.
+
+    It is that of the data if it is one of the derived options. It is missing if the first stage
+    cannot be made, and then that is the error.
+    """
     names = {option.partition("=")[0].rpartition(".")[2] for option in derived}
-    found = [name for name in _SIZES if name in names and re.search(rf"\b{name}\b", str(error))]
-    return f"{found[0]} is that of the data" if found else ""
+    for name in _SIZES:
+        if name in names and re.search(rf"\b{name}\b", str(error)):
+            return ConfigError(f"{error}; {name} is that of the data")
+        if f"{name}: needed" in str(error):
+            settings: Any = merged_settings(args)
+            try:
+                _made(settings["model"]["first_stage"], FirstStage)
+            except KeyError:  # it has none
+                return error
+            except Exception as cause:
+                return ConfigError(f"model.first_stage.{first_config_error(cause)}")
+    return error
 
 
 def _open(part: object, kind: Callable[[object], Any] | None = None) -> list[str]:
@@ -78,28 +100,10 @@ def _open(part: object, kind: Callable[[object], Any] | None = None) -> list[str
     if name in _UNETS:  # imported here: 1 s that no other network needs
         found = getattr(import_module("diffusers"), name.rpartition(".")[2])
     else:
-        found = (kind or _ours)(name)
+        found = (kind or our_class)(name)
     if found is None:
         return []
     return [n for n in inspect.signature(found).parameters if n not in given]
-
-
-def _ours(name: object) -> Callable[..., Any] | None:
-    """Our public class or preset of this name."""
-    last = str(name).removeprefix("ant_lightning.")
-    return getattr(ant_lightning, last) if last in ant_lightning.__all__ else None
-
-
-def _any_class(name: object) -> Callable[..., Any] | None:
-    """The class of this name or import path; the parser imports it too, and names what is wrong."""
-    module, _, last = str(name).rpartition(".")
-    if _ours(name) is not None or not module:
-        return _ours(name)
-    try:
-        found = getattr(import_module(module), last)
-    except Exception:  # whatever a module of the user raises
-        return None
-    return found if callable(found) else None
 
 
 def _num_tasks(clustering: object) -> int | None:
@@ -111,7 +115,7 @@ def _num_tasks(clustering: object) -> int | None:
         return len(given["boundaries"]) - 1
     if "clustering" in given:  # `ShuffledClustering` has the tasks of another
         return _num_tasks(given["clustering"])
-    kind = _any_class(given.get("class_path"))
+    kind = any_class(given.get("class_path"))
     default = inspect.signature(kind).parameters.get("num_tasks") if kind else None
     number = given.get("num_tasks", default and default.default)
     return number if type(number) is int else None
@@ -143,7 +147,7 @@ def _variance_type(model: Mapping[str, Any]) -> str | None:
     """The variance of the process, which decides the channels of the output."""
     process = model.get("process")
     if process is None:  # the module has one of its own
-        kind = _ours(model.get("class_path"))
+        kind = our_class(model.get("class_path"))
         default = inspect.signature(kind).parameters.get("process") if kind else None
         return getattr(default and default.default, "variance_type", None)
     return process.get("variance_type") if isinstance(process, dict) else None

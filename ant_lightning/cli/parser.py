@@ -25,7 +25,7 @@ from ant_lightning.cli.config_files import (
     import_named_classes,
     load_yaml,
 )
-from ant_lightning.cli.derived_settings import derived_settings, origin_of_sizes
+from ant_lightning.cli.derived_settings import about_sizes, derived_settings
 from ant_lightning.cli.messages import first_config_error, one_line
 from ant_lightning.cli.run_folder import (
     RunFolder,
@@ -291,10 +291,10 @@ def run(args: Sequence[str], *, called: str | None = None) -> AntCLI:
     except (ArgumentError, MisconfigurationException) as error:
         raise ConfigError(one_line(str(error))) from error
     except ConfigError as error:
-        origin = origin_of_sizes(error, derived)
-        if not origin:
+        found = about_sizes(error, args[1:], derived)
+        if found is error:
             raise
-        raise ConfigError(f"{error}; {origin}") from error
+        raise found from error
     except CheckpointWriteError:
         raise
     except Exception as error:  # torch and Lightning raise anything for parts that do not fit

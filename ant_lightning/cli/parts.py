@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
+from ant_lightning.cli.own_defaults import with_own_defaults
 from ant_lightning.cli.setting_paths import SettingPaths
 from ant_lightning.errors import ConfigError
 from ant_lightning.runtime.changed_settings import TRUSTED
@@ -39,7 +40,7 @@ def make_part(
     parser.add_subclass_arguments(kind, name, required=True)
 
     def parse() -> Any:  # noqa: ANN401
-        parsed = parser.parse_object({name: chosen})
+        parsed = parser.parse_object({name: with_own_defaults(chosen)})
         _check_trusted(parsed.as_dict(), trust)  # the parser has expanded short names
         return parsed
 

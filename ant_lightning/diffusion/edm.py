@@ -69,7 +69,7 @@ class EDM(ContinuousProcess):
         self,
         preconditioning: Preconditioning = EDMPreconditioning(),
         *,
-        density: Density = LogNormal(-1.2, 1.2),
+        density: Density = LogNormal(),
         sigma_min: float | None = None,
         sigma_max: float | None = None,
         num_timesteps: int = 1000,

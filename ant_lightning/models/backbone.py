@@ -94,6 +94,12 @@ def check_output_channels(backbone: nn.Module, process: NoiseProcess) -> None:
     """
     allowed = process.accepted_channels(int(backbone.in_channels))  # type: ignore[arg-type]
     found = output_channels(backbone)
+    doubles = getattr(backbone, "learn_sigma", None)
+    if found not in allowed and doubles is not None:
+        raise ConfigError(
+            f"backbone.learn_sigma: must be {str(not doubles).lower()} with "
+            f"{process.output_setting}, found {str(doubles).lower()}"
+        )
     if found not in allowed:
         raise ConfigError(
             f"backbone.out_channels: must be {' or '.join(map(str, allowed))} with "

@@ -3,7 +3,7 @@
 import pytest
 
 from ant_lightning import ConfigError
-from ant_lightning.cli.derived_settings import origin_of_sizes
+from ant_lightning.cli.derived_settings import about_sizes
 from ant_lightning.cli.messages import no_such_setting, one_line
 
 NESTED = """Parser key "model":
@@ -112,6 +112,16 @@ def test_messages_of_commands_without_a_config(message, expected):
 def test_a_size_that_follows_from_the_data_is_said_to_be():
     error = ConfigError("model.backbone.patch_size: must divide input_size 30, found 4")
     option = "--model.init_args.backbone.init_args.input_size=30"
-    assert origin_of_sizes(error, [option]) == "input_size is that of the data"
-    assert not origin_of_sizes(error, [])
-    assert not origin_of_sizes(ConfigError("input_sizes: none"), [option])
+    assert str(about_sizes(error, [], [option])) == f"{error}; input_size is that of the data"
+    assert about_sizes(error, [], []) is error
+    other = ConfigError("input_sizes: none")
+    assert about_sizes(other, [], [option]) is other
+
+
+def test_a_first_stage_that_cannot_be_had_is_why_a_size_is_missing():
+    error = ConfigError("model.backbone.input_size: needed, found nothing")
+    stage = "{class_path: ant_lightning.FirstStage, init_args: {source: /nope}}"
+    found = str(about_sizes(error, [f"--model.first_stage={stage}"], []))
+    assert found.startswith("model.first_stage.source: ")
+    assert found.count("/nope") == 1
+    assert about_sizes(error, ["--model=DiTModule"], []) is error

@@ -306,7 +306,10 @@ def test_clipping():
             lambda: DDIM(10).check(FlowMatching()),
             "sampler: must be one for FlowMatching, found DDIM, which is for DiscreteDiffusion",
         ),
-        (lambda: DDPM(10).check(EDM()), "sampler: must be one for EDM, found DDPM"),
+        (
+            lambda: DDPM(10).check(EDM()),
+            "sampler: must be one for EDM, found DDPM.*; take EDMSampler",
+        ),
         (lambda: ODESampler().check(EDM()), "sampler: must be one for EDM, found ODESampler"),
         (
             lambda: EDMSampler().check(DiscreteDiffusion()),

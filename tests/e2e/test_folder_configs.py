@@ -89,12 +89,15 @@ def test_what_is_set_stays_and_what_follows_is_added(images):
     args = ["--config", str(config_names()["folder/adm_32"]), f"--data.root={images}"]
     sizes = {"input_size": "32", "in_channels": "3", "num_classes": "3", "out_channels": "3"}
     tasks = {"model.init_args.tasks.balancer.init_args.num_tasks": "5"}
-    assert options(*args) == {BACKBONE + name: value for name, value in sizes.items()} | tasks
+    # Of the schedule in place of the linear one.
+    own = {"model.init_args.process.init_args.schedule.init_args.num_timesteps": "1000"}
+    assert options(*args) == {BACKBONE + name: value for name, value in sizes.items()} | tasks | own
     wide = options(*args, "--data.image_size=[32, 64]")
     assert wide[f"{BACKBONE}input_size"] == "[32, 64]"
-    assert options(*args, "--model.tasks.balancer=null", "--model.backbone.num_classes=0") == {
-        BACKBONE + name: value for name, value in sizes.items() if name != "num_classes"
-    }
+    assert (
+        options(*args, "--model.tasks.balancer=null", "--model.backbone.num_classes=0")
+        == {BACKBONE + name: value for name, value in sizes.items() if name != "num_classes"} | own
+    )
     found = options(*args, "--data.channels=1", "--model.process.variance_type=learned_range")
     assert (found[BACKBONE + "in_channels"], found[BACKBONE + "out_channels"]) == ("1", "2")
     shuffled = str(config_names()["clustering/shuffled"])

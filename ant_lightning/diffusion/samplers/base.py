@@ -39,6 +39,19 @@ class SampleStep:
     x_start: Tensor
 
 
+_SAMPLERS = {
+    "DiscreteDiffusion": "DDIM or DDPM",
+    "FlowMatching": "ODESampler or SDESampler",
+    "EDM": "EDMSampler",
+}
+
+
+def others_for(process: NoiseProcess) -> str:
+    """The end of a message about a sampler that does not fit: those that do."""
+    kinds = [kind.__name__ for kind in type(process).__mro__ if kind.__name__ in _SAMPLERS]
+    return f"; take {_SAMPLERS[kinds[0]]}" if kinds else ""
+
+
 class Sampler(ABC):
     """Base of the samplers: a path of network calls from `x_T` `[b, c, ...]` to an image.
 
@@ -101,7 +114,7 @@ class Sampler(ABC):
         if not isinstance(process, self.process_type):
             raise ConfigError(
                 f"sampler: must be one for {type(process).__name__}, found {type(self).__name__}, "
-                f"which is for {self.process_type.__name__}"
+                f"which is for {self.process_type.__name__}{others_for(process)}"
             )
         self._check_path(process)
 

@@ -12,7 +12,7 @@ from ant_lightning.diffusion.edm import EDM
 from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.preconditioning import EDMPreconditioning
 from ant_lightning.diffusion.process import NoiseProcess
-from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep
+from ant_lightning.diffusion.samplers.base import Denoiser, Sampler, SampleStep, others_for
 from ant_lightning.diffusion.samplers.schedulers import (
     discrete_scheduler,
     numpy_warnings_off,
@@ -126,10 +126,10 @@ class DiffusersSampler(Sampler):
     def check(self, process: NoiseProcess) -> None:
         """Check that this sampler can sample with the process."""
         if not isinstance(process, self._support.processes):
+            kinds = " and ".join(each.__name__ for each in self._support.processes)
             raise ConfigError(
                 f"sampler: must be one for {type(process).__name__}, found "
-                f"{type(self.scheduler).__name__}, which is for "
-                f"{' and '.join(each.__name__ for each in self._support.processes)}"
+                f"{type(self.scheduler).__name__}, which is for {kinds}{others_for(process)}"
             )
         if isinstance(process, FlowMatching) and process.path != "linear":
             raise ConfigError(
