@@ -35,7 +35,9 @@ def stacked_page(pictures: Mapping[str, Path], *, numbers: str = "") -> NDArray[
     }
     font = ImageFont.load_default(size=_FONT)
     widths = [2 * _MARGIN + math.ceil(font.getlength(title)) for title in opened]
-    small = ImageFont.load_default(size=_SMALL)
+    room = _WIDEST - 2 * _MARGIN
+    fits = room / max(room, ImageFont.load_default(size=_SMALL).getlength(numbers))
+    small = ImageFont.load_default(size=_SMALL * fits)
     widths.append(2 * _MARGIN + math.ceil(small.getlength(numbers)))
     width = max([*widths, *(2 * _MARGIN + picture.width for picture in opened.values())])
     first = _LINE if numbers else 0

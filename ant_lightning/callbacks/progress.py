@@ -21,6 +21,32 @@ if TYPE_CHECKING:
 
     from ant_lightning.models.denoiser import DiffusionModule
 
+_WEIGHTS, _LISTED = "weights of the", 10  # tasks with a weight of their own in a line
+
+
+class _Bar(Tqdm):
+    """Shows the items that fit beside it, whole; the weights of the tasks are left out first."""
+
+    note = ""  # in front of the items
+
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **items: Any) -> None:  # noqa: ANN401
+        """Choose from `name=value` items, in this order."""
+        if self.disable:
+            return
+        texts = [self.note] * bool(self.note) + [
+            f"{name}={value if isinstance(value, str) else self.format_num(value)}"
+            for name, value in {**(ordered_dict or {}), **items}.items()
+        ]
+        # Without a width the bar has 10 characters, which may become half as many.
+        bare = self.format_meter(**{**self.format_dict, "postfix": "", "ncols": None})
+        room = float("inf") if self.ncols is None else self.ncols - len(bare) + 5
+        shown = []
+        for text in sorted(texts, key=lambda text: text.startswith(_WEIGHTS)):
+            if room >= len(text) + 2:
+                room -= len(text) + 2
+                shown.append(text)
+        self.set_postfix_str(", ".join(text for text in texts if text in shown), refresh)
+
 
 class TrainingProgress(TQDMProgressBar):
     """Shows steps done and planned, time left, loss, images/s and the weights of the tasks.
@@ -32,7 +58,8 @@ class TrainingProgress(TQDMProgressBar):
 
     Images/s is over all ranks since the last logged step, without validation. It is also logged as
     `train/images_per_second`. The weights of the tasks are shares of their sum, from
-    task 0 (the least noise) on: `weights of the 5 tasks 20/20/20/20/20 %` is equal weighting.
+    task 0 (the least noise) on: `weights of the 5 tasks 20/20/20/20/20 %` is equal weighting. Of
+    more than 10 tasks the smallest and the largest are shown. A bar leaves out what does not fit.
 
     Args:
         refresh_rate: Steps between redraws; the bar is also redrawn when a second has passed.
@@ -66,7 +93,7 @@ class TrainingProgress(TQDMProgressBar):
 
     def init_train_tqdm(self) -> Tqdm:
         """One bar for the run."""
-        return Tqdm(
+        return _Bar(
             desc=self.train_description,
             initial=self._first_step,
             total=self._total,
@@ -130,14 +157,15 @@ class TrainingProgress(TQDMProgressBar):
         """Show on the bar that the run is validating."""
         super().on_validation_start(trainer, pl_module)
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._draw(trainer, pl_module)
-            self.train_progress_bar.set_description(self.validation_description)
+            self._draw(trainer, pl_module, note="validating")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the measured values."""
-        super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.train_progress_bar.set_description(self.train_description)
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fitting:
+            self.train_progress_bar.note = ""
+        super().on_validation_end(trainer, pl_module)  # which draws the bar
+        if fitting:
             self._print(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -181,9 +209,11 @@ class TrainingProgress(TQDMProgressBar):
         items["images/s"] = f"{self.images_per_second:.0f}"
         report = getattr(pl_module, "last_report", None)
         if report is not None and getattr(pl_module, "balancer", None) is not None:
-            shares = 100 * report.task_weights / report.task_weights.sum()
-            text = "/".join(f"{share:.0f}" for share in shares.tolist())
-            items[f"weights of the {len(shares)} tasks"] = f"{text} %"
+            shares = (100 * report.task_weights / report.task_weights.sum()).tolist()
+            text = "/".join(f"{share:.0f}" for share in shares)
+            if len(shares) > _LISTED:
+                text = f"{min(shares):.2g} to {max(shares):.2g}"
+            items[f"{_WEIGHTS} {len(shares)} tasks"] = f"{text} %"
         timer = callback_of(trainer, Timer)
         left = None if timer is None else timer.time_remaining()
         if left:
@@ -195,8 +225,9 @@ class TrainingProgress(TQDMProgressBar):
         """Time of the last line, by `time.perf_counter`."""
         return self._printed
 
-    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule, *, note: str = "") -> None:
         if not self.train_progress_bar.disable:
+            self.train_progress_bar.note = note
             self.train_progress_bar.n = trainer.global_step
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 LINE_INTERVAL = 10.0
 LONGEST_SILENCE = 30.0
+_SHORTEST_BAR, _WIDE = 8, 120  # columns: with its ends, and of a terminal that tells no width
 
 
 class ProgressDisplay:
     """Shows what is done of what, such as `predict: 200 of 1,000 images, 0:01:20 left`.
 
-    In a terminal it is a bar. Elsewhere (a file, a pipe, CI) a line is printed at the start, and
-    then for each tenth, but none sooner than `interval` seconds after the last; if a tenth takes
-    longer than 30 seconds, for each 30 seconds. The last line says that all is done.
+    In a terminal it is this sentence and a bar. Elsewhere (a file, a pipe, CI) a line is printed at
+    the start, and then for each tenth, but none sooner than `interval` seconds after the last; if a
+    tenth takes longer than 30 seconds, for each 30 seconds. The last line says that all is done.
 
     Args:
         what: The command, or the measurement.
@@ -60,18 +61,20 @@ class ProgressDisplay:
         self._interval = LINE_INTERVAL if interval is None else interval
         terminal = sys.stdout.isatty()
         self._prints = not terminal and not hidden
-        self._begun = self._last = time.perf_counter()
+        self._begun = time.perf_counter()
         self._last = self._begun if since is None else since
+        self._drawn = 0.0
         self._started = 0.0  # the share of a unit, or of several, that are begun
         self._note = ""
         self._lines = 0
         self._bar = tqdm(
-            desc=what,
+            desc=self._sentence(self._begun),
             total=total,
             initial=done,
-            unit=f" {unit}",
+            bar_format="{desc} |{bar}|",
             leave=False,
             file=sys.stdout,
+            dynamic_ncols=True,
             disable=hidden or not bar or not terminal,
         )
         if first_line and total is not None:
@@ -100,6 +103,7 @@ class ProgressDisplay:
         self._started = count * step / num_steps if step < num_steps else 0.0
         self._note = f", step {step:,} of {num_steps:,} for the next {count:,}"
         if step < num_steps:
+            self._draw()
             self._line_if_due()
 
     def update(self, count: int = 1) -> None:
@@ -111,8 +115,19 @@ class ProgressDisplay:
         self.done, self._total = done, total
         self._bar.total = total
         self._started, self._note = 0.0, ""
-        self._bar.update(done - self._bar.n)
+        self._draw()
         self._line_if_due()
+
+    def _draw(self) -> None:
+        """Redraw the bar, but not for each step of a sampler that takes a millisecond."""
+        now = time.perf_counter()
+        if self._bar.disable or now - self._drawn < self._bar.mininterval:
+            return
+        self._drawn, self._bar.n = now, self.done + self._started
+        room = (self._bar.ncols or _WIDE) - _SHORTEST_BAR
+        whole, brief = self._sentence(now), self._sentence(now, note=False)
+        texts = (whole, brief, brief.partition(", ")[0])
+        self._bar.set_description_str(next((t for t in texts if len(t) <= room), texts[-1]))
 
     def _line_if_due(self) -> None:
         if self._total is None:
@@ -127,14 +142,17 @@ class ProgressDisplay:
             return
         self._printed, self._last = self.done, time.perf_counter()
         self._lines += 1
+        print(self._sentence(self._last), flush=True)
+
+    def _sentence(self, now: float, *, note: bool = True) -> str:
+        """What is done of what, and the time left."""
+        if self._total is None:
+            return f"{self._what}: {self.done:,} {self._unit}"
         made = self.done - self._first + self._started
         left = self._total - self._first - made
-        seconds = left * (self._last - self._begun) / made if made else 0.0
-        end = self._note + (f", {clock(seconds)} left" if made and left else "")
-        print(
-            f"{self._what}: {self.done:,} of {self._total:,} {self._unit}{end}",
-            flush=True,
-        )
+        seconds = left * (now - self._begun) / made if made else 0.0
+        end = self._note * note + (f", {clock(seconds)} left" if made and left else "")
+        return f"{self._what}: {self.done:,} of {self._total:,} {self._unit}{end}"
 
 
 def clock(seconds: float) -> str:

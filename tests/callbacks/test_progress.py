@@ -1,26 +1,48 @@
 """One bar for all steps of a run, or lines where the output is no terminal."""
 
+import fcntl
 import io
+import os
 import re
+import struct
+import termios
 
 import pytest
-from tiny_fit import BATCHES, fit, module
+from tiny_fit import BALANCERS, BATCHES, fit, module
 
-from ant_lightning import DDIM, SampleGrid, TrainingProgress
+from ant_lightning import (
+    DDIM,
+    SampleGrid,
+    SNRClustering,
+    TrainingProgress,
+    UncertaintyWeighting,
+)
 from ant_lightning.callbacks.progress import showing_steps
 from ant_lightning.runtime.progress_display import ProgressDisplay
 
 
 class Terminal(io.StringIO):
-    """Keeps what a terminal would show."""
+    """Keeps what a terminal of some columns would show."""
+
+    def __init__(self, columns=200):
+        super().__init__()
+        self.ends = os.openpty()
+        fcntl.ioctl(self.ends[0], termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
 
     def isatty(self):
         return True
 
+    def fileno(self):
+        return self.ends[0]
 
-def progress(folder, monkeypatch, *, terminal, **settings):
+    def __del__(self):
+        for end in self.ends:
+            os.close(end)
+
+
+def progress(folder, monkeypatch, *, terminal, columns=200, **settings):
     """The lines, or the states of the bar, of a run of one rank."""
-    out = Terminal() if terminal else io.StringIO()
+    out = Terminal(columns) if terminal else io.StringIO()
     monkeypatch.setattr("sys.stdout", out)
     callback = TrainingProgress(refresh_rate=1, line_interval=settings.pop("line_interval", 0.0))
     fit(folder, callbacks=[callback], enable_progress_bar=True, **settings)
@@ -86,10 +108,56 @@ def test_a_terminal_has_one_bar_that_never_goes_back(tmp_path, monkeypatch):
     counts = [int(n) for line in shown for n in re.findall(rf"(\d+)/{steps} \[", line)]
     assert counts == sorted(counts)
     assert set(counts) == set(range(steps + 1))
-    assert any(line.startswith("Validation") for line in shown)
+    assert all(line.startswith("Training: ") for line in shown)
+    assert any(line.endswith(", validating]") or ", validating, " in line for line in shown)
+    assert "validating" not in shown[-1]
     assert shown[-1].startswith("Training: 100%")
     assert "images/s" in shown[-1]
     assert not any(line.startswith("step ") for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("columns", "weights"), [(60, False), (80, False), (100, False), (170, True)]
+)
+def test_a_bar_leaves_out_what_does_not_fit(tmp_path, monkeypatch, columns, weights):
+    settings = {"terminal": True, "steps": 6, "val_interval": 3, "columns": columns}
+    shown = progress(tmp_path, monkeypatch, **settings)
+    items = ("validating", r"val/loss=[\d.]+", r"train/loss=[\d.]+", r"images/s=\d+")
+    items = (*items, r"weights of the 3 tasks=\d+/\d+/\d+ %")
+    whole = r"Training: +\d+%\|.*\| \d/6 \[\S+, .* steps/s" + "".join(f"(, {i})?" for i in items)
+    assert all(re.fullmatch(whole + r"\]", line) for line in shown), shown
+    # Where not even the bar alone fits, the terminal would break the line.
+    assert columns < 70 or {len(line) for line in shown} == {columns - 1}
+    assert (", weights of the 3 tasks=" in shown[-1]) is weights
+
+
+def test_of_many_tasks_a_line_has_the_smallest_and_the_largest_weight(tmp_path, monkeypatch):
+    monkeypatch.setitem(BALANCERS, "twelve", lambda: UncertaintyWeighting(12))
+    settings = {"method": "twelve", "model": {"clustering": SNRClustering(12)}}
+    (line,) = progress(
+        tmp_path, monkeypatch, terminal=False, steps=1, line_interval=9e9, **settings
+    )
+    assert line.endswith("weights of the 12 tasks 8.3 to 8.3 %")
+
+
+def test_a_bar_in_a_terminal_is_a_sentence_from_the_start(monkeypatch):
+    for columns in (81, 51):
+        out = Terminal(columns)
+        monkeypatch.setattr("sys.stdout", out)
+        with ProgressDisplay("fit", "images drawn for the grid", total=1056) as shown:
+            shown.step(56, 0, 4)
+            shown._bar.mininterval = 0.0
+            shown.step(56, 1, 4)
+            shown.update(528)
+        lines = [line.strip() for line in out.getvalue().split("\r") if line.strip()]
+        monkeypatch.undo()
+        assert {len(line) for line in lines} == {columns - 1}
+        start, begun, step, half = (re.sub(r" \|[^|]*\|$", "", line) for line in lines)
+        assert start == "fit: 0 of 1,056 images drawn for the grid"
+        wide = columns > 60
+        assert begun == start + ", step 0 of 4 for the next 56" * wide
+        assert re.fullmatch(start + r", \d:\d\d:\d\d left" * wide, step)
+        assert half.startswith("fit: 528 of 1,056 images drawn for the grid")
 
 
 def test_a_long_validation_counts_its_batches(tmp_path, monkeypatch):
