@@ -35,6 +35,7 @@ multiprocessing.set_forkserver_preload(
     [
         "pytest",
         "torchjd.aggregation",
+        "torch.distributed.checkpoint",
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
         "ant_lightning.callbacks.sample_writer",

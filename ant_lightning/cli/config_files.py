@@ -28,11 +28,12 @@ _PLAIN = {
 }
 
 
+# Those in C are many times as fast; an installation of PyYAML may lack them.
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _load = get_loader("yaml")  # the parser's: it reads 1e-3 as a number, plain PyYAML as a text
 
 
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """Writes enums, paths and numbers of NumPy as the plain values they are."""
 
     def plain(self, value: Any) -> yaml.Node:  # noqa: ANN401
@@ -128,6 +129,11 @@ def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is
     if isinstance(trainer, dict) and "logger" in trainer:
         trainer["logger"] = with_logger_classes(trainer["logger"])
     return found
+
+
+def plain_settings(text: str) -> Any:  # noqa: ANN401 - whatever the settings are
+    """Read what `dump_yaml` wrote."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def dump_yaml(data: Any) -> str:  # noqa: ANN401 - whatever the settings are

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentError, Namespace, set_dumper, set_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from yaml import YAMLError, safe_load
+from yaml import YAMLError
 
 from ant_lightning.callbacks.dashboard import Dashboard
 from ant_lightning.callbacks.ema import EMA
@@ -24,6 +24,7 @@ from ant_lightning.cli.config_files import (
     dump_yaml,
     import_named_classes,
     load_yaml,
+    plain_settings,
 )
 from ant_lightning.cli.derived_settings import about_sizes, derived_settings
 from ant_lightning.cli.messages import first_config_error, one_line
@@ -105,12 +106,14 @@ class AntCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""
-        options = self._subcommand_parsers[args[0]]._option_string_actions
+        command, *options = args
+        # The parser of the command itself: through `parser`, all would be parsed twice.
+        of_command = self._subcommand_parsers[command]
         try:
-            self.config = parser.parse_args(args)
+            config = of_command.parse_args(options)
         except Exception as error:  # only the parser runs here: the arguments are wrong
-            raise first_config_error(error, options) from error
-        config = self.config[args[0]]
+            raise first_config_error(error, of_command._option_string_actions) from error
+        self.config = Namespace(**{"subcommand": command, command: config})
         # jsonargparse accepts None or a number where a group of settings belongs.
         for name in ("trainer", "ema", "checkpoint", "samples"):
             if not isinstance(config.get(name), Namespace):
@@ -206,7 +209,7 @@ class AntCLI(LightningCLI):
         """Keep the settings as given, linked ones too, as plain values."""
         if not hasattr(self, "config_dump"):
             text = self._dumped(self.config[self.command], with_links=True)
-            self.config_dump = safe_load(text)
+            self.config_dump = plain_settings(text)
 
     def _dumped(self, config: Namespace, *, with_links: bool = False) -> str:
         """Settings as YAML; the parser has checked them, and again would take as long."""

@@ -1,5 +1,6 @@
 """Runs a function on several ranks: processes from one forkserver, joined by gloo over a file."""
 
+import gc
 import multiprocessing
 import os
 import time
@@ -61,6 +62,7 @@ def _outcome(folder, rank):
 
 def _rank(function, rank, world_size, folder, args):
     """What a rank does; it leaves its result, or what went wrong, in a file."""
+    gc.freeze()  # the garbage collector need not look through what the server imported
     torch.set_num_threads(1)
     warnings.filterwarnings("error", category=FutureWarning, message="`torch.distributed")
     # Lightning takes a process that has a LOCAL_RANK for one of its own and starts no others.

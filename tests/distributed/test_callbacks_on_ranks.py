@@ -99,7 +99,7 @@ def test_two_ranks_measure_and_write_what_one_does(tmp_path):
     specialist = trainer(steps=1)
     specialist.fit(module("vanilla", interval=INTERVAL), TinyData())
     specialist.save_checkpoint(tmp_path / "specialist.ckpt")
-    (one,) = run_ranks(measured, 1, tmp_path / "one", tmp_path, 1)
+    one = measured(0, tmp_path, 1)
     two = run_ranks(measured, 2, tmp_path / "two", tmp_path, 2)
     assert {"fid", "kid", "inception_score", "precision", "fid_train"} <= one["scores"].keys()
     assert sorted(two[0]["seen"] + two[1]["seen"]) == sorted(one["seen"]) == list(range(20))
@@ -127,7 +127,7 @@ def reclustered(rank, folder, ranks):
 
 
 def test_two_ranks_recluster_as_one_does(tmp_path):
-    ((one, weights),) = run_ranks(reclustered, 1, tmp_path / "one", tmp_path, 1)
+    one, weights = reclustered(0, tmp_path, 1)
     assert [step for step, _ in one] == [0, 2, 4]
     assert len({boundaries for _, boundaries in one}) > 1
     for history, own in run_ranks(reclustered, 2, tmp_path / "two", tmp_path, 2):
@@ -147,7 +147,7 @@ def stored_scores(rank, folder, ranks):
 def test_two_ranks_score_stored_images_as_one_does(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (21, 4, 4, 1), dtype=np.uint8)
     np.savez(tmp_path / "stored.npz", arr_0=pixels)
-    (one,) = run_ranks(stored_scores, 1, tmp_path / "one", tmp_path, 1)
+    one = stored_scores(0, tmp_path, 1)
     assert one["num_images"] == 21
     for two in run_ranks(stored_scores, 2, tmp_path / "two", tmp_path, 2):
         assert two.keys() == one.keys()
@@ -164,7 +164,7 @@ def cached_statistics(rank, folder):
 
 
 def test_ranks_that_see_different_caches_compute_together(tmp_path):
-    (one,) = run_ranks(cached_statistics, 1, tmp_path / "one", tmp_path / "a")
+    one = cached_statistics(0, tmp_path / "a")
     two = run_ranks(cached_statistics, 2, tmp_path / "two", tmp_path / "b")
     assert [exists for _, exists in two] == [True, False]
     for features, _ in two:

@@ -19,7 +19,6 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CASES = [
     ("sit", "uw", False),
     ("sit", "pcgrad", True),  # with an auxiliary term
-    ("edm", "uw", False),
     ("edm", "pcgrad", False),
 ]
 

@@ -60,11 +60,13 @@ def run(ranks, method, folder=None, *, resume=None, steps=5, sharded=True, **set
 
 
 WHOLE = {"accumulate_grad_batches": 1}
+# Under DDP all are tried; here one of each way through the step.
+TRIED = ["vanilla", "uw", "continuous_uw", "pcgrad", "nash"]
 LOW = {"precision": "bf16-mixed", "optimizer": sgd, "batch_size": 8}
 
 
 def every_method(rank, folder):
-    exact = {name: run(2, name, steps=3) for name in METHODS}
+    exact = {name: run(2, name, steps=3) for name in TRIED}
     low = {name: run(2, name, accumulate_grad_batches=4, **LOW) for name in ("uw", "pcgrad")}
     whole = run(2, "nash", folder / "whole", steps=6)
     step_3 = folder / "whole" / "step_3.ckpt"
@@ -111,7 +113,7 @@ def check_equal(ranks, one, limit=ROUNDING):
 
 
 @needs_unused_shards
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRIED)
 def test_two_sharded_ranks_train_as_one_process_does(two_ranks, method):
     one = run(1, method, steps=3, sharded=False)
     check_equal([found["exact"][method] for found in two_ranks], one)
