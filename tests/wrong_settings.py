@@ -3,7 +3,11 @@
 import json
 from pathlib import Path
 
+from ant_lightning import ConfigError
+from ant_lightning.cli.first_look import first_look
+
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+DIT = CONFIGS / "digits" / "dit.yaml"
 TINY = [
     "--model.backbone.hidden_size=16",
     "--model.backbone.depth=1",
@@ -19,7 +23,7 @@ TINY = [
 
 
 def arguments(folder, *options, command="fit", balancer="uw"):
-    files = [CONFIGS / "digits" / "dit.yaml", CONFIGS / "balancer" / f"{balancer}.yaml"]
+    files = [DIT, CONFIGS / "balancer" / f"{balancer}.yaml"]
     args = [command, *[x for file in files for x in ("--config", str(file))], *TINY]
     places = ["--trainer.logger.save_dir", "--trainer.default_root_dir"]
     return [*args, *(f"{name}={folder}" for name in places), *options]
@@ -28,6 +32,15 @@ def arguments(folder, *options, command="fit", balancer="uw"):
 def callback(kind, package="ant_lightning", **settings):
     entry = {"class_path": f"{package}.{kind}", "init_args": settings}
     return f"--trainer.callbacks={json.dumps([entry])}"
+
+
+def looked(args):
+    """The message of the first look, if it has one."""
+    try:
+        first_look(args)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 LIGHTNING = "lightning.pytorch.callbacks"
