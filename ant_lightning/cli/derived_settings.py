@@ -83,11 +83,11 @@ def about_sizes(error: ConfigError, args: Sequence[str], derived: Sequence[str])
         if name in names and re.search(rf"\b{name}\b", str(error)):
             return ConfigError(f"{error}; {name} is that of the data")
         if f"{name}: needed" in str(error):
-            settings: Any = merged_settings(args)
-            try:
-                _made(settings["model"]["first_stage"], FirstStage)
-            except KeyError:  # it has none
+            model = (merged_settings(args) or {}).get("model")
+            if not isinstance(model, dict) or "first_stage" not in model:
                 return error
+            try:
+                _made(model["first_stage"], FirstStage)
             except Exception as cause:
                 return ConfigError(f"model.first_stage.{first_config_error(cause)}")
     return error

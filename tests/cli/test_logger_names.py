@@ -11,6 +11,7 @@ from lightning.pytorch import loggers
 from torch.utils.tensorboard import SummaryWriter
 from wrong_settings import DIT, looked
 
+import ant_lightning.cli.parser  # noqa: F401 - sets how YAML is read
 from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.source_names import arguments_of
 from ant_lightning.cli.trainer_settings import with_classes_of_loggers
