@@ -30,8 +30,6 @@ from ant_lightning.tasks.clusterings import SNRClustering
 from ant_lightning.transfer.matrix import transfer_matrix
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import lightning as L
     from torch import Tensor
 
@@ -46,10 +44,9 @@ class _Sizes(NamedTuple):
 
     num_points: int
     num_images: int
-    timed_steps: int
 
 
-_DEVICE, _CPU = _Sizes(40, ENOUGH_IMAGES, 5), _Sizes(20, 64, 3)
+_DEVICE, _CPU = _Sizes(40, ENOUGH_IMAGES), _Sizes(20, 64)
 _MORE = (
     f"before you rely on the advice, repeat with --num_images {_DEVICE.num_images} --num_points "
     f"{_DEVICE.num_points}, which leaves less noise in the conflicts"
@@ -77,8 +74,8 @@ class Diagnosis(MeasuringCallback):
         lr: Length of the gradient step of the transfer matrix.
         images: Images to measure on: those that are trained on (`train`), or `held_out`.
         weights: Weights to measure: `ema` or `live`.
-        timed_steps: Steps of each method that are timed, by default 5, on a CPU 3; 0 leaves the
-            cost out, and fewer than 3 are not compared.
+        timed_steps: Steps of each method that are timed, in turns; 0 leaves the cost out, and fewer
+            than 6 are not compared.
         seed: Seed of images and noise; by default that of the module.
 
     Raises:
@@ -102,7 +99,7 @@ class Diagnosis(MeasuringCallback):
         lr: float = 1e-2,
         images: Literal["train", "held_out"] = "train",
         weights: Literal["ema", "live"] = "ema",
-        timed_steps: int | None = None,
+        timed_steps: int = 9,
         seed: int | None = None,
     ) -> None:
         super().__init__(
@@ -118,17 +115,16 @@ class Diagnosis(MeasuringCallback):
             raise ConfigError(f"lr: must be above 0, found {lr}")
         self.num_points: int = _DEVICE.num_points if num_points is None else num_points
         self.lr = lr
-        self.timed_steps: int = _DEVICE.timed_steps if timed_steps is None else timed_steps
-        self._given = (num_points, num_images, timed_steps)
+        self.timed_steps = timed_steps
+        self._given = (num_points, num_images)
 
     def setup(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion, stage: str) -> None:
         """Choose the sizes that were not given, by the device."""
         super().setup(trainer, pl_module, stage)
         sizes = _CPU if trainer.strategy.root_device.type == "cpu" else _DEVICE
-        points, images, steps = self._given
+        points, images = self._given
         self.num_points = points or _enough(sizes.num_points, pl_module)
         self.num_images = images or sizes.num_images
-        self.timed_steps = sizes.timed_steps if steps is None else steps
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> None:
         """Say what will be measured, unless in `fit`."""
@@ -211,35 +207,35 @@ class Diagnosis(MeasuringCallback):
         if not self.timed_steps:
             return {}
         k = clusters.num_tasks
-        balancers: dict[str, Callable[[], Balancer | None]] = {
-            "vanilla": lambda: None,
-            "UW": lambda: UncertaintyWeighting(k),
-            "PCGrad": lambda: PCGrad(k),
-            "NashMTL, weights refreshed": lambda: NashMTL(k, update_every=1),
+        balancers: dict[str, Balancer | None] = {
+            "vanilla": None,
+            "UW": UncertaintyWeighting(k).to(pl_module.device),
+            "PCGrad": PCGrad(k).to(pl_module.device),
+            "NashMTL (weights refreshed)": NashMTL(k, update_every=1).to(pl_module.device),
         }
         losses, tasks = loss.batch(self.batch_size, clusters)
         # A diagnosis inside `fit` must leave the gradients of the run as they are.
         kept = [p.grad for p in pl_module.backbone.parameters()]
-        found: dict[str, list[float]] = {}
+        names, found = list(balancers), {name: list[float]() for name in balancers}
+        # One for all, as each would hold the gradients of k tasks.
+        step = MultiTaskStep(pl_module.backbone, num_tasks=k)
         count = len(balancers) * (self.timed_steps + 2)
         shown = progress_of(trainer, "timed steps", command="diagnose", total=count)
         try:
             # Lightning validates in inference mode, where no gradient can be computed.
             with torch.inference_mode(False), torch.enable_grad(), shown:
-                for name, make in balancers.items():
-                    balancer = make()
-                    if balancer is not None:
-                        balancer.to(pl_module.device)
-                    step = MultiTaskStep(pl_module.backbone, balancer, num_tasks=k)
-                    times = []
-                    for _ in range(self.timed_steps + 2):  # the first two warm up
+                for turn in range(self.timed_steps + 2):  # the first two warm up
+                    # In turns, each first in some: what slows the machine for a while meets all.
+                    first = turn % len(names)
+                    for name in names[first:] + names[:first]:
+                        step.balancer = balancers[name]
                         start = time.perf_counter()
                         step.backward(losses, tasks)
                         if pl_module.device.type == "cuda":
                             torch.cuda.synchronize()
-                        times.append(time.perf_counter() - start)
+                        if turn >= 2:
+                            found[name].append(time.perf_counter() - start)
                         shown.update()
-                    found[name] = times[2:]
         finally:
             for parameter, grad in zip(pl_module.backbone.parameters(), kept, strict=True):
                 parameter.grad = grad

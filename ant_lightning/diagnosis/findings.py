@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
+from itertools import accumulate, combinations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ from ant_lightning.errors import ConfigError
 from ant_lightning.tasks.clusterings import SNRClustering, TimestepClustering
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jaxtyping import Float
     from torch import Tensor
 
@@ -50,7 +52,8 @@ class Findings:
             measured.
         prediction_type: What the network predicts.
         is_latent: Whether it denoises the latents of a first stage.
-        times: Seconds of each timed backward pass on this machine, by the name of the method.
+        times: Seconds of each timed backward pass on this machine, by the name of the method; the
+            i-th passes of all methods came after each other.
         num_images: Images of each timestep.
         steps: Steps that the weights were trained for; `None` if unknown.
 
@@ -166,6 +169,21 @@ class Findings:
         """The median of each method's `times`."""
         return {name: median(times) for name, times in self.times.items()}
 
+    @property
+    def relative_times(self) -> dict[str, tuple[float, float, float]]:
+        """Time of each other method over vanilla's: the median over the turns, and its interval.
+
+        None if there are too few turns for an interval (`median_interval`).
+        """
+        plain = self.times.get("vanilla", [])
+        found = {}
+        for name, times in self.times.items():
+            ratios = [time / other for time, other in zip(times, plain, strict=True)]
+            interval = median_interval(ratios)
+            if name != "vanilla" and interval is not None:
+                found[name] = (median(ratios), *interval)
+        return found
+
     @cached_property
     def correlations(self) -> dict[str, float]:
         """Rank correlation of affinity with distance, in timesteps and in log-SNR."""
@@ -201,7 +219,22 @@ class Findings:
             "distance_correlation": self.correlations,
             "seconds": self.seconds,
             "times": self.times,
+            "relative_times": {name: list(each) for name, each in self.relative_times.items()},
         }
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """A 95% interval of the median, by the order of the values alone; `None` for fewer than 6.
+
+    The j-th lowest of n values lies above the median, and the j-th highest below it, with the
+    probability `sum_(i<j) C(n, i) / 2^n` each: the interval is between those of the largest j for
+    which this is at most 2.5%.
+    """
+    n = len(values)
+    tails = list(accumulate(math.comb(n, i) / 2**n for i in range(n)))
+    j = sum(tail <= 0.025 for tail in tails)
+    ordered = sorted(values)
+    return (ordered[j - 1], ordered[n - j]) if j else None
 
 
 def _squared_norms(half_dots: Float[Tensor, "c 2 2 n n"]) -> Float[Tensor, " n"]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from ant_lightning.diagnosis.findings import Findings
 
-_COMPARABLE = 3  # timed steps of each method
+_TELLING = 1.25  # largest ratio of the ends of an interval that tells a cost
+_TIMED = "--timed_steps 25"
 
 
 class _Page:
@@ -112,13 +113,15 @@ def write_page(findings: Findings, folder: Path, pictures: dict[str, str], *, ab
     )
     if findings.times:
         page.heading("Cost on this machine")
-        count, few = len(findings.times["vanilla"]), "too few to compare the methods"
+        count = len(findings.times["vanilla"])
         page.text(
             f"Time of a forward and backward pass over one batch, without the optimizer: median, "
             f"lowest and highest of {count} timed step{'s' * (count > 1)}"
-            + (f", {few} (--timed_steps 5 takes more)." if count < _COMPARABLE else ".")
+            + ("." if findings.relative_times else f", too few to compare the methods ({_TIMED}).")
         )
-        page.table(*_cost(findings, relative=count >= _COMPARABLE))
+        page.table(*_cost(findings))
+        if findings.relative_times:
+            page.text(_about_ratios(findings))
     page.heading("Pictures")
     for name, text in pictures.items():
         page.picture(name, text)
@@ -144,14 +147,38 @@ def _tasks(findings: Findings) -> list[list[str]]:
     return rows
 
 
-def _cost(findings: Findings, *, relative: bool) -> list[list[str]]:
-    """The table of times; ratios of single steps would say more about the machine."""
-    seconds = findings.seconds
-    rows = [["method", "ms", "lowest to highest", *["relative to vanilla"] * relative]]
+def _cost(findings: Findings) -> list[list[str]]:
+    """The table of times, with ratios if there are enough of them."""
+    relative = findings.relative_times
+    rows = [["method", "ms", "lowest to highest"]]
+    if relative:
+        rows[0] += ["relative to vanilla", "95% interval"]
     for name, times in findings.times.items():
-        row = [name, _ms(seconds[name]), f"{_ms(min(times))} to {_ms(max(times))}"]
-        rows.append(row + [f"{seconds[name] / seconds['vanilla']:.2f}"] * relative)
+        row = [name, _ms(findings.seconds[name]), f"{_ms(min(times))} to {_ms(max(times))}"]
+        if name in relative:
+            middle, low, high = relative[name]
+            shown = "too wide to tell" if high > _TELLING * low else f"{middle:.2f}"
+            row += [shown, f"{low:.2f} to {high:.2f}"]
+        elif relative:
+            row += ["1", ""]
+        rows.append(row)
     return rows
+
+
+def _about_ratios(findings: Findings) -> str:
+    """How to read the ratios, and which of them say nothing."""
+    wide = [n for n, (_, low, high) in findings.relative_times.items() if high > _TELLING * low]
+    said = (
+        "The methods took turns, and a ratio is the median over the turns, so that a busy machine "
+        "slows both of its times. Where its interval has 1, the method may cost nothing."
+    )
+    if wide:
+        said += (
+            f" The cost of {' and '.join(wide)} cannot be told: the ends of the interval are more "
+            f"than a factor of {_TELLING:g} apart. Other work slowed this machine, or a step is "
+            f"too short: repeat when it is idle, or with more steps ({_TIMED})."
+        )
+    return said
 
 
 def _ms(seconds: float) -> str:

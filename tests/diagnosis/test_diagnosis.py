@@ -26,7 +26,7 @@ from ant_lightning.cli.main import main
 from ant_lightning.diagnosis import advice as diagnosis_advice
 from ant_lightning.diagnosis.advice import advice
 from ant_lightning.diagnosis.callback import _centres, _enough
-from ant_lightning.diagnosis.findings import Findings
+from ant_lightning.diagnosis.findings import Findings, median_interval
 from ant_lightning.diagnosis.page import write_page
 from ant_lightning.errors import ConfigError
 from ant_lightning.files import documentation
@@ -126,15 +126,42 @@ def test_what_is_said_of_uncertainty_weighting_are_its_figures():
     assert "Above a factor of 10" in said.text
 
 
-def test_the_cost_has_its_spread_and_no_ratio_of_single_steps(tmp_path):
-    times = {"vanilla": [0.010, 0.012, 0.030], "PCGrad": [0.024, 0.018, 0.020]}
+@pytest.mark.parametrize(("n", "j"), [(5, 0), (6, 1), (8, 1), (9, 2), (11, 2), (12, 3), (25, 8)])
+def test_the_interval_of_a_median_is_that_of_the_tables_of_the_sign_test(n, j):
+    """Conover, Practical Nonparametric Statistics, table A3 at p = 0.5."""
+    values = list(range(1, n + 1))
+    assert median_interval(values[::-1]) == ((j, n + 1 - j) if j else None)
+
+
+def test_what_slows_a_machine_for_a_while_does_not_change_the_ratios(tmp_path):
+    load = [1.0, 1.0, 2.5, 3.0, 1.1, 1.0, 1.0]  # of each turn
+    times = {"vanilla": [0.010 * x for x in load], "PCGrad": [0.012 * x for x in load]}
+    found = findings(torch.ones(6, 3).double(), times=times)
+    assert found.relative_times["PCGrad"] == pytest.approx((1.2, 1.2, 1.2))
+    write_page(found, tmp_path, {}, about="x")
+    page = (tmp_path / "diagnosis.md").read_text()
+    assert "of 7 timed steps." in page
+    assert "| vanilla | 10 | 10 to 30 | 1 |  |" in page
+    assert "| PCGrad | 12 | 12 to 36 | 1.20 | 1.20 to 1.20 |" in page
+    assert "cannot be told" not in page
+    assert found.numbers()["seconds"]["vanilla"] == 0.010
+
+
+def test_a_ratio_that_tells_nothing_is_not_shown(tmp_path):
+    plain = [1.0] * 6
+    busy = [0.6, 1.0, 1.1, 1.3, 0.9, 1.2]
+    times = {"vanilla": plain, "UW": busy, "PCGrad": [1.05, 1.1, 1.15, 1.1, 1.1, 1.2]}
     found = findings(torch.ones(6, 3).double(), times=times)
     write_page(found, tmp_path, {}, about="x")
     page = (tmp_path / "diagnosis.md").read_text()
-    assert "of 3 timed steps." in page
-    assert "| vanilla | 12 | 10 to 30 | 1.00 |" in page
-    assert "| PCGrad | 20 | 18 to 24 | 1.67 |" in page
-    assert found.numbers()["seconds"]["vanilla"] == 0.012
+    assert "| too wide to tell | 0.60 to 1.30 |" in page
+    assert "| 1.10 | 1.05 to 1.20 |" in page
+    assert "The cost of UW cannot be told: " in page
+    few = {name: each[:5] for name, each in times.items()}
+    write_page(findings(torch.ones(6, 3).double(), times=few), tmp_path, {}, about="x")
+    page = (tmp_path / "diagnosis.md").read_text()
+    assert "of 5 timed steps, too few to compare the methods" in page
+    assert "relative to vanilla" not in page
 
 
 def test_noise_is_not_taken_for_a_conflict():
