@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, ClassVar
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     import lightning as L
     from torch import Tensor
 
-    from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.module import MultiTaskDiffusion
 
 
@@ -107,21 +105,9 @@ def _caption(trainer: L.Trainer, pl_module: MultiTaskDiffusion) -> str:
     parts = [
         f"step {steps_of(trainer, pl_module)}",
         "averaged weights" if ema is not None and ema.num_updates else "live weights",
-        _brief(pl_module.sampler),
+        pl_module.sampler.brief(),
     ]
     if pl_module.num_classes:
         scale = pl_module.guidance_scale
         parts.append("no guidance" if scale == 1 else f"guidance {scale:g}")
     return ", ".join(parts)
-
-
-def _brief(sampler: Sampler) -> str:
-    """A sampler with its number of steps and what else was chosen: `ODESampler(num_steps=25)`."""
-    chosen = []
-    for name, parameter in inspect.signature(type(sampler)).parameters.items():
-        value = getattr(sampler, name, parameter.default)
-        if value is None or (value == parameter.default and name != "num_steps"):
-            continue
-        plain = isinstance(value, str | int | float)
-        chosen.append(f"{name}={value}" if plain else f"{name}={type(value).__name__}")
-    return f"{type(sampler).__name__}({', '.join(chosen)})"

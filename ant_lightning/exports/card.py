@@ -96,7 +96,8 @@ def model_card(
         place = _FOLDER + (", or its name on the Hugging Face hub" if to == "diffusers" else "")
         parts.append(f"{drawn}:\n\n```python\n{place}\n\n{loading}\n```")
     if notes:
-        parts.append("Differences from the run:\n\n" + "\n".join(f"- {note}" for note in notes))
+        title = "For the official code" if to == "official" else "Differences from the run"
+        parts.append(f"{title}:\n\n" + "\n".join(f"- {note}" for note in notes))
     return "\n\n".join(parts) + "\n"
 
 

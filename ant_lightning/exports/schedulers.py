@@ -9,6 +9,7 @@ from ant_lightning.diffusion.edm import EDM
 from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.diffusion.preconditioning import EDMPreconditioning
 from ant_lightning.diffusion.samplers.ddim import DDIM, DDPM
+from ant_lightning.diffusion.samplers.diffusers import DiffusersSampler
 from ant_lightning.diffusion.samplers.ode import ODESampler
 from ant_lightning.errors import ConfigError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ant_lightning.diffusion.samplers.base import Sampler
     from ant_lightning.models.denoiser import DiffusionModule
 
+_OTHER_IMAGES = "the same noise gives other images than in the run"
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
@@ -90,12 +92,15 @@ def _discrete(
         first = 0
     notes = []
     if not isinstance(sampler, DDIM | DDPM):
-        notes.append(f"{type(scheduler).__name__} samples in place of {sampler}")
+        notes.append(_otherwise(type(scheduler).__name__, sampler))
     else:
         scheduler.set_timesteps(num_steps)
         visited = sampler.respaced(process).timestep_map.tolist()[first:]
         if scheduler.timesteps.tolist() != visited[::-1]:
-            notes.append(f"{type(scheduler).__name__} visits other timesteps than {sampler}")
+            notes.append(
+                f"{type(scheduler).__name__} visits other timesteps than the run's "
+                f"{sampler.brief()}: {_OTHER_IMAGES}"
+            )
     eta = sampler.eta if isinstance(sampler, DDIM) else 0.0
     return Scheduling(scheduler, "discrete", num_steps, eta, notes)
 
@@ -116,7 +121,7 @@ def _flow(process: FlowMatching, sampler: Sampler, num_steps: int) -> Scheduling
     plain = is_euler and sampler.grid == "uniform" and sampler.times is None  # type: ignore[attr-defined]
     notes = []
     if not plain or sampler.path not in (None, "linear"):  # type: ignore[attr-defined]
-        notes.append(f"Euler's method on even times samples in place of {sampler}")
+        notes.append(_otherwise("Euler's method on even times", sampler))
     shift = float(getattr(sampler, "shift", 1.0))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     kind = "flow_sit" if process.convention == "sit" else "flow"
@@ -126,8 +131,17 @@ def _flow(process: FlowMatching, sampler: Sampler, num_steps: int) -> Scheduling
 def _edm(sigma_data: float, sampler: Sampler, num_steps: int) -> Scheduling:
     from diffusers import EDMEulerScheduler  # noqa: PLC0415
 
+    own = sampler.scheduler if isinstance(sampler, DiffusersSampler) else None
+    if isinstance(own, EDMEulerScheduler):
+        scheduler = EDMEulerScheduler.from_config(own.config, sigma_data=sigma_data)
+        return Scheduling(scheduler, "edm", num_steps, 0.0, [])
     sigmas = {name: getattr(sampler, name, None) for name in ("sigma_min", "sigma_max", "rho")}
     given = {name: value for name, value in sigmas.items() if value is not None}
     scheduler = EDMEulerScheduler(sigma_data=sigma_data, **given)
-    notes = [f"EDMEulerScheduler samples in place of {sampler}"]
+    notes = [_otherwise("EDMEulerScheduler, which is of first order,", sampler)]
     return Scheduling(scheduler, "edm", num_steps, 0.0, notes)
+
+
+def _otherwise(what: str, sampler: Sampler) -> str:
+    """A note where something else samples than in the run."""
+    return f"{what} samples in place of the run's {sampler.brief()}: {_OTHER_IMAGES}"

@@ -13,6 +13,7 @@ from ant_lightning.backbones.unet import UNet
 from ant_lightning.diffusion.discrete import DiscreteDiffusion
 from ant_lightning.diffusion.flow import FlowMatching
 from ant_lightning.errors import ConfigError
+from ant_lightning.exports.official_notes import official_notes
 from ant_lightning.files.atomic import write_atomically
 from ant_lightning.files.safetensors_file import write_tensors
 
@@ -59,9 +60,8 @@ def write_official(module: DiffusionModule, folder: Path) -> list[str]:
             "process: must be DiscreteDiffusion, or FlowMatching with convention 'sit' and a DiT, "
             f"for an official repository to sample from it, found {type(process).__name__}"
         )
-    notes = []
-    if process.prediction_type != ("v" if is_sit else "eps"):
-        notes.append(f"the network predicts {process.prediction_type}; tell the official code")
+    is_latent_unet = official_file(module) != "model.pt"
+    notes = official_notes(module, is_latent_unet=is_latent_unet)
     if isinstance(backbone, DiT):
         if backbone.routing is not None:
             raise ConfigError(
@@ -80,7 +80,7 @@ def write_official(module: DiffusionModule, folder: Path) -> list[str]:
             f"backbone: must be a DiT or a UNet, found {type(backbone).__name__}, which has no "
             "official layout"
         )
-    if official_file(module) == "model.pt":
+    if not is_latent_unet:
         _save(folder / "model.pt", weights)
         return notes
     table = weights.pop(_CLASS_TABLE, None)

@@ -24,7 +24,6 @@ from ant_lightning import (
 from ant_lightning.callbacks.axes_style import plain_log_axis, task_colors
 from ant_lightning.callbacks.grid_figure import grid_columns, image_grid, sample_grid
 from ant_lightning.callbacks.page_figure import stacked_page
-from ant_lightning.callbacks.sample_grid import _brief
 
 
 def noise(n, c, *size):
@@ -128,11 +127,11 @@ def test_headings_of_a_page_are_numbered_and_whole(tmp_path):
 
 
 def test_the_caption_says_what_was_chosen_of_a_sampler():
-    assert _brief(DDIM(num_steps=25)) == "DDIM(num_steps=25)"
+    assert DDIM(num_steps=25).brief() == "DDIM(num_steps=25)"
     chosen = ODESampler(num_steps=4, method="euler")
-    assert _brief(chosen) == "ODESampler(num_steps=4, method=euler)"
+    assert chosen.brief() == "ODESampler(num_steps=4, method=euler)"
     wrapped = DiffusersSampler(EulerDiscreteScheduler(), num_steps=7)
-    assert _brief(wrapped) == "DiffusersSampler(scheduler=EulerDiscreteScheduler, num_steps=7)"
+    assert wrapped.brief() == "DiffusersSampler(scheduler=EulerDiscreteScheduler, num_steps=7)"
 
 
 @pytest.mark.parametrize(("labelled", "side"), [(False, 9), (True, 8)])

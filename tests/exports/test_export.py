@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,8 +33,10 @@ from first_stages import save_first_stages
 from ant_lightning import (
     DDIM,
     DDPM,
+    CosineSchedule,
     DiscreteDiffusion,
     DiT,
+    EDMSampler,
     FirstStage,
     FlowMatching,
     ODESampler,
@@ -43,6 +46,7 @@ from ant_lightning import (
 )
 from ant_lightning.errors import ConfigError
 from ant_lightning.exports.card import model_card
+from ant_lightning.exports.official_notes import official_notes
 from ant_lightning.exports.pipeline_folder import write_pipeline
 from ant_lightning.exports.single_files import write_official, write_program
 from ant_lightning.exports.stock import stock_of
@@ -80,7 +84,7 @@ STOCK = {"adm": "DDPMPipeline", "ddim": "DDIMPipeline"}
 def test_a_pipeline_draws_the_images_of_the_run(case, tmp_path, monkeypatch):
     made = CASES[case]()
     notes = write_pipeline(made, tmp_path)
-    assert len(notes) == (case == "edm")
+    assert notes == []
     pipeline = same_images(made, tmp_path, monkeypatch)
     assert type(pipeline).__name__ == STOCK.get(case, "ANTPipeline")
 
@@ -234,11 +238,21 @@ def test_what_samples_otherwise_is_said(tmp_path):
     made = dit()
     made.sampler = DDIM(7, spacing="even")
     (note,) = write_pipeline(made, tmp_path)
-    assert note.startswith("DDIMScheduler visits other timesteps than DDIM(num_steps=7")
+    others = ": the same noise gives other images than in the run"
+    visits = "DDIMScheduler visits other timesteps than the run's DDIM(num_steps=7, spacing=even)"
+    assert note == visits + others
     heun = flow()
     heun.sampler = ODESampler(4)
     (note,) = write_pipeline(heun, tmp_path / "heun")
-    assert note.startswith("Euler's method on even times samples in place of ODESampler(")
+    euler = "Euler's method on even times samples in place of the run's "
+    assert note == f"{euler}ODESampler(num_steps=4){others}"
+    karras = edm()
+    karras.sampler = EDMSampler(4, S_churn=2.0)
+    (note,) = write_pipeline(karras, tmp_path / "karras")
+    assert note == (
+        "EDMEulerScheduler, which is of first order, samples in place of the run's "
+        f"EDMSampler(num_steps=4, S_churn=2.0){others}"
+    )
 
 
 def test_what_has_no_scheduler_is_refused(tmp_path):
@@ -255,15 +269,61 @@ def test_an_official_file_is_for_a_process_of_its_repository(tmp_path):
         write_official(edm(), tmp_path)
     with pytest.raises(ConfigError, match=r"process: must be .*found FlowMatching"):
         write_official(flow("diffusers"), tmp_path)
-    assert write_official(adm_with_classes(), tmp_path) == [
-        "the network predicts v; tell the official code"
-    ]
+    (note,) = write_official(adm_with_classes(), tmp_path)
+    assert note.startswith("the official code of ADM and P2 cannot sample from this network, which")
+    assert "predicts v: it knows networks that predict eps or x0; " in note
     sit = module(DiT(**DIT, in_channels=2, num_classes=3), FlowMatching())
     assert write_official(sit, tmp_path / "sit") == []
     report = load_official_checkpoint(
         DiT(**DIT, in_channels=2, num_classes=3), tmp_path / "sit" / "model.pt"
     )
     assert report.layout == "state dict"
+
+
+SMALL = CosineSchedule(100)
+DIT_CALL = "in sample.py of DiT, call create_diffusion(..., "
+CANNOT = "the official code of {} cannot sample from this network, which "
+
+
+@pytest.mark.parametrize(
+    ("network", "process", "note"),
+    [
+        ("dit", DiscreteDiffusion(variance_type="learned_range"), None),
+        ("dit", DiscreteDiffusion(), f"{DIT_CALL}learn_sigma=False, sigma_small=True)"),
+        (
+            "dit",
+            DiscreteDiffusion(SMALL, prediction_type="x0", variance_type="learned_range"),
+            f"{DIT_CALL}noise_schedule='squaredcos_cap_v2', diffusion_steps=100, "
+            "predict_xstart=True)",
+        ),
+        ("dit", DiscreteDiffusion(prediction_type="v"), CANNOT.format("DiT") + "predicts v: "),
+        (
+            "dit",
+            DiscreteDiffusion(ScaledLinearSchedule()),
+            CANNOT.format("DiT") + "has another noise schedule: it knows linear and cosine ones",
+        ),
+        ("unet", DiscreteDiffusion(), None),
+        (
+            "unet",
+            DiscreteDiffusion(CosineSchedule(), prediction_type="x0"),
+            "sample with --noise_schedule cosine --predict_xstart True",
+        ),
+        ("dit", FlowMatching("gvp", prediction_type="score"), "--path-type GVP --prediction score"),
+        ("dit", FlowMatching(prediction_type="eps"), "sample with --prediction noise"),
+        ("dit", FlowMatching(prediction_type="x0"), CANNOT.format("SiT") + "predicts x0: "),
+    ],
+)
+def test_what_an_official_repository_must_be_told_is_said(network, process, note):
+    made = DiT(**DIT, in_channels=1, num_classes=3) if network == "dit" else UNet(**UNET)
+    told = SimpleNamespace(backbone=made, process=process)
+    found = official_notes(told, is_latent_unet=False)
+    assert found == [] if note is None else note in found[0]
+
+
+def test_latent_diffusion_takes_the_prediction_from_its_config():
+    told = SimpleNamespace(backbone=None, process=DiscreteDiffusion(prediction_type="x0"))
+    (note,) = official_notes(told, is_latent_unet=True)
+    assert note.startswith("set parameterization: x0 in its config")
 
 
 @pytest.mark.parametrize("case", ["adm", "adm_with_classes", "ldm"])

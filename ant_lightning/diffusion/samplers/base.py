@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,17 @@ class Sampler(ABC):
     def __repr__(self) -> str:
         settings = {name: value for name, value in vars(self).items() if name[0] != "_"}
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
+    def brief(self) -> str:
+        """Its number of steps and what else is not as by default: `ODESampler(num_steps=25)`."""
+        chosen = []
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            value = getattr(self, name, parameter.default)
+            if value is None or (value == parameter.default and name != "num_steps"):
+                continue
+            plain = isinstance(value, str | int | float)
+            chosen.append(f"{name}={value}" if plain else f"{name}={type(value).__name__}")
+        return f"{type(self).__name__}({', '.join(chosen)})"
 
     @property
     @abstractmethod
