@@ -8,14 +8,13 @@ import pytest
 from ant_lightning.cli.app import make_app
 from ant_lightning.cli.main import main
 
-playwright = pytest.importorskip("playwright.sync_api")
-pytest.importorskip("gradio")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default"), pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two short runs with other seeds, one of which has a diagnosis."""
+    pytest.importorskip("gradio")  # here, as its import takes seconds
     folder, found = tmp_path_factory.mktemp("runs"), []
     for seed in (0, 1):
         options = [f"--seed_everything={seed}", "--trainer.max_steps=5", "--ema.warmup=false"]
@@ -32,6 +31,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(runs):
+    playwright = pytest.importorskip("playwright.sync_api")
     app = make_app(runs)
     _, url, _ = app.launch(prevent_thread_lock=True, quiet=True)
     with playwright.sync_playwright() as driver:

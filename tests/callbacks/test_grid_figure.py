@@ -46,9 +46,15 @@ def test_columns_make_about_a_square(num_images, num_classes, columns):
     assert max(rows, columns) <= 2 * min(rows, columns)
 
 
-@pytest.mark.parametrize("num_classes", [0, 1, 3, 10, 16, 20, 1000])
-@pytest.mark.parametrize(("channels", "size"), [(1, (8, 8)), (3, (32, 32)), (3, (300, 200))])
-def test_both_panels_are_legible_and_of_one_shape(num_classes, channels, size):
+@pytest.mark.parametrize(
+    ("channels", "size", "num_classes"),
+    [
+        *((1, (8, 8), n) for n in (0, 1, 3, 10, 16, 20, 1000)),
+        *((3, (32, 32), n) for n in (0, 10)),
+        (3, (300, 200), 10),
+    ],
+)
+def test_both_panels_are_legible_and_of_one_shape(channels, size, num_classes):
     generated, real = noise(60, channels, *size), noise(41, channels, *size)
     columns = grid_columns(60, num_classes)
     figure = sample_grid(generated, real, columns=columns, caption="step 3, DDIM")

@@ -40,13 +40,14 @@ def test_the_demo_runs_to_its_table(demo, tmp_path, capsys):
 def test_the_latent_demo_puts_vanilla_and_uw_side_by_side(demo, tmp_path, capsys):
     options = [
         "--trainer.max_steps=2",
+        "--trainer.limit_val_batches=1",
         "--trainer.accelerator=cpu",
         "--model.init_args.sampling.sampler.init_args.num_steps=2",
         "--trainer.callbacks=ant_lightning.GenerationMetrics",
         "--trainer.callbacks.init_args.extractor=ant_lightning.DigitsFeatures",
         "--trainer.callbacks.init_args.num_images=70",
     ]
-    cli = demo("ldm", tmp_path / "demo", minutes=0.1, options=options)
+    cli = demo("ldm", tmp_path / "demo", minutes=0.05, options=options)
     assert type(cli.model.balancer).__name__ == "UncertaintyWeighting"
     out = capsys.readouterr().out
     assert out.index("\nvanilla\n") < out.index("\nANT-UW\n")
