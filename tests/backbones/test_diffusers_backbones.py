@@ -60,7 +60,14 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
+# One of each kind of call: with captions, with labels, with both kinds of guidance, and none.
+RESUMED = {SD3, "DiTTransformer2DModel", "UNet2DConditionModel", "UNet2DModel", CASES[-2]}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c in RESUMED else pytest.mark.slow) for c in CASES],
+)
 def test_two_steps_under_pcgrad_resume_bit_for_bit_and_sample_with_guidance(tmp_path, case):
     made = module(case, PCGrad(3))
     before = {name: each.clone() for name, each in made.state_dict().items()}

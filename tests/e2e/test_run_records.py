@@ -148,8 +148,11 @@ class TestRecord:
         ],
     )
     def test_a_refused_command_leaves_no_run(self, tmp_path, capsys, mistake):
-        for version in ([], ["--trainer.logger.init_args.version=mine"]):
-            refused(capsys, arguments(tmp_path / "new", mistake, *version))
+        refused(capsys, arguments(tmp_path / "new", mistake))
+        assert list(tmp_path.iterdir()) == []
+        if "5000" in mistake:
+            version = "--trainer.logger.init_args.version=mine"
+            refused(capsys, arguments(tmp_path / "new", mistake, version))
             assert list(tmp_path.iterdir()) == []
 
     def test_folders_that_were_there_stay_where_a_command_is_refused(self, tmp_path, capsys):
