@@ -111,6 +111,8 @@ class AntCLI(LightningCLI):
         of_command = self._subcommand_parsers[command]
         try:
             config = of_command.parse_args(options)
+            if hasattr(parser, "print_config"):  # asked for, and only `parser` does it
+                parser.parse_args(args)
         except Exception as error:  # only the parser runs here: the arguments are wrong
             raise first_config_error(error, of_command._option_string_actions) from error
         self.config = Namespace(**{"subcommand": command, command: config})
