@@ -16,8 +16,10 @@ from ant_lightning.cli.messages import no_such_setting
 from ant_lightning.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
+HELP = frozenset({"-h", "--help"})
+FLAGS = HELP | {"--print_config"}
 # Bounds of a text: aliases of aliases let a few hundred bytes unfold to gigabytes.
 _MAX_BYTES = 2**20  # configs have kilobytes
 _MAX_NODES = 50_000  # counted with every alias written out
@@ -68,16 +70,20 @@ def import_named_classes(args: Sequence[str]) -> None:
     """
     texts = [*args, *(Path(path).read_text(encoding="utf8") for path in config_paths(args))]
     # A word that only looks like the name of a class costs an import and does no harm.
-    for name in set(re.findall(r"\w+", " ".join(texts))).intersection(ant_lightning.__all__):
+    named = set(re.findall(r"\w+", " ".join(texts))).intersection(ant_lightning.__all__)
+    for name in ant_lightning.__all__ if HELP.intersection(args) else named:  # help lists them
         getattr(ant_lightning, name)
 
 
-def check_config_file(path: str | Path, *, known: Collection[str] | None = None) -> None:
+def check_config_file(
+    path: str | Path, *, known: Collection[str] | None = None, inside: Iterable[str] = ()
+) -> None:
     """Check that a file is a config: YAML of settings by name, each given once.
 
     Args:
         path: The file.
         known: Names allowed at the top level; `None` for any.
+        inside: Paths of other settings, to suggest.
 
     Raises:
         FileError: If it is not; names the file, the line, the rule and what was found.
@@ -92,8 +98,11 @@ def check_config_file(path: str | Path, *, known: Collection[str] | None = None)
             raise FileError(f"{path}: must have at most {_MAX_BYTES} bytes, found {size}")
         root = _checked(path.read_text(encoding="utf8"))
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise FileError(f"{path}: must be YAML, found in line {line}: {error.problem}") from error
+        mark = error.problem_mark
+        line, column = (mark.line + 1, mark.column) if mark else (1, 0)
+        *_, text = "", *path.read_text(encoding="utf8").split("\n")[:line]
+        problem = "a tab, where YAML has spaces" if text[column:][:1] == "\t" else error.problem
+        raise FileError(f"{path}: must be YAML, found in line {line}: {problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise FileError(f"{path}: must be plain YAML in UTF-8, found: {error}") from error
     if not isinstance(root, yaml.MappingNode):
@@ -102,7 +111,7 @@ def check_config_file(path: str | Path, *, known: Collection[str] | None = None)
     for key, _ in root.value:
         if known is not None and key.value not in known:
             line = key.start_mark.line + 1
-            raise FileError(f"{path}: line {line}: {no_such_setting(key.value, known)}")
+            raise FileError(f"{path}: line {line}: {no_such_setting(key.value, [*known, *inside])}")
 
 
 def load_yaml(text: str) -> Any:  # noqa: ANN401 - whatever a value is

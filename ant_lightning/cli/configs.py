@@ -1,4 +1,7 @@
-"""The configs that come with the package, found by name; `ant-lightning configs` lists them."""
+"""`ant-lightning configs` lists the configs that come with the package, with a line for each.
+
+`ant-lightning configs show NAME > my.yaml` copies one.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,11 @@ def find_config(name: str) -> Path:
     """
     known = config_names()
     if name not in known:
+        file = f"{name}.yaml"
+        meant = f"; did you mean {file!r}?" if Path(file).is_file() else _nearest(name, known)
         raise ConfigError(
             f"config: must be a file or a name that `ant-lightning configs` lists, found {name!r}"
-            f"{_nearest(name, known)}"
+            f"{meant}"
         )
     return known[name]
 

@@ -11,7 +11,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
-from ant_lightning.cli.merged_settings import HELP
+from ant_lightning.cli.config_files import HELP
 from ant_lightning.cli.records import with_run
 from ant_lightning.cli.source_names import arguments_of, class_of
 from ant_lightning.errors import ConfigError

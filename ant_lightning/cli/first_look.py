@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import ant_lightning
 from ant_lightning.cli.bounds import check_bounds
-from ant_lightning.cli.config_files import check_config_file, config_paths
+from ant_lightning.cli.config_files import FLAGS, HELP, check_config_file, config_paths
 from ant_lightning.cli.diagnose import validation
 from ant_lightning.cli.extractor_weights import check_extractor, scores_of
 from ant_lightning.cli.logger_names import is_known_logger, missing_package
 from ant_lightning.cli.merged_settings import (
-    FLAGS,
-    HELP,
     appended,
     check_form,
     loaded,
@@ -52,6 +50,8 @@ _OF_OPTIMIZERS = dict.fromkeys(("lr", "weight_decay"), "a number")
 _OF_RUNS = ("app", "export", "report", "sweep")
 # Settings whose short names mean our classes, unless the user brings their own.
 _OURS = re.compile(r"model|data|model\..*\b(balancer|clustering|schedule|sampler|loss_weighting)")
+# Packages whose classes a setting may name, each with the extra of ours that installs it.
+_EXTRAS = {"torchjd": "torchjd", "transformers": "transformers", "peft": "peft"}
 # Importing another package may add classes, which then have short names too.
 _KNOWN_PACKAGES = {"ant_lightning", "lightning", "torch", "torchvision", "torchjd", "diffusers"}
 
@@ -75,7 +75,7 @@ def first_look(arguments: Sequence[str]) -> None:
         check_form(args)
     known = top_settings(command)
     for path in config_paths(args):
-        check_config_file(path, known=known)
+        check_config_file(path, known=known, inside=_paths_inside(known or ()))
     settings = merged_settings(args)
     if own and settings and isinstance(settings.get("trainer"), dict):
         settings["trainer"]["callbacks"] = None  # `diagnose` has its own
@@ -207,7 +207,7 @@ def _check_names(settings: dict[str, Any], known: Sequence[str], own: Iterable[s
     """
     # `arguments_of` is None for a class whose source does not tell: then any name passes.
     inside = {g: arguments_of(kind) for g, kind in _GROUPS.items() if g in known}
-    paths = [*known, *own, *(f"{g}.{name}" for g, names in inside.items() for name in names or ())]
+    paths = [*known, *own, *_paths_inside(known)]
     for group, inner in settings.items():
         if group not in known:
             raise ConfigError(no_such_setting(group, paths))
@@ -216,6 +216,12 @@ def _check_names(settings: dict[str, Any], known: Sequence[str], own: Iterable[s
             for name in inner.keys() - names:
                 raise ConfigError(no_such_setting(f"{group}.{name}", paths))
             _check_numbers(group, _GROUPS[group], inner)
+
+
+def _paths_inside(known: Iterable[str]) -> list[str]:
+    """The settings inside those groups whose class is fixed."""
+    groups = [(group, arguments_of(kind)) for group, kind in _GROUPS.items() if group in known]
+    return [f"{group}.{name}" for group, names in groups for name in names or ()]
 
 
 def _check_numbers(setting: str, kind: str, given: Mapping[str, Any]) -> None:
@@ -244,6 +250,11 @@ def _check_classes(settings: dict[str, Any]) -> None:
 
 
 def _check_places(places: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
+    for setting, found, _ in places:
+        package = found.split(".")[0]
+        if package in _EXTRAS and package != found and find_spec(package) is None:
+            install = f"pip install 'ant-lightning[{_EXTRAS[package]}]'"
+            raise ConfigError(f"{setting}: {found} needs a package, found none; {install}")
     others = [(s, f) for s, f, _ in places if "." in f and f.split(".")[0] not in _KNOWN_PACKAGES]
     for setting, found in others:
         if re.fullmatch(r"\w+(\.\w+)+", found) and not _is_importable(found):
@@ -279,6 +290,8 @@ def _check_loggers(trainer: object) -> None:
     """Check short names of loggers; the classes of Lightning's end in `Logger`."""
     given = trainer.get("logger") if isinstance(trainer, dict) else None
     for each in given if isinstance(given, list) else [given]:
+        if isinstance(each, dict) and each and not each.keys() & {"class_path", "init_args"}:
+            raise ConfigError(f"trainer.logger.{min(each)}: needs a logger, found none")
         name = each.get("class_path") if isinstance(each, dict) else each
         if not isinstance(name, str) or not name.isidentifier() or name.endswith("Logger"):
             continue

@@ -47,10 +47,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, TextIO
 
 from ant_lightning import __version__
+from ant_lightning.cli.config_files import HELP
 from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.first_look import first_look
-from ant_lightning.cli.merged_settings import HELP
-from ant_lightning.cli.records import need_run, with_run
+from ant_lightning.cli.records import about_relative_path, need_run, with_run
 from ant_lightning.cli.trainer_settings import with_classes_of_loggers
 from ant_lightning.errors import (
     CheckpointWriteError,
@@ -126,22 +126,16 @@ def _give_up(stream: TextIO) -> None:
 
 def _main(arguments: list[str]) -> int:
     """Run the command line; returns its exit code."""
-    # `report` and `configs` have no parser, so their --help is this text as well.
-    asked = arguments[: 1 + (arguments[:1] in (["report"], ["configs"]))]
-    if not arguments or {"-h", "--help"}.intersection(asked):
-        print(__doc__)
-        page = documentation("index.md")
-        if page.startswith("http"):
-            print(f"Documentation: {page}")
-        return 0
-    if arguments[0] == "--version":
-        print(f"ant-lightning {__version__}")
+    text = _text(arguments)
+    if text is not None:
+        print(text)
         return 0
     if arguments[0] not in COMMANDS:
         close = get_close_matches(arguments[0], COMMANDS, n=1)
         meant = f"; did you mean {close[0]!r}?" if close else ""
         known = ", ".join(COMMANDS)
         return _fail(f"command: must be one of {known}, found {arguments[0]!r}{meant}", 2)
+    given = arguments
     try:
         need_run(arguments)
         arguments = with_paths_of_configs(with_run(arguments))
@@ -153,9 +147,20 @@ def _main(arguments: list[str]) -> int:
         )
         return (_run_other if is_quick else _run)(arguments)
     except ConfigError as error:
-        return _fail(message_of(error), 2)
+        message = message_of(error)
+        return _fail(message + about_relative_path(given, message), 2)
     except KeyboardInterrupt:  # before training or outside of it: nothing is lost
         return _fail("stopped by Ctrl-C", 130, kind="")
+
+
+def _text(arguments: list[str]) -> str | None:
+    """What a call that asks for help or the version prints; commands with a parser print theirs."""
+    if arguments[:1] in (["report"], ["configs"]) and HELP.intersection(arguments):
+        return str(import_module(f"ant_lightning.cli.{arguments[0]}").__doc__).strip()
+    if not arguments or arguments[0] in HELP:
+        page = documentation("index.md")
+        return f"{__doc__}\nDocumentation: {page}" if page.startswith("http") else __doc__
+    return f"ant-lightning {__version__}" if arguments[0] == "--version" else None
 
 
 def _with_groups(arguments: list[str]) -> list[str]:

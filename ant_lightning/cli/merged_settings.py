@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ant_lightning
-from ant_lightning.cli.config_files import load_yaml
+from ant_lightning.cli.config_files import FLAGS, load_yaml
 from ant_lightning.cli.configs import config_names
 from ant_lightning.cli.logger_names import places_of
 from ant_lightning.cli.source_names import arguments_of
@@ -16,9 +16,6 @@ from ant_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-HELP = frozenset({"-h", "--help"})
-FLAGS = HELP | {"--print_config"}
 
 
 def merged_settings(args: Sequence[str]) -> dict[str, Any] | None:

@@ -59,6 +59,28 @@ set_loader("yaml", load_yaml, exceptions=(YAMLError,))
 set_dumper("yaml", dump_yaml)
 
 
+# How a command is called, and what it does.
+_HELP = {
+    "fit": (
+        "--config NAME",
+        "Trains. `ant-lightning configs` lists the configs; later ones and options override "
+        "earlier ones.",
+    ),
+    "validate": (
+        "RUN",
+        "Measures losses and scores of the newest checkpoint in the folder of a run. `--scores "
+        "false` leaves the scores out.",
+    ),
+    "test": ("RUN", "As `validate`, logged as test/loss, test/fid, ..."),
+    "predict": (
+        "RUN",
+        "Writes images of the newest checkpoint in the folder of a run. `--num_images` is short "
+        "for `--samples.num_images`.",
+    ),
+}
+_CKPT_PATH = "a checkpoint, the folder of a run, or `last`: the newest of this run"
+
+
 class AntCLI(LightningCLI):
     """The command line.
 
@@ -99,9 +121,12 @@ class AntCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        """Load checkpoints with `weights_only`, so that they cannot run code."""
+        """Load checkpoints with `weights_only`, so that they cannot run code; say what it does."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
+        given, parser.description = _HELP[subcommand]
+        parser.usage = f"ant-lightning {subcommand} {given} [options]"
+        parser._option_string_actions["--ckpt_path"].help = _CKPT_PATH
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
@@ -204,6 +229,8 @@ class AntCLI(LightningCLI):
             # Before they are made, as an extractor may ask for weights that are not here.
             chosen = callbacks if isinstance(callbacks, list) else [callbacks]
             config.trainer.callbacks = [each for each in chosen if not _is_scores(each)]
+            if self.command in {"validate", "test"} and config.trainer.callbacks != chosen:
+                print(f"{self.called}: no scores, as `scores` is false in the settings of the run")
         given.ckpt_path = None if self.command == "fit" else evaluated
         self._record = self._dumped(given)
 

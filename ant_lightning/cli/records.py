@@ -75,3 +75,15 @@ def with_run(arguments: list[str]) -> list[str]:
     if command == "validate" and is_off:
         found.append("--trainer.limit_val_batches=1.0")
     return [command, *found, *options]
+
+
+def about_relative_path(arguments: list[str], message: str) -> str:
+    """What to add to an error about a relative path in the record of a run."""
+    found = re.search(r"found nothing at (\S+)$", message)
+    run = next((each for each in arguments[1:2] if not each.startswith("-")), None)
+    if found is None or run is None or Path(found[1]).is_absolute():
+        return ""
+    record = newest_record(Path(run).parent.parent if Path(run).is_file() else Path(run))
+    if record is None or found[1] not in record.read_text(encoding="utf8"):
+        return ""
+    return f" (as {record} says, relative to the folder in which `fit` ran)"

@@ -1,6 +1,6 @@
-"""`ant-lightning report RUN_FOLDER`: settings and results of a run, on a page in its folder.
+"""`ant-lightning report RUN [RUN ...]`: settings and results of a run, on a page in its folder.
 
-It is `report.md`, and `report.html` with the pictures inside.
+The page is `report.md`, and `report.html` with the pictures inside.
 
 It reads the newest `config.yaml`, TensorBoard's events, `checkpoints/last.ckpt`,
 `task_affinity.safetensors`, `negative_transfer_gap.jsonl`, `interval_experts.jsonl`,

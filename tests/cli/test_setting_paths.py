@@ -61,6 +61,9 @@ def message(settings, use=Whole.use, kind=Whole):
     return str(error.value)
 
 
+FORM = warnings.formatwarning
+
+
 @pytest.fixture
 def printed(capsys, monkeypatch):
     """What Python prints while objects of settings are made and used."""
@@ -73,6 +76,7 @@ def printed(capsys, monkeypatch):
             # pytest catches warnings before they are printed.
             say = lambda *warning: print(warnings.formatwarning(*warning[:4]))  # noqa: E731
             monkeypatch.setattr(warnings, "showwarning", say)
+            monkeypatch.setattr(warnings, "formatwarning", FORM)  # commands change it
             with SettingPaths() as paths:
                 use(paths.make(parser, lambda: parser.parse_object(settings)).whole)
         return capsys.readouterr().out

@@ -196,7 +196,7 @@ BAD = {
     "classes": (["--model.init_args.backbone.init_args.num_classes=7"], ["num_classes", "10", "7"]),
     "learned variance": (
         ["--model.process.variance_type=fixed_small", "--model.backbone.learn_sigma=true"],
-        ["out_channels", "1", "2"],
+        ["backbone.learn_sigma: must be false", "fixed_small", "found true"],
     ),
     "clip flag": (["--trainer.gradient_clip_val=1.0"], ["gradient_clip_val", "clip_grad_norm"]),
     "accumulation flag": (
