@@ -131,16 +131,12 @@ class AntCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Parse what `main` was given, without Lightning's advice to let it read `sys.argv`."""
-        command, *options = args
-        # The parser of the command itself: through `parser`, all would be parsed twice.
-        of_command = self._subcommand_parsers[command]
+        options = self._subcommand_parsers[args[0]]._option_string_actions
         try:
-            config = of_command.parse_args(options)
-            if hasattr(parser, "print_config"):  # asked for, and only `parser` does it
-                parser.parse_args(args)
+            self.config = parser.parse_args(args)
         except Exception as error:  # only the parser runs here: the arguments are wrong
-            raise first_config_error(error, of_command._option_string_actions) from error
-        self.config = Namespace(**{"subcommand": command, command: config})
+            raise first_config_error(error, options) from error
+        config = self.config[args[0]]
         # jsonargparse accepts None or a number where a group of settings belongs.
         for name in ("trainer", "ema", "checkpoint", "samples"):
             if not isinstance(config.get(name), Namespace):
