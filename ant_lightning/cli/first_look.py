@@ -230,6 +230,8 @@ def _check_numbers(setting: str, kind: str, given: Mapping[str, Any]) -> None:
         value = given.get(name)
         if isinstance(value, str) and _is_word(value):
             raise ConfigError(f"{setting}.{name}: must be {rule}, found {value}")
+        if rule == "a whole number" and isinstance(value, float) and value % 1:
+            raise ConfigError(f"{setting}.{name}: must be {rule}, found {value}")
         if kind.startswith("torch.") and isinstance(value, int | float) and value < 0:
             raise ConfigError(f"{setting}.{name}: must be at least 0, found {value}")
 

@@ -92,7 +92,8 @@ def new_folder(path: Path, about: dict[str, Any]) -> Iterator[Path]:
         (made / MARK).write_text(json.dumps(about, indent=2) + "\n", encoding="utf8")
         mask = os.umask(0)
         os.umask(mask)
-        made.chmod(0o777 & ~mask)  # temporary folders are private
+        for each in (made, *made.rglob("*")):  # temporary folders, and some weights, are private
+            each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
         if old:
             shutil.rmtree(path)
         made.replace(path)

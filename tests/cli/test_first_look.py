@@ -19,6 +19,7 @@ from ant_lightning.cli.source_names import arguments_of
 SEEN = [
     "misspelt option",
     "option without a value",
+    "part of a step",
     "word without an option",
     "config without a name",
     "option cut short",

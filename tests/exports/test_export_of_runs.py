@@ -66,6 +66,8 @@ def test_the_command_line_writes_into_the_run_and_replaces_only_its_own(run, cap
     folder = run / "exports" / "safetensors"
     assert str(folder) in capsys.readouterr().out
     (folder / "stray").touch()
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == {(folder / "stray").stat().st_mode & 0o777}
     assert main(["export", str(run / "checkpoints" / "last.ckpt"), "--to", "safetensors"]) == 0
     assert not (folder / "stray").exists()
     (folder / "export.json").unlink()
