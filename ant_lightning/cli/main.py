@@ -28,6 +28,7 @@ right: a base, then one fragment for each choice, then options:
 
   ant-lightning fit --help                             all options of fit (takes some seconds)
   ant-lightning fit --model.help DiTModule             the options of a class
+  ant-lightning fit --model.process.help EDM           and of one of its parts
   ant-lightning fit --config ... --print_config        the merged config, without running it
   ant-lightning --version
 """

@@ -66,6 +66,9 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
         text,
     )
     text = re.sub(r"argument --([\w.]+): expected .* argument", r"\1: needs a value", text)
+    shown = re.search(r"--([\w.]+)\.help: Expected a dot import path string: (\S+)", text)
+    if shown:
+        return unknown_class(f"{shown[1]}.help", shown[2])
     # The path of nested keys, without the levels `config` and `init_args`.
     keys = [key for key in re.findall(r'Parser key "([^"]+)"', text) if key != "config"]
     if len(keys) > 1 and keys[1].startswith(f"{keys[0]}."):  # a group that is given as a whole

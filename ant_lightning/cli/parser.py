@@ -18,6 +18,7 @@ from ant_lightning.callbacks.ema import EMA
 from ant_lightning.callbacks.progress import TrainingProgress
 from ant_lightning.callbacks.run_lines import RunLines
 from ant_lightning.callbacks.sample_writer import SampleWriter
+from ant_lightning.cli.class_help import with_classes_around
 from ant_lightning.cli.config_files import (
     check_config_file,
     config_paths,
@@ -298,6 +299,7 @@ def run(args: Sequence[str], *, called: str | None = None) -> AntCLI:
     keep_quiet(args[0])
     for path in config_paths(args):  # before the parser is made, which takes longer
         check_config_file(path)
+    args = with_classes_around(args)
     import_named_classes(args)
     derived = derived_settings(args[1:])
     args = [*args, *derived]
