@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from email.parser import Parser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,33 @@ assert not {"torch", "lightning", "numpy"} & set(sys.modules)
     assert {line.split()[0] for line in listed.splitlines()} == {
         path.with_suffix("").as_posix() for path in shipped
     }
+
+
+def _outside_functions(node):
+    """The imports of a module, those for type checkers among them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from (each.name for each in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            yield child.module
+        elif not isinstance(child, ast.FunctionDef):
+            yield from _outside_functions(child)
+
+
+def test_all_that_a_module_imports_is_installed_with_the_package():
+    # Also for type checkers: jsonargparse reads the types of settings through these imports.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", each)[0].lower() for each in project["dependencies"]}
+    known = packages_distributions()
+    missing = {}
+    for path in (ROOT / "ant_lightning").rglob("*.py"):
+        for name in _outside_functions(ast.parse(path.read_text())):
+            package = name.split(".")[0]
+            names = {each.lower().replace("_", "-") for each in known.get(package, [package])}
+            ours = package in sys.stdlib_module_names or package == "ant_lightning"
+            if not ours and not names & declared:
+                missing[package] = path
+    assert not missing
 
 
 def test_every_config_begins_with_a_sentence_in_one_line():
