@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _HEADING = 44  # pixels
 _FONT = 22
-_LINE, _SMALL = 28, 15  # height and font of the line of numbers
+_LINE, _SMALL, _SMALLEST = 28, 15, 11  # height of the line of numbers, and sizes of its font
 _MARGIN = 12
 _WIDEST = 890  # what TensorBoard shows of a picture in a window of 1280 pixels
 
@@ -35,9 +35,9 @@ def stacked_page(pictures: Mapping[str, Path], *, numbers: str = "") -> NDArray[
     }
     font = ImageFont.load_default(size=_FONT)
     widths = [2 * _MARGIN + math.ceil(font.getlength(title)) for title in opened]
+    fonts = [ImageFont.load_default(size=size) for size in range(_SMALL, _SMALLEST - 1, -1)]
     room = _WIDEST - 2 * _MARGIN
-    fits = room / max(room, ImageFont.load_default(size=_SMALL).getlength(numbers))
-    small = ImageFont.load_default(size=_SMALL * fits)
+    small = next((font for font in fonts if font.getlength(numbers) <= room), fonts[-1])
     widths.append(2 * _MARGIN + math.ceil(small.getlength(numbers)))
     width = max([*widths, *(2 * _MARGIN + picture.width for picture in opened.values())])
     first = _LINE if numbers else 0

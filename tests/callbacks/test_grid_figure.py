@@ -132,6 +132,17 @@ def test_headings_of_a_page_are_numbered_and_whole(tmp_path):
     assert not np.array_equal(page[:44], page[64:108])
 
 
+def test_a_long_line_of_numbers_does_not_widen_the_page(tmp_path):
+    Image.new("RGB", (800, 20), "red").save(tmp_path / "a.png")
+    line = "step 120000:  FID (ShapesFeatures) 339.5"
+    widths = [
+        stacked_page({"A": tmp_path / "a.png"}, numbers=line + more).shape[1]
+        for more in (",", ",  precision 0.7333" * 4, ",  precision 0.7333" * 5)
+    ]
+    assert widths[0] == 824
+    assert max(widths[1:]) <= 890
+
+
 def test_the_caption_says_what_was_chosen_of_a_sampler():
     assert DDIM(num_steps=25).brief() == "DDIM(num_steps=25)"
     chosen = ODESampler(num_steps=4, method="euler")
