@@ -28,7 +28,7 @@ from ant_lightning.cli.messages import needed, no_such_setting, unknown_class
 from ant_lightning.cli.records import record_of
 from ant_lightning.cli.renamed import refuse_old_names
 from ant_lightning.cli.run_arguments import check_runs, run_arguments
-from ant_lightning.cli.source_names import arguments_of, numbers_of
+from ant_lightning.cli.source_names import arguments_of, choices_of, numbers_of
 from ant_lightning.cli.trainer_settings import check_run_settings, check_trainer_settings
 from ant_lightning.data.class_map import class_numbers, read_class_map
 from ant_lightning.errors import ConfigError, found_at
@@ -327,9 +327,13 @@ def _check_classes_to_draw(settings: Mapping[str, Any]) -> None:
 def _class_paths(value: Any, setting: str) -> Iterator[tuple[str, str, dict[str, Any]]]:  # noqa: ANN401
     """The setting, class and inner settings of each class that is named."""
     if isinstance(value, dict):
-        if isinstance(value.get("class_path"), str):
-            yield setting, value["class_path"], value
+        kind = value.get("class_path")
+        if isinstance(kind, str):
+            yield setting, kind, value
+        words = choices_of(kind.removeprefix("ant_lightning.")) if isinstance(kind, str) else {}
         for name, inner in value.items():
+            if name in words:  # such as `EDMSampler.schedule`, which is no class
+                continue
             yield from _class_paths(inner, f"{setting}.{name}" if setting else str(name))
     elif isinstance(value, list):
         for i, inner in enumerate(value):

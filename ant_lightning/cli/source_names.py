@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from copy import copy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,8 +83,38 @@ def choices_of(name: str) -> dict[str, tuple[object, ...]]:
     if found and not made:
         fields = [each for each in found.body if isinstance(each, ast.AnnAssign)]
         kinds = {ast.unparse(each.target): ast.unparse(each.annotation) for each in fields}
-    choices = {n: re.fullmatch(r"Literal\[(.*?)\]( \| None)?", kind) for n, kind in kinds.items()}
-    return {n: ast.literal_eval(f"({each[1]},)") for n, each in choices.items() if each}
+    choices = {argument: _values(kind, _file_of(name)) for argument, kind in kinds.items()}
+    return {argument: values for argument, values in choices.items() if values}
+
+
+def _values(annotation: str, path: Path | None) -> tuple[object, ...]:
+    """The values of a `Literal`, written out or under a name that this file defines or imports."""
+    kind = annotation.removesuffix(" | None")
+    literal = re.fullmatch(r"Literal\[(.*)\]", kind)
+    if literal:
+        found: tuple[object, ...] = ast.literal_eval(f"({literal[1]},)")
+        return found
+    if path is None or not kind.isidentifier():
+        return ()
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == kind:
+            return _values(ast.unparse(node.value), None)
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == kind and node.value:
+            return _values(ast.unparse(node.value), None)
+        if isinstance(node, ast.ImportFrom) and kind in {each.name for each in node.names}:
+            return _values(kind, _file_of_module(node.module or ""))
+    return ()
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf8"))
+
+
+def _file_of_module(name: str) -> Path | None:
+    """The file of one of our modules."""
+    path = Path(ant_lightning.__file__).parents[1] / f"{name.replace('.', '/')}.py"
+    return path if name.startswith("ant_lightning.") and path.is_file() else None
 
 
 @cache
@@ -101,11 +132,12 @@ def needed_arguments_of(name: str) -> tuple[str, ...]:
 def class_of(name: str) -> ast.ClassDef | None:
     """The source of one of our public classes, or of `_FILES`; `None` if it is not found."""
     path = _file_of(name)
-    nodes = ast.parse(path.read_text(encoding="utf8")).body if path and path.is_file() else []
+    nodes = _tree(path).body if path and path.is_file() else []
     for node in nodes:
         if isinstance(node, ast.FunctionDef) and node.name == name:  # as a class that it makes
-            node.name = "__init__"
-            return ast.ClassDef(name, bases=[], keywords=[], body=[node], decorator_list=[])
+            made = copy(node)
+            made.name = "__init__"
+            return ast.ClassDef(name, bases=[], keywords=[], body=[made], decorator_list=[])
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node
     return None
@@ -122,5 +154,4 @@ def _file_of(name: str) -> Path | None:
         spec = find_spec(package)  # a top-level package is found without importing it
         places = list(spec.submodule_search_locations or []) if spec else []
         return Path(places[0], file) if places else None
-    module = vars(ant_lightning)["_HOME_OF"].get(name)
-    return module and Path(ant_lightning.__file__).parents[1] / f"{module.replace('.', '/')}.py"
+    return _file_of_module(vars(ant_lightning)["_HOME_OF"].get(name, ""))

@@ -20,6 +20,7 @@ SEEN = [
     "misspelt option",
     "option without a value",
     "part of a step",
+    "choice",
     "word without an option",
     "config without a name",
     "option cut short",

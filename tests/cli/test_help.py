@@ -1,8 +1,9 @@
-"""What help says, and hints in answers to mistakes that only whole commands show."""
+"""What help says, hints in answers to mistakes, and settings that are right."""
 
 import pytest
 
 from ant_lightning.cli import first_look
+from ant_lightning.cli.configs import with_paths_of_configs
 from ant_lightning.cli.main import main
 from ant_lightning.errors import ConfigError
 
@@ -71,3 +72,25 @@ def test_a_class_of_a_package_that_is_missing_names_the_extra(monkeypatch):
     args += [f"--model.tasks.balancer.weighting={weighting}"]
     with pytest.raises(ConfigError, match=r"needs a package, found none; pip .*\[torchjd\]"):
         first_look.first_look(args)
+
+
+@pytest.mark.parametrize(
+    ("config", "option"),
+    [
+        ("digits/dit", "--model.tasks.engine=loop"),
+        ("digits/sit", "--model.process={prediction_type: x0, loss_weighting: velocity}"),
+        ("digits/edm", "--model.sampling.sampler.schedule=vp"),
+    ],
+)
+def test_all_settings_of_a_run_written_out_are_not_refused(config, option, tmp_path, capsys):
+    fit = ["fit", "--config", config, "--config", "balancer/uw", option]
+    with pytest.raises(SystemExit):
+        main([*fit, "--print_config"])
+    record = tmp_path / "config.yaml"
+    record.write_text(capsys.readouterr().out)
+    for command in ("fit", "validate", "predict"):
+        first_look.first_look([command, f"--config={record}"])
+    name, _, value = option.rpartition("=")
+    wrong = option.replace(": velocity", ": velocty") if "{" in value else f"{name}=vq"
+    with pytest.raises(ConfigError, match=r"must be one of '(auto|velocity|linear)', "):
+        first_look.first_look(with_paths_of_configs([*fit, wrong]))
