@@ -124,12 +124,11 @@ def test_only_a_first_word_that_is_an_argument_gets_a_path(said, expected):
     ],
 )
 def test_a_warning_gets_the_path_that_an_error_would_get(said, expected, printed, monkeypatch):
-    form = warnings.formatwarning
     warn = partial(warnings.warn, said, stacklevel=2)
     monkeypatch.setattr(Part, "use", lambda self: self.color == "red" or warn())
     settings = whole([part(), part(color="blue")])
     assert f"Warning: {expected}\n" in printed(settings, Whole, Whole.use)
-    assert warnings.formatwarning is form
+    assert warnings.formatwarning is FORM
 
 
 def test_a_warning_of_a_data_module_names_the_whole_setting(tmp_path, printed):
