@@ -34,7 +34,7 @@ import runpy
 import sys
 from ant_lightning.cli.main import main
 base = sys.argv[1].split()
-fit = [*base, "--trainer.max_steps=25", "--trainer.val_check_interval=25"]
+fit = [*base, "--trainer.max_steps=10", "--trainer.val_check_interval=10"]
 assert main(["fit", *fit]) == 0
 assert main(["validate", *base, "--ckpt_path", sys.argv[2], "--trainer.callbacks=[]"]) == 0
 for _ in range(2):
@@ -44,18 +44,18 @@ sys.argv = ["ant-lightning", "fit", *base, "--model.optimization.optimizer.lr=-1
 runpy.run_module("ant_lightning", run_name="__main__")
 """
 EXPECTED = [
-    rf"fit: DiT with 10\.\d K parameters on cpu, from step 0 to 25, in {RUN}",
-    rf"step 25/25, train/loss {NUMBER}, val/loss {NUMBER}, images/s \d+, "
+    rf"fit: DiT with 10\.\d K parameters on cpu, from step 0 to 10, in {RUN}",
+    rf"step 10/10, train/loss {NUMBER}, val/loss {NUMBER}, images/s \d+, "
     rf"weights of the 5 tasks [\d/]+ %, val/fid {NUMBER}",
-    rf"fit: ended at step 25, checkpoint {CKPT}",
-    rf"validate: averaged \(EMA\) weights of {CKPT} at step 25",
+    rf"fit: ended at step 10, checkpoint {CKPT}",
+    rf"validate: averaged \(EMA\) weights of {CKPT} at step 10",
     rf"val/loss +{NUMBER}",
     *(rf"val/task_{i}/loss +{NUMBER}" for i in range(5)),
-    rf"predict: averaged \(EMA\) weights of {CKPT} at step 25",
+    rf"predict: averaged \(EMA\) weights of {CKPT} at step 10",
     r"predict: 0 of 3 images",  # the second finds them drawn
     r"predict: 3 of 3 images",
     r"3 images are in images",
-    rf"predict: averaged \(EMA\) weights of {CKPT} at step 25",
+    rf"predict: averaged \(EMA\) weights of {CKPT} at step 10",
     r"3 images are in images; none was missing, so none was drawn",
 ]
 
@@ -127,5 +127,5 @@ def test_commands_print_expected_lines_and_no_others(tmp_path):
         assert re.fullmatch(expected, line), line
     assert sorted(path.name for path in (tmp_path / RUN / "checkpoints").iterdir()) == [
         "last.ckpt",
-        "step_25.ckpt",
+        "step_10.ckpt",
     ]
