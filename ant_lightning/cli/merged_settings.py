@@ -36,7 +36,8 @@ def merged_settings(args: Sequence[str]) -> dict[str, Any] | None:
     settings: dict[str, Any] = {}
     for name, value in options:
         if name in {"config", "c"}:
-            is_file = Path(value).is_file()
+            # Settings given inline may be longer than a path can be.
+            is_file = not value.lstrip().startswith("{") and Path(value).is_file()
             merge(settings, loaded(Path(value).read_text(encoding="utf8") if is_file else value))
         else:
             merge(settings, _nested(name, value))

@@ -245,6 +245,9 @@ VALID = {
         "--model.optimization.optimizer.lr=1e-3",
     ],
     "a config in place": ["--config", '{"trainer": {"max_steps": 3}}'],
+    "a long config in place": [
+        f"--config={json.dumps({'trainer': {'default_root_dir': 'x' * 400}})}"
+    ],
     "numbers": [
         "--trainer.max_epochs=null",
         "--model.optimization.optimizer.lr=1e-3",

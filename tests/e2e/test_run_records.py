@@ -224,15 +224,15 @@ class TestLast:
                     ),
                     ("--model.init_args.class_dropout=0.5", "model.class_dropout"),
                     ("--model.init_args.process.schedule=LinearSchedule", "model.process.schedule"),
+                    (
+                        "--model.init_args.tasks.clustering.class_path=TimestepClustering",
+                        "model.tasks.clustering",
+                    ),
+                    ("--ema.decay=0.5", "ema.decay"),
                 )
-            ),
-            (
-                "--model.init_args.tasks.clustering.class_path=TimestepClustering",
-                "model.tasks.clustering",
             ),
             ("--model.init_args.tasks.balancer=PCGrad", "model.tasks.balancer"),
             ("--data.init_args.batch_size=30", "data.batch_size"),
-            ("--ema.decay=0.5", "ema.decay"),
             ("--seed_everything=7", "seed_everything"),
         ],
     )
