@@ -313,6 +313,7 @@ SETTINGS = {
         ["config", "found nothing", "/nope.yaml"],
     ),
     "folder as config": ([f"--config={CONFIGS}"], ["config", "found a folder"]),
+    "no group": (["--ema=false"], ["ema: must hold settings by name, found False"]),
     "part of a step": (["--trainer.max_steps=5.5"], ["max_steps: must be a whole number", "5.5"]),
     "option without a value": (["--model.seed"], ["model.seed: needs a value"]),
     "word without an option": (["digits/dit"], ["digits/dit", "mean --config digits/dit"]),

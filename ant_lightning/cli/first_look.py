@@ -90,9 +90,7 @@ def first_look(arguments: Sequence[str]) -> None:
     if isinstance(settings.get("trainer"), dict):
         check_trainer_settings(settings["trainer"])
     _check_classes(settings)
-    for name, value in appended(args):
-        added = {"class_path": value} if isinstance(value, str) else value
-        _check_places(list(_class_paths(added, name)))
+    _check_appended(args)
     missing = [name for name in ("data", "model") if settings.get(name) is None]
     if missing and command != "encode" and not asked:
         raise ConfigError(needed(", ".join(missing)))
@@ -212,6 +210,8 @@ def _check_names(settings: dict[str, Any], known: Sequence[str], own: Iterable[s
         if group not in known:
             raise ConfigError(no_such_setting(group, paths))
         names = inside.get(group)
+        if group in inside and not isinstance(inner, dict | str):  # a text is the name of a file
+            raise ConfigError(f"{group}: must hold settings by name, found {inner}")
         if isinstance(inner, dict) and names is not None and "class_path" not in inner:  # a file
             for name in inner.keys() - names:
                 raise ConfigError(no_such_setting(f"{group}.{name}", paths))
@@ -249,6 +249,16 @@ def _check_classes(settings: dict[str, Any]) -> None:
     """Check the names of our classes and of their arguments."""
     _check_loggers(settings.get("trainer"))
     _check_places(list(_class_paths(settings, "")))
+
+
+def _check_appended(args: Sequence[str]) -> None:
+    """Check the classes that options add to lists."""
+    for name, value in appended(args):
+        given = [{"class_path": value}] if isinstance(value, str) else value
+        for each in given if isinstance(given, list) else [given]:
+            added: dict[str, Any] = {}
+            merge(added, {"class_path": each} if isinstance(each, str) else each)
+            _check_places(list(_class_paths(added, name)))
 
 
 def _check_places(places: Sequence[tuple[str, str, dict[str, Any]]]) -> None:

@@ -53,6 +53,8 @@ def _is_object(value: object) -> bool:
 
 def _as_option(default: object) -> str:
     """A default as an option says it; objects among them are made without arguments."""
+    if isinstance(default, str):
+        return default
     return f"ant_lightning.{type(default).__name__}" if _is_object(default) else json.dumps(default)
 
 

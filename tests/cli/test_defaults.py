@@ -68,7 +68,7 @@ def test_a_default_lends_no_arguments_to_another_class(kind, name, default):
 def test_a_process_in_place_of_that_of_the_module_keeps_its_own_settings():
     args = ["--model.class_path=DiTModule", "--model.process=FlowMatching"]
     found = derived_settings(args)
-    assert '--model.init_args.process.init_args.prediction_type="v"' in found
+    assert "--model.init_args.process.init_args.prediction_type=v" in found
     assert not any("prediction_type" in x for x in derived_settings([*args[:1], "--model.seed=1"]))
     args += ["--model.process.prediction_type=x0"]
     assert not any("prediction_type" in each for each in derived_settings(args))

@@ -20,6 +20,7 @@ SEEN = [
     "misspelt option",
     "option without a value",
     "part of a step",
+    "no group",
     "choice",
     "word without an option",
     "config without a name",

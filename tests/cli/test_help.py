@@ -1,6 +1,7 @@
 """What help says, hints in answers to mistakes, and settings that are right."""
 
 import pytest
+import yaml
 
 from ant_lightning.cli import first_look
 from ant_lightning.cli.configs import with_paths_of_configs
@@ -94,3 +95,23 @@ def test_all_settings_of_a_run_written_out_are_not_refused(config, option, tmp_p
     wrong = option.replace(": velocity", ": velocty") if "{" in value else f"{name}=vq"
     with pytest.raises(ConfigError, match=r"must be one of '(auto|velocity|linear)', "):
         first_look.first_look(with_paths_of_configs([*fit, wrong]))
+
+
+def test_a_process_of_another_class_is_read_with_its_own_defaults(capsys):
+    fit = ["fit", "--config=digits/dit", "--model.process=FlowMatching", "--print_config"]
+    with pytest.raises(SystemExit):
+        main([*fit, "--model.sampling.sampler=ODESampler"])
+    found = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["process"]["init_args"]
+    assert (found["prediction_type"], found["loss_weighting"]) == ("v", None)
+
+
+@pytest.mark.parametrize("option", ["--trainer.callbacks+", "--trainer.callbacks"])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_callback_may_be_given_with_its_settings(option, several):
+    callback = "{class_path: ant_lightning.Reclustering, init_args: {recluster_every: 2}}"
+    value = f"[ant_lightning.StepCost, {callback}]" if several else callback
+    args = ["fit", "--config=digits/dit", f"{option}={value}"]
+    first_look.first_look(with_paths_of_configs(args))
+    wrong = [each.replace("recluster_every", "recluster_evry") for each in args]
+    with pytest.raises(ConfigError, match="recluster_evry: Reclustering has no such setting"):
+        first_look.first_look(with_paths_of_configs(wrong))

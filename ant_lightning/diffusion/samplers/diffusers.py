@@ -98,7 +98,9 @@ class DiffusersSampler(Sampler):
             )
         for name, value in (("sigmas", sigmas), ("mu", mu)):
             if value is not None and name not in self._support.accepts:
-                raise ConfigError(f"{name}: must be left out of {kind}, found {value}")
+                raise ConfigError(
+                    f"{name}: must be left out of {kind}, found {value}; None or null leaves it out"
+                )
         if bool(scheduler.config.get("use_dynamic_shifting")) != (mu is not None):
             raise ConfigError(
                 "mu: needed with use_dynamic_shifting of the scheduler and not without it, "

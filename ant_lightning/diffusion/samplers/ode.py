@@ -224,4 +224,6 @@ class ODESampler(Sampler):
 def _check_unused(where: str, **values: object) -> None:
     for name, value in values.items():
         if value is not None:
-            raise ConfigError(f"{name}: must be left out {where}, found {value}")
+            raise ConfigError(
+                f"{name}: must be left out {where}, found {value}; None or null leaves it out"
+            )
