@@ -112,6 +112,7 @@ class OptimizerFactory:
                 f"{self.path}optimizer: must make its step from one gradient of ordinary tensors, "
                 f"as AdamW and SGD do, found {type(optimizer).__name__}"
             )
+        self._check_keys(optimizer, groups)
         factory: Any = self.settings.lr_scheduler
         if steps := self.settings.warmup_steps:
             # step + 1: with a rate of 0 the first step would change nothing.
@@ -121,6 +122,18 @@ class OptimizerFactory:
         self._try_scheduler(factory, None if trainer is None else _planned_steps(trainer))
         with _backbone_only(optimizer):
             return optimizer, self._made("lr_scheduler", factory, optimizer)
+
+    def _check_keys(self, optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+        """Check that an optimizer of torch knows what `param_groups` set: it ignores the rest."""
+        if self.settings.param_groups is None or "torch.optim" not in type(optimizer).__module__:
+            return
+        known = {*optimizer.defaults, "params", "role"}
+        for group in (groups[0], *(each for each in groups[1:] if each.get("role") == NETWORK)):
+            for name in sorted(group.keys() - known):
+                raise ConfigError(
+                    f"{self.path}param_groups: must have settings of {type(optimizer).__name__}, "
+                    f"found {name} of {type(self.settings.param_groups).__name__}"
+                )
 
     def step(self, scheduler: Any) -> None:  # noqa: ANN401 - Lightning's own loose type
         """Set the backbone's learning rate for the next step.

@@ -197,6 +197,14 @@ def test_settings_may_change_on_a_resume_and_groups_may_not(tmp_path, capsys):
             },
             "Muon only supports 2D parameters",
         ),
+        (
+            {"optimizer": decayed, "param_groups": MuonGroups()},
+            "param_groups: must have settings of AdamW, found muon of MuonGroups",
+        ),
+        (
+            {"optimizer": decayed, "param_groups": NamedGroups({"*.bias": {"weight_deacy": 0.0}})},
+            "param_groups: must have settings of AdamW, found weight_deacy of NamedGroups",
+        ),
     ],
 )
 def test_bad_groups_are_refused_in_one_line(settings, message):
