@@ -141,7 +141,7 @@ def test_torchvisions_files_by_class_path(tmp_path):
         roots = [f"--data.{part}.root={tmp_path}" for part in parts]
         sizes = derived_settings(["--config", str(config_names()["cifar10/dit"]), *roots])
     assert {each.rpartition(".")[2] for each in sizes} == {
-        *("input_size=32", "in_channels=3", "num_classes=10", "num_tasks=5"),
+        *("input_size=32", "in_channels=3", "num_classes=10", "num_tasks=5", "num_timesteps=1000"),
     }
     assert data.shape_and_classes() == ((3, 32, 32), 10)
     assert (len(data.train_images), len(data.held_out_images)) == (30, 6)
